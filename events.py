@@ -1,0 +1,42 @@
+"""What we log: one line per event, `name key=value ...`, with names from a closed list.
+
+No address, subject, body or secret is ever a value. RQ's and Waitress's own narration is let through in DEBUG only.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+EVENTS = frozenset(
+    {
+        *("api_started", "worker_started", "dashboard_started"),
+        "request",  # HTTP answered: method, route, status, ms, key's name, id, request_id
+        "crashed",  # a fault of ours while answering; where, never what
+        *("sent", "delayed", "failed", "unknown"),  # what an attempt came to: id, reason, next_in
+        "nothing_to_do",  # a job for a mail that is sent or canceled already
+        "busy",  # a job for a mail that another attempt holds
+    }
+)
+
+_log = logging.getLogger("async-email")
+
+
+def set_up(level: str) -> None:
+    logging.basicConfig(stream=sys.stdout, level=level, format="%(asctime)s %(levelname)s %(message)s")
+    if level != "DEBUG":
+        for name in ("rq", "waitress"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def emit(event: str, level: int = logging.INFO, **fields: object) -> None:
+    """Logs one event; fields that are None or empty are left out."""
+    assert event in EVENTS, event
+    if _log.isEnabledFor(level):
+        shown = (f"{name}={_value(value)}" for name, value in fields.items() if value not in (None, ""))
+        _log.log(level, "%s", " ".join([event, *shown]))
+
+
+def _value(value: object) -> str:
+    text = f"{value:.1f}" if isinstance(value, float) else str(value)
+    return f'"{text}"' if " " in text else text

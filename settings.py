@@ -1,0 +1,254 @@
+"""Every environment variable: typed, checked together, read once.
+
+A process asks `load()` once, at its start, and either gets a frozen `Settings` or a `SettingsError` that holds one
+sentence per fault, each naming its variable and none showing a value that may be secret. Values come from the
+environment, then from a file `.env` in the working directory; in `.env` an unknown name is a fault, since it is most
+often a typing error. A secret may stand in a file instead: `SMTP_PASSWORD_FILE=/path` for `SMTP_PASSWORD`.
+
+The only home of `os.environ`. `.env.example` and the README's table list the same variables; a test compares them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field, FilePath, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+SECRETS = ("redis_url", "smtp_password", "api_keys", "dashboard_password")
+DEV_KEY = "dev"  # bin/dev's API key; everybody knows it, so it may be served on loopback only
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class SettingsError(Exception):
+    """The process must not start. `faults` holds one sentence for each variable that is wrong."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+def parse_duration(text: object) -> object:
+    """`"90s"`, `"5m"`, `"24h"`, `"3d"` -> seconds."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", str(text).strip())
+    if not match:
+        raise ValueError("write a number and a unit: 30s, 5m, 24h or 3d")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def parse_schedule(text: object) -> object:
+    return [parse_duration(part) for part in text.split(",")] if isinstance(text, str) else text
+
+
+class Address(NamedTuple):
+    """Where a process listens."""
+
+    host: str
+    port: int
+
+    @property
+    def is_loopback(self) -> bool:
+        return is_loopback(self.host)
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_address(text: object) -> object:
+    if not isinstance(text, str):
+        return text
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([^\s:\[\]]+)):([0-9]{1,5})", text.strip())
+    if not match or not 0 < int(match[3]) < 65536:
+        raise ValueError("write host:port, such as 127.0.0.1:8000 or [::1]:8000")
+    return Address(match[1] or match[2], int(match[3]))
+
+
+class ApiKey(NamedTuple):
+    """A caller's key: we hold its SHA-256 only. Scope `send` may submit, `full` may also read, requeue and cancel."""
+
+    name: str
+    sha256: str
+    scope: str
+
+
+def parse_api_keys(text: object) -> object:
+    if not isinstance(text, str):
+        return text
+    keys = []
+    for number, entry in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
+        match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send))?", entry)
+        if not match:  # the entry itself may be a key pasted in clear: never repeat it
+            raise ValueError(f"entry {number} is not name:sha256hex or name:sha256hex:scope, with scope full or send")
+        keys.append(ApiKey(match[1], match[2], match[3] or "full"))
+    if len({key.name for key in keys}) < len(keys):
+        raise ValueError("two entries have the same name")
+    return tuple(keys)
+
+
+Duration = Annotated[int, BeforeValidator(parse_duration), Field(gt=0)]
+Listen = Annotated[Address, BeforeValidator(parse_address), NoDecode]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Settings(BaseSettings):
+    """All settings. Durations are in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_ignore_empty=True, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    redis_url_file: FilePath | None = None
+
+    smtp_host: str | None = None
+    smtp_port: Port = 587
+    smtp_security: Literal["starttls", "tls", "none"] = Field(
+        default_factory=lambda given: "tls" if given.get("smtp_port") == 465 else "starttls"
+    )
+    smtp_username: str | None = None
+    smtp_password: SecretStr | None = None
+    smtp_password_file: FilePath | None = None
+    smtp_ca_file: FilePath | None = None
+    smtp_timeout: Duration = 30
+
+    mail_from: str | None = None
+
+    listen: Listen = Address("127.0.0.1", 8000)
+    api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(parse_api_keys), NoDecode] = ()
+    api_keys_file: FilePath | None = None
+
+    retry_schedule: Annotated[tuple[Duration, ...], BeforeValidator(parse_schedule), NoDecode, Field(max_length=50)] = (
+        *(60, 5 * 60, 15 * 60, 30 * 60),
+        *(3600, 2 * 3600, 4 * 3600, 8 * 3600, 12 * 3600),
+    )
+    on_doubt: Literal["retry", "hold"] = "retry"
+    retain_sent: Duration = 3 * 86400
+    retain_failed: Duration = 14 * 86400
+    idempotency_ttl: Duration = 86400
+
+    max_message_bytes: Annotated[int, Field(ge=1024, le=64 * 2**20)] = 10 * 2**20
+    max_recipients: Annotated[int, Field(ge=1, le=1000)] = 50
+
+    dashboard_listen: Listen = Address("127.0.0.1", 9181)
+    dashboard_username: str = "admin"
+    dashboard_password: SecretStr | None = None
+    dashboard_password_file: FilePath | None = None
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_secret_files(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in SECRETS:
+            path = given.get(f"{name}_file")
+            if not path:
+                continue
+            if given.get(name):
+                raise ValueError(f"{name.upper()} and {name.upper()}_FILE are both set; keep one of them")
+            try:
+                given[name] = Path(path).read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+                raise ValueError(f"{name.upper()}_FILE cannot be read: {reason}") from None
+        return given
+
+    @model_validator(mode="after")
+    def check_combinations(self) -> Settings:
+        """What is right alone and wrong together, one sentence each."""
+        dev_key = hashlib.sha256(DEV_KEY.encode()).hexdigest()
+        password = self.smtp_password.get_secret_value() if self.smtp_password else ""
+        combinations = (
+            (
+                bool(self.smtp_username) != bool(password),
+                "SMTP_USERNAME and SMTP_PASSWORD go together; set both, or neither for a relay without a login",
+            ),
+            (not password.isascii(), "SMTP_PASSWORD must be ASCII; SMTP logins carry nothing else"),
+            (
+                bool(self.smtp_username) and self.smtp_security == "none" and not is_loopback(self.smtp_host or ""),
+                "SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls",
+            ),
+            (
+                not self.listen.is_loopback and any(key.sha256 == dev_key for key in self.api_keys),
+                f"API_KEYS holds the key '{DEV_KEY}', which everybody knows, and LISTEN is not loopback; make a key",
+            ),
+            (
+                not self.redis_url.get_secret_value().startswith(("redis://", "rediss://", "unix://")),
+                "REDIS_URL must start with redis://, rediss:// or unix://",
+            ),
+        )
+        faults = [sentence for wrong, sentence in combinations if wrong]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @property
+    def deliver_timeout(self) -> int:
+        """Seconds that one whole SMTP conversation may take; the relay's answers are waited for within it."""
+        return 4 * self.smtp_timeout
+
+
+NEEDED = {  # what a process cannot do without -> what to write there
+    "smtp_host": "name the relay to send through, such as smtp.example.com",
+    "mail_from": "name the sender of mail that names none, such as 'Acme <hello@example.com>'",
+    "api_keys": "without a key nobody could call the API; see README, 'API keys'",
+    "dashboard_password": "the dashboard shows and repeats mail, so it needs a login",
+}
+
+
+def load(*needed: str, **overrides: Any) -> Settings:
+    """Reads and checks everything. `needed` names the settings that this process cannot do without.
+
+    Raises `SettingsError` with every fault found, not only the first.
+    """
+    try:
+        settings = Settings(**overrides)
+    except ValidationError as error:
+        raise SettingsError(sentences(error)) from None
+    missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not getattr(settings, name)]
+    if missing:
+        raise SettingsError(missing)
+    return settings
+
+
+def sentences(error: ValidationError) -> list[str]:
+    faults: list[str] = []
+    for fault in error.errors(include_input=False, include_url=False):
+        text = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "default_factory_not_called":
+            continue  # another fault, already told, kept this default from being worked out
+        if not fault["loc"]:
+            faults += text.splitlines()
+        elif fault["type"] == "extra_forbidden":
+            faults.append(f"{str(fault['loc'][0]).upper()} in .env is not a setting; see .env.example for the names")
+        else:
+            faults.append(f"{str(fault['loc'][0]).upper()}: {text[0].lower()}{text[1:]}")
+    return faults
+
+
+@lru_cache(maxsize=1)
+def current() -> Settings:
+    """The settings of this process, for the functions that RQ calls with nothing but an id."""
+    return load()
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment with `changes`, for the processes that `bin/dev` starts."""
+    return {**os.environ, **changes}

