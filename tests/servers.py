@@ -28,6 +28,7 @@ from ops.dev import find_redis_server
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")
+CUT = "cut"
 
 
 def free_port() -> int:
@@ -107,7 +108,8 @@ class Delivery(NamedTuple):
 class Relay:
     """A real SMTP server, with STARTTLS and AUTH if asked, that can be told what to answer.
 
-    `rcpt[address]` and `data` are lists of replies to give, one each time, before it answers 250 again.
+    `rcpt[address]` and `data` are lists of replies to give, one each time, before it answers 250 again. In `data`,
+    CUT accepts the mail and hangs up without a word.
     """
 
     login: tuple[str, str] | None = None
@@ -174,11 +176,14 @@ class Relay:
         return "250 2.1.5 Recipient ok"
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
-        if self.data:
-            return self.data.pop(0)
-        assert isinstance(envelope.content, bytes)
-        self.accepted.append(Delivery(envelope.mail_from or "", list(envelope.rcpt_tos), envelope.content))
-        return "250 2.0.0 Ok: queued"
+        reply = self.data.pop(0) if self.data else "250 2.0.0 Ok: queued"
+        if reply == CUT or reply.startswith("2"):
+            assert isinstance(envelope.content, bytes)
+            self.accepted.append(Delivery(envelope.mail_from or "", list(envelope.rcpt_tos), envelope.content))
+        if reply == CUT:
+            assert server.transport
+            server.transport.abort()
+        return reply
 
 
 class Answer(NamedTuple):

@@ -1,0 +1,343 @@
+"""The way of a mail, end to end: real processes, a real Redis or Valkey, a real relay with STARTTLS and AUTH, real HTTP.
+
+What these tests say of a killed worker they say of `kill -9`. Only one thing is not waited for but put forward: the time
+after which RQ and our claim give a dead worker up.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from tests.killed_worker import POINTS
+from tests.servers import CUT, Api, House, RedisServer, Relay, eventually
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    with Relay(tls="starttls", login=("mailer", "smtp-password")) as relay:
+        yield relay
+
+
+@pytest.fixture
+def house(redis_server: RedisServer, relay: Relay, tmp_path: Path) -> Iterator[House]:
+    with redis_server.client() as client:
+        client.flushall()
+    with House(tmp_path, redis_server.url, **relay.environment(tmp_path)) as house:
+        yield house
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
+    with redis_server.client() as client:
+        yield client
+
+
+def mail(*to: str, **more: object) -> dict[str, object]:
+    return {"to": list(to or ["ada@example.com"]), "subject": "Hello", "text": "Hello there.", **more}
+
+
+def submit(api: Api, body: dict[str, object]) -> str:
+    answer = api.post("/emails", body)
+    assert answer.status == 202, answer
+    return str(answer.body["id"])
+
+
+def failed_ids(client: redis.Redis) -> list[str]:
+    ids: list[bytes] = client.zrange("rq:failed:email", 0, -1)  # type: ignore[assignment]
+    return [one.decode() for one in ids]
+
+
+def put_the_clock_forward(client: redis.Redis, mail_id: str) -> None:
+    """As if the dead worker's time had run out: its entry in RQ's registry of started jobs, and its claim."""
+    started: list[bytes] = client.zrange("rq:wip:email", 0, -1)  # type: ignore[assignment]
+    for entry in started:
+        client.zadd("rq:wip:email", {entry: 1})
+    client.delete(f"mail:{mail_id}:claim")
+
+
+def rq(command: str, redis_url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    tool = str(Path(sys.executable).parent / "rq")
+    return subprocess.run([tool, command, "-u", redis_url, *arguments], capture_output=True, text=True, check=True)
+
+
+def test_a_mail_posted_is_a_mail_sent(house: House, relay: Relay) -> None:
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail("Ada <ada@example.com>", bcc=["eve@example.com"], html="<b>Hello</b>"))
+    seen = api.wait_for(mail_id, "sent")
+    [delivery] = relay.accepted
+    assert delivery.recipients == ["ada@example.com", "eve@example.com"]
+    assert delivery.sender == "sender@example.com"
+    assert delivery.message_id == seen["message_id"]
+    assert b"eve@example.com" not in delivery.content
+    assert [one["verdict"] for one in seen["attempts"]] == ["accepted"]
+    assert api.get(f"/jobs/{mail_id}").body["status"] == "finished"
+
+
+def test_start_job_sends_the_welcome_mail(house: House, relay: Relay) -> None:
+    api = house.api()
+    house.worker()
+    answer = api.post("/start-job", {"name": "Ada", "email": "ada@example.com"})
+    assert answer.status == 202
+    api.wait_for(answer.body["job_id"], "sent")
+    assert b"Subject: Welcome, Ada\r\n" in relay.accepted[0].content
+
+
+def test_the_content_of_a_sent_mail_is_dropped_and_its_outline_kept(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail(attachments=[{"filename": "a.txt", "content": "aGVsbG8="}]))
+    assert client.hexists(f"mail:{mail_id}", "content")
+    api.wait_for(mail_id, "sent")
+    assert not client.hexists(f"mail:{mail_id}", "content")
+    assert 0 < int(client.ttl(f"mail:{mail_id}")) <= 3 * 86400 + 3600  # type: ignore[arg-type]
+    assert api.email(mail_id)["subject"] == "Hello"
+
+
+def test_of_three_recipients_each_meets_his_own_fate(house: House, relay: Relay) -> None:
+    relay.rcpt["gone@example.com"] = ["550 5.1.1 no such user"] * 9
+    relay.rcpt["later@example.com"] = ["450 4.2.1 mailbox busy"]
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail("ada@example.com", "gone@example.com", "later@example.com"))
+    seen = api.wait_for(mail_id, "failed")
+    assert [(d.recipients, d.message_id) for d in relay.accepted] == [
+        (["ada@example.com"], seen["message_id"]),
+        (["later@example.com"], seen["message_id"]),
+    ]
+    assert relay.seen_rcpt == ["ada@example.com", "gone@example.com", "later@example.com", "later@example.com"]
+    assert {one["address"]: one["status"] for one in seen["recipients"]} == {
+        "ada@example.com": "accepted",
+        "gone@example.com": "refused",
+        "later@example.com": "accepted",
+    }
+    refused = next(one for one in seen["recipients"] if one["status"] == "refused")
+    assert refused["code"] == 550
+
+
+def test_a_refused_mail_fails_at_once_and_is_not_tried_again(house: House, relay: Relay, client: redis.Redis) -> None:
+    relay.data = ["554 5.7.1 message refused as spam"]
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail())
+    seen = api.wait_for(mail_id, "failed")
+    assert seen["reason"] == "554 at dot"
+    assert len(seen["attempts"]) == 1
+    eventually(lambda: failed_ids(client) == [mail_id])
+
+
+@pytest.mark.parametrize("way", ["rq requeue", "API"])
+def test_a_mail_whose_attempts_are_used_up_is_in_the_failed_registry_and_a_requeue_sends_it(
+    house: House, relay: Relay, client: redis.Redis, redis_server: RedisServer, way: str
+) -> None:
+    relay.rcpt["ada@example.com"] = ["450 4.2.1 try later"] * 4  # RETRY_SCHEDULE=1s,1s gives three attempts
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail())
+    seen = api.wait_for(mail_id, "failed")
+    assert len(seen["attempts"]) == 3
+    assert not relay.accepted
+    eventually(lambda: failed_ids(client) == [mail_id])
+    if way == "API":
+        assert api.post(f"/jobs/{mail_id}/requeue", {}).status == 202
+    else:
+        rq("requeue", redis_server.url, "--queue", "email", "--all", "-S", "json")
+    # The fourth 450 shows that a requeue gives all attempts back, not one.
+    api.wait_for(mail_id, "sent")
+    assert [d.message_id for d in relay.accepted] == [seen["message_id"]]
+    assert len(api.email(mail_id)["attempts"]) == 5
+    assert failed_ids(client) == []
+
+
+def test_a_requeued_mail_is_shown_as_queued_before_a_worker_takes_it(house: House, relay: Relay) -> None:
+    relay.data = ["554 5.7.1 no"]
+    api = house.api()
+    worker = house.worker()
+    mail_id = submit(api, mail())
+    api.wait_for(mail_id, "failed")
+    eventually(lambda: api.get(f"/jobs/{mail_id}").body["status"] == "failed")
+    worker.terminate()
+    worker.wait(20)
+    api.post(f"/jobs/{mail_id}/requeue", {})
+    assert api.email(mail_id)["status"] == "queued"
+
+
+def test_a_delayed_mail_says_when_it_is_tried_next(house: House, relay: Relay) -> None:
+    house.environment["RETRY_SCHEDULE"] = "1h"
+    relay.data = ["451 4.3.0 not now"]
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail())
+    seen = api.wait_for(mail_id, "delayed")
+    assert seen["next_attempt_at"] > seen["attempts"][0]["at"]
+    assert seen["reason"] == "451 at dot"
+
+
+def test_trouble_with_the_relay_costs_a_mail_no_attempt(house: House, relay: Relay, client: redis.Redis) -> None:
+    house.environment["SMTP_PASSWORD"] = "wrong"
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail())
+    seen = api.wait_for(mail_id, "delayed")
+    assert seen["reason"] == "535 at auth"
+    assert client.hget(f"mail:{mail_id}", "counted") == b"0"
+    assert not relay.accepted
+
+
+@pytest.mark.parametrize("point", ["after claim", "before the final dot"])
+def test_a_worker_killed_before_the_final_dot_leaves_a_mail_that_is_sent_once(
+    house: House, relay: Relay, client: redis.Redis, point: str
+) -> None:
+    api = house.api()
+    mail_id = submit(api, mail())
+    killed_at(house, point)
+    assert not relay.accepted
+    put_the_clock_forward(client, mail_id)
+    house.worker()
+    seen = api.wait_for(mail_id, "sent")
+    assert len(relay.accepted) == 1
+    assert [one["verdict"] for one in seen["attempts"]] == ["interrupted", "accepted"]
+
+
+def test_a_worker_killed_between_the_250_and_rqs_bookkeeping_sends_no_second_mail(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    api = house.api()
+    mail_id = submit(api, mail())
+    killed_at(house, "after the marker, before RQ's bookkeeping")
+    assert len(relay.accepted) == 1
+    assert api.get(f"/jobs/{mail_id}").body["status"] == "started"
+    put_the_clock_forward(client, mail_id)
+    house.worker()
+    eventually(lambda: api.get(f"/jobs/{mail_id}").body["status"] == "finished")
+    assert api.email(mail_id)["status"] == "sent"
+    assert len(relay.accepted) == 1
+
+
+def test_a_worker_killed_between_the_250_and_the_marker_leaves_a_mail_in_doubt_that_hold_does_not_send_again(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    house.environment["ON_DOUBT"] = "hold"
+    api = house.api()
+    mail_id = submit(api, mail())
+    killed_at(house, "after 250, before the marker")
+    put_the_clock_forward(client, mail_id)
+    house.worker()
+    seen = api.wait_for(mail_id, "unknown")
+    assert len(relay.accepted) == 1
+    assert seen["recipients"][0]["status"] == "in_doubt"
+    eventually(lambda: failed_ids(client) == [mail_id])
+
+
+def test_a_mail_in_doubt_goes_out_again_with_its_message_id_where_the_operator_chose_retry(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    api = house.api()
+    mail_id = submit(api, mail())
+    killed_at(house, "after 250, before the marker")
+    put_the_clock_forward(client, mail_id)
+    house.worker()
+    seen = api.wait_for(mail_id, "sent")
+    assert [d.message_id for d in relay.accepted] == [seen["message_id"]] * 2
+
+
+@pytest.mark.parametrize(("choice", "state", "sent"), [("hold", "unknown", 1), ("retry", "sent", 2)])
+def test_a_relay_that_hangs_up_after_the_final_dot_leaves_the_choice_to_the_operator(
+    house: House, relay: Relay, choice: str, state: str, sent: int
+) -> None:
+    house.environment["ON_DOUBT"] = choice
+    relay.data = [CUT]
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail())
+    seen = api.wait_for(mail_id, state)
+    assert [d.message_id for d in relay.accepted] == [seen["message_id"]] * sent
+    assert seen["attempts"][0]["verdict"] == "in doubt"
+
+
+def test_in_doubt_are_only_those_whom_the_relay_had_accepted(house: House, relay: Relay) -> None:
+    house.environment["ON_DOUBT"] = "hold"
+    relay.data = [CUT]
+    relay.rcpt["later@example.com"] = ["450 4.2.1 busy"]
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail("ada@example.com", "later@example.com"))
+    seen = api.wait_for(mail_id, "unknown")
+    assert [d.recipients for d in relay.accepted] == [["ada@example.com"], ["later@example.com"]]
+    assert [one["status"] for one in seen["recipients"]] == ["in_doubt", "accepted"]
+
+
+def test_a_job_that_is_queued_twice_sends_one_mail(house: House, relay: Relay, client: redis.Redis) -> None:
+    api = house.api()
+    mail_id = submit(api, mail())
+    client.rpush("rq:queue:email", mail_id)
+    house.worker()
+    house.worker()
+    api.wait_for(mail_id, "sent")
+    eventually(lambda: client.llen("rq:queue:email") == 0)
+    eventually(lambda: api.get(f"/jobs/{mail_id}").body["status"] == "finished")
+    assert len(relay.accepted) == 1
+
+
+def test_a_mail_that_another_attempt_holds_is_left_alone_and_tried_later(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    api = house.api()
+    mail_id = submit(api, mail())
+    client.set(f"mail:{mail_id}:claim", "somebody", px=1500)
+    house.worker()
+    api.wait_for(mail_id, "sent")
+    assert len(relay.accepted) == 1
+    assert "busy id=" in house.log("worker-email")
+
+
+def test_a_canceled_mail_is_not_sent(house: House, relay: Relay, client: redis.Redis) -> None:
+    api = house.api()
+    mail_id = submit(api, mail())
+    assert api.call("DELETE", f"/jobs/{mail_id}").status == 200
+    client.rpush("rq:queue:email", mail_id)  # as if a worker had popped it at that moment
+    house.worker()
+    other = submit(api, mail())
+    api.wait_for(other, "sent")
+    assert api.email(mail_id)["status"] == "canceled"
+    assert len(relay.accepted) == 1
+
+
+def test_sigterm_lets_the_mail_in_hand_finish(house: House, relay: Relay) -> None:
+    api = house.api()
+    worker = house.worker()
+    ids = [submit(api, mail()) for _ in range(5)]
+    eventually(lambda: relay.accepted)
+    worker.terminate()
+    assert worker.wait(20) == 0
+    states = [api.email(one)["status"] for one in ids]
+    assert states.count("sent") == len(relay.accepted)
+    assert set(states) <= {"sent", "queued"}
+
+
+def test_a_redis_restart_loses_no_mail_that_was_accepted(
+    house: House, relay: Relay, redis_server: RedisServer, client: redis.Redis
+) -> None:
+    api = house.api()
+    ids = [submit(api, mail()) for _ in range(10)]
+    redis_server.kill()
+    redis_server.start()
+    house.worker()
+    for one in ids:
+        api.wait_for(one, "sent")
+    assert len(relay.accepted) == 10
+
+
+def killed_at(house: House, point: str) -> None:
+    """A worker that dies at this point, and is dead when this returns."""
+    assert point in POINTS
+    process = house.run("worker-killed", str(Path(__file__).parent / "killed_worker.py"), "email", point)
+    assert process.wait(30) == -9, house.log("worker-killed")
