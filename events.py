@@ -23,10 +23,14 @@ _log = logging.getLogger("async-email")
 
 
 def set_up(level: str) -> None:
-    logging.basicConfig(stream=sys.stdout, level=level, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler(sys.stdout)
     if level != "DEBUG":
-        for name in ("rq", "waitress"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        handler.addFilter(_ours_or_a_warning)  # on the handler, since RQ sets the levels of its loggers itself
+    logging.basicConfig(handlers=[handler], level=level, format="%(asctime)s %(levelname)s %(message)s")
+
+
+def _ours_or_a_warning(record: logging.LogRecord) -> bool:
+    return record.name == _log.name or record.levelno >= logging.WARNING
 
 
 def emit(event: str, level: int = logging.INFO, **fields: object) -> None:

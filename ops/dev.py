@@ -20,7 +20,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -58,7 +59,7 @@ def find_redis_server() -> str | None:
     return str(get_binary_path())
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bin/dev", description="Runs all of async-email on this machine.")
     for name, port, what in (
         ("api", 8000, "HTTP API"),
@@ -68,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
         ("redis", 6380, "Redis or Valkey"),
     ):
         parser.add_argument(f"--{name}-port", type=int, default=port, metavar="PORT", help=f"{what} (default {port})")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def check_ports(ports: dict[str, int]) -> None:
@@ -82,7 +83,7 @@ def check_ports(ports: dict[str, int]) -> None:
 
 
 class Stack:
-    """The processes, in the order in which they start; they stop in the reverse order, so Redis goes last."""
+    """The processes, in the order in which they start."""
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
@@ -107,7 +108,8 @@ class Stack:
         while not answers():
             if process.poll() is not None:
                 time.sleep(0.2)  # its last words are still on their way
-                raise CannotStart(f"{name} stopped while starting (exit code {process.returncode}); it says why above.")
+                where = "var/dev/redis.log says why" if name == "redis" else "it says why above"
+                raise CannotStart(f"{name} stopped while starting (exit code {process.returncode}); {where}.")
             if self.stopping.is_set() or time.monotonic() > deadline:
                 raise CannotStart(f"{name} did not answer within {PATIENCE} seconds.")
             time.sleep(0.05)
@@ -129,18 +131,23 @@ class Stack:
         return None
 
     def stop(self) -> None:
-        for part in reversed(self.parts):
-            if part.process.poll() is None:
+        """Together, but what the others need while they finish goes last: the catcher, then Redis."""
+        needed = [part for name in ("catcher", "redis") for part in self.parts if part.name == name]
+        for group in ([part for part in self.parts if part not in needed], *([part] for part in needed)):
+            for part in group:
                 part.process.terminate()
-            try:
-                part.process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                print(f"{part.name} did not finish within {GRACE} seconds and was killed.", file=sys.stderr)
-            try:
-                os.killpg(part.process.pid, signal.SIGKILL)  # what it may have left: its scheduler, a task
-            except ProcessLookupError:
-                continue
-            part.process.wait()
+            for part in group:
+                self._end(part)
+
+    @staticmethod
+    def _end(part: Part) -> None:
+        try:
+            part.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            print(f"{part.name} did not finish within {GRACE} seconds and was killed.", file=sys.stderr)
+        with suppress(ProcessLookupError):
+            os.killpg(part.process.pid, signal.SIGKILL)  # also what it may have left: its scheduler, a task
+        part.process.wait()
 
 
 def http_answers(url: str) -> Callable[[], bool]:
@@ -195,7 +202,7 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     environment = settings.child_environment(**child_settings(ports, configured, catcher))
     redis = Redis(port=ports.redis_port, socket_timeout=2)
 
-    where = ["--bind", "127.0.0.1", "--port", str(ports.redis_port), "--dir", str(DATA), "--loglevel", "warning"]
+    where = ["--bind", "127.0.0.1", "--port", str(ports.redis_port), "--dir", str(DATA), "--logfile", "redis.log"]
     durable = ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
     stack.start("redis", [server, *where, *durable], environment, redis_answers(redis))
     if catcher:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -31,6 +33,13 @@ T = TypeVar("T")
 CUT = "cut"
 
 
+def project_files() -> list[Path]:
+    """Everything that belongs to the project, also what is not committed yet."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [Path(line) for line in listed.splitlines() if (ROOT / line).is_file()]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -52,14 +61,15 @@ def eventually(what: Callable[[], T], seconds: float = 20) -> T:
 class RedisServer:
     """A real Redis or Valkey that can be killed and started again on the same port and files."""
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    def __init__(self, directory: Path, *options: str, password: str = "") -> None:
         self.directory = directory
         self.options = options
+        self.password = password
         self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{self.port}/0"
 
     def client(self) -> redis.Redis:
-        return redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=5)
+        return redis.Redis(host="127.0.0.1", port=self.port, password=self.password or None, socket_timeout=5)
 
     def start(self) -> None:
         command = find_redis_server()
@@ -181,7 +191,7 @@ class Relay:
             assert isinstance(envelope.content, bytes)
             self.accepted.append(Delivery(envelope.mail_from or "", list(envelope.rcpt_tos), envelope.content))
         if reply == CUT:
-            assert server.transport
+            assert isinstance(server.transport, asyncio.Transport)
             server.transport.abort()
         return reply
 
@@ -231,11 +241,24 @@ class Api:
         return self.email(mail_id)
 
 
+def project_with(directory: Path, more_tasks: str) -> Path:
+    """A copy of the project whose tasks.py has something more at its end, as a user would add it."""
+    root = directory / "project"
+    for folder in ("mail", "templates"):
+        shutil.copytree(ROOT / folder, root / folder)
+    for file in (*ROOT.glob("*.py"), ROOT / "CHANGELOG.md"):
+        shutil.copy(file, root)
+    with (root / "tasks.py").open("a") as tasks:
+        tasks.write(f"\n\n{more_tasks}")
+    return root
+
+
 class House:
     """The processes of the service, run as a user runs them, with settings of their own in an empty folder."""
 
     def __init__(self, directory: Path, redis_url: str, **settings: str) -> None:
         self.directory = directory
+        self.root = ROOT
         self.processes: list[subprocess.Popen[bytes]] = []
         keys = [f"{scope}:{sha256(f'{scope}-key'.encode()).hexdigest()}:{scope}" for scope in ("full", "send")]
         self.environment = {
@@ -266,7 +289,7 @@ class House:
     def api(self) -> Api:
         port = free_port()
         self.environment["LISTEN"] = f"127.0.0.1:{port}"
-        self.run("api", str(ROOT / "service.py"))
+        self.run("api", str(self.root / "service.py"))
         api = Api(port)
         eventually(lambda: self._is_up(api))
         return api
@@ -279,7 +302,7 @@ class House:
             return False
 
     def worker(self, queue: str = "email", program: str = "worker.py") -> subprocess.Popen[bytes]:
-        return self.run(f"worker-{queue}", str(ROOT / program), queue)
+        return self.run(f"worker-{queue}", str(self.root / program), queue)
 
     def log(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text()

@@ -1,0 +1,206 @@
+"""What is in a mail stays in the mail: planted words are looked for wherever else they could turn up.
+
+Mails that are sent, refused, put off and canceled go through the whole house at LOG_LEVEL=DEBUG. Then every key of
+RQ's in Redis (unpacked), every log line, every process title and every page of the dashboard is read.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import re
+import subprocess
+import uuid
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.servers import Api, House, RedisServer, Relay, eventually, free_port
+
+SMTP_PASSWORD = "planted-smtp-password"
+REDIS_PASSWORD = "planted-redis-password"
+DASHBOARD_PASSWORD = "planted-dashboard-password"
+MAIL = {
+    "from": "planted-from-name <planted-from@planted-from.example>",
+    "to": ["planted-to-name <planted-to@planted-to.example>"],
+    "cc": ["planted-cc@example.com"],
+    "bcc": ["planted-bcc@example.com"],
+    "reply_to": "planted-reply@example.com",
+    "subject": "planted-subject",
+    "text": "planted-text",
+    "html": "<p>planted-html</p>",
+    "headers": {"X-Planted": "planted-header"},
+    "attachments": [{"filename": "planted-file.txt", "content": base64.b64encode(b"planted-content").decode()}],
+    "tags": [{"name": "planted-tag", "value": "planted-value"}],
+}
+PLANTED = re.compile(rb"planted|cGxhbnRlZ|full-key|send-key", re.IGNORECASE)  # and in base64
+
+
+class Scene(NamedTuple):
+    house: House
+    client: Any  # redis-py's types allow for answers that its client never gives
+    dashboard: int
+    ids: list[str]
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """Everything has happened that can happen to a mail, and all processes still run."""
+    directory = tmp_path_factory.mktemp("privacy")
+    server = RedisServer(directory, "--requirepass", REDIS_PASSWORD, password=REDIS_PASSWORD)
+    with (
+        server,
+        Relay(tls="starttls", login=("planted-smtp-user", SMTP_PASSWORD)) as relay,
+        House(directory, server.url, **relay.environment(directory)) as house,
+        server.client() as client,
+    ):
+        house.environment |= {"DASHBOARD_PASSWORD": DASHBOARD_PASSWORD, "DASHBOARD_LISTEN": f"127.0.0.1:{free_port()}"}
+        house.environment["PYTHONPATH"] = str(house.root)
+        api = house.api()
+        ids = [happen(api, relay, "sent", [])]
+        canceled = submit(api)
+        api.call("DELETE", f"/jobs/{canceled}")
+        house.worker()
+        house.worker("jobs")
+        api.wait_for(ids[0], "sent")
+        for replies in (
+            ["550 5.1.1 <planted-to@planted-to.example> planted-reply-text"],
+            ["450 4.2.1 <planted-to@planted-to.example> planted-reply-text"] * 3,
+        ):
+            ids.append(happen(api, relay, "failed", replies))
+            api.wait_for(ids[-1], "failed")
+        house.run("dashboard", "-m", "ops.dashboard")
+        port = int(house.environment["DASHBOARD_LISTEN"].split(":")[1])
+        eventually(lambda: is_up(port))
+        provoke_errors(api)
+        submit_and_keep_queued(api, relay, ids)
+        yield Scene(house, client, port, ids)
+
+
+def submit(api: Api) -> str:
+    answer = api.post("/emails", MAIL, Idempotency_Key=f"planted-{uuid.uuid4()}")
+    assert answer.status == 202, answer
+    return str(answer.body["id"])
+
+
+def happen(api: Api, relay: Relay, state: str, replies: list[str]) -> str:
+    for address in ("planted-to@planted-to.example", "planted-cc@example.com", "planted-bcc@example.com"):
+        relay.rcpt[address] = list(replies)
+    return submit(api)
+
+
+def submit_and_keep_queued(api: Api, relay: Relay, ids: list[str]) -> None:
+    """One that waits for its next attempt: the pages show it as scheduled."""
+    ids.append(happen(api, relay, "delayed", ["450 planted"] * 99))
+    api.wait_for(ids[-1], "delayed")
+
+
+def provoke_errors(api: Api) -> None:
+    """Refusals quote no request, nor do the logs of them."""
+    for body in (
+        MAIL | {"to": ["planted, planted@@x"]},
+        MAIL | {"subject": "planted\r\nplanted"},
+        MAIL | {"planted": 1},
+    ):
+        assert api.post("/emails", body).status == 422
+    api.call("POST", "/emails", raw=b'{"planted": planted}')
+    api.get("/emails/planted-id?planted=planted")
+    api.get("/planted-path/planted@example.com")
+    Api(api.port, "planted-key").get("/readyz")
+    api.post("/jobs", {"task": "planted-task"})
+
+
+def is_up(port: int) -> bool:
+    try:
+        return page(port, "/rq/")[0] == 200
+    except OSError:
+        return False
+
+
+def page(port: int, path: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    login = base64.b64encode(f"admin:{DASHBOARD_PASSWORD}".encode()).decode()
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def everything_in(client: Any, key: bytes) -> bytes:
+    """A key's name and content, what is compressed in it unpacked."""
+    read: dict[bytes, Any] = {
+        b"string": lambda: [client.get(key)],
+        b"hash": lambda: [part for pair in client.hgetall(key).items() for part in pair],
+        b"list": lambda: client.lrange(key, 0, -1),
+        b"set": lambda: list(client.smembers(key)),
+        b"zset": lambda: client.zrange(key, 0, -1),
+        b"stream": lambda: [part for _, entry in client.xrange(key) for pair in entry.items() for part in pair],
+    }
+    return b"\n".join([key, *map(unpacked, read[client.type(key)]())])
+
+
+def unpacked(value: bytes) -> bytes:
+    for unpack in (zlib.decompress, lambda text: zlib.decompress(base64.b64decode(text))):
+        try:
+            return unpack(value)
+        except (zlib.error, ValueError):
+            continue
+    return value
+
+
+def test_the_planted_words_can_be_found_where_they_belong(scene: Scene) -> None:
+    """Or else the other tests would look for nothing."""
+    found = {key for key in scene.client.keys("mail:*") if PLANTED.search(everything_in(scene.client, key))}
+    assert {f"mail:{one}".encode() for one in scene.ids} <= found
+    result = everything_in(scene.client, f"rq:results:{scene.ids[1]}".encode())
+    assert b"Failed: 550 at rcpt" in result
+
+
+def test_no_planted_word_is_in_anything_of_rqs_in_redis(scene: Scene) -> None:
+    keys = [key for key in scene.client.keys("*") if not key.startswith(b"mail:")]
+    assert len(keys) > 10
+    for key in keys:
+        found = PLANTED.search(everything_in(scene.client, key))
+        assert not found, (key, found)
+
+
+def test_no_planted_word_is_in_a_log_at_debug(scene: Scene) -> None:
+    for log in ("api", "worker-email", "worker-jobs", "dashboard"):
+        text = scene.house.log(log).encode()
+        assert text.count(b"\n") > 3 or log == "dashboard"
+        found = PLANTED.search(text)
+        assert not found, (log, text[max(0, found.start() - 200) : found.end() + 100])
+
+
+def test_no_planted_word_is_in_a_process_title(scene: Scene) -> None:
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, check=True).stdout
+    titles = [line for line in listed.splitlines() if b"--requirepass" not in line]  # the server of this test
+    assert any(b"worker.py" in line for line in titles)
+    assert not [line for line in titles if PLANTED.search(line)]
+
+
+def test_no_planted_word_is_on_a_page_of_the_dashboard(scene: Scene) -> None:
+    paths = ["/rq/", "/rq/0/", "/rq/0/view", "/rq/0/view/queues", "/rq/0/view/workers", "/rq/0/view/jobs"]
+    paths += ["/rq/0/data/queues.json", "/rq/0/data/workers.json"]
+    for queue in ("email", "jobs"):
+        for registry in ("queued", "scheduled", "failed", "finished", "started", "deferred", "canceled"):
+            paths.append(f"/rq/0/view/jobs/{queue}/{registry}/25/desc/1")
+            paths.append(f"/rq/0/data/jobs/{queue}/{registry}/25/desc/1.json")
+    for mail_id in scene.ids:
+        paths += [f"/rq/0/view/job/{mail_id}", f"/rq/0/data/job/{mail_id}.json"]
+    for path in paths:
+        status, body = page(scene.dashboard, path)
+        assert status in (200, 308), (path, status)  # Flask sends the short forms on to the long ones
+        found = PLANTED.search(body)
+        assert not found, (path, body[max(0, found.start() - 200) : found.end() + 100])
+    assert b"Failed: 550 at rcpt" in page(scene.dashboard, f"/rq/0/data/job/{scene.ids[1]}.json")[1]
+
+
+def test_a_failed_mails_own_record_has_what_the_relay_said(scene: Scene) -> None:
+    stored = scene.client.hget(f"mail:{scene.ids[1]}", "attempts")
+    assert "planted-reply-text" in json.loads(stored or b"[]")[0]["text"]

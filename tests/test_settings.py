@@ -1,0 +1,200 @@
+"""Settings: each fault is one sentence that names its variable, and no secret is ever in one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+
+import settings
+from settings import Address, ApiKey, SettingsError, load
+
+ROOT = Path(__file__).parent.parent
+DIGEST = hashlib.sha256(b"a key").hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def _empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in settings.Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def env(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    return monkeypatch
+
+
+def faults(env: pytest.MonkeyPatch, *needed: str, **variables: str) -> list[str]:
+    for name, value in variables.items():
+        env.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load(*needed)
+    return caught.value.faults
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"SMTP_PORT": "no"}, "SMTP_PORT: input should be a valid integer"),
+        ({"SMTP_PORT": "70000"}, "SMTP_PORT: input should be less than or equal to 65535"),
+        ({"SMTP_SECURITY": "ssl"}, "SMTP_SECURITY: input should be 'starttls', 'tls' or 'none'"),
+        ({"SMTP_TIMEOUT": "30"}, "SMTP_TIMEOUT: write a number and a unit: 30s, 5m, 24h or 3d"),
+        ({"SMTP_TIMEOUT": "0s"}, "SMTP_TIMEOUT: input should be greater than 0"),
+        ({"RETRY_SCHEDULE": "1m,soon"}, "RETRY_SCHEDULE: write a number and a unit"),
+        ({"ON_DOUBT": "maybe"}, "ON_DOUBT: input should be 'retry' or 'hold'"),
+        ({"LISTEN": "8000"}, "LISTEN: write host:port"),
+        ({"LISTEN": "127.0.0.1:0"}, "LISTEN: write host:port"),
+        ({"MAX_RECIPIENTS": "0"}, "MAX_RECIPIENTS: input should be greater than or equal to 1"),
+        ({"LOG_LEVEL": "loud"}, "LOG_LEVEL: input should be"),
+        ({"SMTP_CA_FILE": "/nowhere.pem"}, "SMTP_CA_FILE: path does not point to a file"),
+        ({"SMTP_PASSWORD_FILE": "/nowhere"}, "SMTP_PASSWORD_FILE cannot be read: No such file or directory"),
+        ({"SMTP_USERNAME": "ada"}, "SMTP_USERNAME and SMTP_PASSWORD go together"),
+        ({"REDIS_URL": "http://x"}, "REDIS_URL must start with redis://"),
+        ({"API_KEYS": f"a:{DIGEST},a:{DIGEST}"}, "API_KEYS: two entries have the same name"),
+        ({"API_KEYS": f"a:{DIGEST}:admin"}, "API_KEYS: entry 1 is not name:sha256hex"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_that_names_its_variable(
+    env: pytest.MonkeyPatch, variables: dict[str, str], sentence: str
+) -> None:
+    found = faults(env, **variables)
+    assert len(found) == 1
+    assert found[0].startswith(sentence)
+
+
+def test_all_faults_are_told_at_once(env: pytest.MonkeyPatch) -> None:
+    found = faults(env, SMTP_PORT="no", LISTEN="no", ON_DOUBT="no")
+    assert [fault.split(":")[0] for fault in found] == ["SMTP_PORT", "LISTEN", "ON_DOUBT"]
+
+
+def test_what_a_process_cannot_do_without_is_named(env: pytest.MonkeyPatch) -> None:
+    found = faults(env, "smtp_host", "mail_from", "api_keys", "dashboard_password")
+    assert [fault.split(":")[0] for fault in found] == [
+        "SMTP_HOST is not set",
+        "MAIL_FROM is not set",
+        "API_KEYS is not set",
+        "DASHBOARD_PASSWORD is not set",
+    ]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SMTP_PASSWORD": "hunter2-é", "SMTP_USERNAME": "ada"},
+        {"SMTP_PASSWORD": "hunter2"},
+        {"SMTP_PASSWORD": "hunter2", "SMTP_USERNAME": "a", "SMTP_SECURITY": "none", "SMTP_HOST": "mx.example"},
+        {"API_KEYS": "hunter2"},
+        {"API_KEYS": f"a:{DIGEST},hunter2:hunter2:hunter2"},
+        {"REDIS_URL": "reddis://:hunter2@host"},
+        {"SMTP_PASSWORD": "hunter2", "SMTP_PASSWORD_FILE": __file__},
+        {"DASHBOARD_PASSWORD": "hunter2", "SMTP_PORT": "x"},
+    ],
+)
+def test_no_fault_shows_a_secret(env: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    found = faults(env, **variables)
+    assert "hunter2" not in " ".join(found)
+
+
+def test_secrets_do_not_show_when_settings_are_printed(env: pytest.MonkeyPatch) -> None:
+    env.setenv("SMTP_USERNAME", "ada")
+    env.setenv("SMTP_PASSWORD", "hunter2")
+    env.setenv("REDIS_URL", "redis://:hunter2@127.0.0.1/0")
+    assert "hunter2" not in repr(load()) + str(load())
+
+
+def test_a_password_goes_to_another_machine_only_encrypted(env: pytest.MonkeyPatch) -> None:
+    env.setenv("SMTP_USERNAME", "ada")
+    env.setenv("SMTP_PASSWORD", "x")
+    env.setenv("SMTP_SECURITY", "none")
+    env.setenv("SMTP_HOST", "127.0.0.1")
+    assert load().smtp_security == "none"
+    assert faults(env, SMTP_HOST="relay.example.com") == [
+        "SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls"
+    ]
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:8000", "[::]:8000", "10.0.0.1:80", "example.com:80"])
+def test_the_key_that_everybody_knows_is_served_on_loopback_only(env: pytest.MonkeyPatch, listen: str) -> None:
+    env.setenv("API_KEYS", f"dev:{hashlib.sha256(b'dev').hexdigest()}")
+    for local in ("127.0.0.1:8000", "[::1]:8000", "localhost:8000"):
+        env.setenv("LISTEN", local)
+        load()
+    assert "the key 'dev', which everybody knows" in faults(env, LISTEN=listen)[0]
+
+
+def test_a_secret_can_stand_in_a_file(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"shop:{DIGEST}:send\n")
+    (tmp_path / "redis").write_text("redis://:pw@127.0.0.1/3\n")
+    env.setenv("API_KEYS_FILE", str(tmp_path / "keys"))
+    env.setenv("REDIS_URL_FILE", str(tmp_path / "redis"))
+    assert load().api_keys == (ApiKey("shop", DIGEST, "send"),)
+    assert load().redis_url.get_secret_value() == "redis://:pw@127.0.0.1/3"
+
+
+def test_an_unknown_name_in_dotenv_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("SMTP_PASWORD=hunter2\n")
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert caught.value.faults == ["SMTP_PASWORD in .env is not a setting; see .env.example for the names"]
+
+
+def test_the_environment_wins_over_dotenv_and_empty_means_unset(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("SMTP_HOST=from-file\nMAIL_FROM=a@example.com\nSMTP_PORT=\n")
+    env.setenv("SMTP_HOST", "from-environment")
+    current = load()
+    assert (current.smtp_host, current.mail_from, current.smtp_port) == ("from-environment", "a@example.com", 587)
+
+
+def test_port_465_means_implicit_tls(env: pytest.MonkeyPatch) -> None:
+    assert load().smtp_security == "starttls"
+    env.setenv("SMTP_PORT", "465")
+    assert load().smtp_security == "tls"
+
+
+def test_durations_lists_and_addresses_are_read(env: pytest.MonkeyPatch) -> None:
+    env.setenv("RETRY_SCHEDULE", "90s, 5m,2h,1d")
+    env.setenv("LISTEN", "[::1]:8080")
+    current = load()
+    assert current.retry_schedule == (90, 300, 7200, 86400)
+    assert current.listen == Address("::1", 8080)
+    assert str(current.listen) == "[::1]:8080"
+
+
+def test_env_example_the_readme_and_the_code_list_the_same_settings_and_defaults() -> None:
+    defaults = {name.upper(): written_default(name) for name in settings.Settings.model_fields}
+    example = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert example == defaults
+    rows = re.findall(r"^\| (`[A-Z_`, ]+`) \|(.*?)\|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    readme = {name: default for names, cell in rows for name, default in readme_row(names, cell)}
+    assert readme == defaults
+
+
+def readme_row(names: str, cell: str) -> list[tuple[str, str]]:
+    default = re.match(r" ?`([^`]*)`", cell)
+    return [
+        (name, default[1] if default and not name.endswith("_FILE") else "")
+        for name in re.findall(r"`([A-Z_]+)`", names)
+    ]
+
+
+def written_default(name: str) -> str:
+    value = getattr(load(), name)
+    if value is None or value == ():
+        return ""
+    if name == "redis_url":
+        return str(value.get_secret_value())
+    if name == "retry_schedule":
+        return ",".join(written_duration(one) for one in value)
+    if name in ("smtp_timeout", "retain_sent", "retain_failed"):
+        return written_duration(value)
+    return "24h" if name == "idempotency_ttl" else str(value)
+
+
+def written_duration(seconds: int) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds % size == 0:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
