@@ -216,7 +216,7 @@ NEEDED = {  # what a process cannot do without -> what to write there
 def load(*needed: str, **overrides: Any) -> Settings:
     """Reads and checks everything. `needed` names the settings that this process cannot do without.
 
-    Raises `SettingsError` with every fault found, not only the first.
+    Raises `SettingsError` with all that is wrong, or, where nothing is, with all that is missing.
     """
     try:
         settings = Settings(**overrides)

@@ -87,7 +87,12 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     events.set_up(current.log_level)
-    worker = make_worker(queue, current)
+    try:
+        with jobs.unavailable():
+            worker = make_worker(queue, current)
+    except jobs.Unavailable as error:
+        print(f"REDIS_URL: {error}", file=sys.stderr)
+        return 1
     events.emit("worker_started", queue=queue, name=worker.name)
     worker.work(with_scheduler=True, logging_level=None)
     return 0

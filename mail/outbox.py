@@ -24,7 +24,7 @@ from typing import Any
 
 from redis.client import Pipeline
 
-from jobs import EMAIL, Accepted, Idempotency, Jobs, NotFound, unavailable
+from jobs import EMAIL, Accepted, Idempotency, Jobs, NotFound, NotPossible, unavailable
 from mail.message import Message, message_id
 from settings import Settings
 
@@ -248,6 +248,10 @@ class Outbox:
 
     def cancel(self, mail_id: str) -> None:
         """Stops a mail that is not being sent and not sent. Raises `NotFound`, `NotPossible`, `Unavailable`."""
+        with unavailable():
+            state: Any = self.jobs.redis.hget(f"mail:{mail_id}", "state")
+        if state == b"sent":  # its job may say otherwise, if its worker died before RQ's bookkeeping
+            raise NotPossible("the mail is sent already")
 
         def mark(commands: Pipeline) -> None:
             commands.hset(f"mail:{mail_id}", "state", "canceled")

@@ -1,0 +1,221 @@
+"""What we keep of a mail: the scripts accept, claim, before-dot and settle, one by one and against each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fakeredis
+import pytest
+
+from jobs import Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible
+from mail.message import Message, compose, parse
+from mail.outbox import Busy, Claim, ClaimLost, Outbox, jittered, seen_state
+from settings import Settings
+
+
+@pytest.fixture
+def client() -> fakeredis.FakeRedis:
+    return fakeredis.FakeRedis()
+
+
+@pytest.fixture
+def outbox(client: Any) -> Outbox:
+    return Outbox(Jobs(client), Settings(_env_file=None))
+
+
+def message(**more: object) -> Message:
+    body = {"from": "a@example.com", "to": ["b@example.com", "c@example.com"], "subject": "s", "text": "t", **more}
+    return compose(parse(body, default_sender="", max_recipients=50))
+
+
+def accept(outbox: Outbox) -> str:
+    return outbox.accept(message()).id
+
+
+def claim(outbox: Outbox, mail_id: str) -> Claim:
+    taken = outbox.claim(mail_id)
+    assert isinstance(taken, Claim), taken
+    return taken
+
+
+def test_an_accepted_mail_is_stored_with_its_job_and_queued(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    assert client.hget(f"mail:{mail_id}", "state") == b"queued"
+    assert client.hget(f"rq:job:{mail_id}", "status") == b"queued"
+    assert client.lrange("rq:queue:email", 0, -1) == [mail_id.encode()]
+    assert client.ttl(f"mail:{mail_id}") == client.ttl(f"rq:job:{mail_id}") == -1
+
+
+def test_the_same_key_and_fingerprint_is_a_replay_and_another_fingerprint_a_conflict(
+    outbox: Outbox, client: Any
+) -> None:
+    key = Idempotency.of("shop", "/emails", "k", {"a": 1, "b": 2})
+    first = outbox.accept(message(), key)
+    again = outbox.accept(message(), Idempotency.of("shop", "/emails", "k", {"b": 2, "a": 1}))
+    assert (first.replayed, again.replayed) == (False, True)
+    assert again.id == first.id
+    with pytest.raises(IdempotencyConflict):
+        outbox.accept(message(), Idempotency.of("shop", "/emails", "k", {"a": 1}))
+    assert client.llen("rq:queue:email") == 1
+    assert len(client.keys("mail:*")) == 1
+    assert 86000 < client.ttl(key.key) <= 86400
+
+
+def test_a_key_belongs_to_its_caller_and_endpoint(outbox: Outbox) -> None:
+    ways = [("shop", "/emails"), ("blog", "/emails"), ("shop", "/start-job")]
+    ids = {outbox.accept(message(), Idempotency.of(*way, "k", {})).id for way in ways}
+    assert len(ids) == 3
+
+
+def test_a_claimed_mail_is_busy_for_everybody_else(outbox: Outbox) -> None:
+    mail_id = accept(outbox)
+    claim(outbox, mail_id)
+    with pytest.raises(Busy) as busy:
+        outbox.claim(mail_id)
+    assert 170 < busy.value.seconds <= 180  # SMTP_TIMEOUT 30 s: conversation 120 s, RQ's timeout 150 s, lease 180 s
+
+
+def test_the_lease_outlives_rqs_own_timeout_of_the_job(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    claim(outbox, mail_id)
+    timeout = int(client.hget(f"rq:job:{mail_id}", "timeout"))
+    assert outbox.settings.deliver_timeout < timeout < client.ttl(f"mail:{mail_id}:claim")
+
+
+def test_a_sent_mail_cannot_be_claimed_again(outbox: Outbox) -> None:
+    mail_id = accept(outbox)
+    claim(outbox, mail_id).settle("sent")
+    assert outbox.claim(mail_id) == "sent"
+
+
+def test_a_mail_that_is_no_longer_kept_cannot_be_claimed(outbox: Outbox, client: Any) -> None:
+    assert outbox.claim("gone-mail") == "gone"
+    assert client.keys("*gone-mail*") == []
+
+
+def test_whoever_lost_his_claim_stops_before_the_final_dot(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    paused = claim(outbox, mail_id)
+    client.delete(f"mail:{mail_id}:claim")
+    other = claim(outbox, mail_id)
+    with pytest.raises(ClaimLost):
+        paused.before_dot({"b@example.com": "in_doubt"})
+    other.before_dot({"b@example.com": "in_doubt"})
+    assert outbox.read(mail_id)["recipients"][0]["status"] == "in_doubt"
+
+
+def test_whoever_lost_his_claim_may_still_say_sent_and_nothing_else(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    paused = claim(outbox, mail_id)
+    client.delete(f"mail:{mail_id}:claim")
+    claim(outbox, mail_id)
+    paused.settle("failed", reason="stale")
+    assert outbox.read(mail_id)["status"] == "sending"
+    paused.settle("sent")
+    assert outbox.read(mail_id)["status"] == "sent"
+
+
+def test_nothing_is_written_over_sent(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    late = claim(outbox, mail_id)
+    client.delete(f"mail:{mail_id}:claim")
+    claim(outbox, mail_id).settle("sent")
+    client.set(f"mail:{mail_id}:claim", late.token)
+    late.settle("delayed", next_in=60)
+    assert outbox.read(mail_id)["status"] == "sent"
+
+
+def test_settling_twice_is_settling_once(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    done = claim(outbox, mail_id)
+    done.attempts.append({"verdict": "accepted"})
+    done.settle("sent")
+    before = client.hgetall(f"mail:{mail_id}")
+    done.settle("sent")
+    after = client.hgetall(f"mail:{mail_id}")
+    assert {key for key in before if before[key] != after[key]} <= {b"settled_at"}
+
+
+def test_an_interrupted_claim_is_taken_over_with_what_it_noted(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    claim(outbox, mail_id).before_dot({"b@example.com": "in_doubt", "c@example.com": "refused"})
+    client.delete(f"mail:{mail_id}:claim")
+    taken = claim(outbox, mail_id)
+    assert taken.state_before == "sending"
+    assert [one.status for one in taken.recipients] == ["in_doubt", "refused"]
+
+
+def test_final_states_are_kept_for_a_time_and_others_until_they_are_final(outbox: Outbox, client: Any) -> None:
+    kept = {"sent": 3 * 86400, "failed": 14 * 86400, "unknown": 14 * 86400}
+    for state, seconds in kept.items():
+        mail_id = accept(outbox)
+        claim(outbox, mail_id).settle(state, reason="x")
+        assert seconds < client.ttl(f"mail:{mail_id}") <= seconds + 3600
+        if state != "sent":  # asked for again: it must not vanish on its way
+            claim(outbox, mail_id)
+            assert client.ttl(f"mail:{mail_id}") == -1
+    mail_id = accept(outbox)
+    claim(outbox, mail_id).settle("delayed", next_in=60)
+    assert client.ttl(f"mail:{mail_id}") == -1
+
+
+def test_the_list_of_attempts_does_not_grow_without_end(outbox: Outbox) -> None:
+    mail_id = accept(outbox)
+    for _ in range(60):
+        attempt = claim(outbox, mail_id)
+        attempt.attempts.append({"at": "then", "verdict": "trouble"})
+        attempt.settle("delayed", next_in=1)
+    assert len(outbox.read(mail_id)["attempts"]) == 50
+
+
+def test_a_canceled_mail_is_not_claimed_and_its_content_is_gone(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    outbox.cancel(mail_id)
+    assert outbox.claim(mail_id) == "canceled"
+    assert not client.hexists(f"mail:{mail_id}", "content")
+    assert client.llen("rq:queue:email") == 0
+    assert client.ttl(f"mail:{mail_id}") > 0
+    assert outbox.read(mail_id)["status"] == "canceled"
+
+
+def test_a_sent_mail_cannot_be_canceled_whatever_its_job_says(outbox: Outbox) -> None:
+    mail_id = accept(outbox)
+    claim(outbox, mail_id).settle("sent")
+    with pytest.raises(NotPossible, match="sent already"):
+        outbox.cancel(mail_id)
+
+
+def test_reading_what_is_not_there_is_not_found(outbox: Outbox) -> None:
+    with pytest.raises(NotFound):
+        outbox.read("nothing")
+
+
+@pytest.mark.parametrize(
+    ("state", "job_status", "shown"),
+    [
+        ("queued", "queued", "queued"),
+        ("sending", "started", "sending"),
+        ("delayed", "scheduled", "delayed"),
+        ("sent", "started", "sent"),
+        ("sent", "failed", "sent"),
+        ("failed", "failed", "failed"),
+        ("failed", "queued", "queued"),
+        ("failed", "scheduled", "queued"),
+        ("unknown", "queued", "queued"),
+        ("unknown", "failed", "unknown"),
+        ("sending", "failed", "failed"),
+        ("queued", "failed", "failed"),
+        ("canceled", "", "canceled"),
+        ("failed", "", "failed"),
+    ],
+)
+def test_the_state_shown_follows_what_rq_knows_better(state: str, job_status: str, shown: str) -> None:
+    assert seen_state(state, job_status, "")[0] == shown
+
+
+def test_jitter_stays_within_a_fifth() -> None:
+    values = {jittered(1000) for _ in range(500)}
+    assert min(values) >= 800
+    assert max(values) <= 1200
+    assert len(values) > 100
+    assert jittered(1) == 1

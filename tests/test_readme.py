@@ -1,0 +1,79 @@
+"""README's commands, run as they stand there: whoever copies them gets what it says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from settings import parse_api_keys
+from tests.servers import ROOT, Api, House, RedisServer, Relay, eventually, project_with
+
+README = (ROOT / "README.md").read_text()
+DEV_KEY = hashlib.sha256(b"dev").hexdigest()
+
+
+def block(language: str, marker: str) -> str:
+    """The one fenced block of this language that holds the marker."""
+    found = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if marker in text]
+    assert len(found) == 1, (marker, len(found))
+    return str(found[0])
+
+
+@pytest.fixture
+def house(redis_server: RedisServer, tmp_path: Path) -> Iterator[House]:
+    with Relay() as relay, House(tmp_path, redis_server.url, **relay.environment(tmp_path)) as house:
+        house.environment["API_KEYS"] = f"dev:{DEV_KEY}"
+        yield house
+
+
+def run(curl: str, api: Api) -> dict[str, str]:
+    here = curl.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{api.port}").replace("curl", "curl -sSf")
+    ran = subprocess.run(["bash", "-c", here], capture_output=True, text=True, check=True)
+    return dict(json.loads(ran.stdout))
+
+
+def test_the_first_curl_gives_the_answer_that_stands_below_it(house: House) -> None:
+    api = Api(house.api().port, "dev")
+    said = run(block("sh", "/start-job"), api)
+    written = json.loads(block("json", "job_id"))
+    assert said.keys() == written.keys()
+    assert said["status"] == written["status"]
+
+
+def test_the_curl_for_a_whole_mail_sends_it(house: House) -> None:
+    api = Api(house.api().port, "dev")
+    house.worker()
+    api.wait_for(run(block("sh", "Idempotency-Key: invoice"), api)["id"], "sent")
+
+
+def test_a_task_added_as_the_readme_says_runs(house: House, tmp_path: Path) -> None:
+    added = block("python", "@task")
+    assert len(added.strip().splitlines()) <= 5
+    house.root = project_with(tmp_path, added)
+    api = Api(house.api().port, "dev")
+    house.worker("jobs")
+    job_id = run(block("sh", '"task": "word_count"'), api)["job_id"]
+    eventually(lambda: api.get(f"/jobs/{job_id}").body["status"] == "finished")
+    assert api.get(f"/jobs/{job_id}").body["result"] == 3
+    wrong = api.post("/jobs", {"task": "word_count", "args": {"text": "a", "shortest": "4"}})
+    assert (wrong.status, wrong.body["errors"][0]["field"]) == (422, "args.shortest")
+
+
+def test_the_commands_for_an_api_key_make_one(tmp_path: Path) -> None:
+    ran = subprocess.run(["bash", "-c", block("sh", "token_urlsafe")], capture_output=True, text=True, check=True)
+    key = re.search(r"key for the application: (\S+)", ran.stdout)
+    line = re.search(r"^API_KEYS=(\S+)$", ran.stdout, re.MULTILINE)
+    assert key
+    assert line
+    assert parse_api_keys(line[1]) == (("shop", hashlib.sha256(key[1].encode()).hexdigest(), "send"),)
+
+
+def test_every_local_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
