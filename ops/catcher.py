@@ -1,0 +1,444 @@
+"""The mail catcher of `bin/dev`: SMTP comes in, nothing goes out, and a page shows what would have been sent.
+
+    python -m ops.catcher [--smtp-port 1025] [--mail-port 8025]
+
+Promises: it takes every mail, however malformed, keeps the last 500 (256 MiB at most) in memory with their bytes as
+they came, and shows each as well as can be. A caught mail is hostile: its text is escaped, its HTML runs no script and
+loads nothing from anywhere; no address or subject is logged. `GET /messages` lists the mails as JSON, the oldest first;
+`GET /messages/{n}.eml` is one as received. Refuses TLS, logins, mails over 64 MiB, every interface but 127.0.0.1, and
+requests that name another host (DNS rebinding). SMTP is RFC 5321 with SIZE, 8BITMIME (6152) and SMTPUTF8 (6531).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import mimetypes
+import re
+import secrets
+import signal
+import socket
+import sys
+from base64 import b64encode
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from email import message_from_bytes
+from email.policy import EmailPolicy
+from email.utils import getaddresses, parseaddr
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+import bottle
+from aiosmtpd.smtp import SMTP, Envelope
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from waitress.server import create_server
+
+from settings import is_loopback
+
+KEPT = 500
+KEPT_BYTES = 256 * 2**20
+SIZE_LIMIT = 64 * 2**20
+
+TABS = ("html", "text", "headers", "source")
+CID = re.compile(r"\bcid:([^\"'()\s<>]+)", re.IGNORECASE)
+# Chromium opens a connection for these even where the policy forbids what they would load.
+PRECONNECTS = re.compile(r"<(?=(?:link|i?frame|fencedframe|object|embed)\b)", re.IGNORECASE)
+
+# Sandboxed, a mail has an origin of its own, no scripts, no forms, and cannot leave its frame. A link that a person
+# clicks opens in a tab of its own. Images are the mail's, as data: URLs.
+MAIL_CSP = (
+    "sandbox allow-popups allow-popups-to-escape-sandbox; default-src 'none'; img-src data:; font-src data:; "
+    "style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'; frame-ancestors 'self'"
+)
+PAGE_CSP = (
+    "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; connect-src 'self'; frame-src 'self'; "
+    "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",  # with no-referrer, browsers send our own form with Origin: null
+    "X-Content-Type-Options": "nosniff",
+    "X-DNS-Prefetch-Control": "off",
+}
+
+log = logging.getLogger("ops.catcher")
+
+
+class Forgiving(EmailPolicy):
+    """`email.policy.default`, except that a header on which its parser raises is handed over as it stands."""
+
+    def header_fetch_parse(self, name: str, value: str) -> Any:
+        try:
+            return super().header_fetch_parse(name, value)
+        except Exception:
+            return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+POLICY = Forgiving(refold_source="none")
+
+
+def readable(text: str) -> str:
+    """Text that UTF-8 can hold, which has no halves of surrogate pairs."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A leaf of a mail: a body, an image that the HTML shows, or a file."""
+
+    name: str
+    content_type: str
+    content_id: str
+    is_file: bool
+    data: bytes
+    text: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """What could be read out of a mail's bytes. `attachments` is all that neither `text` nor `html` shows."""
+
+    headers: list[tuple[str, str]]
+    text: str | None
+    html: str | None
+    images: dict[str, Part]
+    attachments: list[Part]
+
+
+def take_apart(raw: bytes) -> Content:
+    """Never raises: what `email` cannot read at all, such as a thousand nested parts, is one text."""
+    try:
+        message = message_from_bytes(raw, policy=POLICY)
+        headers = [(readable(name), readable(str(value))) for name, value in message.items()]
+        return sort_out(headers, [read_part(number, leaf) for number, leaf in enumerate(leaves(message), 1)])
+    except Exception:
+        return Content([], raw.decode("utf-8", "replace"), None, {}, [])
+
+
+def leaves(part: Any) -> Iterator[Any]:
+    """A mail within the mail is one leaf: its insides are its own."""
+    if part.is_multipart() and part.get_content_maintype() == "multipart":
+        for child in part.get_payload():
+            yield from leaves(child)
+    else:
+        yield part
+
+
+def read_part(number: int, leaf: Any) -> Part:
+    content_type = readable(leaf.get_content_type())
+    if content_type.startswith("multipart/"):  # in name only: it has no boundary
+        content_type = "text/plain"
+    name = readable(leaf.get_filename() or "")
+    data = leaf_bytes(leaf)
+    return Part(
+        name=name or f"part-{number}{mimetypes.guess_extension(content_type) or ''}",
+        content_type=content_type,
+        content_id=readable(str(leaf.get("content-id", ""))).strip().strip("<>"),
+        is_file=bool(name) or leaf.get_content_disposition() == "attachment",
+        data=data,
+        text=decode(data, leaf) if content_type in ("text/plain", "text/html") else "",
+    )
+
+
+def leaf_bytes(leaf: Any) -> bytes:
+    if leaf.is_multipart():
+        return b"".join(child.as_bytes() for child in leaf.get_payload())
+    return bytes(leaf.get_payload(decode=True))
+
+
+def decode(data: bytes, leaf: Any) -> str:
+    try:
+        return readable(data.decode(leaf.get_content_charset("utf-8")))
+    except (LookupError, ValueError):  # no such charset, or bytes that it does not allow
+        return data.decode("utf-8", "replace")
+
+
+def sort_out(headers: list[tuple[str, str]], parts: list[Part]) -> Content:
+    text = next((part for part in parts if part.content_type == "text/plain" and not part.is_file), None)
+    html = next((part for part in parts if part.content_type == "text/html" and not part.is_file), None)
+    used = {unquote(cid) for cid in CID.findall(html.text if html else "")}
+    images = {
+        part.content_id: part
+        for part in parts
+        if part.content_id in used and re.fullmatch(r"image/[a-z0-9.+-]+", part.content_type)
+    }
+    shown = [text, html, *images.values()]
+    attachments = [part for part in parts if part not in shown]
+    return Content(headers, text.text if text else None, html.text if html else None, images, attachments)
+
+
+@dataclass(frozen=True)
+class Mail:
+    """A caught mail: the envelope as the client gave it, the bytes as they came, and what they hold."""
+
+    n: int
+    received_at: datetime
+    envelope_from: str
+    envelope_to: list[str]
+    raw: bytes
+    content: Content
+
+    def header(self, name: str) -> str | None:
+        return next((value for key, value in self.content.headers if key.lower() == name), None)
+
+    @property
+    def sender(self) -> str:
+        """Whom a person would say it is from."""
+        name, address = parseaddr(self.header("from") or "")
+        return name or address or self.header("from") or self.envelope_from or "(no sender)"
+
+    @property
+    def clock(self) -> str:
+        """The time of day, or the day when that is another one than today."""
+        here, now = self.received_at.astimezone(), datetime.now().astimezone()
+        return f"{here:%H:%M}" if here.date() == now.date() else f"{here:%d %b}"
+
+    @property
+    def blind(self) -> set[str]:
+        """The recipients that no header names: Bcc."""
+        named = {address.lower() for _, address in getaddresses([self.header("to") or "", self.header("cc") or ""])}
+        return {address for address in self.envelope_to if address.lower() not in named}
+
+    @property
+    def source(self) -> str:
+        return self.raw.decode("utf-8", "replace")
+
+    @property
+    def framed_html(self) -> str:
+        """The HTML with its inline images, for the sandbox of `MAIL_CSP`; its links open outside of the frame."""
+
+        def inline(match: re.Match[str]) -> str:
+            image = self.content.images.get(unquote(match[1]))
+            return f"data:{image.content_type};base64,{b64encode(image.data).decode()}" if image else match[0]
+
+        html = PRECONNECTS.sub("<x-", CID.sub(inline, self.content.html or ""))
+        return re.sub(r"(?i)\A(\s*<!doctype[^>]*>)?", r'\1<base target="_blank">', html, count=1)
+
+    def summary(self) -> dict[str, Any]:
+        """The mail as `GET /messages` lists it. A header that the mail lacks is null."""
+        return {
+            "n": self.n,
+            "received_at": self.received_at.isoformat(timespec="milliseconds"),
+            "envelope_from": self.envelope_from,
+            "envelope_to": self.envelope_to,
+            **{name.replace("-", "_"): self.header(name) for name in ("from", "to", "cc", "subject", "message-id")},
+            "size": len(self.raw),
+            "attachments": [part.name for part in self.content.attachments],
+            "text": self.content.text,
+            "html": self.content.html,
+        }
+
+
+class Inbox:
+    """The last mails, in the order they came. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._mails: deque[Mail] = deque(maxlen=KEPT)
+        self._caught = 0
+        self._born = secrets.token_hex(4)
+        self._lock = Lock()
+
+    def catch(self, envelope_from: str, envelope_to: Sequence[str], raw: bytes) -> Mail:
+        content = take_apart(raw)
+        sender, recipients = readable(envelope_from), [readable(address) for address in envelope_to]
+        with self._lock:
+            self._caught += 1
+            mail = Mail(self._caught, datetime.now(timezone.utc), sender, recipients, raw, content)
+            self._mails.append(mail)
+            while sum(len(kept.raw) for kept in self._mails) > KEPT_BYTES:
+                self._mails.popleft()
+        return mail
+
+    def mails(self) -> list[Mail]:
+        with self._lock:
+            return list(self._mails)
+
+    def clear(self) -> None:
+        """Numbers go on from where they were: a link never comes to show another mail."""
+        with self._lock:
+            self._mails.clear()
+
+    @property
+    def version(self) -> str:
+        """An ETag that changes whenever the list does, over a restart too."""
+        with self._lock:
+            return f'"{self._born}-{self._caught}-{len(self._mails)}"'
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+
+
+def render(template: str, **values: Any) -> str:
+    nonce = secrets.token_urlsafe(16)
+    bottle.response.set_header("Content-Security-Policy", PAGE_CSP.format(nonce))
+    return TEMPLATES.get_template(template).render(nonce=nonce, **values)
+
+
+def guard() -> None:
+    """Runs before every request. Another site may point its own name at us or post a form to us, and a browser would
+    carry it out; but it names that site, in Host or in Origin.
+    """
+    host = bottle.request.get_header("Host", "")
+    try:
+        ours = is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        ours = False
+    if bottle.request.method == "POST":
+        ours = ours and bottle.request.get_header("Origin", f"http://{host}") == f"http://{host}"
+    if not ours:
+        raise bottle.HTTPError(403, "The mail catcher answers its own page on this machine only.")
+
+
+def add_headers() -> None:
+    for name, value in HEADERS.items():
+        bottle.response.headers.setdefault(name, value)
+
+
+class Site:
+    """What the routes of `make_app` answer."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self.inbox = inbox
+
+    def find(self, n: int) -> Mail:
+        for mail in self.inbox.mails():
+            if mail.n == n:
+                return mail
+        raise bottle.HTTPError(404, f"There is no mail {n} here. It may have been cleared.")
+
+    def page(self, n: int | None = None) -> Any:
+        mail = None if n is None else self.find(n)
+        version = self.inbox.version  # taken before the list: what comes in between is seen at the next poll
+        if bottle.request.get_header("If-None-Match") == version:
+            return bottle.HTTPResponse(status=304)
+        mails, tab = self.inbox.mails()[::-1], bottle.request.query.tab
+        if mail and tab not in TABS:
+            tab = "text" if mail.content.html is None else "html"
+        return render("catcher_page.html", version=version, mails=mails, mail=mail, tab=tab, tabs=TABS, kept=KEPT)
+
+    def messages(self) -> Any:
+        return {"messages": [mail.summary() for mail in self.inbox.mails()]}
+
+    def html(self, n: int) -> str:
+        mail = self.find(n)
+        if mail.content.html is None:
+            raise bottle.HTTPError(404, f"Mail {n} has no HTML.")
+        bottle.response.set_header("Content-Security-Policy", MAIL_CSP)
+        bottle.response.set_header("Referrer-Policy", "no-referrer")
+        return mail.framed_html
+
+    def eml(self, n: int) -> bytes:
+        return download(f"message-{n}.eml", "message/rfc822", self.find(n).raw)
+
+    def attachment(self, n: int, number: int) -> bytes:
+        attachments = self.find(n).content.attachments
+        if not 0 < number <= len(attachments):
+            raise bottle.HTTPError(404, f"Mail {n} has no attachment {number}.")
+        part = attachments[number - 1]
+        return download(part.name, "application/octet-stream", part.data)
+
+    def clear(self) -> None:
+        self.inbox.clear()
+        bottle.redirect("/", 303)
+
+
+def download(name: str, content_type: str, data: bytes) -> bytes:
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name)
+    disposition = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
+    bottle.response.headers.update({"Content-Type": content_type, "Content-Disposition": disposition})
+    return data
+
+
+def show_error(error: Any) -> str:
+    return render("catcher_error.html", status=error.status_line, sentence=error.body)
+
+
+def make_app(inbox: Inbox) -> Any:
+    site, app = Site(inbox), bottle.Bottle()
+    for path, answer in (
+        ("/", site.page),
+        ("/healthz", lambda: "ok\n"),
+        ("/messages", site.messages),
+        ("/messages/<n:int>", site.page),
+        ("/messages/<n:int>.eml", site.eml),
+        ("/messages/<n:int>/html", site.html),
+        ("/messages/<n:int>/attachments/<number:int>", site.attachment),
+    ):
+        app.route(path, "GET", answer)
+    app.route("/clear", "POST", site.clear)
+    app.add_hook("before_request", guard)
+    app.add_hook("after_request", add_headers)
+    app.default_error_handler = show_error
+    return app
+
+
+class Catch:
+    """aiosmtpd's handler: one line for each mail, which says where to look and not what there is to see."""
+
+    def __init__(self, inbox: Inbox, page: str) -> None:
+        self.inbox, self.page = inbox, page
+
+    async def handle_DATA(self, _server: object, _session: object, envelope: Envelope) -> str:
+        raw = envelope.original_content or b""
+        mail = self.inbox.catch(envelope.mail_from or "", envelope.rcpt_tos, raw)
+        log.info("caught message n=%d size=%d %s/messages/%d", mail.n, len(raw), self.page, mail.n)
+        return f"250 OK caught as {mail.n}"
+
+
+class Session(SMTP):
+    line_length_limit = SIZE_LIMIT  # a relay would refuse a longer line than 998, and here one wants to see it
+
+
+def serve_smtp(listener: socket.socket, catch: Catch) -> None:
+    """Runs for ever. A server of our own, since aiosmtpd's Controller takes 5 s to tell that a port is taken."""
+
+    def session() -> Session:
+        # Without a hostname, aiosmtpd asks the DNS for one at every connection.
+        return Session(catch, data_size_limit=SIZE_LIMIT, enable_SMTPUTF8=True, hostname="localhost", loop=loop)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(loop.create_server(session, sock=listener))
+    loop.run_forever()
+
+
+def listen(port: int, flag: str) -> socket.socket:
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        print(f"The mail catcher cannot listen on 127.0.0.1:{port} ({reason}); choose another {flag}.", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    parser = argparse.ArgumentParser(prog="python -m ops.catcher", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--smtp-port", type=int, default=1025)
+    parser.add_argument("--mail-port", type=int, default=8025)
+    ports = parser.parse_args()
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.ERROR)
+    log.setLevel(logging.INFO)
+
+    inbox = Inbox()
+    smtp, http = listen(ports.smtp_port, "--smtp-port"), listen(ports.mail_port, "--mail-port")
+    page = "http://{}:{}".format(*http.getsockname())
+    Thread(target=serve_smtp, args=(smtp, Catch(inbox, page)), daemon=True).start()
+    log.info("catching mail on %s:%d, to be seen on %s/", *smtp.getsockname(), page)
+    create_server(make_app(inbox), sockets=[http], ident=None).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,647 @@
+"""The mail catcher: what it keeps, what it shows, and what a hostile mail or page cannot do to it.
+
+Most facts are asked of the WSGI application; those about sockets, signals and browsers are asked of a real `python -m
+ops.catcher`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from email.message import EmailMessage
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+from wsgiref.util import setup_testing_defaults
+
+import pytest
+from selenium.common import WebDriverException
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from ops import catcher
+from ops.catcher import Inbox, Mail, make_app
+
+ROOT = Path(__file__).parent.parent
+PIXEL = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+SCRIPT = "<script>alert(1)</script>"
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+
+def ask(inbox: Inbox, path: str, method: str = "GET", **headers: str) -> Answer:
+    """One request to the application. Headers are written as in WSGI: `HTTP_ORIGIN`."""
+    heard: list[Any] = []
+    path, _, query = path.partition("?")
+    environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
+    environ |= {"HTTP_HOST": "127.0.0.1:8025", "wsgi.input": BytesIO(), **headers}
+    setup_testing_defaults(environ)
+    body = b"".join(make_app(inbox)(environ, lambda status, fields, _=None: heard.extend((status, fields))))
+    return Answer(int(heard[0].split()[0]), dict(heard[1]), body)
+
+
+def compose(subject: str = "Hello", text: str | None = "Hi.\n", html: str | None = None) -> EmailMessage:
+    message = EmailMessage()
+    message["From"], message["To"], message["Subject"] = "Ada <ada@example.com>", "bob@example.com", subject
+    if text is not None:
+        message.set_content(text)
+    if html is not None:
+        (message.set_content if text is None else message.add_alternative)(html, subtype="html")
+    return message
+
+
+def illustrated(html: str = '<p>Look:</p><img src="cid:dot@example.com">') -> EmailMessage:
+    return relate(compose(html=html), PIXEL, "image", "png", "<dot@example.com>")
+
+
+def relate(message: EmailMessage, data: bytes, maintype: str, subtype: str, cid: str) -> EmailMessage:
+    body = message.get_body(["html"])
+    assert body
+    body.add_related(data, maintype, subtype, cid=cid, filename=f"dot.{subtype}", disposition="inline")
+    return message
+
+
+def catch(inbox: Inbox, mail: EmailMessage | bytes, to: tuple[str, ...] = ("bob@example.com",)) -> Mail:
+    return inbox.catch("ada@example.com", to, mail if isinstance(mail, bytes) else mail.as_bytes())
+
+
+@pytest.fixture
+def inbox() -> Inbox:
+    return Inbox()
+
+
+# What it keeps
+
+
+def test_a_mail_is_listed_with_its_envelope_its_headers_and_its_bodies(inbox: Inbox) -> None:
+    message = compose("Grüße", html="<p>Hi.</p>")
+    message["Cc"], message["Message-ID"] = "carol@example.com", "<1@example.com>"
+    message.add_attachment(b"%PDF", maintype="application", subtype="pdf", filename="Rechnung März.pdf")
+    size = len(catch(inbox, message, to=("bob@example.com", "hidden@example.com")).raw)
+    (listed,) = json.loads(ask(inbox, "/messages").body)["messages"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", listed.pop("received_at"))
+    assert listed == {
+        "n": 1,
+        "envelope_from": "ada@example.com",
+        "envelope_to": ["bob@example.com", "hidden@example.com"],
+        "from": "Ada <ada@example.com>",
+        "to": "bob@example.com",
+        "cc": "carol@example.com",
+        "subject": "Grüße",
+        "message_id": "<1@example.com>",
+        "size": size,
+        "attachments": ["Rechnung März.pdf"],
+        "text": "Hi.\n",
+        "html": "<p>Hi.</p>\n",
+    }
+
+
+def test_mails_are_listed_in_the_order_they_came_and_shown_the_newest_first(inbox: Inbox) -> None:
+    for subject in ("Mail A", "Mail B"):
+        catch(inbox, compose(subject))
+    assert [mail["subject"] for mail in json.loads(ask(inbox, "/messages").body)["messages"]] == ["Mail A", "Mail B"]
+    assert re.findall(r"Mail [AB]", ask(inbox, "/").text) == ["Mail B", "Mail A"]
+
+
+def test_the_bytes_of_a_mail_come_back_as_they_were_received(inbox: Inbox) -> None:
+    raw = b"Subject:  odd \r\n\tfolding\r\nX: \xff\r\n\r\n\x00 bare\nnewline \xfe\r\n.dot\r\n"
+    catch(inbox, raw)
+    answer = ask(inbox, "/messages/1.eml")
+    assert answer.body == raw
+    assert answer.headers["Content-Type"] == "message/rfc822"
+
+
+def test_the_last_500_mails_are_kept(inbox: Inbox) -> None:
+    for _ in range(502):
+        catch(inbox, b"\r\n")
+    assert [inbox.mails()[0].n, inbox.mails()[-1].n] == [3, 502]
+    assert ask(inbox, "/messages/2").status == 404
+    assert "last 500 mails" in ask(inbox, "/").text
+
+
+def test_large_mails_push_out_the_oldest_before_memory_is_full(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catcher, "KEPT_BYTES", 1000)
+    for _ in range(3):
+        catch(inbox, b"x" * 400)
+    assert [mail.n for mail in inbox.mails()] == [2, 3]
+
+
+def test_mails_caught_at_the_same_time_are_numbered_in_their_order(
+    inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(n: int, *rest: Any) -> Mail:
+        time.sleep(0.001 * (n % 3))  # lets another thread in, between the number and the list
+        return Mail(n, *rest)
+
+    monkeypatch.setattr(catcher, "Mail", slow)
+    threads = [threading.Thread(target=catch, args=(inbox, b"\r\n")) for _ in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [mail.n for mail in inbox.mails()] == list(range(1, 31))
+
+
+def test_clearing_empties_the_inbox_and_numbers_go_on(inbox: Inbox) -> None:
+    catch(inbox, compose())
+    answer = ask(inbox, "/clear", "POST", HTTP_ORIGIN="http://127.0.0.1:8025")
+    assert (answer.status, answer.headers["Location"]) == (303, "http://127.0.0.1:8025/")
+    assert inbox.mails() == []
+    assert catch(inbox, compose()).n == 2
+
+
+def test_the_page_answers_304_until_the_list_changes(inbox: Inbox) -> None:
+    def poll(version: str) -> int:
+        return ask(inbox, "/", HTTP_IF_NONE_MATCH=version).status
+
+    for change in (lambda: catch(inbox, compose()), inbox.clear, lambda: catch(inbox, compose())):
+        before = inbox.version
+        assert poll(before) == 304
+        change()
+        assert poll(before) == 200
+    assert poll(Inbox().version) == 200  # as a page sees it that was left open over a restart
+
+
+# What it shows
+
+
+def test_the_envelope_shows_who_got_a_blind_copy(inbox: Inbox) -> None:
+    catch(inbox, compose(), to=("Bob@example.com", "hidden@example.com"))
+    recipients = re.findall(r'class="recipient">([^<]+)(<span class="badge")?', ask(inbox, "/messages/1").text)
+    assert recipients == [("Bob@example.com", ""), ("hidden@example.com ", '<span class="badge"')]
+
+
+def test_a_mail_opens_with_its_html_or_else_with_its_text(inbox: Inbox) -> None:
+    catch(inbox, compose(html="<p>Hi.</p>"))
+    catch(inbox, compose(text="Only text."))
+    assert (
+        '<iframe title="The mail as HTML" src="/messages/1/html" sandbox="allow-popups allow-popups-to-escape-sandbox"'
+        in ask(inbox, "/messages/1").text
+    )
+    assert "Only text." in ask(inbox, "/messages/2").text
+    assert "<iframe" not in ask(inbox, "/messages/2").text
+
+
+def test_headers_are_shown_decoded_and_as_received(inbox: Inbox) -> None:
+    catch(inbox, b"Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\n\r\nbody\r\n")
+    page = ask(inbox, "/messages/1?tab=headers").text
+    assert "<td>Grüße</td>" in page
+    assert "<pre>Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=</pre>" in page
+
+
+def test_the_source_tab_shows_the_mail_as_it_travelled(inbox: Inbox) -> None:
+    catch(inbox, b"Subject: x\r\n\r\n=3Cb=3E <b>\r\n")
+    assert "Subject: x\r\n\r\n=3Cb=3E &lt;b&gt;" in ask(inbox, "/messages/1?tab=source").text
+
+
+def test_an_inline_image_is_put_into_the_html_and_is_no_attachment(inbox: Inbox) -> None:
+    mail = catch(inbox, illustrated())
+    assert '<img src="data:image/png;base64,iVBOR' in ask(inbox, "/messages/1/html").text
+    assert mail.content.attachments == []
+
+
+def test_an_image_that_the_html_does_not_show_is_an_attachment(inbox: Inbox) -> None:
+    mail = catch(inbox, illustrated("<p>No image.</p>"))
+    assert [part.name for part in mail.content.attachments] == ["dot.png"]
+
+
+def test_what_calls_itself_an_image_but_is_html_is_not_put_into_the_html(inbox: Inbox) -> None:
+    catch(inbox, relate(compose(html='<img src="cid:x">'), b"<b>", "text", "html", "<x>"))
+    assert '<img src="cid:x">' in ask(inbox, "/messages/1/html").text
+
+
+def test_an_attachment_is_downloaded_and_never_shown_by_the_browser(inbox: Inbox) -> None:
+    message = compose()
+    message.add_attachment(SCRIPT.encode(), maintype="text", subtype="html", filename="März.html")
+    catch(inbox, message)
+    answer = ask(inbox, "/messages/1/attachments/1")
+    assert answer.body.strip() == SCRIPT.encode()
+    assert answer.headers["Content-Type"] == "application/octet-stream"
+    assert (
+        answer.headers["Content-Disposition"] == "attachment; filename=\"M_rz.html\"; filename*=UTF-8''M%C3%A4rz.html"
+    )
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_a_mail_within_a_mail_is_one_attachment(inbox: Inbox) -> None:
+    message = compose()
+    message.add_attachment(compose("inner", html="<p>inner</p>"), filename="inner.eml")
+    mail = catch(inbox, message)
+    assert mail.content.html is None
+    assert [part.name for part in mail.content.attachments] == ["inner.eml"]
+    assert b"Subject: inner" in ask(inbox, "/messages/1/attachments/1").body
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/messages/7", "/messages/7.eml", "/messages/7/html", "/messages/1/html", "/messages/1/attachments/1", "/x"],
+)
+def test_what_is_not_there_is_404(inbox: Inbox, path: str) -> None:
+    catch(inbox, compose())
+    assert ask(inbox, path).status == 404
+
+
+def test_an_empty_inbox_says_how_to_send_a_mail(inbox: Inbox) -> None:
+    assert "curl" in ask(inbox, "/").text
+
+
+# What a hostile or broken mail cannot do
+
+NESTED = b"".join(b'Content-Type: multipart/mixed; boundary="%d"\r\n\r\n--%d\r\n' % (n, n) for n in range(1000))
+MALFORMED = {
+    "nothing": b"",
+    "no headers": b"\r\njust a body\r\n",
+    "no colon": b"this is no header\r\nSubject: x\r\n\r\nbody",
+    "8-bit garbage": bytes(range(256)) * 8,
+    "NUL": b"Subject: a\0b\r\nFrom: \0\r\n\r\n\0",
+    "raw UTF-8 headers": "Subject: Grüße\r\nFrom: Jürgen <ü@example.com>\r\n\r\nü".encode(),
+    "raw Latin-1 headers": "Subject: Grüße\r\nTo: ü\r\nContent-Type: text/plain; name=ü\r\n\r\nü".encode("latin-1"),
+    "unknown charset": b"Content-Type: text/plain; charset=klingon\r\n\r\nh\xffi",
+    "charset with NUL": b"Content-Type: text/plain; charset*=a%00b'x'u\r\n\r\nhi",
+    "charset that is no text": b"Content-Type: text/html; charset=zlib\r\n\r\nhi",
+    "surrogate in the body": b"Content-Type: text/html; charset=utf-7\r\n\r\n+2AA-",
+    "surrogate in a header": b"Subject: =?utf-7?q?+2AA-?=\r\nFrom: =?unicode-escape?q?=5Cud800?= <a@b>\r\n\r\n",
+    "unknown charset in a header": b"Subject: =?klingon?b?AAAA?= =?utf-8?b?!!!?=\r\nTo: =?x?q?\r\n\r\n",
+    "broken base64": b"Content-Transfer-Encoding: base64\r\nContent-Type: text/html\r\n\r\n!a\xff=b==c",
+    "broken uuencode": b"Content-Transfer-Encoding: uuencode\r\n\r\nbegin 666 x\r\n~~~~\r\n",
+    "unknown encoding": b"Content-Transfer-Encoding: \xff\0rot13\r\n\r\nx",
+    "broken quoted-printable": b"Content-Transfer-Encoding: quoted-printable\r\n\r\n=ZZ=\r\n=",
+    "multipart without boundary": b"Content-Type: multipart/mixed\r\n\r\n--x\r\n\r\nhi",
+    "multipart without end": b"Content-Type: multipart/mixed; boundary=x\r\n\r\n--x\r\n\r\n<p>",
+    "nested too deep": NESTED,
+    "content types of nonsense": b'Content-Type: ;;;/="\r\nContent-Disposition: \xff;=\r\nContent-ID: <\r\n\r\n',
+    "addresses of nonsense": b'From: <<>>,;:@@"\r\nTo: =?utf-8?q?=00?= <\r\nCc: group:;,"\\\r\nReply-To: (((\r\n\r\n',
+    "message-id of nonsense": b"Message-ID: <\r\nDate: 99 Foo 99999 25:61\r\n\r\n",
+    "header parser that raises": b'Content-Type: text/plain; x*1*="\r\nTo: a@[\r\nFrom: @\r\nMessage-ID: <@\r\n\r\n',
+    "filename with newline": b"Content-Type: application/x; name*=utf-8''a%0D%0AX-Evil:%201%00%22\r\n\r\nx",
+    "broken attached mail": b"Content-Type: message/rfc822\r\n\r\n\xff\xfe: x\r\n\r\n\0",
+    "delivery status": b"Content-Type: message/delivery-status\r\n\r\nA: b\r\n\r\nC: \xff\r\n",
+}
+
+
+@pytest.mark.parametrize("raw", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_mail_is_shown_as_well_as_can_be(inbox: Inbox, raw: bytes) -> None:
+    mail = inbox.catch("\udcff@example.com", ["\ud800", "<x>"], raw)
+    paths = ["/", "/messages", "/messages/1", *(f"/messages/1?tab={tab}" for tab in catcher.TABS)]
+    paths += [f"/messages/1/attachments/{number}" for number, _ in enumerate(mail.content.attachments, 1)]
+    paths += ["/messages/1/html"] if mail.content.html is not None else []
+    for path in paths:
+        answer = ask(inbox, path)
+        assert answer.status == 200, path
+        assert not any(re.search(r"[\r\n\0]", value) for value in answer.headers.values()), path
+    assert ask(inbox, "/messages/1.eml").body == raw
+
+
+def test_what_can_be_read_of_a_malformed_mail_is_read(inbox: Inbox) -> None:
+    for name in ("unknown charset", "raw UTF-8 headers", "multipart without boundary", "nested too deep"):
+        catch(inbox, MALFORMED[name])
+    unknown, unencoded, boundless, nested = inbox.mails()
+    assert unknown.content.text == "h�i"
+    assert (unencoded.header("subject"), unencoded.sender, unencoded.content.text) == ("Grüße", "Jürgen", "ü")
+    assert "hi" in str(boundless.content.text)
+    assert 'boundary="999"' in str(nested.content.text)
+
+
+@pytest.mark.parametrize("header", ["To: a@[", "Reply-To: x<", "Message-ID: <"])
+def test_a_header_on_which_pythons_parser_raises_spoils_nothing_but_itself(inbox: Inbox, header: str) -> None:
+    content = catch(inbox, f"Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\n{header}\r\n\r\nHi.".encode()).content
+    assert (content.headers[0], content.text) == (("Subject", "Grüße"), "Hi.")
+
+
+def test_everything_a_mail_says_is_escaped(inbox: Inbox) -> None:
+    message = compose(SCRIPT, text=SCRIPT, html="<p>")
+    message.replace_header("From", f'"{SCRIPT}" <a@example.com>')
+    message["X-Evil"] = SCRIPT
+    message.add_attachment(b"x", maintype="application", subtype="x", filename=f'"{SCRIPT}.txt')
+    inbox.catch(SCRIPT, [SCRIPT, '" autofocus onfocus="alert(1)'], message.as_bytes())
+    for path in ("/", *(f"/messages/1?tab={tab}" for tab in (*catcher.TABS, SCRIPT, '"><b>'))):
+        page = ask(inbox, path).text
+        assert "alert(1)" in page
+        assert SCRIPT not in page
+        assert 'onfocus="alert' not in page
+
+
+def test_a_mails_html_is_served_in_a_sandbox_that_loads_nothing(inbox: Inbox) -> None:
+    catch(inbox, compose(html="<!DOCTYPE html>\n<p>Hi.</p>"))
+    answer = ask(inbox, "/messages/1/html")
+    policy = dict(rule.partition(" ")[::2] for rule in answer.headers["Content-Security-Policy"].split("; "))
+    assert policy["sandbox"] == "allow-popups allow-popups-to-escape-sandbox"
+    assert policy["default-src"] == policy["form-action"] == policy["base-uri"] == "'none'"
+    assert policy["img-src"] == "data:"
+    assert not {"script-src", "frame-src", "connect-src", "object-src"} & set(policy)
+    assert answer.headers["Content-Type"] == "text/html; charset=UTF-8"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.text.startswith('<!DOCTYPE html><base target="_blank">')  # before it, quirks mode would set in
+
+
+def test_the_pages_own_policy_allows_only_its_own_script(inbox: Inbox) -> None:
+    answers = ask(inbox, "/"), ask(inbox, "/messages/9"), ask(inbox, "/")
+    policies = [answer.headers["Content-Security-Policy"] for answer in answers]
+    assert len(set(policies)) == 3  # a nonce is used once
+    for policy in policies:
+        assert policy.startswith("default-src 'none'; ")
+        assert re.search(r"script-src 'nonce-[\w-]{20,}';", policy)
+        assert "unsafe" not in policy
+
+
+# What another site cannot do
+
+
+STRANGERS = (
+    *("", "evil.example", "evil.example:8025", "127.0.0.1.evil.example", "localhost.evil.example", "192.168.0.1:8025"),
+    *("127.0.0.1@evil.example", "evil.example#127.0.0.1", "[::2]:8025", "[::1", "a b"),
+)
+
+
+@pytest.mark.parametrize("host", STRANGERS)
+@pytest.mark.parametrize("path", ["/", "/messages", "/messages/1.eml", "/messages/1/html", "/nowhere"])
+def test_a_request_for_another_host_is_refused(inbox: Inbox, host: str, path: str) -> None:
+    catch(inbox, compose("secret", html="secret"))
+    answer = ask(inbox, path, HTTP_HOST=host)
+    assert answer.status == 403
+    assert b"secret" not in answer.body
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:8025", "127.0.0.1:8025", "127.1.2.3", "[::1]:8025"])
+def test_a_request_for_a_loopback_host_is_answered(inbox: Inbox, host: str) -> None:
+    assert ask(inbox, "/healthz", HTTP_HOST=host).status == 200
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["null", "http://evil.example", "http://127.0.0.1:8000", "https://127.0.0.1:8025", "http://localhost:8025", ""],
+)
+def test_another_site_cannot_clear_the_inbox(inbox: Inbox, origin: str) -> None:
+    catch(inbox, compose())
+    assert ask(inbox, "/clear", "POST", HTTP_ORIGIN=origin).status == 403
+    assert ask(inbox, "/clear").status == 405
+    assert len(inbox.mails()) == 1
+
+
+def test_a_client_without_origin_such_as_curl_can_clear_the_inbox(inbox: Inbox) -> None:
+    catch(inbox, compose())
+    assert ask(inbox, "/clear", "POST").status == 303
+    assert inbox.mails() == []
+
+
+# The process
+
+
+class Catcher(NamedTuple):
+    process: subprocess.Popen[str]
+    smtp_port: int
+    page: str
+
+    def send(self, mail: EmailMessage | bytes, to: str = "bob@example.com") -> None:
+        with smtplib.SMTP("127.0.0.1", self.smtp_port, timeout=10) as relay:
+            raw = mail if isinstance(mail, bytes) else mail.as_bytes()
+            relay.sendmail("ada@example.com", [to], raw, ["BODY=8BITMIME"])
+
+    def fetch(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.page + path, timeout=10) as answer:
+            return bytes(answer.read())
+
+    def log(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline()
+
+
+def start(*flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ops.catcher", *flags]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def running() -> Iterator[Catcher]:
+    with start("--smtp-port", "0", "--mail-port", "0") as process:
+        try:
+            assert process.stdout
+            said = re.fullmatch(
+                r"catching mail on 127\.0\.0\.1:(\d+), to be seen on (\S+)/\n", process.stdout.readline()
+            )
+            assert said
+            yield Catcher(process, int(said[1]), said[2])
+        finally:
+            process.kill()
+
+
+def test_a_mail_sent_by_smtp_is_on_the_page_and_its_log_line_tells_nothing_of_it(running: Catcher) -> None:
+    running.send(compose("A secret subject"))
+    size = json.loads(running.fetch("/messages"))["messages"][0]["size"]
+    assert running.log() == f"caught message n=1 size={size} {running.page}/messages/1\n"
+    assert b"A secret subject" in running.fetch("/")
+    assert running.fetch("/healthz") == b"ok\n"
+    running.process.terminate()
+    assert running.process.communicate(timeout=10) == ("", "")
+
+
+def test_no_mail_is_refused_for_being_malformed(running: Catcher) -> None:
+    for n, raw in enumerate(MALFORMED.values(), 1):
+        running.send(raw)
+        assert running.fetch(f"/messages/{n}")
+
+
+def test_lines_of_any_length_and_addresses_in_any_script_are_taken(running: Catcher) -> None:
+    line = b"x" * 300_000
+    with smtplib.SMTP("127.0.0.1", running.smtp_port, timeout=10) as relay:
+        relay.sendmail(
+            "jürgen@example.com", ["用户@example.com"], b"\r\n" + line + b"\r\n", ["SMTPUTF8", "BODY=8BITMIME"]
+        )
+        assert relay.esmtp_features["size"] == str(64 * 2**20)
+        assert not {"starttls", "auth"} & set(relay.esmtp_features)
+    (mail,) = json.loads(running.fetch("/messages"))["messages"]
+    assert (mail["envelope_from"], mail["envelope_to"]) == ("jürgen@example.com", ["用户@example.com"])
+    assert mail["text"] == "x" * 300_000 + "\r\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_quickly_with_status_0_even_with_a_client_connected(running: Catcher, number: int) -> None:
+    with smtplib.SMTP("127.0.0.1", running.smtp_port, timeout=10):
+        began = time.monotonic()
+        running.process.send_signal(number)
+        out, err = running.process.communicate(timeout=10)
+        assert (running.process.returncode, out, err) == (0, "", "")
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("flag", ["--smtp-port", "--mail-port"])
+def test_a_port_that_is_taken_is_told_in_one_sentence_that_names_the_flag(flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        other = {"--smtp-port": "--mail-port", "--mail-port": "--smtp-port"}[flag]
+        with start(flag, port, other, "0") as process:
+            out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (2, "")
+    assert err.count("\n") == 1
+    assert f"127.0.0.1:{port} " in err
+    assert flag in err
+
+
+def test_it_listens_on_127_0_0_1_and_nowhere_else(running: Catcher) -> None:
+    for port in (running.smtp_port, int(running.page.rpartition(":")[2])):
+        with pytest.raises(ConnectionRefusedError):  # another loopback address: open if it listened on all of them
+            socket.create_connection(("127.0.0.2", port), timeout=5).close()
+
+
+# In a browser
+
+
+@pytest.fixture
+def stranger() -> Iterator[tuple[str, list[str]]]:
+    """A server that no mail may reach: its URL and what it hears, '' where a browser connects and says nothing."""
+    heard: list[str] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.settimeout(0.5)
+                try:
+                    heard.append(connection.recv(1000).decode("latin-1").partition("\r\n")[0])
+                    connection.sendall(
+                        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n<img src=/image><p>hi"
+                    )
+                except OSError:
+                    heard.append("")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}", heard
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join()
+
+
+def wait_for(browser: Chrome, condition: Callable[[Chrome], Any]) -> Any:
+    return WebDriverWait(browser, 10, 0.05, [WebDriverException]).until(condition)
+
+
+def loaded_frame(browser: Chrome) -> None:
+    browser.switch_to.frame(wait_for(browser, lambda page: page.find_element(By.TAG_NAME, "iframe")))
+    wait_for(browser, lambda frame: frame.find_elements(By.ID, "end"))
+
+
+@pytest.mark.browser
+def test_a_mails_html_and_its_inline_image_are_seen_in_the_frame(browser: Chrome, running: Catcher) -> None:
+    running.send(illustrated('<p id="hi">Look:</p><img src="cid:dot@example.com"><p id="end">'))
+    browser.get(running.page + "/messages/1")
+    loaded_frame(browser)
+    assert browser.find_element(By.ID, "hi").text == "Look:"
+    assert browser.find_element(By.TAG_NAME, "img").get_property("naturalWidth") == 1
+
+
+HOSTILE = """<!doctype html><title>before</title>
+<script>document.title = "ran"; new Image().src = "{0}/script"; parent.document.title = "ran"</script>
+<meta http-equiv="refresh" content="0; url={0}/refresh">
+<link rel="stylesheet" href="{0}/sheet"><link rel="preconnect" href="{0}"><LINK rel="prefetch" href="{0}/prefetch">
+<style>@import url("{0}/import"); @font-face {{ font-family: F; src: url("{0}/font") }} p {{ font-family: F }}</style>
+<img src="{0}/image" onerror="document.title = 'ran'"><img srcset="{0}/srcset 1x"><p background="{0}/background">x
+<table background="{0}/table"><tr><td style="background: url({0}/style)">x</table>
+<iframe src="{0}/frame"></iframe><IFRAME
+src="{0}/frame"></IFRAME><iframe srcdoc="<img src='{0}/srcdoc'>"></iframe><object data="{0}/object"></object>
+<embed src="{0}/embed"><video src="{0}/video" poster="{0}/poster" autoplay></video>
+<audio src="{0}/audio" autoplay></audio>
+<svg><image href="{0}/svg"/><script>document.title = "ran"</script></svg>
+<form action="{0}/form"><input name="a" autofocus onfocus="document.title = 'ran'"><button id="submit">b</button></form>
+<a id="js" href="javascript:document.title = 'ran'" target="_self">x</a><p id="end">end"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("path", ["/messages/1", "/messages/1/html"])
+def test_a_mail_runs_no_script_and_reaches_nobody(
+    browser: Chrome, running: Catcher, stranger: tuple[str, list[str]], path: str
+) -> None:
+    url, heard = stranger
+    running.send(compose(html=HOSTILE.format(url)))
+    browser.get(running.page + path)
+    if path == "/messages/1":
+        loaded_frame(browser)
+    for control in ("submit", "js"):
+        browser.find_element(By.ID, control).click()
+    time.sleep(1.5)  # a refresh, a preconnect or a font takes a moment
+    assert browser.find_element(By.ID, "end").text == "end"
+    browser.switch_to.default_content()
+    assert browser.title in ("before", "Hello · Mail catcher")
+    assert heard == []
+
+
+@pytest.mark.browser
+def test_the_stranger_of_these_tests_hears_what_does_reach_it(browser: Chrome, stranger: tuple[str, list[str]]) -> None:
+    url, heard = stranger
+    browser.get(url)
+    wait_for(browser, lambda _: "GET /image HTTP/1.1" in heard)
+
+
+@pytest.mark.browser
+def test_a_link_in_a_mail_opens_in_a_tab_of_its_own(
+    browser: Chrome, running: Catcher, stranger: tuple[str, list[str]]
+) -> None:
+    url, heard = stranger
+    running.send(compose(html=f'<a href="{url}/confirm">Confirm</a><p id="end">'))
+    browser.get(running.page + "/messages/1")
+    loaded_frame(browser)
+    first = browser.current_window_handle
+    browser.find_element(By.TAG_NAME, "a").click()
+    wait_for(browser, lambda _: "GET /confirm HTTP/1.1" in heard)
+    wait_for(browser, lambda page: len(page.window_handles) == 2)
+    browser.switch_to.window(next(handle for handle in browser.window_handles if handle != first))
+    browser.close()
+    browser.switch_to.window(first)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("path", ["/", "/messages/1"])
+def test_a_mail_that_arrives_appears_on_the_open_page_without_a_reload(
+    browser: Chrome, running: Catcher, path: str
+) -> None:
+    running.send(compose("The first"))
+    browser.get(running.page + path)
+    browser.execute_script("window.sameDocument = true; document.querySelector('#list a').focus()")
+    running.send(compose("The second"))
+    wait_for(browser, lambda page: len(page.find_elements(By.CSS_SELECTOR, "#list li")) == 2)
+    assert [row.text for row in browser.find_elements(By.CSS_SELECTOR, "#list .subject")] == ["The second", "The first"]
+    assert browser.find_element(By.ID, "count").text == "2 mails"
+    assert browser.execute_script("return window.sameDocument")
+    assert browser.switch_to.active_element.get_property("href") == running.page + "/messages/1"
+
+
+@pytest.mark.browser
+def test_the_empty_page_becomes_a_list_and_clear_empties_it_again(browser: Chrome, running: Catcher) -> None:
+    browser.get(running.page)
+    assert "No mail yet" in browser.find_element(By.ID, "mail").text
+    running.send(compose())
+    wait_for(browser, lambda page: "Choose a mail" in page.find_element(By.ID, "mail").text)
+    browser.find_element(By.ID, "clear").click()
+    wait_for(browser, lambda page: "No mail yet" in page.find_element(By.ID, "mail").text)
+    assert json.loads(running.fetch("/messages")) == {"messages": []}
+
+
+@pytest.mark.browser
+def test_a_page_left_open_says_so_when_the_catcher_has_stopped(browser: Chrome, running: Catcher) -> None:
+    browser.get(running.page)
+    assert browser.find_element(By.CSS_SELECTOR, "[role=status]").text == "listening"
+    running.process.terminate()
+    wait_for(browser, lambda page: page.find_element(By.CSS_SELECTOR, "[role=status]").text == "not running")
