@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import redis
 from rq import Callback, Queue, Retry
 from rq.job import Job
 from rq.serializers import JSONSerializer
+from rq.webhook import Webhook
 
 from tests.servers import Api, House, RedisServer, eventually, project_with
 
@@ -67,6 +69,17 @@ def test_callbacks_that_a_job_brings_are_not_run(house: House, client: redis.Red
     house.worker("jobs")
     eventually(lambda: status(client, job) == "finished")
     assert status(client, job) == "finished"
+
+
+def test_a_webhook_that_a_job_brings_is_not_called(house: House, client: redis.Redis) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.5)
+        hook = Webhook(f"http://127.0.0.1:{listener.getsockname()[1]}/", "finished")
+        job = Queue("jobs", connection=client, serializer=JSONSerializer).enqueue("tasks.why_failed", webhooks=[hook])
+        house.worker("jobs")
+        eventually(lambda: status(client, job) == "finished")
+        with pytest.raises(TimeoutError):
+            listener.accept()
 
 
 def test_an_offered_task_runs_and_its_result_can_be_read(house: House, client: redis.Redis) -> None:
