@@ -279,11 +279,14 @@ class Outbox:
 
 
 def seen_state(state: str, job_status: str, reason: str) -> tuple[str, str]:
-    """What RQ knows and the mail does not yet: a failed mail that was queued again, a worker that died for good."""
+    """What RQ knows and the mail does not yet: queued again after it failed, a worker that died for good, a job that
+    somebody deleted (`rq empty`)."""
     if state in ("failed", "unknown") and job_status in ("queued", "scheduled", "started"):
         return "queued", ""
     if state not in FINAL and job_status == "failed":
         return "failed", reason or "its worker died in every attempt"
+    if state not in FINAL and not job_status:
+        return "failed", "its job was deleted"
     return state, reason
 
 

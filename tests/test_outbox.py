@@ -205,6 +205,8 @@ def test_reading_what_is_not_there_is_not_found(outbox: Outbox) -> None:
         ("unknown", "failed", "unknown"),
         ("sending", "failed", "failed"),
         ("queued", "failed", "failed"),
+        ("queued", "", "failed"),
+        ("delayed", "", "failed"),
         ("canceled", "", "canceled"),
         ("failed", "", "failed"),
     ],
