@@ -89,6 +89,7 @@ def test_an_offered_task_runs_and_its_result_can_be_read(house: House, client: r
     assert answer.status == 202
     eventually(lambda: api.get(f"/jobs/{answer.body['job_id']}").body["status"] == "finished")
     assert api.get(f"/jobs/{answer.body['job_id']}").body["result"] == {}
+    assert f"task_finished id={answer.body['job_id']} task=why_failed" in house.log("worker-jobs")
 
 
 def test_why_failed_counts_the_mails_that_failed_by_reason(house: House, client: redis.Redis) -> None:
