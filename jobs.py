@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,18 +24,11 @@ from typing import Any, NamedTuple
 from redis import Redis
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.client import Pipeline
-from redis.exceptions import (
-    ConnectionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    ResponseError,
-    TimeoutError,
-    WatchError,
-)
+from redis.exceptions import AuthenticationError, ConnectionError, ResponseError, TimeoutError, WatchError
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry
-from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
@@ -105,29 +100,70 @@ def connect(url: str, *, patient: bool = False) -> Redis:
     return Redis.from_url(
         url,
         socket_connect_timeout=5 if patient else 1,
-        socket_timeout=10 if patient else 1.3,
-        socket_keepalive=True,
+        # Twice this fits into three seconds: a request may first have to wait for a thread that waits for Redis.
+        socket_timeout=10 if patient else 1.2,
+        **({} if url.startswith("unix:") else {"socket_keepalive": True}),
         retry=RedisRetry(ExponentialWithJitterBackoff(base=0.05, cap=2), 40) if patient else RedisRetry(NoBackoff(), 0),
         # A feature of Redis' cloud, asked for on each connection in a round trip that every other server refuses.
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
 
 
+CANNOT_NOW = {  # a word of Redis' error -> what is the matter
+    "OOM": "Redis is out of memory (maxmemory is reached)",
+    "READONLY": "Redis is a read-only replica",
+    "MISCONF": "Redis cannot write to its disk, so it refuses writes",
+    "NOREPLICAS": "Redis misses replicas, so it refuses writes",
+    "MASTERDOWN": "Redis is a replica without its master",
+    "NOPERM": "Redis' ACL does not let us do this",
+    "The user executing the script": "Redis' ACL does not let us do this",
+    "BUSY": "Redis is busy with a script",
+}
+
+
+_silent = threading.Event()
+_scout = threading.RLock()
+
+
+@contextmanager
+def scouting() -> Iterator[None]:
+    """Once Redis is silent, one caller at a time finds out whether it is back; the others are refused at once.
+
+    If each waited for the time-out, a request that waits for a thread of Waitress would wait for one after another.
+    """
+    silent = _silent.is_set()
+    if silent and not _scout.acquire(blocking=False):
+        raise ConnectionError
+    try:
+        yield
+        _silent.clear()
+    except (ConnectionError, TimeoutError):
+        _silent.set()
+        raise
+    except Exception:  # it answered, if not as hoped
+        _silent.clear()
+        raise
+    finally:
+        if silent:
+            _scout.release()
+
+
 @contextmanager
 def unavailable() -> Iterator[None]:
     """Turns what Redis says when it cannot work now into `Unavailable`; a mistake of ours stays what it is."""
     try:
-        yield
+        with scouting():
+            yield
+    except AuthenticationError:
+        raise Unavailable("Redis does not accept our password") from None
     except (ConnectionError, TimeoutError):
         raise Unavailable("Redis does not answer") from None
-    except OutOfMemoryError:
-        raise Unavailable("Redis is out of memory (maxmemory is reached)") from None
-    except ReadOnlyError:
-        raise Unavailable("Redis is a read-only replica") from None
     except ResponseError as error:
-        if str(error).startswith(("MISCONF", "NOPERM", "NOREPLICAS")):
-            raise Unavailable("Redis refuses writes: " + str(error).split()[0]) from None
-        raise
+        # redis-py takes the word off if it knows it; before version 7, Redis put it into the middle for a script.
+        said = re.search(rf"\b({'|'.join(CANNOT_NOW)})\b", f"{error.status_code} {error}")
+        if not said:
+            raise
+        raise Unavailable(CANNOT_NOW[said[1]]) from None
 
 
 class Jobs:
@@ -200,9 +236,12 @@ class Jobs:
     def fetch(self, job_id: str) -> Job:
         try:
             with unavailable():
-                return Job.fetch(job_id, connection=self.redis, serializer=JSONSerializer)
+                job = Job.fetch(job_id, connection=self.redis, serializer=JSONSerializer)
         except (NoSuchJobError, ValueError):  # ValueError: characters that no job id has
             raise NotFound from None
+        if job.origin not in self.queues:  # another program's, in the same Redis
+            raise NotFound
+        return job
 
     def read(self, job_id: str) -> dict[str, Any]:
         """What became of a job. `result` is what the function returned, `error` the last line of its traceback."""
@@ -211,8 +250,8 @@ class Jobs:
             latest = job.latest_result()
         seen: dict[str, Any] = {
             "job_id": job.id,
-            "task": (job.func_name or "").removeprefix("tasks."),
-            "status": job.get_status(False),
+            "task": _task(job),
+            "status": job.get_status(False).value,
         }
         seen |= {name: _iso(getattr(job, name)) for name in ("created_at", "enqueued_at", "started_at", "ended_at")}
         if latest and latest.type == latest.Type.SUCCESSFUL:
@@ -227,7 +266,7 @@ class Jobs:
         with unavailable(), self._watching(job) as pipe:
             status = job.get_status()
             if status not in ("failed", "stopped"):
-                raise NotPossible(f"only a failed job can be queued again; this one is {status}")
+                raise NotPossible(f"only a failed job can be queued again; this one is {status.value}")
             job.retries_left = len(job.retry_intervals) if job.retry_intervals else None
             job.started_at = job.ended_at = None
             pipe.multi()
@@ -241,7 +280,7 @@ class Jobs:
         with unavailable(), self._watching(job) as pipe:
             status = job.get_status()
             if status not in ("queued", "scheduled", "failed", "stopped"):
-                raise NotPossible(f"a job that is {status} cannot be canceled any more")
+                raise NotPossible(f"a job that is {status.value} cannot be canceled any more")
             pipe.multi()
             if beside:
                 beside(pipe)
@@ -255,7 +294,9 @@ class Jobs:
             pipe.watch(job.key)  # type: ignore[no-untyped-call]
             try:
                 yield pipe
-            except WatchError:
+            except WatchError as error:
+                if isinstance(error.__context__, (ConnectionError, TimeoutError)):  # redis-py calls these so, too
+                    raise error.__context__ from None
                 raise NotPossible("the job was taken by a worker at this moment; look again") from None
             except InvalidJobOperation:  # its hash vanished between the fetch and now
                 raise NotFound from None
@@ -272,6 +313,13 @@ class Jobs:
             info, head, queued, workers = pipe.execute()
             enqueued_at = self.redis.hget(f"rq:job:{head.decode()}", "enqueued_at") if head else None
         return {"info": info, "queued": queued, "workers": workers, "oldest_queued_seconds": _age(enqueued_at)}
+
+
+def _task(job: Job) -> str:
+    try:
+        return (job.func_name or "").removeprefix("tasks.")
+    except DeserializationError:  # pickled by another program; our workers refuse it
+        return ""
 
 
 def _iso(moment: datetime | None) -> str | None:

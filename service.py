@@ -12,23 +12,26 @@ No address, subject, body or key is logged. docs/api.md describes the routes; th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
 import logging
+import math
 import re
 import signal
 import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn
 
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 from pydantic import Field, ValidationError
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import create_server
 from waitress.task import ErrorTask
 
@@ -43,7 +46,9 @@ from settings import ApiKey, Settings, SettingsError, load
 VERSION = re.search(r"^## (\S+)", (Path(__file__).parent / "CHANGELOG.md").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 SMALL_BODY = 64 * 1024  # bytes; for everything but POST /emails
 DEEPEST = 32  # levels of JSON; templates' variables need a few, an attack needs thousands
+MOST_VALUES = 10_000  # in one body, names counted; checking a million addresses would keep every other caller waiting
 RETRY_AFTER = "5"  # seconds
+MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # mail:last_sent, mail:<id>:claim are no mails
 
 
 class Refusal(Exception):
@@ -55,12 +60,18 @@ class Refusal(Exception):
         self.headers = {key.replace("_", "-"): value for key, value in headers.items()}
 
 
-def error_body(status: int, name: str, text: str, request_id: str, errors: Iterable[FieldError] = ()) -> bytes:
+def error_shape(
+    status: int, name: str, text: str, request_id: str, errors: Iterable[FieldError] = ()
+) -> dict[str, Any]:
     """The one error shape."""
     shape: dict[str, Any] = {"statusCode": status, "name": name, "message": text}
     if errors:
         shape["errors"] = [{"field": error.field, "message": error.message} for error in errors]
-    return json.dumps(shape | {"request_id": request_id}).encode()
+    return shape | {"request_id": request_id}
+
+
+def current_request_id() -> str:
+    return str(request.environ["async_email.request_id"])
 
 
 def as_refusal(error: Exception) -> Refusal:
@@ -96,11 +107,11 @@ def error_name(error: FieldError) -> str:
 
 def authenticate(keys: tuple[ApiKey, ...], scope: str) -> ApiKey:
     """The caller's key. All keys are compared, each in constant time."""
-    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+    scheme, _, secret = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
     if scheme.lower() != "bearer" or not secret:
         text = "send your API key: Authorization: Bearer <key>"
         raise Refusal(401, "missing_api_key", text, WWW_Authenticate="Bearer")
-    digest = hashlib.sha256(secret.strip().encode("latin-1", "replace")).hexdigest()
+    digest = hashlib.sha256(secret.strip(" ").encode("latin-1")).hexdigest()  # WSGI's way to hand over bytes
     found = [key for key in keys if hmac.compare_digest(key.sha256, digest)]
     if not found:
         raise Refusal(403, "invalid_api_key", "this API key is not known here")
@@ -110,8 +121,8 @@ def authenticate(keys: tuple[ApiKey, ...], scope: str) -> ApiKey:
 
 
 def read_json(limit: int) -> Any:
-    """The body as strict JSON: UTF-8, no duplicate or non-finite anything, no lone surrogates, at most 32 levels."""
-    media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    """The body as strict JSON: UTF-8, no duplicate or non-finite anything, no lone surrogates, bounded in both ways."""
+    media_type = request.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise Refusal(415, "unsupported_media_type", "send the body as Content-Type: application/json")
     if (request.content_length or 0) > limit:
@@ -119,7 +130,7 @@ def read_json(limit: int) -> Any:
     raw = request.environ["wsgi.input"].read(max(request.content_length, 0))
     try:
         body = json.loads(raw.decode(), object_pairs_hook=without_duplicates, parse_constant=no_constant)
-        check_values(body, "", DEEPEST)
+        check_values(body)
     except RecursionError:
         raise bad_json("it is nested too deeply") from None
     except UnicodeDecodeError:
@@ -146,21 +157,43 @@ def no_constant(name: str) -> NoReturn:
     raise bad_json(f"{name} is not JSON")
 
 
-def check_values(value: Any, path: str, levels: int) -> None:
-    if levels < 0:
-        raise bad_json("it is nested too deeply", path.split(".")[0].split("[")[0])
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise bad_json("it holds half of a surrogate pair, which is not a character", path or "body") from None
-    elif isinstance(value, dict):
+def check_values(body: Any) -> None:
+    for number, (value, path) in enumerate(walk(body, ())):
+        if len(path) > DEEPEST:
+            raise bad_json("it is nested too deeply", spelled(path[:1]))
+        if number > MOST_VALUES:
+            raise bad_json(f"it holds more than {MOST_VALUES} values")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise bad_json("it holds a number that is too large", spelled(path))
+        if isinstance(value, str) and not is_unicode(value):
+            raise bad_json("it holds half of a surrogate pair, which is not a character", spelled(path))
+
+
+def walk(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[Any, tuple[str | int, ...]]]:
+    """Every value in `value` and every name of a member, each with the way to it."""
+    yield value, path
+    if isinstance(value, dict):
         for name, member in value.items():
-            check_values(name, f"{path}.{name}".strip(".").encode("ascii", "replace").decode(), levels)
-            check_values(member, f"{path}.{name}".strip("."), levels - 1)
+            yield name, (*path, name)
+            yield from walk(member, (*path, name))
     elif isinstance(value, list):
         for number, member in enumerate(value):
-            check_values(member, f"{path}[{number}]", levels - 1)
+            yield from walk(member, (*path, number))
+
+
+def spelled(path: tuple[str | int, ...]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.lstrip(".").encode("ascii", "replace").decode() or "body"
+
+
+def is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def idempotency(caller: ApiKey, body: object) -> Idempotency | None:
@@ -225,6 +258,8 @@ class Service:
         return self.outbox.accept(message.compose(asked, rendered), idempotency)
 
     def get_email(self, caller: ApiKey, mail_id: str) -> HTTPResponse:
+        if not MAIL_ID.fullmatch(mail_id):
+            raise NotFound
         return answer(200, self.outbox.read(mail_id))
 
     def post_job(self, caller: ApiKey) -> HTTPResponse:
@@ -259,7 +294,7 @@ class Service:
         return answer(202, {"job_id": job_id, "status": "queued"})
 
     def delete_job(self, caller: ApiKey, job_id: str) -> HTTPResponse:
-        if self.outbox.exists(job_id):
+        if MAIL_ID.fullmatch(job_id) and self.outbox.exists(job_id):
             self.outbox.cancel(job_id)
         else:
             self.jobs.cancel(job_id)
@@ -285,7 +320,9 @@ class Service:
             reasons.append("Redis is a replica and takes no writes")
         seen = {"status": "not ready" if reasons else "ready", "reasons": reasons, **state}
         seen["last_sent_seconds_ago"] = round(max(0.0, time.time() - last_sent), 3) if last_sent else None
-        return answer(503 if reasons else 200, seen)
+        if reasons:
+            return answer(503, seen | error_shape(503, "not_ready", "; ".join(reasons), current_request_id()))
+        return answer(200, seen)
 
 
 def answer(status: int, body: dict[str, Any], **headers: str) -> HTTPResponse:
@@ -336,20 +373,17 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
 
 
 def refused(refusal: Refusal) -> HTTPResponse:
-    request_id = request.environ["async_email.request_id"]
-    body = error_body(refusal.status, refusal.name, refusal.text, request_id, refusal.errors)
-    return HTTPResponse(body, refusal.status, {"Content-Type": "application/json", **refusal.headers})
+    shape = error_shape(refusal.status, refusal.name, refusal.text, current_request_id(), refusal.errors)
+    return answer(refusal.status, shape, **refusal.headers)
 
 
 def unrouted(error: HTTPError) -> bytes:
     """Bottle's own refusals: no such path, or not with this method."""
     response.content_type = "application/json"
+    name, text = "not_found", "there is no such path"
     if error.status_code == 405:
-        text = f"this path takes {error.headers.get('Allow', 'another method')}"
-        return error_body(405, "method_not_allowed", text, request.environ["async_email.request_id"])
-    return error_body(
-        error.status_code, "not_found", "there is no such path", request.environ["async_email.request_id"]
-    )
+        name, text = "method_not_allowed", f"this path takes {error.headers['Allow']}"
+    return json.dumps(error_shape(error.status_code, name, text, current_request_id())).encode()
 
 
 class Edge:
@@ -373,7 +407,8 @@ class Edge:
         except Exception as error:
             emit("crashed", logging.ERROR, request_id=request_id, where=where(error))
             start("500 Internal Server Error", [("Content-Type", "application/json")])
-            return [error_body(500, "application_error", "this is our fault; the log has its request_id", request_id)]
+            text = "this is our fault; the log has its request_id"
+            return [json.dumps(error_shape(500, "application_error", text, request_id)).encode()]
 
     def _log(self, environ: dict[str, Any], status: str, seconds: float) -> None:
         route = environ.get("bottle.route")  # the rule, never the path: a path holds what a caller wrote
@@ -398,26 +433,48 @@ def common_headers(request_id: str) -> list[tuple[str, str]]:
 def where(error: Exception) -> str:
     """The kind of an exception and the lines it passed; its text may quote a request, so it is left out."""
     frames = traceback.extract_tb(error.__traceback__)
-    return " ".join([type(error).__name__, *(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-8:])])
+    told = [frame for frame in frames if "site-packages" not in frame.filename] + frames[-1:]
+    return " ".join([type(error).__name__, *(f"{Path(frame.filename).name}:{frame.lineno}" for frame in told[-8:])])
 
 
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
+class Parser(HTTPRequestParser):  # type: ignore[misc]
+    """Waitress's parser, refusing also what a proxy before us may read differently, or what would crash it."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError:  # a Content-Length of 5000 digits, a URL that urllib cannot split
+            raise ParsingError("a number or URL in it cannot be read") from None
+        if self.version not in ("1.0", "1.1"):
+            raise ParsingError("only HTTP/1.0 and HTTP/1.1 are spoken here")
+        # Waitress leaves Transfer-Encoding there if it did not obey it. RFC 9112, 6.1: the framing is faulty.
+        if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
+            raise ParsingError("it says in two ways where its body ends")
+
+    def received(self, data: bytes) -> int:
+        consumed: int = super().received(data)
+        if self.error:
+            self.expect_continue = False  # else "100 Continue" would ask for the body that was just refused
+        return consumed
+
+
 class JsonErrorTask(ErrorTask):  # type: ignore[misc]
     """Waitress's own refusals (a body over the limit, a header it cannot parse) in our error shape."""
 
-    NAMES: ClassVar = {
-        400: "validation_error",
-        413: "request_too_large",
-        431: "request_headers_too_large",
-        501: "not_implemented",
+    WORDS: ClassVar = {
+        400: ("validation_error", "this is not an HTTP request as RFC 9112 has it"),
+        413: ("request_too_large", "the body is larger than is taken here"),
+        431: ("request_headers_too_large", "the headers are larger than is taken here"),
+        501: ("not_implemented", "of all transfer encodings, only chunked is taken"),
     }
 
     def execute(self) -> None:
         error, request_id = self.request.error, uuid.uuid4().hex
-        text = {413: "the body is larger than is taken here"}.get(error.code, error.reason)
-        body = error_body(error.code, self.NAMES.get(error.code, "application_error"), text, request_id)
+        name, text = self.WORDS.get(error.code, ("application_error", "this is our fault"))
+        body = json.dumps(error_shape(error.code, name, text, request_id)).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers += [("Content-Type", "application/json"), *common_headers(request_id)]
         self.set_close_on_finish()
@@ -426,23 +483,30 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
+    parser_class = Parser
     error_task_class = JsonErrorTask
 
 
 def make_server(settings: Settings, app: Edge) -> Any:
-    """Waitress, refusing a body over the limit when it sees Content-Length. Raises OSError if the port is taken."""
-    server = create_server(
-        app,
-        host=settings.listen.host,
-        port=settings.listen.port,
-        threads=8,
-        ident="async-email",
-        max_request_body_size=settings.max_message_bytes,
-        max_request_header_size=32 * 1024,
-        channel_timeout=30,
-        clear_untrusted_proxy_headers=True,
-    )
-    server.channel_class = Channel
+    """Waitress, refusing a body over the limit when it sees Content-Length. Raises OSError if it cannot listen."""
+    sockets: dict[int, Any] = {}
+    try:
+        server = create_server(
+            app,
+            map=sockets,
+            host=settings.listen.host,
+            port=settings.listen.port,
+            threads=8,
+            ident="async-email",
+            max_request_body_size=settings.max_message_bytes + 1,  # Waitress refuses what reaches it
+            max_request_header_size=32 * 1024,
+            channel_timeout=30,
+            clear_untrusted_proxy_headers=True,
+        )
+    except ValueError:
+        raise OSError(errno.EADDRNOTAVAIL, "there is no such host") from None
+    for one in sockets.values():  # a name such as localhost has two addresses, and Waitress a server for each
+        one.channel_class = Channel
     return server
 
 

@@ -213,13 +213,12 @@ def task(*, timeout: int = 60, retry_in: tuple[int, ...] = (60, 300)) -> Callabl
         def checked(**given: Any) -> Any:
             valid = arguments.model_validate_json(json.dumps(given))
             job = get_current_job()
-            told = {"id": job.id if job else None, "task": function.__name__}
             try:
                 result = function(**{name: getattr(valid, name) for name in fields})
             except Exception as error:
-                emit("task_failed", **told, error=type(error).__name__)
+                emit("task_failed", id=job and job.id, task=function.__name__, error=type(error).__name__)
                 raise
-            emit("task_finished", **told)
+            emit("task_finished", id=job and job.id, task=function.__name__)
             return result
 
         OFFERED[function.__name__] = Task(checked, arguments, timeout, retry_in)

@@ -4,8 +4,9 @@
 asked: an address that a parser would rewrite, a control character in anything that ends in a header, a header that is
 ours to write, base64 that is not. What it accepts, `to_mime` can always build; nothing fails later in a worker.
 
-Pure: no I/O, no settings, no clock; the only home of `email.*`. It writes the header block itself, since the standard
-library re-folds header values it has parsed and so changes some of them, and leaves the MIME body to `EmailMessage`.
+Pure: no I/O, no settings, no clock; the only home of `email.*`. It writes every header line itself, those of the parts
+too: `EmailMessage` parses what it is given and writes what it understood, which for a file named `=?utf-8?q?x?=.txt`
+is another name, and for a media type with a parameter name of 80 letters an endless loop.
 Standards: RFC 5322 (headers), 2045-2047 and 2231 (MIME), 2387 (related), 6532 (UTF-8 headers), 5321 (lengths).
 """
 
@@ -13,25 +14,30 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import mimetypes
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from email.header import Header
-from email.message import EmailMessage
-from email.policy import SMTP
 from email.utils import format_datetime
+from pathlib import PurePosixPath
 from typing import Annotated, Any, NamedTuple
+from urllib.parse import quote
 
 from email_validator import EmailNotValidError, validate_email
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-CONTROL_IN_BODY = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-PLAIN = re.compile(r"[!-~]{1,800}(?: [!-~]{1,800})*")  # header text that needs no encoding and folds at its spaces
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+CONTROL_IN_BODY = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+# Header text that needs no encoding and folds at its spaces. After the longest name (76) the longest word with the
+# longest run of spaces still ends before column 998.
+PLAIN = re.compile(r"[!-~]{1,900}(?: {1,9}[!-~]{1,900})*")
+PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_.,+@()-]+(?: [A-Za-z0-9_.,+@()-]+)*")
 OURS = re.compile(  # headers that this service writes or the relay adds; a caller's would contradict them
     r"from|to|cc|bcc|sender|reply-to|date|subject|message-id|mime-version|content-.*|return-path|received|resent-.*"
     r"|dkim-signature|arc-.*|authentication-results|received-spf|delivered-to",
@@ -39,6 +45,24 @@ OURS = re.compile(  # headers that this service writes or the relay adds; a call
 )
 TOKEN = r"[A-Za-z0-9!#$&^_.+-]+"
 CONTENT_TYPE = re.compile(rf"{TOKEN}/{TOKEN}(?:; ?{TOKEN}={TOKEN})*")
+FOLD = ";\r\n "
+DELIMITER = b"--=_"  # how the lines between parts begin; a text that holds it is encoded, and then it does not
+COMPOSITE = ("multipart/", "message/")  # RFC 2046 5: these hold mail as it is, and never base64
+
+REQUIRED = "this field is required"
+SENTENCES = {  # pydantic's name of a fault -> what it is to a caller who knows no Python
+    "missing": REQUIRED,
+    "extra_forbidden": "there is no such field",
+    "string_type": "write a string",
+    "string_unicode": "it holds half of a surrogate pair, which is not a character",
+    "string_too_short": "write {min_length} or more characters",
+    "string_too_long": "it is longer than {max_length} characters",
+    "list_type": "write a list",
+    "too_short": "it holds too few; at least {min_length} is needed",
+    "too_long": "it holds too many; at most {max_length} are allowed",
+    "dict_type": "write a JSON object",
+    "model_type": "write a JSON object",
+}
 
 
 @dataclass(frozen=True)
@@ -71,11 +95,14 @@ class Mailbox(NamedTuple):
         """`a@b.example` or `Name <a@b.example>`. Raises a validation error for anything less plain than that."""
         if not isinstance(text, str):
             raise wrong("write a string such as ada@example.com or Ada Lovelace <ada@example.com>")
+        if len(text) > 998:  # before any parser spends time on it
+            raise wrong("it is longer than 998 characters")
         header_text(text)
-        match = re.fullmatch(r"\s*(?:(?P<name>[^<>]*?)\s*<(?P<named>[^<>]*)>|(?P<bare>[^<>]*?))\s*", text)
+        match = re.fullmatch(r"(?P<name>.*)<(?P<named>[^<>]*)>|(?P<bare>[^<>]*)", text.strip(" "))
         if not match:
             raise wrong("write one address, such as ada@example.com or Ada Lovelace <ada@example.com>")
-        return cls(display_name(match["name"] or ""), strict_address(match["named"] or match["bare"] or ""))
+        name = (match["name"] or "").strip(" ")
+        return cls(display_name(name), strict_address(match["named"] or match["bare"] or ""))
 
     @property
     def needs_smtputf8(self) -> bool:
@@ -86,13 +113,13 @@ class Mailbox(NamedTuple):
 
 
 def display_name(text: str) -> str:
-    if len(text) >= 2 and text[0] == text[-1] == '"':
+    if re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):
         text = re.sub(r"\\(.)", r"\1", text[1:-1])
-    elif re.search(r'[",;:@\\()\[\]]', text):
+    elif re.search(r'[",;:@\\()\[\]<>]', text):
         raise wrong('put a display name with special characters in double quotes: "Lovelace, Ada" <ada@example.com>')
     if len(text) > 200:
         raise wrong("the display name is longer than 200 characters")
-    return text.strip()
+    return text.strip(" ")
 
 
 def phrase(name: str) -> str:
@@ -108,9 +135,12 @@ def strict_address(text: str) -> str:
         found = validate_email(text, check_deliverability=False, test_environment=True)
     except EmailNotValidError as error:
         raise wrong(f"this is not an e-mail address: {error}" if text else "the address is empty") from None
-    if found.original.rpartition("@")[0] != found.local_part:
+    local = text.rpartition("@")[0]  # as written: the validator would make info@ of Info@
+    if not unicodedata.is_normalized("NFC", local):
         raise wrong("the part before @ is not in Unicode's normal form (NFC); write it as it is meant")
-    return found.ascii_email or f"{found.local_part}@{found.ascii_domain}"
+    if "=?" in local:
+        raise wrong("the part before @ holds =?, which mail programs take for the beginning of encoded text")
+    return f"{local}@{found.ascii_domain}"
 
 
 def header_text(text: str) -> str:
@@ -127,7 +157,18 @@ def body_text(text: str) -> str:
 
 
 def one_or_list(value: object) -> object:
+    if not isinstance(value, (str, list)):
+        raise wrong("write an address or a list of addresses")
     return [value] if isinstance(value, str) else value
+
+
+def matching(pattern: str, advice: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise wrong(advice)
+        return text
+
+    return AfterValidator(check)
 
 
 def canonical_base64(text: str) -> str:
@@ -141,41 +182,40 @@ def canonical_base64(text: str) -> str:
 
 
 def file_name(text: str) -> str:
-    if not text.strip() or "/" in text or "\\" in text or text in (".", ".."):
+    """Without spaces around it, which mail programs drop anyway."""
+    text = header_text(text).strip()
+    if text in ("", ".", "..") or "/" in text or "\\" in text:
         raise wrong("write a plain file name, without slashes")
-    return header_text(text)
+    return text
 
 
 def media_type(text: str) -> str:
     if not CONTENT_TYPE.fullmatch(text):
         raise wrong("write a media type such as application/pdf or text/csv; charset=utf-8")
-    if text.lower().startswith(("multipart/", "message/")):
+    if text.lower().startswith(COMPOSITE):
         raise wrong("multipart/ and message/ types cannot be attached; use application/octet-stream")
+    names = [parameter.partition("=")[0].strip().lower() for parameter in text.split(";")[1:]]
+    if len(set(names)) < len(names):
+        raise wrong("one of its parameters stands there twice")
     return text
 
 
-def custom_headers(headers: dict[str, str]) -> dict[str, str]:
-    seen: set[str] = set()
-    for name, value in headers.items():
-        if not re.fullmatch(r"[!-9;-~]{1,76}", name):
-            raise wrong("a header name is made of 1 to 76 printable ASCII characters without a colon")
-        if OURS.fullmatch(name):
-            raise wrong(f"{name} is written by this service or by the relay; leave it out")
-        if name.lower() in seen:
-            raise wrong(f"{name} stands there twice, in different cases")
-        seen.add(name.lower())
-        try:
-            header_text(value)
-        except PydanticCustomError:
-            raise wrong(f"the value of {name} holds a line break or another control character") from None
-    return headers
+def header_name(name: str) -> str:
+    if not re.fullmatch(r"[!-9;-~]{1,76}", name):
+        raise wrong("a header name is made of 1 to 76 printable ASCII characters without a colon")
+    if OURS.fullmatch(name):
+        raise wrong("this header is written by this service or by the relay; leave it out")
+    return name
 
 
 Recipient = Annotated[Mailbox, BeforeValidator(Mailbox.parse)]
-Recipients = Annotated[list[Recipient], BeforeValidator(one_or_list)]
+# 1000 is the highest MAX_RECIPIENTS. A longer list is refused before its addresses are looked at one by one.
+Recipients = Annotated[list[Recipient], Field(max_length=1000), BeforeValidator(one_or_list)]
+HeaderName = Annotated[str, AfterValidator(header_name)]
 HeaderText = Annotated[str, Field(max_length=998), AfterValidator(header_text)]
 BodyText = Annotated[str, AfterValidator(body_text)]
-TagWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,256}$")]
+TagWord = Annotated[str, matching(r"[A-Za-z0-9_-]{1,256}", "write 1 to 256 letters, digits, - and _")]
+ContentId = Annotated[str, matching(r"[A-Za-z0-9._@+-]{1,128}", "write 1 to 128 letters, digits and . _ @ + -")]
 
 
 class Strict(BaseModel):
@@ -188,12 +228,14 @@ class Attachment(Strict):
     filename: Annotated[str, Field(max_length=200), AfterValidator(file_name)]
     content: Annotated[str, AfterValidator(canonical_base64)]
     content_type: Annotated[str, Field(max_length=200), AfterValidator(media_type)] | None = None
-    content_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._@+-]{1,128}$")] | None = None
+    content_id: ContentId | None = None
 
     @property
     def type(self) -> str:
-        guessed, encoding = mimetypes.guess_type(self.filename)
-        return self.content_type or (guessed if guessed and not encoding else None) or "application/octet-stream"
+        # guess_type takes URLs, and "Re: notes#1.pdf" looks like one; so it sees the ending alone
+        guessed, encoding = mimetypes.guess_type("file" + PurePosixPath(self.filename).suffix)
+        usable = guessed and not encoding and not guessed.startswith(COMPOSITE)
+        return self.content_type or (guessed if usable else None) or "application/octet-stream"
 
 
 class Tag(Strict):
@@ -217,27 +259,18 @@ class Request(Strict):
     subject: HeaderText | None = None
     html: BodyText | None = None
     text: BodyText | None = None
-    headers: Annotated[dict[str, HeaderText], Field(max_length=50), AfterValidator(custom_headers)] = {}
+    headers: Annotated[dict[HeaderName, HeaderText], Field(max_length=50)] = {}
     attachments: Annotated[list[Attachment], Field(max_length=50)] = []
     tags: Annotated[list[Tag], Field(max_length=50)] = []
     template: TemplateUse | None = None
 
-    @model_validator(mode="after")
-    def is_whole(self) -> Request:
-        content_ids = [a.content_id for a in self.attachments if a.content_id]
-        if len(set(content_ids)) < len(content_ids):
-            raise ValueError("attachments: two attachments have the same content_id")
-        if self.template and (self.html is not None or self.text is not None):
-            raise ValueError("template: a template brings its own html and text; leave those out")
-        if self.template:
-            return self
-        if self.subject is None:
-            raise ValueError("subject: it is missing")
-        if not self.html and not self.text:
-            raise ValueError("text: write text, html or both; a mail without either says nothing")
-        if content_ids and not self.html:
-            raise ValueError("attachments: content_id is for images inside html, and there is no html")
-        return self
+
+class Rendered(Strict):
+    """What a template makes of its variables: held to the same rules as what a caller writes out."""
+
+    subject: HeaderText
+    text: BodyText | None
+    html: BodyText | None
 
 
 @dataclass(frozen=True)
@@ -297,35 +330,68 @@ def parse(body: object, *, default_sender: str, max_recipients: int) -> Request:
         request = Request.model_validate(body)
     except ValidationError as error:
         raise Invalid(*field_errors(error)) from None
-    if request.sender is None:
+    if request.sender is None and default_sender:
         request.sender = Mailbox.parse(default_sender)
+    _raise_if_any(_contradictions(request, max_recipients))
+    return request
+
+
+def _raise_if_any(errors: Iterator[FieldError]) -> None:
+    if found := list(errors):
+        raise Invalid(*found)
+
+
+def _contradictions(request: Request, max_recipients: int) -> Iterator[FieldError]:
+    """What is wrong although each field by itself is right."""
+    if request.sender is None:
+        yield FieldError("from", REQUIRED, missing=True)
     count = len(request.to) + len(request.cc) + len(request.bcc)
     if count > max_recipients:
-        raise Invalid(FieldError("to", f"{count} recipients in to, cc and bcc; at most {max_recipients} are allowed"))
-    return request
+        yield FieldError("to", f"{count} recipients in to, cc and bcc; at most {max_recipients} are allowed")
+    for number in _repeated([name.lower() for name in request.headers]):
+        yield FieldError(f"headers.{list(request.headers)[number]}", "it stands there twice, in different cases")
+    for number in _repeated([one.content_id for one in request.attachments]):
+        yield FieldError(f"attachments[{number}].content_id", "another attachment has the same")
+    if not request.template:
+        if request.subject is None:
+            yield FieldError("subject", REQUIRED, missing=True)
+        yield from _content_faults(request, request.text, request.html)
+    elif request.html is not None or request.text is not None:
+        yield FieldError("template", "a template brings its own html and text; leave those out")
+
+
+def _repeated(values: Sequence[str | None]) -> list[int]:
+    return [number for number, value in enumerate(values) if value is not None and value in values[:number]]
+
+
+def _content_faults(request: Request, text: str | None, html: str | None) -> Iterator[FieldError]:
+    if not text and not html:
+        field = "template" if request.template else "text"
+        yield FieldError(field, "there is neither text nor html; a mail without both says nothing")
+    for number, one in enumerate(request.attachments):
+        if one.content_id and not html:
+            yield FieldError(f"attachments[{number}].content_id", "it is for images inside html, and there is no html")
 
 
 def field_errors(error: ValidationError, prefix: str = "") -> list[FieldError]:
     """pydantic's findings as (field, sentence), the field written as one would in code: `attachments[0].content`."""
     found = []
     for fault in error.errors(include_input=False, include_url=False):
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
-        text = fault["msg"].removeprefix("Value error, ")
-        if not path and ": " in text:
-            path, text = text.split(": ", 1)
-        if fault["type"] == "extra_forbidden":
-            text = "there is no such field"
-        if fault["type"] == "missing" or text == "it is missing":
-            text = "this field is required"
-        path = ".".join(filter(None, (prefix, path))) or "body"
-        found.append(FieldError(path, text, missing=text == "this field is required"))
+        parts = [part for part in fault["loc"] if part != "[key]"]  # pydantic's word for a name, here of a header
+        path = prefix + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+        sentence = SENTENCES.get(fault["type"], "").format(**fault.get("ctx", {}))
+        text = sentence or fault["msg"].removeprefix("Value error, ")
+        found.append(FieldError(path.removeprefix(".") or "body", text, missing=fault["type"] == "missing"))
     return found
 
 
 def compose(request: Request, rendered: tuple[str, str | None, str | None] | None = None) -> Message:
-    """The message of a checked request; `rendered` is the (subject, text, html) of its template."""
-    subject, text, html = rendered or (request.subject or "", request.text, request.html)
-    assert request.sender
+    """The message of a checked request; `rendered` is the (subject, text, html) of its template.
+
+    Raises `Invalid` if what was rendered cannot be sent: a variable may have put a line break into the subject.
+    """
+    subject, text, html = _checked(request, *rendered) if rendered else ("", request.text, request.html)
+    assert request.sender  # parse saw to it
     return Message(
         sender=request.sender,
         to=request.to,
@@ -341,6 +407,15 @@ def compose(request: Request, rendered: tuple[str, str | None, str | None] | Non
     )
 
 
+def _checked(request: Request, subject: str, text: str | None, html: str | None) -> tuple[str, str | None, str | None]:
+    try:
+        made = Rendered(subject=subject, text=text, html=html)
+    except ValidationError as error:
+        raise Invalid(*field_errors(error, "template")) from None
+    _raise_if_any(_content_faults(request, made.text, made.html))
+    return made.subject, made.text, made.html
+
+
 def _attachment(one: Attachment) -> dict[str, str]:
     kept = {"filename": one.filename, "content": one.content, "content_type": one.type}
     return kept | ({"content_id": one.content_id} if one.content_id else {})
@@ -352,7 +427,10 @@ def message_id(mail_id: str, sender: Mailbox) -> str:
 
 
 def to_mime(message: Message, message_id: str, date: datetime) -> bytes:
-    """The message as it goes over the wire: CRLF line ends, 7-bit but for SMTPUTF8 addresses. Bcc is not in it."""
+    """The message as it goes over the wire: CRLF line ends, 7-bit but for SMTPUTF8 addresses. Bcc is not in it.
+
+    The same arguments give the same bytes, so that every attempt sends the same mail.
+    """
     lines = [
         address_header("From", [message.sender]),
         address_header("To", message.to),
@@ -361,10 +439,14 @@ def to_mime(message: Message, message_id: str, date: datetime) -> bytes:
         text_header("Subject", message.subject),
         f"Date: {format_datetime(date)}",
         f"Message-ID: {message_id}",
+        "MIME-Version: 1.0",
         *(text_header(name, value) for name, value in message.headers.items()),
     ]
     block = "".join(f"{line}\r\n" for line in lines if line)
-    return block.encode() + mime_body(message).as_bytes(policy=POLICY)
+    return block.encode() + mime_body(message, hashlib.sha256(message_id.encode()).hexdigest()[:24])
+
+
+# --- header lines -----------------------------------------------------------------------------------------------------
 
 
 def text_header(name: str, value: str) -> str:
@@ -376,7 +458,7 @@ def text_header(name: str, value: str) -> str:
 
 def _folded(name: str, value: str) -> Iterator[str]:
     line = f"{name}:"
-    for word in value.split(" "):
+    for word in re.split(" (?! )", value):  # at the last space of a run, so that no line is blank
         if len(line) + 1 + len(word) > 78 and line != f"{name}:":
             yield line
             line = ""
@@ -385,8 +467,9 @@ def _folded(name: str, value: str) -> Iterator[str]:
 
 
 def _encoded(text: str, used: int) -> str:
-    # firstlinelen: what stands before the first word. A charset object is not needed, UTF-8 picks Q or B by itself.
-    return Header(text, "utf-8", maxlinelen=76, header_name=" " * max(used - 2, 0)).encode(linesep="\r\n")
+    # header_name is only measured, as what stands before the first word. At 40 that still fits on the line; were it
+    # longer, Header would fold before it, and some parsers take that fold for a space.
+    return Header(text, "utf-8", maxlinelen=76, header_name=" " * min(used - 2, 40)).encode(linesep="\r\n")
 
 
 def address_header(name: str, boxes: list[Mailbox]) -> str:
@@ -403,36 +486,78 @@ def _wire(box: Mailbox) -> str:
     return f"{name} <{box.address}>" if fits else f"{name}\r\n <{box.address}>"
 
 
-POLICY = SMTP.clone(cte_type="7bit", max_line_length=76)
+# --- what is below the header -----------------------------------------------------------------------------------------
 
 
-def mime_body(message: Message) -> EmailMessage:
-    """text, html, or both as alternatives; inline images related to the html; the other files mixed around all."""
-    mime = EmailMessage(policy=POLICY)
-    if message.text is not None or message.html is None:
-        mime.set_content(message.text or "")
-        if message.html is not None:
-            mime.add_alternative(message.html, subtype="html")
-    else:
-        mime.set_content(message.html, subtype="html")
-    inline = [one for one in message.attachments if "content_id" in one]
-    html_part = mime.get_body(("html",))
-    for one in inline:
-        assert isinstance(html_part, EmailMessage)  # is_whole saw to it
-        html_part.add_related(*_data(one), **_labels(one, "inline"), cid=f"<{one['content_id']}>")
-    for one in message.attachments:
-        if one not in inline:
-            mime.add_attachment(*_data(one), **_labels(one, "attachment"))
-    if "MIME-Version" not in mime:
-        mime["MIME-Version"] = "1.0"
-    return mime
+def mime_body(message: Message, seed: str) -> bytes:
+    """text, html, or both as alternatives; inline images related to the html; the other files mixed around all.
+
+    A part is its own header lines, an empty line and its content, with CRLF line ends throughout. An empty text is left
+    out where there is html. `seed` makes the boundaries this mail's own, unlike those of a mail that it quotes.
+    """
+    inline = [_file(one) for one in message.attachments if "content_id" in one]
+    files = [_file(one) for one in message.attachments if "content_id" not in one]
+    versions = [_text("plain", message.text or "")] if message.text or not message.html else []
+    if message.html:
+        versions.append(_multipart('related; type="text/html"', [_text("html", message.html), *inline], f"r_{seed}"))
+    return _multipart("mixed", [_multipart("alternative", versions, f"a_{seed}"), *files], f"m_{seed}")
 
 
-def _data(one: dict[str, str]) -> tuple[bytes, str, str]:
-    maintype, _, subtype = one["content_type"].partition(";")[0].partition("/")
-    return base64.b64decode(one["content"]), maintype, subtype
+def _multipart(subtype: str, parts: list[bytes], name: str) -> bytes:
+    """RFC 2046 5.1. A part alone stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    delimiter = DELIMITER + name.encode()
+    head = b'Content-Type: multipart/%b;\r\n boundary="%b"\r\n\r\n' % (subtype.encode(), delimiter[2:])
+    return head + b"".join(b"%b\r\n%b\r\n" % (delimiter, part) for part in parts) + delimiter + b"--\r\n"
 
 
-def _labels(one: dict[str, str], disposition: str) -> dict[str, Any]:
-    parameters = [part.strip().split("=", 1) for part in one["content_type"].split(";")[1:]]
-    return {"disposition": disposition, "filename": one["filename"], "params": dict(parameters)}
+def _text(subtype: str, text: str) -> bytes:
+    lines = text if text.endswith("\n") else text + "\n"
+    encoding, body = _encoded_text(lines.replace("\n", "\r\n").encode())
+    head = f"Content-Type: text/{subtype}; charset=utf-8\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
+    return head.encode() + body
+
+
+def _encoded_text(data: bytes) -> tuple[str, bytes]:
+    if data.isascii() and DELIMITER not in data and max(map(len, data.split(b"\r\n"))) <= 78:
+        return "7bit", data
+    quoted, packed = binascii.b2a_qp(data), _base64_lines(base64.b64encode(data).decode())
+    return ("quoted-printable", quoted) if len(quoted) <= len(packed) else ("base64", packed)
+
+
+def _base64_lines(text: str) -> bytes:
+    return "".join(f"{text[start : start + 76]}\r\n" for start in range(0, len(text), 76)).encode()
+
+
+def _file(one: dict[str, str]) -> bytes:
+    disposition = "inline" if "content_id" in one else "attachment"
+    lines = [
+        f"Content-Type: {re.sub('; ?', FOLD, one['content_type'])}",
+        "Content-Transfer-Encoding: base64",
+        f"Content-Disposition: {disposition}{FOLD}{filename_parameter(one['filename'])}",
+        *([f"Content-ID: <{one['content_id']}>"] if "content_id" in one else []),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + _base64_lines(one["content"])
+
+
+def filename_parameter(name: str) -> str:
+    """In quotes when plain, else percent-encoded, in several pieces when long (RFC 2231 3 and 4)."""
+    if PLAIN_FILE_NAME.fullmatch(name):
+        return f'filename="{name}"'
+    first, *more = _percent_encoded(name, 60)
+    if not more:
+        return f"filename*=utf-8''{first}"
+    numbered = [f"filename*{number}*={piece}" for number, piece in enumerate([f"utf-8''{first}", *more])]
+    return FOLD.join(numbered)
+
+
+def _percent_encoded(text: str, size: int) -> list[str]:
+    """Pieces of at most `size`, none of which ends inside a character."""
+    pieces = [""]
+    for character in text:
+        encoded = quote(character, safe="")
+        if len(pieces[-1]) + len(encoded) > size:
+            pieces.append("")
+        pieces[-1] += encoded
+    return pieces

@@ -9,8 +9,9 @@ do. `judge` turns phase + reply into a verdict, and nothing else in the project 
   in doubt   the body went out whole and no answer came: it may have been accepted (RFC 1047)
   trouble    the relay, the login or our use of it: no mail can be blamed, so none loses an attempt
 
-Certificates are verified, credentials never go in clear to another machine, and a conversation as a whole has a
-deadline, so that a relay that drips a byte a second holds no worker. The only home of `smtplib`.
+Certificates are verified, STARTTLS never falls back to plain text, an address goes out to the letter or not at all. A
+conversation as a whole has a deadline (but for the DNS lookup, whose limit is the resolver's), so that a relay that
+drips a byte a second holds no worker. The only home of `smtplib`.
 Standards: RFC 5321 (SMTP), 3207 (STARTTLS), 4954 (AUTH), 8314 (implicit TLS), 6531 (SMTPUTF8), 3463 (enhanced codes).
 """
 
@@ -52,36 +53,45 @@ class Phase(str, Enum):
     DOT = "dot"  # the final dot is out
 
 
+CHUNK = 64 * 1024  # bytes of the body
+SEND_BUFFER = 256 * 1024  # bytes
+LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already
+ADDRESS = re.compile(r"[^\x00-\x20\x7f<>]+")  # what fits between < and >
+
 SESSION = (Phase.CONNECT, Phase.GREETING, Phase.HELLO, Phase.STARTTLS, Phase.AUTH)
 MESSAGE = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.TRANSFER, Phase.DOT)
 
-# The first row that matches decides: phases, code (none: no reply came), words of the reply, verdict.
+# The first row that matches decides: phases, code (none: no reply came), how the text begins, verdict. Only the text's
+# beginning is the relay's own (RFC 2034); further on it may repeat an address, which anybody may have chosen.
 JUDGEMENT: tuple[tuple[tuple[Phase, ...], str, str, Verdict], ...] = (
     # No reply. Before the final dot nothing was handed over; after it nobody knows.
     ((Phase.DOT,), "none", "", Verdict.IN_DOUBT),
     # Cut off in the middle of the body: the mail itself may be what the relay cannot take, so it costs an attempt.
     ((Phase.TRANSFER,), "none", "", Verdict.TRY_AGAIN),
     ((*SESSION, *MESSAGE), "none", "", Verdict.TROUBLE),
-    # Good replies: 2xx, and 354 to DATA.
+    # Good replies. Another 2xx to STARTTLS or AUTH has neither encrypted nor logged in.
+    ((Phase.STARTTLS,), "220", "", Verdict.ACCEPTED),
+    ((Phase.AUTH,), "235", "", Verdict.ACCEPTED),
     ((Phase.DATA,), "354", "", Verdict.ACCEPTED),
-    ((*SESSION, Phase.MAIL, Phase.RCPT, Phase.DOT), "2..", "", Verdict.ACCEPTED),
+    ((Phase.GREETING, Phase.HELLO, Phase.MAIL, Phase.RCPT, Phase.DOT), "2..", "", Verdict.ACCEPTED),
     # A session that does not come about is never a mail's fault: 421 and 554 greetings, 454 and 535 to AUTH.
-    (SESSION, "...", "", Verdict.TROUBLE),
+    (SESSION, ".*", "", Verdict.TROUBLE),
     # The relay wants STARTTLS or a login first (RFC 3207, 4954): our settings.
-    (MESSAGE, "530|538", "", Verdict.TROUBLE),
+    (MESSAGE, "530|534|535|538", "", Verdict.TROUBLE),
     # Throttles. 454: SES "Maximum sending rate exceeded", "Daily message quota exceeded". 432 4.3.2: Microsoft 365,
-    # too many connections. 550 5.4.5: Gmail's rolling daily quota. 550 5.2.251-255: Microsoft 365, sender throttled.
+    # too many connections. 550 5.4.5: Gmail's rolling daily quota. 550 5.2.251-255: Microsoft 365, sender throttled;
+    # its 554 5.2.252 is another matter, a sender that this login may not use.
     (MESSAGE, "454|432", "", Verdict.TROUBLE),
-    (MESSAGE, "5..", r"\b5\.4\.5\b|\b5\.2\.25[1-5]\b", Verdict.TROUBLE),
+    (MESSAGE, "550", r"5\.4\.5(?!\S)|5\.2\.25[1-5](?!\S)", Verdict.TROUBLE),
     # Microsoft 365 has ended basic authentication for this account.
-    (MESSAGE, "550", r"\b5\.7\.30\b", Verdict.TROUBLE),
+    (MESSAGE, "550", r"5\.7\.30(?!\S)", Verdict.TROUBLE),
     # "Too many recipients" in its old form (RFC 5321 4.5.3.1.10): those refused get their turn in the next attempt.
     ((Phase.RCPT,), "552", "", Verdict.TRY_AGAIN),
     # 503 says that the two sides lost step, not that the mail is bad.
     (MESSAGE, "503", "", Verdict.TRY_AGAIN),
     (MESSAGE, "4..", "", Verdict.TRY_AGAIN),
     (MESSAGE, "5..", "", Verdict.REFUSED),
-    # What is left is not SMTP (a 1xx, a 200 to DATA, "-1"). After the dot it tells us nothing about the mail.
+    # What is left answers something else (a 250 to DATA) or is not SMTP (1xx, -1). After the dot it tells us nothing.
     ((Phase.DOT,), ".*", "", Verdict.IN_DOUBT),
     (MESSAGE, ".*", "", Verdict.TROUBLE),
 )
@@ -90,10 +100,8 @@ JUDGEMENT: tuple[tuple[tuple[Phase, ...], str, str, Verdict], ...] = (
 def judge(phase: Phase, code: int | None, text: str = "") -> Verdict:
     """The one judgement. `code` is None where no reply came."""
     written = "none" if code is None else str(code)
-    for phases, codes, words, verdict in JUDGEMENT:
-        if phase in phases and re.fullmatch(codes, written) and re.search(words, text):
-            return verdict
-    return Verdict.TROUBLE
+    rows = (row for row in JUDGEMENT if phase in row[0])
+    return next(verdict for _, codes, words, verdict in rows if re.fullmatch(codes, written) and re.match(words, text))
 
 
 class Reply(NamedTuple):
@@ -110,7 +118,7 @@ class Reply(NamedTuple):
     @property
     def summary(self) -> str:
         """Code and phase, without a word of the relay's: fit for logs and exception texts."""
-        return f"{self.code} at {self.phase.value}" if self.code else f"no reply at {self.phase.value}"
+        return f"no reply at {self.phase.value}" if self.code is None else f"{self.code} at {self.phase.value}"
 
 
 @dataclass
@@ -134,11 +142,15 @@ class Relay(NamedTuple):
     username: str | None
     password: str | None
     ca_file: str | None
-    timeout: float  # for one reply
+    timeout: float  # for a connection, for one reply, for the relay to take the next CHUNK of the body
     deadline: float  # for one conversation
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
+
+    def __repr__(self) -> str:
+        """A tuple's own would show the password to whatever prints the variables of a traceback."""
+        return str(self)
 
 
 class Stopped(Exception):
@@ -160,6 +172,19 @@ def tls_context(ca_file: str | None) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=ca_file)
 
 
+class _Client(smtplib.SMTP):
+    """smtplib's client, for which a reply that is not SMTP is the last: nobody could tell what the next one answers."""
+
+    def getreply(self) -> tuple[int, bytes]:
+        try:
+            code, text = super().getreply()
+        except smtplib.SMTPResponseException:  # so it calls a line of more than 8 KiB, and blames the relay for a 500
+            code, text = -1, b"a reply longer than SMTP allows"
+        if not 200 <= code <= 599:
+            raise smtplib.SMTPResponseException(code, text)
+        return code, text
+
+
 class Session:
     """A conversation. Each step raises `Stopped` with the phase it reached when the relay does not say yes."""
 
@@ -167,14 +192,9 @@ class Session:
         self.relay = relay
         self.phase = Phase.CONNECT
         self.late = threading.Event()
-        implicit = relay.security == "tls"
-        context = tls_context(relay.ca_file)
-        self.smtp: smtplib.SMTP = (
-            smtplib.SMTP_SSL(local_hostname=own_name(), timeout=relay.timeout, context=context)
-            if implicit
-            else smtplib.SMTP(local_hostname=own_name(), timeout=relay.timeout)
-        )
-        # smtplib checks the certificate against this name, which it knows only when the constructor connects.
+        self.line: socket.socket | None = None
+        self.smtp = _Client(local_hostname=own_name(), timeout=relay.timeout)
+        # starttls() checks the certificate against this name, which smtplib knows only when it connects by itself.
         self.smtp._host = relay.host  # type: ignore[attr-defined]
 
     @contextmanager
@@ -187,77 +207,116 @@ class Session:
             yield
         except smtplib.SMTPResponseException as error:
             raise Stopped(Reply(phase, error.smtp_code, _text(error.smtp_error))) from None
-        except smtplib.SMTPNotSupportedError as error:
-            raise Stopped(Reply(phase, None, str(error))) from None
-        except (OSError, smtplib.SMTPException, ValueError) as error:
+        except (OSError, ValueError) as error:  # OSError is the base of smtplib's exceptions, too
             text = "the conversation took too long" if self.late.is_set() else _reason(error)
             raise Stopped(Reply(phase, None, text)) from None
 
-    def expect(self, phase: Phase, reply: tuple[int, bytes]) -> None:
-        answer = Reply(phase, reply[0], _text(reply[1]))
-        if answer.verdict is not Verdict.ACCEPTED:
-            raise Stopped(answer)
+    def reply(self, answer: tuple[int, bytes]) -> Reply:
+        return Reply(self.phase, answer[0], _text(answer[1]))
+
+    def expect(self, reply: Reply) -> None:
+        if reply.verdict is not Verdict.ACCEPTED:
+            raise Stopped(reply)
 
     def open(self) -> None:
         with self.step(Phase.CONNECT):
-            greeting = self.smtp.connect(self.relay.host, self.relay.port)
-            # The final dot goes out as a packet of its own; Nagle's algorithm would hold it for the peer's ACK.
-            self.smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # type: ignore[union-attr]
-        self.expect(Phase.GREETING, greeting)
+            self.connect()
+        with self.step(Phase.GREETING):
+            self.expect(self.reply(self.smtp.getreply()))
         with self.step(Phase.HELLO):
             self.smtp.ehlo_or_helo_if_needed()
         if self.relay.security == "starttls":
             with self.step(Phase.STARTTLS):
-                self.expect(Phase.STARTTLS, self.smtp.starttls(context=tls_context(self.relay.ca_file)))
+                self.smtp.starttls(context=tls_context(self.relay.ca_file))
                 self.smtp.ehlo_or_helo_if_needed()
         if self.relay.username:
             with self.step(Phase.AUTH):
-                self.smtp.login(self.relay.username, self.relay.password or "")
+                self.login(self.relay.username, self.relay.password or "")
 
-    def envelope(self, sender: str, recipients: Sequence[str], size: int, smtputf8: bool) -> dict[str, Reply]:
-        """MAIL FROM and RCPT TO. Returns the reply to each recipient; one refused does not stop the others."""
+    def connect(self) -> None:
+        self.smtp.sock = line = _dial(self.relay)
+        # `_hang_up` needs a handle of its own, for during a TLS handshake smtplib's socket is nobody's. It sets `late`
+        # before it looks at `line`, and here it is the other way round, so one of the two notices.
+        self.line = line.dup()
+        if self.late.is_set():
+            raise TimeoutError
+        if self.relay.security == "tls":
+            self.smtp.sock = tls_context(self.relay.ca_file).wrap_socket(line, server_hostname=self.relay.host)
+
+    def login(self, username: str, password: str) -> None:
+        """Tries one mechanism: smtplib's login() tries all, and a wrong password then counts as three break-ins."""
+        offered = self.smtp.esmtp_features.get("auth", "").upper().split()
+        mechanism = next((name for name in ("PLAIN", "LOGIN", "CRAM-MD5") if name in offered), None)
+        if not mechanism:
+            raise smtplib.SMTPNotSupportedError("the relay offers no AUTH PLAIN, LOGIN or CRAM-MD5")
+        self.smtp.user, self.smtp.password = username, password
+        self.smtp.auth(mechanism, getattr(self.smtp, "auth_" + mechanism.lower().replace("-", "_")))
+
+    def mail(self, sender: str, size: int, smtputf8: bool) -> None:
         if smtputf8 and not self.smtp.has_extn("smtputf8"):
             # RFC 6531 3.3: such a mail cannot go through this relay, now or later.
             raise Stopped(Reply(Phase.MAIL, 550, "5.6.7 the relay does not offer SMTPUTF8, which an address needs"))
+        self.smtp.command_encoding = "utf-8" if smtputf8 else "ascii"
         options = [f"SIZE={size}"] if self.smtp.has_extn("size") else []
         options += ["SMTPUTF8"] if smtputf8 else []
-        with self.step(Phase.MAIL):
-            self.expect(Phase.MAIL, self.smtp.mail(sender, options))
-        replies: dict[str, Reply] = {}
-        with self.step(Phase.RCPT):
-            for recipient in recipients:
-                code, text = self.smtp.rcpt(recipient)
-                replies[recipient] = reply = Reply(Phase.RCPT, code, _text(text))
-                if code == 421:  # the relay is closing: nobody will be served in this conversation
-                    raise Stopped(reply)
-        return replies
+        self.expect(self.command(Phase.MAIL, "MAIL FROM", sender, *options))
+
+    def rcpt(self, recipient: str) -> Reply:
+        """RCPT TO. One refused does not stop the others, unless the relay closes on all of them (421)."""
+        reply = self.command(Phase.RCPT, "RCPT TO", recipient)
+        if reply.code == 421:
+            raise Stopped(reply)
+        return reply
+
+    def command(self, phase: Phase, words: str, address: str, *options: str) -> Reply:
+        """The address to the letter; smtplib's own methods send what their parser makes of it. One that cannot stand in
+        a command is refused here, for good and unsent: it would be no better next time."""
+        with self.step(phase):
+            try:
+                if not ADDRESS.fullmatch(address):
+                    raise ValueError
+                return self.reply(self.smtp.docmd(f"{words}:<{address}>", " ".join(options)))
+            except ValueError:  # also what encoding it may raise
+                return Reply(phase, 553, "this address cannot be written into an SMTP command")
 
     def body(self, mime: bytes, before_dot: Callable[[], None]) -> Reply:
         """DATA, the body, the final dot. Until `before_dot` has returned, the relay cannot have accepted anything."""
         with self.step(Phase.DATA):
-            self.expect(Phase.DATA, self.smtp.docmd("DATA"))
+            self.expect(self.reply(self.smtp.docmd("DATA")))
         with self.step(Phase.TRANSFER):
-            self.smtp.send(_dot_stuffed(mime))
+            self.push(_lines(mime))
         before_dot()
+        with self.step(Phase.TRANSFER):  # still: a dot that does not get out leaves nothing in doubt
+            self.push(b".\r\n")
         with self.step(Phase.DOT):
-            self.smtp.send(b".\r\n")
-            code, text = self.smtp.getreply()
-            return Reply(Phase.DOT, code, _text(text))
+            return self.reply(self.smtp.getreply())
+
+    def push(self, data: bytes) -> None:
+        """A part of the mail. A relay that wants no more of it (552, 421) says so and hangs up: that is the reply."""
+        assert self.smtp.sock
+        try:
+            for start in range(0, len(data), CHUNK):  # a timeout is for a whole sendall()
+                self.smtp.sock.sendall(data[start : start + CHUNK])
+        except OSError:
+            self.smtp.sock.settimeout(LAST_WORDS)
+            raise Stopped(self.reply(self.smtp.getreply())) from None
 
     def close(self) -> None:
-        """QUIT, whose answer is nobody's concern: a relay may well hang up instead."""
-        with suppress(OSError, smtplib.SMTPException):
+        """QUIT, whose answer is nobody's concern and is not waited for: a relay may well hang up instead."""
+        with suppress(OSError):
             if self.phase not in (Phase.CONNECT, Phase.TRANSFER):  # in mid-body it would be a line of the mail
-                self.smtp.quit()
+                self.smtp.putcmd("QUIT")
         self.smtp.close()
+        if self.line:
+            self.line.close()
 
 
 def _hang_up(session: Session) -> None:
     """At the deadline: ends whatever read or write the conversation is in."""
     session.late.set()
-    if session.smtp.sock:
+    if session.line:
         with suppress(OSError):
-            session.smtp.sock.shutdown(socket.SHUT_RDWR)
+            session.line.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
@@ -269,8 +328,9 @@ def conversation(relay: Relay) -> Iterator[Session]:
     try:
         yield session
     finally:
-        session.close()
         alarm.cancel()
+        alarm.join()  # or it might shut down a handle that by now is another connection's
+        session.close()
 
 
 def send(
@@ -290,7 +350,9 @@ def send(
     replies: dict[str, Reply] = {}
     try:
         session.open()
-        replies = session.envelope(sender, recipients, len(mime), smtputf8)
+        session.mail(sender, len(mime), smtputf8)
+        for recipient in recipients:
+            replies[recipient] = session.rcpt(recipient)
         served = [address for address, reply in replies.items() if reply.verdict is Verdict.ACCEPTED]
         if not served:
             return Outcome(_gravest(replies.values()), replies)
@@ -302,14 +364,39 @@ def send(
     return Outcome(final, {address: refused.get(address, final) for address in recipients})
 
 
+def _dial(relay: Relay) -> socket.socket:
+    """TCP to the first of the relay's addresses that answers. They share one timeout: four dead ones cost no more than
+    one, and a relay whose IPv6 is broken is still reached."""
+    addresses = socket.getaddrinfo(relay.host, relay.port, type=socket.SOCK_STREAM)
+    failure = OSError()
+    for family, kind, protocol, _, address in addresses:
+        line = socket.socket(family, kind, protocol)
+        try:
+            line.settimeout(relay.timeout / len(addresses))
+            line.connect(address)
+            line.settimeout(relay.timeout)
+            # The final dot goes out as a packet of its own; Nagle's algorithm would hold it for the peer's ACK.
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # What waits in this buffer ahead of the dot is read before the dot is answered: by default up to 4 MiB,
+            # which on a slow line takes longer than `timeout` and puts a mail in doubt that has not even arrived.
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            return line
+        except OSError as error:
+            line.close()
+            failure = error
+    raise failure
+
+
 def _gravest(replies: Iterable[Reply]) -> Reply:
     order = (Verdict.TROUBLE, Verdict.TRY_AGAIN, Verdict.REFUSED)
     return min(replies, key=lambda reply: order.index(reply.verdict))
 
 
-def _dot_stuffed(mime: bytes) -> bytes:
-    """RFC 5321 4.5.2. `mime` has CRLF line ends throughout (mail.message made it), so no bare CR or LF can end it."""
-    stuffed = re.sub(rb"(?m)^\.", b"..", mime)
+def _lines(mime: bytes) -> bytes:
+    """Lines that end in CRLF and nothing else (RFC 5321 2.3.8), their dots doubled (4.5.2). A lone CR or LF by a dot
+    would end the mail for some relays and not for others, and what follows it would be another: SMTP smuggling."""
+    lines = mime.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+    stuffed = re.sub(rb"(?m)^\.", b"..", lines)
     return stuffed if stuffed.endswith(b"\r\n") else stuffed + b"\r\n"
 
 
@@ -322,8 +409,10 @@ def _reason(error: Exception) -> str:
     """Why there was no reply, in words of ours or of the system, never of the mail."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the relay's certificate is not valid: {error.verify_message}"
+    if isinstance(error, TimeoutError) or isinstance(error.__context__, TimeoutError):  # smtplib: closed, timed out
+        return "timed out"
     if isinstance(error, smtplib.SMTPServerDisconnected):
         return "the relay closed the connection"
-    if isinstance(error, TimeoutError):
-        return "timed out"
+    if isinstance(error, smtplib.SMTPNotSupportedError):
+        return str(error)
     return getattr(error, "strerror", None) or type(error).__name__

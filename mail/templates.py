@@ -2,7 +2,8 @@
 
 A template is a folder of `templates/`: `subject.txt`, and `body.txt`, `body.html` or both. Its name and its variables
 come from a request; its text never does. Values are escaped in HTML; a variable that the template uses and the request
-lacks is an error, at the door and by name. The only home of `jinja2`.  https://jinja.palletsprojects.com/
+lacks is an error, at the door and by name; so is one that is written out and is neither text nor a number, since Python
+would write `None` or `{'a': 1}` into the mail. The only home of `jinja2`.  https://jinja.palletsprojects.com/
 """
 
 from __future__ import annotations
@@ -13,13 +14,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound, UndefinedError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound, Undefined, UndefinedError
 from jinja2.exceptions import TemplateRuntimeError
 
 from mail.message import FieldError, Invalid
 
 FOLDER = Path(__file__).parent.parent / "templates"
-DATA_ERRORS = (TemplateRuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+# Not LookupError: TemplateNotFound is one, and an {% include %} of a missing file is not the caller's fault.
+DATA_ERRORS = (
+    TemplateRuntimeError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RecursionError,
+)
 
 
 @lru_cache(maxsize=1)
@@ -27,11 +38,19 @@ def environment() -> Environment:
     return Environment(
         loader=FileSystemLoader(FOLDER),
         undefined=StrictUndefined,
+        finalize=writable,
         autoescape=lambda name: bool(name and name.endswith(".html")),
         trim_blocks=True,
         lstrip_blocks=True,
         auto_reload=False,
     )
+
+
+def writable(value: object) -> object:
+    if isinstance(value, (str, int, float, Undefined)):  # the last complains by itself, and knows its name
+        return value
+    fault = "the template writes out a value that is neither text nor a number"
+    raise Invalid(FieldError("template.variables", fault))
 
 
 def render(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
@@ -46,13 +65,21 @@ def render(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | N
 
 def _part(name: str, variables: Mapping[str, Any]) -> str | None:
     try:
-        return environment().get_template(name).render(variables).rstrip("\n")
+        template = environment().get_template(name)
     except TemplateNotFound:
         return None
+    try:
+        return template.render(variables).rstrip("\n")
     except UndefinedError as error:
-        missing = re.match(r"'(\w+)' is undefined", error.message or "")
-        name = f"template.variables.{missing[1]}" if missing else "template.variables"
-        raise Invalid(FieldError(name, "the template needs this variable", missing=True)) from None
+        raise Invalid(_missing(error.message or "")) from None
     except DATA_ERRORS as error:
         fault = f"the template cannot be rendered with these values ({type(error).__name__})"
         raise Invalid(FieldError("template.variables", fault)) from None
+
+
+def _missing(message: str) -> FieldError:
+    variable = re.fullmatch(r"'(\w+)' is undefined", message)
+    if variable:
+        return FieldError(f"template.variables.{variable[1]}", "the template needs this variable", missing=True)
+    part = message.rpartition(" ")[2]  # "'dict object' has no attribute 'total'"
+    return FieldError("template.variables", f"the template needs {part} in one of them", missing=True)

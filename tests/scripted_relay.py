@@ -1,0 +1,238 @@
+"""An SMTP relay that does what a test tells it, byte by byte: for what a well-behaved server cannot be made to do.
+
+`script` maps a command to what comes back: a reply, an act, or a list of these, one each time and the last for good.
+Beside the commands there are `GREETING`, `TLS` (the client has begun a handshake), `BODY` (the first bytes of the mail
+are here, and no more is read yet) and `.` (its end). What is not scripted is answered as an obliging relay would.
+
+    with ScriptedRelay({"RCPT": ["250 ok", "550 no"], ".": hang_up}) as relay: ...
+
+It serves one connection after another in one thread, and writes down all it hears.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+OBLIGING = {
+    "GREETING": "220 relay.example ESMTP",
+    "HELO": "250 relay.example",
+    "STARTTLS": "220 2.0.0 go ahead",
+    "AUTH": "235 2.7.0 welcome",
+    "MAIL": "250 2.1.0 ok",
+    "RCPT": "250 2.1.5 ok",
+    "DATA": "354 end with a dot",
+    ".": "250 2.0.0 queued as 4711",
+    "QUIT": "221 2.0.0 bye",
+}
+
+
+class HungUp(Exception):
+    """The connection is over, whoever ended it."""
+
+
+class Line:
+    """The relay's end of one connection."""
+
+    def __init__(self, relay: ScriptedRelay, connection: socket.socket) -> None:
+        self.relay = relay
+        self.socket = connection
+        self.unread = bytearray()
+
+    def say(self, text: str | bytes) -> None:
+        self.socket.sendall(text if isinstance(text, bytes) else text.encode() + b"\r\n")
+
+    def hear_more(self) -> None:
+        heard = self.socket.recv(1 << 20)
+        if not heard:
+            raise HungUp
+        self.unread += heard
+        self.relay.heard += heard
+
+    def hear_until(self, end: bytes) -> bytes:
+        searched = 0
+        while (found := self.unread.find(end, searched)) < 0:
+            searched = max(0, len(self.unread) - len(end))
+            self.hear_more()
+        heard = bytes(self.unread[:found])
+        del self.unread[: found + len(end)]
+        return heard
+
+
+Act = Callable[[Line], str]  # returns the reply it gave
+Step = str | Act
+Script = Mapping[str, Step | Sequence[Step]]
+
+
+def hang(line: Line) -> str:
+    """Neither speaks nor listens until the test is over."""
+    line.relay.over.wait()
+    raise HungUp
+
+
+def hang_up(line: Line) -> str:
+    raise HungUp
+
+
+def reset(line: Line) -> str:
+    """Hangs up in such a way that the other side's next write fails at once."""
+    line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raise HungUp
+
+
+def last_words(text: str) -> Act:
+    def act(line: Line) -> str:
+        line.say(text)
+        raise HungUp
+
+    return act
+
+
+def raw(octets: bytes) -> Act:
+    def act(line: Line) -> str:
+        line.say(octets)
+        return octets.decode("latin-1")
+
+    return act
+
+
+def drip(octets: bytes, pause: float = 0.05) -> Act:
+    """Four bytes at once, then one at a time; `pause` in seconds. Stops when the test is over."""
+
+    def act(line: Line) -> str:
+        line.say(octets[:4])
+        for octet in octets[4:]:
+            line.say(bytes([octet]))
+            if line.relay.over.wait(pause):
+                raise HungUp
+        return octets.decode("latin-1")
+
+    return act
+
+
+def pieces(text: str, octets: int) -> Act:
+    """A whole reply, in packets of so many octets."""
+
+    def act(line: Line) -> str:
+        whole = text.encode() + b"\r\n"
+        for start in range(0, len(whole), octets):
+            line.say(whole[start : start + octets])
+        return text
+
+    return act
+
+
+def read_slowly(pause: float) -> Act:
+    def act(line: Line) -> str:
+        while b"\r\n.\r\n" not in line.unread[-(1 << 20) - 5 :]:
+            time.sleep(pause)
+            line.hear_more()
+        return ""
+
+    return act
+
+
+class ScriptedRelay:
+    """A context manager. After it, `commands`, `heard`, `bodies` and `accepted` are complete."""
+
+    def __init__(
+        self,
+        script: Script | None = None,
+        *,
+        offers: Sequence[str] = (),
+        tls: ssl.SSLContext | None = None,
+        implicit: bool = False,
+        receive_buffer: int = 64 * 1024,
+    ) -> None:
+        ehlo = "\r\n".join([*(f"250-{line}" for line in ("relay.example", *offers)), "250 HELP"])
+        steps: Script = {"EHLO": ehlo, **OBLIGING, **(script or {})}
+        self.script = {name: [one] if isinstance(one, str) or callable(one) else [*one] for name, one in steps.items()}
+        self.tls = tls
+        self.implicit = implicit
+        self.receive_buffer = receive_buffer
+        self.commands: list[str] = []
+        self.heard = bytearray()  # everything, as it came out of TLS if there was any
+        self.bodies: list[bytes] = []  # between the reply to DATA and the final dot
+        self.accepted: list[bytes] = []  # those among them that were answered with 2xx
+        self.connections = 0
+        self.over = threading.Event()
+
+    def __enter__(self) -> ScriptedRelay:
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen()
+        self.port = int(self.listener.getsockname()[1])
+        self.thread = threading.Thread(target=self._serve, name="scripted relay")
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port)).close()  # wakes accept()
+        self.thread.join()
+        self.listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self.listener.accept()
+            with connection:
+                if self.over.is_set():
+                    return
+                self.connections += 1
+                connection.settimeout(10)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                line = Line(self, connection)
+                with suppress(HungUp, OSError):
+                    self._converse(line)
+                line.socket.close()
+
+    def _converse(self, line: Line) -> None:
+        if self.implicit:
+            self._encrypt(line)
+        self._perform(line, "GREETING")
+        while True:
+            command = line.hear_until(b"\r\n").decode("utf-8", "replace")
+            self.commands.append(command)
+            self._answer(line, command.split(" ")[0].split(":")[0].upper())
+
+    def _answer(self, line: Line, verb: str) -> None:
+        reply = self._perform(line, verb)
+        if verb == "STARTTLS" and reply.startswith("220"):
+            self._encrypt(line)
+        if verb == "DATA" and reply.startswith("354"):
+            self._take_body(line)
+        if verb == "QUIT":
+            raise HungUp
+
+    def _encrypt(self, line: Line) -> None:
+        if "TLS" in self.script:
+            line.hear_more()
+            self._perform(line, "TLS")
+        assert self.tls
+        line.socket = self.tls.wrap_socket(line.socket, server_side=True)
+        line.unread.clear()
+
+    def _take_body(self, line: Line) -> None:
+        if "BODY" in self.script:
+            if not line.unread:
+                line.hear_more()
+            self._perform(line, "BODY")
+        body = line.hear_until(b"\r\n.\r\n") + b"\r\n"
+        self.bodies.append(body)
+        if self._perform(line, ".").startswith("2"):
+            self.accepted.append(body)
+
+    def _perform(self, line: Line, name: str) -> str:
+        steps = self.script.get(name, ["500 5.5.2 what?"])
+        step = steps.pop(0) if len(steps) > 1 else steps[0]
+        if callable(step):
+            return step(line)
+        line.say(step)
+        return step

@@ -1,0 +1,550 @@
+"""RQ and Redis as we use them: the atomic accept, a look at a job, requeue and cancel, and Redis that does not answer.
+
+Where only our own logic is at stake, Redis is fakeredis; what is said of atomicity, memory, passwords and silence is
+said of a real one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+from redis import exceptions
+from redis.client import Pipeline
+from redis.exceptions import ResponseError
+from rq import Queue
+from rq.job import Job, JobStatus
+from rq.results import Result
+from rq.serializers import JSONSerializer
+
+import jobs
+from jobs import EMAIL, JOBS, Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Unavailable
+from tests.servers import RedisServer
+
+ONE = "00000000-0000-4000-8000-000000000001"
+TWO = "00000000-0000-4000-8000-000000000002"
+
+
+@pytest.fixture(autouse=True)
+def forget_silence() -> None:
+    """What a test before this one heard of its Redis, or did not."""
+    jobs._silent.clear()
+
+
+@pytest.fixture
+def client() -> Any:
+    return fakeredis.FakeRedis()
+
+
+@pytest.fixture
+def store(client: Any) -> Jobs:
+    return Jobs(client)
+
+
+@pytest.fixture
+def server(redis_server: RedisServer) -> RedisServer:
+    with redis_server.client() as client:
+        client.flushall()
+    return redis_server
+
+
+@pytest.fixture
+def real(server: RedisServer) -> Iterator[Jobs]:
+    with jobs.connect(server.url) as client:
+        yield Jobs(client)
+
+
+def accept(store: Jobs, job_id: str = ONE, idempotency: Idempotency | None = None, **more: Any) -> Accepted:
+    how = {"timeout": 60, "retry_in": [10, 20], "result_ttl": 100, "failure_ttl": 200, **more}
+    return store.accept(JOBS, "tasks.why_failed", job_id, idempotency=idempotency, **how)
+
+
+def stored(store: Jobs, job_id: str = ONE) -> Job:
+    return Job.fetch(job_id, store.redis, serializer=JSONSerializer)
+
+
+def queued(store: Jobs, queue: str = JOBS) -> list[str]:
+    ids: Any = store.redis.lrange(f"rq:queue:{queue}", 0, -1)
+    return [one.decode() for one in ids]
+
+
+def mark(commands: Pipeline) -> None:
+    commands.set("x", 1)
+
+
+# --- Idempotency ------------------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_members_is_no_difference_at_any_depth() -> None:
+    one = Idempotency.of("shop", "/emails", "k", {"a": 1, "b": {"c": [1, 2], "d": "é"}})
+    assert one == Idempotency.of("shop", "/emails", "k", {"b": {"d": "é", "c": [1, 2]}, "a": 1})
+
+
+@pytest.mark.parametrize("body", [{"a": 2}, {"a": "1"}, {"a": True}, {"a": [1]}, {"a": 1, "b": None}, {}, [1], None])
+def test_another_body_has_the_same_key_and_another_fingerprint(body: object) -> None:
+    one, other = (Idempotency.of("shop", "/emails", "k", this) for this in ({"a": 1}, body))
+    assert one.key == other.key
+    assert one.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("who", [("bank", "/emails", "k"), ("shop", "/jobs", "k"), ("shop", "/emails", "K")])
+def test_another_caller_endpoint_or_key_is_another_key(who: tuple[str, str, str]) -> None:
+    assert Idempotency.of("shop", "/emails", "k", {}).key != Idempotency.of(*who, {}).key
+
+
+def test_the_caller_and_his_key_are_not_to_be_read_in_redis() -> None:
+    assert "secret" not in str(Idempotency.of("secret", "/emails", "secret", {"secret": "secret"}))
+
+
+# --- accept -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_accepted_job_is_stored_and_queued_as_asked(store: Jobs) -> None:
+    assert accept(store, kwargs={"hours": 1}) == Accepted(ONE, replayed=False)
+    job = stored(store)
+    assert (job.func_name, job.args, job.kwargs, job.origin) == ("tasks.why_failed", [], {"hours": 1}, "jobs")
+    assert (job.timeout, job.result_ttl, job.failure_ttl, job.ttl) == (60, 100, 200, None)
+    assert (job.retries_left, job.retry_intervals) == (2, [10, 20])
+    assert (job.get_status(), job.description) == (JobStatus.QUEUED, f"tasks.why_failed {ONE}")
+    assert queued(store) == [ONE]
+    assert store.redis.smembers("rq:queues") == {b"rq:queue:jobs"}
+
+
+def test_a_job_may_have_no_further_attempts(store: Jobs) -> None:
+    accept(store, retry_in=[])
+    assert stored(store).retries_left is None
+
+
+def test_what_is_stored_beside_a_job_is_stored_with_it(store: Jobs) -> None:
+    def beside(commands: Pipeline) -> None:
+        commands.hset("mail:x", mapping={"state": "queued", "text": "line\nline \0 é"})
+        commands.set("binary", b"\xff\x00")
+
+    accept(store, beside=beside)
+    assert store.redis.hget("mail:x", "text") == "line\nline \0 é".encode()
+    assert store.redis.get("binary") == b"\xff\x00"
+
+
+def test_a_job_accepted_twice_is_stored_once_and_both_are_told_so(store: Jobs) -> None:
+    key = Idempotency.of("shop", "/jobs", "k", {})
+    assert accept(store, idempotency=key) == accept(store, idempotency=key) == Accepted(ONE, replayed=False)
+    assert queued(store) == [ONE]
+
+
+def test_a_repeated_request_is_told_the_job_of_then(store: Jobs) -> None:
+    key = Idempotency.of("shop", "/jobs", "k", {})
+    accept(store, idempotency=key, idempotency_ttl=77)
+    assert accept(store, TWO, key, beside=mark) == Accepted(ONE, replayed=True)
+    assert queued(store) == [ONE]
+    assert not store.redis.exists("x", f"rq:job:{TWO}")
+    assert store.redis.ttl(key.key) == 77
+
+
+def test_another_request_with_the_key_is_a_conflict_and_stores_nothing(store: Jobs) -> None:
+    accept(store, idempotency=Idempotency.of("shop", "/jobs", "k", {}))
+    with pytest.raises(IdempotencyConflict):
+        accept(store, TWO, Idempotency.of("shop", "/jobs", "k", {"a": 1}))
+    assert queued(store) == [ONE]
+    assert not store.redis.exists(f"rq:job:{TWO}")
+
+
+def test_a_key_that_has_run_out_is_free_again(store: Jobs) -> None:
+    key = Idempotency.of("shop", "/jobs", "k", {})
+    accept(store, idempotency=key)
+    store.redis.delete(key.key)
+    assert accept(store, TWO, key) == Accepted(TWO, replayed=False)
+
+
+def test_accept_is_asked_again_after_a_connection_that_broke_and_not_after_a_time_out(
+    store: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, calls = store._accept, 0
+
+    def lose(reply: Exception) -> None:
+        def run(**given: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            heard = script(**given)
+            if calls == 1:
+                raise reply
+            return heard
+
+        nonlocal calls
+        calls = 0
+        monkeypatch.setattr(store, "_accept", run)
+
+    lose(exceptions.ConnectionError())
+    assert accept(store) == Accepted(ONE, replayed=False)
+    assert calls == 2
+    lose(exceptions.TimeoutError())
+    with pytest.raises(Unavailable):
+        accept(store, TWO)
+    assert calls == 1
+    assert queued(store) == [ONE, TWO]
+
+
+def test_many_at_once_with_few_keys_make_few_jobs(real: Jobs) -> None:
+    together = threading.Barrier(40)
+
+    def submit(number: int) -> Accepted:
+        together.wait(10)
+        key = Idempotency.of("shop", "/jobs", f"k{number % 5}", {})
+        return accept(real, f"{number:08}-0000-4000-8000-000000000000", key)
+
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(submit, range(40)))
+    assert {answer.id for answer in answers} == set(queued(real))
+    assert len(queued(real)) == 5
+    assert [answer.replayed for answer in answers].count(False) == 5
+
+
+def test_a_redis_that_fills_up_holds_whole_jobs_only(real: Jobs) -> None:
+    def submit(number: int) -> None:
+        job_id = f"{number:08}-0000-4000-8000-000000000000"
+        key = Idempotency.of("shop", "/jobs", str(number), {})
+        accept(real, job_id, key, beside=lambda commands: commands.hset(f"mail:{job_id}", "text", "x" * 20_000))
+
+    submit(0)
+    used: Any = real.redis.info("memory")
+    real.redis.config_set("maxmemory", used["used_memory"] + 500_000)
+    try:
+        with pytest.raises(Unavailable, match="out of memory"):  # noqa: PT012 - which of them fails is open
+            for number in range(1, 200):
+                submit(number)
+    finally:
+        real.redis.config_set("maxmemory", 0)
+    assert 2 < len(queued(real)) < 200
+    for pattern in ("rq:job:*", "mail:*", "idempotency:*"):
+        assert len(real.redis.keys(pattern)) == len(queued(real))
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job_id", [ONE, "", "a b", "é", "..", "\0", "a\n", "x" * 10_000, f"{ONE}:dependents"])
+def test_what_no_job_has_as_its_id_is_not_found(store: Jobs, job_id: str) -> None:
+    for look in (store.read, store.requeue, store.cancel):
+        with pytest.raises(NotFound):
+            look(job_id)
+
+
+def test_a_job_of_another_program_is_not_found(store: Jobs) -> None:
+    job = Queue("theirs", connection=store.redis, serializer=JSONSerializer).enqueue("print")
+    for look in (store.read, store.requeue, store.cancel):
+        with pytest.raises(NotFound):
+            look(job.id)
+    assert queued(store, "theirs") == [job.id]
+
+
+def test_a_job_that_another_program_pickled_into_our_queue_can_be_seen_and_removed(store: Jobs) -> None:
+    job = Queue(JOBS, connection=store.redis).enqueue("tasks.why_failed", hours=1)
+    assert store.read(job.id)["task"] == ""
+    store.cancel(job.id)
+    assert not queued(store)
+
+
+def test_a_job_shows_its_last_result_only(store: Jobs) -> None:
+    accept(store)
+    job = stored(store)
+    Result.create_failure(job, 100, 'Traceback\n  File "x"\nValueError: line\nof the reason\n')
+    assert store.read(ONE)["error"] == "of the reason"
+    Result.create(job, Result.Type.SUCCESSFUL, 100, return_value={"a": [1, None]})
+    seen = store.read(ONE)
+    assert seen["result"] == {"a": [1, None]}
+    assert "error" not in seen
+
+
+def test_a_result_of_nothing_is_shown_as_null(store: Jobs) -> None:
+    accept(store)
+    Result.create(stored(store), Result.Type.SUCCESSFUL, 100, return_value=None)
+    assert store.read(ONE)["result"] is None
+
+
+# --- requeue and cancel -----------------------------------------------------------------------------------------------
+
+
+def fail(store: Jobs, job_id: str = ONE) -> Job:
+    job = stored(store, job_id)
+    job.retries_left = 0
+    job.started_at = job.ended_at = job.created_at
+    job.save()
+    job.set_status(JobStatus.FAILED)
+    store.redis.lrem(f"rq:queue:{job.origin}", 0, job_id)
+    store.redis.zadd(f"rq:failed:{job.origin}", {job_id: time.time() + 1000})
+    return job
+
+
+def test_a_requeued_job_is_as_it_was_when_it_was_accepted(store: Jobs) -> None:
+    accept(store)
+    fail(store)
+    store.requeue(ONE)
+    job = stored(store)
+    assert (job.get_status(), job.retries_left, job.started_at, job.ended_at) == (JobStatus.QUEUED, 2, None, None)
+    assert queued(store) == [ONE]
+    assert not store.redis.zcard("rq:failed:jobs")
+
+
+def test_a_requeued_job_without_further_attempts_has_none(store: Jobs) -> None:
+    accept(store, retry_in=[])
+    fail(store)
+    store.requeue(ONE)
+    assert not stored(store).retries_left
+
+
+def test_a_stopped_job_can_be_queued_again_or_canceled(store: Jobs) -> None:
+    for act in (store.requeue, store.cancel):
+        accept(store)
+        fail(store).set_status(JobStatus.STOPPED)
+        act(ONE)
+    assert not store.redis.exists(f"rq:job:{ONE}")
+
+
+@pytest.mark.parametrize("status", [JobStatus.QUEUED, JobStatus.STARTED, JobStatus.SCHEDULED, JobStatus.FINISHED])
+def test_only_a_failed_job_can_be_queued_again(store: Jobs, status: JobStatus) -> None:
+    accept(store)
+    stored(store).set_status(status)
+    with pytest.raises(NotPossible, match=f"this one is {status.value}$"):
+        store.requeue(ONE)
+    assert queued(store) == [ONE]
+
+
+@pytest.mark.parametrize("status", [JobStatus.STARTED, JobStatus.FINISHED, JobStatus.DEFERRED])
+def test_a_job_that_runs_or_has_run_cannot_be_canceled(store: Jobs, status: JobStatus) -> None:
+    accept(store)
+    stored(store).set_status(status)
+    with pytest.raises(NotPossible, match=f"a job that is {status.value} "):
+        store.cancel(ONE, beside=mark)
+    assert stored(store).get_status() == status
+    assert not store.redis.exists("x")
+
+
+def test_a_canceled_job_leaves_what_is_stored_beside_and_nothing_else(store: Jobs) -> None:
+    accept(store)
+    Result.create_failure(stored(store), 100, "ValueError")
+    store.cancel(ONE, beside=mark)
+    assert set(store.redis.keys("*")) == {b"x", b"rq:queues"}
+
+
+@contextmanager
+def meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> Iterator[None]:
+    """Something happens to the job after its state was looked at and before the transaction."""
+    looked_at = Job.get_status
+
+    def get_status(job: Job, refresh: bool = True) -> JobStatus:
+        status = looked_at(job, refresh)
+        if refresh:
+            monkeypatch.setattr(Job, "get_status", looked_at)
+            happens()
+        return status
+
+    monkeypatch.setattr(Job, "get_status", get_status)
+    yield
+
+
+def test_a_job_that_a_worker_takes_at_this_moment_is_not_canceled(real: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept(real)
+    with (
+        meanwhile(monkeypatch, lambda: stored(real).set_status(JobStatus.STARTED)),
+        pytest.raises(NotPossible, match="look again"),
+    ):
+        real.cancel(ONE, beside=mark)
+    assert stored(real).get_status() == JobStatus.STARTED
+    assert not real.redis.exists("x")
+
+
+def test_a_job_that_another_queues_again_at_this_moment_is_queued_once(
+    real: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(real)
+    fail(real)
+    with meanwhile(monkeypatch, lambda: real.requeue(ONE)), pytest.raises(NotPossible):
+        real.requeue(ONE)
+    assert queued(real) == [ONE]
+
+
+@pytest.mark.parametrize("act", ["requeue", "cancel"])
+def test_a_job_that_vanishes_while_we_look_is_not_found(store: Jobs, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+    accept(store)
+    job = stored(store)
+    store.redis.delete(job.key)
+    monkeypatch.setattr(store, "fetch", lambda _: job)
+    with pytest.raises(NotFound):
+        getattr(store, act)(ONE)
+
+
+@pytest.mark.parametrize("act", ["requeue", "cancel"])
+def test_what_a_full_redis_refuses_is_not_half_done(real: Jobs, act: str) -> None:
+    accept(real)
+    fail(real)
+    before = real.redis.hgetall(f"rq:job:{ONE}")
+    real.redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(Unavailable, match="out of memory"):
+            real.requeue(ONE) if act == "requeue" else real.cancel(ONE, beside=mark)
+    finally:
+        real.redis.config_set("maxmemory", 0)
+    assert real.redis.hgetall(f"rq:job:{ONE}") == before
+    assert real.redis.zrange("rq:failed:jobs", 0, -1) == [ONE.encode()]
+    assert not queued(real)
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_of_the_mail_queue_is_told(real: Jobs) -> None:
+    empty = real.state()
+    assert empty.pop("info")["aof_enabled"] == 1
+    assert empty == {"queued": 0, "workers": 0, "oldest_queued_seconds": None}
+    how: dict[str, Any] = {"timeout": 60, "retry_in": [], "result_ttl": 1, "failure_ttl": 1}
+    for job_id in (ONE, TWO):
+        real.accept(EMAIL, "tasks.deliver", job_id, args=[job_id], **how)
+    accept(real, "another-queue")
+    real.redis.hset(f"rq:job:{ONE}", "enqueued_at", "2020-01-01T00:00:00.000000Z")
+    real.redis.sadd("rq:workers:email", "worker")
+    seen = real.state()
+    assert (seen["queued"], seen["workers"]) == (2, 1)
+    assert seen["oldest_queued_seconds"] == pytest.approx(time.time() - 1577836800, abs=10)
+    real.redis.delete(f"rq:job:{ONE}")
+    assert real.state()["oldest_queued_seconds"] is None
+
+
+# --- Redis that cannot now --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (exceptions.ConnectionError("refused"), "does not answer"),
+        (exceptions.TimeoutError("timed out"), "does not answer"),
+        (exceptions.BusyLoadingError("loading"), "does not answer"),
+        (exceptions.AuthenticationError("invalid username-password pair"), "password"),
+        (exceptions.OutOfMemoryError("command not allowed", status_code="OOM"), "out of memory"),
+        (exceptions.ReadOnlyError("You can't write", status_code="READONLY"), "read-only replica"),
+        (exceptions.NoPermissionError("this user has no permissions", status_code="NOPERM"), "ACL"),
+        (ResponseError("MISCONF Redis is configured to save RDB snapshots"), "disk"),
+        (ResponseError("NOREPLICAS Not enough good replicas to write."), "replicas"),
+        (ResponseError("BUSY Redis is busy running a script."), "busy"),
+        (ResponseError("Error running script (call to f_1): @user_script:13: -OOM command not allowed"), "memory"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_redis_says_when_it_cannot_work_is_told_as_such(error: Exception, said: str) -> None:
+    with pytest.raises(Unavailable, match=said), jobs.unavailable():
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ResponseError("WRONGTYPE Operation against a key"), ResponseError("unknown command"), ValueError("x"), NotFound()],
+)
+def test_a_mistake_of_ours_stays_what_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, jobs.unavailable():
+        raise error
+    assert raised.value is error
+
+
+def test_once_redis_is_silent_one_caller_finds_out_and_the_others_do_not_wait() -> None:
+    def ask() -> None:
+        with jobs.unavailable():
+            pass
+
+    def is_another_refused() -> bool:
+        with ThreadPoolExecutor(1) as another_thread:
+            return isinstance(another_thread.submit(ask).exception(), Unavailable)
+
+    def wait_in_vain() -> None:
+        refused.append(is_another_refused())
+        raise exceptions.TimeoutError
+
+    refused: list[bool] = []
+    for _ in range(2):
+        with pytest.raises(Unavailable), jobs.unavailable():
+            wait_in_vain()
+    with jobs.unavailable():
+        refused.append(is_another_refused())
+    assert refused == [False, True, True]
+    assert not is_another_refused()
+
+
+def test_an_error_that_redis_answers_with_is_a_sign_of_life() -> None:
+    with pytest.raises(Unavailable), jobs.unavailable():
+        raise exceptions.TimeoutError
+    with pytest.raises(ResponseError), jobs.unavailable():
+        raise ResponseError("WRONGTYPE")
+    assert not jobs._silent.is_set()
+
+
+def test_the_apis_connection_gives_up_in_time_and_the_workers_outlasts_a_restart(server: RedisServer) -> None:
+    with jobs.connect(server.url) as api, jobs.connect(server.url, patient=True) as worker:
+        assert api.ping()
+        assert worker.ping()
+        server.kill()
+        with pytest.raises(exceptions.ConnectionError):
+            api.ping()
+        restart = threading.Timer(0.5, server.start)
+        restart.start()
+        assert worker.ping()
+        restart.join()
+        assert api.ping()
+
+
+def test_a_redis_that_takes_connections_and_says_nothing_is_given_up_in_time(server: RedisServer) -> None:
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        with jobs.connect(server.url) as client:
+            started = time.monotonic()
+            with pytest.raises(Unavailable, match="does not answer"):
+                accept(Jobs(client))
+            assert time.monotonic() - started < 2
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+
+
+def test_nothing_is_sent_a_second_time_by_the_client_itself() -> None:
+    """redis-py's own retries would queue a mail twice, since they repeat whole transactions."""
+    heard = []
+
+    def answer_nothing(listener: socket.socket) -> None:
+        for _ in range(3):
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                return
+            with connection:
+                while data := connection.recv(65536):
+                    if b"INCR" in data:
+                        heard.append(data)
+                        break
+                    connection.sendall(b"-ERR unknown command\r\n" * data.count(b"*"))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(1)
+        thread = threading.Thread(target=answer_nothing, args=(listener,))
+        thread.start()
+        with (
+            jobs.connect(f"redis://127.0.0.1:{listener.getsockname()[1]}?protocol=2") as client,
+            pytest.raises(exceptions.ConnectionError),
+        ):
+            client.incr("x")
+        thread.join()
+    assert len(heard) == 1
+
+
+def test_a_password_that_is_wrong_is_said_without_showing_it(tmp_path: Path) -> None:
+    with RedisServer(tmp_path) as server:
+        with server.client() as client:
+            client.config_set("requirepass", "right")
+        for url in (server.url, server.url.replace("127", ":wrong-password@127")):
+            with jobs.connect(url) as client, pytest.raises(Unavailable, match="does not accept our password") as told:
+                accept(Jobs(client))
+            assert "wrong-password" not in str(told.value)

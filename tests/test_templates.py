@@ -1,0 +1,196 @@
+"""Facts about `mail.templates`: what a template makes of variables, and that a request cannot reach beyond them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateNotFound
+
+from mail import templates
+from mail.message import Invalid
+from mail.templates import render
+
+Json = Any
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder that templates are read from."""
+    monkeypatch.setattr(templates, "FOLDER", tmp_path)
+    templates.environment.cache_clear()
+    yield tmp_path
+    templates.environment.cache_clear()
+
+
+def write(folder: Path, **files: str) -> None:
+    """A template called `x`: subject, text, html."""
+    (folder / "x").mkdir()
+    for part, text in files.items():
+        name = {"subject": "subject.txt", "text": "body.txt", "html": "body.html"}.get(part, f"{part}.txt")
+        (folder / "x" / name).write_text(text, encoding="utf-8")
+
+
+def refusal(template_id: str, variables: dict[str, Json]) -> dict[str, str]:
+    """field -> message"""
+    with pytest.raises(Invalid) as caught:
+        render(template_id, variables)
+    return {error.field: error.message for error in caught.value.errors}
+
+
+def test_the_welcome_mail_is_rendered_with_its_name_escaped_in_html_and_as_it_is_in_text() -> None:
+    subject, text, html = render("welcome", {"name": "<b>&\"'"})
+    assert subject == "Welcome, <b>&\"'"
+    assert text
+    assert text.startswith("Hello <b>&\"',\n")
+    assert html
+    assert "Welcome, &lt;b&gt;&amp;&#34;&#39;</h1>" in html
+    assert "<b>" not in html
+
+
+UNKNOWN = [
+    *("nothing", "Welcome", "welcome ", " welcome", "welcome\n", "wel\x00come", "wélcome", "welcome.", "x" * 65),
+    *("", ".", "..", "../x", "../templates/welcome", "welcome/..", "welcome/", "/welcome", "welcome/../welcome"),
+    *("..\\welcome", "welcome\\..", "/etc", "/", "~", "welcome/body.txt", "\ud800", "{{ 7 * 7 }}"),
+]
+
+
+@pytest.mark.parametrize("template_id", UNKNOWN)
+def test_an_unknown_template_is_refused(template_id: str) -> None:
+    assert refusal(template_id, {"name": "Ada"}) == {"template.id": "there is no template of this name"}
+
+
+def test_a_way_out_of_the_folder_is_refused_though_it_leads_to_a_template(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "inside").mkdir()
+    write(folder, text="secret")
+    (folder / "file").write_text("no folder")
+    monkeypatch.setattr(templates, "FOLDER", folder / "inside")
+    for template_id in ("../x", "../../x", "./../x", str(folder / "x"), "file", "../file"):
+        assert list(refusal(template_id, {})) == ["template.id"]
+
+
+def test_a_missing_variable_is_named() -> None:
+    with pytest.raises(Invalid) as caught:
+        render("welcome", {"Name": "Ada"})
+    (error,) = caught.value.errors
+    assert (error.field, error.missing) == ("template.variables.name", True)
+
+
+def test_what_is_missing_inside_a_variable_is_named(folder: Path) -> None:
+    write(folder, text="{{ order.total }}")
+    assert refusal("x", {"order": {}}) == {"template.variables": "the template needs 'total' in one of them"}
+
+
+def test_a_variable_that_the_template_does_not_use_is_ignored() -> None:
+    odd = {"extra": [1], "name ": 1, "self": {}, "": None, "loop": 1, "__class__": "x", "range": 1, "environment": 1}
+    assert render("welcome", {"name": "Ada"} | odd) == render("welcome", {"name": "Ada"})
+
+
+def test_text_of_a_request_is_no_template() -> None:
+    name = "{{ 7 * 7 }}{% for x in range(9) %}{{ x }}{% endfor %}{# note #}"
+    subject, text, html = render("welcome", {"name": name})
+    assert subject == f"Welcome, {name}"
+    assert text
+    assert name in text
+    assert html
+    assert name in html
+
+
+@pytest.mark.parametrize("value", [None, [], ["Ada"], {}, {"a": 1}, {"__html__": "<b>"}, [[[[]]]]])
+def test_a_value_that_is_neither_text_nor_a_number_is_not_written_into_a_mail(value: Json) -> None:
+    told = refusal("welcome", {"name": value})
+    assert told == {"template.variables": "the template writes out a value that is neither text nor a number"}
+
+
+@pytest.mark.parametrize(("value", "written"), [(7, "7"), (2.5, "2.5"), ("", ""), ("{}", "{}"), ("é😀", "é😀")])
+def test_text_and_numbers_are_written_as_they_are(value: Json, written: str) -> None:
+    assert render("welcome", {"name": value})[0] == f"Welcome, {written}"
+
+
+def test_a_method_of_a_value_is_not_written_into_a_mail(folder: Path) -> None:
+    write(folder, text="{{ order.items }}")  # Jinja finds dict.items before the member of this name
+    assert list(refusal("x", {"order": {"items": "two"}})) == ["template.variables"]
+
+
+WRONG_KIND = [
+    ("{{ total + 1 }}", "seven"),
+    ("{{ total // 0 }}", 7),
+    ("{{ total ** total ** total }}", 9.9e9),
+    ("{{ '%.2f'|format(total) }}", "seven"),
+    ("{{ '%(a)s'|format(**total) }}", {}),
+    ("{% for one in total %}{{ one }}{% endfor %}", 7),
+    ("{% for one in total %}{{ one }}{% endfor %}", None),
+    ("{{ total|round }}", "seven"),
+    ("{{ total.lower() }}", 7),
+    ("{{ total() }}", "seven"),
+    ("{{ {total: 1}.a }}", []),
+    ("{% include total %}", 7),
+]
+
+
+@pytest.mark.parametrize(("template", "value"), WRONG_KIND)
+def test_a_variable_of_the_wrong_kind_is_refused(folder: Path, template: str, value: Json) -> None:
+    write(folder, text=template)
+    assert list(refusal("x", {"total": value})) == ["template.variables"]
+
+
+def test_a_value_nested_without_end_or_a_number_without_end_is_refused(folder: Path) -> None:
+    write(folder, text="{{ total|tojson }}{{ total }}")
+    nested: Json = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert list(refusal("x", {"total": nested})) == ["template.variables"]
+    assert list(refusal("x", {"total": 10**5000})) == ["template.variables"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.just("name") | st.text(), JSON, max_size=4))
+def test_whatever_the_variables_are_they_are_rendered_or_refused(variables: dict[str, Json]) -> None:
+    name = variables.get("name")
+    if isinstance(name, (str, int, float)):
+        assert render("welcome", variables)[0] == f"Welcome, {name}".rstrip("\n")
+    else:
+        assert refusal("welcome", variables).keys() <= {"template.variables", "template.variables.name"}
+
+
+def test_html_is_escaped_wherever_a_value_stands_in_it(folder: Path) -> None:
+    html = (
+        "{{ a }} {{ a|upper }} {{ b.c }} {{ a ~ '<i>' }}{% set d = a %} {{ d }}{% for one in e %} {{ one }}{% endfor %}"
+    )
+    write(folder, html=html, text=html, subject=html)
+    subject, text, written = render("x", {"a": "<u>", "b": {"c": "<u>"}, "e": ["<u>"]})
+    assert written == "&lt;u&gt; &lt;U&gt; &lt;u&gt; &lt;u&gt;&lt;i&gt; &lt;u&gt; &lt;u&gt;"
+    assert subject == text == "<u> <U> <u> <u><i> <u> <u>"
+
+
+def test_a_part_without_its_file_is_none(folder: Path) -> None:
+    write(folder, text="Hi\n\n")
+    assert render("x", {}) == ("", "Hi", None)
+
+
+def test_a_folder_without_any_part_renders_to_nothing(folder: Path) -> None:
+    write(folder)
+    assert render("x", {}) == ("", None, None)
+
+
+def test_a_template_whose_include_is_missing_is_not_sent_without_it(folder: Path) -> None:
+    write(folder, html="{% include 'x/footer.html' %}", text="Hi")
+    with pytest.raises(TemplateNotFound):  # the operator's fault, so a 500 and not the caller's 422
+        render("x", {})
+
+
+def test_lines_of_a_block_leave_no_empty_lines_behind(folder: Path) -> None:
+    write(folder, text="{% for one in of %}\n  {% if one %}\n- {{ one }}\n  {% endif %}\n{% endfor %}\nend\n")
+    assert render("x", {"of": ["a", "", "b"]})[1] == "- a\n- b\nend"
