@@ -1,6 +1,6 @@
 """worker.py, killed with SIGKILL when it reaches a named point: `killed_worker.py QUEUE POINT`.
 
-The points are put in from here, so that the product carries no hook for its tests. Each is a moment between two lines of
+The points are put in from here, so that the product carries no hook for its tests. Each lies between two lines of
 tasks.deliver or of RQ, with nothing flushed or closed afterwards, as `kill -9` or a power cut would have it.
 """
 
