@@ -17,14 +17,14 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from redis import Redis
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.client import Pipeline
-from redis.exceptions import AuthenticationError, ConnectionError, ResponseError, TimeoutError, WatchError
+from redis.exceptions import AuthenticationError, ConnectionError, RedisError, ResponseError, TimeoutError, WatchError
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry
@@ -32,6 +32,8 @@ from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobEr
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
+LOST_AFTER = 45  # seconds without a sign of life after which a worker, and its claim on a mail, count as dead
+BEAT = 15  # seconds between signs of life
 EMAIL, JOBS = "email", "jobs"  # the queues. One queue per worker, always: on two, RQ loses what a killed worker popped
 
 # KEYS: the job's key, the idempotency key ("" for none). ARGV: job id, fingerprint, lifetime of the idempotency key in
@@ -166,6 +168,25 @@ def unavailable() -> Iterator[None]:
         raise Unavailable(CANNOT_NOW[said[1]]) from None
 
 
+@contextmanager
+def beating(sign_of_life: Callable[[], object]) -> Iterator[None]:
+    """Gives the sign every `BEAT` seconds, from a thread, for as long as the body runs. One that Redis does not take is
+    left out: the next may come through, and if none does, that is what `LOST_AFTER` is for."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT):
+            with suppress(RedisError):
+                sign_of_life()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 class Jobs:
     """The two queues, seen from the side that submits and looks."""
 
@@ -187,8 +208,8 @@ class Jobs:
         result_ttl: int,
         failure_ttl: int,
         beside: Callable[[Pipeline], None] | None = None,
-        idempotency: Idempotency | None = None,
-        idempotency_ttl: int = 86400,
+        idempotency: Idempotency | None,
+        idempotency_ttl: int,
     ) -> Accepted:
         """Stores a job and queues it, in one step, with the commands that `beside` adds. All times are in seconds.
 
@@ -265,12 +286,14 @@ class Jobs:
         job = self.fetch(job_id)
         with unavailable(), self._watching(job) as pipe:
             status = job.get_status()
-            if status not in ("failed", "stopped"):
+            if status not in ("failed", "stopped", "canceled"):
                 raise NotPossible(f"only a failed job can be queued again; this one is {status.value}")
             job.retries_left = len(job.retry_intervals) if job.retry_intervals else None
             job.started_at = job.ended_at = None
             pipe.multi()
             pipe.zrem(job.failed_job_registry.key, job.id)
+            pipe.zrem(f"rq:canceled:{job.origin}", job.id)
+            pipe.persist(job.key)  # it was to expire; now it must wait for a worker as long as it takes
             self.queues[job.origin].enqueue_job(job, pipeline=pipe)
             pipe.execute()
 
@@ -279,7 +302,7 @@ class Jobs:
         job = self.fetch(job_id)
         with unavailable(), self._watching(job) as pipe:
             status = job.get_status()
-            if status not in ("queued", "scheduled", "failed", "stopped"):
+            if status not in ("queued", "scheduled", "failed", "stopped", "canceled"):
                 raise NotPossible(f"a job that is {status.value} cannot be canceled any more")
             pipe.multi()
             if beside:

@@ -137,8 +137,8 @@ def read_json(limit: int) -> Any:
         raise bad_json("it is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise bad_json(f"it is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except ValueError as error:
-        raise bad_json(str(error)) from None
+    except ValueError:
+        raise bad_json("it holds an integer of too many digits") from None
     return body
 
 
@@ -221,17 +221,17 @@ class JobRequest(Strict):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-def checked(model: type[Strict], body: Any, prefix: str = "") -> Any:
+def checked(model: type[Strict], body: Any) -> Any:
     if not isinstance(body, dict):
-        raise Invalid(FieldError(prefix or "body", "write a JSON object"))
+        raise Invalid(FieldError("body", "write a JSON object"))
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise Invalid(*message.field_errors(error, prefix)) from None
+        raise Invalid(*message.field_errors(error)) from None
 
 
 class Service:
-    """The handlers. Each returns (status, body) or an `Accepted`, and raises what `as_refusal` knows."""
+    """The handlers. Each returns its answer, or raises what `as_refusal` knows."""
 
     def __init__(self, settings: Settings, jobs: Jobs) -> None:
         self.settings = settings
@@ -290,15 +290,17 @@ class Service:
         return answer(200, self.jobs.read(job_id))
 
     def requeue_job(self, caller: ApiKey, job_id: str) -> HTTPResponse:
-        self.jobs.requeue(job_id)
+        (self.outbox if self._is_mail(job_id) else self.jobs).requeue(job_id)
+        request.environ["async_email.id"] = job_id
         return answer(202, {"job_id": job_id, "status": "queued"})
 
     def delete_job(self, caller: ApiKey, job_id: str) -> HTTPResponse:
-        if MAIL_ID.fullmatch(job_id) and self.outbox.exists(job_id):
-            self.outbox.cancel(job_id)
-        else:
-            self.jobs.cancel(job_id)
+        (self.outbox if self._is_mail(job_id) else self.jobs).cancel(job_id)
+        request.environ["async_email.id"] = job_id
         return answer(200, {"job_id": job_id, "status": "canceled"})
+
+    def _is_mail(self, job_id: str) -> bool:
+        return bool(MAIL_ID.fullmatch(job_id)) and self.outbox.exists(job_id)
 
     def healthz(self) -> HTTPResponse:
         return answer(200, {"status": "ok", "version": VERSION})
@@ -316,6 +318,10 @@ class Service:
             reasons.append(
                 "Redis evicts what it was given when memory is short: CONFIG SET maxmemory-policy noeviction"
             )
+        if 0 < info.get("maxmemory", 0) <= info.get("used_memory", 0):
+            reasons.append("Redis is out of memory: raise maxmemory, or let the workers drain the queue")
+        if info.get("rdb_last_bgsave_status", "ok") != "ok":
+            reasons.append("Redis cannot write its snapshot and may refuse writes; see its log and the disk")
         if info.get("role") not in ("master", None):
             reasons.append("Redis is a replica and takes no writes")
         seen = {"status": "not ready" if reasons else "ready", "reasons": reasons, **state}

@@ -17,6 +17,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, FilePath, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -68,6 +69,14 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def has_a_port_or_none(url: str) -> bool:
+    """False where a password in it holds what ends a host; the parser's own error would quote it."""
+    try:
+        return urlsplit(url).port is not None or True
     except ValueError:
         return False
 
@@ -193,6 +202,10 @@ class Settings(BaseSettings):
                 not self.redis_url.get_secret_value().startswith(("redis://", "rediss://", "unix://")),
                 "REDIS_URL must start with redis://, rediss:// or unix://",
             ),
+            (
+                not has_a_port_or_none(self.redis_url.get_secret_value()),
+                "REDIS_URL cannot be read; write / # ? : @ in its password as %2F %23 %3F %3A %40",
+            ),
         )
         faults = [sentence for wrong, sentence in combinations if wrong]
         if faults:
@@ -201,8 +214,13 @@ class Settings(BaseSettings):
 
     @property
     def deliver_timeout(self) -> int:
-        """Seconds that one whole SMTP conversation may take; the relay's answers are waited for within it."""
+        """Seconds that one whole SMTP conversation may take; after the final dot, the answer may take what is left."""
         return 4 * self.smtp_timeout
+
+    @property
+    def job_timeout(self) -> int:
+        """Seconds until RQ breaks off an attempt: later than the conversation's own end, which leaves a verdict."""
+        return self.deliver_timeout + 30
 
 
 NEEDED = {  # what a process cannot do without -> what to write there

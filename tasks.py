@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache, wraps
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, NoReturn, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from rq import Retry, get_current_job
@@ -26,7 +27,7 @@ from events import emit
 from jobs import Jobs, connect
 from mail import relay
 from mail.message import to_mime
-from mail.outbox import Busy, Claim, Outbox, jittered
+from mail.outbox import AFTER_A_CRASH, Busy, Claim, Outbox, jittered
 from mail.relay import Outcome, Relay, Reply, Verdict
 
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
@@ -65,13 +66,18 @@ def deliver(mail_id: str) -> str | Retry:
     there gives the mail all its attempts again.
     """
     try:
-        claim = outbox().claim(mail_id)
+        claim = outbox().claim(mail_id, _queued_at())
     except Busy as busy:
         emit("busy", id=mail_id, next_in=f"{busy.seconds:.0f}s")
         return _later(busy.seconds + 1)
     if isinstance(claim, str):
         emit("nothing_to_do", id=mail_id, state=claim)
-        return claim
+        return claim if claim in ("sent", "canceled") else _give_up(claim)
+    with claim.held():
+        return _attempt(claim)
+
+
+def _attempt(claim: Claim) -> str | Retry:
     _take_up(claim)
     todo = [one.address for one in claim.recipients if one.status == "pending"]
     if not todo:
@@ -84,18 +90,31 @@ def deliver(mail_id: str) -> str | Retry:
             todo,
             mime,
             smtputf8=claim.message.needs_smtputf8,
-            before_dot=lambda replies: claim.before_dot({who: AT_DOT[reply.verdict] for who, reply in replies.items()}),
+            before_dot=lambda replies: _before_dot(claim, replies),
         )
         _record(claim, outcome)
         return _conclude(claim, outcome)  # written down before the session's QUIT
 
 
-AT_DOT = {  # the reply to RCPT -> what the recipient is once the final dot is out and unanswered
-    Verdict.ACCEPTED: "in_doubt",
-    Verdict.REFUSED: "refused",
-    Verdict.TRY_AGAIN: "pending",
-    Verdict.TROUBLE: "pending",
-}
+def _before_dot(claim: Claim, replies: Mapping[str, Reply]) -> None:
+    # From here until the outcome is written, RQ's time-out must not fall in between; the conversation has its own.
+    signal.alarm(0)
+    claim.before_dot({who: AT_DOT[reply.verdict] for who, reply in replies.items()})
+
+
+def _queued_at() -> float:
+    job = get_current_job()
+    return job.enqueued_at.timestamp() if job and job.enqueued_at else 0
+
+
+def _give_up(reason: str) -> NoReturn:
+    """Straight to the failed registry: a person must look."""
+    job = get_current_job()
+    if job:
+        job.retries_left = 0
+    raise Failed(reason)
+
+
 AFTER = {  # the reply that decided -> what the recipient is after the attempt
     Verdict.ACCEPTED: "accepted",
     Verdict.REFUSED: "refused",
@@ -103,6 +122,7 @@ AFTER = {  # the reply that decided -> what the recipient is after the attempt
     Verdict.TROUBLE: "pending",
     Verdict.IN_DOUBT: "in_doubt",
 }
+AT_DOT = AFTER | {Verdict.ACCEPTED: "in_doubt"}  # the reply to RCPT, while the final dot is unanswered
 
 
 def _take_up(claim: Claim) -> None:
@@ -145,12 +165,12 @@ def _conclude(claim: Claim, outcome: Outcome | None) -> str | Retry:
     emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
     if state == "sent":
         return state
-    if state == "delayed":
-        return _later(pause)
+    if state != "delayed":
+        _give_up(reason)
     job = get_current_job()
     if job:
-        job.retries_left = 0  # straight to the failed registry
-    raise Failed(reason)
+        job.retries_left = len(AFTER_A_CRASH)  # this attempt ended well enough: crashes are counted from here
+    return _later(pause)
 
 
 def _next_state(claim: Claim, verdicts: set[Verdict]) -> tuple[str, int]:
@@ -158,7 +178,7 @@ def _next_state(claim: Claim, verdicts: set[Verdict]) -> tuple[str, int]:
     current = settings.current()
     statuses = {one.status for one in claim.recipients}
     if "pending" in statuses or ("in_doubt" in statuses and current.on_doubt == "retry"):
-        if not verdicts & {Verdict.TRY_AGAIN, Verdict.IN_DOUBT}:
+        if not verdicts & {Verdict.TRY_AGAIN, Verdict.IN_DOUBT} and not _silenced(claim):
             return "delayed", jittered(PAUSE_ON_TROUBLE)
         claim.counted += 1
         if claim.counted <= len(current.retry_schedule):
@@ -167,6 +187,13 @@ def _next_state(claim: Claim, verdicts: set[Verdict]) -> tuple[str, int]:
     if "in_doubt" in statuses:
         return "unknown", 0
     return ("failed" if "refused" in statuses else "sent"), 0
+
+
+def _silenced(claim: Claim) -> bool:
+    """Whether the relay has gone silent on this mail three times running, after it had let us in: then the mail itself
+    may be the reason, and it counts."""
+    last = [(one.get("phase"), one.get("code")) for one in claim.attempts[-3:]]
+    return len(last) == 3 and all(phase in ("mail", "rcpt", "data") and code is None for phase, code in last)
 
 
 def _reason(replies: Sequence[Reply]) -> str:
@@ -197,8 +224,9 @@ OFFERED: dict[str, Task] = {}
 
 
 def task(*, timeout: int = 60, retry_in: tuple[int, ...] = (60, 300)) -> Callable[[Callable[..., Any]], Any]:
-    """Offers a function to `POST /jobs`. It is killed after `timeout`, and after an exception tried again after each of
-    the pauses in `retry_in` (at least one, or a worker killed at the wrong moment would fail a job that never ran)."""
+    """Offers a function to `POST /jobs`. RQ raises JobTimeoutException in it after `timeout`, and kills its process a
+    minute later. After an exception it is tried again after each of the pauses in `retry_in` (at least one, or a worker
+    killed at the wrong moment would fail a job that never ran)."""
 
     def offer(function: Callable[..., Any]) -> Callable[..., Any]:
         hints = get_type_hints(function, include_extras=True)

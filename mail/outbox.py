@@ -6,7 +6,7 @@ step. `claim` gives a mail to one attempt at a time, for a limited time, so that
 should the worker die after that, the mail is in doubt for them and not for the others.
 
     queued -> sending -> sent | failed | unknown (in doubt and held) | delayed -> sending ...
-    queued, delayed, failed -> canceled
+    queued, delayed, failed, unknown -> canceled
 
 Every script may be run again after a lost reply. Once sent, a mail's content is dropped and its outline kept for
 RETAIN_SENT. The one home of key names: `mail:<id>` (hash), `mail:<id>:claim` (token with expiry), `mail:last_sent`.
@@ -16,27 +16,39 @@ from __future__ import annotations
 
 import json
 import random
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 from redis.client import Pipeline
+from redis.exceptions import ConnectionError, TimeoutError
 
-from jobs import EMAIL, Accepted, Idempotency, Jobs, NotFound, NotPossible, unavailable
+from jobs import EMAIL, LOST_AFTER, Accepted, Idempotency, Jobs, NotFound, NotPossible, beating, unavailable
 from mail.message import Message, message_id
 from settings import Settings
 
-FINAL = ("sent", "failed", "unknown", "canceled", "suppressed")
+FINAL = ("sent", "failed", "unknown", "canceled")
 LAST_SENT = "mail:last_sent"
+# Seconds. RQ's own retries, for an attempt whose worker died or that raised what nobody expected; a mail whose every
+# attempt kills its worker is parked as failed after four. Pauses that the relay asks for are in `settle`, not here.
+AFTER_A_CRASH = (1, 5, 30)
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
 
-# KEYS: mail, claim. ARGV: token, lease in ms. Nothing to do for a mail that is gone, sent or canceled. A second run
+# KEYS: mail, claim, RQ's failed registry. ARGV: token, lease in ms, mail id, when the job was queued (seconds).
+# There is nothing to do for a mail that is gone, sent or canceled; nor for a failed or unknown one, unless a person has
+# queued it again since: RQ may run a job twice, and then the second run must not be taken for a wish. A second call
 # with the same token (a lost reply) finds its own claim.
 CLAIM = """
 local state = redis.call('HGET', KEYS[1], 'state')
-if not state or state == 'sent' or state == 'canceled' or state == 'suppressed' then return {state or 'gone'} end
+if not state or state == 'sent' or state == 'canceled' then return {state or 'gone'} end
+if state == 'failed' or state == 'unknown' then
+  local settled_at = tonumber(redis.call('HGET', KEYS[1], 'settled_at'))
+  if redis.call('ZSCORE', KEYS[3], ARGV[3]) or tonumber(ARGV[4]) <= settled_at then return {state} end
+end
 local holder = redis.call('GET', KEYS[2])
 if holder and holder ~= ARGV[1] then return {'busy', redis.call('PTTL', KEYS[2])} end
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
@@ -46,28 +58,45 @@ redis.call('PERSIST', KEYS[1])
 return {'claimed', redis.call('HGETALL', KEYS[1])}
 """
 
-# KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, and this one must stop.
+# KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, or the mail was canceled or
+# sent meanwhile, and this attempt must stop.
 BEFORE_DOT = """
-if redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
+if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'sending' then return 0 end
 redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
 return 1
 """
 
-# KEYS: mail, claim, last_sent. ARGV: token, state, lifetime in seconds (0: none), now, then field, value, ...
+# KEYS: mail, claim, last_sent, RQ's job. ARGV: token, state, lifetime in seconds (0: none), now, then field, value, ...
 # `sent` is written by whoever knows it, also when his claim has run out: it is the truth. Anything else only by the
-# holder, and never over `sent` or `canceled`.
+# holder, and never over `sent` or `canceled`. A second call with the same token changes nothing.
+# It begins with a command that frees memory: Redis looks for memory before a script's first write only, and a mail that
+# was sent must be written down on a full Redis, too.
 SETTLE = """
 local state = redis.call('HGET', KEYS[1], 'state')
 local mine = redis.call('GET', KEYS[2]) == ARGV[1]
-if not state or state == 'canceled' or (ARGV[2] ~= 'sent' and (not mine or state == 'sent')) then return 0 end
-redis.call('HSET', KEYS[1], 'state', ARGV[2], unpack(ARGV, 5))
-if ARGV[2] == 'sent' then
-  redis.call('HDEL', KEYS[1], 'content')
-  redis.call('SET', KEYS[3], ARGV[4])
+if redis.call('HGET', KEYS[1], 'settled_by') == ARGV[1] then return 1 end
+if not state or (ARGV[2] ~= 'sent' and (not mine or state ~= 'sending')) then return 0 end
+if mine then redis.call('DEL', KEYS[2]) end
+if ARGV[2] == 'sent' then redis.call('HDEL', KEYS[1], 'content') end
+redis.call('HSET', KEYS[1], 'state', ARGV[2], 'settled_by', ARGV[1], unpack(ARGV, 5))
+if ARGV[2] == 'sent' then redis.call('SET', KEYS[3], ARGV[4]) end
+if (ARGV[2] == 'failed' or ARGV[2] == 'unknown') and redis.call('EXISTS', KEYS[4]) == 1 then
+  redis.call('HSET', KEYS[4], 'retries_left', 0)  -- should its worker die now, RQ must not try again
 end
 if tonumber(ARGV[3]) > 0 then redis.call('EXPIRE', KEYS[1], ARGV[3]) else redis.call('PERSIST', KEYS[1]) end
-if mine then redis.call('DEL', KEYS[2]) end
 return 1
+"""
+
+# KEYS: mail, claim. ARGV: token, lease in ms.
+RENEW = """
+if redis.call('GET', KEYS[2]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[2], ARGV[2]) end
+return 0
+"""
+
+# KEYS: mail, claim. ARGV: token.
+RELEASE = """
+if redis.call('GET', KEYS[2]) == ARGV[1] then return redis.call('DEL', KEYS[2]) end
+return 0
 """
 
 
@@ -80,7 +109,8 @@ class Busy(Exception):
 
 
 class ClaimLost(Exception):
-    """The lease ran out (this process was stopped for long) and another attempt has the mail. Nothing was sent."""
+    """The mail is no longer this attempt's: the lease ran out (this process stood still) and another has it, or it was
+    canceled. Nothing was sent."""
 
 
 @dataclass
@@ -91,10 +121,6 @@ class Recipient:
     status: str = "pending"
     code: int | None = None
     text: str = ""
-
-    @property
-    def is_done(self) -> bool:
-        return self.status in ("accepted", "refused")
 
 
 @dataclass
@@ -111,10 +137,22 @@ class Claim:
     recipients: list[Recipient]
     attempts: list[dict[str, Any]] = field(default_factory=list)
     counted: int = 0
+    settled: bool = False
 
     @property
     def keys(self) -> list[str]:
         return [f"mail:{self.id}", f"mail:{self.id}:claim"]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the claim for as long as the body runs, and gives it back then, also where nothing was settled."""
+        renew = [self.token, LOST_AFTER * 1000]
+        try:
+            with beating(lambda: self.outbox.run(RENEW, self.keys, renew)):
+                yield
+        finally:
+            if not self.settled:
+                self.outbox.run(RELEASE, self.keys, [self.token])
 
     def before_dot(self, statuses: Mapping[str, str]) -> None:
         """Writes down, at the last moment, who is in doubt from here on. Raises `ClaimLost`."""
@@ -124,7 +162,11 @@ class Claim:
             raise ClaimLost(self.id)
 
     def settle(self, state: str, *, reason: str = "", next_in: float = 0) -> None:
-        """Writes the outcome: recipients, attempts, state; for a final state also how long it is kept."""
+        """Writes the outcome: recipients, attempts, state; for a final state also how long it is kept.
+
+        Raises `ClaimLost` where it is not this attempt's to write. `sent` waits for Redis as long as it takes: nobody
+        else knows it.
+        """
         now = datetime.now(timezone.utc)
         fields: dict[str, str | float] = {
             "recipients": _dump(self.recipients),
@@ -136,23 +178,37 @@ class Claim:
         }
         kept_for = self.outbox.kept_for(state)
         words = [word for pair in fields.items() for word in pair]
-        self.outbox.run(SETTLE, [*self.keys, LAST_SENT], [self.token, state, kept_for, now.timestamp(), *words])
+        keys = [*self.keys, LAST_SENT, f"rq:job:{self.id}"]
+        settle = self.outbox.insist if state == "sent" else self.outbox.run
+        if not settle(SETTLE, keys, [self.token, state, kept_for, now.timestamp(), *words]):
+            raise ClaimLost(self.id)
+        self.settled = True
 
 
 class Outbox:
     def __init__(self, jobs: Jobs, settings: Settings) -> None:
         self.jobs = jobs
         self.settings = settings
-        self._scripts = {source: jobs.redis.register_script(source) for source in (CLAIM, BEFORE_DOT, SETTLE)}
+        sources = (CLAIM, BEFORE_DOT, SETTLE, RENEW, RELEASE)
+        self._scripts = {source: jobs.redis.register_script(source) for source in sources}
 
     def run(self, script: str, keys: list[str], args: list[Any]) -> Any:
         return self._scripts[script](keys=keys, args=args)
 
+    def insist(self, script: str, keys: list[str], args: list[Any]) -> Any:
+        """Runs a script, however long Redis is away."""
+        while True:
+            try:
+                return self.run(script, keys, args)
+            except (ConnectionError, TimeoutError):
+                time.sleep(1)
+
     def kept_for(self, state: str) -> int:
-        """Seconds; 0 while the mail is on its way. An hour more than its job, which must not outlive it."""
+        """Seconds; 0 while the mail is on its way. Longer than its job, which must not outlive it: by a day where that
+        may be queued again in its last minute and then wait for a worker."""
         if state not in FINAL:
             return 0
-        return 3600 + (self.settings.retain_sent if state == "sent" else self.settings.retain_failed)
+        return self.settings.retain_sent + 3600 if state == "sent" else self.settings.retain_failed + 86400
 
     def accept(self, message: Message, idempotency: Idempotency | None = None) -> Accepted:
         """Stores and queues a mail in one atomic step. Raises `IdempotencyConflict`, `Unavailable`."""
@@ -170,13 +226,21 @@ class Outbox:
         def store(commands: Pipeline) -> None:
             commands.hset(f"mail:{mail_id}", mapping=record)
 
+        return self._queue(mail_id, store, idempotency)
+
+    def _queue(
+        self,
+        mail_id: str,
+        store: Callable[[Pipeline], None] | None = None,
+        idempotency: Idempotency | None = None,
+    ) -> Accepted:
         return self.jobs.accept(
             EMAIL,
             "tasks.deliver",
             mail_id,
             args=[mail_id],
-            timeout=self.settings.deliver_timeout + 30,
-            retry_in=[jittered(pause) for pause in self.settings.retry_schedule],
+            timeout=self.settings.job_timeout,
+            retry_in=AFTER_A_CRASH,
             result_ttl=self.settings.retain_sent,
             failure_ttl=self.settings.retain_failed,
             beside=store,
@@ -184,15 +248,17 @@ class Outbox:
             idempotency_ttl=self.settings.idempotency_ttl,
         )
 
-    def claim(self, mail_id: str) -> Claim | str:
+    def claim(self, mail_id: str, queued_at: float) -> Claim | str:
         """Takes a mail for one attempt, or returns the state in which there is nothing to do. Raises `Busy`.
 
-        The lease outlives RQ's own timeout of the job, so a claim that ran out belongs to a worker that is dead or
-        was stopped for long.
+        `queued_at` is when its job was queued, in seconds since 1970: for a mail that failed it tells whether somebody
+        has asked for it again since.
+
+        `Claim.held` keeps it, so a claim that ran out belongs to a worker that is dead or was stopped for long.
         """
         token = uuid.uuid4().hex
-        lease = (self.settings.deliver_timeout + 60) * 1000
-        reply = self.run(CLAIM, [f"mail:{mail_id}", f"mail:{mail_id}:claim"], [token, lease])
+        keys = [f"mail:{mail_id}", f"mail:{mail_id}:claim", f"rq:failed:{EMAIL}"]
+        reply = self.run(CLAIM, keys, [token, LOST_AFTER * 1000, mail_id, queued_at])
         verdict = reply[0].decode()
         if verdict == "busy":
             raise Busy(reply[1] / 1000)
@@ -248,17 +314,32 @@ class Outbox:
 
     def cancel(self, mail_id: str) -> None:
         """Stops a mail that is not being sent and not sent. Raises `NotFound`, `NotPossible`, `Unavailable`."""
-        with unavailable():
+        with unavailable():  # its job may say otherwise: its worker died, or RQ runs it twice
             state: Any = self.jobs.redis.hget(f"mail:{mail_id}", "state")
-        if state == b"sent":  # its job may say otherwise, if its worker died before RQ's bookkeeping
-            raise NotPossible("the mail is sent already")
+            held = self.jobs.redis.exists(f"mail:{mail_id}:claim")
+        if state == b"sent" or held:
+            raise NotPossible("the mail is sent already" if state == b"sent" else "the mail is being sent")
 
         def mark(commands: Pipeline) -> None:
             commands.hset(f"mail:{mail_id}", "state", "canceled")
             commands.hdel(f"mail:{mail_id}", "content", "next_attempt_at")
             commands.expire(f"mail:{mail_id}", self.kept_for("canceled"))
 
-        self.jobs.cancel(mail_id, beside=mark)
+        try:
+            self.jobs.cancel(mail_id, beside=mark)
+        except NotFound:  # somebody deleted the job; the mail is left
+            with unavailable(), self.jobs.redis.pipeline() as commands:
+                mark(commands)
+                commands.execute()
+
+    def requeue(self, mail_id: str) -> None:
+        """Queues a failed mail again with all its attempts, also if its job was deleted. Raises as `Jobs.requeue`."""
+        try:
+            self.jobs.requeue(mail_id)
+        except NotFound:
+            if self.read(mail_id)["status"] not in ("failed", "unknown"):
+                raise NotPossible("only a failed mail can be queued again") from None
+            self._queue(mail_id)
 
     def failures(self, since: float) -> Iterator[str]:
         """The reason of each mail that failed after `since` (seconds since 1970) and was not queued again."""
@@ -283,11 +364,13 @@ def seen_state(state: str, job_status: str, reason: str) -> tuple[str, str]:
     somebody deleted (`rq empty`)."""
     if state in ("failed", "unknown") and job_status in ("queued", "scheduled", "started"):
         return "queued", ""
-    if state not in FINAL and job_status == "failed":
-        return "failed", reason or "its worker died in every attempt"
-    if state not in FINAL and not job_status:
-        return "failed", "its job was deleted"
-    return state, reason
+    if state in FINAL:
+        return state, reason
+    if state == "sending" and job_status in ("queued", "scheduled"):
+        return "delayed", "its worker died in the last attempt"
+    lost = {"failed": reason or "its worker died in every attempt", "stopped": "its job was stopped"}
+    lost |= {"canceled": "its job was canceled", "": "its job was deleted"}
+    return ("failed", lost[job_status]) if job_status in lost else (state, reason)
 
 
 def jittered(pause: int) -> int:

@@ -202,8 +202,6 @@ class Session:
         """One phase: whatever goes wrong in it becomes `Stopped`, without the relay's words in an exception text."""
         self.phase = phase
         try:
-            if self.late.is_set():
-                raise TimeoutError
             yield
         except smtplib.SMTPResponseException as error:
             raise Stopped(Reply(phase, error.smtp_code, _text(error.smtp_error))) from None
@@ -289,6 +287,9 @@ class Session:
         with self.step(Phase.TRANSFER):  # still: a dot that does not get out leaves nothing in doubt
             self.push(b".\r\n")
         with self.step(Phase.DOT):
+            # Some scan for viruses before they answer, and RFC 5321 4.5.3.2.6 asks for ten minutes: whoever gives up
+            # earlier sends again what was accepted. So this one reply may take all that is left of the conversation.
+            self.smtp.sock.settimeout(None)  # type: ignore[union-attr]
             return self.reply(self.smtp.getreply())
 
     def push(self, data: bytes) -> None:

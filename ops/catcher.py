@@ -5,8 +5,9 @@
 Promises: it takes every mail, however malformed, keeps the last 500 (256 MiB at most) in memory with their bytes as
 they came, and shows each as well as can be. A caught mail is hostile: its text is escaped, its HTML runs no script and
 loads nothing from anywhere; no address or subject is logged. `GET /messages` lists the mails as JSON, the oldest first;
-`GET /messages/{n}.eml` is one as received. Refuses TLS, logins, mails over 64 MiB, every interface but 127.0.0.1, and
-requests that name another host (DNS rebinding). SMTP is RFC 5321 with SIZE, 8BITMIME (6152) and SMTPUTF8 (6531).
+`GET /messages/{n}.eml` is one as received. Takes any login. Refuses TLS, mails over 64 MiB, every interface but
+127.0.0.1, and requests that name another host (DNS rebinding). SMTP is RFC 5321 with SIZE, 8BITMIME (6152) and
+SMTPUTF8 (6531).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import bottle
-from aiosmtpd.smtp import SMTP, Envelope
+from aiosmtpd.smtp import SMTP, AuthResult, Envelope
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from waitress.server import create_server
 
@@ -405,8 +406,15 @@ def serve_smtp(listener: socket.socket, catch: Catch) -> None:
     """Runs for ever. A server of our own, since aiosmtpd's Controller takes 5 s to tell that a port is taken."""
 
     def session() -> Session:
-        # Without a hostname, aiosmtpd asks the DNS for one at every connection.
-        return Session(catch, data_size_limit=SIZE_LIMIT, enable_SMTPUTF8=True, hostname="localhost", loop=loop)
+        return Session(
+            catch,
+            data_size_limit=SIZE_LIMIT,
+            enable_SMTPUTF8=True,
+            hostname="localhost",  # without one, aiosmtpd asks the DNS for it at every connection
+            authenticator=lambda *_: AuthResult(success=True),  # for settings that name a relay's user and not its host
+            auth_require_tls=False,
+            loop=loop,
+        )
 
     loop = asyncio.new_event_loop()
     loop.run_until_complete(loop.create_server(session, sock=listener))

@@ -32,7 +32,7 @@ from redis.exceptions import RedisError
 import settings
 
 ROOT = Path(__file__).parent.parent
-DATA = ROOT / "var" / "dev"
+DATA = ROOT / "var" / "dev"  # a queue for the catcher and one for a real relay: what was played with is never mailed
 PATIENCE = 20  # seconds for each part to answer
 GRACE = 15  # seconds for each part to finish what it has in hand
 COLOURS = {"redis": 31, "catcher": 35, "api": 32, "email": 36, "jobs": 34, "dashboard": 33}
@@ -108,7 +108,7 @@ class Stack:
         while not answers():
             if process.poll() is not None:
                 time.sleep(0.2)  # its last words are still on their way
-                where = "var/dev/redis.log says why" if name == "redis" else "it says why above"
+                where = "redis.log in var/dev/ says why" if name == "redis" else "it says why above"
                 raise CannotStart(f"{name} stopped while starting (exit code {process.returncode}); {where}.")
             if self.stopping.is_set() or time.monotonic() > deadline:
                 raise CannotStart(f"{name} did not answer within {PATIENCE} seconds.")
@@ -195,14 +195,18 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
             "install one (Debian, Ubuntu: sudo apt install redis-server), or use Python 3.11 or later."
         )
     configured = settings.load()
+    for brought in ("redis_url_file", "api_keys_file"):
+        if getattr(configured, brought):
+            raise CannotStart(f"bin/dev brings its own Redis and API key: take {brought.upper()} out of .env for it.")
     catcher = configured.smtp_host is None
     flags = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
     check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in flags})
-    DATA.mkdir(parents=True, exist_ok=True)
+    data = DATA / ("catcher" if catcher else "relay")
+    data.mkdir(parents=True, exist_ok=True)
     environment = settings.child_environment(**child_settings(ports, configured, catcher))
     redis = Redis(port=ports.redis_port, socket_timeout=2)
 
-    where = ["--bind", "127.0.0.1", "--port", str(ports.redis_port), "--dir", str(DATA), "--logfile", "redis.log"]
+    where = ["--bind", "127.0.0.1", "--port", str(ports.redis_port), "--dir", str(data), "--logfile", "redis.log"]
     durable = ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
     stack.start("redis", [server, *where, *durable], environment, redis_answers(redis))
     if catcher:

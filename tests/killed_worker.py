@@ -14,6 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from rq import Queue
+
 import tasks
 import worker
 from mail.outbox import Claim
@@ -23,6 +25,9 @@ POINTS: dict[str, tuple[Any, str]] = {
     "before the final dot": (Claim, "before_dot"),
     "after 250, before the marker": (tasks, "_record"),
     "after the marker, before RQ's bookkeeping": (worker.EmailWorker, "handle_job_success"),
+    "after the mail is delayed, before RQ's bookkeeping": (worker.EmailWorker, "handle_job_retry"),
+    "after RQ says scheduled, before it schedules": (Queue, "schedule_job"),
+    "after the mail is given up, before RQ's bookkeeping": (worker.EmailWorker, "handle_job_failure"),
 }
 
 

@@ -89,6 +89,13 @@ class RedisServer:
             except redis.ConnectionError:
                 return False
 
+    def reset(self) -> None:
+        """Empty again, and rid of clients: a worker that was killed waiting for a job would still be handed one as long
+        as the server has not noticed."""
+        with self.client() as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+            client.flushall()
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -127,6 +134,7 @@ class Relay:
     smtputf8: bool = True
     rcpt: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     data: list[str] = field(default_factory=list)
+    on_data: Callable[[], object] = lambda: None  # called when a body has come, before it is answered
     accepted: list[Delivery] = field(default_factory=list)
     seen_rcpt: list[str] = field(default_factory=list)
     connections: int = 0
@@ -186,6 +194,7 @@ class Relay:
         return "250 2.1.5 Recipient ok"
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
+        self.on_data()
         reply = self.data.pop(0) if self.data else "250 2.0.0 Ok: queued"
         if reply == CUT or reply.startswith("2"):
             assert isinstance(envelope.content, bytes)

@@ -26,8 +26,7 @@ def relay() -> Iterator[Relay]:
 
 @pytest.fixture
 def house(redis_server: RedisServer, relay: Relay, tmp_path: Path) -> Iterator[House]:
-    with redis_server.client() as client:
-        client.flushall()
+    redis_server.reset()
     with House(tmp_path, redis_server.url, **relay.environment(tmp_path)) as house:
         yield house
 
@@ -219,6 +218,91 @@ def test_a_worker_killed_between_the_250_and_rqs_bookkeeping_sends_no_second_mai
     house.worker()
     eventually(lambda: api.get(f"/jobs/{mail_id}").body["status"] == "finished")
     assert api.email(mail_id)["status"] == "sent"
+    assert len(relay.accepted) == 1
+
+
+@pytest.mark.parametrize(
+    "point", ["after the mail is delayed, before RQ's bookkeeping", "after RQ says scheduled, before it schedules"]
+)
+def test_a_worker_killed_while_a_mail_is_put_off_leaves_it_to_be_sent_once(
+    house: House, relay: Relay, client: redis.Redis, point: str
+) -> None:
+    relay.data = ["451 4.3.0 not now"]
+    api = house.api()
+    mail_id = submit(api, mail())
+    killed_at(house, point)
+    assert api.email(mail_id)["status"] == "delayed"
+    put_the_clock_forward(client, mail_id)
+    house.worker()
+    api.wait_for(mail_id, "sent")
+    assert len(relay.accepted) == 1
+
+
+def test_a_worker_killed_after_it_gave_a_mail_up_does_not_ask_the_relay_again(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    relay.rcpt["ada@example.com"] = ["550 5.1.1 no such user"]
+    api = house.api()
+    mail_id = submit(api, mail())
+    killed_at(house, "after the mail is given up, before RQ's bookkeeping")
+    put_the_clock_forward(client, mail_id)
+    house.worker()
+    eventually(lambda: failed_ids(client) == [mail_id])
+    assert api.email(mail_id)["status"] == "failed"
+    assert relay.seen_rcpt == ["ada@example.com"]
+
+
+def test_a_held_mail_whose_job_is_run_twice_is_not_sent_again(house: House, relay: Relay, client: redis.Redis) -> None:
+    house.environment["ON_DOUBT"] = "hold"
+    relay.data = [CUT]
+    api = house.api()
+    mail_id = submit(api, mail())
+    client.rpush("rq:queue:email", mail_id)
+    house.worker()
+    api.wait_for(mail_id, "unknown")
+    eventually(lambda: client.llen("rq:queue:email") == 0)
+    other = submit(api, mail("bob@example.com"))
+    api.wait_for(other, "sent")  # so the second run is over
+    assert api.email(mail_id)["status"] == "unknown"
+    assert [d.recipients for d in relay.accepted] == [["ada@example.com"], ["bob@example.com"]]
+    assert failed_ids(client) == [mail_id]
+
+
+def test_what_was_sent_is_written_down_even_if_redis_is_full_by_then(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    api = house.api()
+    mail_id = submit(api, mail())
+    relay.on_data = lambda: client.config_set("maxmemory", 1)
+    house.worker()
+    api.wait_for(mail_id, "sent")
+    client.config_set("maxmemory", 0)
+    assert len(relay.accepted) == 1
+
+
+def test_a_mail_canceled_while_its_body_goes_out_is_not_sent_and_one_after_it_is_not_canceled(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    api = house.api()
+    mail_id = submit(api, mail())
+    client.set(f"mail:{mail_id}:claim", "an attempt", px=60_000)
+    answer = api.call("DELETE", f"/jobs/{mail_id}")
+    assert (answer.status, answer.body["message"]) == (409, "the mail is being sent")
+
+
+def test_a_mail_whose_job_was_deleted_can_be_queued_again_or_canceled(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    api = house.api()
+    first, second = submit(api, mail()), submit(api, mail())
+    client.delete(f"rq:job:{first}", f"rq:job:{second}", "rq:queue:email")  # as `rq empty email` does
+    assert api.email(first)["reason"] == "its job was deleted"
+    assert api.post(f"/jobs/{first}/requeue", {}).status == 202
+    assert api.call("DELETE", f"/jobs/{second}").status == 200
+    house.worker()
+    api.wait_for(first, "sent")
+    assert api.email(second)["status"] == "canceled"
+    assert not client.hexists(f"mail:{second}", "content")
     assert len(relay.accepted) == 1
 
 

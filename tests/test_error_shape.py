@@ -344,6 +344,17 @@ REFUSED_BY_WAITRESS = {
     ),
     "chunk without a size": (post("/jobs", CHUNKED, body=b"zz\r\n{}\r\n" + EMPTY_CHUNK), 400, "validation_error"),
     "chunks in HTTP/1.0": (post("/jobs", CHUNKED, body=EMPTY_CHUNK, version="1.0"), 400, "validation_error"),
+    "both in HTTP/1.0": (
+        post(
+            "/emails",
+            f"Content-Length: {len(json.dumps(MAIL))}",
+            CHUNKED,
+            body=json.dumps(MAIL).encode(),
+            version="1.0",
+        ),
+        400,
+        "validation_error",
+    ),
     "gzip": (post("/jobs", "Transfer-Encoding: gzip"), 501, "not_implemented"),
     "gzip, chunked": (post("/jobs", "Transfer-Encoding: gzip, chunked"), 501, "not_implemented"),
     "xchunked": (post("/jobs", "Transfer-Encoding: xchunked"), 501, "not_implemented"),

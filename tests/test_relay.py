@@ -262,8 +262,9 @@ def test_the_judgement_never_promises_too_much_and_never_raises(phase: Phase, co
 @pytest.mark.parametrize("address", ["x-5.4.5@example.com", "5.4.5@example.com", "5.2.251@example.com"])
 def test_an_address_in_a_refusal_does_not_turn_it_into_a_throttle(address: str) -> None:
     """Else whoever signs up with such an address stops all mail of this service, again and again."""
-    for text in (f"5.1.1 <{address}>: user unknown", f"<{address}> unknown", f"{address} unknown"):
-        assert judge(Phase.RCPT, 550, text) is REFUSED
+    mailbox = address.split("@")[0]
+    for unknown in (f"5.1.1 <{address}>: who?", f"<{address}> who?", f"{address} who?", f"who is {mailbox} ?"):
+        assert judge(Phase.RCPT, 550, unknown) is REFUSED
 
 
 # A mail that arrives
@@ -309,6 +310,13 @@ def test_the_commands_are_those_of_rfc_5321_and_no_more() -> None:
         "QUIT",
     ]
     assert there.accepted == [MIME]
+
+
+def test_the_dot_does_not_wait_for_the_bodys_acknowledgement() -> None:
+    with ScriptedRelay() as there, relay.conversation(at(there.port)) as session:
+        session.open()
+        assert session.smtp.sock
+        assert session.smtp.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_no_size_is_declared_to_a_relay_that_did_not_ask() -> None:
@@ -884,6 +892,33 @@ def test_the_deadline_ends_a_body_that_the_relay_does_not_read() -> None:
         outcome = attempt(at(there.port, timeout=5, deadline=0.5), mime=LARGE)
     assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
     assert outcome.reply.text == "the conversation took too long"
+
+
+def test_a_relay_that_neither_reads_nor_speaks_costs_one_timeout() -> None:
+    with ScriptedRelay({"BODY": hang}) as there, took_less_than(3.5):
+        outcome = attempt(at(there.port, timeout=2), mime=LARGE)
+    assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
+
+
+def test_a_reply_that_came_before_the_deadline_counts_after_it() -> None:
+    """`before_dot` and the machine may be slow; that the relay has answered is no less true for it."""
+    with ScriptedRelay() as there, relay.conversation(at(there.port)) as session:
+        session.open()
+        session.mail(SENDER, len(MIME), smtputf8=False)
+        session.rcpt(ADA)
+        original, answered = session.push, threading.Event()
+
+        def push(data: bytes) -> None:
+            original(data)
+            if data == b".\r\n":
+                eventually(lambda: there.accepted)
+                relay._hang_up(session)
+                answered.set()
+
+        session.push = push  # type: ignore[method-assign]
+        reply = session.body(MIME, lambda: None)
+    assert answered.is_set()
+    assert (reply.code, reply.verdict) == (250, ACCEPTED)
 
 
 def test_a_deadline_that_passes_before_the_dot_leaves_nothing_in_doubt() -> None:

@@ -122,6 +122,13 @@ def test_a_held_doubt_is_not_taken_up_by_a_retry_but_by_a_person(monkeypatch: py
     assert asked.counted == 0
 
 
+def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -> None:
+    silent = Reply(Phase.RCPT, None, "timed out")
+    taken = claim("pending")
+    assert [after(taken, silent)[0] for _ in range(5)] == ["delayed"] * 4 + ["failed"]
+    assert taken.counted == 3
+
+
 def test_the_reason_is_code_and_phase_and_never_the_relays_words() -> None:
     told = Reply(Phase.RCPT, 550, "<secret@example.com> unknown")
     assert tasks._reason([OK, told, told, LATER]) == "550 at rcpt, 450 at rcpt"
@@ -139,7 +146,7 @@ def test_an_attempt_is_recorded_with_what_the_relay_said() -> None:
 
 def test_every_verdict_has_its_consequence() -> None:
     assert set(tasks.AFTER) == set(Verdict)
-    assert set(tasks.AT_DOT) == set(Verdict) - {Verdict.IN_DOUBT}
+    assert tasks.AT_DOT[Verdict.ACCEPTED] == tasks.AFTER[Verdict.IN_DOUBT] == "in_doubt"
 
 
 def test_a_tasks_arguments_are_made_from_its_type_hints(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from tests.servers import Api, House, RedisServer, eventually, project_with
 
 @pytest.fixture
 def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
+    redis_server.reset()
     with redis_server.client() as client:
-        client.flushall()
         yield client
 
 
