@@ -208,8 +208,8 @@ class Jobs:
         result_ttl: int,
         failure_ttl: int,
         beside: Callable[[Pipeline], None] | None = None,
-        idempotency: Idempotency | None,
-        idempotency_ttl: int,
+        idempotency: Idempotency | None = None,
+        idempotency_ttl: int = 86400,
     ) -> Accepted:
         """Stores a job and queues it, in one step, with the commands that `beside` adds. All times are in seconds.
 

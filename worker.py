@@ -16,7 +16,6 @@ from typing import Any
 
 import rq
 import rq.job
-from redis.client import Pipeline
 from rq import SimpleWorker, Worker
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
@@ -49,7 +48,7 @@ class Job(rq.job.Job):
             raise RefusedTask("the job names a function that tasks.py does not offer on this queue")
         return function
 
-    def set_status(self, status: JobStatus, pipeline: Pipeline | None = None) -> None:
+    def set_status(self, status: JobStatus, pipeline: Any = None) -> None:
         """RQ says `scheduled` before the transaction that schedules. A worker killed in between would leave a job that
         is in no registry and that maintenance passes over; the transaction writes the status anyway."""
         if status == JobStatus.SCHEDULED and pipeline is None:

@@ -828,7 +828,7 @@ def test_a_job_that_is_not_running_can_be_canceled_without_a_trace(
     assert (answer.status, answer.body) == (200, {"job_id": job_id, "status": "canceled"})
     assert api.get(f"/jobs/{job_id}").status == 404
     assert keys(client, "*") == {"rq:queues"} | ({f"mail:{job_id}"} if path == "/emails" else set())
-    assert api.call("DELETE", f"/jobs/{job_id}").status == 404
+    assert api.call("DELETE", f"/jobs/{job_id}").status == (200 if path == "/emails" else 404)  # a mail is still known
 
 
 @both_kinds
