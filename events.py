@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
+from pathlib import Path
 
 EVENTS = frozenset(
     {
@@ -40,6 +42,13 @@ def emit(event: str, level: int = logging.INFO, **fields: object) -> None:
     if _log.isEnabledFor(level):
         shown = (f"{name}={_value(value)}" for name, value in fields.items() if value not in (None, ""))
         _log.log(level, "%s", " ".join([event, *shown]))
+
+
+def where(error: BaseException) -> str:
+    """The kind of an exception and the lines it passed; its text may quote a request or a job, so it is left out."""
+    frames = traceback.extract_tb(error.__traceback__)
+    told = [frame for frame in frames if "site-packages" not in frame.filename] + frames[-1:]
+    return " ".join([type(error).__name__, *(f"{Path(frame.filename).name}:{frame.lineno}" for frame in told[-8:])])
 
 
 def _value(value: object) -> str:

@@ -22,7 +22,6 @@ import re
 import signal
 import sys
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -36,7 +35,7 @@ from waitress.server import create_server
 from waitress.task import ErrorTask
 
 import tasks
-from events import emit, set_up
+from events import emit, set_up, where
 from jobs import JOBS, Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Unavailable, connect
 from mail import message, templates
 from mail.message import FieldError, HeaderText, Invalid, Mailbox, Recipient, Strict
@@ -237,7 +236,6 @@ class Service:
         self.settings = settings
         self.jobs = jobs
         self.outbox = Outbox(jobs, settings)
-        self.default_sender = settings.mail_from or ""
 
     def start_job(self, caller: ApiKey) -> HTTPResponse:
         body = read_json(SMALL_BODY)
@@ -253,7 +251,9 @@ class Service:
         return accepted(self._submit(body, idempotency(caller, body)), "id")
 
     def _submit(self, body: Any, idempotency: Idempotency | None) -> Accepted:
-        asked = message.parse(body, default_sender=self.default_sender, max_recipients=self.settings.max_recipients)
+        asked = message.parse(
+            body, default_sender=self.settings.mail_from or "", max_recipients=self.settings.max_recipients
+        )
         rendered = templates.render(asked.template.id, asked.template.variables) if asked.template else None
         return self.outbox.accept(message.compose(asked, rendered), idempotency)
 
@@ -434,13 +434,6 @@ class Edge:
 
 def common_headers(request_id: str) -> list[tuple[str, str]]:
     return [("X-Request-Id", request_id), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
-
-
-def where(error: Exception) -> str:
-    """The kind of an exception and the lines it passed; its text may quote a request, so it is left out."""
-    frames = traceback.extract_tb(error.__traceback__)
-    told = [frame for frame in frames if "site-packages" not in frame.filename] + frames[-1:]
-    return " ".join([type(error).__name__, *(f"{Path(frame.filename).name}:{frame.lineno}" for frame in told[-8:])])
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

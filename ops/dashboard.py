@@ -20,7 +20,6 @@ import re
 import secrets
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -40,7 +39,7 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
-from events import emit, set_up
+from events import emit, set_up, where
 from jobs import Jobs, NotFound, NotPossible, Unavailable, connect, unavailable
 from settings import Address, Settings, SettingsError, is_loopback, load
 
@@ -174,9 +173,7 @@ class Dashboard(Flask):
 
     def log_exception(self, exc_info: Any) -> None:
         """Logs where, never what: the text of an exception may quote a job."""
-        kind, _, trace = exc_info
-        places = (f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(trace)[-8:])
-        emit("crashed", logging.ERROR, where=" ".join([kind.__name__, *places]))
+        emit("crashed", logging.ERROR, where=where(exc_info[1]))
 
 
 def make_app(settings: Settings, login: bool) -> Dashboard:
