@@ -2,7 +2,7 @@
 
 `script` maps a command to what comes back: a reply, an act, or a list of these, one each time and the last for good.
 Beside the commands there are `GREETING`, `TLS` (the client has begun a handshake), `BODY` (the first bytes of the mail
-are here, and no more is read yet) and `.` (its end). What is not scripted is answered as an obliging relay would.
+are here, and no more is read yet), `.` (its end) and `500` (no command). The rest is answered as in `OBLIGING`.
 
     with ScriptedRelay({"RCPT": ["250 ok", "550 no"], ".": hang_up}) as relay: ...
 
@@ -29,6 +29,7 @@ OBLIGING = {
     "DATA": "354 end with a dot",
     ".": "250 2.0.0 queued as 4711",
     "QUIT": "221 2.0.0 bye",
+    "500": "500 5.5.2 what?",  # anything else
 }
 
 
@@ -230,7 +231,7 @@ class ScriptedRelay:
             self.accepted.append(body)
 
     def _perform(self, line: Line, name: str) -> str:
-        steps = self.script.get(name, ["500 5.5.2 what?"])
+        steps = self.script.get(name) or self.script["500"]
         step = steps.pop(0) if len(steps) > 1 else steps[0]
         if callable(step):
             return step(line)

@@ -468,6 +468,11 @@ def test_a_field_of_the_wrong_type_is_refused(field: str, value: Json) -> None:
     assert list(refusal(mail() | {field: value})) == [field]
 
 
+def test_recipients_may_be_one_or_a_list_and_nothing_else() -> None:
+    assert accepted(mail(to="bob@example.com")) == accepted(mail(to=["bob@example.com"]))
+    assert refusal(mail(to={"email": "a@b.co"})) == {"to": "write an address or a list of addresses"}
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
@@ -778,7 +783,7 @@ def test_what_is_too_long_is_refused(body: Json, field: str) -> None:
         mail(subject="x" * 998, headers={f"X-{number}": "x" * 998 for number in range(50)}),
         mail(headers={"X-" + "n" * 74: "x" * 900 + " " * 9 + "y" * 89}),
         mail(text="x" * 999, html="<p>" + "y " * 600),
-        mail(headers={"X-" + "n" * 74: "x" * 998}),
+        mail(headers={"X-" + "n" * 74: "x" * 998, "x-" + "m" * 74: "x" * 950}),
         mail(headers={"X-Foo": "x" * 70 + " " * 9 + "y" * 80}),
         mail(to=f'"{"x" * 200}" <bob@example.com>'),
         mail(

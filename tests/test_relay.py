@@ -51,7 +51,7 @@ from tests.servers import eventually, free_port
 ADA, BOB, CAY = "ada@example.com", "bob@example.com", "cay@example.com"
 SENDER = "sender@example.com"
 MIME = b"Subject: Hello\r\nTo: ada@example.com\r\n\r\nHello, Ada.\r\n"
-LARGE = MIME + (b"x" * 70 + b"\r\n") * 100_000  # 7 MB: more than sockets buffer
+LARGE = MIME + (b"x" * 70 + b"\r\n") * 100_000 + b"The end.\r\n"  # 7 MB: more than sockets buffer
 LOGIN = ("mailer", "planted-password")
 ACCEPTED, TRY_AGAIN, REFUSED = Verdict.ACCEPTED, Verdict.TRY_AGAIN, Verdict.REFUSED
 IN_DOUBT, TROUBLE = Verdict.IN_DOUBT, Verdict.TROUBLE
@@ -807,9 +807,15 @@ def test_all_addresses_of_a_relay_share_one_timeout(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_relay_is_reached_by_the_address_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    with black_hole() as nowhere, ScriptedRelay() as there, monkeypatch.context() as patched:
+    """And from there on it has the whole timeout for each reply."""
+
+    def greet_late(line: Line) -> str:
+        time.sleep(0.6)
+        return pieces("220 relay.example", 100)(line)
+
+    with black_hole() as nowhere, ScriptedRelay({"GREETING": greet_late}) as there, monkeypatch.context() as patched:
         resolve_to(patched, free_port(), nowhere, there.port)
-        assert attempt(at(25, timeout=1)).verdict is ACCEPTED
+        assert attempt(at(25, timeout=1.5)).verdict is ACCEPTED
     assert there.accepted == [MIME]
 
 
@@ -847,6 +853,8 @@ FAULTS = [
 def test_an_answer_that_does_not_come_is_judged_by_where_it_is_missing(
     step: str, phase: Phase, verdict: Verdict, fault: Step, timeout: float, deadline: float, text: str
 ) -> None:
+    if step == "." and fault is hang:  # the one answer that is waited for until the end of the conversation
+        deadline, text = 1, "the conversation took too long"
     with ScriptedRelay({step: fault}, offers=["STARTTLS", "AUTH PLAIN"]) as there, took_less_than(3):
         to = at(there.port, timeout=timeout, deadline=deadline, security="starttls" if step == "STARTTLS" else "none")
         outcome = attempt(to._replace(username="x"), ADA, BOB, mime=LARGE if step == "BODY" else MIME)
@@ -892,6 +900,17 @@ def test_the_deadline_ends_a_body_that_the_relay_does_not_read() -> None:
         outcome = attempt(at(there.port, timeout=5, deadline=0.5), mime=LARGE)
     assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
     assert outcome.reply.text == "the conversation took too long"
+
+
+def test_the_answer_to_the_final_dot_may_take_the_rest_of_the_conversation() -> None:
+    """A relay that scans for viruses before it answers has the mail, and another attempt would be another mail."""
+
+    def answer_late(line: Line) -> str:
+        time.sleep(1)
+        return pieces("250 2.0.0 clean", 100)(line)
+
+    with ScriptedRelay({".": answer_late}) as there:
+        assert attempt(at(there.port, timeout=0.3, deadline=10)).verdict is ACCEPTED
 
 
 def test_a_relay_that_neither_reads_nor_speaks_costs_one_timeout() -> None:
@@ -1034,7 +1053,7 @@ def test_before_dot_is_called_once_when_all_but_the_dot_is_out(mime: bytes) -> N
 
     def look(replies: Mapping[str, Reply]) -> None:
         calls.append(dict(replies))
-        eventually(lambda: there.heard.endswith(mime[-1000:]))
+        eventually(lambda: there.heard.endswith(mime[-10:]))
         assert bytes(there.heard).endswith(b"DATA\r\n" + mime)
         time.sleep(0.1)
         assert bytes(there.heard).endswith(b"DATA\r\n" + mime)
@@ -1125,9 +1144,18 @@ def printed(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize("step", ["GREETING", "EHLO", "HELO", "AUTH", "MAIL", "DATA"])
-@pytest.mark.parametrize("reply", [f"550 {ECHO}", f"what? {ECHO}", last_words(f"421 {ECHO}"), f"334 {ECHO}", hang_up])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"550 {ECHO}",
+        f"what? {ECHO}",
+        last_words(f"421 {ECHO}"),
+        f"334 {base64.b64encode(ECHO.encode()).decode()}",  # to AUTH it is a challenge without end
+        hang_up,
+    ],
+)
 def test_no_traceback_holds_anything_of_the_mail_or_the_login(step: str, reply: Step) -> None:
-    script = {step: reply} | ({"EHLO": f"502 {ECHO}"} if step == "HELO" else {})
+    script: Script = {"500": reply, step: reply} | ({"EHLO": f"502 {ECHO}"} if step == "HELO" else {})
     with ScriptedRelay(script, offers=["AUTH LOGIN"]) as there, pytest.raises(Stopped) as stopped:
         talk(there.port, AUTHOR)
     assert_clean(printed(stopped.value))
