@@ -89,7 +89,9 @@ def as_refusal(error: Exception) -> Refusal:
         case NotPossible():
             return Refusal(409, "not_possible", str(error))
         case Unavailable():
-            text = f"{error}; nothing was lost, send the request again in {RETRY_AFTER} seconds"
+            text = (
+                f"{error}; send this again in {RETRY_AFTER} seconds (an Idempotency-Key keeps it from counting twice)"
+            )
             return Refusal(503, "service_unavailable", text, Retry_After=RETRY_AFTER)
     raise error
 
