@@ -118,7 +118,8 @@ CANNOT_NOW = {  # a word of Redis' error -> what is the matter
     "NOREPLICAS": "Redis misses replicas, so it refuses writes",
     "MASTERDOWN": "Redis is a replica without its master",
     "NOPERM": "Redis' ACL does not let us do this",
-    "The user executing the script": "Redis' ACL does not let us do this",
+    "The user executing the script": "Redis' ACL does not let us do this",  # Redis 7
+    "ACL failure in script": "Redis' ACL does not let us do this",  # Valkey 9
     "BUSY": "Redis is busy with a script",
 }
 

@@ -55,7 +55,7 @@ class Phase(str, Enum):
 
 CHUNK = 64 * 1024  # bytes of the body
 SEND_BUFFER = 256 * 1024  # bytes
-LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already
+LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already, and QUIT is not worth waiting for
 ADDRESS = re.compile(r"[^\x00-\x20\x7f<>]+")  # what fits between < and >
 
 SESSION = (Phase.CONNECT, Phase.GREETING, Phase.HELLO, Phase.STARTTLS, Phase.AUTH)
@@ -142,7 +142,7 @@ class Relay(NamedTuple):
     username: str | None
     password: str | None
     ca_file: str | None
-    timeout: float  # for a connection, for one reply, for the relay to take the next CHUNK of the body
+    timeout: float  # for a connection, for one reply (but that to the final dot), for the next CHUNK of the body
     deadline: float  # for one conversation
 
     def __str__(self) -> str:
@@ -305,7 +305,8 @@ class Session:
     def close(self) -> None:
         """QUIT, whose answer is nobody's concern and is not waited for: a relay may well hang up instead."""
         with suppress(OSError):
-            if self.phase not in (Phase.CONNECT, Phase.TRANSFER):  # in mid-body it would be a line of the mail
+            if self.smtp.sock and self.phase not in (Phase.CONNECT, Phase.TRANSFER):  # there it would be a line of mail
+                self.smtp.sock.settimeout(LAST_WORDS)
                 self.smtp.putcmd("QUIT")
         self.smtp.close()
         if self.line:
@@ -378,8 +379,8 @@ def _dial(relay: Relay) -> socket.socket:
             line.settimeout(relay.timeout)
             # The final dot goes out as a packet of its own; Nagle's algorithm would hold it for the peer's ACK.
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # What waits in this buffer ahead of the dot is read before the dot is answered: by default up to 4 MiB,
-            # which on a slow line takes longer than `timeout` and puts a mail in doubt that has not even arrived.
+            # What waits in this buffer, by default up to 4 MiB, is half a minute of a slow line. If the worker dies in
+            # it, or the deadline passes, a mail that has not even arrived is in doubt.
             line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             return line
         except OSError as error:

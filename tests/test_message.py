@@ -141,11 +141,11 @@ def is_fit_for_the_wire(mime: bytes) -> bool:
 # --- odd but lawful requests ------------------------------------------------------------------------------------------
 
 PROPERTY = settings(
-    max_examples=150,
+    max_examples=120,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
-WHOLE = settings(PROPERTY, max_examples=80)  # of the slower kind: whole mails
+WHOLE = settings(PROPERTY, max_examples=60)  # of the slower kind: whole mails
 ODD = [
     *("=?utf-8?q?x?=", "=?utf-8?b?eA==?=", "=?x?", "=?", "?=", "_", "=20", "%20", "utf-8''x"),
     *(" ", "  ", "     ", "\xa0", "\u3000", "\xad", "\ufeff", "\u200b", "\u200d"),

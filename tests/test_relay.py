@@ -357,13 +357,19 @@ def test_how_the_relay_takes_leave_changes_nothing_and_is_not_waited_for(parting
 
 
 def test_a_slow_line_may_take_longer_for_a_mail_than_one_timeout() -> None:
-    """Neither the body nor the dot behind it is given up while the relay keeps reading."""
     with ScriptedRelay({"BODY": read_slowly(0.02)}) as there:
         start = time.monotonic()
         outcome = attempt(at(there.port, timeout=0.8, deadline=60), mime=LARGE)
         assert time.monotonic() - start > 0.8, "the relay was too fast to prove anything"
     assert fate(outcome) == (Phase.DOT, 250, ACCEPTED)
     assert there.accepted == [LARGE]
+
+
+def test_a_slow_line_leaves_little_of_the_mail_on_its_way_when_it_is_in_doubt() -> None:
+    left: list[int] = []
+    with ScriptedRelay({"BODY": read_slowly(0.01)}) as there:
+        attempt(at(there.port), mime=LARGE, before_dot=lambda _: left.append(len(LARGE) - len(there.heard)))
+    assert left[0] < 1_000_000
 
 
 @pytest.mark.parametrize("last_line", [b"no line end", b"a line end\r\n", b".", b".\r\n", b"", b"\r\n"])
@@ -1184,6 +1190,27 @@ def test_a_text_of_ours_names_no_address() -> None:
     with ScriptedRelay({"RCPT": hang_up}) as there:
         outcome = attempt(at(there.port), f"{RECIPIENT}\r\nDATA", RECIPIENT, sender=AUTHOR)
     assert_clean(" ".join(reply.text for reply in outcome.recipients.values()))
+
+
+def test_a_relay_that_does_not_read_is_left_without_waiting() -> None:
+    """Not even if QUIT no longer fits into the buffers, nor after the final dot, from where on there is no timeout."""
+
+    def hear_nothing(line: Line) -> str:
+        line.relay.over.wait(5)
+        return hang_up(line)
+
+    with (
+        ScriptedRelay({"MAIL": hear_nothing}) as there,
+        took_less_than(3),
+        relay.conversation(at(there.port)) as session,
+    ):
+        session.open()
+        session.smtp.putcmd("MAIL")
+        assert session.smtp.sock
+        session.smtp.sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            session.smtp.sock.sendall(LARGE)
+        session.smtp.sock.settimeout(None)
 
 
 def test_the_deadline_is_called_off_with_the_conversation() -> None:
