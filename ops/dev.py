@@ -275,7 +275,8 @@ def main() -> int:
             print(error, file=sys.stderr)
         return 0 if stack.stopping.is_set() else 1
     finally:
-        print("Stopping ...", flush=True)
+        if stack.parts:
+            print("Stopping ...", flush=True)
         stack.stop()
 
 

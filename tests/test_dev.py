@@ -129,11 +129,8 @@ def test_a_taken_port_is_one_sentence_that_names_the_flag(project: Path) -> None
         taken.bind(("127.0.0.1", running.ports["mail"]))
         taken.listen()
         said, _ = running.start().communicate(timeout=60)
-    assert said.splitlines()[0] == (
-        f"Port {running.ports['mail']} is taken: stop what uses it, or choose another with --mail-port."
-    )
+    assert said == f"Port {running.ports['mail']} is taken: stop what uses it, or choose another with --mail-port.\n"
     assert running.process.returncode == 1
-    assert "Traceback" not in said
 
 
 def test_no_redis_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1195,15 +1195,11 @@ def test_a_text_of_ours_names_no_address() -> None:
 def test_a_relay_that_does_not_read_is_left_without_waiting() -> None:
     """Not even if QUIT no longer fits into the buffers, nor after the final dot, from where on there is no timeout."""
 
-    def hear_nothing(line: Line) -> str:
+    def deaf(line: Line) -> str:
         line.relay.over.wait(5)
         return hang_up(line)
 
-    with (
-        ScriptedRelay({"MAIL": hear_nothing}) as there,
-        took_less_than(3),
-        relay.conversation(at(there.port)) as session,
-    ):
+    with ScriptedRelay({"MAIL": deaf}) as there, took_less_than(3), relay.conversation(at(there.port)) as session:
         session.open()
         session.smtp.putcmd("MAIL")
         assert session.smtp.sock
