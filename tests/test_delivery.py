@@ -180,6 +180,19 @@ def test_a_delayed_mail_says_when_it_is_tried_next(house: House, relay: Relay) -
     assert seen["reason"] == "451 at dot"
 
 
+def test_an_attempt_that_ends_well_enough_forgets_the_crashes_before_it(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    house.environment["RETRY_SCHEDULE"] = "1h"
+    relay.data = ["451 4.3.0 not now"]
+    api = house.api()
+    mail_id = submit(api, mail())
+    client.hset(f"rq:job:{mail_id}", "retries_left", 1)
+    house.worker()
+    eventually(lambda: client.hget(f"rq:job:{mail_id}", "status") == b"scheduled")
+    assert client.hget(f"rq:job:{mail_id}", "retries_left") == b"3"
+
+
 def test_trouble_with_the_relay_costs_a_mail_no_attempt(house: House, relay: Relay, client: redis.Redis) -> None:
     house.environment["SMTP_PASSWORD"] = "wrong"
     api = house.api()
