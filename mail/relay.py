@@ -55,7 +55,7 @@ class Phase(str, Enum):
 
 CHUNK = 64 * 1024  # bytes of the body
 SEND_BUFFER = 256 * 1024  # bytes
-LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already, and QUIT is not worth waiting for
+LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already
 ADDRESS = re.compile(r"[^\x00-\x20\x7f<>]+")  # what fits between < and >
 
 SESSION = (Phase.CONNECT, Phase.GREETING, Phase.HELLO, Phase.STARTTLS, Phase.AUTH)
@@ -305,8 +305,7 @@ class Session:
     def close(self) -> None:
         """QUIT, whose answer is nobody's concern and is not waited for: a relay may well hang up instead."""
         with suppress(OSError):
-            if self.smtp.sock and self.phase not in (Phase.CONNECT, Phase.TRANSFER):  # there it would be a line of mail
-                self.smtp.sock.settimeout(LAST_WORDS)
+            if self.phase not in (Phase.CONNECT, Phase.TRANSFER):  # in mid-body it would be a line of the mail
                 self.smtp.putcmd("QUIT")
         self.smtp.close()
         if self.line:

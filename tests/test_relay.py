@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -1190,25 +1190,6 @@ def test_a_text_of_ours_names_no_address() -> None:
     with ScriptedRelay({"RCPT": hang_up}) as there:
         outcome = attempt(at(there.port), f"{RECIPIENT}\r\nDATA", RECIPIENT, sender=AUTHOR)
     assert_clean(" ".join(reply.text for reply in outcome.recipients.values()))
-
-
-def test_a_relay_that_does_not_read_is_left_without_waiting() -> None:
-    """Not even if QUIT no longer fits into the buffers, nor after the final dot, from where on there is no timeout."""
-
-    def deaf(line: Line) -> str:
-        line.relay.over.wait(5)
-        return hang_up(line)
-
-    with ScriptedRelay({"MAIL": deaf}) as there, took_less_than(3), relay.conversation(at(there.port)) as session:
-        session.open()
-        session.smtp.putcmd("MAIL")
-        assert session.smtp.sock
-        session.smtp.sock.settimeout(0.3)
-        for size in (len(LARGE), 1000, 1):  # to the last byte that fits
-            with suppress(TimeoutError):
-                while True:
-                    session.smtp.sock.sendall(b"x" * size)
-        session.smtp.sock.settimeout(None)
 
 
 def test_the_deadline_is_called_off_with_the_conversation() -> None:
