@@ -24,7 +24,15 @@ from typing import Any, NamedTuple
 from redis import Redis
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.client import Pipeline
-from redis.exceptions import AuthenticationError, ConnectionError, RedisError, ResponseError, TimeoutError, WatchError
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,
+    InvalidResponse,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+    WatchError,
+)
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry
@@ -161,6 +169,8 @@ def unavailable() -> Iterator[None]:
         raise Unavailable("Redis does not accept our password") from None
     except (ConnectionError, TimeoutError):
         raise Unavailable("Redis does not answer") from None
+    except InvalidResponse:
+        raise Unavailable("what answers at REDIS_URL is not Redis") from None
     except ResponseError as error:
         # redis-py takes the word off if it knows it; before version 7, Redis put it into the middle for a script.
         said = re.search(rf"\b({'|'.join(CANNOT_NOW)})\b", f"{error.status_code} {error}")

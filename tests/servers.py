@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -40,10 +41,18 @@ def project_files() -> list[Path]:
     return [Path(line) for line in listed.splitlines() if (ROOT / line).is_file()]
 
 
+_given_out: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the range from which the kernel takes the ports of clients, or one of those might be there first."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _given_out:
+                _given_out.add(port)
+                return port
 
 
 def eventually(what: Callable[[], T], seconds: float = 20) -> T:

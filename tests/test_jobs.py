@@ -21,7 +21,7 @@ import fakeredis
 import pytest
 from redis import exceptions
 from redis.client import Pipeline
-from redis.exceptions import ResponseError
+from redis.exceptions import InvalidResponse, ResponseError
 from rq import Queue
 from rq.job import Job, JobStatus
 from rq.results import Result
@@ -548,3 +548,8 @@ def test_a_password_that_is_wrong_is_said_without_showing_it(tmp_path: Path) -> 
             with jobs.connect(url) as client, pytest.raises(Unavailable, match="does not accept our password") as told:
                 accept(Jobs(client))
             assert "wrong-password" not in str(told.value)
+
+
+def test_something_else_at_the_place_of_redis_is_said() -> None:
+    with pytest.raises(Unavailable, match="not Redis"), jobs.unavailable():
+        raise InvalidResponse('Protocol error, got "H" as reply type byte')
