@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import redis
+from selenium.webdriver import Chrome
 
 from tests.killed_worker import POINTS
-from tests.servers import CUT, Api, House, RedisServer, Relay, eventually
+from tests.servers import CUT, Api, House, RedisServer, Relay, eventually, free_port
+from tests.test_dashboard import press
 
 
 @pytest.fixture
@@ -153,6 +155,27 @@ def test_a_mail_whose_attempts_are_used_up_is_in_the_failed_registry_and_a_reque
     api.wait_for(mail_id, "sent")
     assert [d.message_id for d in relay.accepted] == [seen["message_id"]]
     assert len(api.email(mail_id)["attempts"]) == 5
+    assert failed_ids(client) == []
+
+
+@pytest.mark.browser
+def test_the_dashboards_button_sends_a_failed_mail_and_its_state_follows(
+    house: House, relay: Relay, client: redis.Redis, browser: Chrome
+) -> None:
+    relay.data = ["554 5.7.1 not today"]
+    port = free_port()
+    house.environment |= {"DASHBOARD_LISTEN": f"127.0.0.1:{port}", "PYTHONPATH": str(house.root)}
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail())
+    api.wait_for(mail_id, "failed")
+    eventually(lambda: failed_ids(client) == [mail_id])
+    house.run("dashboard", "-m", "ops.dashboard", "--no-login")
+    eventually(lambda: "dashboard_started" in house.log("dashboard"))
+    browser.get(f"http://127.0.0.1:{port}/rq/0/view/jobs/email/failed/8/asc/1")
+    press(browser, f"tr[data-job-id='{mail_id}'] [data-role=requeue-job-btn]")
+    api.wait_for(mail_id, "sent")
+    assert len(relay.accepted) == 1
     assert failed_ids(client) == []
 
 
