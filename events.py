@@ -17,7 +17,7 @@ EVENTS = frozenset(
         "crashed",  # a fault of ours while answering; where, never what
         *("sent", "delayed", "failed", "unknown"),  # what an attempt came to: id, reason, next_in
         *("task_finished", "task_failed"),  # what a job of POST /jobs came to: id, task, error
-        "nothing_to_do",  # a job for a mail that is sent or canceled already
+        "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
         "busy",  # a job for a mail that another attempt holds
     }
 )

@@ -73,12 +73,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def has_a_port_or_none(url: str) -> bool:
+def can_be_read(url: str) -> bool:
     """False where a password in it holds what ends a host; the parser's own error would quote it."""
     try:
-        return urlsplit(url).port is not None or True
+        _ = urlsplit(url).port
     except ValueError:
         return False
+    return True
 
 
 def parse_address(text: object) -> object:
@@ -203,7 +204,7 @@ class Settings(BaseSettings):
                 "REDIS_URL must start with redis://, rediss:// or unix://",
             ),
             (
-                not has_a_port_or_none(self.redis_url.get_secret_value()),
+                not can_be_read(self.redis_url.get_secret_value()),
                 "REDIS_URL cannot be read; write / # ? : @ in its password as %2F %23 %3F %3A %40",
             ),
         )

@@ -25,9 +25,19 @@ from datetime import datetime, timezone
 from typing import Any
 
 from redis.client import Pipeline
-from redis.exceptions import ConnectionError, TimeoutError
 
-from jobs import EMAIL, LOST_AFTER, Accepted, Idempotency, Jobs, NotFound, NotPossible, beating, unavailable
+from jobs import (
+    EMAIL,
+    LOST_AFTER,
+    Accepted,
+    Idempotency,
+    Jobs,
+    NotFound,
+    NotPossible,
+    Unavailable,
+    beating,
+    unavailable,
+)
 from mail.message import Message, message_id
 from settings import Settings
 
@@ -164,8 +174,8 @@ class Claim:
     def settle(self, state: str, *, reason: str = "", next_in: float = 0) -> None:
         """Writes the outcome: recipients, attempts, state; for a final state also how long it is kept.
 
-        Raises `ClaimLost` where it is not this attempt's to write. `sent` waits for Redis as long as it takes: nobody
-        else knows it.
+        Raises `ClaimLost` where it is not this attempt's to write. That somebody was served is written however long
+        Redis takes: nobody else knows it.
         """
         now = datetime.now(timezone.utc)
         fields: dict[str, str | float] = {
@@ -179,7 +189,8 @@ class Claim:
         kept_for = self.outbox.kept_for(state)
         words = [word for pair in fields.items() for word in pair]
         keys = [*self.keys, LAST_SENT, f"rq:job:{self.id}"]
-        settle = self.outbox.insist if state == "sent" else self.outbox.run
+        served = any(recipient.status == "accepted" for recipient in self.recipients)
+        settle = self.outbox.insist if served else self.outbox.run
         if not settle(SETTLE, keys, [self.token, state, kept_for, now.timestamp(), *words]):
             raise ClaimLost(self.id)
         self.settled = True
@@ -196,11 +207,12 @@ class Outbox:
         return self._scripts[script](keys=keys, args=args)
 
     def insist(self, script: str, keys: list[str], args: list[Any]) -> Any:
-        """Runs a script, however long Redis is away."""
+        """Runs a script, however long Redis is away or refuses writes."""
         while True:
             try:
-                return self.run(script, keys, args)
-            except (ConnectionError, TimeoutError):
+                with unavailable():
+                    return self.run(script, keys, args)
+            except Unavailable:
                 time.sleep(1)
 
     def kept_for(self, state: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import fakeredis
 import pytest
-from redis.exceptions import ConnectionError, TimeoutError
+from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
 import jobs
 from jobs import LOST_AFTER, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible
@@ -255,20 +255,25 @@ def test_an_attempt_at_a_mail_that_was_canceled_meanwhile_stops_before_the_final
         taken.before_dot({})
 
 
-def test_sent_is_written_as_soon_as_redis_is_back(outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("state", ["sent", "delayed", "failed"])
+def test_that_somebody_was_served_is_written_as_soon_as_redis_takes_it(
+    outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
     mail_id = accept(outbox)
     taken = claim(outbox, mail_id)
-    run, away = outbox.run, [ConnectionError(), TimeoutError()]
+    taken.recipients[0].status = "accepted"
+    run, refusals = outbox.run, [ConnectionError(), TimeoutError(), ResponseError("MISCONF the disk is full")]
 
     def sometimes(*args: Any) -> Any:
-        if away:
-            raise away.pop()
+        if refusals:
+            raise refusals.pop()
         return run(*args)
 
     monkeypatch.setattr(outbox, "run", sometimes)
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    taken.settle("sent")
-    assert outbox.read(mail_id)["status"] == "sent"
+    taken.settle(state, reason="x")
+    assert client.hget(f"mail:{mail_id}", "state") == state.encode()
+    assert outbox.read(mail_id)["recipients"][0]["status"] == "accepted"
 
 
 def test_reading_what_is_not_there_is_not_found(outbox: Outbox) -> None:
