@@ -19,6 +19,11 @@ EVENTS = frozenset(
         *("task_finished", "task_failed"),  # what a job of POST /jobs came to: id, task, error
         "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
         "busy",  # a job for a mail that another attempt holds
+        *(
+            "breaker_opened",
+            "breaker_closed",
+        ),  # all mail waits for the relay, because of `reason`; it goes again
+        *("repaired", "given_up"),  # what the sweep did with a mail that was stuck: id, reason
     }
 )
 

@@ -265,6 +265,17 @@ class Jobs:
             reply = self._accept(keys=keys, args=words)
         return reply[0].decode(), reply[1].decode()
 
+    def recall(self, idempotency: Idempotency) -> Accepted | None:
+        """What an earlier request with this key was answered. Raises `IdempotencyConflict` as `accept` does."""
+        with unavailable():
+            known: Any = self.redis.get(idempotency.key)
+        if not known:
+            return None
+        fingerprint, known_id = known.decode().split(" ")
+        if fingerprint != idempotency.fingerprint:
+            raise IdempotencyConflict
+        return Accepted(known_id, replayed=True)
+
     def fetch(self, job_id: str) -> Job:
         try:
             with unavailable():
@@ -344,9 +355,16 @@ class Jobs:
             pipe.lindex(queue.key, 0)
             pipe.llen(queue.key)
             pipe.scard(f"rq:workers:{EMAIL}")
-            info, head, queued, workers = pipe.execute()
+            pipe.zrange(f"rq:scheduled:{EMAIL}", 0, 0, withscores=True)
+            info, head, queued, workers, scheduled = pipe.execute()
             enqueued_at = self.redis.hget(f"rq:job:{head.decode()}", "enqueued_at") if head else None
-        return {"info": info, "queued": queued, "workers": workers, "oldest_queued_seconds": _age(enqueued_at)}
+        return {
+            "info": info,
+            "queued": queued,
+            "workers": workers,
+            "oldest_queued_seconds": _age(enqueued_at),
+            "overdue_seconds": round(max(0.0, time.time() - scheduled[0][1]), 3) if scheduled else 0,
+        }
 
 
 def _task(job: Job) -> str:

@@ -37,7 +37,7 @@ from waitress.task import ErrorTask
 import tasks
 from events import emit, set_up, where
 from jobs import JOBS, Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Unavailable, connect
-from mail import message, templates
+from mail import message, pacing, sweep, templates
 from mail.message import FieldError, HeaderText, Invalid, Mailbox, Recipient, Strict
 from mail.outbox import Outbox
 from settings import ApiKey, Settings, SettingsError, load
@@ -257,7 +257,13 @@ class Service:
             body, default_sender=self.settings.mail_from or "", max_recipients=self.settings.max_recipients
         )
         rendered = templates.render(asked.template.id, asked.template.variables) if asked.template else None
-        return self.outbox.accept(message.compose(asked, rendered), idempotency)
+        mail = message.compose(asked, rendered)
+        if asked.expires_at and asked.expires_at.timestamp() <= time.time():
+            before = self.jobs.recall(idempotency) if idempotency else None
+            if before:  # a repeat of a request that came in time: what was answered then is still the answer
+                return before
+            raise Invalid(FieldError("expires_at", "this moment has passed; the mail would never be sent"))
+        return self.outbox.accept(mail, idempotency, expires_at=asked.expires_at, on_doubt=asked.on_doubt)
 
     def get_email(self, caller: ApiKey, mail_id: str) -> HTTPResponse:
         if not MAIL_ID.fullmatch(mail_id):
@@ -328,6 +334,8 @@ class Service:
             reasons.append("Redis is a replica and takes no writes")
         seen = {"status": "not ready" if reasons else "ready", "reasons": reasons, **state}
         seen["last_sent_seconds_ago"] = round(max(0.0, time.time() - last_sent), 3) if last_sent else None
+        seen["relay_in_trouble"] = pacing.in_trouble(self.jobs.redis)
+        seen |= sweep.swept(self.outbox)._asdict()
         if reasons:
             return answer(503, seen | error_shape(503, "not_ready", "; ".join(reasons), current_request_id()))
         return answer(200, seen)

@@ -50,6 +50,23 @@ def parse_schedule(text: object) -> object:
     return [parse_duration(part) for part in text.split(",")] if isinstance(text, str) else text
 
 
+class Rate(NamedTuple):
+    """At most `mails` in any `seconds`."""
+
+    mails: int
+    seconds: int
+
+
+def parse_rates(text: object) -> object:
+    """`"14/s, 2000/d"` -> rates that hold together."""
+    if not isinstance(text, str):
+        return text
+    parts = [re.fullmatch(r"([1-9][0-9]{0,4})/([smhd])", part.strip()) for part in text.split(",")]
+    if not all(parts):
+        raise ValueError("write mails per second, minute, hour or day: 14/s, or several such as 30/m,2000/d")
+    return tuple(Rate(int(part[1]), UNITS[part[2]]) for part in parts if part)
+
+
 class Address(NamedTuple):
     """Where a process listens."""
 
@@ -138,6 +155,7 @@ class Settings(BaseSettings):
     smtp_password_file: FilePath | None = None
     smtp_ca_file: FilePath | None = None
     smtp_timeout: Duration = 30
+    smtp_rate: Annotated[tuple[Rate, ...], BeforeValidator(parse_rates), NoDecode] = ()
 
     mail_from: str | None = None
 

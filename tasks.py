@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import signal
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +27,10 @@ import settings
 from events import emit
 from jobs import Jobs, connect
 from mail import relay
+from mail import sweep as sweeping
 from mail.message import to_mime
-from mail.outbox import AFTER_A_CRASH, Busy, Claim, Outbox, jittered
+from mail.outbox import AFTER_A_CRASH, EXPIRED, Busy, Claim, Outbox, jittered
+from mail.pacing import Pacing
 from mail.relay import Outcome, Relay, Reply, Verdict
 
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
@@ -37,10 +40,19 @@ class Failed(Exception):
     """The mail will not be sent unless a person asks again. The text is code and phase, never the relay's words."""
 
 
+class Expired(Exception):
+    """The mail's `expires_at` has come while its body went out. Without the final dot, nothing was sent."""
+
+
 @lru_cache(maxsize=1)
 def outbox() -> Outbox:
     current = settings.current()
     return Outbox(Jobs(connect(current.redis_url.get_secret_value(), patient=True)), current)
+
+
+@lru_cache(maxsize=1)
+def pacing() -> Pacing:
+    return Pacing(outbox().jobs.redis, settings.current().smtp_rate)
 
 
 @lru_cache(maxsize=1)
@@ -82,21 +94,35 @@ def _attempt(claim: Claim) -> str | Retry:
     todo = [one.address for one in claim.recipients if one.status == "pending"]
     if not todo:
         return _conclude(claim, None)
+    if claim.has_expired():
+        return _expire(claim)
+    wait = pacing().admit(claim.in_line)
+    if wait:
+        return _end(claim, "delayed", wait.reason, math.ceil(wait.seconds), in_line=wait.in_line)
     mime = to_mime(claim.message, claim.message_id, claim.created_at)
     with relay.conversation(the_relay()) as session:
-        outcome = relay.send(
-            session,
-            claim.message.sender.address,
-            todo,
-            mime,
-            smtputf8=claim.message.needs_smtputf8,
-            before_dot=lambda replies: _before_dot(claim, replies),
-        )
+        try:
+            outcome = relay.send(
+                session,
+                claim.message.sender.address,
+                todo,
+                mime,
+                smtputf8=claim.message.needs_smtputf8,
+                before_dot=lambda replies: _before_dot(claim, replies),
+            )
+        except Expired:
+            pacing().well()
+            return _expire(claim)
         _record(claim, outcome)
-        return _conclude(claim, outcome)  # written down before the session's QUIT
+        try:
+            return _conclude(claim, outcome)  # written down before the session's QUIT, and before anything else
+        finally:
+            _tell_breaker(outcome.reply)
 
 
 def _before_dot(claim: Claim, replies: Mapping[str, Reply]) -> None:
+    if claim.has_expired():
+        raise Expired
     # From here until the outcome is written, RQ's time-out must not fall in between; the conversation has its own.
     signal.alarm(0)
     claim.before_dot({who: AT_DOT[reply.verdict] for who, reply in replies.items()})
@@ -132,10 +158,14 @@ def _take_up(claim: Claim) -> None:
         claim.counted = 0
     if claim.state_before == "sending":
         claim.attempts.append({"at": _now(), "verdict": "interrupted", "text": "the worker died in this attempt"})
-    retry_doubt = asked_again or settings.current().on_doubt == "retry"
+    retry_doubt = (asked_again or _on_doubt(claim) == "retry") and not claim.has_expired()
     for one in claim.recipients:
         if (one.status == "in_doubt" and retry_doubt) or (one.status == "refused" and asked_again):
             one.status = "pending"
+
+
+def _on_doubt(claim: Claim) -> str:
+    return claim.on_doubt or settings.current().on_doubt
 
 
 def _record(claim: Claim, outcome: Outcome) -> None:
@@ -159,9 +189,14 @@ def _record(claim: Claim, outcome: Outcome) -> None:
 def _conclude(claim: Claim, outcome: Outcome | None) -> str | Retry:
     """The state after this attempt: written down, logged, and told to RQ in its own way."""
     replies = list(outcome.recipients.values()) if outcome else []
-    state, pause = _next_state(claim, {reply.verdict for reply in replies})
-    reason = _reason(replies) if state != "sent" else ""
-    claim.settle(state, reason=reason, next_in=pause)
+    state, pause = _next_state(claim, replies)
+    return _end(claim, state, _reason(replies) if state != "sent" else "", pause)
+
+
+def _end(claim: Claim, state: str, reason: str, pause: int = 0, *, in_line: bool = False) -> str | Retry:
+    if state == "delayed" and claim.has_expired(within=pause):
+        return _expire(claim)  # now rather than then: there will be no other attempt
+    claim.settle(state, reason=reason, next_in=pause, in_line=in_line)
     emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
     if state == "sent":
         return state
@@ -173,16 +208,41 @@ def _conclude(claim: Claim, outcome: Outcome | None) -> str | Retry:
     return _later(pause)
 
 
-def _next_state(claim: Claim, verdicts: set[Verdict]) -> tuple[str, int]:
+def _expire(claim: Claim) -> str | Retry:
+    doubtful = any(one.status == "in_doubt" for one in claim.recipients)
+    return _end(claim, "unknown" if doubtful else "failed", EXPIRED)
+
+
+def _tell_breaker(reply: Reply) -> None:
+    if reply.code is None or reply.verdict is Verdict.TROUBLE:
+        if pacing().trouble(reply.pause):
+            emit("breaker_opened", reason=reply.summary)
+    elif pacing().well():
+        emit("breaker_closed")
+
+
+def relay_closed_for() -> float:
+    """Seconds for which this process need not take any mail: the breaker is open."""
+    return pacing().closed_for()
+
+
+def sweep() -> None:
+    """Looks after mails that got stuck where RQ's own maintenance does not look."""
+    for found in sweeping.sweep(outbox()):
+        emit("repaired" if found.outcome == "repaired" else "given_up", id=found.mail_id, reason=found.why)
+
+
+def _next_state(claim: Claim, replies: Sequence[Reply]) -> tuple[str, int]:
     """(state, seconds until the next attempt). Only what the mail itself met with counts against its attempts."""
-    current = settings.current()
+    schedule = settings.current().retry_schedule
     statuses = {one.status for one in claim.recipients}
-    if "pending" in statuses or ("in_doubt" in statuses and current.on_doubt == "retry"):
-        if not verdicts & {Verdict.TRY_AGAIN, Verdict.IN_DOUBT} and not _silenced(claim):
-            return "delayed", jittered(PAUSE_ON_TROUBLE)
+    asked_for = max((reply.pause + 1 for reply in replies if reply.pause), default=0)  # RQ drops a fraction of a second
+    if "pending" in statuses or ("in_doubt" in statuses and _on_doubt(claim) == "retry"):
+        if not {reply.verdict for reply in replies} & {Verdict.TRY_AGAIN, Verdict.IN_DOUBT} and not _silenced(claim):
+            return "delayed", max(asked_for, jittered(PAUSE_ON_TROUBLE))
         claim.counted += 1
-        if claim.counted <= len(current.retry_schedule):
-            return "delayed", jittered(current.retry_schedule[claim.counted - 1])
+        if claim.counted <= len(schedule):
+            return "delayed", max(asked_for, jittered(schedule[claim.counted - 1]))
         return "failed", 0
     if "in_doubt" in statuses:
         return "unknown", 0

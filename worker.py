@@ -11,6 +11,7 @@ SIGTERM lets the job in hand finish.  RQ: https://python-rq.org/docs/workers/
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,18 @@ class EmailWorker(SimpleWorker):
 
     def get_heartbeat_ttl(self, job: rq.job.Job, working_time: float = 0.0) -> int:
         return jobs.LOST_AFTER
+
+    def check_for_suspension(self, burst: bool) -> None:
+        """Beside RQ's own reason not to take a job: the relay is in trouble. A mail taken now would only be put off,
+        and a long queue would go round and round."""
+        super().check_for_suspension(burst)
+        while not self._stop_requested and (seconds := tasks.relay_closed_for()):
+            self.heartbeat()
+            time.sleep(min(1, seconds))
+
+    def clean_registries(self) -> None:
+        super().clean_registries()  # type: ignore[no-untyped-call]
+        tasks.sweep()
 
     def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
         execution = self.prepare_execution(job)

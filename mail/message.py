@@ -25,7 +25,7 @@ from datetime import datetime
 from email.header import Header
 from email.utils import format_datetime
 from pathlib import PurePosixPath
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from email_validator import EmailNotValidError, validate_email
@@ -47,6 +47,7 @@ TOKEN = r"[A-Za-z0-9!#$&^_.+-]+"
 CONTENT_TYPE = re.compile(rf"{TOKEN}/{TOKEN}(?:; ?{TOKEN}={TOKEN})*")
 FOLD = ";\r\n "
 DELIMITER = b"--=_"  # how the lines between parts begin; a text that holds it is encoded, and then it does not
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3}|\.\d{6})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
 COMPOSITE = ("multipart/", "message/")  # RFC 2046 5: these hold mail as it is, and never base64
 
 REQUIRED = "this field is required"
@@ -62,6 +63,7 @@ SENTENCES = {  # pydantic's name of a fault -> what it is to a caller who knows 
     "too_long": "it holds too many; at most {max_length} are allowed",
     "dict_type": "write a JSON object",
     "model_type": "write a JSON object",
+    "literal_error": "write one of {expected}",
 }
 
 
@@ -201,6 +203,17 @@ def media_type(text: str) -> str:
     return text
 
 
+def moment(text: object) -> datetime:
+    """A time with its zone: `2026-11-21T12:30:00Z` (RFC 3339)."""
+    advice = "write a time with its zone, such as 2026-11-21T12:30:00Z"
+    if not isinstance(text, str) or not MOMENT.fullmatch(text):
+        raise wrong(advice)
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:  # the 31st of February
+        raise wrong(advice) from None
+
+
 def header_name(name: str) -> str:
     if not re.fullmatch(r"[!-9;-~]{1,76}", name):
         raise wrong("a header name is made of 1 to 76 printable ASCII characters without a colon")
@@ -264,6 +277,9 @@ class Request(Strict):
     attachments: Annotated[list[Attachment], Field(max_length=50)] = []
     tags: Annotated[list[Tag], Field(max_length=50)] = []
     template: TemplateUse | None = None
+    # Not of Resend's: how this mail is to be treated, not what it says.
+    expires_at: Annotated[datetime, BeforeValidator(moment)] | None = None
+    on_doubt: Literal["retry", "hold"] | None = None
 
 
 class Rendered(Strict):

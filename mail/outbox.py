@@ -9,7 +9,8 @@ should the worker die after that, the mail is in doubt for them and not for the 
     queued, delayed, failed, unknown -> canceled
 
 Every script may be run again after a lost reply. Once sent, a mail's content is dropped and its outline kept for
-RETAIN_SENT. The one home of key names: `mail:<id>` (hash), `mail:<id>:claim` (token with expiry), `mail:last_sent`.
+RETAIN_SENT. The one home of key names: `mail:<id>` (hash), `mail:<id>:claim` (token with expiry), `mail:last_sent`,
+`mail:open` (sorted set: every mail that is not final, by the moment at which mail.sweep looks whether it is stuck).
 """
 
 from __future__ import annotations
@@ -43,12 +44,20 @@ from settings import Settings
 
 FINAL = ("sent", "failed", "unknown", "canceled")
 LAST_SENT = "mail:last_sent"
+OPEN = "mail:open"
+LOOK_AFTER = 2 * LOST_AFTER  # seconds after which a mail should have moved on, and mail.sweep looks at it
 # Seconds. RQ's own retries, for an attempt whose worker died or that raised what nobody expected; a mail whose every
 # attempt kills its worker is parked as failed after four. Pauses that the relay asks for are in `settle`, not here.
 AFTER_A_CRASH = (1, 5, 30)
+EXPIRED = "expired"  # the reason of a mail whose `expires_at` has passed
+SHOWN = (
+    *("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at", "reason"),
+    *("expires_at", "on_doubt"),
+)
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
 
-# KEYS: mail, claim, RQ's failed registry. ARGV: token, lease in ms, mail id, when the job was queued (seconds).
+# KEYS: mail, claim, RQ's failed registry, open. ARGV: token, lease in ms, mail id, when the job was queued (seconds),
+# when to look at the mail if this attempt does not end.
 # There is nothing to do for a mail that is gone, sent or canceled; nor for a failed or unknown one, unless a person has
 # queued it again since: RQ may run a job twice, and then the second run must not be taken for a wish. A second call
 # with the same token (a lost reply) finds its own claim.
@@ -65,6 +74,7 @@ redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
 if not holder then redis.call('HSET', KEYS[1], 'state', 'sending', 'state_before', state) end
 redis.call('HDEL', KEYS[1], 'next_attempt_at', 'reason')
 redis.call('PERSIST', KEYS[1])
+redis.call('ZADD', KEYS[4], ARGV[5], ARGV[3])
 return {'claimed', redis.call('HGETALL', KEYS[1])}
 """
 
@@ -76,7 +86,8 @@ redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
 return 1
 """
 
-# KEYS: mail, claim, last_sent, RQ's job. ARGV: token, state, lifetime in seconds (0: none), now, then field, value, ...
+# KEYS: mail, claim, last_sent, RQ's job, open. ARGV: token, state, lifetime in seconds (0: none), now, mail id, when to
+# look at it if it does not move on, then field, value, ...
 # `sent` is written by whoever knows it, also when his claim has run out: it is the truth. Anything else only by the
 # holder, and never over `sent` or `canceled`. A second call with the same token changes nothing.
 # It begins with a command that frees memory: Redis looks for memory before a script's first write only, and a mail that
@@ -88,12 +99,18 @@ if redis.call('HGET', KEYS[1], 'settled_by') == ARGV[1] then return 1 end
 if not state or (ARGV[2] ~= 'sent' and (not mine or state ~= 'sending')) then return 0 end
 if mine then redis.call('DEL', KEYS[2]) end
 if ARGV[2] == 'sent' then redis.call('HDEL', KEYS[1], 'content') end
-redis.call('HSET', KEYS[1], 'state', ARGV[2], 'settled_by', ARGV[1], unpack(ARGV, 5))
+redis.call('HSET', KEYS[1], 'state', ARGV[2], 'settled_by', ARGV[1], unpack(ARGV, 7))
 if ARGV[2] == 'sent' then redis.call('SET', KEYS[3], ARGV[4]) end
 if (ARGV[2] == 'failed' or ARGV[2] == 'unknown') and redis.call('EXISTS', KEYS[4]) == 1 then
   redis.call('HSET', KEYS[4], 'retries_left', 0)  -- should its worker die now, RQ must not try again
 end
-if tonumber(ARGV[3]) > 0 then redis.call('EXPIRE', KEYS[1], ARGV[3]) else redis.call('PERSIST', KEYS[1]) end
+if tonumber(ARGV[3]) > 0 then
+  redis.call('EXPIRE', KEYS[1], ARGV[3])
+  redis.call('ZREM', KEYS[5], ARGV[5])
+else
+  redis.call('PERSIST', KEYS[1])
+  redis.call('ZADD', KEYS[5], ARGV[6], ARGV[5])
+end
 return 1
 """
 
@@ -135,7 +152,8 @@ class Recipient:
 
 @dataclass
 class Claim:
-    """One attempt's hold on one mail."""
+    """One attempt's hold on one mail. `expires_at` is in seconds since 1970, 0 for a mail that does not expire;
+    `on_doubt` is what its sender chose, or ""; `in_line` says that SMTP_RATE has told it to come back now."""
 
     outbox: Outbox
     id: str
@@ -147,7 +165,14 @@ class Claim:
     recipients: list[Recipient]
     attempts: list[dict[str, Any]] = field(default_factory=list)
     counted: int = 0
+    expires_at: float = 0
+    on_doubt: str = ""
+    in_line: bool = False
     settled: bool = False
+
+    def has_expired(self, within: float = 0) -> bool:
+        """Whether the mail may not be sent any more, now or `within` so many seconds."""
+        return 0 < self.expires_at <= time.time() + within
 
     @property
     def keys(self) -> list[str]:
@@ -171,7 +196,7 @@ class Claim:
         if not self.outbox.run(BEFORE_DOT, self.keys, [self.token, _dump(self.recipients)]):
             raise ClaimLost(self.id)
 
-    def settle(self, state: str, *, reason: str = "", next_in: float = 0) -> None:
+    def settle(self, state: str, *, reason: str = "", next_in: float = 0, in_line: bool = False) -> None:
         """Writes the outcome: recipients, attempts, state; for a final state also how long it is kept.
 
         Raises `ClaimLost` where it is not this attempt's to write. That somebody was served is written however long
@@ -184,14 +209,16 @@ class Claim:
             "counted": self.counted,
             "reason": reason,
             "settled_at": now.timestamp(),
+            "in_line": "1" if in_line else "",
             "next_attempt_at": _iso(datetime.fromtimestamp(now.timestamp() + next_in, timezone.utc)) if next_in else "",
         }
         kept_for = self.outbox.kept_for(state)
         words = [word for pair in fields.items() for word in pair]
-        keys = [*self.keys, LAST_SENT, f"rq:job:{self.id}"]
+        keys = [*self.keys, LAST_SENT, f"rq:job:{self.id}", OPEN]
         served = any(recipient.status == "accepted" for recipient in self.recipients)
         settle = self.outbox.insist if served else self.outbox.run
-        if not settle(SETTLE, keys, [self.token, state, kept_for, now.timestamp(), *words]):
+        look_at = now.timestamp() + next_in + LOOK_AFTER
+        if not settle(SETTLE, keys, [self.token, state, kept_for, now.timestamp(), self.id, look_at, *words]):
             raise ClaimLost(self.id)
         self.settled = True
 
@@ -222,8 +249,18 @@ class Outbox:
             return 0
         return self.settings.retain_sent + 3600 if state == "sent" else self.settings.retain_failed + 86400
 
-    def accept(self, message: Message, idempotency: Idempotency | None = None) -> Accepted:
-        """Stores and queues a mail in one atomic step. Raises `IdempotencyConflict`, `Unavailable`."""
+    def accept(
+        self,
+        message: Message,
+        idempotency: Idempotency | None = None,
+        *,
+        expires_at: datetime | None = None,
+        on_doubt: str | None = None,
+    ) -> Accepted:
+        """Stores and queues a mail in one atomic step. Raises `IdempotencyConflict`, `Unavailable`.
+
+        After `expires_at` it is not sent any more, but fails; `on_doubt` takes the place of ON_DOUBT for this mail.
+        """
         mail_id = str(uuid.uuid4())
         outline, content = message.to_json()
         record: dict[Any, Any] = {
@@ -233,10 +270,13 @@ class Outbox:
             "outline": outline,
             "content": content,
             "recipients": _dump([Recipient(address) for address in message.recipients]),
+            **({"expires_at": expires_at.isoformat()} if expires_at else {}),
+            **({"on_doubt": on_doubt} if on_doubt else {}),
         }
 
         def store(commands: Pipeline) -> None:
             commands.hset(f"mail:{mail_id}", mapping=record)
+            commands.zadd(OPEN, {mail_id: time.time() + LOOK_AFTER})
 
         return self._queue(mail_id, store, idempotency)
 
@@ -269,8 +309,8 @@ class Outbox:
         `Claim.held` keeps it, so a claim that ran out belongs to a worker that is dead or was stopped for long.
         """
         token = uuid.uuid4().hex
-        keys = [f"mail:{mail_id}", f"mail:{mail_id}:claim", f"rq:failed:{EMAIL}"]
-        reply = self.run(CLAIM, keys, [token, LOST_AFTER * 1000, mail_id, queued_at])
+        keys = [f"mail:{mail_id}", f"mail:{mail_id}:claim", f"rq:failed:{EMAIL}", OPEN]
+        reply = self.run(CLAIM, keys, [token, LOST_AFTER * 1000, mail_id, queued_at, time.time() + LOOK_AFTER])
         verdict = reply[0].decode()
         if verdict == "busy":
             raise Busy(reply[1] / 1000)
@@ -288,20 +328,23 @@ class Outbox:
             recipients=[Recipient(**one) for one in json.loads(stored["recipients"])],
             attempts=json.loads(stored.get("attempts", b"[]")),
             counted=int(stored.get("counted", 0)),
+            expires_at=_timestamp(stored.get("expires_at", b"").decode()),
+            on_doubt=stored.get("on_doubt", b"").decode(),
+            in_line=bool(stored.get("in_line")),
         )
 
     def read(self, mail_id: str) -> dict[str, Any]:
         """A mail as `GET /emails/{id}` shows it. Raises `NotFound`, `Unavailable`."""
-        names = ("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at", "reason")
         with unavailable():
-            pipe = self.jobs.redis.pipeline(transaction=False)
-            pipe.hmget(f"mail:{mail_id}", names)
+            pipe = self.jobs.redis.pipeline(transaction=False)  # a full Redis refuses a transaction, even to read
+            pipe.hmget(f"mail:{mail_id}", SHOWN)
             pipe.hget(f"rq:job:{mail_id}", "status")
             values, job_status = pipe.execute()
         if values[0] is None:
             raise NotFound
-        stored = {name: (value or b"").decode() for name, value in zip(names, values, strict=True)}
-        state, reason = seen_state(stored["state"], (job_status or b"").decode(), stored["reason"])
+        stored = {name: (value or b"").decode() for name, value in zip(SHOWN, values, strict=True)}
+        expired = 0 < _timestamp(stored["expires_at"]) <= time.time()
+        state, reason = seen_state(stored["state"], (job_status or b"").decode(), stored["reason"], expired)
         outline = Message.from_json(stored["outline"])
         return {
             "object": "email",
@@ -315,6 +358,8 @@ class Outbox:
             "message_id": stored["message_id"],
             "created_at": stored["created_at"],
             "next_attempt_at": stored["next_attempt_at"] or None,
+            "expires_at": stored["expires_at"] or None,
+            "on_doubt": stored["on_doubt"] or self.settings.on_doubt,
             "reason": reason or None,
             "recipients": json.loads(stored["recipients"]),
             "attempts": json.loads(stored["attempts"] or "[]"),
@@ -336,6 +381,7 @@ class Outbox:
             commands.hset(f"mail:{mail_id}", "state", "canceled")
             commands.hdel(f"mail:{mail_id}", "content", "next_attempt_at")
             commands.expire(f"mail:{mail_id}", self.kept_for("canceled"))
+            commands.zrem(OPEN, mail_id)
 
         try:
             self.jobs.cancel(mail_id, beside=mark)
@@ -346,6 +392,10 @@ class Outbox:
 
     def requeue(self, mail_id: str) -> None:
         """Queues a failed mail again with all its attempts, also if its job was deleted. Raises as `Jobs.requeue`."""
+        with unavailable():
+            expires_at: Any = self.jobs.redis.hget(f"mail:{mail_id}", "expires_at")
+        if expires_at and _timestamp(expires_at.decode()) <= time.time():
+            raise NotPossible("the mail has expired and will not be sent; submit it anew")
         try:
             self.jobs.requeue(mail_id)
         except NotFound:
@@ -371,18 +421,27 @@ class Outbox:
         return float(moment) if moment else None
 
 
-def seen_state(state: str, job_status: str, reason: str) -> tuple[str, str]:
-    """What RQ knows and the mail does not yet: queued again after it failed, a worker that died for good, a job that
-    somebody deleted (`rq empty`)."""
+LOST = {  # the status of a mail's job in RQ -> why the mail will not be sent although nobody has settled it
+    "failed": "its worker died in every attempt",
+    "stopped": "its job was stopped",
+    "canceled": "its job was canceled",
+    "finished": "its job ended without it",
+    "": "its job was deleted",
+}
+
+
+def seen_state(state: str, job_status: str, reason: str, expired: bool = False) -> tuple[str, str]:
+    """What is known and not yet written into the mail: queued again after it failed, a worker that died for good, a job
+    that somebody deleted (`rq empty`), a life that is over while the mail still waits."""
     if state in ("failed", "unknown") and job_status in ("queued", "scheduled", "started"):
         return "queued", ""
     if state in FINAL:
         return state, reason
+    if expired and state != "sending":
+        return "failed", EXPIRED
     if state == "sending" and job_status in ("queued", "scheduled"):
         return "delayed", "its worker died in the last attempt"
-    lost = {"failed": reason or "its worker died in every attempt", "stopped": "its job was stopped"}
-    lost |= {"canceled": "its job was canceled", "": "its job was deleted"}
-    return ("failed", lost[job_status]) if job_status in lost else (state, reason)
+    return ("failed", LOST[job_status]) if job_status in LOST else (state, reason)
 
 
 def jittered(pause: int) -> int:
@@ -392,6 +451,11 @@ def jittered(pause: int) -> int:
 
 def _iso(moment: datetime) -> str:
     return moment.isoformat(timespec="milliseconds")
+
+
+def _timestamp(moment: str) -> float:
+    """Seconds since 1970; 0 for ""."""
+    return datetime.fromisoformat(moment).timestamp() if moment else 0
 
 
 def _dump(recipients: list[Recipient]) -> str:

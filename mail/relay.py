@@ -55,8 +55,13 @@ class Phase(str, Enum):
 
 CHUNK = 64 * 1024  # bytes of the body
 SEND_BUFFER = 256 * 1024  # bytes
+LONGEST_HINT = 12 * 3600  # seconds; what a relay asks for beyond that is not believed
 LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already
 ADDRESS = re.compile(r"[^\x00-\x20\x7f<>]+")  # what fits between < and >
+HINT = re.compile(  # "try again in 5 minutes", "retry after 300 seconds", "please come back in 00:04:59"
+    r"\b(?:in|after|wait|for)\s+(?:(\d{1,5})\s*(seconds?|secs?|s|minutes?|mins?|m|hours?|h)\b|(\d\d):(\d\d):(\d\d)\b)",
+    re.IGNORECASE,
+)
 
 SESSION = (Phase.CONNECT, Phase.GREETING, Phase.HELLO, Phase.STARTTLS, Phase.AUTH)
 MESSAGE = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.TRANSFER, Phase.DOT)
@@ -114,6 +119,18 @@ class Reply(NamedTuple):
     @property
     def verdict(self) -> Verdict:
         return judge(self.phase, self.code, self.text)
+
+    @property
+    def pause(self) -> int:
+        """For how many seconds a relay that puts us off asks to be left alone; 0 if it does not say."""
+        hint = HINT.search(self.text) if self.verdict in (Verdict.TRY_AGAIN, Verdict.TROUBLE) else None
+        if not hint:
+            return 0
+        number, unit, *clock = hint.groups()
+        if unit:
+            return min(LONGEST_HINT, int(number) * {"s": 1, "m": 60, "h": 3600}[unit[0].lower()])
+        hours, minutes, seconds = map(int, clock)
+        return min(LONGEST_HINT, hours * 3600 + minutes * 60 + seconds)
 
     @property
     def summary(self) -> str:

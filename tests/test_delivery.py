@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import redis
 from selenium.webdriver import Chrome
 
 from tests.killed_worker import POINTS
+from tests.scripted_relay import Line, ScriptedRelay
 from tests.servers import CUT, Api, House, RedisServer, Relay, eventually, free_port
 from tests.test_dashboard import press
 
@@ -225,6 +228,129 @@ def test_trouble_with_the_relay_costs_a_mail_no_attempt(house: House, relay: Rel
     assert seen["reason"] == "535 at auth"
     assert client.hget(f"mail:{mail_id}", "counted") == b"0"
     assert not relay.accepted
+
+
+def test_while_the_relay_is_in_trouble_workers_take_no_mail_and_then_it_all_goes(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    good = house.environment["SMTP_PORT"]
+    house.environment["SMTP_PORT"] = str(free_port())
+    api = house.api()
+    worker = house.worker()
+    ids = [submit(api, mail()) for _ in range(20)]
+    eventually(lambda: api.get("/readyz").body["relay_in_trouble"])
+    delayed = eventually(lambda: [one for one in ids if api.email(one)["status"] == "delayed"])
+    time.sleep(2)  # no other is taken
+    assert len(delayed) == 3
+    assert client.llen("rq:queue:email") == 17
+    assert "breaker_opened" in house.log("worker-email")
+    worker.terminate()
+    assert worker.wait(20) == 0
+    house.environment["SMTP_PORT"] = good
+    client.hset("relay:breaker", "open_until", 1)  # as if its half minute were over
+    house.worker()
+    for one in set(ids) - set(delayed):
+        api.wait_for(one, "sent")
+    assert not api.get("/readyz").body["relay_in_trouble"]
+    assert "breaker_closed" in house.log("worker-email")
+
+
+def test_two_workers_keep_the_rate_together_and_mail_over_it_waits_without_losing_an_attempt(
+    house: House, relay: Relay, client: redis.Redis
+) -> None:
+    house.environment["SMTP_RATE"] = "3/s"
+    moments: list[float] = []
+    relay.on_data = lambda: moments.append(time.monotonic())
+    api = house.api()
+    ids = [submit(api, mail()) for _ in range(12)]
+    house.worker()
+    house.worker()
+    for one in ids:
+        api.wait_for(one, "sent", seconds=30)
+    gone: list[bytes] = client.lrange("relay:gone", 0, -1)  # type: ignore[assignment]
+    assert len(gone) == 3
+    assert moments[-1] - moments[0] >= 2.5  # twelve at three a second
+    assert {client.hget(f"mail:{one}", "counted") for one in ids} == {b"0"}
+    assert "SMTP_RATE is reached" in house.log("worker-email")
+
+
+def test_a_mail_that_expires_while_it_waits_is_not_sent(house: House, relay: Relay, client: redis.Redis) -> None:
+    api = house.api()
+    soon = datetime.now(timezone.utc) + timedelta(seconds=3)
+    mail_id = submit(api, mail(expires_at=soon.isoformat()))
+    api.wait_for(mail_id, "failed")
+    house.worker()
+    eventually(lambda: failed_ids(client) == [mail_id])
+    seen = api.email(mail_id)
+    assert (seen["status"], seen["reason"], seen["attempts"]) == ("failed", "expired", [])
+    assert api.post(f"/jobs/{mail_id}/requeue", {}).status == 409
+    assert not relay.accepted
+
+
+def test_a_mail_whose_next_attempt_would_come_too_late_fails_at_once(house: House, relay: Relay) -> None:
+    house.environment["RETRY_SCHEDULE"] = "1h"
+    relay.data = ["451 4.3.0 not now"]
+    api = house.api()
+    house.worker()
+    soon = datetime.now(timezone.utc) + timedelta(minutes=10)
+    mail_id = submit(api, mail(expires_at=soon.isoformat()))
+    seen = api.wait_for(mail_id, "failed")
+    assert seen["reason"] == "expired"
+    assert [one["code"] for one in seen["attempts"]] == [451]
+
+
+def test_a_mail_that_expires_while_its_body_goes_out_gets_no_final_dot(house: House) -> None:
+    soon = datetime.now(timezone.utc) + timedelta(seconds=4)
+
+    def wait(_: Line) -> str:
+        time.sleep(5)
+        return ""
+
+    with ScriptedRelay({"BODY": wait}) as relay:
+        house.environment |= {"SMTP_PORT": str(relay.port), "SMTP_SECURITY": "none", "SMTP_USERNAME": ""}
+        house.environment["SMTP_PASSWORD"] = ""
+        api = house.api()
+        house.worker()
+        mail_id = submit(api, mail(text="x" * 2_000_000, expires_at=soon.isoformat()))
+        seen = api.wait_for(mail_id, "failed")
+    assert seen["reason"] == "expired"
+    assert relay.commands[-1].startswith("DATA")
+    assert not relay.accepted
+
+
+def test_a_mail_may_say_for_itself_that_doubt_is_held(house: House, relay: Relay) -> None:
+    relay.data = [CUT]
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail(on_doubt="hold"))
+    api.wait_for(mail_id, "unknown")
+    assert len(relay.accepted) == 1
+
+
+def test_a_mail_that_is_in_no_list_any_more_is_found_and_sent(house: House, relay: Relay, client: redis.Redis) -> None:
+    api = house.api()
+    mail_id = submit(api, mail())
+    client.delete("rq:queue:email")  # popped by something that died
+    client.zadd("mail:open", {mail_id: 1})
+    house.worker()
+    api.wait_for(mail_id, "sent")
+    assert f"repaired id={mail_id}" in house.log("worker-email")
+    assert api.get("/readyz").body["mails_repaired"] == 1
+
+
+def test_a_delayed_mail_is_sent_although_redis_was_restarted_meanwhile(
+    house: House, relay: Relay, redis_server: RedisServer
+) -> None:
+    house.environment["RETRY_SCHEDULE"] = "4s"
+    relay.data = ["451 4.3.0 not now"]
+    api = house.api()
+    house.worker()
+    mail_id = submit(api, mail())
+    api.wait_for(mail_id, "delayed")
+    redis_server.kill()
+    time.sleep(1)
+    redis_server.start()
+    api.wait_for(mail_id, "sent", seconds=15)  # sooner than RQ would have replaced a scheduler that died of it
 
 
 @pytest.mark.parametrize("point", ["after claim", "before the final dot"])

@@ -404,7 +404,7 @@ def test_what_a_full_redis_refuses_is_not_half_done(real: Jobs, act: str) -> Non
 def test_the_state_of_the_mail_queue_is_told(real: Jobs) -> None:
     empty = real.state()
     assert empty.pop("info")["aof_enabled"] == 1
-    assert empty == {"queued": 0, "workers": 0, "oldest_queued_seconds": None}
+    assert empty == {"queued": 0, "workers": 0, "oldest_queued_seconds": None, "overdue_seconds": 0}
     how: dict[str, Any] = {"timeout": 60, "retry_in": [], "result_ttl": 1, "failure_ttl": 1}
     for job_id in (ONE, TWO):
         real.accept(EMAIL, "tasks.deliver", job_id, args=[job_id], **how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import fakeredis
@@ -61,7 +62,7 @@ def test_the_same_key_and_fingerprint_is_a_replay_and_another_fingerprint_a_conf
     with pytest.raises(IdempotencyConflict):
         outbox.accept(message(), Idempotency.of("shop", "/emails", "k", {"a": 1}))
     assert client.llen("rq:queue:email") == 1
-    assert len(client.keys("mail:*")) == 1
+    assert client.zrange("mail:open", 0, -1) == [first.id.encode()]
     assert 86000 < client.ttl(key.key) <= 86400
 
 
@@ -303,10 +304,53 @@ def test_reading_what_is_not_there_is_not_found(outbox: Outbox) -> None:
         ("delayed", "", "failed"),
         ("canceled", "", "canceled"),
         ("failed", "", "failed"),
+        ("queued", "finished", "failed"),
     ],
 )
 def test_the_state_shown_follows_what_rq_knows_better(state: str, job_status: str, shown: str) -> None:
     assert seen_state(state, job_status, "")[0] == shown
+
+
+@pytest.mark.parametrize(("state", "shown"), [("queued", "failed"), ("delayed", "failed"), ("sending", "sending")])
+def test_a_mail_that_still_waits_when_it_expires_has_failed_and_one_in_mid_air_has_not(state: str, shown: str) -> None:
+    seen = seen_state(state, "started" if state == "sending" else "queued", "", expired=True)
+    assert seen == (shown, "expired" if shown == "failed" else "")
+
+
+def test_an_expired_mail_is_not_queued_again(outbox: Outbox, client: Any) -> None:
+    mail_id = outbox.accept(message(), expires_at=datetime.now(timezone.utc) - timedelta(seconds=1)).id
+    claim(outbox, mail_id).settle("failed", reason="expired")
+    client.hset(f"rq:job:{mail_id}", "status", "failed")
+    with pytest.raises(NotPossible, match="expired"):
+        outbox.requeue(mail_id)
+    assert outbox.read(mail_id)["reason"] == "expired"
+
+
+def test_what_the_sender_chose_is_in_the_claim_and_shown(outbox: Outbox) -> None:
+    soon = datetime.now(timezone.utc) + timedelta(minutes=1)
+    mail_id = outbox.accept(message(), expires_at=soon, on_doubt="hold").id
+    taken = claim(outbox, mail_id)
+    assert (taken.expires_at, taken.on_doubt) == (soon.timestamp(), "hold")
+    assert not taken.has_expired()
+    assert taken.has_expired(within=61)
+    seen = outbox.read(mail_id)
+    assert (seen["expires_at"], seen["on_doubt"]) == (soon.isoformat(), "hold")
+    plain = outbox.accept(message()).id
+    assert not claim(outbox, plain).has_expired(within=1e9)
+    assert (outbox.read(plain)["expires_at"], outbox.read(plain)["on_doubt"]) == (None, "retry")
+
+
+def test_a_mail_that_is_not_final_is_among_those_to_be_looked_at(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    at_first = client.zscore("mail:open", mail_id)
+    assert at_first > time.time() + 60
+    claim(outbox, mail_id).settle("delayed", next_in=1000)
+    assert client.zscore("mail:open", mail_id) > time.time() + 1060
+    claim(outbox, mail_id).settle("sent")
+    assert client.zscore("mail:open", mail_id) is None
+    other = accept(outbox)
+    outbox.cancel(other)
+    assert client.zscore("mail:open", other) is None
 
 
 def test_jitter_stays_within_a_fifth() -> None:

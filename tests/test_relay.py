@@ -245,6 +245,26 @@ def test_every_class_of_code_has_one_meaning_in_each_phase(phase: Phase, code: i
     assert judge(phase, code) is judge(phase, code, "any words") is verdict
 
 
+@pytest.mark.parametrize(
+    ("code", "text", "seconds"),
+    [
+        (451, "4.7.1 Greylisted, please try again in 300 seconds", 300),
+        (450, "4.2.0 <x@example.com>: Recipient address rejected: Greylisted, try again in 5 minutes", 300),
+        (421, "4.7.0 Try again later, wait 1 hour", 3600),
+        (451, "4.7.1 Greylisting in action, please come back in 00:04:59", 299),
+        (452, "4.3.1 retry after 90s", 90),
+        (451, "4.7.1 come back IN 2 MIN", 120),
+        (451, "4.7.1 try again in 99999 hours", 12 * 3600),
+        (451, "4.7.1 try again later", 0),
+        (451, "4.3.2 5 messages in 1 month", 0),
+        (550, "5.7.1 blocked for 24 hours", 0),  # refused is refused
+        (250, "2.0.0 queued, will be sent in 5 minutes", 0),
+    ],
+)
+def test_how_long_a_relay_asks_to_be_left_alone(code: int, text: str, seconds: int) -> None:
+    assert Reply(Phase.RCPT, code, text).pause == seconds
+
+
 def test_the_matrix_leaves_no_phase_out() -> None:
     assert {phase for phase, _, _ in cells()} == set(Phase)
 

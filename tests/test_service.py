@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import datetime, timedelta, timezone
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def keys(client: redis.Redis, pattern: str) -> set[str]:
 def stored(client: redis.Redis) -> set[str]:
     """The ids of the mails in Redis, each of which is there whole and queued once."""
     queued: list[bytes] = client.lrange("rq:queue:email", 0, -1)  # type: ignore[assignment]
-    mails = {key.removeprefix("mail:") for key in keys(client, "mail:*")}
+    watched: list[bytes] = client.zrange("mail:open", 0, -1)  # type: ignore[assignment]
+    mails = {key.removeprefix("mail:") for key in keys(client, "mail:*") if key != "mail:open"}
+    assert mails == {one.decode() for one in watched}
     assert mails == {key.removeprefix("rq:job:") for key in keys(client, "rq:job:*")}
     assert sorted(mails) == sorted(one.decode() for one in queued)
     return mails
@@ -386,6 +389,11 @@ WRONG_MAIL: list[tuple[str, dict[str, Any], str]] = [  # what is wrong, the chan
         "attachments[0].content_type",
     ),
     ("a media type that is none", {"attachments": [{**A_FILE, "content_type": "x"}]}, "attachments[0].content_type"),
+    *(
+        (f"{moment!r} as the end of its life", {"expires_at": moment}, "expires_at")
+        for moment in ("2026-11-21", "2126-11-21T12:00:00", "2126-02-31T12:00:00Z", "soon", 5, "2020-01-01T00:00:00Z")
+    ),
+    ("a third way to treat doubt", {"on_doubt": "maybe"}, "on_doubt"),
     ("an unknown field", {"scheduled": "now"}, "scheduled"),
     ("an unknown field of a file", {"attachments": [{**A_FILE, "path": "x"}]}, "attachments[0].path"),
     ("an unknown field of a template", {"template": {"id": "welcome", "data": {}}}, "template.data"),
@@ -404,6 +412,17 @@ def test_a_mail_that_cannot_be_sent_as_asked_is_refused_by_field(
     api: Api, client: redis.Redis, change: dict[str, Any], field: str
 ) -> None:
     refused(api, client, "/emails", {**MAIL, **change}, 422, field)
+
+
+def test_a_repeat_of_a_request_whose_mail_has_expired_since_is_answered_as_the_first(api: Api) -> None:
+    soon = datetime.now(timezone.utc) + timedelta(seconds=2)
+    body = {**MAIL, "expires_at": soon.isoformat(timespec="milliseconds")}
+    first = api.post("/emails", body, Idempotency_Key="a code")
+    eventually(lambda: datetime.now(timezone.utc) > soon)
+    again = api.post("/emails", body, Idempotency_Key="a code")
+    assert (again.status, again.body, again.headers["Idempotent-Replayed"]) == (202, first.body, "true")
+    assert api.post("/emails", {**body, "subject": "another"}, Idempotency_Key="a code").status == 409
+    assert api.post("/emails", body, Idempotency_Key="another code").status == 422
 
 
 @pytest.mark.parametrize(
@@ -1164,9 +1183,12 @@ def test_the_version_is_the_top_heading_of_the_changelog() -> None:
 
 def test_readyz_tells_how_the_queue_does(api: Api, client: redis.Redis) -> None:
     answer = api.call("GET", "/readyz", headers={"Authorization": ""})
-    idle = {"status": "ready", "reasons": [], "queued": 0, "workers": 0}
     assert answer.status == 200
-    assert answer.body == idle | {"oldest_queued_seconds": None, "last_sent_seconds_ago": None}
+    assert answer.body == {
+        **{"status": "ready", "reasons": [], "queued": 0, "workers": 0},
+        **{"oldest_queued_seconds": None, "overdue_seconds": 0, "last_sent_seconds_ago": None},
+        **{"relay_in_trouble": False, "last_sweep_seconds_ago": None, "mails_repaired": 0, "mails_given_up": 0},
+    }
     submitted(api, "/emails")
     submitted(api, "/jobs")
     client.set("mail:last_sent", time.time() - 60)
@@ -1174,6 +1196,13 @@ def test_readyz_tells_how_the_queue_does(api: Api, client: redis.Redis) -> None:
     seen = api.get("/readyz").body
     assert (seen["queued"], seen["workers"]) == (1, 2)
     assert 60 <= seen["last_sent_seconds_ago"] < 70
+    client.zadd("rq:scheduled:email", {"an-id": time.time() - 100, "another": time.time() + 100})
+    client.hset("relay:breaker", "open_until", 1)
+    client.hset("mail:swept", mapping={"at": time.time() - 5, "repaired": 2, "given_up": 1})
+    seen = api.get("/readyz").body
+    assert (seen["relay_in_trouble"], seen["mails_repaired"], seen["mails_given_up"]) == (True, 2, 1)
+    assert 100 <= seen["overdue_seconds"] < 110
+    assert 5 <= seen["last_sweep_seconds_ago"] < 15
 
 
 def test_the_oldest_queued_mail_grows_older_until_it_is_taken(api: Api, client: redis.Redis) -> None:

@@ -43,6 +43,9 @@ def faults(env: pytest.MonkeyPatch, *needed: str, **variables: str) -> list[str]
         ({"SMTP_SECURITY": "ssl"}, "SMTP_SECURITY: input should be 'starttls', 'tls' or 'none'"),
         ({"SMTP_TIMEOUT": "30"}, "SMTP_TIMEOUT: write a number and a unit: 30s, 5m, 24h or 3d"),
         ({"SMTP_TIMEOUT": "0s"}, "SMTP_TIMEOUT: input should be greater than 0"),
+        ({"SMTP_RATE": "14"}, "SMTP_RATE: write mails per second, minute, hour or day"),
+        ({"SMTP_RATE": "14/s,0/d"}, "SMTP_RATE: write mails per second, minute, hour or day"),
+        ({"SMTP_RATE": "100000/d"}, "SMTP_RATE: write mails per second, minute, hour or day"),
         ({"RETRY_SCHEDULE": "1m,soon"}, "RETRY_SCHEDULE: write a number and a unit"),
         ({"ON_DOUBT": "maybe"}, "ON_DOUBT: input should be 'retry' or 'hold'"),
         ({"LISTEN": "8000"}, "LISTEN: write host:port"),
@@ -200,3 +203,8 @@ def written_duration(seconds: int) -> str:
         if seconds % size == 0:
             return f"{seconds // size}{unit}"
     return f"{seconds}s"
+
+
+def test_several_rates_hold_together(env: pytest.MonkeyPatch) -> None:
+    env.setenv("SMTP_RATE", "14/s, 30/m,2000/d")
+    assert load().smtp_rate == ((14, 1), (30, 60), (2000, 86400))

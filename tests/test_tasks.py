@@ -41,7 +41,7 @@ def _forget() -> Iterator[None]:
     tasks.the_relay.cache_clear()
 
 
-def claim(*statuses: str, before: str = "queued", counted: int = 0) -> Claim:
+def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "") -> Claim:
     a = Mailbox("", "a@example.com")
     return Claim(
         outbox=None,  # type: ignore[arg-type]
@@ -53,6 +53,7 @@ def claim(*statuses: str, before: str = "queued", counted: int = 0) -> Claim:
         state_before=before,
         recipients=[Recipient(f"{number}@example.com", status) for number, status in enumerate(statuses)],
         counted=counted,
+        on_doubt=on_doubt,
     )
 
 
@@ -60,7 +61,7 @@ def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
     pending = [one.address for one in taken.recipients if one.status == "pending"]
     outcome = Outcome(replies[-1], dict(zip(pending, replies, strict=True)))
     tasks._record(taken, outcome)
-    return tasks._next_state(taken, {reply.verdict for reply in replies})
+    return tasks._next_state(taken, replies)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,36 @@ def test_trouble_never_counts_and_never_ends() -> None:
         state, pause = after(taken, AWAY)
         assert (state, taken.counted) == ("delayed", 0)
         assert 24 <= pause <= 36
+
+
+@pytest.mark.parametrize(
+    ("phase", "code", "text", "at_least", "at_most"),
+    [
+        (Phase.RCPT, 451, "4.7.1 Greylisted, try again in 5 minutes", 301, 301),
+        (Phase.RCPT, 451, "4.7.1 try again in 5 seconds", 8, 12),  # the schedule asks for more
+        (Phase.DOT, 454, "Throttling failure: retry after 600 seconds", 601, 601),
+    ],
+)
+def test_a_relay_that_says_when_is_obeyed(phase: Phase, code: int, text: str, at_least: int, at_most: int) -> None:
+    state, pause = after(claim("pending"), Reply(phase, code, text))
+    assert state == "delayed"
+    assert at_least <= pause <= at_most
+
+
+def test_of_several_pauses_asked_for_the_longest_counts() -> None:
+    minutes = Reply(Phase.RCPT, 450, "4.2.1 in 5 minutes")
+    assert after(claim("pending", "pending"), minutes, LATER) == ("delayed", 301)
+
+
+@pytest.mark.parametrize("way", ["", "retry", "hold"])
+def test_what_the_sender_chose_for_doubt_goes_before_what_the_operator_chose(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    given(monkeypatch, on_doubt="hold" if way == "retry" else "retry")
+    assert after(claim("pending", on_doubt=way), SILENCE)[0] == ("unknown" if way == "hold" else "delayed")
+    taken = claim("in_doubt", before="sending", on_doubt=way)
+    tasks._take_up(taken)
+    assert taken.recipients[0].status == ("in_doubt" if way == "hold" else "pending")
 
 
 def test_a_retry_goes_only_to_those_not_yet_served() -> None:

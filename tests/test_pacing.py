@@ -1,0 +1,195 @@
+"""SMTP_RATE and the breaker, against a real Redis: its clock is the one that counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import redis
+
+from mail import pacing
+from mail.pacing import Pacing, in_trouble
+from settings import Rate
+from tests.servers import RedisServer
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
+    redis_server.reset()
+    with redis_server.client() as client:
+        yield client
+
+
+def gone(client: redis.Redis) -> list[int]:
+    moments: list[bytes] = client.lrange("relay:gone", 0, -1)  # type: ignore[assignment]
+    return sorted(int(moment) for moment in moments)
+
+
+def test_without_a_rate_and_without_trouble_everybody_goes(client: redis.Redis) -> None:
+    free = Pacing(client, ())
+    assert [free.admit() for _ in range(100)] == [None] * 100
+    assert client.keys("relay:*") == []
+
+
+def test_a_window_is_never_exceeded_however_many_ask_at_once(client: redis.Redis) -> None:
+    shared = Pacing(client, (Rate(10, 1),))
+    deadline = time.monotonic() + 2.5
+
+    def ask(_: int) -> list[int]:
+        """When those went who did, by the clock that counts."""
+        went: list[int] = []
+        while time.monotonic() < deadline:
+            if shared.admit(waited=bool(went)) is None:
+                went.append(max(gone(client)))
+            time.sleep(0.005)
+        return went
+
+    with ThreadPoolExecutor(8) as workers:
+        moments = sorted(moment for went in workers.map(ask, range(8)) for moment in went)
+    assert len(moments) >= 20
+    for first, eleventh in zip(moments, moments[10:], strict=False):
+        assert eleventh - first >= 990  # two that went in the same moment may have read each other's
+
+
+def test_several_rates_hold_at_once(client: redis.Redis) -> None:
+    strict = Pacing(client, (Rate(5, 1), Rate(7, 3600)))
+    assert [strict.admit() is None for _ in range(6)] == [True] * 5 + [False]
+    time.sleep(1.05)
+    assert [strict.admit() is None for _ in range(4)] == [True, True, False, False]
+    wait = strict.admit()
+    assert wait
+    assert 3590 < wait.seconds <= 3600
+
+
+def test_those_who_wait_are_told_different_moments(client: redis.Redis) -> None:
+    shared = Pacing(client, (Rate(2, 1),))
+    waits = [shared.admit() for _ in range(12)]
+    assert waits[:2] == [None, None]
+    seconds = [wait.seconds for wait in waits if wait]
+    assert [round(one) for one in seconds] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert all(wait.reason == "SMTP_RATE is reached" for wait in waits if wait)
+
+
+def test_whoever_comes_first_does_not_overtake_those_who_were_told_a_moment(client: redis.Redis) -> None:
+    shared = Pacing(client, (Rate(2, 1),))
+    for _ in range(6):
+        shared.admit()  # two go, four are told 1, 1, 2 and 2 seconds
+    time.sleep(1.05)
+    new = shared.admit()
+    assert new
+    assert new.seconds > 1
+    assert new.in_line
+    assert [shared.admit(waited=True) for _ in range(2)] == [None, None]
+
+
+def test_whoever_comes_back_and_finds_it_full_is_told_a_moment_soon_and_not_the_end_of_the_line(
+    client: redis.Redis,
+) -> None:
+    shared = Pacing(client, (Rate(2, 1),))
+    for _ in range(40):
+        shared.admit()  # the line is 19 seconds long
+    waits = [shared.admit(waited=True) for _ in range(4)]
+    assert [round(wait.seconds) for wait in waits if wait] == [1, 1, 2, 2]
+
+
+def test_a_late_worker_does_not_send_all_that_has_piled_up_at_once(client: redis.Redis) -> None:
+    shared = Pacing(client, (Rate(3, 1),))
+    for _ in range(9):
+        shared.admit()  # six of them were told a moment
+    time.sleep(2.2)  # all those moments have passed
+    assert [shared.admit(waited=True) is None for _ in range(6)] == [True] * 3 + [False] * 3
+
+
+def test_the_breaker_opens_after_some_troubles_in_a_row(client: redis.Redis) -> None:
+    relay = Pacing(client, ())
+    for _ in range(pacing.TROUBLES - 1):
+        relay.trouble()
+    assert relay.admit() is None
+    assert relay.trouble()  # this one
+    assert not relay.trouble()
+    assert in_trouble(client)
+    wait = relay.admit()
+    assert wait
+    assert 29 < wait.seconds <= 30
+    assert wait.reason == "the relay is in trouble"
+    assert not wait.in_line
+
+
+def test_a_relay_that_asks_for_a_pause_gets_it_at_once(client: redis.Redis) -> None:
+    relay = Pacing(client, ())
+    assert relay.trouble(pause=300)
+    wait = relay.admit()
+    assert wait
+    assert 299 < wait.seconds <= 300
+
+
+def test_a_worker_that_met_with_trouble_knows_how_long_to_take_no_mail(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacing, "PAUSE", 0.3)
+    unlucky, other = Pacing(client, ()), Pacing(client, ())
+    assert unlucky.closed_for() == 0
+    for _ in range(pacing.TROUBLES):
+        unlucky.trouble()
+    assert 0 < unlucky.closed_for() <= 0.3
+    time.sleep(0.35)
+    assert unlucky.closed_for() == 0  # it may probe
+    assert other.admit() is None  # and the other does
+    assert 59 < unlucky.closed_for() <= 60  # so it waits for that one
+    assert other.well()
+    assert unlucky.closed_for() == 0
+    assert unlucky.admit() is None
+    assert not unlucky.well()  # nothing was wrong any more
+
+
+def test_a_success_in_between_starts_the_count_anew(client: redis.Redis) -> None:
+    relay = Pacing(client, ())
+    for _ in range(10):
+        relay.trouble()
+        relay.well()
+    assert relay.admit() is None
+    assert not in_trouble(client)
+
+
+def test_one_mail_probes_and_its_success_lets_everybody_go(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacing, "PAUSE", 0.3)
+    relay = Pacing(client, ())
+    for _ in range(pacing.TROUBLES):
+        relay.trouble()
+    assert relay.admit()
+    time.sleep(0.35)
+    assert [relay.admit() is None for _ in range(5)] == [True, False, False, False, False]
+    relay.well()
+    assert [relay.admit() for _ in range(3)] == [None] * 3
+
+
+def test_a_probe_that_fails_keeps_the_breaker_open(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pacing, "PAUSE", 0.3)
+    relay = Pacing(client, ())
+    for _ in range(pacing.TROUBLES):
+        relay.trouble()
+    time.sleep(0.35)
+    assert relay.admit() is None
+    relay.trouble()
+    assert relay.admit()
+    time.sleep(0.35)
+    assert relay.admit() is None  # and the next may probe again
+
+
+def test_a_probe_whose_worker_died_does_not_keep_the_breaker_open_for_ever(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacing, "PAUSE", 0.1)
+    monkeypatch.setattr(pacing, "PROBE", 0.3)
+    relay = Pacing(client, ())
+    for _ in range(pacing.TROUBLES):
+        relay.trouble()
+    time.sleep(0.15)
+    assert relay.admit() is None  # its worker dies here
+    assert relay.admit()
+    time.sleep(0.35)
+    assert relay.admit() is None

@@ -1,0 +1,161 @@
+"""Mails that got stuck, and what the sweep makes of them: against a real Redis, with the traces that faults leave."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from jobs import Jobs
+from mail import sweep as sweeping
+from mail.message import compose, parse
+from mail.outbox import Outbox
+from mail.sweep import Finding, sweep, swept
+from settings import Settings
+from tests.servers import RedisServer
+
+BODY = {"from": "a@example.com", "to": ["b@example.com", "c@example.com"], "subject": "s", "text": "t"}
+QUEUE = "rq:queue:email"
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> Iterator[Any]:
+    redis_server.reset()
+    with redis_server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def outbox(client: Any) -> Outbox:
+    return Outbox(Jobs(client), Settings(_env_file=None))
+
+
+def accepted(outbox: Outbox) -> str:
+    return outbox.accept(compose(parse(BODY, default_sender="", max_recipients=50))).id
+
+
+def swept_now(outbox: Outbox) -> list[Finding]:
+    """As if every mail were overdue."""
+    redis: Any = outbox.jobs.redis
+    for mail_id in redis.zrange("mail:open", 0, -1):
+        redis.zadd("mail:open", {mail_id: 1})
+    return list(sweep(outbox))
+
+
+def job(outbox: Outbox, mail_id: str) -> Job:
+    return Job.fetch(mail_id, outbox.jobs.redis, serializer=JSONSerializer)
+
+
+def test_a_mail_that_waits_where_its_job_says_is_left_alone(outbox: Outbox, client: Any) -> None:
+    queued, scheduled, started, popped = (accepted(outbox) for _ in range(4))
+    for mail_id in (scheduled, started, popped):
+        client.lrem(QUEUE, 1, mail_id)
+    client.hset(f"rq:job:{scheduled}", "status", "scheduled")
+    client.zadd("rq:scheduled:email", {scheduled: time.time() + 60})
+    client.hset(f"rq:job:{started}", "status", "started")
+    client.zadd("rq:wip:email", {f"{started}:an-execution": time.time() + 45})
+    client.rpush(f"{QUEUE}:intermediate", popped)
+    assert swept_now(outbox) == []
+    assert client.lrange(QUEUE, 0, -1) == [queued.encode()]
+    assert swept(outbox)[1:] == (0, 0)
+    assert all(score > time.time() + 200 for _, score in client.zrange("mail:open", 0, -1, withscores=True))
+
+
+def test_only_what_is_overdue_is_looked_at(outbox: Outbox, client: Any) -> None:
+    client.lrem(QUEUE, 1, accepted(outbox))
+    assert list(sweep(outbox)) == []
+    assert len(swept_now(outbox)) == 1
+
+
+@pytest.mark.parametrize("status", ["queued", "scheduled", "started"])
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_mail_whose_job_is_in_no_list_is_queued_again(outbox: Outbox, client: Any, status: str, others: int) -> None:
+    stuck = accepted(outbox)
+    client.lrem(QUEUE, 1, stuck)
+    waiting = [accepted(outbox) for _ in range(others)]
+    client.hset(f"rq:job:{stuck}", "status", status)
+    assert swept_now(outbox) == [Finding(stuck, "repaired", f"its job was {status} and nowhere")]
+    assert client.lrange(QUEUE, 0, -1) == [one.encode() for one in [*waiting, stuck]]
+    assert job(outbox, stuck).get_status().value == "queued"
+    assert swept_now(outbox) == []
+    assert swept(outbox).mails_repaired == 1
+
+
+def test_a_mail_that_an_attempt_holds_is_left_alone(outbox: Outbox, client: Any) -> None:
+    mail_id = accepted(outbox)
+    outbox.claim(mail_id, time.time())
+    client.delete(QUEUE, f"rq:job:{mail_id}")
+    assert swept_now(outbox) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ("failed", "its worker died in every attempt"),
+        ("stopped", "its job was stopped"),
+        ("canceled", "its job was canceled"),
+        ("finished", "its job ended without it"),
+        ("", "its job was deleted"),
+    ],
+)
+def test_a_mail_whose_job_is_over_fails_with_the_reason_and_is_not_kept_for_ever(
+    outbox: Outbox, client: Any, status: str, reason: str
+) -> None:
+    mail_id = accepted(outbox)
+    client.delete(QUEUE)
+    if status:
+        client.hset(f"rq:job:{mail_id}", "status", status)
+    else:
+        client.delete(f"rq:job:{mail_id}")
+    assert outbox.read(mail_id)["status"] == "failed"  # seen at once, written by the sweep
+    assert client.ttl(f"mail:{mail_id}") == -1
+    assert swept_now(outbox) == [Finding(mail_id, "failed", reason)]
+    seen = outbox.read(mail_id)
+    assert (seen["status"], seen["reason"]) == ("failed", reason)
+    assert 14 * 86400 < int(client.ttl(f"mail:{mail_id}")) <= 15 * 86400
+    assert client.zcard("mail:open") == 0
+    assert swept(outbox).mails_given_up == 1
+
+
+def test_a_mail_in_doubt_whose_job_is_over_is_unknown(outbox: Outbox, client: Any) -> None:
+    mail_id = accepted(outbox)
+    taken = outbox.claim(mail_id, time.time())
+    assert not isinstance(taken, str)
+    taken.before_dot({"b@example.com": "in_doubt"})
+    client.delete(QUEUE, f"mail:{mail_id}:claim")
+    client.hset(f"rq:job:{mail_id}", "status", "failed")
+    assert swept_now(outbox) == [Finding(mail_id, "unknown", "its worker died in every attempt")]
+    assert outbox.read(mail_id)["status"] == "unknown"
+
+
+def test_a_mail_given_up_can_be_queued_again_with_its_content(outbox: Outbox, client: Any) -> None:
+    mail_id = accepted(outbox)
+    client.delete(QUEUE, f"rq:job:{mail_id}")
+    swept_now(outbox)
+    outbox.requeue(mail_id)
+    taken = outbox.claim(mail_id, time.time() + 1)
+    assert not isinstance(taken, str)
+    assert taken.message.text == "t"
+    assert client.ttl(f"mail:{mail_id}") == -1
+
+
+def test_a_final_mail_is_taken_off_the_list(outbox: Outbox, client: Any) -> None:
+    mail_id = accepted(outbox)
+    client.hset(f"mail:{mail_id}", "state", "sent")
+    client.zadd("mail:open", {"long gone": 1})
+    assert swept_now(outbox) == []
+    assert client.zcard("mail:open") == 0
+
+
+def test_a_sweep_looks_at_a_bounded_number_of_mails(
+    outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "AT_ONCE", 2)
+    for _ in range(3):
+        accepted(outbox)
+    client.delete(QUEUE)
+    assert [len(swept_now(outbox)), len(list(sweep(outbox)))] == [2, 1]
