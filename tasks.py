@@ -34,6 +34,7 @@ from mail.pacing import Pacing
 from mail.relay import Outcome, Relay, Reply, Verdict
 
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
+at_the_dot: set[str] = set()  # the mails whose final dot is out and whose answer is not written down yet
 
 
 class Failed(Exception):
@@ -86,7 +87,10 @@ def deliver(mail_id: str) -> str | Retry:
         emit("nothing_to_do", id=mail_id, state=claim)
         return claim if claim in ("sent", "canceled") else _give_up(claim)
     with claim.held():
-        return _attempt(claim)
+        try:
+            return _attempt(claim)
+        finally:
+            at_the_dot.discard(claim.id)
 
 
 def _attempt(claim: Claim) -> str | Retry:
@@ -125,6 +129,7 @@ def _before_dot(claim: Claim, replies: Mapping[str, Reply]) -> None:
         raise Expired
     # From here until the outcome is written, RQ's time-out must not fall in between; the conversation has its own.
     signal.alarm(0)
+    at_the_dot.add(claim.id)
     claim.before_dot({who: AT_DOT[reply.verdict] for who, reply in replies.items()})
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import rq
@@ -88,6 +89,12 @@ class EmailWorker(SimpleWorker):
         while not self._stop_requested and (seconds := tasks.relay_closed_for()):
             self.heartbeat()
             time.sleep(min(1, seconds))
+
+    def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
+        """The second signal breaks an attempt off. Not while its final dot is unanswered, which would leave a mail in
+        doubt: this worker stops after the attempt anyway."""
+        if not tasks.at_the_dot:
+            super().request_force_stop(signum, frame)
 
     def clean_registries(self) -> None:
         super().clean_registries()  # type: ignore[no-untyped-call]

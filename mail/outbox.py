@@ -425,7 +425,6 @@ LOST = {  # the status of a mail's job in RQ -> why the mail will not be sent al
     "failed": "its worker died in every attempt",
     "stopped": "its job was stopped",
     "canceled": "its job was canceled",
-    "finished": "its job ended without it",
     "": "its job was deleted",
 }
 

@@ -6,8 +6,8 @@ its last worker. `mail:open` holds every mail that is not final by the moment at
 is overdue is looked at, in one atomic script each:
 
     waits where its job says it does, or an attempt holds it     looked at again later
-    its job waits, and is in no list                             queued again: a claim makes a second run harmless
-    its job is over or gone                                      failed, or unknown if it is in doubt, with a reason
+    its job waits, and is in no list; or is finished without it  queued again: a claim makes a second run harmless
+    its job failed, or is gone                                   failed, or unknown if it is in doubt, with a reason
 
 Looks at a bounded number of mails at a time. What it did is counted in `mail:swept` (hash: at, repaired, given_up).
 """
@@ -69,6 +69,7 @@ elseif status == 'started' then
 end
 if waits then return {'waits'} end
 redis.call('HSET', KEYS[3], 'status', 'queued', 'enqueued_at', ARGV[4])
+redis.call('PERSIST', KEYS[3])
 redis.call('RPUSH', KEYS[5], ARGV[1])
 redis.call('HINCRBY', KEYS[9], 'repaired', 1)
 return {'repaired', status}
@@ -106,7 +107,7 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
         keys += [f"rq:queue:{EMAIL}:intermediate", f"rq:scheduled:{EMAIL}", f"rq:wip:{EMAIL}", SWEPT]
         outcome, *why = (word.decode() for word in script(keys=keys, args=[mail_id, *args]))
         if why:
-            yield Finding(mail_id, outcome, f"its job was {why[0]} and nowhere" if outcome == "repaired" else why[0])
+            yield Finding(mail_id, outcome, f"its job was {why[0]} and in no list" if outcome == "repaired" else why[0])
     redis.hset(SWEPT, "at", now)
 
 

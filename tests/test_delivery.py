@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -567,6 +568,33 @@ def test_sigterm_lets_the_mail_in_hand_finish(house: House, relay: Relay) -> Non
     states = [api.email(one)["status"] for one in ids]
     assert states.count("sent") == len(relay.accepted)
     assert set(states) <= {"sent", "queued"}
+
+
+def test_a_second_sigterm_does_not_make_a_mail_of_doubt(house: House) -> None:
+    at_dot, answer = threading.Event(), threading.Event()
+
+    def hold(line: Line) -> str:
+        at_dot.set()
+        answer.wait(20)
+        line.say("250 2.0.0 queued")
+        return "250 2.0.0 queued"
+
+    with ScriptedRelay({".": hold}) as relay:
+        house.environment |= {"SMTP_PORT": str(relay.port), "SMTP_SECURITY": "none", "SMTP_USERNAME": ""}
+        house.environment["SMTP_PASSWORD"] = ""
+        api = house.api()
+        worker = house.worker()
+        mail_id = submit(api, mail())
+        assert at_dot.wait(20)
+        worker.terminate()
+        time.sleep(1.2)  # RQ takes a second signal within one second for an echo of the first
+        worker.terminate()
+        time.sleep(0.5)
+        answer.set()
+        assert worker.wait(20) == 0
+        seen = api.email(mail_id)
+    assert seen["status"] == "sent"
+    assert [one["verdict"] for one in seen["attempts"]] == ["accepted"]
 
 
 def test_a_redis_restart_loses_no_mail_that_was_accepted(

@@ -304,7 +304,7 @@ def test_reading_what_is_not_there_is_not_found(outbox: Outbox) -> None:
         ("delayed", "", "failed"),
         ("canceled", "", "canceled"),
         ("failed", "", "failed"),
-        ("queued", "finished", "failed"),
+        ("queued", "finished", "queued"),
     ],
 )
 def test_the_state_shown_follows_what_rq_knows_better(state: str, job_status: str, shown: str) -> None:
