@@ -19,8 +19,9 @@ from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
+from bench.faults import play
 from bench.ledger import Row, account
-from bench.scenes import SCENES, play
+from bench.scenes import SCENES
 from bench.stage import Scene, Stage
 
 HEADINGS = ["scene", "server", "on doubt", "accepted", "sent once", "doubled", "of these allowed", "lost", "in doubt"]

@@ -42,7 +42,7 @@ class Row:
 def account(stage: Stage) -> Row:
     """Waits until every mail is final, and counts. To be called when the fault is over and the client is done."""
     row = Row(stage.scene.name, _version(stage), stage.on_doubt, accepted=len(stage.accepted))
-    row.recovery = max(0.0, stage.wait_until_final() - max(stage.fault_over, stage.submitted_at))
+    row.recovery = stage.wait_until_final()
     copies: dict[str, list[Acceptance]] = defaultdict(list)
     for one in sorted(stage.relay.log, key=lambda one: one.at):
         for address in one.recipients:

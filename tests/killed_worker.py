@@ -8,6 +8,7 @@ With a number it dies when it gets there for the Nth time, with a mail's id when
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -61,13 +62,13 @@ def die(group: bool = False) -> None:
 
 
 def dying(point: Point, when: str) -> Callable[..., Any]:
-    original, visits = getattr(point.owner, point.name), 0
+    original = getattr(point.owner, point.name)
+    visits = multiprocessing.Value("i", 0)  # shared with RQ's scheduler, which the worker starts again when it dies
 
     def visited(*args: Any, **kwargs: Any) -> Any:
-        nonlocal visits
         if point.argument is None or point.argument in args:
-            visits += 1
-            if visits == int(when) if when.isdigit() else any(getattr(one, "id", one) == when for one in args):
+            visits.value += 1
+            if visits.value == int(when) if when.isdigit() else any(getattr(one, "id", one) == when for one in args):
                 die(point.group)
         return original(*args, **kwargs)
 
