@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.scenes import SCENES
 from settings import parse_api_keys
 from tests.servers import ROOT, Api, House, RedisServer, Relay, eventually, project_with
 
@@ -77,3 +78,15 @@ def test_the_commands_for_an_api_key_make_one(tmp_path: Path) -> None:
 def test_every_local_link_leads_somewhere() -> None:
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_what_the_guarantees_say_is_shown_by_something_that_there_is() -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    code = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", page):
+        assert f"def {name}(" in code, name
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert rows
+    scenes = {name for row in rows for name in re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", row)}
+    assert scenes <= set(SCENES)
+    assert set(SCENES) - scenes <= {"workers killed", *(name for name in SCENES if name.startswith("clock"))}
