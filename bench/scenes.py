@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 
 from bench.faults import (
+    ACCEPT,
     HOUR,
     STEPS_TO,
     Play,
@@ -20,6 +21,7 @@ from bench.faults import (
     flush_scripts,
     greylist,
     kill_api,
+    kill_api_unheard,
     kill_dashboard,
     kill_in_maintenance,
     kill_workers_at_random,
@@ -43,7 +45,7 @@ from bench.faults import (
 )
 from bench.stage import QUICK, Scene
 from tests.killed_worker import POINTS
-from tests.scripted_relay import drip, hang, hang_up, last_words, swallow, take_after
+from tests.scripted_relay import drip, hang, last_words, reset, swallow, take_after
 
 PROMISE = 120  # seconds in which what a killed worker held is sent, with default settings and no operator
 
@@ -65,10 +67,11 @@ def killed_at(point: str) -> Scene:
 MORE = [
     Scene("workers killed", "two e-mail workers are killed at random moments", kill_workers_at_random, workers=2),
     Scene("API killed", "the API is killed four times while it accepts", kill_api, held=False),
+    Scene("API killed before its 202", "the API stores a mail and dies", kill_api_unheard, held=False, proxied=True),
     Scene("dashboard killed", "the dashboard is killed twice", kill_dashboard, held=False),
     Scene("power cut", "API, workers and Redis are killed at the same moment", cut_power, workers=2),
     Scene("poison mail", "a mail kills its worker each time", poison, workers=0),
-    Scene("Redis killed", "Redis is killed and started again", restart_redis(signal.SIGKILL)),
+    Scene("Redis killed", "Redis is killed three times and started again", restart_redis(signal.SIGKILL, times=3)),
     Scene("Redis restarted", "Redis is told to stop and started again", restart_redis(signal.SIGTERM), held=False),
     Scene("Redis away", "Redis is away for 45 seconds", restart_redis(signal.SIGKILL, 45)),
     Scene("Redis silent", "Redis answers nothing for 20 seconds", blackhole_redis),
@@ -128,7 +131,7 @@ MORE = [
 ]
 
 REPLIES_LOST = {  # what the request holds whose reply is lost
-    "accept": (b"EVALSHA", b"tasks.deliver"),
+    "accept": ACCEPT,
     "claim": (b"EVALSHA", b"rq:failed:email"),
     "the mark before the final dot": (b"EVALSHA", b"in_doubt"),
     "settle": (b"EVALSHA", b"settled_at"),
@@ -150,7 +153,7 @@ TROUBLE: dict[str, tuple[str, Play]] = {  # no mail's fault, so it costs none an
 }
 
 HUNG_UP = {
-    "relay cuts before the dot": ("in the middle of the body", relay_does_to_some(hang_up, BODY=lambda _: "")),
+    "relay cuts before the dot": ("in the middle of the body", relay_does_to_some(reset, BODY=lambda _: "")),
     "relay cuts after the dot": (
         "after the final dot, having accepted",
         relay_does_to_some(swallow, DOT=take_after(0)),

@@ -141,7 +141,7 @@ class Stage:
     def _mail(self, number: int) -> Mail:
         people = self.rng.choice((1, 1, 1, 2, 3))
         names = [f"m{number}-{person}" for person in range(people)]
-        if self.scene.refuses and self.rng.random() < 0.4:
+        if self.scene.refuses and (number == 0 or self.rng.random() < 0.4):
             names[-1] = REFUSED + names[-1]
         return Mail(f"m{number}", [f"{name}@example.com" for name in names])
 
@@ -195,12 +195,17 @@ class Stage:
         for number in range(self.scene.workers):
             first = None
             if number == 0 and self.scene.dies_at:
-                visit = self.rng.randint(1, max(1, len(self.mails) // 4))
-                # Maintenance comes once per start and then every 20 s: it is the first that a scene can wait for.
-                visit = 1 if "maintenance" in self.scene.dies_at else visit
-                first = [str(TESTS / "killed_worker.py"), "email", self.scene.dies_at, str(visit)]
+                first = [str(TESTS / "killed_worker.py"), "email", self.scene.dies_at, str(self._fatal_visit())]
             self.keeper.keep(f"worker-{number}", self.program("worker.py", "email"), first)
         eventually(self.is_up, 60)
+        for name in self.workers():
+            self.has_logged(name, "worker_started")
+
+    def _fatal_visit(self) -> int:
+        """Which time it dies there. Maintenance comes at the start and then every 20 s, so it is the first."""
+        if "maintenance" in self.scene.dies_at:
+            return 1
+        return self.rng.randint(1, len(self.doomed) if self.scene.refuses else max(1, len(self.mails) // 4))
 
     def program(self, name: str, *arguments: str) -> list[str]:
         command = [str(ROOT / name), *arguments]
