@@ -61,8 +61,8 @@ def cut_power(stage: Stage) -> None:
     with stage.relay_says(DOT=take_after(0.15)):
         stage.relay_has(len(stage.mails) // 4)
         with stage.keeper.lock:  # so that nothing is started again meanwhile
-            for process in stage.keeper.processes.values():
-                process.kill()
+            for name in stage.keeper.processes:
+                stage.keeper.signal_group(name, signal.SIGKILL)
             stage.redis_server.kill()
             stage.wait(2)
             stage.redis_server.start()
