@@ -319,16 +319,24 @@ def terminate_group(stage: Stage) -> None:
 
 
 def step_clock(*seconds: int, put_off: bool = False) -> Play:
-    """To each of these offsets, for a third of the scene."""
+    """To each of these offsets, for a third of the scene, with mail in hand."""
 
     def play(stage: Stage) -> None:
-        with stage.relay_says(**(greylist() if put_off else {})):
+        with stage.relay_says(DOT=take_after(1), **(greylist() if put_off else {})):
             for offset in seconds:
                 stage.wait(stage.scene.spread / 3)
                 stage.set_clock(offset)
             stage.wait(stage.scene.spread)
 
     return play
+
+
+def kill_and_step_clock_back(stage: Stage) -> None:
+    """What tells that the worker is dead was written before the step."""
+    with stage.relay_says(DOT=take_after(1)):
+        stage.relay_hears_a_mail()
+        stage.signal("worker-0")
+        stage.set_clock(-HOUR)
 
 
 def pause_machine(stage: Stage) -> None:

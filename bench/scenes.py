@@ -20,6 +20,7 @@ from bench.faults import (
     fill_redis,
     flush_scripts,
     greylist,
+    kill_and_step_clock_back,
     kill_api,
     kill_api_unheard,
     kill_dashboard,
@@ -116,7 +117,11 @@ MORE = [
     Scene("told to stop twice", "SIGTERM twice while the relay has not answered", terminate_twice),
     Scene("group told to stop", "SIGTERM to the worker and its children, in mid-mail", terminate_group),
     Scene(
-        "clock forward", "the clock steps an hour forward, back, and forward", step_clock(HOUR, 0, HOUR), clocked=True
+        "clock forward",
+        "the clock steps an hour forward, back, and forward, with mail in the hands of two workers",
+        step_clock(HOUR, 0, HOUR),
+        workers=2,
+        clocked=True,
     ),
     Scene("clock back", "the clock steps an hour back, forward, and back", step_clock(-HOUR, 0, -HOUR), clocked=True),
     Scene(
@@ -124,6 +129,13 @@ MORE = [
         "the clock steps an hour back while mail that was put off waits",
         step_clock(-HOUR, put_off=True),
         settings={"RETRY_SCHEDULE": QUICK},
+        clocked=True,
+        held=False,
+    ),
+    Scene(
+        "clock back, worker killed",
+        "the clock steps an hour back when a worker has just been killed",
+        kill_and_step_clock_back,
         clocked=True,
         held=False,
     ),
