@@ -48,8 +48,6 @@ from bench.stage import QUICK, Scene
 from tests.killed_worker import POINTS
 from tests.scripted_relay import drip, hang, last_words, reset, swallow, take_after
 
-PROMISE = 120  # seconds in which what a killed worker held is sent, with default settings and no operator
-
 
 def killed_at(point: str) -> Scene:
     put_off = STEPS_TO.get(point) is greylist
@@ -61,7 +59,6 @@ def killed_at(point: str) -> Scene:
         settings={"RETRY_SCHEDULE": QUICK} if put_off else {},
         dies_at=point,
         refuses=refuses,
-        limit=PROMISE,
     )
 
 

@@ -34,6 +34,7 @@ from tests.scripted_relay import ScriptedRelay, Step, take
 from tests.servers import ROOT, Api, House, RedisServer, eventually, free_port
 
 QUICK = ",".join(["1s"] * 50)  # a RETRY_SCHEDULE that no scene uses up
+PROMISE = 120  # seconds in which what a killed worker held is sent, with default settings and no operator
 FINAL = ("sent", "failed", "unknown", "canceled")
 REFUSED = "refused-"  # how an address begins that the relay refuses for good, if the scene wants that
 REPEAT_AFTER = 0.5  # seconds until the client sends a request again
@@ -58,7 +59,7 @@ class Scene:
     refuses: bool = False  # some recipients are refused for good
     spread: float = 5  # seconds over which the mails are submitted
     times: int = 1  # so many times the usual number of mails
-    limit: float = 120  # seconds from the end of the fault until every mail is final
+    limit: float = PROMISE  # seconds from the end of the fault until every mail is final
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Mail:
 
 
 class Keeper:
-    """Starts again whatever ends by itself or by our hand, unless told to let it lie."""
+    """Starts again whatever ends, by itself or by our hand; whoever holds its lock keeps it from that."""
 
     def __init__(self, house: House) -> None:
         self.house = house
@@ -211,7 +212,8 @@ class Stage:
         command = [str(ROOT / name), *arguments]
         if not self.scene.clocked:
             return command
-        self.set_clock(0) if not self.clock_file.exists() else None
+        if not self.clock_file.exists():
+            self.set_clock(0)
         return [str(TESTS / "stepped_clock.py"), str(self.clock_file), *command]
 
     @property
