@@ -22,6 +22,7 @@ from tests.scripted_relay import Act, Line, Step, command_address, take_after
 from tests.servers import ROOT, eventually, free_port
 
 HOUR = 3600
+ACCEPT = (b"EVALSHA", b"tasks.deliver")  # what a request to Redis holds that stores a mail
 Play = Callable[[Stage], None]
 
 
@@ -42,6 +43,12 @@ def kill_api(stage: Stage) -> None:
         stage.signal("api")
 
 
+def kill_api_unheard(stage: Stage) -> None:
+    """The mail is stored, and the 202 never leaves."""
+    stage.proxy.lose(ACCEPT, 3, then=lambda: stage.signal("api"))
+    eventually(lambda: stage.proxy.lost == 3, 90)
+
+
 def kill_dashboard(stage: Stage) -> None:
     stage.house.environment |= {"DASHBOARD_LISTEN": f"127.0.0.1:{free_port()}", "PYTHONPATH": str(ROOT)}
     stage.keeper.keep("dashboard", ["-m", "ops.dashboard", "--no-login"])
@@ -54,8 +61,8 @@ def cut_power(stage: Stage) -> None:
     with stage.relay_says(DOT=take_after(0.15)):
         stage.relay_has(len(stage.mails) // 4)
         with stage.keeper.lock:  # so that nothing is started again meanwhile
-            for process in stage.keeper.processes.values():
-                process.kill()
+            for name in stage.keeper.processes:
+                stage.keeper.signal_group(name, signal.SIGKILL)
             stage.redis_server.kill()
             stage.wait(2)
             stage.redis_server.start()
@@ -108,37 +115,43 @@ def give_up_the_dead(stage: Stage, mail_id: str = "") -> None:
 # --- Redis ------------------------------------------------------------------------------------------------------------
 
 
-def restart_redis(end: signal.Signals, away: float = 0.5) -> Play:
+def restart_redis(end: signal.Signals, away: float = 0.5, times: int = 1) -> Play:
     def play(stage: Stage) -> None:
-        stage.relay_has(2)
-        stage.redis_server.process.send_signal(end)
-        stage.redis_server.process.wait()
-        stage.wait(away)
-        stage.redis_server.start()
+        with stage.relay_says(DOT=take_after(0.15)):
+            stage.relay_has(2)
+            for _ in range(times):
+                stage.wait(0, 2)
+                stage.redis_server.process.send_signal(end)
+                stage.redis_server.process.wait()
+                stage.wait(away)
+                stage.redis_server.start()
 
     return play
 
 
 def blackhole_redis(stage: Stage) -> None:
-    stage.relay_has(2)
-    stage.redis_server.process.send_signal(signal.SIGSTOP)
-    stage.wait(20)
-    stage.redis_server.process.send_signal(signal.SIGCONT)
+    with stage.relay_says(DOT=take_after(0.15)):
+        stage.relay_has(2)
+        stage.redis_server.process.send_signal(signal.SIGSTOP)
+        stage.wait(20)
+        stage.redis_server.process.send_signal(signal.SIGCONT)
 
 
 def fill_redis(stage: Stage) -> None:
-    stage.relay_has(2)
-    stage.client.config_set("maxmemory", 1)
-    stage.wait(8)
-    stage.client.config_set("maxmemory", 0)
+    with stage.relay_says(DOT=take_after(0.15)):
+        stage.relay_has(2)
+        stage.client.config_set("maxmemory", 1)
+        stage.wait(8)
+        stage.client.config_set("maxmemory", 0)
 
 
 def make_redis_read_only(stage: Stage) -> None:
-    stage.relay_has(2)
-    # A replica that cannot reach its master keeps what it has.
-    stage.client.replicaof("127.0.0.1", "1")
-    stage.wait(8)
-    stage.client.replicaof("NO", "ONE")
+    with stage.relay_says(DOT=take_after(0.15)):
+        stage.relay_has(2)
+        # A replica that cannot reach its master keeps what it has.
+        stage.client.replicaof("127.0.0.1", "1")
+        stage.wait(8)
+        stage.client.replicaof("NO", "ONE")
 
 
 def lose_replies(*words: bytes) -> Play:
@@ -306,16 +319,24 @@ def terminate_group(stage: Stage) -> None:
 
 
 def step_clock(*seconds: int, put_off: bool = False) -> Play:
-    """To each of these offsets, for a third of the scene."""
+    """To each of these offsets, for a third of the scene, with mail in hand."""
 
     def play(stage: Stage) -> None:
-        with stage.relay_says(**(greylist() if put_off else {})):
+        with stage.relay_says(DOT=take_after(1), **(greylist() if put_off else {})):
             for offset in seconds:
                 stage.wait(stage.scene.spread / 3)
                 stage.set_clock(offset)
             stage.wait(stage.scene.spread)
 
     return play
+
+
+def kill_and_step_clock_back(stage: Stage) -> None:
+    """What tells that the worker is dead was written before the step."""
+    with stage.relay_says(DOT=take_after(1)):
+        stage.relay_hears_a_mail()
+        stage.signal("worker-0")
+        stage.set_clock(-HOUR)
 
 
 def pause_machine(stage: Stage) -> None:

@@ -97,15 +97,30 @@ def _count_copies(row: Row, stage: Stage, mail_id: str, copies: list[Acceptance]
         if stage.on_doubt == "retry" and all(_unknown_to_all(stage, one, copy.at) for one in earlier):
             row.allowed += 1
         else:
-            told = [(round(copy.at - one.at, 1), bool(one.answered_at), one.farewell, one.over) for one in earlier]
-            row.broken.append(f"{mail_id} was doubled (after s, answered, acknowledged, hung up: {told})")
+            row.broken.append(f"{mail_id} was doubled: {'; '.join(_told(one, copy.at) for one in earlier)}")
 
 
 def _unknown_to_all(stage: Stage, acceptance: Acceptance, moment: float) -> bool:
     """Whether at this moment no worker that was left could know that the relay had accepted."""
-    if acceptance.answered_at is None or acceptance.answered_at > moment:
+    if _later(acceptance.answered_at, moment):
         return True
-    return not acceptance.farewell and (acceptance.over or stage.has_stopped_a_worker)
+    hung_up = not _later(acceptance.hung_up_at, moment)
+    return _later(acceptance.acknowledged_at, moment) and (hung_up or stage.has_stopped_a_worker)
+
+
+def _later(event: float | None, moment: float) -> bool:
+    return event is None or event > moment
+
+
+def _told(acceptance: Acceptance, moment: float) -> str:
+    """How long before `moment` each step was."""
+    steps = {
+        "taken": acceptance.at,
+        "answered": acceptance.answered_at,
+        "acknowledged": acceptance.acknowledged_at,
+        "hung up": acceptance.hung_up_at,
+    }
+    return ", ".join(f"{name} {moment - at:.1f} s before" for name, at in steps.items() if at is not None)
 
 
 def _agree(state: str, told: str, copies: list[Acceptance]) -> bool:

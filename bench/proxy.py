@@ -1,7 +1,7 @@
 """A TCP proxy in front of Redis that loses replies: it lets a request through and cuts the line before the answer.
 
 What was asked for has then been done, and who asked cannot know it. `lose(words, times)` arms it: a request that holds
-all of the words is the next to lose its reply. Everything else passes unchanged.
+all of the words is the next to lose its reply, and `then` is called before anybody can notice. Everything else passes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import selectors
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 from tests.servers import free_port
@@ -20,14 +21,15 @@ class Proxy:
         self.port = free_port()
         self.words: tuple[bytes, ...] = ()
         self.left = 0
+        self.then: Callable[[], object] = lambda: None
         self.lost = 0
         self.lock = threading.Lock()
         self.over = threading.Event()
         self.threads: list[threading.Thread] = []
 
-    def lose(self, words: tuple[bytes, ...], times: int) -> None:
+    def lose(self, words: tuple[bytes, ...], times: int, then: Callable[[], object] = lambda: None) -> None:
         with self.lock:
-            self.words, self.left = words, times
+            self.words, self.left, self.then = words, times, then
 
     def __enter__(self) -> Proxy:
         self.listener = socket.socket()
@@ -69,6 +71,7 @@ class Proxy:
                         key.data.sendall(heard)
                         if key.fileobj is client and self._is_to_be_lost(heard):
                             server.recv(1 << 16)  # so it was done
+                            self.then()
                             return
 
     def _is_to_be_lost(self, request: bytes) -> bool:

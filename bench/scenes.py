@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 
 from bench.faults import (
+    ACCEPT,
     HOUR,
     STEPS_TO,
     Play,
@@ -19,7 +20,9 @@ from bench.faults import (
     fill_redis,
     flush_scripts,
     greylist,
+    kill_and_step_clock_back,
     kill_api,
+    kill_api_unheard,
     kill_dashboard,
     kill_in_maintenance,
     kill_workers_at_random,
@@ -43,9 +46,7 @@ from bench.faults import (
 )
 from bench.stage import QUICK, Scene
 from tests.killed_worker import POINTS
-from tests.scripted_relay import drip, hang, hang_up, last_words, swallow, take_after
-
-PROMISE = 120  # seconds in which what a killed worker held is sent, with default settings and no operator
+from tests.scripted_relay import drip, hang, last_words, reset, swallow, take_after
 
 
 def killed_at(point: str) -> Scene:
@@ -58,17 +59,17 @@ def killed_at(point: str) -> Scene:
         settings={"RETRY_SCHEDULE": QUICK} if put_off else {},
         dies_at=point,
         refuses=refuses,
-        limit=PROMISE,
     )
 
 
 MORE = [
     Scene("workers killed", "two e-mail workers are killed at random moments", kill_workers_at_random, workers=2),
     Scene("API killed", "the API is killed four times while it accepts", kill_api, held=False),
+    Scene("API killed before its 202", "the API stores a mail and dies", kill_api_unheard, held=False, proxied=True),
     Scene("dashboard killed", "the dashboard is killed twice", kill_dashboard, held=False),
     Scene("power cut", "API, workers and Redis are killed at the same moment", cut_power, workers=2),
     Scene("poison mail", "a mail kills its worker each time", poison, workers=0),
-    Scene("Redis killed", "Redis is killed and started again", restart_redis(signal.SIGKILL)),
+    Scene("Redis killed", "Redis is killed three times and started again", restart_redis(signal.SIGKILL, times=3)),
     Scene("Redis restarted", "Redis is told to stop and started again", restart_redis(signal.SIGTERM), held=False),
     Scene("Redis away", "Redis is away for 45 seconds", restart_redis(signal.SIGKILL, 45)),
     Scene("Redis silent", "Redis answers nothing for 20 seconds", blackhole_redis),
@@ -113,7 +114,11 @@ MORE = [
     Scene("told to stop twice", "SIGTERM twice while the relay has not answered", terminate_twice),
     Scene("group told to stop", "SIGTERM to the worker and its children, in mid-mail", terminate_group),
     Scene(
-        "clock forward", "the clock steps an hour forward, back, and forward", step_clock(HOUR, 0, HOUR), clocked=True
+        "clock forward",
+        "the clock steps an hour forward, back, and forward, with mail in the hands of two workers",
+        step_clock(HOUR, 0, HOUR),
+        workers=2,
+        clocked=True,
     ),
     Scene("clock back", "the clock steps an hour back, forward, and back", step_clock(-HOUR, 0, -HOUR), clocked=True),
     Scene(
@@ -124,11 +129,18 @@ MORE = [
         clocked=True,
         held=False,
     ),
+    Scene(
+        "clock back, worker killed",
+        "the clock steps an hour back when a worker has just been killed",
+        kill_and_step_clock_back,
+        clocked=True,
+        held=False,
+    ),
     Scene("machine paused", "a worker stands still for two minutes, its mail accepted", pause_machine),
 ]
 
 REPLIES_LOST = {  # what the request holds whose reply is lost
-    "accept": (b"EVALSHA", b"tasks.deliver"),
+    "accept": ACCEPT,
     "claim": (b"EVALSHA", b"rq:failed:email"),
     "the mark before the final dot": (b"EVALSHA", b"in_doubt"),
     "settle": (b"EVALSHA", b"settled_at"),
@@ -150,7 +162,7 @@ TROUBLE: dict[str, tuple[str, Play]] = {  # no mail's fault, so it costs none an
 }
 
 HUNG_UP = {
-    "relay cuts before the dot": ("in the middle of the body", relay_does_to_some(hang_up, BODY=lambda _: "")),
+    "relay cuts before the dot": ("in the middle of the body", relay_does_to_some(reset, BODY=lambda _: "")),
     "relay cuts after the dot": (
         "after the final dot, having accepted",
         relay_does_to_some(swallow, DOT=take_after(0)),

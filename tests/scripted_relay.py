@@ -49,8 +49,8 @@ class Acceptance:
     recipients: list[str]
     at: float
     answered_at: float | None = None  # the 250 went out, and the client was there to hear it
-    farewell: bool = False  # the client spoke again after it, so it has written down what it heard
-    over: bool = False  # its connection
+    acknowledged_at: float | None = None  # the client spoke again after it, so it has written down what it heard
+    hung_up_at: float | None = None
 
     def header(self, name: str) -> str:
         line = next(line for line in self.body.splitlines() if line.lower().startswith(f"{name}:".lower().encode()))
@@ -280,7 +280,7 @@ class ScriptedRelay:
                 self._converse(line)
             line.socket.close()
             if line.acceptance:
-                line.acceptance.over = True
+                line.acceptance.hung_up_at = time.monotonic()
 
     def _converse(self, line: Line) -> None:
         if self.implicit:
@@ -291,7 +291,7 @@ class ScriptedRelay:
             self.commands.append(command)
             line.command = command
             if line.acceptance and line.acceptance.answered_at:
-                line.acceptance.farewell = True
+                line.acceptance.acknowledged_at = time.monotonic()
             self._answer(line, command.split(" ")[0].split(":")[0].upper())
 
     def _answer(self, line: Line, verb: str) -> None:

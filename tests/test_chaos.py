@@ -24,7 +24,7 @@ CHOSEN = [  # scene and ON_DOUBT
     ("killed in maintenance", "retry"),
     ("poison mail", "retry"),
     ("power cut", "retry"),
-    ("API killed", "retry"),
+    ("API killed before its 202", "retry"),
     ("Redis full", "retry"),
     ("reply to accept lost", "retry"),
     ("reply to settle lost", "hold"),
