@@ -28,6 +28,7 @@ from redis.exceptions import (
     AuthenticationError,
     ConnectionError,
     InvalidResponse,
+    NoScriptError,
     RedisError,
     ResponseError,
     TimeoutError,
@@ -64,6 +65,22 @@ end
 if KEYS[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2] .. ' ' .. ARGV[1], 'EX', ARGV[3]) end
 return {'accepted', ARGV[1]}
 """
+
+
+class Script:
+    """A Lua script, called by its digest. Where Redis does not know it (any more), the call brings the source:
+    redis-py's own way, to load it and call it again, fails if it is forgotten in between."""
+
+    def __init__(self, redis: Redis, source: str) -> None:
+        self.redis = redis
+        self.source = source
+        self.digest = hashlib.sha1(source.encode()).hexdigest()
+
+    def __call__(self, keys: Sequence[str], args: Sequence[Any] = ()) -> Any:
+        try:
+            return self.redis.evalsha(self.digest, len(keys), *keys, *args)
+        except NoScriptError:
+            return self.redis.eval(self.source, len(keys), *keys, *args)
 
 
 class Unavailable(Exception):
@@ -179,23 +196,50 @@ def unavailable() -> Iterator[None]:
         raise Unavailable(CANNOT_NOW[said[1]]) from None
 
 
+class _Heart:
+    """Gives all the signs of life of this process, from one thread: one each would cost more than the mail."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.due: dict[int, tuple[float, Callable[[], object]]] = {}  # when, and what
+        self.thread: threading.Thread | None = None
+
+    def take(self, sign_of_life: Callable[[], object]) -> int:
+        with self.lock:
+            self.due[id(sign_of_life)] = (time.monotonic() + BEAT, sign_of_life)
+            if not self.thread or not self.thread.is_alive():
+                self.thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+                self.thread.start()
+        return id(sign_of_life)
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(min(1, BEAT))
+            with self.lock:
+                late = [one for one, (moment, _) in self.due.items() if moment <= time.monotonic()]
+            for one in late:
+                with self.lock:
+                    if one not in self.due:
+                        continue
+                    sign_of_life = self.due[one][1]
+                    self.due[one] = (time.monotonic() + BEAT, sign_of_life)
+                with suppress(RedisError):
+                    sign_of_life()
+
+
+_heart = _Heart()
+
+
 @contextmanager
 def beating(sign_of_life: Callable[[], object]) -> Iterator[None]:
     """Gives the sign every `BEAT` seconds, from a thread, for as long as the body runs. One that Redis does not take is
     left out: the next may come through, and if none does, that is what `LOST_AFTER` is for."""
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(BEAT):
-            with suppress(RedisError):
-                sign_of_life()
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    taken = _heart.take(sign_of_life)
     try:
         yield
     finally:
-        done.set()
+        with _heart.lock:
+            del _heart.due[taken]
 
 
 class Jobs:
@@ -204,7 +248,7 @@ class Jobs:
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
         self.queues = {name: Queue(name, connection=redis, serializer=JSONSerializer) for name in (EMAIL, JOBS)}
-        self._accept = redis.register_script(ACCEPT)
+        self._accept = Script(redis, ACCEPT)
 
     def accept(
         self,

@@ -163,6 +163,8 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(parse_api_keys), NoDecode] = ()
     api_keys_file: FilePath | None = None
 
+    worker_concurrency: Annotated[int, Field(ge=1, le=64)] = 16
+
     retry_schedule: Annotated[tuple[Duration, ...], BeforeValidator(parse_schedule), NoDecode, Field(max_length=50)] = (
         *(60, 5 * 60, 15 * 60, 30 * 60),
         *(3600, 2 * 3600, 4 * 3600, 8 * 3600, 12 * 3600),

@@ -13,7 +13,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import signal
+import os
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -34,11 +36,17 @@ from mail.pacing import Pacing
 from mail.relay import Outcome, Relay, Reply, Verdict
 
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
-at_the_dot: set[str] = set()  # the mails whose final dot is out and whose answer is not written down yet
+_at_dot: set[str] = set()  # the mails whose final dot is out and whose answer is not written down yet
+_dots = threading.Lock()
+_broken_off = threading.Event()
 
 
 class Failed(Exception):
     """The mail will not be sent unless a person asks again. The text is code and phase, never the relay's words."""
+
+
+class BrokenOff(Exception):
+    """The process is to end at once; nothing was sent."""
 
 
 class Expired(Exception):
@@ -90,7 +98,7 @@ def deliver(mail_id: str) -> str | Retry:
         try:
             return _attempt(claim)
         finally:
-            at_the_dot.discard(claim.id)
+            _at_dot.discard(claim.id)
 
 
 def _attempt(claim: Claim) -> str | Retry:
@@ -127,10 +135,21 @@ def _attempt(claim: Claim) -> str | Retry:
 def _before_dot(claim: Claim, replies: Mapping[str, Reply]) -> None:
     if claim.has_expired():
         raise Expired
-    # From here until the outcome is written, RQ's time-out must not fall in between; the conversation has its own.
-    signal.alarm(0)
-    at_the_dot.add(claim.id)
+    with _dots:
+        if _broken_off.is_set():
+            raise BrokenOff
+        _at_dot.add(claim.id)
     claim.before_dot({who: AT_DOT[reply.verdict] for who, reply in replies.items()})
+
+
+def break_off() -> NoReturn:
+    """Ends the process as soon as no final dot is unanswered, and lets no other go out. Whatever else was in hand is
+    found out like the mail of a killed worker, and sent by another."""
+    with _dots:
+        _broken_off.set()
+    while _at_dot:
+        time.sleep(0.05)
+    os._exit(0)
 
 
 def _queued_at() -> float:

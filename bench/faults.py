@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
+import worker
 from bench.stage import REFUSED, TESTS, Stage
 from tests.scripted_relay import Act, Line, Step, command_address, take_after
 from tests.servers import ROOT, eventually, free_port
@@ -83,7 +84,7 @@ def kill_in_maintenance(stage: Stage) -> None:
     with stage.relay_says(DOT=take_after(1)):
         stage.relay_hears_a_mail()
         stage.signal("worker-0")
-        stage.client.set("rq:clean_registries:email", 1, ex=60)
+        stage.client.set("rq:clean_registries:email", 1, ex=worker.LOCKED_FOR)
 
 
 def poison(stage: Stage) -> None:
@@ -355,7 +356,6 @@ STEPS_TO: Mapping[str, Callable[[], dict[str, Step]]] = {  # what the relay must
     "after the mail is delayed, before RQ's bookkeeping": greylist,
     "after RQ says scheduled, before it schedules": greylist,
     "in the scheduler's tick": greylist,
-    "in the scheduler's tick, all of the worker": greylist,
     "after the mail is given up, before RQ's bookkeeping": refuse_some,
 }
 

@@ -110,7 +110,12 @@ MORE = [
         uncounted=True,
         held=False,
     ),
-    Scene("drained", "the worker is told to stop in mid-mail, three times", drain),
+    Scene(
+        "drained",
+        "the worker is told to stop in mid-mail, three times",
+        drain,
+        settings={"WORKER_CONCURRENCY": "2"},
+    ),
     Scene("told to stop twice", "SIGTERM twice while the relay has not answered", terminate_twice),
     Scene("group told to stop", "SIGTERM to the worker and its children, in mid-mail", terminate_group),
     Scene(
@@ -123,8 +128,8 @@ MORE = [
     Scene("clock back", "the clock steps an hour back, forward, and back", step_clock(-HOUR, 0, -HOUR), clocked=True),
     Scene(
         "clock back, mail put off",
-        "the clock steps an hour back while mail that was put off waits",
-        step_clock(-HOUR, put_off=True),
+        "the clock steps an hour back while mail that was put off waits, and is put right",
+        step_clock(-HOUR, 0, put_off=True),
         settings={"RETRY_SCHEDULE": QUICK},
         clocked=True,
         held=False,

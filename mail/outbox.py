@@ -35,6 +35,7 @@ from jobs import (
     Jobs,
     NotFound,
     NotPossible,
+    Script,
     Unavailable,
     beating,
     unavailable,
@@ -228,7 +229,7 @@ class Outbox:
         self.jobs = jobs
         self.settings = settings
         sources = (CLAIM, BEFORE_DOT, SETTLE, RENEW, RELEASE)
-        self._scripts = {source: jobs.redis.register_script(source) for source in sources}
+        self._scripts = {source: Script(jobs.redis, source) for source in sources}
 
     def run(self, script: str, keys: list[str], args: list[Any]) -> Any:
         return self._scripts[script](keys=keys, args=args)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from redis import Redis
 
-from jobs import unavailable
+from jobs import Script, unavailable
 from settings import Rate
 
 TROUBLES = 3  # in a row, until the breaker opens
@@ -102,9 +102,7 @@ class Pacing:
     def __init__(self, redis: Redis, rates: tuple[Rate, ...]) -> None:
         self.redis = redis
         self.rates = [number for rate in rates for number in (rate.mails, rate.seconds * 1000)]
-        self._admit = redis.register_script(ADMIT)
-        self._trouble = redis.register_script(TROUBLE)
-        self._closed_for = redis.register_script(CLOSED_FOR)
+        self._admit, self._trouble, self._closed_for = (Script(redis, one) for one in (ADMIT, TROUBLE, CLOSED_FOR))
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
     def admit(self, waited: bool = False) -> Wait | None:

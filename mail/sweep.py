@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from rq.utils import utcformat
 
-from jobs import EMAIL, unavailable
+from jobs import EMAIL, Script, unavailable
 from mail.outbox import FINAL, LOST, OPEN, Outbox
 
 AT_ONCE = 1000  # mails looked at in one go
@@ -101,7 +101,7 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
     written = utcformat(datetime.now(timezone.utc))
     args = [now, now + LOOK_AGAIN, written, first_since or "", outbox.kept_for("failed"), *FINAL, ""]
     args += [word for pair in LOST.items() for word in pair]
-    script = redis.register_script(SWEEP)
+    script = Script(redis, SWEEP)
     for mail_id in (one.decode() for one in overdue):
         keys = [f"mail:{mail_id}", f"mail:{mail_id}:claim", f"rq:job:{mail_id}", OPEN, f"rq:queue:{EMAIL}"]
         keys += [f"rq:queue:{EMAIL}:intermediate", f"rq:scheduled:{EMAIL}", f"rq:wip:{EMAIL}", SWEPT]

@@ -8,7 +8,7 @@ With a number it dies when it gets there for the Nth time, with a mail's id when
 
 from __future__ import annotations
 
-import multiprocessing
+import itertools
 import os
 import signal
 import sys
@@ -34,7 +34,6 @@ class Point(NamedTuple):
     owner: Any
     name: str
     argument: object = None
-    group: bool = False  # kills its children and its parent, too
 
 
 POINTS = {
@@ -49,27 +48,26 @@ POINTS = {
     "after the mail is delayed, before RQ's bookkeeping": Point(worker.EmailWorker, "handle_job_retry"),
     "after RQ says scheduled, before it schedules": Point(Queue, "schedule_job"),
     "after the mail is given up, before RQ's bookkeeping": Point(worker.EmailWorker, "handle_job_failure"),
-    # RQ's scheduler is a child of the worker; in its tick it alone takes jobs out of the registry.
+    # RQ's scheduler runs on the main thread; in its tick it alone takes jobs out of the registry.
     "in the scheduler's tick": Point(ScheduledJobRegistry, "remove"),
-    "in the scheduler's tick, all of the worker": Point(ScheduledJobRegistry, "remove", group=True),
     "in maintenance": Point(rq.worker.base, "clean_registries"),
 }
 
 
-def die(group: bool = False) -> None:
+def die() -> None:
     os.write(2, b"killed at the point\n")
-    (os.killpg if group else os.kill)(os.getpgrp() if group else os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dying(point: Point, when: str) -> Callable[..., Any]:
     original = getattr(point.owner, point.name)
-    visits = multiprocessing.Value("i", 0)  # shared with RQ's scheduler, which the worker starts again when it dies
+    visits = itertools.count(1)  # of all threads
 
     def visited(*args: Any, **kwargs: Any) -> Any:
         if point.argument is None or point.argument in args:
-            visits.value += 1
-            if visits.value == int(when) if when.isdigit() else any(getattr(one, "id", one) == when for one in args):
-                die(point.group)
+            visit = next(visits)
+            if visit == int(when) if when.isdigit() else any(getattr(one, "id", one) == when for one in args):
+                die()
         return original(*args, **kwargs)
 
     return visited

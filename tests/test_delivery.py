@@ -237,7 +237,7 @@ def test_while_the_relay_is_in_trouble_workers_take_no_mail_and_then_it_all_goes
     house: House, relay: Relay, client: redis.Redis
 ) -> None:
     good = house.environment["SMTP_PORT"]
-    house.environment["SMTP_PORT"] = str(free_port())
+    house.environment |= {"SMTP_PORT": str(free_port()), "WORKER_CONCURRENCY": "1"}
     api = house.api()
     worker = house.worker()
     ids = [submit(api, mail()) for _ in range(20)]

@@ -21,14 +21,25 @@ import fakeredis
 import pytest
 from redis import exceptions
 from redis.client import Pipeline
-from redis.exceptions import InvalidResponse, ResponseError
+from redis.exceptions import InvalidResponse, NoScriptError, ResponseError
 from rq import Queue
 from rq.job import Job, JobStatus
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
 import jobs
-from jobs import EMAIL, JOBS, Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Unavailable
+from jobs import (
+    EMAIL,
+    JOBS,
+    Accepted,
+    Idempotency,
+    IdempotencyConflict,
+    Jobs,
+    NotFound,
+    NotPossible,
+    Script,
+    Unavailable,
+)
 from tests.servers import RedisServer
 
 ONE = "00000000-0000-4000-8000-000000000001"
@@ -553,3 +564,11 @@ def test_a_password_that_is_wrong_is_said_without_showing_it(tmp_path: Path) -> 
 def test_something_else_at_the_place_of_redis_is_said() -> None:
     with pytest.raises(Unavailable, match="not Redis"), jobs.unavailable():
         raise InvalidResponse('Protocol error, got "H" as reply type byte')
+
+
+def test_a_script_that_redis_forgets_again_and_again_is_run_all_the_same() -> None:
+    class Forgetful(fakeredis.FakeRedis):
+        def evalsha(self, *_: Any) -> Any:
+            raise NoScriptError
+
+    assert Script(Forgetful(), "return KEYS[1] .. ARGV[1]")(["a"], ["b"]) == b"ab"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from datetime import date, datetime, timezone
 from typing import Annotated, Any
@@ -159,15 +158,6 @@ def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -
     taken = claim("pending")
     assert [after(taken, silent)[0] for _ in range(5)] == ["delayed"] * 4 + ["failed"]
     assert taken.counted == 3
-
-
-def test_rqs_time_out_is_off_before_the_final_dot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """RQ's time-out is a SIGALRM that raises; between the relay's 250 and the marker it would make a mail of doubt."""
-    left: list[int] = []
-    monkeypatch.setattr(Claim, "before_dot", lambda *_: left.append(signal.alarm(0)))
-    signal.alarm(100)
-    tasks._before_dot(claim("pending"), {"0@example.com": Reply(Phase.RCPT, 250, "ok")})
-    assert left == [0]
 
 
 def test_the_reason_is_code_and_phase_and_never_the_relays_words() -> None:
