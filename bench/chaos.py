@@ -12,15 +12,15 @@ import argparse
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
 from bench.faults import play
 from bench.ledger import Row, account
+from bench.progress import Progress
 from bench.scenes import SCENES
 from bench.stage import Scene, Stage
 
@@ -54,25 +54,6 @@ def programs(choice: str) -> dict[str, str]:
         if not found[name]:
             raise SystemExit(f"there is no {name}-server on PATH; --server takes another")
     return {name: str(found[name]) for name in wanted}
-
-
-class Progress:
-    """A bar on a terminal, a line for each scene elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.rows: list[Row] = []
-        self.lock = threading.Lock()
-
-    def tell(self, future: Future[Row]) -> None:
-        with self.lock:
-            self.rows.append(future.result())
-            done = len(self.rows)
-            if sys.stderr.isatty():
-                bar = "#" * (40 * done // self.total)
-                print(f"\r[{bar:<40}] {done}/{self.total} ", end="\n" * (done == self.total), file=sys.stderr)
-            else:
-                print(f"{done}/{self.total} {self.rows[-1]}", file=sys.stderr, flush=True)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -110,7 +91,7 @@ def main() -> int:
             place.mkdir()
             settings = {"seed": options.seed, "mails": options.mails, "on_doubt": mode, "program": program}
             playing.append(stages.submit(perform, scene, place, **settings))
-            playing[-1].add_done_callback(progress.tell)
+            playing[-1].add_done_callback(lambda one: progress.step(str(one.result())))
     rows = [one.result() for one in playing]
     print(f"seed {options.seed}, {options.mails} mails per scene\n\n{table(rows)}")
     if any(row.broken for row in rows):

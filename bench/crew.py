@@ -1,0 +1,160 @@
+"""The processes of one trial: started on loopback and free ports, weighed, and stopped by their ids.
+
+A `Crew` has a Redis of its own and an empty folder, so no trial finds what another left. CPU seconds and memory (PSS,
+which divides shared pages among their users) are those of a process and all that descend from it, from /proc.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tests.servers import RedisServer, free_port
+
+PATIENCE = 30  # seconds for a part to answer
+Processes = Sequence[subprocess.Popen[Any]]
+TICKS = os.sysconf("SC_CLK_TCK")
+NGINX = """
+daemon off;
+worker_processes 1;
+user {user};
+pid {place}/nginx.pid;
+error_log {place}/nginx.log warn;
+events {{ worker_connections 256; }}
+http {{
+  access_log off;
+  client_body_temp_path {place}/body;
+  proxy_temp_path {place}/proxy;
+  fastcgi_temp_path {place}/fastcgi;
+  uwsgi_temp_path {place}/uwsgi;
+  scgi_temp_path {place}/scgi;
+  keepalive_requests 1000000;
+  upstream api {{ server 127.0.0.1:{api}; keepalive 16; keepalive_requests 1000000; }}
+  server {{
+    listen 127.0.0.1:{port};
+    location = /nothing {{ return 200 "nothing"; }}
+    location / {{
+      proxy_pass http://api;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_set_header Host $host;
+    }}
+  }}
+}}
+"""
+
+
+class NotMeasured(Exception):
+    """One sentence: why a trial has no figures."""
+
+
+class Crew:
+    def __init__(self, directory: Path, *redis_options: str) -> None:
+        self.directory = directory
+        self.redis_server = RedisServer(directory, "--appendfsync", "everysec", *redis_options)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Crew:
+        self.redis_server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self.processes.values()):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self.redis_server.kill()
+
+    def start(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], cwd: Path | None = None
+    ) -> subprocess.Popen[bytes]:
+        """In a session of its own, so that Ctrl-C reaches us only and `__exit__` reaches its children, too."""
+        with (self.directory / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=cwd or self.directory,
+                env={"PATH": os.environ["PATH"], **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.processes[name] = process
+        return process
+
+    def nginx(self, api_port: int) -> int:
+        """In front of an API. Returns the port on which it listens."""
+        port = free_port()
+        config = self.directory / "nginx.conf"
+        config.write_text(NGINX.format(place=self.directory, user=getpass.getuser(), api=api_port, port=port))
+        program = str(nginx_program())
+        self.start("nginx", [program, "-p", str(self.directory), "-c", str(config), "-e", "nginx.log"], {})
+        return port
+
+    def wait_until(self, what: Callable[[], bool], words: str, seconds: float = PATIENCE) -> None:
+        """Raises `NotMeasured` where it does not come about, or a process ends."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            dead = [name for name, process in self.processes.items() if process.poll() is not None]
+            if dead or time.monotonic() > deadline:
+                reason = f"{dead[0]} ended" if dead else "it took too long"
+                raise NotMeasured(f"{words}: {reason}; its last words: {self.last_words()}")
+            time.sleep(0.05)
+
+    def last_words(self) -> str:
+        lines = [line for log in self.directory.glob("*.log") for line in log.read_text().splitlines()[-2:]]
+        return " / ".join(lines)[-500:] or "none"
+
+
+def nginx_program() -> str | None:
+    """Also where Debian has it, which is not on everybody's PATH."""
+    return shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+
+
+# --- /proc ------------------------------------------------------------------------------------------------------------
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the third on; the second is a name that may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def descendants(pids: Sequence[int]) -> list[int]:
+    """These processes and all below them."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                children[int(_stat(int(entry.name))[1])].append(int(entry.name))
+    found = list(pids)
+    for pid in found:
+        found += children[pid]
+    return found
+
+
+def cpu_seconds(processes: Processes) -> float:
+    """User and system time, with that of children that have ended and were waited for."""
+    total = 0
+    for pid in descendants([process.pid for process in processes]):
+        with suppress(OSError):
+            total += sum(map(int, _stat(pid)[11:15]))
+    return total / TICKS
+
+
+def pss(processes: Processes) -> float:
+    """Megabytes."""
+    kilobytes = 0
+    for pid in descendants([process.pid for process in processes]):
+        with suppress(OSError):
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            kilobytes += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return kilobytes / 1024

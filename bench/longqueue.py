@@ -1,0 +1,69 @@
+"""Whether a mail costs more while a million others wait: a short queue and a long one, measured at the same time.
+
+Each has a Redis, a relay and a worker of its own. Mails are accepted by turns, and both workers send at once, so that
+what else the machine does meets both alike; the difference that is looked for is smaller than that.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+
+from bench.backlog import composed, copy, outbox_at
+from bench.crew import Crew
+from bench.relay import RelayProcess
+from bench.sides import SIDES
+
+PATIENCE = 300  # seconds until those in front are sent
+
+
+class Backlog:
+    """A queue with `run` mails in front that are really sent, and copies behind them."""
+
+    def __init__(self, parts: ExitStack, directory: Path, queued: int, run: int) -> None:
+        directory.mkdir()
+        self.run = run
+        self.relay = parts.enter_context(RelayProcess(directory))
+        # Rewriting the file of a million mails takes a while, and is not what is measured.
+        self.crew = parts.enter_context(Crew(directory, "--auto-aof-rewrite-percentage", "0"))
+        self.outbox = outbox_at(self.crew.redis_server.url)
+        for number in range(run):
+            mail_id, _ = self.accept(number)
+        with self.crew.redis_server.client() as redis:
+            self.weight = copy(redis, mail_id, queued - run)
+
+    def accept(self, number: int) -> tuple[str, float]:
+        """A mail with a text of 1 KB: its id, and how many milliseconds it took."""
+        mail = composed({"to": f"m{number}@example.com", "subject": "A kilobyte", "text": "1234567 " * 128})
+        began = time.monotonic()
+        mail_id = self.outbox.accept(mail).id
+        return mail_id, 1000 * (time.monotonic() - began)
+
+    def start_worker(self) -> None:
+        SIDES["ours"].start_workers(self.crew, self.relay.environment())
+
+    def sending(self) -> float:
+        """Milliseconds from one of those in front to the next."""
+        self.crew.wait_until(self._is_sent, "the mails were not sent", PATIENCE)
+        moments = sorted(self.relay.ask("moments").values())
+        return float(1000 * (moments[self.run - 1] - moments[0]) / (self.run - 1))
+
+    def _is_sent(self) -> bool:
+        return bool(self.relay.ask("report")["accepted"] >= self.run)
+
+
+def compare(directory: Path, few: int, many: int, run: int) -> dict[str, float]:
+    with ExitStack() as parts:
+        queues = {
+            name: Backlog(parts, directory / name, queued, run) for name, queued in (("short", few), ("long", many))
+        }
+        os.sync()  # a million mails are gigabytes of Redis' file, whose writing would be measured with what follows
+        times = [(queues["short"].accept(number)[1], queues["long"].accept(number)[1]) for number in range(run)]
+        figures = {"bytes": queues["long"].weight}
+        figures["accept_short"], figures["accept_long"] = map(median, zip(*times, strict=True))
+        for queue in queues.values():
+            queue.start_worker()
+        return figures | {f"send_{name}": queue.sending() for name, queue in queues.items()}

@@ -1,0 +1,91 @@
+"""Who is measured: our processes and the peers', as an operator would start each, and how each gets its queue filled.
+
+All read the same variables (REDIS_URL, SMTP_*, MAIL_FROM). The peers live in bench/peers/ and run in an environment of
+their own, var/bench/venv, which `make_environment` makes from their pinned, hashed requirements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.backlog import fill
+from bench.crew import Crew
+from settings import Settings
+from tests.servers import ROOT
+
+PEERS = ROOT / "bench" / "peers"
+VENV = ROOT / "var" / "bench" / "venv"
+# Of our worker, as soon as it has a setting for it.
+THREADS = {"WORKER_CONCURRENCY": "16"} if "worker_concurrency" in Settings.model_fields else {}
+KEY = "measured"
+COMMON = {
+    "MAIL_FROM": "Acme <hello@example.com>",
+    "API_KEYS": f"bench:{hashlib.sha256(KEY.encode()).hexdigest()}:send",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """`framework` is None for ours."""
+
+    framework: str | None
+    worker: tuple[str, ...] = ()
+    processes: int = 1  # of the worker, started beside one another
+
+    @property
+    def python(self) -> str:
+        return str(VENV / "bin" / "python") if self.framework else sys.executable
+
+    def environment(self, crew: Crew, **more: str) -> dict[str, str]:
+        return {**COMMON, "REDIS_URL": crew.redis_server.url, **THREADS, **more}
+
+    def start_api(self, crew: Crew, port: int) -> subprocess.Popen[bytes]:
+        listen = f"127.0.0.1:{port}"
+        command = ["-m", "gunicorn", "--workers", "2", "--bind", listen, "flask_app:app"]
+        command = command if self.framework else [str(ROOT / "service.py")]
+        return crew.start("api", [self.python, *command], self.environment(crew, LISTEN=listen), self._place)
+
+    def start_workers(self, crew: Crew, relay: dict[str, str]) -> list[subprocess.Popen[bytes]]:
+        command = [self.python, *(self.worker or [str(ROOT / "worker.py"), "email"])]
+        environment = self.environment(crew, **relay)
+        return [crew.start(f"worker-{n}", command, environment, self._place) for n in range(self.processes)]
+
+    def fill(self, crew: Crew, mails: int) -> None:
+        """Queues mails to m0@example.com, m1@example.com, ..."""
+        if not self.framework:
+            fill(crew.redis_server.url, mails)
+            return
+        command = [self.python, "fill.py", self.framework, str(mails)]
+        subprocess.run(command, cwd=PEERS, env=self.environment(crew), check=True)
+
+    @property
+    def _place(self) -> Path | None:
+        return PEERS if self.framework else None
+
+
+CELERY = ("-m", "celery", "--app", "celery_app", "--quiet", "worker")
+SIDES = {
+    "ours": Side(None),
+    "ours2": Side(None, processes=2),
+    "celery": Side("celery", CELERY),
+    "celery16": Side("celery", (*CELERY, "--concurrency", "16")),
+    "dramatiq": Side("dramatiq", ("-m", "dramatiq", "--processes", "2", "--threads", "8", "dramatiq_app")),
+}
+
+
+def make_environment() -> None:
+    """The peers' own, made once and again when their pins change."""
+    requirements, stamp = PEERS / "requirements.txt", VENV / "made-from"
+    wanted = f"{sys.version} {hashlib.sha256(requirements.read_bytes()).hexdigest()}"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    print("Making the peers' environment (once) ...", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
+    pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--require-hashes", "-r", str(requirements)], check=True)
+    stamp.write_text(wanted)

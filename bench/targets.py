@@ -1,0 +1,130 @@
+"""What is measured and what is hoped for: each measurement's sides, figures and targets.
+
+A target compares one figure of ours with a peer's from the same round, or, where there is no peer, with a limit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Figure(NamedTuple):
+    key: str
+    heading: str
+    form: str = ",.0f"  # as format() takes it
+
+
+class Target(NamedTuple):
+    """`figure` of `side` divided by `other`'s `against` (the same figure, if empty) is `relation` than `limit`."""
+
+    words: str
+    side: str
+    figure: str
+    relation: str
+    limit: float
+    other: str = ""  # nobody: the figure itself
+    against: str = ""
+
+    def is_met(self, value: float) -> bool:
+        return {"≥": value >= self.limit, ">": value > self.limit, "≤": value <= self.limit, "<": value < self.limit}[
+            self.relation
+        ]
+
+
+class Measurement(NamedTuple):
+    title: str
+    words: str
+    sides: dict[str, str]  # in the order in which they take turns, with their names
+    figures: list[Figure]
+    targets: list[Target]
+    drawn: str = ""  # the figure that the plot shows
+
+
+API = "async-email (Waitress, 1 process)"
+OURS = "async-email, 1 process"
+CELERY = "Celery, default"
+SENDING = [
+    Figure("rate", "mails/s", ",.1f"),
+    Figure("cpu", "CPU s per 1,000 mails", ".2f"),
+    Figure("memory", "memory, MB (PSS)"),
+    Figure("relay", "relay's core, % busy"),
+    Figure("doubled", "sent twice"),
+    Figure("lost", "lost"),
+]
+
+MEASUREMENTS = {
+    "accept": Measurement(
+        "Accepting a mail",
+        "`POST /start-job` behind the same nginx, 16 connections, for {seconds:g} s.",
+        {"ours": API, "celery": "Flask + Celery (Gunicorn, 2 workers)"},
+        [
+            Figure("rate", "requests/s"),
+            Figure("p50", "p50, ms", ".1f"),
+            Figure("p99", "p99, ms", ".1f"),
+            Figure("memory", "memory, MB (PSS)"),
+            Figure("batched", "mails/s in batches of 100"),
+        ],
+        [
+            Target("requests/s", "ours", "rate", "≥", 1.5, "celery"),
+            Target("p99", "ours", "p99", "≤", 1, "celery"),
+            Target("memory", "ours", "memory", "≤", 0.7, "celery"),
+            Target("mails/s in batches, to the peer's single posts", "ours", "batched", "≥", 5, "celery", "rate"),
+        ],
+        "rate",
+    ),
+    "send20": Measurement(
+        "Sending, a relay 20 ms away",
+        "{mails:,} mails are queued, then the worker starts and is watched until they are sent, {sending:g} s at most. "
+        "STARTTLS and AUTH.",
+        {"ours": OURS, "celery": CELERY, "celery16": "Celery, 16 processes", "dramatiq": "dramatiq, 2 × 8 threads"},
+        SENDING,
+        [
+            Target("mails/s, to Celery's default", "ours", "rate", "≥", 25, "celery"),
+            Target("mails/s, to Celery's 16 processes", "ours", "rate", "≥", 3, "celery16"),
+            Target("memory, to Celery's 16 processes", "ours", "memory", "≤", 1 / 3, "celery16"),
+            Target("mails/s, to dramatiq", "ours", "rate", "≥", 3, "dramatiq"),
+        ],
+        "rate",
+    ),
+    "send0": Measurement(
+        "Sending, a relay without latency",
+        "The same with a relay on loopback.",
+        {"ours": OURS, "celery": CELERY, "ours2": "async-email, 2 processes", "dramatiq": "dramatiq, 2 × 8 threads"},
+        SENDING,
+        [
+            Target("mails/s, 1 process, to Celery's default", "ours", "rate", "≥", 1.3, "celery"),
+            Target("mails/s, 1 process, to dramatiq", "ours", "rate", ">", 1, "dramatiq"),
+            Target("mails/s, 2 processes, to Celery's default", "ours2", "rate", "≥", 1.3, "celery"),
+            Target("mails/s, 2 processes, to dramatiq", "ours2", "rate", ">", 1, "dramatiq"),
+        ],
+        "rate",
+    ),
+    "idle": Measurement(
+        "One mail in an idle system",
+        "From `POST /start-job` to the relay's 250, {single} mails one after another, loopback, STARTTLS and AUTH.",
+        {"ours": OURS},
+        [Figure("p50", "p50, ms", ".1f"), Figure("p99", "p99, ms", ".1f")],
+        [
+            Target("p50, ms", "ours", "p50", "<", 15),
+            Target("p99, ms", "ours", "p99", "<", 50),
+        ],
+    ),
+    "queue": Measurement(
+        "A long queue",
+        "What one mail of 1 KB costs while {few:,} or {many:,} are queued, {run} mails each: accepted by turns into "
+        "both queues, then sent from both at once.",
+        {"ours": OURS},
+        [
+            Figure("accept_short", "accept, short queue, ms", ".2f"),
+            Figure("accept_long", "long queue", ".2f"),
+            Figure("send_short", "send, short queue, ms", ".2f"),
+            Figure("send_long", "long queue", ".2f"),
+            Figure("bytes", "Redis, bytes per mail"),
+        ],
+        [
+            Target("accept, long to short", "ours", "accept_long", "≤", 1.1, "ours", "accept_short"),
+            Target("send, long to short", "ours", "send_long", "≤", 1.1, "ours", "send_short"),
+            Target("Redis, bytes per queued mail of 1 KB", "ours", "bytes", "≤", 2560),
+        ],
+    ),
+}

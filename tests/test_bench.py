@@ -1,0 +1,176 @@
+"""The measuring instruments: the relay that counts speaks SMTP, and what is written of a run says what was measured.
+
+What they measure is `bench/run`'s business, and takes half an hour.
+"""
+
+from __future__ import annotations
+
+import shutil
+import smtplib
+import socket
+import ssl
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from bench.load import Request, put_load
+from bench.relay import RelayProcess
+from bench.report import Rounds, document, plot
+from bench.targets import MEASUREMENTS
+from bench.trials import QUICK, TRIALS
+
+MAIL = b"Message-ID: <%d@example.com>\r\nSubject: dots\r\n\r\n.\r\n..\r\nend\r\n"
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path) as relay:
+        yield relay
+
+
+@pytest.fixture
+def clear_relay(tmp_path: Path) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path, secure=False) as relay:
+        yield relay
+
+
+def test_a_mail_with_starttls_and_login_is_counted_once(relay: RelayProcess) -> None:
+    with smtplib.SMTP("127.0.0.1", relay.port) as client:
+        client.starttls(context=ssl.create_default_context(cafile=relay.ca_file))
+        client.login("mailer", "password")
+        client.sendmail("a@example.com", ["b@example.com", "c@example.com"], MAIL % 1)
+        client.sendmail("a@example.com", ["b@example.com"], MAIL % 1)
+    seen = relay.ask("report")
+    assert (seen["accepted"], seen["message_ids"], seen["recipients"], seen["doubled"]) == (2, 1, 2, 1)
+    assert seen["octets"] == 2 * len(MAIL % 1)
+    assert 0 < seen["first"] <= seen["last"] <= time.monotonic()
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
+def test_a_wrong_login_is_refused_and_sends_nothing(relay: RelayProcess, mechanism: str) -> None:
+    with smtplib.SMTP("127.0.0.1", relay.port) as client:
+        assert client.docmd("MAIL", "FROM:<a@example.com>")[0] == 530
+        client.starttls(context=ssl.create_default_context(cafile=relay.ca_file))
+        client.ehlo()
+        client.user, client.password = "mailer", "wrong"
+        with pytest.raises(smtplib.SMTPAuthenticationError):
+            client.auth(mechanism, getattr(client, f"auth_{mechanism.lower()}"))
+        assert client.docmd("MAIL", "FROM:<a@example.com>")[0] == 530
+    assert relay.ask("report")["accepted"] == 0
+
+
+def codes(port: int, *parts: bytes) -> list[int]:
+    """What comes back to these bytes, until the relay hangs up."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as line, line.makefile("rb") as replies:
+        for part in parts:
+            line.sendall(part)
+            time.sleep(0.05)  # so that it arrives by itself
+        return [int(reply[:3]) for reply in replies if reply[3:4] == b" "]
+
+
+ENVELOPE = b"EHLO me\r\nMAIL FROM:<a@example.com> BODY=8BITMIME SIZE=60\r\nRCPT TO:<b@example.com>\r\n"
+
+
+def test_pipelined_commands_are_answered_in_their_order(clear_relay: RelayProcess) -> None:
+    stuffed = (MAIL % 2).replace(b"\r\n.", b"\r\n..")
+    said = codes(clear_relay.port, ENVELOPE + b"DATA\r\n", stuffed + b".\r\nRSET\r\nQUIT\r\n")
+    assert said == [220, 250, 250, 250, 354, 250, 250, 221]
+    seen = clear_relay.ask("report")
+    assert (seen["accepted"], seen["octets"]) == (1, len(MAIL % 2))
+
+
+def test_chunks_need_no_dots_doubled_and_may_come_in_any_pieces(clear_relay: RelayProcess) -> None:
+    mail = MAIL % 3
+    chunks = b"BDAT 20\r\n" + mail[:20] + b"BDAT %d\r\n" % (len(mail) - 20) + mail[20:] + b"BDAT 0 LAST\r\n"
+    whole = ENVELOPE + chunks + b"BDAT 4 LAST\r\nQUITQUIT\r\n"  # the last chunk has no recipient
+    assert codes(clear_relay.port, whole[:90], whole[90:140], whole[140:]) == [220, *[250] * 6, 503, 221]
+    seen = clear_relay.ask("report")
+    assert (seen["accepted"], seen["octets"], seen["message_ids"]) == (1, len(mail), 1)
+
+
+def test_an_address_beyond_ascii_needs_smtputf8(clear_relay: RelayProcess) -> None:
+    without, with_it = "MAIL FROM:<ä@example.com>\r\n", "MAIL FROM:<ä@example.com> SMTPUTF8\r\n"
+    said = codes(clear_relay.port, b"EHLO me\r\n", (without + with_it).encode(), b"DATA\r\nQUIT\r\n")
+    assert said == [220, 250, 553, 250, 503, 221]
+
+
+def test_a_round_trip_takes_its_time(tmp_path: Path) -> None:
+    with RelayProcess(tmp_path, latency=0.02, secure=False) as relay:
+        began = time.monotonic()
+        with smtplib.SMTP("127.0.0.1", relay.port) as client:  # two, with TCP's own
+            client.sendmail("a@example.com", ["b@example.com"], MAIL % 4)  # EHLO, MAIL, RCPT, DATA, the dot; then QUIT
+        assert 0.16 < time.monotonic() - began < 1
+        assert relay.ask("wait 1")["accepted"] == 1
+        assert list(relay.ask("moments")) == ["b@example.com"]
+
+
+RESULTS: dict[str, dict[str, Rounds]] = {
+    "accept": {
+        "ours": [{"rate": 300, "p99": 5}, {"rate": 900, "p99": 5}, {"rate": 800, "p99": 9}],
+        "celery": [{"rate": 100, "p99": 10}, {}, {"rate": 400, "p99": 10}],
+    },
+    "idle": {"ours": [{"p50": 20, "p99": 40}]},
+    "queue": {"ours": [{"accept_short": 1.0, "accept_long": 1.1, "send_short": 2.0, "bytes": 2000}]},
+}
+
+
+def test_the_page_has_medians_with_their_spread_and_each_ratio_beside_its_target() -> None:
+    page = document(RESULTS, asdict(QUICK), ["2 cores"], ["Round 2: the peer did not start."])
+    assert "| async-email (Waitress, 1 process) | 800 (300–900) | – | 5.0 (5.0–9.0) | – | – |" in page
+    assert "| Flask + Celery (Gunicorn, 2 workers) | 250 (100–400) |" in page
+    assert "| requests/s | 2.50 (2.00–3.00) | ≥ 1.5 | met |" in page  # the second round has no peer
+    assert "| p99 | 0.70 (0.50–0.90) | ≤ 1 | met |" in page
+    assert "| memory | – | ≤ 0.7 | not measured |" in page
+    assert "| p50, ms | 20.0 | < 15 | **missed** |" in page
+    assert "| accept, long to short | 1.10 | ≤ 1.1 | met |" in page
+    assert page.endswith("- Round 2: the peer did not start.\n")
+
+
+def test_the_plot_has_a_bar_for_every_side_that_was_measured() -> None:
+    root = ElementTree.fromstring(plot({**RESULTS, "send20": {side: [] for side in MEASUREMENTS["send20"].sides}}))
+    bars = [float(bar.attrib["width"]) for bar in root.iter("{http://www.w3.org/2000/svg}rect")]
+    assert len(bars) == 2
+    assert bars[0] / bars[1] == pytest.approx(800 / 250, rel=0.01)
+
+
+def test_every_measurement_has_a_trial() -> None:
+    assert MEASUREMENTS.keys() == TRIALS.keys()
+
+
+class Answering(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        good = self.rfile.read(int(self.headers["Content-Length"])) == b"{}" and self.headers["X-Key"] == "secret"
+        self.send_response(202 if good else 400)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.parametrize("generator", ["wrk", "ours"])
+def test_the_load_is_counted(generator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if generator == "ours":
+        monkeypatch.setenv("PATH", "")
+    elif not shutil.which("wrk"):
+        pytest.skip("wrk is not installed")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/start-job"
+        good, bad = (Request(url, "POST", "{}", {"X-Key": key}) for key in ("secret", "wrong"))
+        load = put_load(good, seconds=1, connections=2, directory=tmp_path)
+        refused = put_load(bad, seconds=1, connections=2, directory=tmp_path)
+        server.shutdown()
+    assert load.failed == 0
+    assert 0 < load.p50 <= load.p99 < 1000
+    assert load.rate > 10
+    assert refused.failed > 10
