@@ -28,8 +28,8 @@ from rq import Retry, get_current_job
 import settings
 from events import emit
 from jobs import Jobs, connect
-from mail import relay
 from mail import sweep as sweeping
+from mail import warm
 from mail.message import to_mime
 from mail.outbox import AFTER_A_CRASH, EXPIRED, Busy, Claim, Outbox, jittered
 from mail.pacing import Pacing
@@ -112,34 +112,34 @@ def _attempt(claim: Claim) -> str | Retry:
     if wait:
         return _end(claim, "delayed", wait.reason, math.ceil(wait.seconds), in_line=wait.in_line)
     mime = to_mime(claim.message, claim.message_id, claim.created_at)
-    with relay.conversation(the_relay()) as session:
+    with warm.conversation(the_relay()) as conversation:
         try:
-            outcome = relay.send(
-                session,
+            outcome = conversation.send(
                 claim.message.sender.address,
                 todo,
                 mime,
                 smtputf8=claim.message.needs_smtputf8,
-                before_dot=lambda replies: _before_dot(claim, replies),
+                before_dot=lambda replies: _before_dot(claim, todo, replies),
             )
         except Expired:
             pacing().well()
             return _expire(claim)
         _record(claim, outcome)
         try:
-            return _conclude(claim, outcome)  # written down before the session's QUIT, and before anything else
+            return _conclude(claim, outcome)  # written down before a word more to the relay, and before anything else
         finally:
             _tell_breaker(outcome.reply)
 
 
-def _before_dot(claim: Claim, replies: Mapping[str, Reply]) -> None:
+def _before_dot(claim: Claim, todo: Sequence[str], replies: Mapping[str, Reply]) -> None:
+    """Whose recipient's reply is not known yet may be accepted in the next moment."""
     if claim.has_expired():
         raise Expired
     with _dots:
         if _broken_off.is_set():
             raise BrokenOff
         _at_dot.add(claim.id)
-    claim.before_dot({who: AT_DOT[reply.verdict] for who, reply in replies.items()})
+    claim.before_dot({who: AT_DOT[replies[who].verdict] if who in replies else "in_doubt" for who in todo})
 
 
 def break_off() -> NoReturn:
@@ -248,6 +248,11 @@ def _tell_breaker(reply: Reply) -> None:
 def relay_closed_for() -> float:
     """Seconds for which this process need not take any mail: the breaker is open."""
     return pacing().closed_for()
+
+
+def leave_relay() -> None:
+    """For a worker that ends: takes leave on the sessions that were kept."""
+    warm.close_all()
 
 
 def sweep() -> None:

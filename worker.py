@@ -352,6 +352,7 @@ def main() -> int:
     events.emit("worker_started", queue=queue)
     if isinstance(worker, Crew):
         worker.work()
+        tasks.leave_relay()
     else:
         worker.work(with_scheduler=True, logging_level=None)
     return 0

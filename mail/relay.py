@@ -1,4 +1,4 @@
-"""SMTP out: one conversation with the relay, and the one judgement of what its answers mean.
+"""SMTP out: a session with the relay, a mail over it, and the one judgement of what its answers mean.
 
 `send` carries one message to its recipients and returns an `Outcome`; it never raises for what a relay does or fails to
 do. `judge` turns phase + reply into a verdict, and nothing else in the project interprets an SMTP code:
@@ -9,10 +9,10 @@ do. `judge` turns phase + reply into a verdict, and nothing else in the project 
   in doubt   the body went out whole and no answer came: it may have been accepted (RFC 1047)
   trouble    the relay, the login or our use of it: no mail can be blamed, so none loses an attempt
 
-Certificates are verified, STARTTLS never falls back to plain text, an address goes out to the letter or not at all. A
-conversation as a whole has a deadline (but for the DNS lookup, whose limit is the resolver's), so that a relay that
-drips a byte a second holds no worker. The only home of `smtplib`.
-Standards: RFC 5321 (SMTP), 3207 (STARTTLS), 4954 (AUTH), 8314 (implicit TLS), 6531 (SMTPUTF8), 3463 (enhanced codes).
+Certificates are verified, STARTTLS never falls back to plain text, an address goes out to the letter or not at all.
+Which session a mail gets, and its deadline, are mail.warm's. The only home of `smtplib`.
+Standards: RFC 5321 (SMTP), 3207 (STARTTLS), 4954 (AUTH), 8314 (implicit TLS), 6531 (SMTPUTF8), 3463 (enhanced codes),
+2920 (PIPELINING), 3030 (CHUNKING).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import smtplib
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -56,12 +57,17 @@ class Phase(str, Enum):
 CHUNK = 64 * 1024  # bytes of the body
 SEND_BUFFER = 256 * 1024  # bytes
 LONGEST_HINT = 12 * 3600  # seconds; what a relay asks for beyond that is not believed
+END = 2  # bytes of a chunk that are kept back like a final dot
+FRESH = 1  # seconds since the last reply, for which a session is surely not dead
+PATIENCE = 2  # seconds per reply that is only needed to keep a session
 LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already
 ADDRESS = re.compile(r"[^\x00-\x20\x7f<>]+")  # what fits between < and >
 HINT = re.compile(  # "try again in 5 minutes", "retry after 300 seconds", "please come back in 00:04:59"
     r"\b(?:in|after|wait|for)\s+(?:(\d{1,5})\s*(seconds?|secs?|s|minutes?|mins?|m|hours?|h)\b|(\d\d):(\d\d):(\d\d)\b)",
     re.IGNORECASE,
 )
+
+UNSPEAKABLE = (553, "this address cannot be written into an SMTP command")
 
 SESSION = (Phase.CONNECT, Phase.GREETING, Phase.HELLO, Phase.STARTTLS, Phase.AUTH)
 MESSAGE = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.TRANSFER, Phase.DOT)
@@ -133,6 +139,16 @@ class Reply(NamedTuple):
         return min(LONGEST_HINT, hours * 3600 + minutes * 60 + seconds)
 
     @property
+    def leaves_the_session(self) -> bool:
+        """Whether after it the relay may be given another mail at once."""
+        return self.code not in (421, 503) and self.verdict not in (Verdict.TROUBLE, Verdict.IN_DOUBT)
+
+    @property
+    def is_the_sessions_end(self) -> bool:
+        """The mail did not get as far as its final dot because there was no session any more."""
+        return self.phase in MESSAGE[:-1] and self.code in (None, 421)
+
+    @property
     def summary(self) -> str:
         """Code and phase, without a word of the relay's: fit for logs and exception texts."""
         return f"no reply at {self.phase.value}" if self.code is None else f"{self.code} at {self.phase.value}"
@@ -202,12 +218,29 @@ class _Client(smtplib.SMTP):
         return code, text
 
 
+class Letter(NamedTuple):
+    """A mail as it goes out: its commands, and its body in lines that end in CRLF."""
+
+    mail: bytes
+    rcpt: dict[str, bytes]
+    body: bytes
+
+
 class Session:
-    """A conversation. Each step raises `Stopped` with the phase it reached when the relay does not say yes."""
+    """One connection and its mails, one after the other. Each step raises `Stopped` with the phase it reached when the
+    relay does not say yes."""
 
     def __init__(self, relay: Relay) -> None:
         self.relay = relay
         self.phase = Phase.CONNECT
+        self.sound = False  # the last step came to its end
+        self.owed = 0  # replies to what is out already
+        self.begun = False  # a transaction, that the relay has not ended
+        self.unfinished = False  # a part of a mail is out, and not its end: any word now would be taken for mail
+        self.out = False  # all of the mail
+        self.last: Reply | None = None
+        self.mails = 0
+        self.opened_at = self.heard_at = time.monotonic()
         self.late = threading.Event()
         self.line: socket.socket | None = None
         self.smtp = _Client(local_hostname=own_name(), timeout=relay.timeout)
@@ -217,9 +250,10 @@ class Session:
     @contextmanager
     def step(self, phase: Phase) -> Iterator[None]:
         """One phase: whatever goes wrong in it becomes `Stopped`, without the relay's words in an exception text."""
-        self.phase = phase
+        self.phase, self.sound = phase, False
         try:
             yield
+            self.sound = True
         except smtplib.SMTPResponseException as error:
             raise Stopped(Reply(phase, error.smtp_code, _text(error.smtp_error))) from None
         except (OSError, ValueError) as error:  # OSError is the base of smtplib's exceptions, too
@@ -247,10 +281,11 @@ class Session:
         if self.relay.username:
             with self.step(Phase.AUTH):
                 self.login(self.relay.username, self.relay.password or "")
+        self.heard_at = time.monotonic()
 
     def connect(self) -> None:
         self.smtp.sock = line = _dial(self.relay)
-        # `_hang_up` needs a handle of its own, for during a TLS handshake smtplib's socket is nobody's. It sets `late`
+        # `hang_up` needs a handle of its own, for during a TLS handshake smtplib's socket is nobody's. It sets `late`
         # before it looks at `line`, and here it is the other way round, so one of the two notices.
         self.line = line.dup()
         if self.late.is_set():
@@ -267,88 +302,174 @@ class Session:
         self.smtp.user, self.smtp.password = username, password
         self.smtp.auth(mechanism, getattr(self.smtp, "auth_" + mechanism.lower().replace("-", "_")))
 
-    def mail(self, sender: str, size: int, smtputf8: bool) -> None:
+    def letter(
+        self, sender: str, recipients: Sequence[str], mime: bytes, smtputf8: bool, replies: dict[str, Reply]
+    ) -> Letter:
+        """Whose address cannot stand in a command is refused here, for good and unsent: it would be no better next
+        time. Of recipients that is noted in `replies`."""
         if smtputf8 and not self.smtp.has_extn("smtputf8"):
             # RFC 6531 3.3: such a mail cannot go through this relay, now or later.
             raise Stopped(Reply(Phase.MAIL, 550, "5.6.7 the relay does not offer SMTPUTF8, which an address needs"))
-        self.smtp.command_encoding = "utf-8" if smtputf8 else "ascii"
-        options = [f"SIZE={size}"] if self.smtp.has_extn("size") else []
+        options = [f"SIZE={len(mime)}"] if self.smtp.has_extn("size") else []
         options += ["SMTPUTF8"] if smtputf8 else []
-        self.expect(self.command(Phase.MAIL, "MAIL FROM", sender, *options))
+        encoding = "utf-8" if smtputf8 else "ascii"
+        mail = _command("MAIL FROM", sender, encoding, *options)
+        if not mail:
+            raise Stopped(Reply(Phase.MAIL, *UNSPEAKABLE))
+        commands = {who: _command("RCPT TO", who, encoding) for who in recipients}
+        replies.update({who: Reply(Phase.RCPT, *UNSPEAKABLE) for who, line in commands.items() if not line})
+        return Letter(mail, {who: line for who, line in commands.items() if line}, _lines(mime))
 
-    def rcpt(self, recipient: str) -> Reply:
-        """RCPT TO. One refused does not stop the others, unless the relay closes on all of them (421)."""
-        reply = self.command(Phase.RCPT, "RCPT TO", recipient)
-        if reply.code == 421:
-            raise Stopped(reply)
+    def transact(self, letter: Letter, replies: dict[str, Reply], before_dot: Callable[[], None]) -> Reply:
+        """From MAIL to the reply to the final dot, in as few round trips as the relay allows. Until `before_dot` has
+        returned, it cannot have accepted anything."""
+        if not letter.rcpt:
+            raise Stopped(_gravest(replies.values()))
+        self.out, self.begun = False, True
+        if self.may_chunk(letter):
+            return self.chunk(letter, replies, before_dot)
+        if self.smtp.has_extn("pipelining"):
+            with self.step(Phase.MAIL):
+                self.write(letter.mail, *letter.rcpt.values(), b"DATA\r\n")
+        self.introduce(letter, replies)
+        return self.body(letter.body, before_dot)
+
+    def may_chunk(self, letter: Letter) -> bool:
+        """Where not a reply is awaited before the end of the mail, a connection that died unnoticed would leave it in
+        doubt. So it must be known to live, and the mail one that the kernel takes at once."""
+        offered = self.smtp.has_extn("pipelining") and self.smtp.has_extn("chunking")
+        return offered and len(letter.body) <= SEND_BUFFER and time.monotonic() - self.heard_at < FRESH
+
+    def introduce(self, letter: Letter, replies: dict[str, Reply]) -> None:
+        """MAIL and RCPT. One recipient refused does not stop the others, unless the relay closes on all (421)."""
+        self.expect(self.ask(Phase.MAIL, letter.mail))
+        for who, line in letter.rcpt.items():
+            replies[who] = self.ask(Phase.RCPT, line)
+            if replies[who].code == 421:
+                raise Stopped(replies[who])
+        if not any(reply.verdict is Verdict.ACCEPTED for reply in replies.values()):
+            raise Stopped(_gravest(replies.values()))
+
+    def body(self, lines: bytes, before_dot: Callable[[], None]) -> Reply:
+        """DATA, the body, the final dot."""
+        self.expect(self.ask(Phase.DATA, b"DATA\r\n"))
+        self.owed += 1
+        self.push(_stuffed(lines))
+        before_dot()
+        self.push(b".\r\n")  # a dot that does not get out leaves nothing in doubt
+        self.is_out()
+        reply = self.answer(Phase.DOT)
+        self.begun = False
         return reply
 
-    def command(self, phase: Phase, words: str, address: str, *options: str) -> Reply:
-        """The address to the letter; smtplib's own methods send what their parser makes of it. One that cannot stand in
-        a command is refused here, for good and unsent: it would be no better next time."""
-        with self.step(phase):
-            try:
-                if not ADDRESS.fullmatch(address):
-                    raise ValueError
-                return self.reply(self.smtp.docmd(f"{words}:<{address}>", " ".join(options)))
-            except ValueError:  # also what encoding it may raise
-                return Reply(phase, 553, "this address cannot be written into an SMTP command")
-
-    def body(self, mime: bytes, before_dot: Callable[[], None]) -> Reply:
-        """DATA, the body, the final dot. Until `before_dot` has returned, the relay cannot have accepted anything."""
-        with self.step(Phase.DATA):
-            self.expect(self.reply(self.smtp.docmd("DATA")))
-        with self.step(Phase.TRANSFER):
-            self.push(_lines(mime))
-        before_dot()
-        with self.step(Phase.TRANSFER):  # still: a dot that does not get out leaves nothing in doubt
-            self.push(b".\r\n")
-        with self.step(Phase.DOT):
-            # Some scan for viruses before they answer, and RFC 5321 4.5.3.2.6 asks for ten minutes: whoever gives up
-            # earlier sends again what was accepted. So this one reply may take all that is left of the conversation.
-            self.smtp.sock.settimeout(None)  # type: ignore[union-attr]
-            return self.reply(self.smtp.getreply())
+    def chunk(self, letter: Letter, replies: dict[str, Reply], before_dot: Callable[[], None]) -> Reply:
+        """MAIL, RCPT, BDAT and the body in one go. Its last bytes take the place of the final dot: without them the
+        chunk is not whole, and nothing may come of it (RFC 3030 2)."""
+        bdat = b"BDAT %d LAST\r\n" % len(letter.body)
+        self.owed += len(letter.rcpt) + 2
+        whole = self.hand_over(b"".join([letter.mail, *letter.rcpt.values(), bdat, letter.body[:-END]]))
+        if whole:
+            before_dot()
+            whole = self.hand_over(letter.body[-END:])
+        if whole:
+            self.is_out()
+        self.introduce(letter, replies)
+        reply = self.answer(Phase.DOT if whole else Phase.TRANSFER)
+        self.begun = reply.verdict is not Verdict.ACCEPTED
+        return reply
 
     def push(self, data: bytes) -> None:
         """A part of the mail. A relay that wants no more of it (552, 421) says so and hangs up: that is the reply."""
+        if not self.hand_over(data):
+            raise Stopped(self.answer(Phase.TRANSFER))
+
+    def hand_over(self, data: bytes) -> bool:
+        """A part of the mail to the kernel, or not all of it: then what the relay said before it hung up is read."""
         assert self.smtp.sock
+        self.phase, self.unfinished = Phase.TRANSFER, True
         try:
             for start in range(0, len(data), CHUNK):  # a timeout is for a whole sendall()
                 self.smtp.sock.sendall(data[start : start + CHUNK])
         except OSError:
             self.smtp.sock.settimeout(LAST_WORDS)
-            raise Stopped(self.reply(self.smtp.getreply())) from None
+            return False
+        return True
+
+    def is_out(self) -> None:
+        """From here on silence is doubt, and is borne to the deadline: some relays scan for viruses before they answer,
+        RFC 5321 4.5.3.2.6 asks for ten minutes, and whoever gives up earlier sends again what was accepted."""
+        self.out, self.unfinished = True, False
+        self.smtp.sock.settimeout(None)  # type: ignore[union-attr]
+
+    def write(self, *commands: bytes) -> None:
+        self.owed += len(commands)
+        self.smtp.send(b"".join(commands))
+
+    def ask(self, phase: Phase, command: bytes) -> Reply:
+        """The reply to a command, which is out already where replies are owed (RFC 2920)."""
+        if not self.owed:
+            with self.step(phase):
+                self.write(command)
+        return self.answer(phase)
+
+    def answer(self, phase: Phase) -> Reply:
+        self.owed -= 1
+        with self.step(Phase.DOT if self.out else phase):
+            code, text = self.smtp.getreply()
+        self.heard_at = time.monotonic()
+        lost_step = self.out and 300 <= code < 400  # which no reply to a mail that is out can be: it refuses nothing
+        self.last = Reply(Phase.DOT if lost_step else phase, code, _text(text))
+        if lost_step:
+            raise Stopped(self.last)
+        return self.last
+
+    def make_ready(self) -> bool:
+        """For another mail. False where anything is in doubt about what the relay waits for, or whether it is there."""
+        if not self.sound or self.unfinished or (self.last and not self.last.leaves_the_session):
+            return False
+        assert self.smtp.sock
+        try:
+            self.smtp.sock.settimeout(PATIENCE)
+            while self.owed:  # to what went out behind a command that was refused; a 354 among them awaits a mail
+                if not 400 <= self.smtp.getreply()[0] <= 599:
+                    return False
+                self.owed -= 1
+            if self.begun and self.smtp.docmd("RSET")[0] != 250:
+                return False
+        except OSError:
+            return False
+        self.begun = False
+        return True
+
+    def is_quiet(self) -> bool:
+        """Whether the relay has neither hung up nor said anything unasked (421), which would pass for a reply."""
+        assert self.smtp.sock
+        assert self.smtp.file
+        self.smtp.sock.settimeout(0)
+        try:
+            return self.smtp.file.read(1) is None
+        except ssl.SSLWantReadError:
+            return True
+        except OSError:
+            return False
+        finally:
+            self.smtp.sock.settimeout(self.relay.timeout)
+
+    def hang_up(self) -> None:
+        """At the deadline: ends whatever read or write the session is in."""
+        self.late.set()
+        if self.line:
+            with suppress(OSError):
+                self.line.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """QUIT, whose answer is nobody's concern and is not waited for: a relay may well hang up instead."""
         with suppress(OSError):
-            if self.phase not in (Phase.CONNECT, Phase.TRANSFER):  # in mid-body it would be a line of the mail
+            if self.phase is not Phase.CONNECT and not self.unfinished and not self.owed:
                 self.smtp.putcmd("QUIT")
         self.smtp.close()
         if self.line:
             self.line.close()
-
-
-def _hang_up(session: Session) -> None:
-    """At the deadline: ends whatever read or write the conversation is in."""
-    session.late.set()
-    if session.line:
-        with suppress(OSError):
-            session.line.shutdown(socket.SHUT_RDWR)
-
-
-@contextmanager
-def conversation(relay: Relay) -> Iterator[Session]:
-    session = Session(relay)
-    alarm = threading.Timer(relay.deadline, _hang_up, [session])
-    alarm.daemon = True
-    alarm.start()
-    try:
-        yield session
-    finally:
-        alarm.cancel()
-        alarm.join()  # or it might shut down a handle that by now is another connection's
-        session.close()
 
 
 def send(
@@ -360,21 +481,19 @@ def send(
     smtputf8: bool,
     before_dot: Callable[[Mapping[str, Reply]], None],
 ) -> Outcome:
-    """One attempt, from connecting to the answer to the final dot.
+    """One mail over one session, from connecting (its first) to the answer to the final dot.
 
-    `before_dot` is called once, with the replies to RCPT, when everything but the final dot is out; what it raises
-    ends the attempt there, and nothing was sent. QUIT comes later, when the caller has written the outcome down.
+    `before_dot` is called once, with the replies to RCPT as far as they are known, when everything but the final dot
+    (or the end of the chunk) is out; what it raises ends the attempt there, and nothing was sent. Nothing is said to
+    the relay after the answer: the caller writes the outcome down first.
     """
     replies: dict[str, Reply] = {}
     try:
-        session.open()
-        session.mail(sender, len(mime), smtputf8)
-        for recipient in recipients:
-            replies[recipient] = session.rcpt(recipient)
-        served = [address for address, reply in replies.items() if reply.verdict is Verdict.ACCEPTED]
-        if not served:
-            return Outcome(_gravest(replies.values()), replies)
-        final = session.body(mime, lambda: before_dot(replies))
+        if not session.mails:
+            session.open()
+        session.mails += 1
+        letter = session.letter(sender, recipients, mime, smtputf8, replies)
+        final = session.transact(letter, replies, lambda: before_dot(replies))
     except Stopped as stopped:
         final = stopped.reply
     # Whoever was refused at RCPT keeps that reply; everybody else shares the fate of the conversation.
@@ -410,12 +529,26 @@ def _gravest(replies: Iterable[Reply]) -> Reply:
     return min(replies, key=lambda reply: order.index(reply.verdict))
 
 
+def _command(words: str, address: str, encoding: str, *options: str) -> bytes | None:
+    """The address to the letter; smtplib's own methods send what their parser makes of it. None where that is not
+    possible."""
+    if not ADDRESS.fullmatch(address):
+        return None
+    with suppress(ValueError):
+        return (" ".join([f"{words}:<{address}>", *options]) + "\r\n").encode(encoding)
+    return None
+
+
 def _lines(mime: bytes) -> bytes:
-    """Lines that end in CRLF and nothing else (RFC 5321 2.3.8), their dots doubled (4.5.2). A lone CR or LF by a dot
-    would end the mail for some relays and not for others, and what follows it would be another: SMTP smuggling."""
+    """Lines that end in CRLF and nothing else (RFC 5321 2.3.8). A lone CR or LF by a dot would end the mail for some
+    relays and not for others, and what follows it would be another: SMTP smuggling."""
     lines = mime.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
-    stuffed = re.sub(rb"(?m)^\.", b"..", lines)
-    return stuffed if stuffed.endswith(b"\r\n") else stuffed + b"\r\n"
+    return lines if lines.endswith(b"\r\n") else lines + b"\r\n"
+
+
+def _stuffed(lines: bytes) -> bytes:
+    """RFC 5321 4.5.2."""
+    return re.sub(rb"(?m)^\.", b"..", lines)
 
 
 def _text(reply: bytes | str) -> str:

@@ -2,7 +2,8 @@
 
 `script` maps a command to what comes back: a reply, an act, or a list of these, one each time and the last for good.
 Beside the commands there are `GREETING`, `TLS` (the client has begun a handshake), `BODY` (the first bytes of the mail
-are here, and no more is read yet), `.` (its end) and `500` (no command). The rest is answered as in `OBLIGING`.
+are here, and no more is read yet), `.` (its end, also a chunk's) and `500` (no command). The rest is answered as in
+`OBLIGING`.
 
     with ScriptedRelay({"RCPT": ["250 ok", "550 no"], ".": hang_up}) as relay: ...
 
@@ -32,6 +33,7 @@ OBLIGING = {
     "RCPT": "250 2.1.5 ok",
     "DATA": "354 end with a dot",
     ".": "250 2.0.0 queued as 4711",
+    "RSET": "250 2.0.0 flushed",
     "QUIT": "221 2.0.0 bye",
     "500": "500 5.5.2 what?",  # anything else
 }
@@ -68,6 +70,7 @@ class Line:
         self.recipients: list[str] = []
         self.body = b""
         self.acceptance: Acceptance | None = None
+        self.spoke = False
 
     def accept(self) -> Acceptance:
         """From here on the mail is the relay's, whether or not it gets to say so."""
@@ -81,13 +84,25 @@ class Line:
 
     def say(self, text: str | bytes) -> None:
         self.socket.sendall(text if isinstance(text, bytes) else text.encode() + b"\r\n")
+        self.spoke = True
 
     def hear_more(self) -> None:
+        all_answered, self.spoke = self.spoke and not self.unread, False
         heard = self.socket.recv(1 << 20)
         if not heard:
             raise HungUp
+        if all_answered:
+            self.relay.turns += 1
+            time.sleep(self.relay.latency)
         self.unread += heard
         self.relay.heard += heard
+
+    def hear(self, octets: int) -> bytes:
+        while len(self.unread) < octets:
+            self.hear_more()
+        heard = bytes(self.unread[:octets])
+        del self.unread[:octets]
+        return heard
 
     def hear_until(self, end: bytes) -> bytes:
         searched = 0
@@ -215,6 +230,7 @@ class ScriptedRelay:
         receive_buffer: int = 64 * 1024,
         port: int = 0,
         patience: float = 10,  # seconds of the client's silence
+        latency: float = 0,  # seconds of a round trip
     ) -> None:
         ehlo = "\r\n".join([*(f"250-{line}" for line in ("relay.example", *offers)), "250 HELP"])
         steps: Script = {"EHLO": ehlo, **OBLIGING, **(script or {})}
@@ -224,6 +240,8 @@ class ScriptedRelay:
         self.receive_buffer = receive_buffer
         self.port = port
         self.patience = patience
+        self.latency = latency
+        self.turns = 0  # how often the client spoke when all it had said was answered
         self.commands: list[str] = []
         self.heard = bytearray()  # everything, as it came out of TLS if there was any
         self.bodies: list[bytes] = []  # between the reply to DATA and the final dot
@@ -295,6 +313,8 @@ class ScriptedRelay:
             self._answer(line, command.split(" ")[0].split(":")[0].upper())
 
     def _answer(self, line: Line, verb: str) -> None:
+        if verb == "BDAT":
+            return self._take_chunk(line)
         reply = self._perform(line, verb)
         if verb == "STARTTLS" and reply.startswith("220"):
             self._encrypt(line)
@@ -320,7 +340,15 @@ class ScriptedRelay:
             if not line.unread:
                 line.hear_more()
             self._perform(line, "BODY")
-        line.body = line.hear_until(b"\r\n.\r\n") + b"\r\n"
+        self._take(line, line.hear_until(b"\r\n.\r\n") + b"\r\n")
+
+    def _take_chunk(self, line: Line) -> None:
+        if "BODY" in self.script:
+            self._perform(line, "BODY")
+        self._take(line, line.hear(int(line.command.split(" ")[1])))
+
+    def _take(self, line: Line, body: bytes) -> None:
+        line.body = body
         self.bodies.append(line.body)
         if self._perform(line, ".").startswith("2"):
             self.accepted.append(line.body)

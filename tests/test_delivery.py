@@ -572,6 +572,20 @@ def test_sigterm_lets_the_mail_in_hand_finish(house: House, relay: Relay) -> Non
     assert set(states) <= {"sent", "queued"}
 
 
+def test_a_worker_that_ends_takes_leave_of_the_relay(house: House) -> None:
+    with ScriptedRelay() as relay:
+        house.environment |= {"SMTP_PORT": str(relay.port), "SMTP_SECURITY": "none", "SMTP_USERNAME": ""}
+        house.environment["SMTP_PASSWORD"] = ""
+        api = house.api()
+        worker = house.worker()
+        for one in [submit(api, mail()) for _ in range(3)]:
+            api.wait_for(one, "sent")
+        assert "QUIT" not in relay.commands
+        worker.terminate()
+        assert worker.wait(20) == 0
+        eventually(lambda: relay.commands.count("QUIT") == relay.connections, 2)
+
+
 def test_a_second_sigterm_does_not_make_a_mail_of_doubt(house: House) -> None:
     at_dot, answer = threading.Event(), threading.Event()
 

@@ -28,11 +28,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from mail import relay
+from mail import relay, warm
 from mail.message import compose, parse, to_mime
-from mail.relay import Outcome, Phase, Relay, Reply, Stopped, Verdict, judge
+from mail.relay import Outcome, Phase, Relay, Reply, Session, Stopped, Verdict, judge
 from tests import servers
 from tests.scripted_relay import (
+    OBLIGING,
     Line,
     Script,
     ScriptedRelay,
@@ -70,8 +71,9 @@ def _nothing_is_left_open() -> Iterator[None]:
     """No thread, no socket; an unclosed one that is collected here warns, and warnings are errors."""
     threads, handles = set(threading.enumerate()), len(os.listdir("/dev/fd"))
     yield
+    warm.close_all()
     gc.collect()
-    assert set(threading.enumerate()) == threads
+    eventually(lambda: set(threading.enumerate()) == threads)
     assert len(os.listdir("/dev/fd")) == handles
 
 
@@ -112,10 +114,38 @@ def attempt(
     smtputf8: bool = False,
     before_dot: Callable[[Mapping[str, Reply]], None] = lambda replies: None,
 ) -> Outcome:
-    with relay.conversation(to) as session:
-        outcome = relay.send(session, sender, recipients or (ADA,), mime, smtputf8=smtputf8, before_dot=before_dot)
-    assert not running_timers()
-    return outcome
+    """On a session of its own."""
+    try:
+        return another(to, *recipients, sender=sender, mime=mime, smtputf8=smtputf8, before_dot=before_dot)
+    finally:
+        warm.close_all()
+
+
+def another(
+    to: Relay,
+    *recipients: str,
+    sender: str = SENDER,
+    mime: bytes = MIME,
+    smtputf8: bool = False,
+    before_dot: Callable[[Mapping[str, Reply]], None] = lambda replies: None,
+) -> Outcome:
+    """On the session that the last one left, if it left any."""
+    with warm.conversation(to) as conversation:
+        return conversation.send(sender, recipients or (ADA,), mime, smtputf8=smtputf8, before_dot=before_dot)
+
+
+@contextmanager
+def opened(to: Relay) -> Iterator[Session]:
+    with warm.conversation(to) as conversation:
+        conversation.session.open()
+        yield conversation.session
+
+
+def transact(
+    session: Session, sender: str = SENDER, mime: bytes = MIME, before_dot: Callable[[], None] = lambda: None
+) -> Reply:
+    replies: dict[str, Reply] = {}
+    return session.transact(session.letter(sender, [ADA], mime, False, replies), replies, before_dot)
 
 
 def fate(outcome: Outcome) -> tuple[Phase, int | None, Verdict]:
@@ -333,8 +363,7 @@ def test_the_commands_are_those_of_rfc_5321_and_no_more() -> None:
 
 
 def test_the_dot_does_not_wait_for_the_bodys_acknowledgement() -> None:
-    with ScriptedRelay() as there, relay.conversation(at(there.port)) as session:
-        session.open()
+    with ScriptedRelay() as there, opened(at(there.port)) as session:
         assert session.smtp.sock
         assert session.smtp.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
@@ -947,21 +976,18 @@ def test_a_relay_that_neither_reads_nor_speaks_costs_one_timeout() -> None:
 
 def test_a_reply_that_came_before_the_deadline_counts_after_it() -> None:
     """`before_dot` and the machine may be slow; that the relay has answered is no less true for it."""
-    with ScriptedRelay() as there, relay.conversation(at(there.port)) as session:
-        session.open()
-        session.mail(SENDER, len(MIME), smtputf8=False)
-        session.rcpt(ADA)
+    with ScriptedRelay() as there, opened(at(there.port)) as session:
         original, answered = session.push, threading.Event()
 
         def push(data: bytes) -> None:
             original(data)
             if data == b".\r\n":
                 eventually(lambda: there.accepted)
-                relay._hang_up(session)
+                session.hang_up()
                 answered.set()
 
         session.push = push  # type: ignore[method-assign]
-        reply = session.body(MIME, lambda: None)
+        reply = transact(session)
     assert answered.is_set()
     assert (reply.code, reply.verdict) == (250, ACCEPTED)
 
@@ -1117,8 +1143,7 @@ def test_what_before_dot_raises_ends_the_attempt_with_nothing_sent(error: type[B
 
 def test_an_interrupted_caller_leaves_nothing_open() -> None:
     def talk(port: int) -> None:
-        with relay.conversation(at(port)) as session:
-            session.open()
+        with opened(at(port)):
             raise Interrupted
 
     with ScriptedRelay() as there, pytest.raises(Interrupted):
@@ -1159,10 +1184,8 @@ def test_a_summary_and_the_log_hold_nothing_of_the_mail_or_the_login(
 
 
 def talk(port: int, sender: str, seen: Callable[[], None] = lambda: None) -> None:
-    with relay.conversation(at(port, login=CREDENTIALS)) as session:
-        session.open()
-        session.mail(sender, 100, smtputf8=False)
-        session.body(BODY, seen)
+    with opened(at(port, login=CREDENTIALS)) as session:
+        transact(session, sender, BODY, seen)
 
 
 def printed(error: BaseException) -> str:
@@ -1212,12 +1235,563 @@ def test_a_text_of_ours_names_no_address() -> None:
     assert_clean(" ".join(reply.text for reply in outcome.recipients.values()))
 
 
-def test_the_deadline_is_called_off_with_the_conversation() -> None:
-    with ScriptedRelay() as there, relay.conversation(at(there.port, deadline=60)) as session:
-        session.open()
-        [timer] = running_timers()
-    assert not timer.is_alive()
+# Fewer round trips
+
+PIPES = ["PIPELINING"]
+CHUNKS = ["PIPELINING", "CHUNKING"]
+WAYS = pytest.mark.parametrize("offers", [[], PIPES, CHUNKS], ids=["plain", "pipelined", "chunked"])
 
 
-def running_timers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+@pytest.mark.parametrize(("offers", "trips"), [([], 4), (["CHUNKING"], 4), (PIPES, 2), (CHUNKS, 1)])
+def test_a_mail_on_a_warm_session_takes_as_few_round_trips_as_the_relay_allows(offers: list[str], trips: int) -> None:
+    with ScriptedRelay(offers=offers, latency=0.01) as there:
+        another(at(there.port))
+        before = there.turns
+        for _ in range(5):
+            assert another(at(there.port)).verdict is ACCEPTED
+        assert there.turns - before == 5 * trips
+        assert there.connections == 1
+        warm.close_all()
+    assert there.accepted == [MIME] * 6
+
+
+@pytest.mark.parametrize("offers", [PIPES, CHUNKS])
+def test_what_is_pipelined_is_what_is_said_without(offers: list[str]) -> None:
+    with ScriptedRelay(offers=[*offers, "SIZE"]) as there:
+        attempt(at(there.port), ADA, BOB)
+    envelope = [f"MAIL FROM:<{SENDER}> SIZE={len(MIME)}", f"RCPT TO:<{ADA}>", f"RCPT TO:<{BOB}>"]
+    assert there.commands[1:] == [*envelope, "DATA" if offers is PIPES else f"BDAT {len(MIME)} LAST", "QUIT"]
+
+
+def test_a_large_mail_waits_for_the_replies_about_its_recipients() -> None:
+    with ScriptedRelay({"RCPT": "550 5.1.1 no", "DATA": "554 no valid recipients"}, offers=CHUNKS) as there:
+        assert fate(attempt(at(there.port), mime=LARGE)) == (Phase.RCPT, 550, REFUSED)
+    assert len(there.heard) < 1000
+
+
+def test_a_chunk_holds_the_mail_to_the_byte_with_crlf_line_ends_and_no_dot_doubled() -> None:
+    with ScriptedRelay(offers=CHUNKS) as there:
+        attempt(at(there.port), mime=b"A: b\n\n.\r\n..x\r\xff\0\n.")
+    assert there.accepted == [b"A: b\r\n\r\n.\r\n..x\r\n\xff\0\r\n.\r\n"]
+
+
+@WAYS
+@pytest.mark.parametrize("octets", [1, 7, 10_000])
+def test_replies_to_many_commands_may_come_in_any_number_of_packets(offers: list[str], octets: int) -> None:
+    together: list[str] = []
+
+    def gathered(text: str, reply: str) -> Step:
+        def act(line: Line) -> str:
+            together.append(text)
+            if offers == [] or text.startswith(("354", "250 2.0.0")):
+                pieces("\r\n".join(together), octets)(line)
+                together.clear()
+            return reply
+
+        return act
+
+    script: Script = {
+        "MAIL": gathered("250-2.1.0 fine\r\n250 go on", "250"),
+        "RCPT": [gathered("250 2.1.5 liked", "250"), gathered("550-5.1.1 not\r\n550 5.1.1 here", "550")],
+        "DATA": gathered("354 go", "354"),
+        ".": gathered("250 2.0.0 4711", "250"),
+    }
+    with ScriptedRelay(script, offers=offers) as there:
+        outcome = attempt(at(there.port), ADA, BOB)
+    assert there.accepted == [MIME]
+    assert outcome.recipients == {
+        ADA: Reply(Phase.DOT, 250, "2.0.0 4711"),
+        BOB: Reply(Phase.RCPT, 550, "5.1.1 not 5.1.1 here"),
+    }
+
+
+AFTER_MAIL: Script = {"RCPT": "503 5.5.1 MAIL first", "DATA": "503 5.5.1 MAIL first", ".": "503 5.5.1 MAIL first"}
+NOBODY: Script = {"DATA": "554 5.5.1 no valid recipients", ".": "554 5.5.1 no valid recipients"}
+FATES: list[tuple[Script, Phase, int | None, Verdict]] = [
+    ({"MAIL": "451 4.3.0 not now", **AFTER_MAIL}, Phase.MAIL, 451, TRY_AGAIN),
+    ({"MAIL": "550 5.7.1 not you", **AFTER_MAIL}, Phase.MAIL, 550, REFUSED),
+    ({"MAIL": "530 5.7.0 STARTTLS first", **AFTER_MAIL}, Phase.MAIL, 530, TROUBLE),
+    ({"MAIL": last_words("421 4.3.2 closing")}, Phase.MAIL, 421, TRY_AGAIN),
+    ({"RCPT": "550 5.1.1 no", **NOBODY}, Phase.RCPT, 550, REFUSED),
+    ({"RCPT": "450 4.2.0 busy", **NOBODY}, Phase.RCPT, 450, TRY_AGAIN),
+    ({"RCPT": last_words("421 4.3.2 closing")}, Phase.RCPT, 421, TRY_AGAIN),
+    ({"RCPT": ["250 ok", last_words("421 4.3.2 closing")]}, Phase.RCPT, 421, TRY_AGAIN),
+    ({".": "554 5.7.1 spam"}, Phase.DOT, 554, REFUSED),
+    ({".": "452 4.3.1 disk full"}, Phase.DOT, 452, TRY_AGAIN),
+    ({".": hang_up}, Phase.DOT, None, IN_DOUBT),
+]
+
+
+@WAYS
+@pytest.mark.parametrize(("script", "phase", "code", "verdict"), FATES)
+def test_each_reply_is_judged_by_its_own_phase(
+    offers: list[str], script: Script, phase: Phase, code: int | None, verdict: Verdict
+) -> None:
+    with ScriptedRelay(script, offers=offers) as there:
+        assert fate(attempt(at(there.port), ADA, BOB)) == (phase, code, verdict)
+    assert not there.accepted
+
+
+@pytest.mark.parametrize(
+    ("offers", "script", "phase", "verdict"),
+    [
+        (PIPES, {"MAIL": hang_up}, Phase.MAIL, TROUBLE),
+        (PIPES, {"RCPT": hang_up}, Phase.RCPT, TROUBLE),
+        (PIPES, {"DATA": hang_up}, Phase.DATA, TROUBLE),
+        (PIPES, {"RCPT": raw(b"what?\r\n")}, Phase.RCPT, TROUBLE),
+        (PIPES, {"RCPT": "354 go"}, Phase.RCPT, TROUBLE),
+        # The end of the chunk may have come before the relay went away.
+        (CHUNKS, {"MAIL": hang_up}, Phase.DOT, IN_DOUBT),
+        (CHUNKS, {"RCPT": hang_up}, Phase.DOT, IN_DOUBT),
+        (CHUNKS, {"MAIL": raw(b"what?\r\n")}, Phase.DOT, IN_DOUBT),
+        (CHUNKS, {"MAIL": "354 go"}, Phase.DOT, IN_DOUBT),
+        (CHUNKS, {"RCPT": "354 go"}, Phase.DOT, IN_DOUBT),
+        (CHUNKS, {".": "354 go"}, Phase.DOT, IN_DOUBT),
+    ],
+)
+def test_with_too_few_replies_or_wrong_ones_a_mail_is_in_doubt_once_its_end_is_out(
+    offers: list[str], script: Script, phase: Phase, verdict: Verdict
+) -> None:
+    with ScriptedRelay(script, offers=offers) as there:
+        outcome = attempt(at(there.port), ADA, BOB)
+    assert fate(outcome)[::2] == (phase, verdict)
+
+
+@WAYS
+def test_whoever_was_refused_keeps_his_reply_when_the_rest_is_in_doubt(offers: list[str]) -> None:
+    with ScriptedRelay({"RCPT": ["550 5.1.1 no", "250 ok"], ".": hang_up}, offers=offers) as there:
+        outcome = attempt(at(there.port), ADA, BOB)
+    assert [reply.verdict for reply in outcome.recipients.values()] == [REFUSED, IN_DOUBT]
+
+
+@pytest.mark.parametrize("refusal", ["MAIL", "RCPT"])
+def test_no_mail_is_sent_for_nobody_though_the_relay_invites_one(refusal: str) -> None:
+    """RFC 2920 3.1 would have an empty one sent, and trust the relay to refuse that; closing needs no trust."""
+    called: list[object] = []
+    with ScriptedRelay({refusal: "550 5.1.1 no"}, offers=PIPES) as there:
+        assert fate(attempt(at(there.port), before_dot=called.append)) == (Phase(refusal.lower()), 550, REFUSED)
+    assert there.heard.endswith(b"DATA\r\n")
+    assert not called
+    assert not there.bodies
+
+
+def test_a_relay_that_takes_a_chunk_for_nobody_has_taken_it_for_nobody() -> None:
+    with ScriptedRelay({"RCPT": "550 5.1.1 no"}, offers=CHUNKS) as there:
+        assert fate(another(at(there.port))) == (Phase.RCPT, 550, REFUSED)
+        another(at(there.port))
+        assert there.connections == 2
+        warm.close_all()
+
+
+def test_before_a_chunks_end_its_mark_is_written_and_only_its_end_is_kept_back() -> None:
+    calls: list[Mapping[str, Reply]] = []
+
+    def look(replies: Mapping[str, Reply]) -> None:
+        calls.append(dict(replies))
+        eventually(lambda: there.heard.endswith(MIME[:-2]))
+        time.sleep(0.1)
+        assert there.heard.endswith(b"LAST\r\n" + MIME[:-2])
+
+    with ScriptedRelay(offers=CHUNKS) as there:
+        assert attempt(at(there.port), ADA, "not an address", before_dot=look).verdict is ACCEPTED
+    [known] = calls
+    assert {who: reply.code for who, reply in known.items()} == {"not an address": 553}
+    assert there.accepted == [MIME]
+
+
+@pytest.mark.parametrize("error", [Interrupted, OSError, ValueError])
+def test_what_before_dot_raises_leaves_a_chunk_without_its_end(error: type[BaseException]) -> None:
+    """Not even a QUIT may follow: the relay would take it for the end of the mail."""
+
+    def refuse(_: object) -> None:
+        raise error("lost the claim")
+
+    with ScriptedRelay(offers=CHUNKS) as there, pytest.raises(error, match="lost the claim"):
+        attempt(at(there.port), before_dot=refuse)
+    assert there.heard.endswith(b"LAST\r\n" + MIME[:-2])
+    assert not there.bodies
+
+
+def test_a_chunk_whose_end_cannot_go_out_leaves_nothing_in_doubt() -> None:
+    gone = threading.Event()
+
+    def go(line: Line) -> str:
+        gone.set()
+        return reset(line)
+
+    def wait_for_the_reset(_: object) -> None:
+        assert gone.wait(5)
+        time.sleep(0.1)
+
+    with ScriptedRelay({"BODY": go}, offers=CHUNKS) as there:
+        outcome = attempt(at(there.port), before_dot=wait_for_the_reset)
+    assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
+    assert not there.bodies
+
+
+@pytest.mark.parametrize(("rcpt", "phase"), [("550 5.1.1 no", Phase.RCPT), ("250 2.1.5 ok", Phase.TRANSFER)])
+def test_after_a_chunk_that_did_not_get_out_whole_nothing_is_said(rcpt: str, phase: Phase) -> None:
+    """All its replies are here, and the relay still waits for the rest: a RSET or QUIT might complete a mail."""
+
+    def refuse_and_pause(line: Line) -> str:
+        line.say("554 5.5.1 no")
+        time.sleep(0.4)
+        return "554"
+
+    called: list[object] = []
+    large = MIME + b"x" * 200_000 + b"\r\n"
+    script: Script = {"RCPT": rcpt, "BODY": refuse_and_pause}
+    with ScriptedRelay(script, offers=CHUNKS, receive_buffer=2048) as there, small_send_buffer():
+        outcome = attempt(at(there.port, timeout=0.3), mime=large, before_dot=called.append)
+    assert outcome.reply.phase is phase
+    assert outcome.verdict is REFUSED
+    assert not called
+    assert b"RSET" not in there.heard
+    assert b"QUIT" not in there.heard
+
+
+@contextmanager
+def small_send_buffer() -> Iterator[None]:
+    """A kernel that takes less of a mail at once."""
+    original = relay._dial
+
+    def dial(to: Relay) -> socket.socket:
+        line = original(to)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return line
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(relay, "_dial", dial)
+        yield
+
+
+# Warm sessions
+
+
+@WAYS
+@pytest.mark.parametrize("security", ["none", "tls"])
+def test_many_mails_share_a_session(offers: list[str], security: str, authority: trustme.CA, ca_file: str) -> None:
+    with ScriptedRelay(offers=offers, tls=server_context(authority), implicit=security == "tls") as there:
+        for _ in range(10):
+            assert fate(another(at(there.port, security=security, ca_file=ca_file))) == (Phase.DOT, 250, ACCEPTED)
+        warm.close_all()
+    assert there.accepted == [MIME] * 10
+    assert there.connections == 1
+    assert [command.split()[0] for command in there.commands].count("ehlo") == 1
+    assert "RSET" not in there.commands
+    assert there.commands[-1] == "QUIT"
+
+
+def test_a_session_serves_one_relay_and_one_login_only() -> None:
+    with ScriptedRelay(offers=["AUTH PLAIN"]) as there:
+        another(at(there.port, login=LOGIN))
+        another(at(there.port, login=("other", "password")))
+        another(at(there.port))
+        warm.close_all()
+    assert there.connections == 3
+
+
+def test_threads_that_send_at_once_have_a_session_each_and_lend_it_to_the_next() -> None:
+    meet = threading.Barrier(4)
+
+    def mails(port: int) -> None:
+        for _ in range(3):
+            assert another(at(port), before_dot=lambda _: void(meet.wait(5))).verdict is ACCEPTED
+
+    with ScriptedRelay() as there:
+        for _ in range(2):
+            crew = [threading.Thread(target=mails, args=[there.port]) for _ in range(4)]
+            for one in crew:
+                one.start()
+            for one in crew:
+                one.join()
+        warm.close_all()
+    assert there.connections == 4
+    assert there.accepted == [MIME] * 24
+
+
+def void(_: object) -> None:
+    pass
+
+
+@WAYS
+@pytest.mark.parametrize(("script", "phase", "code", "verdict"), FATES)
+def test_a_mail_that_fails_leaves_a_session_in_order_or_none(
+    offers: list[str], script: Script, phase: Phase, code: int | None, verdict: Verdict
+) -> None:
+    """The next mail must not meet with what the last one left."""
+    with ScriptedRelay(script, offers=offers) as there:
+        assert another(at(there.port), ADA, BOB).verdict is verdict
+        kept = code not in (None, 421) and verdict is not TROUBLE
+        if not kept:
+            eventually(lambda: not any(thread.is_alive() for thread, _ in there.lines))
+        there.script.update({name: [relay_says] for name, relay_says in OBLIGING.items()})
+        assert fate(another(at(there.port), CAY, mime=MIME + b"2\r\n")) == (Phase.DOT, 250, ACCEPTED)
+        warm.close_all()
+    assert there.accepted == [MIME + b"2\r\n"]
+    assert there.connections == (1 if kept else 2)
+    reset_needed = kept and not (phase is Phase.DOT and offers is not CHUNKS)
+    assert ("RSET" in there.commands) == reset_needed
+
+
+@pytest.mark.parametrize(
+    "answer", ["500 what?", "220 ready", "421 closing", hang_up, hang, "354 go", raw(b"what?\r\n")]
+)
+def test_a_session_whose_rset_is_not_answered_250_is_closed(answer: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "PATIENCE", 0.2)
+    with ScriptedRelay({"RCPT": ["550 5.1.1 no", "250 ok"], "RSET": answer}) as there:
+        assert another(at(there.port)).verdict is REFUSED
+        assert another(at(there.port)).verdict is ACCEPTED
+        assert there.connections == 2
+        warm.close_all()
+    assert there.accepted == [MIME]
+
+
+@WAYS
+@pytest.mark.parametrize("step", ["MAIL", "RCPT", "DATA", "."])
+@pytest.mark.parametrize("reply", ["421 4.3.2 closing soon", "503 5.5.1 what?"])
+def test_a_session_that_the_relay_will_close_or_has_lost_step_in_is_not_used_again(
+    offers: list[str], step: str, reply: str
+) -> None:
+    if step == "DATA" and offers is CHUNKS:
+        step = "."
+    with ScriptedRelay({step: [reply, OBLIGING[step]]}, offers=offers) as there:
+        assert another(at(there.port)).verdict is TRY_AGAIN
+        assert another(at(there.port)).verdict is ACCEPTED
+        warm.close_all()
+    assert there.connections == 2
+
+
+def test_the_outcome_is_written_down_before_a_word_more_is_said() -> None:
+    with ScriptedRelay({"RCPT": "550 5.1.1 no"}) as there:
+        with warm.conversation(at(there.port)) as conversation:
+            conversation.send(SENDER, [ADA], MIME, smtputf8=False, before_dot=void)
+            time.sleep(0.1)
+            assert there.commands[-1] == f"RCPT TO:<{ADA}>"
+        eventually(lambda: there.commands[-1] == "RSET")
+        warm.close_all()
+
+
+def then(text: str, act: Callable[[Line], str]) -> Step:
+    """A reply, and what the relay does right after it."""
+
+    def both(line: Line) -> str:
+        line.say(text)
+        return act(line)
+
+    return both
+
+
+DEATHS: dict[str, Callable[[Line], str]] = {
+    "FIN": hang_up,
+    "RST": reset,
+    "421 and FIN": last_words("421 4.4.2 idle for too long"),
+    "a word unasked": raw(b"250 hello?\r\n"),
+}
+
+
+@WAYS
+@pytest.mark.parametrize("security", ["none", "tls"])
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_session_that_died_between_two_mails_costs_the_second_nothing(
+    offers: list[str], death: str, security: str, authority: trustme.CA, ca_file: str
+) -> None:
+    answers: list[Step] = [then("250 2.0.0 queued", DEATHS[death]), "250 2.0.0 queued"]
+    with ScriptedRelay(
+        {".": answers}, offers=offers, tls=server_context(authority), implicit=security == "tls"
+    ) as there:
+        to = at(there.port, security=security, ca_file=ca_file)
+        another(to)
+        time.sleep(0.1)
+        calls: list[object] = []
+        assert fate(another(to, BOB, before_dot=calls.append)) == (Phase.DOT, 250, ACCEPTED)
+        warm.close_all()
+    assert len(calls) == 1
+    assert there.connections == 2
+    assert there.commands.count(f"RCPT TO:<{BOB}>") == 1
+
+
+@pytest.mark.parametrize("offers", [[], PIPES], ids=["plain", "pipelined"])
+@pytest.mark.parametrize("step", ["MAIL", "RCPT", "DATA", "BODY"])
+@pytest.mark.parametrize("death", [hang_up, reset, last_words("421 4.4.2 closing"), hang])
+def test_a_session_that_dies_under_a_later_mail_costs_it_no_attempt(
+    offers: list[str], step: str, death: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: dict[str, Step] = {**OBLIGING, "BODY": lambda _: ""}
+    with ScriptedRelay({step: [alive[step], death, alive[step]]}, offers=offers) as there:
+        to = at(there.port, timeout=0.5)
+        assert another(to).verdict is ACCEPTED
+        assert fate(another(to, BOB, mime=LARGE)) == (Phase.DOT, 250, ACCEPTED)
+        warm.close_all()
+    assert there.accepted == [MIME, LARGE]
+    assert there.connections == 2
+
+
+@pytest.mark.parametrize("step", ["MAIL", "RCPT"])
+def test_a_relay_that_says_421_to_a_chunk_has_not_taken_it(step: str) -> None:
+    with ScriptedRelay({step: ["250 ok", last_words("421 4.4.2 closing"), "250 ok"]}, offers=CHUNKS) as there:
+        another(at(there.port))
+        assert another(at(there.port), BOB).verdict is ACCEPTED
+        warm.close_all()
+    assert there.accepted == [MIME, MIME]
+    assert there.connections == 2
+
+
+def test_on_a_session_that_rested_the_relay_must_answer_before_a_mail_can_be_in_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A NAT that forgot the connection swallows all of it, and says nothing."""
+    monkeypatch.setattr(relay, "FRESH", 0.1)
+    with ScriptedRelay({"MAIL": ["250 ok", hang, "250 ok"]}, offers=CHUNKS) as there:
+        to = at(there.port, timeout=0.5)
+        another(to)
+        time.sleep(0.2)
+        assert fate(another(to, BOB)) == (Phase.DOT, 250, ACCEPTED)
+        warm.close_all()
+    assert [command.split()[0] for command in there.commands].count("BDAT") == 2
+    assert len(there.accepted) == 2
+
+
+@WAYS
+@pytest.mark.parametrize("death", [hang_up, reset, last_words("421 4.4.2 closing"), hang])
+def test_after_the_final_dot_nothing_is_repeated(offers: list[str], death: Step) -> None:
+    with ScriptedRelay({".": ["250 ok", death, "250 ok"]}, offers=offers) as there:
+        to = at(there.port, deadline=1)
+        another(to)
+        outcome = another(to, BOB)
+        assert there.connections == 1
+        warm.close_all()
+    assert outcome.reply.phase is Phase.DOT
+    assert outcome.verdict is not ACCEPTED
+    assert len(there.bodies) == 2
+
+
+def test_a_new_session_is_not_replaced_when_it_dies() -> None:
+    with ScriptedRelay({"MAIL": hang_up}) as there:
+        assert fate(attempt(at(there.port))) == (Phase.MAIL, None, TROUBLE)
+    assert there.connections == 1
+
+
+def test_the_session_that_replaces_a_dead_one_decides() -> None:
+    with ScriptedRelay({"MAIL": ["250 ok", hang_up, "550 5.7.1 not you"]}) as there:
+        another(at(there.port))
+        assert fate(another(at(there.port))) == (Phase.MAIL, 550, REFUSED)
+        warm.close_all()
+
+
+def test_a_mail_may_lose_its_claim_on_the_way_to_another_session() -> None:
+    calls: list[object] = []
+
+    def once(_: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            gone.set()
+            time.sleep(0.1)
+        if len(calls) == 3:
+            raise Interrupted
+
+    gone = threading.Event()
+
+    def go(line: Line) -> str:
+        assert gone.wait(5)
+        return reset(line)
+
+    with ScriptedRelay({"BODY": [lambda _: "", go, lambda _: ""]}) as there:
+        another(at(there.port), before_dot=once)
+        with pytest.raises(Interrupted):
+            another(at(there.port), before_dot=once)
+    assert there.accepted == [MIME]
+    assert there.connections == 2
+
+
+def test_a_session_ends_after_so_many_mails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "MOST_MAILS", 3)
+    with ScriptedRelay() as there:
+        for _ in range(7):
+            another(at(there.port))
+        warm.close_all()
+    assert there.connections == 3
+    assert there.commands.count("QUIT") == 3
+
+
+def test_a_session_ends_when_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "OLDEST", 0.3)
+    with ScriptedRelay() as there:
+        another(at(there.port))
+        another(at(there.port))
+        assert there.connections == 1
+        time.sleep(0.3)
+        another(at(there.port))
+        another(at(there.port))
+        warm.close_all()
+    assert there.connections == 2
+
+
+def test_a_session_that_nobody_uses_is_closed_and_its_watcher_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "IDLE", 0.3)
+    with ScriptedRelay() as there:
+        another(at(there.port))
+        assert [thread.name for thread in threading.enumerate()].count("sessions") == 1
+        eventually(lambda: there.commands[-1] == "QUIT", 5)
+        eventually(lambda: "sessions" not in [thread.name for thread in threading.enumerate()], 5)
+        another(at(there.port))
+        warm.close_all()
+    assert there.connections == 2
+
+
+def test_one_thread_watches_all_conversations() -> None:
+    with ExitStack() as stack:
+        there = stack.enter_context(ScriptedRelay())
+        stack.callback(warm.close_all)
+        for _ in range(5):
+            stack.enter_context(opened(at(there.port, deadline=60)))
+        assert [thread.name for thread in threading.enumerate()].count("sessions") == 1
+
+
+@WAYS
+def test_the_deadline_ends_a_mail_on_a_warm_session(offers: list[str]) -> None:
+    """It is the mail's own: the session's age does not count, and the session is not used again."""
+    slow = drip(b"250-" + b"x" * 1000)
+    with ScriptedRelay({".": ["250 ok", "250 ok", slow, "250 ok"]}, offers=offers) as there:
+        to = at(there.port, deadline=0.6)
+        for _ in range(2):
+            assert another(to).verdict is ACCEPTED
+            time.sleep(0.4)
+        with took_less_than(2):
+            outcome = another(to)
+        assert fate(outcome) == (Phase.DOT, None, IN_DOUBT)
+        assert outcome.reply.text == "the conversation took too long"
+        assert another(to).verdict is ACCEPTED
+        warm.close_all()
+    assert there.connections == 2
+
+
+def test_a_session_and_the_one_that_replaces_it_share_one_deadline() -> None:
+    with ScriptedRelay({"MAIL": ["250 ok", hang]}) as there, took_less_than(1.5):
+        to = at(there.port, timeout=0.7, deadline=1)
+        another(to)
+        outcome = another(to)
+    assert fate(outcome) == (Phase.MAIL, None, TROUBLE)
+    assert outcome.reply.text == "the conversation took too long"
+    assert there.connections == 2
+
+
+def test_a_deadline_that_has_passed_is_not_followed_by_another_session() -> None:
+    with ScriptedRelay({"MAIL": ["250 ok", hang]}) as there, took_less_than(1.5):
+        to = at(there.port, timeout=5, deadline=0.4)
+        another(to)
+        outcome = another(to)
+        time.sleep(0.1)
+        assert there.connections == 1
+    assert outcome.reply.text == "the conversation took too long"
+
+
+def test_a_deadline_that_passes_while_the_outcome_is_written_down_closes_the_session() -> None:
+    with ScriptedRelay() as there:
+        with warm.conversation(at(there.port, deadline=0.3)) as conversation:
+            outcome = conversation.send(SENDER, [ADA], MIME, smtputf8=False, before_dot=void)
+            time.sleep(0.5)
+        assert outcome.verdict is ACCEPTED
+        another(at(there.port))
+        warm.close_all()
+    assert there.connections == 2

@@ -15,12 +15,13 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
     "mail.message": set(),
     "mail.templates": {"mail.message"},
     "mail.relay": set(),
+    "mail.warm": {"mail.relay"},
     "mail.outbox": {"jobs", "mail.message", "settings"},
     "mail.pacing": {"jobs", "settings"},
     "mail.sweep": {"jobs", "mail.outbox"},
     "tasks": {
         *("events", "jobs", "settings"),
-        *("mail.message", "mail.outbox", "mail.pacing", "mail.relay", "mail.sweep"),
+        *("mail.message", "mail.outbox", "mail.pacing", "mail.relay", "mail.sweep", "mail.warm"),
     },
     "service": {
         *("events", "jobs", "settings", "tasks"),

@@ -160,6 +160,14 @@ def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -
     assert taken.counted == 3
 
 
+def test_a_recipient_of_whom_nothing_is_known_yet_is_in_doubt_at_the_final_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is with CHUNKING, where no reply is awaited before the end of the mail."""
+    marks: list[dict[str, str]] = []
+    monkeypatch.setattr(Claim, "before_dot", lambda _, statuses: marks.append(statuses))
+    tasks._before_dot(claim("pending"), ["known", "refused", "unknown"], {"known": LATER, "refused": NEVER})
+    assert marks == [{"known": "pending", "refused": "refused", "unknown": "in_doubt"}]
+
+
 def test_the_reason_is_code_and_phase_and_never_the_relays_words() -> None:
     told = Reply(Phase.RCPT, 550, "<secret@example.com> unknown")
     assert tasks._reason([OK, told, told, LATER]) == "550 at rcpt, 450 at rcpt"
