@@ -281,13 +281,11 @@ class Crew:
                 worker.tell(pipeline)
             pipeline.exists(WORKERS_SUSPENDED)
             EmailWorker.suspended = bool(pipeline.execute()[-1])
-        if self.scheduler.acquired_locks:
+        if self.scheduler.acquired_locks or self.scheduler.acquire_locks():  # type: ignore[no-untyped-call]
             self.scheduler.heartbeat()  # type: ignore[no-untyped-call]
             self.scheduler.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
         if time.monotonic() - self.looked_after_at >= MAINTENANCE_EVERY:
             self.looked_after_at = time.monotonic()
-            if not self.scheduler.acquired_locks:
-                self.scheduler.acquire_locks()  # type: ignore[no-untyped-call]
             self.pull_in()
             self.caretaker.run_maintenance_tasks()  # type: ignore[no-untyped-call]
             tasks.sweep()

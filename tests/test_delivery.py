@@ -61,11 +61,11 @@ def failed_ids(client: redis.Redis) -> list[str]:
 
 
 def put_the_clock_forward(client: redis.Redis, mail_id: str) -> None:
-    """As if the dead worker's time had run out: its entry in RQ's registry of started jobs, and its claim."""
+    """As if the dead worker's time had run out: its entry in RQ's registry of started jobs, its claim, its lock."""
     started: list[bytes] = client.zrange("rq:wip:email", 0, -1)  # type: ignore[assignment]
     for entry in started:
         client.zadd("rq:wip:email", {entry: 1})
-    client.delete(f"mail:{mail_id}:claim")
+    client.delete(f"mail:{mail_id}:claim", "rq:scheduler-lock:email")
 
 
 def rq(command: str, redis_url: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -36,7 +36,7 @@ HOMES = {  # an outside thing -> the only modules that may import it
     "smtplib": {"mail.relay"},
     "email": {"mail.message", "ops.catcher"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard"},
-    "redis": {"jobs", "mail.outbox", "mail.pacing", "ops.dashboard", "ops.dev"},
+    "redis": {"jobs", "mail.outbox", "mail.pacing", "ops.dashboard", "ops.dev", "worker"},
     "rq": {"jobs", "mail.sweep", "tasks", "worker", "ops.dashboard"},
     "bottle": {"service", "ops.catcher"},
     "waitress": {"service", "ops.catcher", "ops.dashboard"},
