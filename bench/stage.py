@@ -147,7 +147,9 @@ class Stage:
         return Mail(f"m{number}", [f"{name}@example.com" for name in names])
 
     def _make_relay(self) -> ScriptedRelay:
-        offers = ["STARTTLS", "AUTH PLAIN"] if self.scene.secure else []
+        # Plain dialogue, in groups of commands, or in one go: what the relay lets us do, as it falls.
+        offers = self.rng.choice([[], ["PIPELINING"], ["PIPELINING", "CHUNKING"]])
+        offers = offers + (["STARTTLS", "AUTH PLAIN"] if self.scene.secure else [])
         context = self.certificate() if self.scene.secure else None
         return ScriptedRelay(
             {"BODY": lambda _: "", ".": take}, offers=offers, tls=context, port=free_port(), patience=300

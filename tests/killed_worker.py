@@ -40,7 +40,7 @@ POINTS = {
     "after pop, before RQ's registry": Point(worker.EmailWorker, "prepare_execution"),
     "after claim": Point(tasks, "_take_up"),
     "during connect": Point(relay, "_dial"),
-    "before DATA": Point(relay.Session, "body"),
+    "before DATA": Point(relay.Session, "transact"),
     "before the final dot": Point(Claim, "before_dot"),
     "after the final dot, before the reply": Point(relay.Session, "step", relay.Phase.DOT),
     "after 250, before the marker": Point(tasks, "_record"),
