@@ -16,7 +16,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
@@ -45,15 +45,15 @@ LOST_AFTER = 45  # seconds without a sign of life after which a worker, and its 
 BEAT = 15  # seconds between signs of life
 EMAIL, JOBS = "email", "jobs"  # the queues. One queue per worker, always: on two, RQ loses what a killed worker popped
 
-# KEYS: the job's key, the idempotency key ("" for none). ARGV: job id, fingerprint, lifetime of the idempotency key in
-# seconds, then the commands, each as the number of its words and the words.
+# KEYS: the (first) job's key, the idempotency key ("" for none). ARGV: job ids with commas, fingerprint, lifetime of
+# the idempotency key in seconds, then the commands, each as the number of its words and the words.
 ACCEPT = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return {'accepted', ARGV[1]} end
 if KEYS[2] ~= '' then
   local known = redis.call('GET', KEYS[2])
   if known then
-    local fingerprint, id = string.match(known, '^(%w+) (.+)$')
-    return {fingerprint == ARGV[2] and 'replayed' or 'conflict', id}
+    local fingerprint, ids = string.match(known, '^(%w+) (.+)$')
+    return {fingerprint == ARGV[2] and 'replayed' or 'conflict', ids}
   end
 end
 local at = 4
@@ -114,8 +114,15 @@ class Idempotency(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    id: str
+    """The jobs of a request, in its order. `replayed`: those of an earlier request with the same idempotency key."""
+
+    ids: tuple[str, ...]
     replayed: bool
+
+    @property
+    def id(self) -> str:
+        """Of a request for one."""
+        return self.ids[0]
 
 
 def connect(url: str, *, patient: bool = False) -> Redis:
@@ -258,6 +265,17 @@ class Jobs:
         *,
         args: Sequence[str] = (),
         kwargs: dict[str, Any] | None = None,
+        **how: Any,
+    ) -> Accepted:
+        """One job, as `accept_all`."""
+        return self.accept_all(queue, function, {job_id: (args, kwargs or {})}, **how)
+
+    def accept_all(
+        self,
+        queue: str,
+        function: str,
+        calls: Mapping[str, tuple[Sequence[str], dict[str, Any]]],
+        *,
         timeout: int,
         retry_in: Sequence[int],
         result_ttl: int,
@@ -266,46 +284,51 @@ class Jobs:
         idempotency: Idempotency | None = None,
         idempotency_ttl: int = 86400,
     ) -> Accepted:
-        """Stores a job and queues it, in one step, with the commands that `beside` adds. All times are in seconds.
+        """Stores jobs and queues them, in one step, with the commands that `beside` adds. All times are in seconds.
 
-        `retry_in` lists the pauses before each further attempt. Returns the job's id; where the idempotency key was
-        seen before with the same fingerprint, the id of then. Raises `IdempotencyConflict` where it was seen with
-        another, `Unavailable` if Redis cannot store it: then nothing is stored, or all of it (a reply that got lost).
+        `calls` has the arguments and keyword arguments of each, by its id; `retry_in` lists the pauses before each
+        further attempt. Returns the ids; where the idempotency key was seen before with the same fingerprint, those of
+        then. Raises `IdempotencyConflict` where it was seen with another, `Unavailable` if Redis cannot store them:
+        then nothing is stored, or all of it (a reply that got lost).
         """
+        retry = Retry(max=len(retry_in), interval=list(retry_in)) if retry_in else None
         with unavailable():
-            job = Job.create(
-                function,
-                args=list(args),
-                kwargs=kwargs or {},
-                id=job_id,
-                origin=queue,
-                description=f"{function} {job_id}",  # RQ's default repeats the arguments
-                timeout=timeout,
-                retry=Retry(max=len(retry_in), interval=list(retry_in)) if retry_in else None,
-                result_ttl=result_ttl,
-                failure_ttl=failure_ttl,
-                connection=self.redis,
-                serializer=JSONSerializer,
-            )
             commands = self.redis.pipeline()
-            self.queues[queue].enqueue_job(job, pipeline=commands)
+            for job_id, (args, kwargs) in calls.items():
+                job = Job.create(
+                    function,
+                    args=list(args),
+                    kwargs=kwargs,
+                    id=job_id,
+                    origin=queue,
+                    description=f"{function} {job_id}",  # RQ's default repeats the arguments
+                    timeout=timeout,
+                    retry=retry,
+                    result_ttl=result_ttl,
+                    failure_ttl=failure_ttl,
+                    connection=self.redis,
+                    serializer=JSONSerializer,
+                )
+                self.queues[queue].enqueue_job(job, pipeline=commands)
             if beside:
                 beside(commands)
-            verdict, known_id = self._run_accept(job, commands, idempotency, idempotency_ttl)
+            verdict, known = self._run_accept(list(calls), commands, idempotency, idempotency_ttl)
         if verdict == "conflict":
             raise IdempotencyConflict
-        return Accepted(known_id, verdict == "replayed")
+        return Accepted(tuple(known.split(",")), verdict == "replayed")
 
-    def _run_accept(self, job: Job, commands: Pipeline, idempotency: Idempotency | None, ttl: int) -> tuple[str, str]:
-        keys = [job.key, idempotency.key if idempotency else ""]
-        words: list[Any] = [job.id, idempotency.fingerprint if idempotency else "", ttl]
+    def _run_accept(
+        self, ids: Sequence[str], commands: Pipeline, idempotency: Idempotency | None, ttl: int
+    ) -> tuple[str, str]:
+        keys = [Job.key_for(ids[0]), idempotency.key if idempotency else ""]
+        words: list[Any] = [",".join(ids), idempotency.fingerprint if idempotency else "", ttl]
         for command, _ in commands.command_stack:
             words += [len(command), *command]
         try:
             reply = self._accept(keys=keys, args=words)
         except ConnectionError:
             # A connection that died while it lay in the pool, or the reply that was lost. The script knows its own
-            # job, so a second call stores nothing twice. A time-out is not repeated: the three seconds are spent.
+            # jobs, so a second call stores nothing twice. A time-out is not repeated: the three seconds are spent.
             reply = self._accept(keys=keys, args=words)
         return reply[0].decode(), reply[1].decode()
 
@@ -315,10 +338,10 @@ class Jobs:
             known: Any = self.redis.get(idempotency.key)
         if not known:
             return None
-        fingerprint, known_id = known.decode().split(" ")
+        fingerprint, ids = known.decode().split(" ")
         if fingerprint != idempotency.fingerprint:
             raise IdempotencyConflict
-        return Accepted(known_id, replayed=True)
+        return Accepted(tuple(ids.split(",")), replayed=True)
 
     def fetch(self, job_id: str) -> Job:
         try:

@@ -24,6 +24,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn
 
@@ -39,13 +40,14 @@ from events import emit, set_up, where
 from jobs import JOBS, Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Unavailable, connect
 from mail import message, pacing, sweep, templates
 from mail.message import FieldError, HeaderText, Invalid, Mailbox, Recipient, Strict
-from mail.outbox import Outbox
+from mail.outbox import Draft, Outbox
 from settings import ApiKey, Settings, SettingsError, load
 
 VERSION = re.search(r"^## (\S+)", (Path(__file__).parent / "CHANGELOG.md").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 SMALL_BODY = 64 * 1024  # bytes; for everything but POST /emails
 DEEPEST = 32  # levels of JSON; templates' variables need a few, an attack needs thousands
 MOST_VALUES = 10_000  # in one body, names counted; checking a million addresses would keep every other caller waiting
+MOST_IN_BATCH = 100  # mails
 RETRY_AFTER = "5"  # seconds
 MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # mail:last_sent, mail:<id>:claim are no mails
 
@@ -197,6 +199,14 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def is_permissive() -> bool:
+    given = str(request.environ.get("HTTP_X_BATCH_VALIDATION", "strict")).lower()
+    if given not in ("strict", "permissive"):
+        text = "write strict or permissive"
+        raise Refusal(400, "validation_error", f"x-batch-validation: {text}", [FieldError("x-batch-validation", text)])
+    return given == "permissive"
+
+
 def idempotency(caller: ApiKey, body: object) -> Idempotency | None:
     key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
     if key is None:
@@ -208,6 +218,10 @@ def idempotency(caller: ApiKey, body: object) -> Idempotency | None:
 
 
 # --- the routes -------------------------------------------------------------------------------------------------------
+
+
+class Late(Invalid):
+    """The mail would be right but for the time: its `expires_at` has passed."""
 
 
 class StartJob(Strict):
@@ -238,12 +252,13 @@ class Service:
         self.settings = settings
         self.jobs = jobs
         self.outbox = Outbox(jobs, settings)
+        self.sender = Mailbox.parse(settings.mail_from) if settings.mail_from else None
 
     def start_job(self, caller: ApiKey) -> HTTPResponse:
         body = read_json(SMALL_BODY)
         asked: StartJob = checked(StartJob, body)
         mail = {
-            "to": [str(Mailbox(asked.name, asked.email.address))],
+            "to": [Mailbox(asked.name, asked.email.address)],
             "template": {"id": "welcome", "variables": {"name": asked.name}},
         }
         return accepted(self._submit(mail, idempotency(caller, body)), "job_id")
@@ -252,18 +267,51 @@ class Service:
         body = read_json(self.settings.max_message_bytes)
         return accepted(self._submit(body, idempotency(caller, body)), "id")
 
+    def post_batch(self, caller: ApiKey) -> HTTPResponse:
+        """All or none; with `x-batch-validation: permissive` those that can be sent, and an error for each other."""
+        body = read_json(self.settings.max_message_bytes)
+        permissive, same = is_permissive(), idempotency(caller, body)
+        if not isinstance(body, list) or not 1 <= len(body) <= MOST_IN_BATCH:
+            raise Invalid(FieldError("body", f"write a list of 1 to {MOST_IN_BATCH} mails"))
+        drafts, errors = self._drafts(body)
+        before = self.jobs.recall(same) if same and errors else None
+        if errors and not permissive and not before:
+            raise Invalid(*(error for _, error in errors))
+        job = before or (self.outbox.accept(drafts, same) if drafts else Accepted((), replayed=False))
+        seen: dict[str, Any] = {"data": [{"id": mail_id} for mail_id in job.ids]}
+        if permissive:
+            seen["errors"] = [{"index": number, "message": f"{one.field}: {one.message}"} for number, one in errors]
+        return answer(202, seen, **replay(job))
+
+    def _drafts(self, bodies: list[Any]) -> tuple[list[Draft], list[tuple[int, FieldError]]]:
+        """The mails that can be sent, and what is wrong with the others, by their place in the list."""
+        drafts: list[Draft] = []
+        errors: list[tuple[int, FieldError]] = []
+        for number, body in enumerate(bodies):
+            try:
+                drafts.append(self._draft(body))
+            except Invalid as invalid:
+                errors += [(number, replace(one, field=f"[{number}].{one.field}")) for one in invalid.errors]
+        return drafts, errors
+
     def _submit(self, body: Any, idempotency: Idempotency | None) -> Accepted:
-        asked = message.parse(
-            body, default_sender=self.settings.mail_from or "", max_recipients=self.settings.max_recipients
-        )
-        rendered = templates.render(asked.template.id, asked.template.variables) if asked.template else None
-        mail = message.compose(asked, rendered)
-        if asked.expires_at and asked.expires_at.timestamp() <= time.time():
+        try:
+            draft = self._draft(body)
+        except Late:
             before = self.jobs.recall(idempotency) if idempotency else None
             if before:  # a repeat of a request that came in time: what was answered then is still the answer
                 return before
-            raise Invalid(FieldError("expires_at", "this moment has passed; the mail would never be sent"))
-        return self.outbox.accept(mail, idempotency, expires_at=asked.expires_at, on_doubt=asked.on_doubt)
+            raise
+        return self.outbox.accept([draft], idempotency)
+
+    def _draft(self, body: Any) -> Draft:
+        """Raises `Invalid`; `Late` where nothing but the time is wrong."""
+        asked = message.parse(body, default_sender=self.sender, max_recipients=self.settings.max_recipients)
+        rendered = templates.render(asked.template.id, asked.template.variables) if asked.template else None
+        mail = message.compose(asked, rendered)
+        if asked.expires_at and asked.expires_at.timestamp() <= time.time():
+            raise Late(FieldError("expires_at", "this moment has passed; the mail would never be sent"))
+        return Draft(mail, asked.expires_at, asked.on_doubt)
 
     def get_email(self, caller: ApiKey, mail_id: str) -> HTTPResponse:
         if not MAIL_ID.fullmatch(mail_id):
@@ -347,13 +395,17 @@ def answer(status: int, body: dict[str, Any], **headers: str) -> HTTPResponse:
 
 def accepted(job: Accepted, name: str) -> HTTPResponse:
     request.environ["async_email.id"] = job.id
-    headers = {"Idempotent-Replayed": "true"} if job.replayed else {}
-    return answer(202, {name: job.id, "status": "queued"}, **headers)
+    return answer(202, {name: job.id, "status": "queued"}, **replay(job))
+
+
+def replay(job: Accepted) -> dict[str, str]:
+    return {"Idempotent-Replayed": "true"} if job.replayed else {}
 
 
 ROUTES = (  # method, path, handler, scope that the key needs
     ("POST", "/start-job", Service.start_job, "send"),
     ("POST", "/emails", Service.post_email, "send"),
+    ("POST", "/emails/batch", Service.post_batch, "send"),
     ("GET", "/emails/<mail_id>", Service.get_email, "full"),
     ("POST", "/jobs", Service.post_job, "full"),
     ("GET", "/jobs/<job_id>", Service.get_job, "full"),

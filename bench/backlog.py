@@ -13,10 +13,10 @@ from redis import Redis
 from bench.crew import NotMeasured
 from jobs import Jobs, connect
 from mail import message, templates
-from mail.outbox import Outbox
+from mail.outbox import Draft, Outbox
 from settings import Settings
 
-SENDER = "Acme <hello@example.com>"
+SENDER = message.Mailbox("Acme", "hello@example.com")
 AT_ONCE = 2000
 # ARGV: id of the mail to copy, number of the first copy, of the last.
 COPY = """
@@ -46,7 +46,7 @@ def fill(redis_url: str, mails: int) -> None:
     variables = {"name": "Ada"}
     for number in range(mails):
         asked = {"to": f"m{number}@example.com", "template": {"id": "welcome", "variables": variables}}
-        outbox.accept(composed(asked, templates.render("welcome", variables)))
+        outbox.accept([Draft(composed(asked, templates.render("welcome", variables)))])
 
 
 def copy(redis: Redis, mail_id: str, copies: int) -> float:

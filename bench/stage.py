@@ -205,8 +205,9 @@ class Stage:
             self.has_logged(name, "worker_started")
 
     def _fatal_visit(self) -> int:
-        """Which time it dies there. Maintenance comes at the start and then every 20 s, so it is the first."""
-        if "maintenance" in self.scene.dies_at:
+        """Which time it dies there. Maintenance comes at the start and then every 20 s, and sessions are kept from one
+        mail to the next, so of these it is the first."""
+        if "maintenance" in self.scene.dies_at or "connect" in self.scene.dies_at:
             return 1
         return self.rng.randint(1, len(self.doomed) if self.scene.refuses else max(1, len(self.mails) // 4))
 

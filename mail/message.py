@@ -95,6 +95,8 @@ class Mailbox(NamedTuple):
     @classmethod
     def parse(cls, text: object) -> Mailbox:
         """`a@b.example` or `Name <a@b.example>`. Raises a validation error for anything less plain than that."""
+        if isinstance(text, Mailbox):  # one that was checked before; JSON has no such thing
+            return text
         if not isinstance(text, str):
             raise wrong("write a string such as ada@example.com or Ada Lovelace <ada@example.com>")
         if len(text) > 998:  # before any parser spends time on it
@@ -339,7 +341,7 @@ def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def parse(body: object, *, default_sender: str, max_recipients: int) -> Request:
+def parse(body: object, *, default_sender: Mailbox | None, max_recipients: int) -> Request:
     """Checks the body of `POST /emails`. Raises `Invalid` with every field that is wrong."""
     if not isinstance(body, dict):
         raise Invalid(FieldError("body", "write a JSON object"))
@@ -347,8 +349,7 @@ def parse(body: object, *, default_sender: str, max_recipients: int) -> Request:
         request = Request.model_validate(body)
     except ValidationError as error:
         raise Invalid(*field_errors(error)) from None
-    if request.sender is None and default_sender:
-        request.sender = Mailbox.parse(default_sender)
+    request.sender = request.sender or default_sender
     _raise_if_any(_contradictions(request, max_recipients))
     return request
 

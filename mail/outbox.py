@@ -19,11 +19,11 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.client import Pipeline
 
@@ -224,6 +224,28 @@ class Claim:
         self.settled = True
 
 
+class Draft(NamedTuple):
+    """A mail to accept. After `expires_at` it is not sent any more, but fails; `on_doubt` goes before ON_DOUBT."""
+
+    message: Message
+    expires_at: datetime | None = None
+    on_doubt: str | None = None
+
+
+def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
+    outline, content = draft.message.to_json()
+    return {
+        "state": "queued",
+        "created_at": _iso(datetime.now(timezone.utc)),
+        "message_id": message_id(mail_id, draft.message.sender),
+        "outline": outline,
+        "content": content,
+        "recipients": _dump([Recipient(address) for address in draft.message.recipients]),
+        **({"expires_at": draft.expires_at.isoformat()} if draft.expires_at else {}),
+        **({"on_doubt": draft.on_doubt} if draft.on_doubt else {}),
+    }
+
+
 class Outbox:
     def __init__(self, jobs: Jobs, settings: Settings) -> None:
         self.jobs = jobs
@@ -250,48 +272,27 @@ class Outbox:
             return 0
         return self.settings.retain_sent + 3600 if state == "sent" else self.settings.retain_failed + 86400
 
-    def accept(
-        self,
-        message: Message,
-        idempotency: Idempotency | None = None,
-        *,
-        expires_at: datetime | None = None,
-        on_doubt: str | None = None,
-    ) -> Accepted:
-        """Stores and queues a mail in one atomic step. Raises `IdempotencyConflict`, `Unavailable`.
-
-        After `expires_at` it is not sent any more, but fails; `on_doubt` takes the place of ON_DOUBT for this mail.
-        """
-        mail_id = str(uuid.uuid4())
-        outline, content = message.to_json()
-        record: dict[Any, Any] = {
-            "state": "queued",
-            "created_at": _iso(datetime.now(timezone.utc)),
-            "message_id": message_id(mail_id, message.sender),
-            "outline": outline,
-            "content": content,
-            "recipients": _dump([Recipient(address) for address in message.recipients]),
-            **({"expires_at": expires_at.isoformat()} if expires_at else {}),
-            **({"on_doubt": on_doubt} if on_doubt else {}),
-        }
+    def accept(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None) -> Accepted:
+        """Stores and queues mails in one atomic step, all of them. Raises `IdempotencyConflict`, `Unavailable`."""
+        mails = {str(uuid.uuid4()): draft for draft in drafts}
 
         def store(commands: Pipeline) -> None:
-            commands.hset(f"mail:{mail_id}", mapping=record)
-            commands.zadd(OPEN, {mail_id: time.time() + LOOK_AFTER})
+            for mail_id, draft in mails.items():
+                commands.hset(f"mail:{mail_id}", mapping=_record(mail_id, draft))
+                commands.zadd(OPEN, {mail_id: time.time() + LOOK_AFTER})
 
-        return self._queue(mail_id, store, idempotency)
+        return self._queue(list(mails), store, idempotency)
 
     def _queue(
         self,
-        mail_id: str,
+        ids: Sequence[str],
         store: Callable[[Pipeline], None] | None = None,
         idempotency: Idempotency | None = None,
     ) -> Accepted:
-        return self.jobs.accept(
+        return self.jobs.accept_all(
             EMAIL,
             "tasks.deliver",
-            mail_id,
-            args=[mail_id],
+            {mail_id: ([mail_id], {}) for mail_id in ids},
             timeout=self.settings.job_timeout,
             retry_in=AFTER_A_CRASH,
             result_ttl=self.settings.retain_sent,
@@ -402,7 +403,7 @@ class Outbox:
         except NotFound:
             if self.read(mail_id)["status"] not in ("failed", "unknown"):
                 raise NotPossible("only a failed mail can be queued again") from None
-            self._queue(mail_id)
+            self._queue([mail_id])
 
     def failures(self, since: float) -> Iterator[str]:
         """The reason of each mail that failed after `since` (seconds since 1970) and was not queued again."""

@@ -121,7 +121,7 @@ def test_the_caller_and_his_key_are_not_to_be_read_in_redis() -> None:
 
 
 def test_an_accepted_job_is_stored_and_queued_as_asked(store: Jobs) -> None:
-    assert accept(store, kwargs={"hours": 1}) == Accepted(ONE, replayed=False)
+    assert accept(store, kwargs={"hours": 1}) == Accepted((ONE,), replayed=False)
     job = stored(store)
     assert (job.func_name, job.args, job.kwargs, job.origin) == ("tasks.why_failed", [], {"hours": 1}, "jobs")
     assert (job.timeout, job.result_ttl, job.failure_ttl, job.ttl) == (60, 100, 200, None)
@@ -148,14 +148,14 @@ def test_what_is_stored_beside_a_job_is_stored_with_it(store: Jobs) -> None:
 
 def test_a_job_accepted_twice_is_stored_once_and_both_are_told_so(store: Jobs) -> None:
     key = Idempotency.of("shop", "/jobs", "k", {})
-    assert accept(store, idempotency=key) == accept(store, idempotency=key) == Accepted(ONE, replayed=False)
+    assert accept(store, idempotency=key) == accept(store, idempotency=key) == Accepted((ONE,), replayed=False)
     assert queued(store) == [ONE]
 
 
 def test_a_repeated_request_is_told_the_job_of_then(store: Jobs) -> None:
     key = Idempotency.of("shop", "/jobs", "k", {})
     accept(store, idempotency=key, idempotency_ttl=77)
-    assert accept(store, TWO, key, beside=mark) == Accepted(ONE, replayed=True)
+    assert accept(store, TWO, key, beside=mark) == Accepted((ONE,), replayed=True)
     assert queued(store) == [ONE]
     assert not store.redis.exists("x", f"rq:job:{TWO}")
     assert store.redis.ttl(key.key) == 77
@@ -173,7 +173,7 @@ def test_a_key_that_has_run_out_is_free_again(store: Jobs) -> None:
     key = Idempotency.of("shop", "/jobs", "k", {})
     accept(store, idempotency=key)
     store.redis.delete(key.key)
-    assert accept(store, TWO, key) == Accepted(TWO, replayed=False)
+    assert accept(store, TWO, key) == Accepted((TWO,), replayed=False)
 
 
 def test_accept_is_asked_again_after_a_connection_that_broke_and_not_after_a_time_out(
@@ -195,7 +195,7 @@ def test_accept_is_asked_again_after_a_connection_that_broke_and_not_after_a_tim
         monkeypatch.setattr(store, "_accept", run)
 
     lose(exceptions.ConnectionError())
-    assert accept(store) == Accepted(ONE, replayed=False)
+    assert accept(store) == Accepted((ONE,), replayed=False)
     assert calls == 2
     lose(exceptions.TimeoutError())
     with pytest.raises(Unavailable):

@@ -44,7 +44,7 @@ def with_file(**fields: Json) -> dict[str, Json]:
 
 def accepted(body: Json, rendered: Rendered | None = None) -> Message:
     """The mail as a worker finds it."""
-    request = parse(body, default_sender="Acme <hello@example.com>", max_recipients=50)
+    request = parse(body, default_sender=Mailbox("Acme", "hello@example.com"), max_recipients=50)
     outline, content = compose(request, rendered).to_json()
     return Message.from_json(outline.encode(), content.encode())
 
@@ -355,7 +355,7 @@ def test_any_mail_is_fit_for_the_wire(asked: tuple[dict[str, Json], dict[str, li
     assert not re.search(r"(?im)^bcc:", read.header)
     assert b"hidden." not in read.mime
     assert not [part.defects for part in read.new.walk() if part.defects]
-    assert accepted(body) == compose(parse(body, default_sender="", max_recipients=50))
+    assert accepted(body) == compose(parse(body, default_sender=None, max_recipients=50))
     assert to_mime(accepted(body), ID, DATE) == read.mime
 
 
@@ -637,7 +637,7 @@ def test_the_default_sender_writes_where_none_is_named() -> None:
 
 def test_without_a_sender_and_a_default_the_mail_is_refused() -> None:
     with pytest.raises(Invalid) as caught:
-        parse(mail(**{"from": None}), default_sender="", max_recipients=50)
+        parse(mail(**{"from": None}), default_sender=None, max_recipients=50)
     assert caught.value.errors == (FieldError("from", "this field is required", missing=True),)
 
 
@@ -1014,7 +1014,7 @@ def test_a_local_part_beyond_ascii_travels_as_utf8_and_a_domain_never_does() -> 
 
 
 def test_an_outline_without_content_is_still_a_message() -> None:
-    request = parse(mail(tags=[{"name": "a", "value": "b"}]), default_sender="", max_recipients=1)
+    request = parse(mail(tags=[{"name": "a", "value": "b"}]), default_sender=None, max_recipients=1)
     outline, _ = compose(request).to_json()
     message = Message.from_json(outline)
     assert (message.subject, message.text, message.tags) == ("Hello", None, [{"name": "a", "value": "b"}])

@@ -13,7 +13,7 @@ from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 import jobs
 from jobs import LOST_AFTER, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible
 from mail.message import Message, compose, parse
-from mail.outbox import Busy, Claim, ClaimLost, Outbox, jittered, seen_state
+from mail.outbox import Busy, Claim, ClaimLost, Draft, Outbox, jittered, seen_state
 from settings import Settings
 from tests.servers import eventually
 
@@ -30,11 +30,11 @@ def outbox(client: Any) -> Outbox:
 
 def message(**more: object) -> Message:
     body = {"from": "a@example.com", "to": ["b@example.com", "c@example.com"], "subject": "s", "text": "t", **more}
-    return compose(parse(body, default_sender="", max_recipients=50))
+    return compose(parse(body, default_sender=None, max_recipients=50))
 
 
 def accept(outbox: Outbox) -> str:
-    return outbox.accept(message()).id
+    return outbox.accept([Draft(message())]).id
 
 
 def claim(outbox: Outbox, mail_id: str) -> Claim:
@@ -55,12 +55,12 @@ def test_the_same_key_and_fingerprint_is_a_replay_and_another_fingerprint_a_conf
     outbox: Outbox, client: Any
 ) -> None:
     key = Idempotency.of("shop", "/emails", "k", {"a": 1, "b": 2})
-    first = outbox.accept(message(), key)
-    again = outbox.accept(message(), Idempotency.of("shop", "/emails", "k", {"b": 2, "a": 1}))
+    first = outbox.accept([Draft(message())], key)
+    again = outbox.accept([Draft(message())], Idempotency.of("shop", "/emails", "k", {"b": 2, "a": 1}))
     assert (first.replayed, again.replayed) == (False, True)
     assert again.id == first.id
     with pytest.raises(IdempotencyConflict):
-        outbox.accept(message(), Idempotency.of("shop", "/emails", "k", {"a": 1}))
+        outbox.accept([Draft(message())], Idempotency.of("shop", "/emails", "k", {"a": 1}))
     assert client.llen("rq:queue:email") == 1
     assert client.zrange("mail:open", 0, -1) == [first.id.encode()]
     assert 86000 < client.ttl(key.key) <= 86400
@@ -68,7 +68,7 @@ def test_the_same_key_and_fingerprint_is_a_replay_and_another_fingerprint_a_conf
 
 def test_a_key_belongs_to_its_caller_and_endpoint(outbox: Outbox) -> None:
     ways = [("shop", "/emails"), ("blog", "/emails"), ("shop", "/start-job")]
-    ids = {outbox.accept(message(), Idempotency.of(*way, "k", {})).id for way in ways}
+    ids = {outbox.accept([Draft(message())], Idempotency.of(*way, "k", {})).id for way in ways}
     assert len(ids) == 3
 
 
@@ -318,7 +318,7 @@ def test_a_mail_that_still_waits_when_it_expires_has_failed_and_one_in_mid_air_h
 
 
 def test_an_expired_mail_is_not_queued_again(outbox: Outbox, client: Any) -> None:
-    mail_id = outbox.accept(message(), expires_at=datetime.now(timezone.utc) - timedelta(seconds=1)).id
+    mail_id = outbox.accept([Draft(message(), datetime.now(timezone.utc) - timedelta(seconds=1))]).id
     claim(outbox, mail_id).settle("failed", reason="expired")
     client.hset(f"rq:job:{mail_id}", "status", "failed")
     with pytest.raises(NotPossible, match="expired"):
@@ -328,14 +328,14 @@ def test_an_expired_mail_is_not_queued_again(outbox: Outbox, client: Any) -> Non
 
 def test_what_the_sender_chose_is_in_the_claim_and_shown(outbox: Outbox) -> None:
     soon = datetime.now(timezone.utc) + timedelta(minutes=1)
-    mail_id = outbox.accept(message(), expires_at=soon, on_doubt="hold").id
+    mail_id = outbox.accept([Draft(message(), soon, "hold")]).id
     taken = claim(outbox, mail_id)
     assert (taken.expires_at, taken.on_doubt) == (soon.timestamp(), "hold")
     assert not taken.has_expired()
     assert taken.has_expired(within=61)
     seen = outbox.read(mail_id)
     assert (seen["expires_at"], seen["on_doubt"]) == (soon.isoformat(), "hold")
-    plain = outbox.accept(message()).id
+    plain = outbox.accept([Draft(message())]).id
     assert not claim(outbox, plain).has_expired(within=1e9)
     assert (outbox.read(plain)["expires_at"], outbox.read(plain)["on_doubt"]) == (None, "retry")
 

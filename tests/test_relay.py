@@ -29,7 +29,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mail import relay, warm
-from mail.message import compose, parse, to_mime
+from mail.message import Mailbox, compose, parse, to_mime
 from mail.relay import Outcome, Phase, Relay, Reply, Session, Stopped, Verdict, judge
 from tests import servers
 from tests.scripted_relay import (
@@ -468,7 +468,7 @@ def test_any_body_arrives_to_the_byte() -> None:
         @hypothesis_settings(max_examples=150, deadline=None, database=None)
         def check(text: str, html: str) -> None:
             body = {"to": ADA, "subject": "Hi", "text": text, "html": html}
-            message = compose(parse(body, default_sender=SENDER, max_recipients=1))
+            message = compose(parse(body, default_sender=Mailbox("", SENDER), max_recipients=1))
             mime = to_mime(message, "<1@example.com>", datetime(2026, 1, 1, tzinfo=timezone.utc))
             assert assert_one_mail(there, mime) == mime
 

@@ -13,7 +13,7 @@ from rq.serializers import JSONSerializer
 from jobs import Jobs
 from mail import sweep as sweeping
 from mail.message import compose, parse
-from mail.outbox import Outbox
+from mail.outbox import Draft, Outbox
 from mail.sweep import Finding, sweep, swept
 from settings import Settings
 from tests.servers import RedisServer
@@ -35,7 +35,7 @@ def outbox(client: Any) -> Outbox:
 
 
 def accepted(outbox: Outbox) -> str:
-    return outbox.accept(compose(parse(BODY, default_sender="", max_recipients=50))).id
+    return outbox.accept([Draft(compose(parse(BODY, default_sender=None, max_recipients=50)))]).id
 
 
 def swept_now(outbox: Outbox) -> list[Finding]:
