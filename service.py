@@ -12,6 +12,7 @@ No address, subject, body or key is logged. docs/api.md describes the routes; th
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import hmac
@@ -21,9 +22,11 @@ import math
 import re
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn
@@ -45,9 +48,12 @@ from settings import ApiKey, Settings, SettingsError, load
 
 VERSION = re.search(r"^## (\S+)", (Path(__file__).parent / "CHANGELOG.md").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 SMALL_BODY = 64 * 1024  # bytes; for everything but POST /emails
+LARGE = 2**20  # bytes; a body beyond that is one of few at a time
+_room = threading.BoundedSemaphore(2)
 DEEPEST = 32  # levels of JSON; templates' variables need a few, an attack needs thousands
 MOST_VALUES = 10_000  # in one body, names counted; checking a million addresses would keep every other caller waiting
 MOST_IN_BATCH = 100  # mails
+M_MMAP_THRESHOLD = -3  # mallopt(3)
 RETRY_AFTER = "5"  # seconds
 MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # mail:last_sent, mail:<id>:claim are no mails
 
@@ -130,9 +136,9 @@ def read_json(limit: int) -> Any:
         raise Refusal(415, "unsupported_media_type", "send the body as Content-Type: application/json")
     if (request.content_length or 0) > limit:
         raise Refusal(413, "request_too_large", f"the body is larger than {limit} bytes, which is the most taken here")
-    raw = request.environ["wsgi.input"].read(max(request.content_length, 0))
     try:
-        body = json.loads(raw.decode(), object_pairs_hook=without_duplicates, parse_constant=no_constant)
+        text = request.environ["wsgi.input"].read(max(request.content_length, 0)).decode()
+        body = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=no_constant)
         check_values(body)
     except RecursionError:
         raise bad_json("it is nested too deeply") from None
@@ -432,12 +438,29 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
                 return handler(service)
             caller = authenticate(service.settings.api_keys, scope)
             request.environ["async_email.key"] = caller.name
-            return handler(service, caller, **ids)
+            with room_for(request.content_length):
+                return handler(service, caller, **ids)
         except Exception as error:
             refusal = as_refusal(error)
         return refused(refusal)
 
     return call
+
+
+@contextmanager
+def room_for(octets: int) -> Iterator[None]:
+    """Until a body is read it lies in a file; then it takes some times its size in memory. A hundred large ones at once
+    would take the machine down, so but a few are read, and the others come again."""
+    if octets <= LARGE:
+        yield
+    elif _room.acquire(blocking=False):
+        try:
+            yield
+        finally:
+            _room.release()
+    else:
+        text = f"too many large requests at once; send this again in {RETRY_AFTER} seconds"
+        raise Refusal(503, "service_unavailable", text, Retry_After=RETRY_AFTER)
 
 
 def refused(refusal: Refusal) -> HTTPResponse:
@@ -571,6 +594,13 @@ def make_server(settings: Settings, app: Edge) -> Any:
     return server
 
 
+def give_memory_back() -> None:
+    """Makes glibc's malloc keep to its threshold for large blocks, which go back to the system when they are freed. By
+    itself it raises the threshold after each, and keeps what eight threads have once needed."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
+
+
 def stop(*_: object) -> NoReturn:
     raise SystemExit(0)  # Waitress answers what it has begun, then returns
 
@@ -588,6 +618,7 @@ def main() -> int:
         print(f"LISTEN: cannot listen on {settings.listen}: {error.strerror}", file=sys.stderr)
         return 2
     set_up(settings.log_level)
+    give_memory_back()
     signal.signal(signal.SIGTERM, stop)
     emit("api_started", listen=settings.listen, version=VERSION)
     server.run()

@@ -53,6 +53,9 @@ http {{
 """
 
 
+REDIS = ("--hash-max-ziplist-value", "2048")  # as the README says, for both sides
+
+
 class NotMeasured(Exception):
     """One sentence: why a trial has no figures."""
 
@@ -60,7 +63,7 @@ class NotMeasured(Exception):
 class Crew:
     def __init__(self, directory: Path, *redis_options: str) -> None:
         self.directory = directory
-        self.redis_server = RedisServer(directory, "--appendfsync", "everysec", *redis_options)
+        self.redis_server = RedisServer(directory, "--appendfsync", "everysec", *REDIS, *redis_options)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Crew:

@@ -19,7 +19,8 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -239,11 +240,16 @@ def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
         "created_at": _iso(datetime.now(timezone.utc)),
         "message_id": message_id(mail_id, draft.message.sender),
         "outline": outline,
-        "content": content,
+        "content": _compressed(content),
         "recipients": _dump([Recipient(address) for address in draft.message.recipients]),
         **({"expires_at": draft.expires_at.isoformat()} if draft.expires_at else {}),
         **({"on_doubt": draft.on_doubt} if draft.on_doubt else {}),
     }
+
+
+def _compressed(pieces: Iterable[str]) -> bytes:
+    packer = zlib.compressobj(level=1)
+    return b"".join([*(packer.compress(piece.encode()) for piece in pieces), packer.flush()])
 
 
 class Outbox:
@@ -323,7 +329,7 @@ class Outbox:
             outbox=self,
             id=mail_id,
             token=token,
-            message=Message.from_json(stored["outline"], stored["content"]),
+            message=Message.from_json(stored["outline"], zlib.decompress(stored["content"])),
             message_id=stored["message_id"].decode(),
             created_at=datetime.fromisoformat(stored["created_at"].decode()),
             state_before=stored["state_before"].decode(),

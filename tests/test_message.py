@@ -46,7 +46,7 @@ def accepted(body: Json, rendered: Rendered | None = None) -> Message:
     """The mail as a worker finds it."""
     request = parse(body, default_sender=Mailbox("Acme", "hello@example.com"), max_recipients=50)
     outline, content = compose(request, rendered).to_json()
-    return Message.from_json(outline.encode(), content.encode())
+    return Message.from_json(outline.encode(), "".join(content).encode())
 
 
 def sent(body: Json) -> Read:
