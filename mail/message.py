@@ -20,7 +20,7 @@ import mimetypes
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from email.header import Header
 from email.utils import format_datetime
@@ -327,9 +327,9 @@ class Message:
 
     def to_json(self) -> tuple[str, Iterator[str]]:
         """(outline, content). The content may hold ten megabytes, so it comes in pieces."""
-        whole = asdict(self)
+        whole = dict(vars(self))
         content = {name: whole.pop(name) for name in self.CONTENT}
-        return _dump(whole), _pieces(content)
+        return _dump(whole), _pieces(content) if self.attachments else iter([_dump(content)])
 
     @classmethod
     def from_json(cls, outline: str | bytes, content: str | bytes = "{}") -> Message:
