@@ -12,6 +12,7 @@ SIGTERM lets the jobs in hand finish.  RQ: https://python-rq.org/docs/workers/
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -240,24 +241,36 @@ class Crew:
         self.workers: dict[threading.Thread, EmailWorker] = {}
         self.asked_to_stop = threading.Event()
         self.signalled_at = 0.0
-        self.looked_after_at = 0.0
+        self.maintained_at = -float(MAINTENANCE_EVERY)  # at once
 
     def work(self) -> None:
         """Until SIGTERM or SIGINT, and until every mail in hand has been dealt with."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle_signal)
         while not self.asked_to_stop.is_set() or self.workers:
-            with suppress(RedisError):
-                self.look_after()
-                self.man()
+            self.look_after()
             self.asked_to_stop.wait(1)
             if self.asked_to_stop.is_set():
                 self.dismiss()
         with suppress(RedisError):
             self.scheduler.stop()  # type: ignore[no-untyped-call]
 
+    def look_after(self) -> None:
+        """One duty after the other. What goes wrong in one keeps from no other, and ends nothing."""
+        duties: list[Callable[[], object]] = [self.show_life, self.schedule]
+        if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
+            self.maintained_at = time.monotonic()
+            duties += [self.pull_in, self.caretaker.run_maintenance_tasks, tasks.sweep]
+        for duty in (*duties, self.man):
+            try:
+                duty()
+            except RedisError:
+                return  # it is away, or full
+            except Exception as error:
+                events.emit("crashed", logging.ERROR, where=events.where(error))
+
     def man(self) -> None:
-        """Sees to it that there are as many workers as asked for. Raises redis-py's errors."""
+        """Sees to it that there are as many workers as asked for."""
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
         while len(self.workers) < self.settings.worker_concurrency and not self.asked_to_stop.is_set():
             worker = email_worker(jobs.connect(self.settings.redis_url.get_secret_value(), patient=True))
@@ -274,21 +287,19 @@ class Crew:
             thread.join(0.1 / len(self.workers))
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
 
-    def look_after(self) -> None:
-        """Signs of life, RQ's scheduler, RQ's maintenance and our sweep. Raises redis-py's errors."""
+    def show_life(self) -> None:
+        """Of all workers, and looks for `rq suspend`."""
         with self.redis.pipeline(transaction=False) as pipeline:
             for worker in self.workers.values():
                 worker.tell(pipeline)
             pipeline.exists(WORKERS_SUSPENDED)
             EmailWorker.suspended = bool(pipeline.execute()[-1])
+
+    def schedule(self) -> None:
+        """Queues mail that was put off and is due, if no other process does."""
         if self.scheduler.acquired_locks or self.scheduler.acquire_locks():  # type: ignore[no-untyped-call]
             self.scheduler.heartbeat()  # type: ignore[no-untyped-call]
             self.scheduler.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
-        if time.monotonic() - self.looked_after_at >= MAINTENANCE_EVERY:
-            self.looked_after_at = time.monotonic()
-            self.pull_in()
-            self.caretaker.run_maintenance_tasks()  # type: ignore[no-untyped-call]
-            tasks.sweep()
 
     def pull_in(self) -> None:
         """A clock that was set back an hour leaves signs of life that would hold for an hour."""

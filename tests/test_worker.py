@@ -19,8 +19,11 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.webhook import Webhook
 
+import tasks
+from settings import Settings
 from tests.scripted_relay import Line, ScriptedRelay
 from tests.servers import Api, House, RedisServer, Relay, eventually, project_with
+from worker import Crew
 
 MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}
 
@@ -270,3 +273,21 @@ def test_the_worker_says_what_is_missing_and_does_not_start(tmp_path: Path, redi
         assert "SMTP_HOST is not set" in house.log("worker-email")
         assert house.worker("nonsense").wait(20) == 2
         assert "usage: worker.py [email|jobs]" in house.log("worker-nonsense")
+
+
+def test_a_duty_that_goes_wrong_keeps_the_main_thread_from_no_other(
+    monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer
+) -> None:
+    main = Crew(Settings(_env_file=None, redis_url=redis_server.url))
+    done: list[str] = []
+
+    def wrong() -> None:
+        done.append("schedule")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(main, "schedule", wrong)
+    monkeypatch.setattr(main, "pull_in", lambda: done.append("pull_in"))
+    monkeypatch.setattr(tasks, "sweep", lambda: done.append("sweep"))
+    monkeypatch.setattr(main, "man", lambda: done.append("man"))
+    main.look_after()
+    assert done == ["schedule", "pull_in", "sweep", "man"]
