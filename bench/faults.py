@@ -70,8 +70,12 @@ def cut_power(stage: Stage) -> None:
 
 
 def wait_for_death(stage: Stage) -> None:
-    """The first worker dies at the point that the scene names. Where it must be put off for that, the relay does so."""
-    with stage.relay_says(**STEPS_TO.get(stage.scene.dies_at, dict)()):
+    """The first worker dies at the point that the scene names. Where it must be put off for that, the relay does so;
+    what it refuses for good, it refuses to the end."""
+    steps = STEPS_TO.get(stage.scene.dies_at, dict)()
+    if stage.scene.refuses:
+        stage.relay.script |= {name: [step] for name, step in steps.items()}
+    with stage.relay_says(**steps):
         stage.has_logged("worker-0", "killed at")
         stage.fault_over = time.monotonic()
         stage.wait(10)  # until the relay has put off whatever it would
