@@ -10,7 +10,7 @@ from typing import Any
 
 from redis import Redis
 
-from bench.crew import NotMeasured
+from bench.rig import NotMeasured
 from jobs import Jobs, connect
 from mail import message, templates
 from mail.outbox import Draft, Outbox

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 
 from bench.backlog import composed, copy, outbox_at
-from bench.crew import Crew
 from bench.relay import RelayProcess
+from bench.rig import Rig
 from bench.sides import SIDES
 from mail.outbox import Draft
 
@@ -29,11 +29,11 @@ class Backlog:
         self.run = run
         self.relay = parts.enter_context(RelayProcess(directory))
         # Rewriting the file of a million mails takes a while, and is not what is measured.
-        self.crew = parts.enter_context(Crew(directory, "--auto-aof-rewrite-percentage", "0"))
-        self.outbox = outbox_at(self.crew.redis_server.url)
+        self.rig = parts.enter_context(Rig(directory, "--auto-aof-rewrite-percentage", "0"))
+        self.outbox = outbox_at(self.rig.redis_server.url)
         for number in range(run):
             mail_id, _ = self.accept(number)
-        with self.crew.redis_server.client() as redis:
+        with self.rig.redis_server.client() as redis:
             self.weight = copy(redis, mail_id, queued - run)
 
     def accept(self, number: int) -> tuple[str, float]:
@@ -44,11 +44,11 @@ class Backlog:
         return mail_id, 1000 * (time.monotonic() - began)
 
     def start_worker(self) -> None:
-        SIDES["ours"].start_workers(self.crew, self.relay.environment())
+        SIDES["ours"].start_workers(self.rig, self.relay.environment())
 
     def sending(self) -> float:
         """Milliseconds from one of those in front to the next."""
-        self.crew.wait_until(self._is_sent, "the mails were not sent", PATIENCE)
+        self.rig.wait_until(self._is_sent, "the mails were not sent", PATIENCE)
         moments = sorted(self.relay.ask("moments").values())
         return float(1000 * (moments[self.run - 1] - moments[0]) / (self.run - 1))
 

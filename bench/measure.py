@@ -21,10 +21,10 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from bench.crew import Crew, NotMeasured, nginx_program
 from bench.load import generator
 from bench.progress import Progress
 from bench.report import Results, document, plot
+from bench.rig import NotMeasured, Rig, nginx_program
 from bench.sides import PEERS, THREADS, make_environment
 from bench.targets import MEASUREMENTS
 from bench.trials import QUICK, TRIALS, Figures, Size, load_ceiling, relay_ceiling, relay_ceiling_kept
@@ -127,8 +127,8 @@ def processor() -> str:
 
 
 def redis_version() -> str:
-    with tempfile.TemporaryDirectory(prefix="bench-") as place, Crew(Path(place)) as crew:
-        info = crew.redis_server.client().info("server")
+    with tempfile.TemporaryDirectory(prefix="bench-") as place, Rig(Path(place)) as rig:
+        info = rig.redis_server.client().info("server")
     return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
 
 

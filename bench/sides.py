@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.backlog import fill
-from bench.crew import Crew
+from bench.rig import Rig
 from settings import Settings
 from tests.servers import ROOT
 
@@ -41,27 +41,27 @@ class Side:
     def python(self) -> str:
         return str(VENV / "bin" / "python") if self.framework else sys.executable
 
-    def environment(self, crew: Crew, **more: str) -> dict[str, str]:
-        return {**COMMON, "REDIS_URL": crew.redis_server.url, **THREADS, **more}
+    def environment(self, rig: Rig, **more: str) -> dict[str, str]:
+        return {**COMMON, "REDIS_URL": rig.redis_server.url, **THREADS, **more}
 
-    def start_api(self, crew: Crew, port: int) -> subprocess.Popen[bytes]:
+    def start_api(self, rig: Rig, port: int) -> subprocess.Popen[bytes]:
         listen = f"127.0.0.1:{port}"
         command = ["-m", "gunicorn", "--workers", "2", "--bind", listen, "flask_app:app"]
         command = command if self.framework else [str(ROOT / "service.py")]
-        return crew.start("api", [self.python, *command], self.environment(crew, LISTEN=listen), self._place)
+        return rig.start("api", [self.python, *command], self.environment(rig, LISTEN=listen), self._place)
 
-    def start_workers(self, crew: Crew, relay: dict[str, str]) -> list[subprocess.Popen[bytes]]:
+    def start_workers(self, rig: Rig, relay: dict[str, str]) -> list[subprocess.Popen[bytes]]:
         command = [self.python, *(self.worker or [str(ROOT / "worker.py"), "email"])]
-        environment = self.environment(crew, **relay)
-        return [crew.start(f"worker-{n}", command, environment, self._place) for n in range(self.processes)]
+        environment = self.environment(rig, **relay)
+        return [rig.start(f"worker-{n}", command, environment, self._place) for n in range(self.processes)]
 
-    def fill(self, crew: Crew, mails: int) -> None:
+    def fill(self, rig: Rig, mails: int) -> None:
         """Queues mails to m0@example.com, m1@example.com, ..."""
         if not self.framework:
-            fill(crew.redis_server.url, mails)
+            fill(rig.redis_server.url, mails)
             return
         command = [self.python, "fill.py", self.framework, str(mails)]
-        subprocess.run(command, cwd=PEERS, env=self.environment(crew), check=True)
+        subprocess.run(command, cwd=PEERS, env=self.environment(rig), check=True)
 
     @property
     def _place(self) -> Path | None:

@@ -20,10 +20,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench.conversation import PASSWORD, USERNAME
-from bench.crew import Crew, NotMeasured, cpu_seconds, pss
 from bench.load import Request, put_load
 from bench.longqueue import compare
 from bench.relay import RelayProcess
+from bench.rig import NotMeasured, Rig, cpu_seconds, pss
 from bench.sides import KEY, SIDES
 from tests.servers import free_port
 
@@ -77,12 +77,12 @@ def status(request: Request) -> int:
 def accept(name: str, size: Size, directory: Path) -> Figures:
     """Requests a second behind nginx, and what the API processes weigh after them."""
     side = SIDES[name]
-    with Crew(directory) as crew:
+    with Rig(directory) as rig:
         api_port = free_port()
-        api = side.start_api(crew, api_port)
-        port = crew.nginx(api_port)
+        api = side.start_api(rig, api_port)
+        port = rig.nginx(api_port)
         request = post(port, "/start-job", {"name": "Ada", "email": "ada@example.com"})
-        crew.wait_until(lambda: status(request) == 202, "POST /start-job was not answered 202")
+        rig.wait_until(lambda: status(request) == 202, "POST /start-job was not answered 202")
         put_load(request, seconds=1, connections=CONNECTIONS, directory=directory)  # to warm up
         figures = measured(request, size, directory)
         figures["memory"] = pss([api])
@@ -110,9 +110,9 @@ def accept_batches(port: int, size: Size, directory: Path) -> Figures:
 
 def load_ceiling(directory: Path) -> float:
     """Requests a second that the load generator gets out of nginx alone."""
-    with Crew(directory) as crew:
-        request = Request(f"http://127.0.0.1:{crew.nginx(free_port())}/nothing")
-        crew.wait_until(lambda: status(request) == 200, "nginx did not answer")
+    with Rig(directory) as rig:
+        request = Request(f"http://127.0.0.1:{rig.nginx(free_port())}/nothing")
+        rig.wait_until(lambda: status(request) == 200, "nginx did not answer")
         return put_load(request, seconds=2, connections=CONNECTIONS, directory=directory).rate
 
 
@@ -122,17 +122,17 @@ def load_ceiling(directory: Path) -> float:
 def send(name: str, size: Size, directory: Path, latency: float = 0) -> Figures:
     """Mails a second from the first to the last acceptance; CPU and memory of the workers meanwhile."""
     side = SIDES[name]
-    with RelayProcess(directory, latency=latency) as relay, Crew(directory) as crew:
-        side.fill(crew, size.mails)
-        workers = side.start_workers(crew, relay.environment())
-        crew.wait_until(lambda: relay.ask("report")["accepted"] > 0, "no mail was sent")
+    with RelayProcess(directory, latency=latency) as relay, Rig(directory) as rig:
+        side.fill(rig, size.mails)
+        workers = side.start_workers(rig, relay.environment())
+        rig.wait_until(lambda: relay.ask("report")["accepted"] > 0, "no mail was sent")
         began, before = time.monotonic(), relay.ask("report")
         cpu, relay_cpu = cpu_seconds(workers), cpu_seconds([relay.process])
         while (seen := relay.ask("report"))["accepted"] < size.mails and time.monotonic() < began + size.sending:
             time.sleep(0.1)
         took, sent = time.monotonic() - began, seen["accepted"] - before["accepted"]
         if not sent:
-            raise NotMeasured(f"one mail was sent, and no other: {crew.last_words()}")
+            raise NotMeasured(f"one mail was sent, and no other: {rig.last_words()}")
         return {
             "rate": (seen["accepted"] - 1) / (seen["last"] - seen["first"]),
             "cpu": 1000 * (cpu_seconds(workers) - cpu) / sent,
@@ -150,12 +150,12 @@ def send_from_afar(name: str, size: Size, directory: Path) -> Figures:
 def idle(name: str, size: Size, directory: Path) -> Figures:
     """Milliseconds from POST to the relay's 250, one mail at a time."""
     side = SIDES[name]
-    with RelayProcess(directory) as relay, Crew(directory) as crew:
+    with RelayProcess(directory) as relay, Rig(directory) as rig:
         port = free_port()
-        side.start_api(crew, port)
-        side.start_workers(crew, relay.environment())
+        side.start_api(rig, port)
+        side.start_workers(rig, relay.environment())
         first = post(port, "/start-job", {"name": "Ada", "email": "first@example.com"})
-        crew.wait_until(lambda: status(first) == 202, "POST /start-job was not answered 202")
+        rig.wait_until(lambda: status(first) == 202, "POST /start-job was not answered 202")
         reached(relay, 1)
         posted = {}
         for number in range(size.single):
@@ -195,12 +195,12 @@ def relay_ceiling_kept(directory: Path) -> float:
 
 def relay_ceiling(directory: Path) -> float:
     """The same, each in a session of its own with STARTTLS and AUTH."""
-    with RelayProcess(directory) as relay, Crew(directory) as crew:
+    with RelayProcess(directory) as relay, Rig(directory) as rig:
         side = SIDES["dramatiq"]
-        side.fill(crew, 300)
+        side.fill(rig, 300)
         before = cpu_seconds([relay.process])
-        side.start_workers(crew, relay.environment())
-        crew.wait_until(lambda: relay.ask("report")["accepted"] >= 300, "the relay's ceiling")
+        side.start_workers(rig, relay.environment())
+        rig.wait_until(lambda: relay.ask("report")["accepted"] >= 300, "the relay's ceiling")
         return 300 / (cpu_seconds([relay.process]) - before)
 
 

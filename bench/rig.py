@@ -1,6 +1,6 @@
 """The processes of one trial: started on loopback and free ports, weighed, and stopped by their ids.
 
-A `Crew` has a Redis of its own and an empty folder, so no trial finds what another left. CPU seconds and memory (PSS,
+A `Rig` has a Redis of its own and an empty folder, so no trial finds what another left. CPU seconds and memory (PSS,
 which divides shared pages among their users) are those of a process and all that descend from it, from /proc.
 """
 
@@ -60,13 +60,13 @@ class NotMeasured(Exception):
     """One sentence: why a trial has no figures."""
 
 
-class Crew:
+class Rig:
     def __init__(self, directory: Path, *redis_options: str) -> None:
         self.directory = directory
         self.redis_server = RedisServer(directory, "--appendfsync", "everysec", *REDIS, *redis_options)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> Rig:
         self.redis_server.start()
         return self
 
