@@ -3,7 +3,8 @@
 A process asks `load()` once, at its start, and either gets a frozen `Settings` or a `SettingsError` that holds one
 sentence per fault, each naming its variable and none showing a value that may be secret. Values come from the
 environment, then from a file `.env` in the working directory; in `.env` an unknown name is a fault, since it is most
-often a typing error. A secret may stand in a file instead: `SMTP_PASSWORD_FILE=/path` for `SMTP_PASSWORD`.
+often a typing error. A secret may stand in a file instead: `SMTP_PASSWORD_FILE=/path` for `SMTP_PASSWORD`. A service of
+systemd finds both among its credentials (`LoadCredential=`): `async-email.env` in place of `.env`, and `smtp_password`.
 
 The only home of `os.environ`. `.env.example` and the README's table list the same variables; a test compares them.
 """
@@ -138,9 +139,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 class Settings(BaseSettings):
     """All settings. Durations are in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(
-        env_file=".env", env_ignore_empty=True, extra="forbid", frozen=True, hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     redis_url_file: FilePath | None = None
@@ -187,6 +186,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def read_secret_files(cls, given: dict[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in given.items() if value != ""}  # an empty credential is none
         for name in SECRETS:
             path = given.get(f"{name}_file")
             if not path:
@@ -257,17 +257,19 @@ def load(*needed: str, **overrides: Any) -> Settings:
 
     Raises `SettingsError` with all that is wrong, or, where nothing is, with all that is missing.
     """
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    file = Path(directory, "async-email.env") if directory else Path(".env")
     try:
-        settings = Settings(**overrides)
+        settings = Settings(_env_file=file, _secrets_dir=directory, **overrides)
     except ValidationError as error:
-        raise SettingsError(sentences(error)) from None
+        raise SettingsError(sentences(error, file.name)) from None
     missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not getattr(settings, name)]
     if missing:
         raise SettingsError(missing)
     return settings
 
 
-def sentences(error: ValidationError) -> list[str]:
+def sentences(error: ValidationError, file: str) -> list[str]:
     faults: list[str] = []
     for fault in error.errors(include_input=False, include_url=False):
         text = fault["msg"].removeprefix("Value error, ")
@@ -276,7 +278,7 @@ def sentences(error: ValidationError) -> list[str]:
         if not fault["loc"]:
             faults += text.splitlines()
         elif fault["type"] == "extra_forbidden":
-            faults.append(f"{str(fault['loc'][0]).upper()} in .env is not a setting; see .env.example for the names")
+            faults.append(f"{str(fault['loc'][0]).upper()} in {file} is not a setting; see .env.example for the names")
         else:
             faults.append(f"{str(fault['loc'][0]).upper()}: {text[0].lower()}{text[1:]}")
     return faults

@@ -146,6 +146,24 @@ def test_an_unknown_name_in_dotenv_is_a_fault(tmp_path: Path) -> None:
     assert caught.value.faults == ["SMTP_PASWORD in .env is not a setting; see .env.example for the names"]
 
 
+def test_a_service_of_systemd_finds_its_settings_among_its_credentials(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    (tmp_path / ".env").write_text("MAIL_FROM=not@example.com\n")
+    (credentials / "async-email.env").write_text("SMTP_HOST=smtp.example.com\nSMTP_USERNAME=ada\n")
+    (credentials / "smtp_password").write_text("hunter2\n")
+    (credentials / "redis_url").write_text("")
+    env.setenv("CREDENTIALS_DIRECTORY", str(credentials))
+    current = load()
+    assert (current.smtp_host, current.smtp_username, current.mail_from) == ("smtp.example.com", "ada", None)
+    assert current.smtp_password is not None
+    assert current.smtp_password.get_secret_value() == "hunter2"
+    assert current.redis_url.get_secret_value() == "redis://127.0.0.1:6379/0"
+    (credentials / "async-email.env").write_text("SMTP_HOTS=smtp.example.com\n")
+    with pytest.raises(SettingsError, match=r"SMTP_HOTS in async-email\.env is not a setting"):
+        load()
+
+
 def test_the_environment_wins_over_dotenv_and_empty_means_unset(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("SMTP_HOST=from-file\nMAIL_FROM=a@example.com\nSMTP_PORT=\n")
     env.setenv("SMTP_HOST", "from-environment")
