@@ -1,7 +1,7 @@
 """The settings as the services see them: from the files that their units pass them, and from nothing in this shell.
 
-On a server each unit's own `LoadCredential=` lines say which files it gets; they are laid out in a private folder of
-links, for the length of a look, and read by the very function with which the process starts. In a checkout it is
+On a server each unit's own `LoadCredential=` lines say which files it gets; they are laid out in a private folder
+in memory, for the length of a look, and read by the very function with which the process starts. In a checkout it is
 `.env` and the environment. Values are never shown; what is wrong is said in settings.py's own sentences.
 systemd.exec(5): LoadCredential=
 """
@@ -9,6 +9,7 @@ systemd.exec(5): LoadCredential=
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -71,9 +72,10 @@ def passed_to(unit: str, place: Place) -> list[tuple[str, Path]]:
 
 @contextmanager
 def as_a_unit(credentials: Iterable[tuple[str, Path]]) -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # no secret of ours comes to lie on a disk
+    with tempfile.TemporaryDirectory(prefix="doctor-", dir=memory) as folder:
         for name, path in credentials:
-            Path(folder, name).symlink_to(path)
+            shutil.copyfile(path, Path(folder, name))
         with settings.environment_of_a_unit(Path(folder)):
             yield
 
@@ -177,7 +179,7 @@ def secrets_are_roots(place: Place) -> Findings:
         seen, mode = path.stat(), "700" if path.is_dir() else "600"
         if seen.st_mode & 0o077:
             yield fault(f"{path} is open to other users (mode {seen.st_mode & 0o777:o})", f"sudo chmod {mode} {path}")
-        if seen.st_uid != 0:
+        if seen.st_uid != place.owner:
             yield fault(f"{path} does not belong to root", f"sudo chown root:root {path}")
 
 

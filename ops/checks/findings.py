@@ -69,6 +69,7 @@ class Place:
     systemd: Path = Path("/run/systemd/system")
     selinux: Path = Path("/sys/fs/selinux/enforce")
     user: str = "async-email"
+    owner: int = 0  # whose the configuration must be: root's
     http_port: int = 80
     smtp_ports: tuple[int, ...] = (25, 465, 587, 2525, 2587, 2465)
     name_server: tuple[str, int] | None = None  # instead of the system's

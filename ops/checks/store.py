@@ -148,12 +148,12 @@ def refused(redis: Redis, at: Where, place: Place) -> Finding | None:
         redis.ping()
         redis.info()
     except AuthenticationError:
-        return fault(f"Redis at {at} does not accept our user and password", password(place))
+        given = redis.connection_pool.connection_kwargs.get("password")
+        trouble = "does not accept our user and password" if given else "wants a password and REDIS_URL has none"
+        return fault(f"Redis at {at} {trouble}", password(place))
     except NoPermissionError:
         return fault("Redis' ACL refuses us PING or INFO", "give the user +@all -@dangerous -@admin +info: ACL SETUSER")
-    except ResponseError as error:
-        if "NOAUTH" in str(error) or "Authentication required" in str(error):
-            return fault(f"Redis at {at} wants a password and REDIS_URL has none", password(place))
+    except ResponseError:
         return fault(f"Redis at {at} refuses PING or INFO", "see its log: journalctl -u 'redis*'")
     except (RedisError, OSError):
         protocol = "rediss://" if at.encrypted else "redis://"
