@@ -8,12 +8,13 @@ systemd.exec(5): LoadCredential=
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dotenv import dotenv_values
@@ -137,18 +138,34 @@ def sender_faults(current: Settings) -> list[str]:
 
 def shell(place: Place) -> Findings:
     """What worked by hand and does not as a service: a variable that only this shell has."""
-    known = {name.upper() for name in Settings.model_fields}
-    here = settings.child_environment()
-    exported = {name for name in known & here.keys() if here[name]}
     written = {name for name, value in dotenv_values(place.file).items() if value} if may_read(place.file) else set()
-    only_here = sorted(exported - written - stored(place))
-    if only_here and place.installed:
+    only_here = sorted(exported() - written - stored(place))
+    if only_here and not open_to_us(place):
+        yield note(f"set in this shell, which the services do not see: {', '.join(only_here)}", "sudo bin/doctor")
+    elif only_here and place.installed:
         for name in only_here:
             yield warn(f"{name} is set in this shell and not in {place.file}: the services do not see it", place.edit)
     elif only_here:
         yield note(f"only in this shell, not in .env: {', '.join(only_here)}", "write them into .env to keep them")
     else:
         yield ok("no setting is in this shell alone")
+
+
+def exported() -> set[str]:
+    here = {name for name, value in settings.child_environment().items() if value}
+    return (here | before_sudo()) & {name.upper() for name in Settings.model_fields}
+
+
+def before_sudo() -> set[str]:
+    """sudo drops a shell's variables; root may ask the kernel what the programs above this one were started with."""
+    names, pid = set(), os.getpid()
+    with suppress(OSError, StopIteration):
+        while pid > 1:
+            variables = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+            names |= {name for name, _, value in (one.partition("=") for one in variables) if value}
+            status = Path(f"/proc/{pid}/status").read_text().splitlines()
+            pid = next(int(line.split()[1]) for line in status if line.startswith("PPid:"))
+    return names
 
 
 def stored(place: Place) -> set[str]:
@@ -166,7 +183,8 @@ def modes(place: Place) -> Findings:
             yield ok(".env is nobody else's to read" if place.file.exists() else "there is no .env to protect")
         return
     wrong = [*secrets_are_roots(place), *code_is_roots(place), *files_named_in_settings(place)]
-    yield from wrong or [ok(f"{place.etc} is root's alone, and {place.opt} is not the service's to change")]
+    secret = f"{place.etc} is root's alone, and " if open_to_us(place) else ""
+    yield from wrong or [ok(f"{secret}{place.opt} is not the service's to change")]
 
 
 def secrets_are_roots(place: Place) -> Findings:

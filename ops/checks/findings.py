@@ -153,5 +153,8 @@ def lasting(seconds: float) -> str:
 
 
 def sized(octets: float) -> str:
-    """`3.5 GB`, `120 MB`"""
-    return f"{octets / 2**30:.1f} GB" if octets >= 2**30 else f"{octets / 2**20:.0f} MB"
+    """`3.5 GB`, `120 MB`, `7 KB`"""
+    for size, unit, digits in ((2**30, "GB", 1), (2**20, "MB", 0)):
+        if octets >= size:
+            return f"{octets / size:.{digits}f} {unit}"
+    return f"{octets / 1024:.0f} KB"
