@@ -297,6 +297,19 @@ def test_a_secret_that_others_may_read_is_a_fault(server: Server, name: str) -> 
     )
 
 
+def test_a_configuration_without_its_secrets_is_a_fault(server: Server) -> None:
+    shutil.rmtree(server.folder / "etc/credentials")
+    assert_finds(configuration.modes, server.place, FAULT, "etc/credentials is missing", "sudo bin/install")
+
+
+def test_who_is_not_root_is_told_that_most_cannot_be_looked_at(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "open_to_us", lambda _: False)
+    monkeypatch.setenv("SMTP_PORT", "587")
+    assert_finds(configuration.values, server.place, WARN, "is for root only", "sudo bin/doctor")
+    assert_finds(configuration.shell, server.place, NOTE, "set in this shell", "sudo bin/doctor")
+    assert "root's alone" not in worst(configuration.modes, server.place).found
+
+
 def test_a_configuration_that_is_not_roots_is_a_fault(server: Server) -> None:
     server.place.owner += 1
     assert_finds(configuration.modes, server.place, FAULT, "does not belong to root", "sudo chown root:root")
@@ -680,6 +693,7 @@ def test_units_that_run_are_fine(server: Server) -> None:
     ("changes", "level", "found", "mend"),
     [
         ({**DEAD, "ExecMainStatus": "203"}, FAULT, "203/EXEC", "/opt/async-email"),
+        ({**DEAD, "ExecMainStatus": "127"}, FAULT, "no .venv", "sudo bin/install"),
         ({**DEAD, "ExecMainStatus": "226"}, FAULT, "226/NAMESPACE", f"journalctl -u {WORKER}"),
         ({**DEAD, "ExecMainStatus": "243"}, FAULT, "243/CREDENTIALS", "/etc/async-email/credentials"),
         ({**DEAD, "ExecMainStatus": "217"}, FAULT, "217/USER", "sudo bin/install"),

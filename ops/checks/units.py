@@ -30,6 +30,7 @@ OFTEN = 3  # restarts since it was started by hand or at boot
 EXITS = {  # exit code -> what it means, what mends it
     "1": ("it gave up while it started, most often because of Redis", "see the line about Redis here"),
     "2": ("it refuses its settings", "see the lines about settings here"),
+    "127": ("127: its program is not there; the release has no .venv", "sudo bin/install, in your clone"),
     "200": ("200/CHDIR: it cannot enter its WorkingDirectory", "sudo bin/install, in your clone"),
     "203": (
         "203/EXEC: its program is not there or cannot be run, as with a .venv under /home, which the unit cannot see",
@@ -52,6 +53,7 @@ RESULTS = {  # Result= of a unit that was not ended by an exit code
     "oom-kill": ("the machine ran out of memory", "lower WORKER_CONCURRENCY, or take a larger machine"),
     "watchdog": ("it stood still and was ended by the watchdog", "journalctl -u {unit} -n 50"),
     "timeout": ("it did not start or stop in time", "journalctl -u {unit} -n 50"),
+    "protocol": ("it ended before it said that it was ready", "journalctl -u {unit} -n 50"),
     "signal": ("it was killed by a signal", "journalctl -u {unit} -n 50"),
     "core-dump": ("it crashed", "journalctl -u {unit} -n 50"),
     "resources": ("systemd could not give it what it asks for", "journalctl -u {unit} -n 20"),
