@@ -29,8 +29,8 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
         *("events", "jobs", "prefork", "settings", "supervisor", "tasks"),
         *("mail.message", "mail.outbox", "mail.pacing", "mail.sweep", "mail.templates"),
     },
-    "worker": {"events", "jobs", "settings", "tasks"},
-    "ops.dashboard": {"events", "jobs", "settings"},
+    "worker": {"events", "jobs", "settings", "supervisor", "tasks"},
+    "ops.dashboard": {"events", "jobs", "settings", "supervisor"},
     "ops.catcher": {"settings"},
     "ops.dev": {"settings"},
 }
