@@ -774,7 +774,6 @@ def test_units_that_run_are_fine(server: Server) -> None:
         ),
         ({"LoadState": "bad-setting"}, FAULT, "bad-setting", "systemd-analyze verify"),
         ({"UnitFileState": "disabled"}, WARN, "gone after the next reboot", f"sudo systemctl enable {WORKER}"),
-        ({"NRestarts": "12"}, WARN, "after 12 restarts", "journalctl"),
         ({"KillMode": "control-group"}, FAULT, "a restart kills the jobs", "KillMode=mixed"),
         ({"NeedDaemonReload": "yes"}, WARN, "changed on disk", "daemon-reload"),
     ],
@@ -791,6 +790,14 @@ def test_what_is_wrong_with_all_units_is_one_line(server: Server) -> None:
     said = looked(units.running, server.place)
     assert [one.level for one in said] == [FAULT, WARN]
     assert said[0].mend == f"sudo systemctl start {' '.join(units.UNITS)}"
+
+
+def test_a_unit_that_was_restarted_often_and_lately_is_named(server: Server) -> None:
+    since = int(time.monotonic() * 1e6)
+    server.units(WORKER, NRestarts="12", ActiveEnterTimestampMonotonic=str(since))
+    assert_finds(units.running, server.place, WARN, "after 12 restarts", "journalctl")
+    server.units(WORKER, NRestarts="12", ActiveEnterTimestampMonotonic=str(since - 7200 * 10**6))
+    assert worst(units.running, server.place).level == OK
 
 
 def test_a_unit_that_still_runs_the_last_release_is_named(server: Server) -> None:
