@@ -617,7 +617,7 @@ def main() -> int:
     except OSError as error:
         print(f"LISTEN: cannot listen on {settings.listen}: {error.strerror}", file=sys.stderr)
         return 2
-    set_up(settings.log_level)
+    set_up(settings.log_level, settings.log_format)
     give_memory_back()
     signal.signal(signal.SIGTERM, stop)
     emit("api_started", listen=settings.listen, version=VERSION)

@@ -182,6 +182,7 @@ class Settings(BaseSettings):
     dashboard_password_file: FilePath | None = None
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["plain", "json"] = "plain"
 
     @model_validator(mode="before")
     @classmethod
