@@ -248,7 +248,7 @@ class Settings(BaseSettings):
 NEEDED = {  # what a process cannot do without -> what to write there
     "smtp_host": "name the relay to send through, such as smtp.example.com",
     "mail_from": "name the sender of mail that names none, such as 'Acme <hello@example.com>'",
-    "api_keys": "without a key nobody could call the API; see README, 'API keys'",
+    "api_keys": "without a key nobody could call the API; make one with: bin/key new NAME",
     "dashboard_password": "the dashboard shows and repeats mail, so it needs a login",
 }
 

@@ -33,6 +33,7 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
     "ops.dashboard": {"events", "jobs", "settings"},
     "ops.catcher": {"settings"},
     "ops.dev": {"settings"},
+    "ops.key": {"settings"},
     "ops.metrics": {"jobs", "mail.outbox", "mail.pacing", "mail.sweep", "mail.totals"},
 }
 HOMES = {  # an outside thing -> the only modules that may import it
