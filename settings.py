@@ -159,6 +159,7 @@ class Settings(BaseSettings):
     mail_from: str | None = None
 
     listen: Listen = Address("127.0.0.1", 8000)
+    api_processes: Annotated[int, Field(ge=1, le=64)] = 2
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(parse_api_keys), NoDecode] = ()
     api_keys_file: FilePath | None = None
 
