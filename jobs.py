@@ -179,6 +179,11 @@ _silent = threading.Event()
 _scout = threading.RLock()
 
 
+def is_silent() -> bool:
+    """Whether Redis did not answer when it was last asked, so that asking it may take long."""
+    return _silent.is_set()
+
+
 @contextmanager
 def scouting() -> Iterator[None]:
     """Once Redis is silent, one caller at a time finds out whether it is back; the others are refused at once.
