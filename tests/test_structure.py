@@ -35,8 +35,6 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
     "ops.dashboard": {"events", "jobs", "settings", "supervisor"},
     "ops.catcher": {"settings"},
     "ops.dev": {"settings"},
-    "ops.key": {"settings"},
-    "ops.metrics": {"jobs", "mail.outbox", "mail.pacing", "mail.sweep", "mail.totals"},
     "ops.doctor": {"ops.checks.findings", "ops.checks.packages", "ops.checks.table"},
     "ops.checks.findings": {"settings"},  # for its types alone
     "ops.checks.packages": {"ops.checks.findings"},
@@ -55,6 +53,8 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
         *("events", "jobs", "ops.checks.findings"),
         *(f"ops.checks.{room}" for room in ("configuration", "flow", "machine", "names", "relay", "store", "units")),
     },
+    "ops.key": {"settings"},
+    "ops.metrics": {"jobs", "mail.outbox", "mail.pacing", "mail.sweep", "mail.totals"},
 }
 HOMES = {  # an outside thing -> the only modules that may import it
     "smtplib": {"mail.relay"},
