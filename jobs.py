@@ -26,8 +26,10 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from redis import Redis
+from redis._parsers import Encoder
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.client import Pipeline
+from redis.connection import HiredisRespSerializer, PythonRespSerializer
 from redis.exceptions import (
     AuthenticationError,
     ConnectionError,
@@ -169,6 +171,21 @@ class Accepted(NamedTuple):
         return self.ids[0]
 
 
+class Packer:
+    """Writes a command as Redis reads it. hiredis is the quickest, but copies everything three times: an attachment is
+    left to redis-py's own, which copies nothing large."""
+
+    LARGE = 64 * 1024  # bytes
+
+    def __init__(self) -> None:
+        self.quick = HiredisRespSerializer()
+        self.sparing = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode)  # type: ignore[no-untyped-call]
+
+    def pack(self, *words: Any) -> Any:
+        large = any(type(word) is bytes and len(word) > self.LARGE for word in words)
+        return (self.sparing if large else self.quick).pack(*words)
+
+
 def connect(url: str, *, patient: bool = False) -> Redis:
     """A Redis client. The API's gives up within three seconds; a `patient` one (the workers') outlasts a restart.
 
@@ -182,6 +199,7 @@ def connect(url: str, *, patient: bool = False) -> Redis:
         socket_timeout=10 if patient else 1.2,
         **({} if url.startswith("unix:") else {"socket_keepalive": True}),
         retry=RedisRetry(ExponentialWithJitterBackoff(base=0.05, cap=2), 40) if patient else RedisRetry(NoBackoff(), 0),
+        command_packer=Packer(),
         # A feature of Redis' cloud, asked for on each connection in a round trip that every other server refuses.
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )

@@ -15,6 +15,7 @@ RETAIN_SENT. The one home of key names: `mail:<id>` (hash), `mail:<id>:claim` (t
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import time
@@ -264,8 +265,11 @@ def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
 
 
 def _compressed(pieces: Iterable[str]) -> bytes:
-    packer = zlib.compressobj(level=1)
-    return b"".join([*(packer.compress(piece.encode()) for piece in pieces), packer.flush()])
+    packer, packed = zlib.compressobj(level=1), io.BytesIO()  # which gives what it holds without another copy
+    for piece in pieces:
+        packed.write(packer.compress(piece.encode()))
+    packed.write(packer.flush())
+    return packed.getvalue()
 
 
 class Outbox:
