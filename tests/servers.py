@@ -143,6 +143,9 @@ class Relay:
     login: tuple[str, str] | None = None
     tls: str = "none"  # none, starttls or tls
     smtputf8: bool = True
+    host: str = "127.0.0.1"  # where it listens
+    name: str = "127.0.0.1"  # by which it is called, and certified
+    port: int = 0  # 0: any that is free
     rcpt: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     data: list[str] = field(default_factory=list)
     on_data: Callable[[], object] = lambda: None  # called when a body has come, before it is answered
@@ -152,12 +155,12 @@ class Relay:
     authority: trustme.CA = field(default_factory=trustme.CA)
 
     def __enter__(self) -> Relay:
-        self.port = free_port()
+        self.port = self.port or free_port()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.authority.issue_cert("127.0.0.1").configure_cert(context)
+        self.authority.issue_cert(self.name).configure_cert(context)
         self.controller = Controller(
             self,
-            hostname="127.0.0.1",
+            hostname=self.host,
             port=self.port,
             ssl_context=context if self.tls == "tls" else None,
             tls_context=context if self.tls == "starttls" else None,
@@ -178,7 +181,7 @@ class Relay:
         """The settings with which a worker reaches this relay."""
         ca_file = directory / "ca.pem"
         self.authority.cert_pem.write_to_path(str(ca_file))
-        settings = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(self.port), "SMTP_SECURITY": self.tls}
+        settings = {"SMTP_HOST": self.name, "SMTP_PORT": str(self.port), "SMTP_SECURITY": self.tls}
         settings |= {"SMTP_CA_FILE": str(ca_file)} if self.tls != "none" else {}
         return settings | ({"SMTP_USERNAME": self.login[0], "SMTP_PASSWORD": self.login[1]} if self.login else {})
 
@@ -223,11 +226,12 @@ class Answer(NamedTuple):
 
 
 class Api:
-    """A client of a service on 127.0.0.1."""
+    """A client of a service."""
 
-    def __init__(self, port: int, key: str = "full-key") -> None:
+    def __init__(self, port: int, key: str = "full-key", host: str = "127.0.0.1") -> None:
         self.port = port
         self.key = key
+        self.host = host
 
     def call(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, raw: bytes | None = None
@@ -236,7 +240,7 @@ class Api:
         if body is not None or raw is not None:
             sent["Content-Type"] = "application/json"
         payload = raw if raw is not None else None if body is None else json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=15)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=15)
         try:
             connection.request(method, path, payload, sent | (headers or {}))
             response = connection.getresponse()
