@@ -100,7 +100,8 @@ class Installed:
             SMTP_CA_FILE=CA_FILE,
             MAIL_FROM="Shop <hello@shop.example>",
         )
-        server.restart()
+        with self.machine.figures.timed("from the saved file to all services running"):
+            eventually(server.is_up, 60)
         return server
 
 
@@ -117,8 +118,11 @@ def name_the_relay(machine: Machine, relay: Relay) -> None:
 def diagnose(machine: Machine, variables: str = "") -> Diagnosis:
     ran = machine.admin(f"sudo {variables} {COMMANDS}/doctor --json", check=False)
     assert ran.returncode in (0, 1, 2), ran
-    told = json.loads(ran.stdout)["findings"]
-    return Diagnosis(ran.returncode, ran.stdout, [Finding(f["level"], f["found"], f.get("mend", "")) for f in told])
+    try:
+        told = json.loads(ran.stdout)
+    except ValueError:
+        raise AssertionError(ran.stdout + ran.stderr) from None
+    return Diagnosis(ran.returncode, ran.stdout, [Finding(f["level"], f["found"], f["mend"]) for f in told])
 
 
 @dataclass
