@@ -3,8 +3,8 @@
 It is what a hoster gives: ssh, sudo, git, curl, Python and no more, a user `admin` who may use sudo, and a network of
 its own (network.py). `admin` does a command as that user would, `run` as root; `reboot` and `power_off` do what they
 say; `clone` puts this commit there as `git clone` does. Two things come from the host, or nothing could be installed:
-apt's sources, and pip's settings with the files and folders that they name. Nothing is left behind: it ends what it
-started by process id.
+apt's sources, and pip's settings with the certificates that they name. Nothing is left behind: it ends what it started
+by process id.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Machine:
             self.root = self.directory / "root"
             with self.figures.timed("debootstrap"):
                 bare_debian(self.root)
-            self.binds = furnish(self.root, self.network.host)
+            furnish(self.root, self.network.host)
             sh("chroot", str(self.root), "useradd", "--create-home", "--shell=/bin/bash", "--groups=sudo", "admin")
             self.undo.callback(self.kill)
             with self.figures.timed("boot"):
@@ -96,7 +96,6 @@ class Machine:
                     *("systemd-nspawn", "-q", "--boot", "-D", str(self.root), f"--machine={self.network.name}"),
                     *("--register=no", "--keep-unit", "--console=pipe", "--resolv-conf=off", "--link-journal=no"),
                     *(f"--network-namespace-path=/run/netns/{self.network.name}",),
-                    *(f"--bind-ro={folder}" for folder in self.binds),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
@@ -181,8 +180,8 @@ def bare_debian(root: Path) -> None:
     sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", "bookworm", str(root))
 
 
-def furnish(root: Path, name_server: str) -> list[str]:
-    """What a hoster's image has besides packages. Returns the folders of the host that pip needs to see."""
+def furnish(root: Path, name_server: str) -> None:
+    """What a hoster's image has besides packages."""
     (root / "etc/hostname").write_text("mailhost\n")
     (root / "etc/hosts").write_text("127.0.0.1 localhost mailhost\n::1 localhost\n")
     (root / "etc/sudoers.d/admin").write_text("admin ALL=(ALL) NOPASSWD:ALL\n")
@@ -193,17 +192,21 @@ def furnish(root: Path, name_server: str) -> list[str]:
         (root / "etc/apt/sources.list").unlink(missing_ok=True)
     settings = pip_settings()
     (root / "etc/pip.conf").write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
-    named = [urlsplit(word).path for value in settings.values() for word in value.split()]
-    paths = [Path(path) for path in named if path.startswith("/") and Path(path).exists()]
-    for file in (path for path in paths if path.is_file()):
+    for file in (Path(value) for value in settings.values() if Path(value).is_file()):  # certificate authorities
         (root / str(file.parent).lstrip("/")).mkdir(parents=True, exist_ok=True)
         shutil.copy(file, root / str(file).lstrip("/"))
-    return sorted({str(path) for path in paths if path.is_dir()})
 
 
 def pip_settings() -> dict[str, str]:
-    """The host's, from its files and its environment; what the environment says comes last and wins."""
+    """The host's, from its files and its environment; what the environment says comes last and wins. Folders with
+    packages are left out: the registry has them all."""
     listed = sh(sys.executable, "-m", "pip", "config", "list").splitlines()
     pairs = [line.split("=", 1) for line in listed if line.startswith(("global.", ":env:."))]
     ordered = sorted(pairs, key=lambda pair: pair[0].startswith(":env:"))
-    return {key.rsplit(".", 1)[1]: value.strip("'\"") for key, value in ordered}
+    settings = {key.rsplit(".", 1)[1]: value.strip("'\"") for key, value in ordered}
+    return {key: value for key, value in settings.items() if not any(map(is_folder, value.split()))}
+
+
+def is_folder(word: str) -> bool:
+    path = urlsplit(word).path
+    return path.startswith("/") and Path(path).is_dir()
