@@ -32,7 +32,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def relay_at(machine: Machine) -> Relay:
     """With STARTTLS and AUTH, on the port for it, by a name and with a certificate of its own authority."""
-    return Relay(LOGIN, "starttls", host=machine.network.host, name="smtp.example", port=587)
+    return Relay(LOGIN, "starttls", host=machine.network.host, name="smtp.shop.internal", port=587)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 The machine has ports 22, 80 and 443 to itself, whatever else runs here, and the tests come to it from outside, as the
 Internet does. The way out (NAT, by nftables) is for apt and pip; the addresses are of TEST-NET-2 (RFC 5737), which no
-real network has. The name server answers for the names of the story (RFC 2606: they exist nowhere else) and asks the
-host's own about all others. All of it is taken away again, also after a failure.
+real network has. The name server answers for the names of the story, which exist nowhere else, and asks the host's own
+about all others. All of it is taken away again, also after a failure.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import dns.message
 import dns.rrset
 
+OWN = (".internal", ".example")  # the first is nobody's on the Internet (ICANN, 2024); the second, RFC 2606
 FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 
 
@@ -112,7 +113,7 @@ class NameServer:
         query = dns.message.from_wire(asked)
         name, kind = query.question[0].name, query.question[0].rdtype
         own = str(name).rstrip(".").lower()
-        if not own.endswith((".test", ".example")) and own not in ("test", "example"):
+        if not own.endswith(OWN):
             return self.ask_upstream(asked)
         reply = dns.message.make_response(query, recursion_available=True)
         if data := self.records.get((own, kind.name)):

@@ -98,7 +98,7 @@ class Installed:
             SMTP_USERNAME=user,
             SMTP_PASSWORD=password,
             SMTP_CA_FILE=CA_FILE,
-            MAIL_FROM="Shop <hello@shop.example>",
+            MAIL_FROM="Shop <hello@shop.internal>",
         )
         with self.machine.figures.timed("from the saved file to all services running"):
             eventually(server.is_up, 60)
@@ -110,9 +110,9 @@ def name_the_relay(machine: Machine, relay: Relay) -> None:
     machine.write(CA_FILE, relay.authority.cert_pem.bytes().decode())
     names = machine.network.names.records
     names[relay.name, "A"] = [machine.network.host]
-    names["shop.example", "MX"] = [f"10 {relay.name}."]
-    names["shop.example", "TXT"] = [f'"v=spf1 ip4:{machine.network.host} -all"']
-    names["_dmarc.shop.example", "TXT"] = ['"v=DMARC1; p=quarantine"']
+    names["shop.internal", "MX"] = [f"10 {relay.name}."]
+    names["shop.internal", "TXT"] = [f'"v=spf1 ip4:{machine.network.host} -all"']
+    names["_dmarc.shop.internal", "TXT"] = ['"v=DMARC1; p=quarantine"']
 
 
 def diagnose(machine: Machine, variables: str = "") -> Diagnosis:

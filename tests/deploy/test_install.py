@@ -40,7 +40,7 @@ def test_a_mail_posted_on_port_80_is_delivered(server: Server) -> None:
     recipient, mail_id = server.post()
     server.arrives(recipient)
     (mail,) = server.relay.accepted
-    assert mail.sender == "hello@shop.example"
+    assert mail.sender == "hello@shop.internal"
     assert email.message_from_bytes(mail.content)["Subject"] == "Welcome, Ada"
     eventually(lambda: server.api.email(mail_id)["status"] == "sent")
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.deploy
 
 CURRENT = "readlink /opt/async-email/current"
 SUBJECT = f"{CLONE}/templates/welcome/subject.txt"
-COMMIT = "git -c user.name=Admin -c user.email=admin@shop.example commit -q"
+COMMIT = "git -c user.name=Admin -c user.email=admin@shop.internal commit -q"
 
 
 def new_release(server: Server) -> None:
