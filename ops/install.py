@@ -1,8 +1,8 @@
 """Makes this machine an async-email server, or brings one up to date: `sudo bin/install`.
 
 It is a list of steps (INSTALL and ROLLBACK, at the end), each a function whose first line says what it does and is
-printed when it runs. Each looks first and does what is still missing: a second run changes nothing, and goes on where one
-has failed half-way. What runs is left running until the new release is complete.
+printed when it runs. Each looks first and does what is still missing: a second run changes nothing, and goes on where
+one has failed half-way. What runs is left running until the new release is complete.
 
 Never overwritten: what you may have edited (/etc/async-email, Redis' configuration, the nginx site). Never touched: the
 queue. Secrets are made here, stored in files that only root reads, and printed nowhere, but for the new API key, once.
