@@ -21,6 +21,7 @@ import logging
 import math
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -33,18 +34,21 @@ from typing import Annotated, Any, ClassVar, NoReturn
 
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 from pydantic import Field, ValidationError
+from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.server import create_server
-from waitress.task import ErrorTask
+from waitress.server import BaseWSGIServer, create_server
+from waitress.task import ErrorTask, WSGITask
 
+import prefork
+import supervisor
 import tasks
 from events import emit, set_up, where
 from jobs import JOBS, Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Unavailable, connect
 from mail import message, pacing, sweep, templates
 from mail.message import FieldError, HeaderText, Invalid, Mailbox, Recipient, Strict
 from mail.outbox import Draft, Outbox
-from settings import ApiKey, Settings, SettingsError, load
+from settings import Address, ApiKey, Settings, SettingsError, load
 
 VERSION = re.search(r"^## (\S+)", (Path(__file__).parent / "CHANGELOG.md").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 SMALL_BODY = 64 * 1024  # bytes; for everything but POST /emails
@@ -55,6 +59,9 @@ MOST_VALUES = 10_000  # in one body, names counted; checking a million addresses
 MOST_IN_BATCH = 100  # mails
 M_MMAP_THRESHOLD = -3  # mallopt(3)
 RETRY_AFTER = "5"  # seconds
+# Seconds. A process that is to end closes no connection on which a request may be under way: nginx gives up its own
+# after 2 seconds of silence (keepalive_timeout).
+QUIET_AFTER, DRAINED_AFTER = 3, 20
 MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # mail:last_sent, mail:<id>:claim are no mails
 
 
@@ -482,6 +489,7 @@ class Edge:
 
     def __init__(self, app: Bottle) -> None:
         self.app = app
+        self.answered = 0  # requests; to see that it goes on, so a lost increment does not matter
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         started = time.perf_counter()
@@ -490,6 +498,7 @@ class Edge:
         environ["async_email.request_id"] = request_id
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            self.answered += 1
             self._log(environ, status, time.perf_counter() - started)
             return start_response(status, headers + common_headers(request_id), exc_info)
 
@@ -566,32 +575,96 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
         self.write(body)
 
 
+class LastTask(WSGITask):  # type: ignore[misc]
+    """Of a process that is to end: the answer tells the caller to take a new connection for his next request."""
+
+    def start(self) -> None:
+        super().start()
+        self.set_close_on_finish()
+
+
 class Channel(HTTPChannel):  # type: ignore[misc]
     parser_class = Parser
     error_task_class = JsonErrorTask
 
+    @property
+    def is_quiet(self) -> bool:
+        """Nobody would miss this connection."""
+        idle = time.time() - self.last_activity > QUIET_AFTER
+        return idle and not (self.requests or self.request or self.total_outbufs_len)
 
-def make_server(settings: Settings, app: Edge) -> Any:
-    """Waitress, refusing a body over the limit when it sees Content-Length. Raises OSError if it cannot listen."""
-    sockets: dict[int, Any] = {}
+
+def listen_on(listen: Address) -> list[socket.socket]:
+    """What systemd has opened for us, or else the address; a name such as localhost has two. Raises OSError."""
+    given = supervisor.sockets()
+    if given:
+        return given
     try:
-        server = create_server(
+        found = socket.getaddrinfo(*listen, type=socket.SOCK_STREAM)
+    except (OSError, ValueError):
+        raise OSError(errno.EADDRNOTAVAIL, "there is no such host") from None
+    return [bound(family, address) for family, _, _, _, address in found]
+
+
+def bound(family: int, address: Any) -> socket.socket:
+    one = socket.socket(family, socket.SOCK_STREAM)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    one.bind(address)
+    return one
+
+
+class Server:
+    """Waitress on some sockets, refusing a body over the limit when it sees Content-Length."""
+
+    def __init__(self, app: Edge, max_body: int, sockets: list[socket.socket]) -> None:
+        self.app = app
+        self.map: dict[int, Any] = {}  # what Waitress watches
+        self.waitress = create_server(
             app,
-            map=sockets,
-            host=settings.listen.host,
-            port=settings.listen.port,
+            map=self.map,
+            sockets=sockets,
             threads=8,
             ident="async-email",
-            max_request_body_size=settings.max_message_bytes + 1,  # Waitress refuses what reaches it
+            max_request_body_size=max_body + 1,  # Waitress refuses what reaches it
             max_request_header_size=32 * 1024,
             channel_timeout=30,
             clear_untrusted_proxy_headers=True,
         )
-    except ValueError:
-        raise OSError(errno.EADDRNOTAVAIL, "there is no such host") from None
-    for one in sockets.values():  # a name such as localhost has two addresses, and Waitress a server for each
-        one.channel_class = Channel
-    return server
+        self.listeners = [one for one in self.map.values() if isinstance(one, BaseWSGIServer)]
+        for one in self.listeners:
+            one.channel_class = Channel
+        self.stopping = False
+
+    def stop(self, *_: object) -> None:
+        """Also from a signal handler or another thread."""
+        self.stopping = True
+        self.listeners[0].pull_trigger()
+
+    def run(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Until `stop`, and until whoever has sent a request by then has his answer. Calls `alive` once a second while
+        requests are answered."""
+        answered = -1
+        while not self.stopping:
+            wasyncore.loop(timeout=1, use_poll=True, map=self.map, count=1)
+            if self.app.answered != answered or not self.listeners[0].task_dispatcher.queue:
+                answered = self.app.answered
+                alive()
+        self._drain(time.monotonic() + DRAINED_AFTER)
+
+    def _drain(self, deadline: float) -> None:
+        """Others go on accepting on these sockets, or will soon."""
+        for one in self.listeners:
+            one.accepting = False
+        channels = [one for one in self.map.values() if isinstance(one, Channel)]
+        for one in channels:
+            one.task_class = LastTask
+        while not all(one.is_quiet for one in self.map.values() if isinstance(one, Channel)):
+            if time.monotonic() > deadline:
+                break
+            wasyncore.loop(timeout=0.1, use_poll=True, map=self.map, count=1)
+        self.waitress.close()
 
 
 def give_memory_back() -> None:
@@ -601,16 +674,12 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
 
 
-def stop(*_: object) -> NoReturn:
-    raise SystemExit(0)  # Waitress answers what it has begun, then returns
-
-
 def main() -> int:
     try:
         settings = load("api_keys", "mail_from")
         check_sender(settings)
         app = make_app(settings, Jobs(connect(settings.redis_url.get_secret_value())))
-        server = make_server(settings, app)
+        sockets = listen_on(settings.listen)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
@@ -619,9 +688,15 @@ def main() -> int:
         return 2
     set_up(settings.log_level)
     give_memory_back()
-    signal.signal(signal.SIGTERM, stop)
-    emit("api_started", listen=settings.listen, version=VERSION)
-    server.run()
+
+    def serve(alive: Callable[[], None]) -> None:
+        server = Server(app, settings.max_message_bytes, sockets)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, server.stop)
+        server.run(alive)
+
+    emit("api_started", listen=settings.listen, processes=settings.api_processes, version=VERSION)
+    prefork.run(settings.api_processes, serve)
     return 0
 
 

@@ -159,6 +159,7 @@ class Settings(BaseSettings):
     mail_from: str | None = None
 
     listen: Listen = Address("127.0.0.1", 8000)
+    api_processes: Annotated[int, Field(ge=1, le=64)] = 2
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(parse_api_keys), NoDecode] = ()
     api_keys_file: FilePath | None = None
 
@@ -260,7 +261,7 @@ def load(*needed: str, **overrides: Any) -> Settings:
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     file = Path(directory, "async-email.env") if directory else Path(".env")
     try:
-        settings = Settings(_env_file=file, _secrets_dir=directory, **overrides)
+        settings = Settings(**{"_env_file": file, "_secrets_dir": directory, **overrides})
     except ValidationError as error:
         raise SettingsError(sentences(error, file.name)) from None
     missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not getattr(settings, name)]

@@ -415,8 +415,8 @@ TWO_ADDRESSES = """
 import socket, sys
 sys.path.insert(0, {root!r})
 real = socket.getaddrinfo
-def both(host, *rest):
-    return [found for each in ("127.0.0.1", "127.0.0.2") for found in real(each, *rest)]
+def both(host, *rest, **how):
+    return [found for each in ("127.0.0.1", "127.0.0.2") for found in real(each, *rest, **how)]
 socket.getaddrinfo = both
 import service
 sys.exit(service.main())

@@ -37,7 +37,7 @@ import service
 import tasks
 from jobs import Jobs, connect
 from mail.outbox import Outbox
-from settings import load
+from settings import Address, load
 from tests.servers import ROOT, Answer, Api, House, RedisServer, eventually, free_port
 
 MAIL: dict[str, Any] = {"to": "ada@example.com", "subject": "Hello", "text": "Hello there."}
@@ -188,22 +188,15 @@ def app_with(redis_url: str, **settings: Any) -> service.Edge:
 @contextmanager
 def served(app: service.Edge) -> Iterator[Api]:
     """An application in this process, behind the real Waitress, for what must be looked at from inside."""
-    port, enough = free_port(), threading.Event()
-    server = service.make_server(load(_env_file=None, listen=f"127.0.0.1:{port}"), app)
-
-    def loop() -> None:
-        while not enough.is_set():
-            server.asyncore.loop(timeout=0.02, map=server._map, count=1)
-
-    thread = threading.Thread(target=loop)
+    port = free_port()
+    server = service.Server(app, load(_env_file=None).max_message_bytes, service.listen_on(Address("127.0.0.1", port)))
+    thread = threading.Thread(target=server.run)
     thread.start()
     try:
         yield Api(port)
     finally:
-        enough.set()
+        server.stop()
         thread.join()
-        server.task_dispatcher.shutdown()
-        server.asyncore.close_all(server._map)
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "clé-à", "鍵", "key with spaces"])

@@ -1,0 +1,168 @@
+"""The processes of the API: who replaces whom, who ends with whom; a restart under systemd drops no request."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.servers import ROOT, Api, House, RedisServer, eventually
+
+MAIL = {"name": "Ada", "email": "ada@example.com"}
+
+
+@pytest.fixture
+def house(redis_server: RedisServer, tmp_path: Path) -> Iterator[House]:
+    with House(tmp_path, redis_server.url, API_PROCESSES="2") as house:
+        yield house
+
+
+def both(of: subprocess.Popen[bytes]) -> set[int]:
+    """The processes that serve, once they are two."""
+    eventually(lambda: len(children(of.pid)) == 2)
+    return children(of.pid)
+
+
+def children(of: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{of}/task/{of}/children").read_text().split()))
+
+
+def is_running(process: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_a_process_that_is_killed_is_replaced_and_the_other_goes_on(house: House) -> None:
+    api = house.api()
+    [parent] = house.processes
+    before = both(parent)
+    killed = min(before)
+    os.kill(killed, signal.SIGKILL)
+    assert api.post("/start-job", MAIL).status == 202
+    eventually(lambda: len(children(parent.pid) - {killed}) == 2)
+    assert children(parent.pid) & before == before - {killed}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_all_end_with_the_parent(house: House, number: signal.Signals) -> None:
+    house.api()
+    [parent] = house.processes
+    served_by = both(parent)
+    parent.send_signal(number)
+    parent.wait(10)
+    eventually(lambda: not any(map(is_running, served_by)), 10)
+
+
+def test_the_watchdog_is_fed_until_a_process_stands_still(house: House, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(20)
+        house.environment["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+        source = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prefork, service; prefork.STUCK_AFTER = 2; "
+        with listening() as listener:
+            house.environment["LISTEN"] = "127.0.0.1:1"  # not used: systemd's socket is
+            [parent] = [activated(house, listener, "-c", source + "sys.exit(service.main())")]
+            assert heard(systemd) == "READY=1"
+            assert heard(systemd, but="READY=1") == "WATCHDOG=1"
+            os.kill(min(children(parent.pid)), signal.SIGSTOP)
+            eventually(lambda: fell_silent(systemd), 30)
+            for child in children(parent.pid):
+                os.kill(child, signal.SIGCONT)
+            assert heard(systemd, but="READY=1") == "WATCHDOG=1"
+            parent.terminate()
+            eventually(lambda: heard(systemd) == "STOPPING=1")
+            assert parent.wait(10) == 0
+
+
+def fell_silent(systemd: socket.socket) -> bool:
+    """Whether five signs in a row were not of the watchdog."""
+    return all(heard(systemd) != "WATCHDOG=1" for _ in range(5))
+
+
+def heard(systemd: socket.socket, but: str = "") -> str:
+    while (said := systemd.recv(100).decode()) == but:
+        pass
+    return said
+
+
+@contextmanager
+def listening() -> Iterator[socket.socket]:
+    """As systemd does, which goes on listening while nobody serves."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def activated(house: House, listener: socket.socket, *command: str) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", ACTIVATE, str(listener.fileno()), *(command or [str(ROOT / "service.py")])],
+        cwd=house.directory,
+        env=house.environment,
+        pass_fds=[listener.fileno()],
+        start_new_session=True,
+    )
+    house.processes.append(process)
+    return process
+
+
+def test_a_restart_under_systemd_drops_no_request(house: House) -> None:
+    with listening() as listener:
+        api = Api(listener.getsockname()[1])
+        running = activated(house, listener)
+        asked = [Asking(api.port) for _ in range(4)]
+        for _ in range(3):
+            seen = [len(one.answers) for one in asked]
+            eventually(lambda seen=seen: all(len(one.answers) > n + 5 for one, n in zip(asked, seen, strict=True)))  # type: ignore[misc]
+            running.terminate()
+            assert running.wait(20) == 0
+            running = activated(house, listener)
+        for one in asked:
+            one.stop()
+    assert {answer for one in asked for answer in one.answers} == {202}
+
+
+class Asking(threading.Thread):
+    """A proxy's connection, kept for the next request until an answer says that it will be closed."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self.port, self.answers, self.enough = port, list[object](), False
+        self.start()
+
+    def run(self) -> None:
+        body = b'{"name": "Ada", "email": "ada@example.com"}'
+        headers = {"Authorization": "Bearer full-key", "Content-Type": "application/json"}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        while not self.enough:
+            try:
+                connection.request("POST", "/start-job", body, headers)
+                answer = connection.getresponse()
+                answer.read()
+                self.answers.append(answer.status)
+            except (OSError, http.client.HTTPException) as error:
+                self.answers.append(repr(error))
+                connection.close()
+            time.sleep(0.05)
+        connection.close()
+
+    def stop(self) -> None:
+        self.enough = True
+        self.join(30)
