@@ -15,6 +15,8 @@ import hashlib
 import ipaddress
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -289,6 +291,21 @@ def sentences(error: ValidationError, file: str) -> list[str]:
 def current() -> Settings:
     """The settings of this process, for the functions that RQ calls with nothing but an id."""
     return load()
+
+
+@contextmanager
+def environment_of_a_unit(credentials: Path) -> Iterator[None]:
+    """For bin/doctor: what `load` reads in the body is what a service of systemd with these credentials reads, which
+    knows nothing of a shell's variables."""
+    shell = dict(os.environ)
+    for name in Settings.model_fields:
+        os.environ.pop(name.upper(), None)
+    os.environ["CREDENTIALS_DIRECTORY"] = str(credentials)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(shell)
 
 
 def child_environment(**changes: str) -> dict[str, str]:
