@@ -1,18 +1,20 @@
 """The settings as the services see them: from the files that their units pass them, and from nothing in this shell.
 
-On a server each unit's own `LoadCredential=` lines say which files it gets; they are laid out in a private folder of
-links, for the length of a look, and read by the very function with which the process starts. In a checkout it is
+On a server each unit's own `LoadCredential=` lines say which files it gets; they are laid out in a private folder
+in memory, for the length of a look, and read by the very function with which the process starts. In a checkout it is
 `.env` and the environment. Values are never shown; what is wrong is said in settings.py's own sentences.
 systemd.exec(5): LoadCredential=
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dotenv import dotenv_values
@@ -71,9 +73,10 @@ def passed_to(unit: str, place: Place) -> list[tuple[str, Path]]:
 
 @contextmanager
 def as_a_unit(credentials: Iterable[tuple[str, Path]]) -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # no secret of ours comes to lie on a disk
+    with tempfile.TemporaryDirectory(prefix="doctor-", dir=memory) as folder:
         for name, path in credentials:
-            Path(folder, name).symlink_to(path)
+            shutil.copyfile(path, Path(folder, name))
         with settings.environment_of_a_unit(Path(folder)):
             yield
 
@@ -135,18 +138,34 @@ def sender_faults(current: Settings) -> list[str]:
 
 def shell(place: Place) -> Findings:
     """What worked by hand and does not as a service: a variable that only this shell has."""
-    known = {name.upper() for name in Settings.model_fields}
-    here = settings.child_environment()
-    exported = {name for name in known & here.keys() if here[name]}
     written = {name for name, value in dotenv_values(place.file).items() if value} if may_read(place.file) else set()
-    only_here = sorted(exported - written - stored(place))
-    if only_here and place.installed:
+    only_here = sorted(exported() - written - stored(place))
+    if only_here and not open_to_us(place):
+        yield note(f"set in this shell, which the services do not see: {', '.join(only_here)}", "sudo bin/doctor")
+    elif only_here and place.installed:
         for name in only_here:
             yield warn(f"{name} is set in this shell and not in {place.file}: the services do not see it", place.edit)
     elif only_here:
         yield note(f"only in this shell, not in .env: {', '.join(only_here)}", "write them into .env to keep them")
     else:
         yield ok("no setting is in this shell alone")
+
+
+def exported() -> set[str]:
+    here = {name for name, value in settings.child_environment().items() if value}
+    return (here | before_sudo()) & {name.upper() for name in Settings.model_fields}
+
+
+def before_sudo() -> set[str]:
+    """sudo drops a shell's variables; root may ask the kernel what the programs above this one were started with."""
+    names, pid = set(), os.getpid()
+    with suppress(OSError, StopIteration):
+        while pid > 1:
+            variables = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+            names |= {name for name, _, value in (one.partition("=") for one in variables) if value}
+            status = Path(f"/proc/{pid}/status").read_text().splitlines()
+            pid = next(int(line.split()[1]) for line in status if line.startswith("PPid:"))
+    return names
 
 
 def stored(place: Place) -> set[str]:
@@ -164,7 +183,8 @@ def modes(place: Place) -> Findings:
             yield ok(".env is nobody else's to read" if place.file.exists() else "there is no .env to protect")
         return
     wrong = [*secrets_are_roots(place), *code_is_roots(place), *files_named_in_settings(place)]
-    yield from wrong or [ok(f"{place.etc} is root's alone, and {place.opt} is not the service's to change")]
+    secret = f"{place.etc} is root's alone, and " if open_to_us(place) else ""
+    yield from wrong or [ok(f"{secret}{place.opt} is not the service's to change")]
 
 
 def secrets_are_roots(place: Place) -> Findings:
@@ -177,7 +197,7 @@ def secrets_are_roots(place: Place) -> Findings:
         seen, mode = path.stat(), "700" if path.is_dir() else "600"
         if seen.st_mode & 0o077:
             yield fault(f"{path} is open to other users (mode {seen.st_mode & 0o777:o})", f"sudo chmod {mode} {path}")
-        if seen.st_uid != 0:
+        if seen.st_uid != place.owner:
             yield fault(f"{path} does not belong to root", f"sudo chown root:root {path}")
 
 

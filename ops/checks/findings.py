@@ -69,6 +69,7 @@ class Place:
     systemd: Path = Path("/run/systemd/system")
     selinux: Path = Path("/sys/fs/selinux/enforce")
     user: str = "async-email"
+    owner: int = 0  # whose the configuration must be: root's
     http_port: int = 80
     smtp_ports: tuple[int, ...] = (25, 465, 587, 2525, 2587, 2465)
     name_server: tuple[str, int] | None = None  # instead of the system's
@@ -152,5 +153,8 @@ def lasting(seconds: float) -> str:
 
 
 def sized(octets: float) -> str:
-    """`3.5 GB`, `120 MB`"""
-    return f"{octets / 2**30:.1f} GB" if octets >= 2**30 else f"{octets / 2**20:.0f} MB"
+    """`3.5 GB`, `120 MB`, `7 KB`"""
+    for size, unit, digits in ((2**30, "GB", 1), (2**20, "MB", 0)):
+        if octets >= size:
+            return f"{octets / size:.{digits}f} {unit}"
+    return f"{octets / 1024:.0f} KB"

@@ -46,7 +46,7 @@ def workers(place: Place) -> Findings:
                 found = f"no scheduler for the queue {queue}: what was put off is not tried again"
                 yield fault(found, place.restart(f"worker@{queue}"))
             else:
-                yield ok(f"{counted(len(alive), 'worker')} and a scheduler for the queue {queue}")
+                yield ok(f"queue {queue}: {counted(len(alive), 'worker')} and a scheduler, heard of late")
 
 
 def read(redis: Redis, key: Any) -> Worker:

@@ -64,7 +64,7 @@ def asked(place: Place) -> Iterator[Redis]:
 
 
 def reachable(place: Place) -> Findings:
-    """A connection, then the password, each with its own remedy."""
+    """A connection, then the password, then its kind, each with its own remedy."""
     at = where(place)
     refusals = list(socket_trouble(at, place) if at.path else network_trouble(at, place))
     yield from refusals
@@ -72,7 +72,12 @@ def reachable(place: Place) -> Findings:
         return
     with asked(place) as redis:
         trouble = refused(redis, at, place)
-        yield trouble or ok(f"{program(redis.info())} answers at {at}")
+        if trouble:
+            yield trouble
+            return
+        info: dict[str, Any] = redis.info()
+    yield ok(f"{program(info)} answers at {at}")
+    yield from fits(info, place)
 
 
 def socket_trouble(at: Where, place: Place) -> Findings:
@@ -148,12 +153,12 @@ def refused(redis: Redis, at: Where, place: Place) -> Finding | None:
         redis.ping()
         redis.info()
     except AuthenticationError:
-        return fault(f"Redis at {at} does not accept our user and password", password(place))
+        given = redis.connection_pool.connection_kwargs.get("password")
+        trouble = "does not accept our user and password" if given else "wants a password and REDIS_URL has none"
+        return fault(f"Redis at {at} {trouble}", password(place))
     except NoPermissionError:
         return fault("Redis' ACL refuses us PING or INFO", "give the user +@all -@dangerous -@admin +info: ACL SETUSER")
-    except ResponseError as error:
-        if "NOAUTH" in str(error) or "Authentication required" in str(error):
-            return fault(f"Redis at {at} wants a password and REDIS_URL has none", password(place))
+    except ResponseError:
         return fault(f"Redis at {at} refuses PING or INFO", "see its log: journalctl -u 'redis*'")
     except (RedisError, OSError):
         protocol = "rediss://" if at.encrypted else "redis://"
@@ -171,15 +176,13 @@ def program(info: dict[str, Any]) -> str:
     return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
 
 
-def version(place: Place) -> Findings:
-    with asked(place) as redis:
-        info: dict[str, Any] = redis.info()
+def fits(info: dict[str, Any], place: Place) -> Findings:
     numbers = tuple(int(number) for number in info["redis_version"].split(".")[:2])
     if numbers < OLDEST:
         found = f"{program(info)} is too old: 6.2 is needed, or a worker that is killed loses a mail"
         yield fault(found, "upgrade it: https://redis.io/docs/latest/operate/oss_and_stack/install/")
     if info.get("role", "master") != "master":
-        yield fault("it is a replica and takes no writes", f"name the primary in REDIS_URL: {place.file}")
+        yield fault("Redis here is a replica and takes no writes", f"name the primary in REDIS_URL: {place.file}")
 
 
 def keeps(place: Place) -> Findings:

@@ -27,7 +27,6 @@ CHECKS = (
     Check("files", configuration.modes),
     Check("units", units.running),
     Check("redis", store.reachable, "settings"),
-    Check("redis version", store.version, "redis"),
     Check("redis file", store.keeps, "redis"),
     Check("redis memory", store.memory, "redis"),
     Check("relay", relay.lets_us_in, "settings"),
