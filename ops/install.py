@@ -37,7 +37,10 @@ SOCKET = "async-email-api.socket"
 TARGET = "async-email.target"
 REDIS = "redis-server@async-email.service"
 REDIS_SOCKET = "/run/redis-async-email/redis.sock"
-GIT_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/nonexistent", "LC_ALL": "C"}
+GIT_ENVIRONMENT = {
+    **{"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/nonexistent", "LC_ALL": "C"},
+    "GIT_OPTIONAL_LOCKS": "0",  # `git status` would write what it has seen into the clone
+}
 
 
 class Fault(Exception):
