@@ -74,6 +74,7 @@ class Machine:
                 bare_debian(self.root)
             furnish(self.root, self.network.host)
             sh("chroot", str(self.root), "useradd", "--create-home", "--shell=/bin/bash", "--groups=sudo", "admin")
+            self.groups = self.undo.enter_context(control_groups(self.network.name))
             self.undo.callback(self.kill)
             with self.figures.timed("boot"):
                 self.boot()
@@ -93,6 +94,7 @@ class Machine:
         with (self.directory / "console.log").open("ab") as console:
             self.nspawn = subprocess.Popen(
                 [
+                    *("sh", "-c", 'for g in $0; do echo $$ > $g/cgroup.procs; done; exec "$@"', " ".join(self.groups)),
                     *("systemd-nspawn", "-q", "--boot", "-D", str(self.root), f"--machine={self.network.name}"),
                     *("--register=no", "--keep-unit", "--console=pipe", "--resolv-conf=off", "--link-journal=no"),
                     *(f"--network-namespace-path=/run/netns/{self.network.name}",),
@@ -174,6 +176,34 @@ class Machine:
         by_itself = " -o ".join(f"-path {path}" for path in ("/var/log", "/var/lib/systemd", "/var/lib/sudo"))
         every = "-type d -printf '%p %u %m\\n' -o -printf '%p %u %m %s %T@ %l\\n'"
         return set(self.says(f"find / -xdev \\( {by_itself} \\) -prune -o {every}").splitlines())
+
+
+@contextmanager
+def control_groups(name: str) -> Iterator[list[str]]:
+    """Groups of the machine's own, in each hierarchy that systemd keeps: two machines in one would end each other's
+    processes."""
+    ours = (line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+    tops = {"name=systemd": "/sys/fs/cgroup/systemd", "": "/sys/fs/cgroup/unified"}
+    if not Path(tops["name=systemd"]).exists():
+        tops = {"": "/sys/fs/cgroup"}
+    groups = [Path(f"{tops[kind]}{path.rstrip('/')}/{name}") for kind, path in ours if kind in tops]
+    for group in groups:
+        group.mkdir()
+    try:
+        yield [str(group) for group in groups]
+    finally:
+        for group in groups:
+            for folder, _, _ in os.walk(group, topdown=False):
+                eventually(lambda empty=folder: removed(empty))  # type: ignore[misc]
+
+
+def removed(group: str) -> bool:
+    """A process that was killed is in its group for a moment longer."""
+    try:
+        os.rmdir(group)
+    except OSError:
+        return False
+    return True
 
 
 def bare_debian(root: Path) -> None:
