@@ -152,6 +152,7 @@ class Relay:
     accepted: list[Delivery] = field(default_factory=list)
     seen_rcpt: list[str] = field(default_factory=list)
     connections: int = 0
+    open: set[asyncio.Transport] = field(default_factory=set)
     authority: trustme.CA = field(default_factory=trustme.CA)
 
     def __enter__(self) -> Relay:
@@ -175,7 +176,15 @@ class Relay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._hang_up(), self.controller.loop).result()
         self.controller.stop()
+
+    async def _hang_up(self) -> None:
+        """On everybody: workers keep their sessions for the next mail."""
+        for transport in self.open:
+            transport.abort()
+        self.open.clear()
+        await asyncio.sleep(0.01)  # in which the loop closes their sockets
 
     def environment(self, directory: Path) -> dict[str, str]:
         """The settings with which a worker reaches this relay."""
@@ -195,6 +204,8 @@ class Relay:
         self, server: SMTP, session: Session, envelope: Envelope, hostname: str, responses: list[str]
     ) -> list[str]:
         self.connections += 1
+        assert isinstance(server.transport, asyncio.Transport)
+        self.open.add(server.transport)
         session.host_name = hostname
         return responses
 
