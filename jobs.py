@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from redis import Redis
@@ -29,7 +31,6 @@ from redis.exceptions import (
     ConnectionError,
     InvalidResponse,
     NoScriptError,
-    RedisError,
     ResponseError,
     TimeoutError,
     WatchError,
@@ -143,6 +144,14 @@ def connect(url: str, *, patient: bool = False) -> Redis:
     )
 
 
+def impatient(redis: Redis) -> Redis:
+    """The same Redis for signs of life, which are worth nothing late. A patient client that finds its connection dead
+    waits for up to a quarter of a minute before it takes another, and all the other signs would wait behind it."""
+    pool = redis.connection_pool
+    hurry = {"socket_connect_timeout": 1, "socket_timeout": 1.2, "retry": RedisRetry(NoBackoff(), 0)}
+    return Redis(connection_pool=type(pool)(pool.connection_class, **(pool.connection_kwargs | hurry)))
+
+
 CANNOT_NOW = {  # a word of Redis' error -> what is the matter
     "OOM": "Redis is out of memory (maxmemory is reached)",
     "READONLY": "Redis is a read-only replica",
@@ -204,7 +213,8 @@ def unavailable() -> Iterator[None]:
 
 
 class _Heart:
-    """Gives all the signs of life of this process, from one thread: one each would cost more than the mail."""
+    """Gives all the signs of life of this process, from one thread: one each would cost more than the mail. Each in its
+    turn; one that could not be given is tried again a second later, after those that are due."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -222,16 +232,24 @@ class _Heart:
     def _beat(self) -> None:
         while True:
             time.sleep(min(1, BEAT))
-            with self.lock:
-                late = [one for one, (moment, _) in self.due.items() if moment <= time.monotonic()]
-            for one in late:
-                with self.lock:
-                    if one not in self.due:
-                        continue
-                    sign_of_life = self.due[one][1]
-                    self.due[one] = (time.monotonic() + BEAT, sign_of_life)
-                with suppress(RedisError):
-                    sign_of_life()
+            while self._beat_once():
+                pass
+
+    def _beat_once(self) -> bool:
+        """False where nothing is due, or it could not be given."""
+        with self.lock:
+            moment, sign_of_life = min(self.due.values(), key=itemgetter(0), default=(math.inf, None))
+        if sign_of_life is None or moment > time.monotonic():
+            return False
+        try:
+            sign_of_life()
+            pause = BEAT
+        except Exception:  # whatever it was, the other signs must not end with it
+            pause = 1
+        with self.lock:
+            if id(sign_of_life) in self.due:
+                self.due[id(sign_of_life)] = (time.monotonic() + pause, sign_of_life)
+        return pause == BEAT
 
 
 _heart = _Heart()
@@ -240,7 +258,7 @@ _heart = _Heart()
 @contextmanager
 def beating(sign_of_life: Callable[[], object]) -> Iterator[None]:
     """Gives the sign every `BEAT` seconds, from a thread, for as long as the body runs. One that Redis does not take is
-    left out: the next may come through, and if none does, that is what `LOST_AFTER` is for."""
+    tried again; if none comes through, that is what `LOST_AFTER` is for. It should use an `impatient` client."""
     taken = _heart.take(sign_of_life)
     try:
         yield

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -43,6 +44,7 @@ from rq.worker.base import WorkerStatus
 import events
 import jobs
 import settings
+import supervisor
 import tasks
 
 # One email worker makes one attempt at a time, so what it may run is `deliver` alone.
@@ -52,6 +54,7 @@ ALLOWED: dict[str, dict[str, Callable[..., Any]]] = {
 }
 WORKER_TTL = 35  # seconds; less 15, RQ waits so long for a job
 LOCKED_FOR = 15  # seconds for which a dead worker goes on keeping others from its duties
+STUCK_AFTER = 120  # seconds beyond its timeout after which an attempt is taken for stuck
 MAINTENANCE_EVERY = 20  # seconds: what a killed worker left is looked for within a minute; by default after up to 27
 
 
@@ -110,6 +113,11 @@ class JobsWorker(Worker):
     job_class = Job
     queue_class = Queue
 
+    def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
+        """RQ calls this around each job and each wait for one, and twice a minute while a job runs."""
+        super().heartbeat(timeout, pipeline)
+        supervisor.tell("WATCHDOG=1")
+
 
 class NoTimeout(BaseDeathPenalty):
     """RQ's is an exception out of nowhere: between the relay's 250 and the mark it would make a mail of doubt. An
@@ -133,6 +141,11 @@ class EmailWorker(SimpleWorker):
     suspended = False  # `rq suspend`; asked by the main thread for all
     stopping = False
     told: tuple[str, float] = ("", 0)  # the state that Redis was told last, and when
+    busy_since: float | None = None  # time.monotonic(), while it makes an attempt
+
+    @cached_property
+    def in_a_hurry(self) -> Redis:
+        return jobs.impatient(self.connection)
 
     def check_for_suspension(self, burst: bool) -> None:
         """Beside `rq suspend` there is another reason not to take a job: the relay is in trouble. A mail taken now
@@ -187,14 +200,14 @@ class EmailWorker(SimpleWorker):
         """Done in `prepare_execution`."""
 
     def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
-        self._state = WorkerStatus.BUSY
+        self._state, self.busy_since = WorkerStatus.BUSY, time.monotonic()
         execution = self.prepare_execution(job)
         with jobs.beating(lambda: self.show_life(job, execution)):
             self.perform_job(job, queue, execution)
-        self._state = WorkerStatus.IDLE
+        self._state, self.busy_since = WorkerStatus.IDLE, None
 
     def show_life(self, job: rq.job.Job, execution: Execution) -> None:
-        with self.connection.pipeline() as pipeline:
+        with self.in_a_hurry.pipeline() as pipeline:
             execution.heartbeat(job.started_job_registry, jobs.LOST_AFTER, pipeline=pipeline)
             pipeline.execute()
 
@@ -251,13 +264,14 @@ class Crew:
             self.look_after()
             self.asked_to_stop.wait(1)
             if self.asked_to_stop.is_set():
+                supervisor.tell("STOPPING=1")
                 self.dismiss()
         with suppress(RedisError):
             self.scheduler.stop()  # type: ignore[no-untyped-call]
 
     def look_after(self) -> None:
         """One duty after the other. What goes wrong in one keeps from no other, and ends nothing."""
-        duties: list[Callable[[], object]] = [self.show_life, self.schedule]
+        duties: list[Callable[[], object]] = [self.show_life, self.watch, self.schedule]
         if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
             self.maintained_at = time.monotonic()
             duties += [self.pull_in, self.caretaker.run_maintenance_tasks, tasks.sweep]
@@ -265,7 +279,8 @@ class Crew:
             try:
                 duty()
             except RedisError:
-                return  # it is away, or full
+                supervisor.tell("WATCHDOG=1")  # it is away, or full: who waits for it is not stuck
+                return
             except Exception as error:
                 events.emit("crashed", logging.ERROR, where=events.where(error))
 
@@ -294,6 +309,12 @@ class Crew:
                 worker.tell(pipeline)
             pipeline.exists(WORKERS_SUSPENDED)
             EmailWorker.suspended = bool(pipeline.execute()[-1])
+
+    def watch(self) -> None:
+        """Feeds systemd's watchdog, unless an attempt at a mail has outlasted all that could keep it."""
+        busy = [worker.busy_since for worker in self.workers.values() if worker.busy_since]
+        if not busy or time.monotonic() - min(busy) < self.settings.job_timeout + STUCK_AFTER:
+            supervisor.tell("READY=1\nWATCHDOG=1")
 
     def schedule(self) -> None:
         """Queues mail that was put off and is due, if no other process does."""
@@ -363,6 +384,7 @@ def main() -> int:
         worker.work()
         tasks.leave_relay()
     else:
+        supervisor.tell("READY=1")
         worker.work(with_scheduler=True, logging_level=None)
     return 0
 

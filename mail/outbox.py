@@ -39,6 +39,7 @@ from jobs import (
     Script,
     Unavailable,
     beating,
+    impatient,
     unavailable,
 )
 from mail.message import Message, message_id
@@ -185,7 +186,7 @@ class Claim:
         """Keeps the claim for as long as the body runs, and gives it back then, also where nothing was settled."""
         renew = [self.token, LOST_AFTER * 1000]
         try:
-            with beating(lambda: self.outbox.run(RENEW, self.keys, renew)):
+            with beating(lambda: self.outbox.renew(self.keys, renew)):
                 yield
         finally:
             if not self.settled:
@@ -256,7 +257,8 @@ class Outbox:
     def __init__(self, jobs: Jobs, settings: Settings) -> None:
         self.jobs = jobs
         self.settings = settings
-        sources = (CLAIM, BEFORE_DOT, SETTLE, RENEW, RELEASE)
+        self.renew = Script(impatient(jobs.redis), RENEW)
+        sources = (CLAIM, BEFORE_DOT, SETTLE, RELEASE)
         self._scripts = {source: Script(jobs.redis, source) for source in sources}
 
     def run(self, script: str, keys: list[str], args: list[Any]) -> Any:

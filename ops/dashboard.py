@@ -39,6 +39,7 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
+import supervisor
 from events import emit, set_up, where
 from jobs import Jobs, NotFound, NotPossible, Unavailable, connect, unavailable
 from settings import Address, Settings, SettingsError, is_loopback, load
@@ -332,6 +333,7 @@ def main() -> int:
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a browser asks for six files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     emit("dashboard_started", listen=address)
+    supervisor.tell("READY=1")
     server.run()  # until SIGTERM or Ctrl-C, which Waitress takes as the wish to finish
     return 0
 

@@ -39,8 +39,9 @@ from jobs import (
     NotPossible,
     Script,
     Unavailable,
+    connect,
 )
-from tests.servers import RedisServer
+from tests.servers import RedisServer, eventually
 
 ONE = "00000000-0000-4000-8000-000000000001"
 TWO = "00000000-0000-4000-8000-000000000002"
@@ -572,3 +573,25 @@ def test_a_script_that_redis_forgets_again_and_again_is_run_all_the_same() -> No
             raise NoScriptError
 
     assert Script(Forgetful(), "return KEYS[1] .. ARGV[1]")(["a"], ["b"]) == b"ab"
+
+
+def test_a_sign_of_life_that_cannot_be_given_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "BEAT", 0.02)
+    given: list[int] = []
+    failed: list[int] = []
+
+    def fail() -> None:
+        failed.append(1)
+        raise ValueError
+
+    with jobs.beating(fail), jobs.beating(lambda: given.append(1)):
+        eventually(lambda: len(failed) > 1 and len(given) > 1)
+
+
+def test_a_sign_of_life_does_not_wait_for_a_connection_that_has_gone_silent() -> None:
+    """A patient client would try for minutes; the limit here is not a measurement."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor() as pool:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        asked = pool.submit(jobs.impatient(connect(url, patient=True)).ping)
+        with pytest.raises(exceptions.TimeoutError):
+            asked.result(timeout=10)
