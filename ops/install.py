@@ -529,7 +529,7 @@ def farewell(server: Server) -> str:
     if missing:
         lines += [
             f"\nStill missing: {' and '.join(missing)}. Write them, and your relay's login, into\n\n    {server.env}\n",
-            "The services are tried every ten seconds and come up by themselves once you have saved it. After any",
+            "The services are tried every few seconds and come up by themselves once you have saved it. After any",
             f"later change: sudo systemctl restart {TARGET}",
             f"What may be wrong, and what mends it: sudo {server.current}/bin/doctor",
         ]
@@ -555,9 +555,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             step(server)
             if not _said:
                 say("nothing to do")
-    except Fault as fault:
-        print(f"\nStopped: {fault}", file=sys.stderr)
-        if server.new_key:
+    except (Fault, KeyboardInterrupt) as fault:
+        print(f"\nStopped: {str(fault) or 'as you wished; the next run goes on from here.'}", file=sys.stderr)
+        if server.new_key and not server.dry:
             print(f"\nThe API key, which is shown only this once: {server.new_key}")
         return 1
     if asked.dry_run:
