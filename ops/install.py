@@ -30,11 +30,13 @@ from urllib.parse import unquote, urlsplit
 KNOWN = {"debian 12", "ubuntu 22.04", "ubuntu 24.04"}
 LEFT_OUT = {".git", ".venv", ".env", "var", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
 KEPT = 3  # releases
+MARK = Path(".venv", "complete")  # in a release that is whole; says for which Python
 WORKERS = ("async-email-worker@email.service", "async-email-worker@jobs.service")
 API = "async-email-api.service"
 DASHBOARD = "async-email-dashboard.service"
 SOCKET = "async-email-api.socket"
 TARGET = "async-email.target"
+RUNNING = "running"
 REDIS = "redis-server@async-email.service"
 REDIS_SOCKET = "/run/redis-async-email/redis.sock"
 GIT_ENVIRONMENT = {
@@ -225,7 +227,7 @@ def make_user(server: Server) -> None:
 def make_release(server: Server) -> None:
     """The release: a copy of this clone under /opt/async-email/releases, with Python packages of its own"""
     server.release = server.releases / release_id(server.source)
-    mark = server.release / ".venv" / "complete"
+    mark = server.release / MARK
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"  # the system's next Python needs another .venv
     if text_of(mark) == python:
         say(f"{server.release} is there already")
@@ -443,8 +445,11 @@ def start_services(server: Server) -> None:
             server.run("systemctl", "restart", unit, may_fail=True)
     server.run("systemctl", "start", TARGET)
     if not server.dry:
-        for unit in order:
-            say(f"{unit}: {state_of(unit)}")
+        states = {unit: state_of(unit) for unit in order}
+        for unit, state in states.items():
+            say(f"{unit}: {state}")
+        if set(states.values()) != {RUNNING} and server.previous.is_symlink() and not server.going_back:
+            say("the release before this one is still there: sudo bin/install --rollback")
 
 
 def runs_something_else(server: Server, unit: str) -> bool:
@@ -460,9 +465,9 @@ def runs_something_else(server: Server, unit: str) -> bool:
 
 
 def state_of(unit: str) -> str:
-    """`running`, or its own last word."""
+    """`RUNNING`, or its own last word."""
     if ask("systemctl", "is-active", unit) == "active":
-        return "running"
+        return RUNNING
     name = unit.removesuffix(".service").replace("@", "-")
     last = ask("journalctl", "--identifier", name, "--lines=1", "--output=cat")
     return f"not running yet. {last}"
@@ -490,6 +495,8 @@ def find_release_before(server: Server) -> None:
     if not server.previous.is_symlink():
         raise Fault(f"there is none: {server.previous} does not exist")
     server.release = server.tree = server.previous.resolve()
+    if text_of(server.release / MARK) is None:
+        raise Fault(f"{server.release} is not whole; install the commit that you want: git checkout, sudo bin/install")
     server.going_back = True
     say(str(server.release))
 
@@ -525,7 +532,7 @@ def farewell(server: Server) -> str:
     if missing:
         lines += [
             f"\nStill missing: {' and '.join(missing)}. Write them, and your relay's login, into\n\n    {server.env}\n",
-            "The services are tried every ten seconds and come up by themselves once you have saved it. After any",
+            "The services are tried every few seconds and come up by themselves once you have saved it. After any",
             f"later change: sudo systemctl restart {TARGET}",
             f"What may be wrong, and what mends it: sudo {server.current}/bin/doctor",
         ]
@@ -551,9 +558,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             step(server)
             if not _said:
                 say("nothing to do")
-    except Fault as fault:
-        print(f"\nStopped: {fault}", file=sys.stderr)
-        if server.new_key:
+    except (Fault, KeyboardInterrupt) as fault:
+        print(f"\nStopped: {str(fault) or 'as you wished; the next run goes on from here.'}", file=sys.stderr)
+        if server.new_key and not server.dry:
             print(f"\nThe API key, which is shown only this once: {server.new_key}")
         return 1
     if asked.dry_run:
