@@ -14,11 +14,13 @@ Zone = dict[tuple[str, str], list[str]]  # (name, type) -> records as a zone fil
 
 
 class NameServer:
-    """A name of which the zone has no record of any type does not exist. With `silent` it answers nothing."""
+    """A name of which the zone has no record of any type does not exist. With `silent` it answers nothing,
+    with `fails` SERVFAIL."""
 
-    def __init__(self, zone: Zone, silent: bool = False) -> None:
+    def __init__(self, zone: Zone, *, silent: bool = False, fails: bool = False) -> None:
         self.zone = zone
         self.silent = silent
+        self.fails = fails
 
     def __enter__(self) -> NameServer:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -50,6 +52,8 @@ class NameServer:
         records = self.zone.get((name, kind), [])
         if records:
             answer.answer.append(dns.rrset.from_text(question.name, 60, "IN", kind, *records))
+        elif self.fails:
+            answer.set_rcode(dns.rcode.SERVFAIL)
         elif not any(one == name for one, _ in self.zone):
             answer.set_rcode(dns.rcode.NXDOMAIN)
         return answer.to_wire()

@@ -113,6 +113,12 @@ def test_a_package_that_another_needs_and_does_not_declare_is_named(
     assert_finds(packages.imports, place, FAULT, "needy.py does not start: importing undeclared_thing fails", "pip")
 
 
+def test_a_python_that_is_too_old_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worst(packages.python, place).level == OK
+    monkeypatch.setattr(packages, "OLDEST", (99, 0))
+    assert_finds(packages.python, place, FAULT, "is needed", "sudo apt install python3")
+
+
 def test_without_any_package_the_doctor_still_says_so(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-S", "-m", "ops.doctor"], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 2, ran.stderr
@@ -245,7 +251,7 @@ def test_a_secret_that_a_unit_does_not_pass_is_missing_for_that_service_alone(se
     assert_finds(configuration.values, server.place, FAULT, "dashboard will not start: DASHBOARD_PASSWORD is not set")
     server.write("etc/credentials/dashboard_password", "x", 0o600)
     (server.folder / "etc/credentials/api_keys").unlink()
-    assert_finds(configuration.values, server.place, FAULT, "api will not start: its unit passes it")
+    assert_finds(configuration.values, server.place, FAULT, "api will not start: what its unit passes", "bin/install")
 
 
 def test_a_variable_of_the_shell_that_the_services_lack_is_named(
@@ -295,6 +301,19 @@ def test_a_secret_that_others_may_read_is_a_fault(server: Server, name: str) -> 
         f"{path} is open to other users",
         f"sudo chmod {7 if path.is_dir() else 6}00 {path}",
     )
+
+
+def test_a_configuration_without_its_secrets_is_a_fault(server: Server) -> None:
+    shutil.rmtree(server.folder / "etc/credentials")
+    assert_finds(configuration.modes, server.place, FAULT, "etc/credentials is missing", "sudo bin/install")
+
+
+def test_who_is_not_root_is_told_that_most_cannot_be_looked_at(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "open_to_us", lambda _: False)
+    monkeypatch.setenv("SMTP_PORT", "587")
+    assert_finds(configuration.values, server.place, WARN, "is for root only", "sudo bin/doctor")
+    assert_finds(configuration.shell, server.place, NOTE, "set in this shell", "sudo bin/doctor")
+    assert "root's alone" not in worst(configuration.modes, server.place).found
 
 
 def test_a_configuration_that_is_not_roots_is_a_fault(server: Server) -> None:
@@ -498,6 +517,12 @@ def test_port_25_on_a_cloud_is_named(place: Place, monkeypatch: pytest.MonkeyPat
     assert_finds(relay.lets_us_in, place, FAULT, "does not answer on port 25", "SMTP_PORT=587: Amazon EC2")
 
 
+def test_a_server_without_a_relay_is_named(place: Place, server: Server) -> None:
+    place.settings = server.place.settings = of()
+    assert worst(relay.lets_us_in, place).level == NOTE
+    assert_finds(relay.lets_us_in, server.place, FAULT, "SMTP_HOST is not set", "sudoedit")
+
+
 def test_a_name_that_does_not_exist_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object, **__: object) -> list[Any]:
         raise socket.gaierror(-2, "Name or service not known")
@@ -680,12 +705,18 @@ def test_units_that_run_are_fine(server: Server) -> None:
     ("changes", "level", "found", "mend"),
     [
         ({**DEAD, "ExecMainStatus": "203"}, FAULT, "203/EXEC", "/opt/async-email"),
+        ({**DEAD, "ExecMainStatus": "127"}, FAULT, "no .venv", "sudo bin/install"),
         ({**DEAD, "ExecMainStatus": "226"}, FAULT, "226/NAMESPACE", f"journalctl -u {WORKER}"),
         ({**DEAD, "ExecMainStatus": "243"}, FAULT, "243/CREDENTIALS", "/etc/async-email/credentials"),
         ({**DEAD, "ExecMainStatus": "217"}, FAULT, "217/USER", "sudo bin/install"),
         ({**DEAD, "ExecMainStatus": "2"}, FAULT, "refuses its settings", "settings"),
         ({**DEAD, "ExecMainStatus": "77"}, FAULT, "last exit code was 77", f"journalctl -u {WORKER} -n 50"),
-        ({**DEAD, "Result": "start-limit-hit", "ExecMainStatus": "1"}, FAULT, "systemd gave up", "reset-failed"),
+        (
+            {**DEAD, "Result": "start-limit-hit", "ExecMainStatus": "1"},
+            FAULT,
+            "systemd gave up",
+            "reset-failed",
+        ),
         ({**DEAD, "Result": "oom-kill", "ExecMainStatus": "9"}, FAULT, "out of memory", "WORKER_CONCURRENCY"),
         (
             {"ActiveState": "activating", "SubState": "auto-restart", "ExecMainStatus": "1"},
@@ -693,8 +724,15 @@ def test_units_that_run_are_fine(server: Server) -> None:
             "auto-restart",
             "Redis",
         ),
-        ({"ActiveState": "inactive", "SubState": "dead"}, FAULT, "inactive", f"sudo systemctl start {WORKER}"),
-        ({"LoadState": "not-found"}, FAULT, "is not installed", "sudo bin/install"),
+        ({"ActiveState": "inactive", "SubState": "dead"}, FAULT, "not started", f"sudo systemctl start {WORKER}"),
+        ({"LoadState": "not-found"}, FAULT, "not installed: async", "sudo bin/install"),
+        ({"ActiveState": "activating", "SubState": "start"}, WARN, "just starting", "look again"),
+        (
+            {**DEAD, "ExecMainStatus": "2", "Restart": "always"},
+            FAULT,
+            "gave up, and it refuses",
+            "reset-failed",
+        ),
         ({"LoadState": "bad-setting"}, FAULT, "bad-setting", "systemd-analyze verify"),
         ({"UnitFileState": "disabled"}, WARN, "gone after the next reboot", f"sudo systemctl enable {WORKER}"),
         ({"NRestarts": "12"}, WARN, "after 12 restarts", "journalctl"),
@@ -707,6 +745,13 @@ def test_a_unit_that_is_not_well_is_explained(
 ) -> None:
     server.units(WORKER, **changes)
     assert_finds(units.running, server.place, level, found, mend)
+
+
+def test_what_is_wrong_with_all_units_is_one_line(server: Server) -> None:
+    server.units(*units.UNITS, ActiveState="inactive", UnitFileState="disabled")
+    said = looked(units.running, server.place)
+    assert [one.level for one in said] == [FAULT, WARN]
+    assert said[0].mend == f"sudo systemctl start {' '.join(units.UNITS)}"
 
 
 def test_a_unit_that_still_runs_the_last_release_is_named(server: Server) -> None:
@@ -983,6 +1028,9 @@ def test_a_domain_that_does_not_exist_or_cannot_be_asked_about_is_named(place: P
     with NameServer({}, silent=True) as there:
         place.name_server = there.address
         assert_finds(names.sender, place, WARN, "the name server does not answer", "resolv")
+    with NameServer({}, fails=True) as there:
+        place.name_server = there.address
+        assert_finds(names.sender, place, WARN, "has no proper answer about acme.shop", "dig")
     place.settings = of(mail_from="hello@example.com")
     assert_finds(names.sender, place, WARN, "a name for examples", "edit")
 
@@ -1027,7 +1075,9 @@ def test_a_mail_to_order_that_does_not_arrive_is_explained(
     monkeypatch.setattr(flow, "CANARY_FOR", 0.2)
     assert_finds(flow.canary, place, FAULT, "no worker has taken it", "worker.py email")
     refused = {"status": "failed", "attempts": [{"phase": "dot", "code": 550, "text": "5.4.5 Daily limit"}]}
-    assert "last 24 hours" in next(iter(flow.told("id", refused, place))).found
+    said = next(iter(flow.told("id", refused, place)))
+    assert said.level == FAULT
+    assert "last 24 hours" in said.found
     waits = {"status": "delayed", "attempts": [], "reason": "SMTP_RATE is reached"}
     assert next(iter(flow.told("id", waits, place))).level == WARN
 

@@ -31,6 +31,7 @@ SERVICES = {  # unit -> what its process cannot do without, as it asks `settings
     "async-email-dashboard.service": ("dashboard_password",),
 }
 PASSES = re.compile(r"^LoadCredential=([^:\s]+):(\S+)", re.MULTILINE)
+NOT_THERE = "what its unit passes it,"
 HIDDEN = ("/home", "/root", "/run/user")  # from a unit with ProtectHome=
 
 
@@ -96,13 +97,14 @@ def on_a_server(place: Place) -> Findings:
         for sentence in faults_of(passed_to(unit, place), needed):
             told[sentence].append(unit.removeprefix("async-email-").removesuffix(".service"))
     for sentence, parts in told.items():
-        yield fault(f"{' and '.join(parts)} will not start: {sentence}", place.edit)
+        mend = "sudo bin/install, in your clone, makes it" if sentence.startswith(NOT_THERE) else place.edit
+        yield fault(f"{' and '.join(parts)} will not start: {sentence}", mend)
     if not told:
         yield ok(f"{place.file} is complete and right for each service")
 
 
 def faults_of(credentials: list[tuple[str, Path]], needed: tuple[str, ...]) -> list[str]:
-    missing = [f"its unit passes it {path}, which is not there" for _, path in credentials if not path.is_file()]
+    missing = [f"{NOT_THERE} {path}, is missing" for _, path in credentials if not path.is_file()]
     if missing:
         return missing
     try:

@@ -168,7 +168,10 @@ def refused(redis: Redis, at: Where, place: Place) -> Finding | None:
 
 def password(place: Place) -> str:
     if place.installed:
-        return f"compare {place.etc}/credentials/redis_url with the user line in /etc/redis/redis-async-email.conf"
+        return (
+            f"put the right one into {place.etc}/credentials/redis_url; or move /etc/redis/redis-async-email.conf "
+            "away, restart Redis after sudo bin/install, which writes it anew (the queue stays)"
+        )
     return "REDIS_URL=redis://USER:PASSWORD@HOST:PORT/0, with / # ? : @ in the password as %2F %23 %3F %3A %40"
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from ops.checks import store
-from ops.checks.findings import Finding, Findings, Place, fault, note, ok, run, warn
+from ops.checks.findings import FAULT, WARN, Finding, Findings, Place, fault, note, ok, run, warn
 
 PREFIX = "async-email"
 UNITS = (
@@ -23,13 +24,15 @@ UNITS = (
 )
 REDIS, NGINX = "redis-server@async-email.service", "nginx.service"
 ASKED = (
-    "Id,LoadState,ActiveState,SubState,UnitFileState,Result,NRestarts,ExecMainStatus,KillMode,MainPID,NeedDaemonReload"
+    "Id,LoadState,UnitFileState,NeedDaemonReload,ActiveState,SubState,Result,ExecMainStatus,MainPID,NRestarts,"
+    "Restart,KillMode"
 )
 OFTEN = 3  # restarts since it was started by hand or at boot
 
 EXITS = {  # exit code -> what it means, what mends it
     "1": ("it gave up while it started, most often because of Redis", "see the line about Redis here"),
     "2": ("it refuses its settings", "see the lines about settings here"),
+    "127": ("127: its program is not there; the release has no .venv", "sudo bin/install, in your clone"),
     "200": ("200/CHDIR: it cannot enter its WorkingDirectory", "sudo bin/install, in your clone"),
     "203": (
         "203/EXEC: its program is not there or cannot be run, as with a .venv under /home, which the unit cannot see",
@@ -48,10 +51,14 @@ EXITS = {  # exit code -> what it means, what mends it
     ),
 }
 RESULTS = {  # Result= of a unit that was not ended by an exit code
-    "start-limit-hit": ("it failed so often that systemd gave up", "sudo systemctl reset-failed {unit}, then start it"),
+    "start-limit-hit": (
+        "it failed too often: systemd gave up",
+        "sudo systemctl reset-failed {unit}, and start it",
+    ),
     "oom-kill": ("the machine ran out of memory", "lower WORKER_CONCURRENCY, or take a larger machine"),
     "watchdog": ("it stood still and was ended by the watchdog", "journalctl -u {unit} -n 50"),
     "timeout": ("it did not start or stop in time", "journalctl -u {unit} -n 50"),
+    "protocol": ("it ended before it said that it was ready", "journalctl -u {unit} -n 50"),
     "signal": ("it was killed by a signal", "journalctl -u {unit} -n 50"),
     "core-dump": ("it crashed", "journalctl -u {unit} -n 50"),
     "resources": ("systemd could not give it what it asks for", "journalctl -u {unit} -n 20"),
@@ -80,8 +87,36 @@ def running(place: Place) -> Findings:
     if not place.installed and all(unit.get("LoadState") == "not-found" for unit in found if ours(unit)):
         yield note("not installed as services here, skipped")
         return
-    wrong = [finding for unit in found for finding in about(unit, place)]
+    wrong = [*all_together(found), *(finding for unit in found for finding in about(unit, place))]
     yield from wrong or [ok(f"{len(found)} units are enabled and running, from the current release")]
+
+
+TOGETHER: tuple[tuple[Callable[[Unit], bool], str, str, str], ...] = (  # when, how bad, what, what mends it
+    (
+        lambda unit: unit.get("LoadState") == "not-found",
+        *(FAULT, "not installed: {units}", "sudo bin/install, in your clone"),
+    ),
+    (
+        lambda unit: unit.get("LoadState") == "loaded" and unit.get("ActiveState") == "inactive",
+        *(FAULT, "not started, or stopped by hand: {units}", "sudo systemctl start {units}"),
+    ),
+    (
+        lambda unit: unit.get("UnitFileState") == "disabled",
+        *(WARN, "not enabled, so gone after the next reboot: {units}", "sudo systemctl enable {units}"),
+    ),
+    (
+        lambda unit: unit.get("NeedDaemonReload") == "yes",
+        *(WARN, "changed on disk since systemd read it: {units}", "sudo systemctl daemon-reload"),
+    ),
+)
+
+
+def all_together(found: list[Unit]) -> Findings:
+    """What is often true of several units is one line."""
+    for is_so, level, told, mend in TOGETHER:
+        units = " ".join(unit.get("Id", "?") for unit in found if is_so(unit))
+        if units:
+            yield Finding(level, told.format(units=units), mend.format(units=units))
 
 
 def expected(place: Place) -> list[str]:
@@ -96,17 +131,17 @@ def ours(unit: Unit) -> bool:
 
 def about(unit: Unit, place: Place) -> Findings:
     name, state = unit.get("Id", "?"), unit.get("ActiveState", "?")
-    if unit.get("LoadState") == "not-found":
-        yield fault(f"{name} is not installed", "sudo bin/install, in your clone")
-        return
-    if unit.get("LoadState") not in ("loaded", None):
-        yield fault(f"{name} cannot be loaded ({unit['LoadState']})", f"systemd-analyze verify {name}")
-        return
-    if state != "active":
+    if unit.get("LoadState") not in ("loaded", "not-found"):
+        yield fault(f"{name} cannot be loaded ({unit.get('LoadState')})", f"systemd-analyze verify {name}")
+    elif unit.get("SubState") == "start":
+        yield warn(f"{name} is just starting", f"look again in a minute; journalctl -u {name} -n 50")
+    elif state not in ("active", "inactive"):
         yield why_not(unit)
     elif int(unit.get("NRestarts") or 0) >= OFTEN:
         yield warn(f"{name} runs, after {unit['NRestarts']} restarts", f"journalctl -u {name} -p warning -n 50")
-    yield from how_it_is_set_up(unit)
+    if "-worker@" in name and unit.get("KillMode", "mixed") != "mixed":
+        found = f"{name} has KillMode={unit['KillMode']}: a restart kills the jobs that it has in hand"
+        yield fault(found, f"sudo systemctl edit {name}: [Service] KillMode=mixed")
     yield from from_another_release(unit, place)
 
 
@@ -114,6 +149,8 @@ def why_not(unit: Unit) -> Finding:
     name, code, result = unit["Id"], unit.get("ExecMainStatus", "0"), unit.get("Result", "success")
     state = f"{name} is {unit.get('ActiveState')} ({unit.get('SubState')})"
     causes = []
+    if result == "exit-code" and unit.get("ActiveState") == "failed" and unit.get("Restart") == "always":
+        result = "start-limit-hit"  # systemd 252 goes on naming the last exit
     if result in RESULTS:
         causes.append(RESULTS[result])
     if code in EXITS and result not in ("signal", "oom-kill", "watchdog", "core-dump"):
@@ -121,20 +158,7 @@ def why_not(unit: Unit) -> Finding:
     if causes:
         mends = "; ".join(mend.format(unit=name) for _, mend in reversed(causes))
         return fault(f"{state}: {', and '.join(meaning for meaning, _ in causes)}", mends)
-    if code != "0":
-        return fault(f"{state}: its last exit code was {code}", f"journalctl -u {name} -n 50")
-    return fault(state, f"sudo systemctl start {name}; journalctl -u {name} -n 50 says why it stopped")
-
-
-def how_it_is_set_up(unit: Unit) -> Findings:
-    name = unit["Id"]
-    if unit.get("UnitFileState") == "disabled" and not name.endswith("-api.service"):  # its socket starts that one
-        yield warn(f"{name} is not enabled: it is gone after the next reboot", f"sudo systemctl enable {name}")
-    if "-worker@" in name and unit.get("KillMode") != "mixed":
-        found = f"{name} has KillMode={unit.get('KillMode')}: a restart kills the jobs that it has in hand"
-        yield fault(found, f"sudo systemctl edit {name}: [Service] KillMode=mixed")
-    if unit.get("NeedDaemonReload") == "yes":
-        yield warn(f"{name} has changed on disk since systemd read it", "sudo systemctl daemon-reload")
+    return fault(f"{state}: its last exit code was {code}", f"journalctl -u {name} -n 50")
 
 
 def from_another_release(unit: Unit, place: Place) -> Findings:
