@@ -496,8 +496,8 @@ class Edge:
 
     def __init__(self, app: Bottle, accepting: totals.Gathered) -> None:
         self.app = app
-        self.answered = 0  # requests; to see that it goes on, so a lost increment does not matter
         self.accepting = accepting
+        self.answered = 0  # requests; to see that it goes on, so a lost increment does not matter
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         started = time.perf_counter()
