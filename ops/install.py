@@ -366,6 +366,7 @@ def set_up_nginx(server: Server) -> None:
     ours, before = (server.tree / "nginx/async-email.conf").read_text(), text_of(site)
     default = enabled / "default"
     replaced = ""
+    copy_units(server, "nginx.service.d/async-email.conf")
     if before is None:
         if default.is_symlink() and is_as_packaged(server.nginx / "sites-available/default"):
             replaced = os.readlink(default)

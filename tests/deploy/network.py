@@ -9,14 +9,15 @@ about all others. All of it is taken away again, also after a failure.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
-import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
+import dns.exception
 import dns.message
-import dns.rrset
+import dns.query
+
+from tests.name_server import NameServer
 
 OWN = (".internal", ".example")  # the first is nobody's on the Internet (ICANN, 2024); the second, RFC 2606
 FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
@@ -40,8 +41,7 @@ class Network:
     def __enter__(self) -> Network:
         with self.undo:
             self._lay()
-            self.names = NameServer(self.host)
-            self.undo.callback(self.names.close)
+            self.names = self.undo.enter_context(Names(self.host))
             self.undo = self.undo.pop_all()
         return self
 
@@ -78,53 +78,20 @@ def free_subnet() -> tuple[str, str, str]:
     raise RuntimeError("all of 198.51.100.0/24 is taken; is anything left of earlier runs? (ip netns, ip link)")
 
 
-class NameServer:
-    """DNS over UDP. `records[(name, type)]` is the data of its records, none for a name that has none of that type."""
+class Names(NameServer):
+    """Ours are in `zone`; about all others the host's own name server is asked."""
 
     def __init__(self, address: str) -> None:
-        self.records: dict[tuple[str, str], list[str]] = {}
+        super().__init__({}, at=(address, 53))
         self.upstream = host_resolver()
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind((address, 53))
-        self.thread = threading.Thread(target=self._serve, name="name server")
-        self.thread.start()
 
-    def close(self) -> None:
-        with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
-        self.thread.join()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                question, client = self.socket.recvfrom(4096)
-            except OSError:
-                return
-            if not question:
-                return
-            threading.Thread(target=self._reply, args=(question, client)).start()
-
-    def _reply(self, question: bytes, client: tuple[str, int]) -> None:
-        with suppress(OSError):
-            self.socket.sendto(self.answer(question), client)
-
-    def answer(self, asked: bytes) -> bytes:
-        query = dns.message.from_wire(asked)
-        name, kind = query.question[0].name, query.question[0].rdtype
-        own = str(name).rstrip(".").lower()
-        if not own.endswith(OWN):
-            return self.ask_upstream(asked)
-        reply = dns.message.make_response(query, recursion_available=True)
-        if data := self.records.get((own, kind.name)):
-            reply.answer.append(dns.rrset.from_text(name, 60, "IN", kind, *data))
-        return reply.to_wire()
-
-    def ask_upstream(self, asked: bytes) -> bytes:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as upstream:
-            upstream.settimeout(10)
-            upstream.sendto(asked, (self.upstream, 53))
-            return upstream.recv(4096)
+    def _answer(self, query: dns.message.Message) -> bytes:
+        if query.question[0].name.to_text(omit_final_dot=True).endswith(OWN):
+            return super()._answer(query)
+        try:
+            return dns.query.udp(query, self.upstream, timeout=10).to_wire()
+        except (OSError, dns.exception.DNSException):
+            return super()._answer(query)  # which says that there is no such name
 
 
 def host_resolver() -> str:

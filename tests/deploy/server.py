@@ -108,7 +108,7 @@ class Installed:
 def name_the_relay(machine: Machine, relay: Relay) -> None:
     """What the operator's network has already: the relay's name, its authority, and what DNS says of the sender."""
     machine.write(CA_FILE, relay.authority.cert_pem.bytes().decode())
-    names = machine.network.names.records
+    names = machine.network.names.zone
     names[relay.name, "A"] = [machine.network.host]
     names["shop.internal", "MX"] = [f"10 {relay.name}."]
     names["shop.internal", "TXT"] = [f'"v=spf1 ip4:{machine.network.host} -all"']
