@@ -27,7 +27,7 @@ def test_a_killed_service_comes_back_and_no_mail_is_lost(server: Server, unit: s
     eventually(lambda: restarted(server, unit, was), 60)
     after, _ = server.post()
     server.arrives(*before, after, seconds=150)
-    assert {server.api.email(mail_id)["status"] for mail_id in before.values()} == {"sent"}
+    eventually(lambda: {server.api.email(mail_id)["status"] for mail_id in before.values()} == {"sent"})
 
 
 def test_each_process_of_the_api_is_replaced(server: Server) -> None:
