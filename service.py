@@ -403,7 +403,7 @@ class Service:
 
     def metrics(self) -> HTTPResponse:
         """For Prometheus, in its own format; 200 also while Redis is away, which is then one of the metrics."""
-        from ops import metrics  # it takes a megabyte, and most machines are never asked
+        from ops import metrics  # two megabytes in each process, and many are never asked
 
         return HTTPResponse(metrics.exposition(self.jobs, VERSION), 200, {"Content-Type": metrics.CONTENT_TYPE})
 

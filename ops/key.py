@@ -153,19 +153,25 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="key", description="Makes, lists and revokes the API keys of async-email.")
-    parser.add_argument("--file", type=Path, help="a credential file, or an env file (its name ends in .env)")
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    where = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    where.add_argument("--file", type=Path, help="a credential file, or an env file (its name ends in .env)")
+    about = "Makes, lists and revokes the API keys of async-email."
+    parser = argparse.ArgumentParser(prog="key", description=about, parents=[where])
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("new", help="make a key and print it, once")
+    one = commands.add_parser("new", help="make a key and print it, once", parents=[where])
     one.add_argument("name", metavar="NAME", help="who uses it; stands in the log")
-    one.add_argument(
-        "--scope", choices=["send", "full"], default="send", help="send (the default): may submit mail, and no more"
-    )
-    commands.add_parser("list", help="names and scopes")
-    commands.add_parser("revoke", help="refuse a key from now on").add_argument("name", metavar="NAME")
-    given = parser.parse_args(arguments)
-    file = KeyFile(given.file or default_file())
+    scopes = "send (the default): may submit mail and no more; full: may also read, requeue, cancel and run jobs"
+    one.add_argument("--scope", choices=["send", "full"], default="send", help=scopes)
+    commands.add_parser("list", help="names and scopes", parents=[where])
+    old = commands.add_parser("revoke", help="refuse a key from now on", parents=[where])
+    old.add_argument("name", metavar="NAME")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse(arguments)
+    file = KeyFile(getattr(given, "file", None) or default_file())
     try:
         with file.locked():
             if given.command == "new":

@@ -164,7 +164,7 @@ def test_who_may_not_read_it_is_told_to_use_sudo(
 def test_what_lies_in_the_working_directory_is_not_imported(tmp_path: Path, credential: Path) -> None:
     (tmp_path / "settings.py").write_text("raise SystemExit('imported')")
     (tmp_path / "argparse.py").write_text("raise SystemExit('imported')")
-    command = [str(ROOT / "bin" / "key"), "--file", "api_keys", "new", "shop"]
+    command = [str(ROOT / "bin" / "key"), "new", "shop", "--file", "api_keys"]
     ran = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert credential.exists()  # a relative name is the caller's

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from redis import Redis
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoPermissionError,
+    RedisError,
+    ResponseError,
+)
 
 from jobs import connect
 from ops.checks.findings import Finding, Findings, Place, fault, lasting, may, note, ok, sized, warn, who_is
@@ -160,7 +166,11 @@ def refused(redis: Redis, at: Where, place: Place) -> Finding | None:
         return fault("Redis' ACL refuses us PING or INFO", "give the user +@all -@dangerous -@admin +info: ACL SETUSER")
     except ResponseError:
         return fault(f"Redis at {at} refuses PING or INFO", "see its log: journalctl -u 'redis*'")
-    except (RedisError, OSError):
+    except BusyLoadingError:
+        return fault("Redis is still reading its append-only file", "wait, and look again; journalctl -u 'redis*' -f")
+    except (RedisError, OSError) as error:
+        if "max number of clients" in str(error):  # of which redis-py makes a ConnectionError like any other
+            return fault("Redis has as many clients as it takes", "raise its maxclients, or lower WORKER_CONCURRENCY")
         protocol = "rediss://" if at.encrypted else "redis://"
         return fault(f"what answers at {at} does not speak {protocol}", f"correct REDIS_URL in {place.file}")
     return None

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ops.checks import store
-from ops.checks.findings import FAULT, WARN, Finding, Findings, Place, fault, note, ok, run, warn
+from ops.checks.findings import FAULT, WARN, Finding, Findings, Place, fault, lasting, note, ok, run, warn
 
 PREFIX = "async-email"
 UNITS = (
@@ -25,9 +26,10 @@ UNITS = (
 REDIS, NGINX = "redis-server@async-email.service", "nginx.service"
 ASKED = (
     "Id,LoadState,UnitFileState,NeedDaemonReload,ActiveState,SubState,Result,ExecMainStatus,MainPID,NRestarts,"
-    "Restart,KillMode"
+    "ActiveEnterTimestampMonotonic,Restart,KillMode"
 )
 OFTEN = 3  # restarts since it was started by hand or at boot
+LATELY = 3600  # seconds; what it got over long ago is no news
 
 EXITS = {  # exit code -> what it means, what mends it
     "1": ("it gave up while it started, most often because of Redis", "see the line about Redis here"),
@@ -137,12 +139,18 @@ def about(unit: Unit, place: Place) -> Findings:
         yield warn(f"{name} is just starting", f"look again in a minute; journalctl -u {name} -n 50")
     elif state not in ("active", "inactive"):
         yield why_not(unit)
-    elif int(unit.get("NRestarts") or 0) >= OFTEN:
-        yield warn(f"{name} runs, after {unit['NRestarts']} restarts", f"journalctl -u {name} -p warning -n 50")
+    elif int(unit.get("NRestarts") or 0) >= OFTEN and up_for(unit) < LATELY:
+        found = f"{name} runs for {lasting(up_for(unit))} now, after {unit['NRestarts']} restarts"
+        yield warn(found, f"journalctl -u {name} -p warning -n 50")
     if "-worker@" in name and unit.get("KillMode", "mixed") != "mixed":
         found = f"{name} has KillMode={unit['KillMode']}: a restart kills the jobs that it has in hand"
         yield fault(found, f"sudo systemctl edit {name}: [Service] KillMode=mixed")
     yield from from_another_release(unit, place)
+
+
+def up_for(unit: Unit) -> float:
+    """Seconds."""
+    return time.monotonic() - int(unit.get("ActiveEnterTimestampMonotonic") or 0) / 1e6
 
 
 def why_not(unit: Unit) -> Finding:
