@@ -324,9 +324,23 @@ def test_a_site_that_was_edited_stays_and_one_that_was_not_is_brought_up_to_date
 def test_a_site_that_nginx_does_not_take_is_taken_out_again(
     server: Server, nginx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def run(self: Server, *command: str, may_fail: bool = False) -> bool:
+        if command == ("nginx", "-t"):
+            raise Fault("duplicate default server")
+        return True
+
+    before, run_well = content(nginx), Server.run
+    monkeypatch.setattr(Server, "run", run)
+    with pytest.raises(Fault, match="duplicate default server"):
+        install.set_up_nginx(server)
+    assert content(nginx) == before
+    monkeypatch.setattr(Server, "run", run_well)
+    install.make_release(server)
+    install.set_up_nginx(server)
     before = content(nginx)
-    monkeypatch.setattr(Server, "run", lambda self, *command, may_fail=False: command[:2] != ("nginx", "-t"))
-    with pytest.raises(Fault, match="default_server"):
+    (server.source / "nginx/async-email.conf").write_text("nonsense\n")
+    monkeypatch.setattr(Server, "run", run)
+    with pytest.raises(Fault, match="duplicate default server"):
         install.set_up_nginx(server)
     assert content(nginx) == before
 
