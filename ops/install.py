@@ -376,6 +376,7 @@ def set_up_nginx(server: Server) -> None:
     """nginx: the one site of this machine, in front of the API"""
     site, enabled = server.nginx / "sites-available/async-email", server.nginx / "sites-enabled"
     ours, before = (server.tree / "nginx/async-email.conf").read_text(), text_of(site)
+    copy_units(server, "nginx.service.d/async-email.conf")
     if before is None:
         replaced = remove_welcome_page(server)
         server.link(enabled / "async-email", site)  # before the site: without that, a next run begins here again
@@ -456,6 +457,7 @@ def start_services(server: Server) -> None:
     if ask("systemctl", "is-enabled", TARGET) != "enabled":
         server.run("systemctl", "enable", TARGET, SOCKET, *WORKERS, API, DASHBOARD)
     if SOCKET in server.changed_units and ask("systemctl", "is-active", SOCKET) == "active":
+        say("its unit has changed, so the API's socket is opened anew; for a moment requests are refused")
         server.run("systemctl", "restart", SOCKET)
     # Whoever reads the queue must understand what is written to it: new workers know the old jobs, not the reverse.
     order = (API, *WORKERS, DASHBOARD) if server.going_back else (*WORKERS, API, DASHBOARD)
