@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from ops import install
 from ops.dev import find_redis_server
 from ops.install import Fault, Server
 from settings import Settings, parse_api_keys
-from tests.servers import ROOT, House, Relay, eventually
+from tests.servers import ROOT, House, Relay, eventually, project_files
 
 GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@example.com")
 
@@ -42,12 +43,13 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A clone with a commit."""
+    """A clone whose one commit is the project as it stands."""
     source = tmp_path / "clone"
-    subprocess.run(["git", "clone", "-q", "--no-hardlinks", ROOT, source], check=True, capture_output=True)
-    for name in ("nginx/async-email.conf", "redis/async-email.conf", ".env.example"):  # also before they are committed
-        (source / name).write_text((ROOT / name).read_text())
-    subprocess.run([*GIT, "-C", source, "commit", "-q", "--allow-empty", "-am", "as it stands"], check=True)
+    for path in project_files():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, source / path)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it stands"]):
+        subprocess.run([*GIT, "-C", source, *command], check=True)
     return source
 
 
