@@ -66,7 +66,10 @@ def pacing() -> Pacing:
 
 @lru_cache(maxsize=1)
 def the_relay() -> Relay:
-    current = settings.current()
+    return relay_of(settings.current())
+
+
+def relay_of(current: settings.Settings) -> Relay:
     return Relay(
         host=current.smtp_host or "",
         port=current.smtp_port,

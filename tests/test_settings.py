@@ -54,7 +54,6 @@ def faults(env: pytest.MonkeyPatch, *needed: str, **variables: str) -> list[str]
         ({"LOG_LEVEL": "loud"}, "LOG_LEVEL: input should be"),
         ({"SMTP_CA_FILE": "/nowhere.pem"}, "SMTP_CA_FILE: path does not point to a file"),
         ({"SMTP_PASSWORD_FILE": "/nowhere"}, "SMTP_PASSWORD_FILE cannot be read: No such file or directory"),
-        ({"SMTP_USERNAME": "ada"}, "SMTP_USERNAME and SMTP_PASSWORD go together"),
         ({"REDIS_URL": "http://x"}, "REDIS_URL must start with redis://"),
         ({"REDIS_URL": "redis://:hunter2/x@host"}, "REDIS_URL cannot be read; write / # ? : @ in its password as"),
         ({"API_KEYS": f"a:{DIGEST},a:{DIGEST}"}, "API_KEYS: two entries have the same name"),
@@ -74,6 +73,13 @@ def test_all_faults_are_told_at_once(env: pytest.MonkeyPatch) -> None:
     assert [fault.split(":")[0] for fault in found] == ["SMTP_PORT", "LISTEN", "ON_DOUBT"]
 
 
+@pytest.mark.parametrize("variable", ["SMTP_USERNAME", "SMTP_PASSWORD"])
+def test_half_a_login_is_refused_by_who_speaks_to_the_relay(env: pytest.MonkeyPatch, variable: str) -> None:
+    found = faults(env, "smtp_host", **{"SMTP_HOST": "smtp.example.com", variable: "ada"})
+    assert [fault.split(";")[0] for fault in found] == ["SMTP_USERNAME and SMTP_PASSWORD go together"]
+    load("mail_from", mail_from="a@example.com")  # the API, which has no business with the password
+
+
 def test_what_a_process_cannot_do_without_is_named(env: pytest.MonkeyPatch) -> None:
     found = faults(env, "smtp_host", "mail_from", "api_keys", "dashboard_password")
     assert [fault.split(":")[0] for fault in found] == [
@@ -88,7 +94,7 @@ def test_what_a_process_cannot_do_without_is_named(env: pytest.MonkeyPatch) -> N
     "variables",
     [
         {"SMTP_PASSWORD": "hunter2-é", "SMTP_USERNAME": "ada"},
-        {"SMTP_PASSWORD": "hunter2"},
+        {"SMTP_PASSWORD": "hunter2", "SMTP_PORT": "x"},
         {"SMTP_PASSWORD": "hunter2", "SMTP_USERNAME": "a", "SMTP_SECURITY": "none", "SMTP_HOST": "mx.example"},
         {"API_KEYS": "hunter2"},
         {"API_KEYS": f"a:{DIGEST},hunter2:hunter2:hunter2"},

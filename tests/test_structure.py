@@ -34,12 +34,33 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
     "ops.catcher": {"settings"},
     "ops.dev": {"settings"},
     "ops.install": set(),
+    "ops.doctor": {"ops.checks.findings", "ops.checks.packages", "ops.checks.table"},
+    "ops.checks.findings": {"settings"},  # for its types alone
+    "ops.checks.packages": {"ops.checks.findings"},
+    "ops.checks.configuration": {"mail.message", "ops.checks.findings", "settings"},
+    "ops.checks.store": {"jobs", "ops.checks.findings", "settings"},
+    "ops.checks.replies": {"mail.relay"},
+    "ops.checks.relay": {"mail.relay", "ops.checks.findings", "ops.checks.replies", "settings", "tasks"},
+    "ops.checks.flow": {
+        *("jobs", "mail.message", "mail.outbox", "mail.relay"),
+        *("ops.checks.findings", "ops.checks.replies", "ops.checks.store"),
+    },
+    "ops.checks.units": {"ops.checks.findings", "ops.checks.store"},
+    "ops.checks.machine": {"ops.checks.findings", "ops.checks.store"},
+    "ops.checks.names": {"mail.message", "ops.checks.findings"},
+    "ops.checks.table": {
+        *("events", "jobs", "ops.checks.findings"),
+        *(f"ops.checks.{room}" for room in ("configuration", "flow", "machine", "names", "relay", "store", "units")),
+    },
 }
 HOMES = {  # an outside thing -> the only modules that may import it
     "smtplib": {"mail.relay"},
     "email": {"mail.message", "ops.catcher"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard"},
-    "redis": {"jobs", "mail.outbox", "mail.pacing", "ops.dashboard", "ops.dev", "worker"},
+    "redis": {
+        *("jobs", "mail.outbox", "mail.pacing", "worker"),
+        *("ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"),
+    },
     "rq": {"jobs", "mail.sweep", "tasks", "worker", "ops.dashboard"},
     "bottle": {"service", "ops.catcher"},
     "waitress": {"service", "ops.catcher", "ops.dashboard"},

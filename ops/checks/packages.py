@@ -1,0 +1,75 @@
+"""Python and what is installed beside it: are they what requirements.txt pins, and do the processes start with them?
+
+Standard library only, for it must be able to say that everything else is missing. Which pin of several holds for this
+Python is pip's affair: a version that is none of them is what tells of trouble.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections import defaultdict
+from importlib import metadata
+
+from ops.checks.findings import Findings, Place, fault, note, ok
+
+OLDEST = (3, 10)
+PROCESSES = ("service", "worker", "ops.dashboard")
+PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)(\s*;)?", re.MULTILINE)
+
+
+def python(place: Place) -> Findings:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < OLDEST:
+        yield fault(f"this is Python {version}, and 3.10 is needed", "sudo apt install python3.11 python3.11-venv")
+    elif sys.prefix == sys.base_prefix:
+        yield note(f"Python {version}, and not that of .venv: {sys.executable}", "run bin/doctor")
+    else:
+        yield ok(f"Python {version} in {sys.prefix}")
+
+
+def pins(place: Place) -> Findings:
+    """Every package that is pinned for every Python must be there; one that is pinned for some may be missing."""
+    wanted: dict[str, set[str]] = defaultdict(set)
+    needed = set()
+    for name, version, conditional in PIN.findall((place.code / "requirements.txt").read_text()):
+        wanted[name].add(version)
+        needed |= set() if conditional else {name}
+    wrong = []
+    for name, versions in wanted.items():
+        installed = version_of(name)
+        if installed is None and name in needed:
+            wrong.append(f"{name} is missing")
+        elif installed is not None and installed not in versions:
+            wrong.append(f"{name} is {installed} and should be {' or '.join(sorted(versions))}")
+    yield from (fault(f"{one}, says requirements.txt", install(place)) for one in wrong)
+    if not wrong:
+        yield ok(f"{len(needed)} packages are as requirements.txt pins them")
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def imports(place: Place) -> Findings:
+    """As the processes do: this finds a package that another needs and does not declare."""
+    broken = []
+    for name in PROCESSES:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            missing = getattr(error, "name", None) or type(error).__name__
+            broken.append(
+                fault(f"{name.replace('.', '/')}.py does not start: importing {missing} fails", install(place))
+            )
+    yield from broken or [ok("the API, the workers and the dashboard find all that they import")]
+
+
+def install(place: Place) -> str:
+    if place.installed:
+        return "sudo bin/install, in your clone: it makes the release's .venv anew"
+    return ".venv/bin/pip install --require-hashes -r requirements.txt"

@@ -1,0 +1,97 @@
+"""Everything that goes wrong between a laptop and a server, looked for: `bin/doctor [--json] [--send-to ADDRESS]`.
+
+Where bin/install has put the service on this machine it looks at that, with the services' own eyes, and wants to be
+root; else at the checkout it lies in. One line per finding, with the command or edit that mends it. It changes nothing,
+and prints no secret; with --send-to it sends one mail the whole way. Exit code: 0 fine, 1 warnings, 2 faults.
+
+The checks and their table are in ops/checks/. Standard library only up here: the first thing to find may be that
+nothing else is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from ops.checks import packages
+from ops.checks.findings import FAULT, WARN, Finding, Place, counted
+
+ROOT = Path(__file__).parent.parent
+FIRST = (("python", packages.python), ("packages", packages.pins), ("packages", packages.imports))
+COLOURS = {"ok": 32, "note": 36, "warn": 33, "fault": 31}
+
+Found = tuple[str, Finding]
+
+
+def look(place: Place) -> Iterator[Found]:
+    broken = False
+    for name, check in FIRST:
+        for finding in check(place):
+            broken |= finding.level == FAULT
+            yield name, finding
+    try:
+        from ops.checks.table import examine
+    except Exception:
+        if not broken:
+            raise
+        return  # what is missing has been told
+    yield from examine(place)
+
+
+def line(name: str, finding: Finding) -> str:
+    level = f"{finding.level:<5}"
+    if sys.stdout.isatty():
+        level = f"\033[{COLOURS[finding.level]}m{level}\033[0m"
+    return f"{level}  {name}: {finding.found}" + (f"  ->  {finding.mend}" if finding.mend else "")
+
+
+def shown(found: Iterable[Found], as_json: bool) -> list[Finding]:
+    """Prints as it goes, for some checks take seconds; JSON is one list at the end."""
+    kept = []
+    for name, finding in found:
+        kept.append((name, finding))
+        if not as_json:
+            print(line(name, finding), flush=True)
+    if as_json:
+        print(json.dumps([{"check": name, **finding._asdict()} for name, finding in kept], indent=2))
+    return [finding for _, finding in kept]
+
+
+def verdict(findings: Sequence[Finding]) -> int:
+    levels = [finding.level for finding in findings]
+    return 2 if FAULT in levels else 1 if WARN in levels else 0
+
+
+def heading(place: Place) -> str:
+    if place.installed:
+        return f"The service on this machine: {place.opt / 'current'}, {place.file}\n"
+    return f"This checkout, {place.code}: no service is installed on this machine\n"
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    faults, warnings = ([one for one in findings if one.level == level] for level in (FAULT, WARN))
+    if not faults and not warnings:
+        return "\nAll is well."
+    counts = [counted(len(some), word) for some, word in ((faults, "fault"), (warnings, "warning")) if some]
+    return f"\n{' and '.join(counts)}. Begin with the first: one often causes the next."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bin/doctor", description="Finds what is wrong, and says what mends it.")
+    parser.add_argument("--json", action="store_true", help="a list of {check, level, found, mend}")
+    parser.add_argument("--send-to", default="", metavar="ADDRESS", help="send one mail there, through queue and relay")
+    asked = parser.parse_args(arguments)
+    place = Place(ROOT, send_to=asked.send_to)
+    if not asked.json:
+        print(heading(place), flush=True)
+    findings = shown(look(place), asked.json)
+    if not asked.json:
+        print(summary(findings))
+    return verdict(findings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
