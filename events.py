@@ -1,13 +1,18 @@
-"""What we log: one line per event, `name key=value ...`, with names from a closed list.
+"""What we log: one line per event, with names from a closed list.
+
+LOG_FORMAT=plain writes `time LEVEL name key=value ...`. LOG_FORMAT=json writes one object per line: `time` (ISO 8601,
+UTC), `level`, and then `event` with its fields, or, for a warning of RQ or Waitress, `logger` and `message`.
 
 No address, subject, body or secret is ever a value. RQ's and Waitress's own narration is let through in DEBUG only.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import traceback
+from datetime import datetime, timezone
 from pathlib import Path
 
 EVENTS = frozenset(
@@ -30,11 +35,37 @@ EVENTS = frozenset(
 _log = logging.getLogger("async-email")
 
 
-def set_up(level: str) -> None:
+class Event:
+    """One event on its way through `logging`."""
+
+    def __init__(self, name: str, fields: dict[str, object]) -> None:
+        self.name = name
+        self.fields = {name: value for name, value in fields.items() if value not in (None, "")}
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"{name}={_value(value)}" for name, value in self.fields.items())])
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line: dict[str, object] = {"time": moment, "level": record.levelname}
+        if isinstance(record.msg, Event):
+            line |= {"event": record.msg.name} | {name: _member(value) for name, value in record.msg.fields.items()}
+        else:
+            line |= {"logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def set_up(level: str, form: str = "plain") -> None:
     handler = logging.StreamHandler(sys.stdout)
     if level != "DEBUG":
         handler.addFilter(_ours_or_a_warning)  # on the handler, since RQ sets the levels of its loggers itself
-    logging.basicConfig(handlers=[handler], level=level, format="%(asctime)s %(levelname)s %(message)s")
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JsonFormatter() if form == "json" else plain)
+    logging.basicConfig(handlers=[handler], level=level)
 
 
 def _ours_or_a_warning(record: logging.LogRecord) -> bool:
@@ -45,8 +76,7 @@ def emit(event: str, level: int = logging.INFO, **fields: object) -> None:
     """Logs one event; fields that are None or empty are left out."""
     assert event in EVENTS, event
     if _log.isEnabledFor(level):
-        shown = (f"{name}={_value(value)}" for name, value in fields.items() if value not in (None, ""))
-        _log.log(level, "%s", " ".join([event, *shown]))
+        _log.log(level, Event(event, fields))
 
 
 def where(error: BaseException) -> str:
@@ -59,3 +89,10 @@ def where(error: BaseException) -> str:
 def _value(value: object) -> str:
     text = f"{value:.1f}" if isinstance(value, float) else str(value)
     return f'"{text}"' if " " in text else text
+
+
+def _member(value: object) -> object:
+    """Numbers stay numbers; anything that JSON has no word for is written as in a plain line."""
+    if isinstance(value, float):
+        return round(value, 1)
+    return value if isinstance(value, (bool, int, str)) else str(value)

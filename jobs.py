@@ -92,6 +92,16 @@ class IdempotencyConflict(Exception):
     """The idempotency key was used before, for another request."""
 
 
+class QueueState(NamedTuple):
+    """A queue in numbers. `jobs` counts them by state; `workers` are those that gave a sign of life lately; of the
+    times in seconds, the first is the age of the job that waits longest, the second how late the scheduler is."""
+
+    jobs: dict[str, int]
+    workers: int
+    oldest_queued: float
+    overdue: float
+
+
 class NotFound(Exception):
     """There is no such job, or it is no longer kept."""
 
@@ -450,6 +460,32 @@ class Jobs:
             "oldest_queued_seconds": _age(enqueued_at),
             "overdue_seconds": round(max(0.0, time.time() - scheduled[0][1]), 3) if scheduled else 0,
         }
+
+    def queue_states(self) -> dict[str, QueueState]:
+        """Of both queues, for who watches them. Reads only, in time that does not grow with the queues."""
+        with unavailable():
+            return {name: self._queue_state(name) for name in self.queues}
+
+    def _queue_state(self, name: str) -> QueueState:
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.llen(f"rq:queue:{name}")
+        for state in ("scheduled", "wip", "failed", "deferred"):
+            pipe.zcard(f"rq:{state}:{name}")
+        pipe.lindex(f"rq:queue:{name}", 0)
+        pipe.zrange(f"rq:scheduled:{name}", 0, 0, withscores=True)
+        pipe.smembers(f"rq:workers:{name}")
+        queued, scheduled, started, failed, deferred, head, first, workers = pipe.execute()
+        pipe.hget(f"rq:job:{head.decode() if head else ''}", "enqueued_at")
+        for worker in workers:
+            pipe.hget(worker, "last_heartbeat")
+        enqueued_at, *beats = pipe.execute()
+        ages = [_age(beat) for beat in beats]
+        return QueueState(
+            {"queued": queued, "scheduled": scheduled, "started": started, "failed": failed, "deferred": deferred},
+            sum(age is not None and age < LOST_AFTER + BEAT for age in ages),
+            _age(enqueued_at) or 0.0,
+            max(0.0, time.time() - first[0][1]) if first else 0.0,
+        )
 
 
 def _task(job: Job) -> str:

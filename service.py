@@ -1,8 +1,8 @@
 """The process that HTTP comes into: routes, API keys, one error shape. `python service.py`
 
 A request is checked whole before anything is stored: key, size, JSON, fields. What passes is stored and queued in one
-atomic step and answered with 202 and an id; sending is the workers' affair. Every answer is JSON, also to what is not
-found, not allowed, too large or broken, and also where Waitress refuses before we are asked:
+atomic step and answered with 202 and an id; sending is the workers' affair. Every answer but /metrics is JSON, also to
+what is not found, not allowed, too large or broken, and also where Waitress refuses before we are asked:
 
     {"statusCode": 422, "name": "invalid_parameter", "message": "...",
      "errors": [{"field": "to[0]", "message": "..."}], "request_id": "..."}
@@ -45,7 +45,7 @@ import supervisor
 import tasks
 from events import emit, set_up, where
 from jobs import JOBS, Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Unavailable, connect
-from mail import message, pacing, sweep, templates
+from mail import message, pacing, sweep, templates, totals
 from mail.message import FieldError, HeaderText, Invalid, Mailbox, Recipient, Strict
 from mail.outbox import Draft, Outbox
 from settings import Address, ApiKey, Settings, SettingsError, load
@@ -401,6 +401,12 @@ class Service:
             return answer(503, seen | error_shape(503, "not_ready", "; ".join(reasons), current_request_id()))
         return answer(200, seen)
 
+    def metrics(self) -> HTTPResponse:
+        """For Prometheus, in its own format; 200 also while Redis is away, which is then one of the metrics."""
+        from ops import metrics  # two megabytes in each process, and many are never asked
+
+        return HTTPResponse(metrics.exposition(self.jobs, VERSION), 200, {"Content-Type": metrics.CONTENT_TYPE})
+
 
 def answer(status: int, body: dict[str, Any], **headers: str) -> HTTPResponse:
     return HTTPResponse(json.dumps(body), status, {"Content-Type": "application/json", **headers})
@@ -426,6 +432,7 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("DELETE", "/jobs/<job_id>", Service.delete_job, "full"),
     ("GET", "/healthz", Service.healthz, None),
     ("GET", "/readyz", Service.readyz, None),
+    ("GET", "/metrics", Service.metrics, None),
 )
 
 
@@ -435,7 +442,7 @@ def make_app(settings: Settings, jobs: Jobs) -> Edge:
     app.default_error_handler = unrouted
     for method, path, handler, scope in ROUTES:
         app.route(path, method, guarded(service, handler, scope))
-    return Edge(app)
+    return Edge(app, totals.Gathered(jobs.redis, totals.ACCEPT))
 
 
 def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str | None) -> Callable[..., HTTPResponse]:
@@ -487,8 +494,9 @@ def unrouted(error: HTTPError) -> bytes:
 class Edge:
     """What is the same for every request: its id, common headers, one log line, no traceback to the caller."""
 
-    def __init__(self, app: Bottle) -> None:
+    def __init__(self, app: Bottle, accepting: totals.Gathered) -> None:
         self.app = app
+        self.accepting = accepting
         self.answered = 0  # requests; to see that it goes on, so a lost increment does not matter
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -499,7 +507,10 @@ class Edge:
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             self.answered += 1
-            self._log(environ, status, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            if status.startswith("202"):
+                self.accepting.add(seconds)
+            self._log(environ, status, seconds)
             return start_response(status, headers + common_headers(request_id), exc_info)
 
         try:
@@ -686,14 +697,15 @@ def main() -> int:
     except OSError as error:
         print(f"LISTEN: cannot listen on {settings.listen}: {error.strerror}", file=sys.stderr)
         return 2
-    set_up(settings.log_level)
+    set_up(settings.log_level, settings.log_format)
     give_memory_back()
 
     def serve(alive: Callable[[], None]) -> None:
         server = Server(app, settings.max_message_bytes, sockets)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, server.stop)
-        server.run(alive)
+        with app.accepting.handed_over():
+            server.run(alive)
 
     emit("api_started", listen=settings.listen, processes=settings.api_processes, version=VERSION)
     prefork.run(settings.api_processes, serve)

@@ -185,6 +185,7 @@ class Settings(BaseSettings):
     dashboard_password_file: FilePath | None = None
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["plain", "json"] = "plain"
 
     @model_validator(mode="before")
     @classmethod
@@ -246,7 +247,7 @@ class Settings(BaseSettings):
 NEEDED = {  # what a process cannot do without -> what to write there
     "smtp_host": "name the relay to send through, such as smtp.example.com",
     "mail_from": "name the sender of mail that names none, such as 'Acme <hello@example.com>'",
-    "api_keys": "without a key nobody could call the API; see README, 'API keys'",
+    "api_keys": "without a key nobody could call the API; make one with: bin/key new NAME",
     "dashboard_password": "the dashboard shows and repeats mail, so it needs a login",
 }
 

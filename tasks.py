@@ -115,6 +115,7 @@ def _attempt(claim: Claim) -> str | Retry:
     if wait:
         return _end(claim, "delayed", wait.reason, math.ceil(wait.seconds), in_line=wait.in_line)
     mime = to_mime(claim.message, claim.message_id, claim.created_at)
+    started = time.monotonic()
     with warm.conversation(the_relay()) as conversation:
         try:
             outcome = conversation.send(
@@ -127,6 +128,7 @@ def _attempt(claim: Claim) -> str | Retry:
         except Expired:
             pacing().well()
             return _expire(claim)
+        claim.spoke_for(time.monotonic() - started)
         _record(claim, outcome)
         try:
             return _conclude(claim, outcome)  # written down before a word more to the relay, and before anything else
@@ -185,6 +187,9 @@ def _take_up(claim: Claim) -> None:
         claim.counted = 0
     if claim.state_before == "sending":
         claim.attempts.append({"at": _now(), "verdict": "interrupted", "text": "the worker died in this attempt"})
+        claim.counts["attempt:interrupted"] += 1
+        if any(one.status == "in_doubt" for one in claim.recipients):
+            claim.counts["in_doubt"] += 1
     retry_doubt = (asked_again or _on_doubt(claim) == "retry") and not claim.has_expired()
     for one in claim.recipients:
         if (one.status == "in_doubt" and retry_doubt) or (one.status == "refused" and asked_again):
@@ -201,6 +206,9 @@ def _record(claim: Claim, outcome: Outcome) -> None:
         if reply:
             one.status, one.code, one.text = AFTER[reply.verdict], reply.code, reply.text
     reply = outcome.reply
+    claim.counts[f"attempt:{reply.verdict.value.replace(' ', '_')}"] += 1
+    if reply.verdict is Verdict.IN_DOUBT:
+        claim.counts["in_doubt"] += 1
     claim.attempts.append(
         {
             "at": _now(),

@@ -372,7 +372,7 @@ def main() -> int:
     except settings.SettingsError as error:
         print(error, file=sys.stderr)
         return 2
-    events.set_up(current.log_level)
+    events.set_up(current.log_level, current.log_format)
     try:
         with jobs.unavailable():
             worker = Crew(current) if queue == jobs.EMAIL else jobs_worker(current)

@@ -20,6 +20,7 @@ import random
 import time
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from jobs import (
     unavailable,
 )
 from mail.message import Message, message_id
+from mail.totals import SMTP, TOTALS
 from settings import Settings
 
 FINAL = ("sent", "failed", "unknown", "canceled")
@@ -89,8 +91,9 @@ redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
 return 1
 """
 
-# KEYS: mail, claim, last_sent, RQ's job, open. ARGV: token, state, lifetime in seconds (0: none), now, mail id, when to
-# look at it if it does not move on, then field, value, ...
+# KEYS: mail, claim, last_sent, RQ's job, open, totals. ARGV: token, state, lifetime in seconds (0: none), now, mail id,
+# when to look at it if it does not move on, what the state counts as, how many words of totals follow, these, then
+# field, value, ...
 # `sent` is written by whoever knows it, also when his claim has run out: it is the truth. Anything else only by the
 # holder, and never over `sent` or `canceled`. A second call with the same token changes nothing.
 # It begins with a command that frees memory: Redis looks for memory before a script's first write only, and a mail that
@@ -102,7 +105,10 @@ if redis.call('HGET', KEYS[1], 'settled_by') == ARGV[1] then return 1 end
 if not state or (ARGV[2] ~= 'sent' and (not mine or state ~= 'sending')) then return 0 end
 if mine then redis.call('DEL', KEYS[2]) end
 if ARGV[2] == 'sent' then redis.call('HDEL', KEYS[1], 'content') end
-redis.call('HSET', KEYS[1], 'state', ARGV[2], 'settled_by', ARGV[1], unpack(ARGV, 7))
+local fields = 9 + ARGV[8]
+redis.call('HSET', KEYS[1], 'state', ARGV[2], 'settled_by', ARGV[1], unpack(ARGV, fields))
+if state ~= 'sent' then redis.call('HINCRBY', KEYS[6], ARGV[7], 1) end  -- sent twice is still one mail that was sent
+for i = 9, fields - 1, 2 do redis.call('HINCRBY', KEYS[6], ARGV[i], ARGV[i + 1]) end
 if ARGV[2] == 'sent' then redis.call('SET', KEYS[3], ARGV[4]) end
 if (ARGV[2] == 'failed' or ARGV[2] == 'unknown') and redis.call('EXISTS', KEYS[4]) == 1 then
   redis.call('HSET', KEYS[4], 'retries_left', 0)  -- should its worker die now, RQ must not try again
@@ -156,7 +162,8 @@ class Recipient:
 @dataclass
 class Claim:
     """One attempt's hold on one mail. `expires_at` is in seconds since 1970, 0 for a mail that does not expire;
-    `on_doubt` is what its sender chose, or ""; `in_line` says that SMTP_RATE has told it to come back now."""
+    `on_doubt` is what its sender chose, or ""; `in_line` says that SMTP_RATE has told it to come back now; `counts`
+    goes to mail.totals with the outcome."""
 
     outbox: Outbox
     id: str
@@ -172,6 +179,7 @@ class Claim:
     on_doubt: str = ""
     in_line: bool = False
     settled: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
 
     def has_expired(self, within: float = 0) -> bool:
         """Whether the mail may not be sent any more, now or `within` so many seconds."""
@@ -180,6 +188,10 @@ class Claim:
     @property
     def keys(self) -> list[str]:
         return [f"mail:{self.id}", f"mail:{self.id}:claim"]
+
+    def spoke_for(self, seconds: float) -> None:
+        """How long the conversation with the relay took."""
+        SMTP.note(seconds, self.counts)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -217,11 +229,14 @@ class Claim:
         }
         kept_for = self.outbox.kept_for(state)
         words = [word for pair in fields.items() for word in pair]
-        keys = [*self.keys, LAST_SENT, f"rq:job:{self.id}", OPEN]
+        counts = [word for pair in self.counts.items() for word in pair]
+        result = EXPIRED if (state, reason) == ("failed", EXPIRED) else state
+        keys = [*self.keys, LAST_SENT, f"rq:job:{self.id}", OPEN, TOTALS]
         served = any(recipient.status == "accepted" for recipient in self.recipients)
         settle = self.outbox.insist if served else self.outbox.run
         look_at = now.timestamp() + next_in + LOOK_AFTER
-        if not settle(SETTLE, keys, [self.token, state, kept_for, now.timestamp(), self.id, look_at, *words]):
+        args = [self.token, state, kept_for, now.timestamp(), self.id, look_at, result, len(counts), *counts, *words]
+        if not settle(SETTLE, keys, args):
             raise ClaimLost(self.id)
         self.settled = True
 
@@ -288,6 +303,7 @@ class Outbox:
             for mail_id, draft in mails.items():
                 commands.hset(f"mail:{mail_id}", mapping=_record(mail_id, draft))
                 commands.zadd(OPEN, {mail_id: time.time() + LOOK_AFTER})
+            commands.hincrby(TOTALS, "accepted", len(mails))
 
         return self._queue(list(mails), store, idempotency)
 
@@ -392,6 +408,8 @@ class Outbox:
             commands.hdel(f"mail:{mail_id}", "content", "next_attempt_at")
             commands.expire(f"mail:{mail_id}", self.kept_for("canceled"))
             commands.zrem(OPEN, mail_id)
+            if state != b"canceled":
+                commands.hincrby(TOTALS, "canceled", 1)
 
         try:
             self.jobs.cancel(mail_id, beside=mark)

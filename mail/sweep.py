@@ -23,14 +23,15 @@ from rq.utils import utcformat
 
 from jobs import EMAIL, Script, unavailable
 from mail.outbox import FINAL, LOST, OPEN, Outbox
+from mail.totals import TOTALS
 
 AT_ONCE = 1000  # mails looked at in one go
 LOOK_AGAIN = 300  # seconds
 SWEPT = "mail:swept"
 
-# KEYS: mail, claim, RQ's job, open, queue, intermediate queue, scheduled, started, swept. ARGV: mail id, now, when to
-# look again, now as RQ writes it, when the first in the queue was put there, lifetime of a failed mail in seconds, then
-# final states and "" and status, reason, ... of jobs that are over.
+# KEYS: mail, claim, RQ's job, open, queue, intermediate queue, scheduled, started, swept, totals. ARGV: mail id, now,
+# when to look again, now as RQ writes it, when the first in the queue was put there, lifetime of a failed mail in
+# seconds, then final states and "" and status, reason, ... of jobs that are over.
 # A queue is searched only for a job that is older than its first: in a queue of a million, nearly none.
 SWEEP = """
 local final, reasons, at = {}, {}, 7
@@ -53,6 +54,7 @@ if reasons[status] then
   redis.call('EXPIRE', KEYS[1], ARGV[6])
   redis.call('ZREM', KEYS[4], ARGV[1])
   redis.call('HINCRBY', KEYS[9], 'given_up', 1)
+  redis.call('HINCRBY', KEYS[10], state, 1)
   return {state, reasons[status]}
 end
 
@@ -104,7 +106,7 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
     script = Script(redis, SWEEP)
     for mail_id in (one.decode() for one in overdue):
         keys = [f"mail:{mail_id}", f"mail:{mail_id}:claim", f"rq:job:{mail_id}", OPEN, f"rq:queue:{EMAIL}"]
-        keys += [f"rq:queue:{EMAIL}:intermediate", f"rq:scheduled:{EMAIL}", f"rq:wip:{EMAIL}", SWEPT]
+        keys += [f"rq:queue:{EMAIL}:intermediate", f"rq:scheduled:{EMAIL}", f"rq:wip:{EMAIL}", SWEPT, TOTALS]
         outcome, *why = (word.decode() for word in script(keys=keys, args=[mail_id, *args]))
         if why:
             yield Finding(mail_id, outcome, f"its job was {why[0]} and in no list" if outcome == "repaired" else why[0])

@@ -329,7 +329,7 @@ def main() -> int:
     except SettingsError as error:
         print(*error.faults, sep="\n", file=sys.stderr)
         return 2
-    set_up(settings.log_level)
+    set_up(settings.log_level, settings.log_format)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a browser asks for six files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     emit("dashboard_started", listen=address)

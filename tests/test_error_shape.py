@@ -197,8 +197,8 @@ def test_no_route_but_the_probes_answers_without_a_key(
     held_to_the_shape(answer, status, name)
 
 
-def test_only_the_probes_need_no_key() -> None:
-    assert {path for _, path, _, scope in service.ROUTES if not scope} == {"/healthz", "/readyz"}
+def test_only_the_probes_and_the_metrics_need_no_key() -> None:
+    assert {path for _, path, _, scope in service.ROUTES if not scope} == {"/healthz", "/readyz", "/metrics"}
 
 
 @pytest.mark.parametrize("path", sorted({path for _, path, _, _ in service.ROUTES}))
@@ -210,7 +210,10 @@ def test_every_route_says_which_methods_it_takes(app_without_redis: service.Edge
     assert answer.headers["Allow"] in answer.body["message"]
 
 
-@pytest.mark.parametrize(("method", "path"), [route[:2] for route in service.ROUTES if route[1] != "/healthz"])
+SAYS_IT_ELSEWISE = ("/healthz", "/metrics")
+
+
+@pytest.mark.parametrize(("method", "path"), [one[:2] for one in service.ROUTES if one[1] not in SAYS_IT_ELSEWISE])
 def test_every_route_that_needs_redis_says_when_it_is_away(
     app_without_redis: service.Edge, method: str, path: str
 ) -> None:

@@ -42,6 +42,7 @@ PLANTED = re.compile(rb"planted|cGxhbnRlZ|full-key|send-key", re.IGNORECASE)  # 
 class Scene(NamedTuple):
     house: House
     client: Any  # redis-py's types allow for answers that its client never gives
+    api: int
     dashboard: int
     ids: list[str]
 
@@ -77,7 +78,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         eventually(lambda: is_up(port))
         provoke_errors(api)
         submit_and_keep_queued(api, relay, ids)
-        yield Scene(house, client, port, ids)
+        yield Scene(house, client, api.port, port, ids)
 
 
 def submit(api: Api) -> str:
@@ -199,6 +200,14 @@ def test_no_planted_word_is_on_a_page_of_the_dashboard(scene: Scene) -> None:
         found = PLANTED.search(body)
         assert not found, (path, body[max(0, found.start() - 200) : found.end() + 100])
     assert b"Failed: 550 at rcpt" in page(scene.dashboard, f"/rq/0/data/job/{scene.ids[1]}.json")[1]
+
+
+def test_the_metrics_name_nothing_of_a_mail(scene: Scene) -> None:
+    status, body = page(scene.api, "/metrics")
+    assert status == 200
+    assert b'async_email_mails_total{result="sent"} 1.0' in body
+    assert not PLANTED.search(body)
+    assert not any(one.encode() in body for one in scene.ids)
 
 
 def test_a_failed_mails_own_record_has_what_the_relay_said(scene: Scene) -> None:

@@ -66,13 +66,16 @@ def test_a_task_added_as_the_readme_says_runs(house: House, tmp_path: Path) -> N
     assert (wrong.status, wrong.body["errors"][0]["field"]) == (422, "args.shortest")
 
 
-def test_the_commands_for_an_api_key_make_one(tmp_path: Path) -> None:
-    ran = subprocess.run(["bash", "-c", block("sh", "token_urlsafe")], capture_output=True, text=True, check=True)
-    key = re.search(r"key for the application: (\S+)", ran.stdout)
-    line = re.search(r"^API_KEYS=(\S+)$", ran.stdout, re.MULTILINE)
-    assert key
-    assert line
-    assert parse_api_keys(line[1]) == (("shop", hashlib.sha256(key[1].encode()).hexdigest(), "send"),)
+def test_the_commands_for_an_api_key_make_show_and_revoke_one(tmp_path: Path) -> None:
+    commands = block("sh", "bin/key new").replace("bin/key ", f"{ROOT}/bin/key --file {tmp_path}/.env ")
+    made, listed, _ = commands.strip().splitlines()
+    key = subprocess.run(["bash", "-c", made], capture_output=True, text=True, check=True).stdout.strip()
+    written = (tmp_path / ".env").read_text().strip().removeprefix("API_KEYS=")
+    assert parse_api_keys(written) == (("shop", hashlib.sha256(key.encode()).hexdigest(), "send"),)
+    ran = subprocess.run(["bash", "-c", listed], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["shop", "send"]
+    subprocess.run(["bash", "-ec", commands.replace("new shop", "new other")], capture_output=True, check=True)
+    assert (tmp_path / ".env").read_text().startswith("API_KEYS=other:")
 
 
 def test_every_local_link_leads_somewhere() -> None:

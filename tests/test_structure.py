@@ -18,16 +18,18 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
     "mail.templates": {"mail.message"},
     "mail.relay": set(),
     "mail.warm": {"mail.relay"},
-    "mail.outbox": {"jobs", "mail.message", "settings"},
+    "mail.totals": {"jobs"},
+    "mail.outbox": {"jobs", "mail.message", "mail.totals", "settings"},
     "mail.pacing": {"jobs", "settings"},
-    "mail.sweep": {"jobs", "mail.outbox"},
+    "mail.sweep": {"jobs", "mail.outbox", "mail.totals"},
     "tasks": {
         *("events", "jobs", "settings"),
         *("mail.message", "mail.outbox", "mail.pacing", "mail.relay", "mail.sweep", "mail.warm"),
     },
     "service": {
         *("events", "jobs", "prefork", "settings", "supervisor", "tasks"),
-        *("mail.message", "mail.outbox", "mail.pacing", "mail.sweep", "mail.templates"),
+        *("mail.message", "mail.outbox", "mail.pacing", "mail.sweep", "mail.templates", "mail.totals"),
+        "ops.metrics",
     },
     "worker": {"events", "jobs", "settings", "supervisor", "tasks"},
     "ops.dashboard": {"events", "jobs", "settings", "supervisor"},
@@ -52,17 +54,20 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
         *("events", "jobs", "ops.checks.findings"),
         *(f"ops.checks.{room}" for room in ("configuration", "flow", "machine", "names", "relay", "store", "units")),
     },
+    "ops.key": {"settings"},
+    "ops.metrics": {"jobs", "mail.outbox", "mail.pacing", "mail.sweep", "mail.totals"},
 }
 HOMES = {  # an outside thing -> the only modules that may import it
     "smtplib": {"mail.relay"},
     "email": {"mail.message", "ops.catcher"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard"},
     "redis": {
-        *("jobs", "mail.outbox", "mail.pacing", "worker"),
+        *("jobs", "mail.outbox", "mail.pacing", "mail.totals", "worker"),
         *("ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"),
     },
     "rq": {"jobs", "mail.sweep", "tasks", "worker", "ops.dashboard"},
     "bottle": {"service", "ops.catcher"},
+    "prometheus_client": {"ops.metrics"},
     "waitress": {"service", "ops.catcher", "ops.dashboard"},
 }
 

@@ -215,6 +215,7 @@ def test_a_mail_costs_eight_round_trips_to_redis(house: House, client: redis.Red
         api = house.api()
         house.worker("email")
         api.wait_for(api.post("/emails", MAIL).body["id"], "sent")
+        eventually(lambda: any(one["cmd"] == "blmove" for one in client.client_list()))  # it is through with that one
         trips = []
         with client.monitor() as monitor:  # type: ignore[no-untyped-call]
             mail_id = api.post("/emails", MAIL).body["id"]

@@ -1,0 +1,198 @@
+"""API keys, made, listed and revoked: `bin/key new NAME [--scope send|full] | list | revoke NAME`.
+
+On a server (where there is /etc/async-email) it works on the service's credential file, in a checkout on API_KEYS in
+`.env`; `--file` names another of either kind. A new key is printed once, alone on standard output; only its SHA-256 is
+written. The file is replaced whole or not at all, and keeps its owner and mode; a new one is its owner's alone.
+
+Refuses a name that is taken, and what it cannot read. Two keys at a time are how a key is changed: make a second under
+another name, let its users change over, revoke the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+from settings import ApiKey, parse_api_keys
+
+SERVER = Path("/etc/async-email")
+RESTART = {  # how the API comes to read its keys; it reads them when it starts
+    True: "systemctl restart async-email-api    # drops no request",
+    False: "restart the API (bin/dev brings a key of its own, and takes none from .env)",
+}
+LINE = re.compile(r"^#?[ \t]*API_KEYS[ \t]*=.*$", re.MULTILINE)
+
+
+class Refused(Exception):
+    """Nothing was changed. The text says why, and what to do."""
+
+
+class KeyFile:
+    """Where the keys are written: a credential file, which holds them and nothing else, or an env file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.is_env = path.name.endswith(".env")
+
+    @property
+    def is_the_servers(self) -> bool:
+        return SERVER in self.path.parents
+
+    def read(self) -> tuple[ApiKey, ...]:
+        text = self._text()
+        if self.is_env:
+            values = dotenv_values(self.path) if text else {}
+            if values.get("API_KEYS_FILE"):
+                raise Refused(f"{self.path} says where the keys are (API_KEYS_FILE): name that file with --file")
+            text = values.get("API_KEYS") or ""
+        try:
+            return tuple(parse_api_keys(text.strip()))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise Refused(f"{self.path} cannot be read as API keys: {error}") from None
+
+    def write(self, keys: Sequence[ApiKey]) -> None:
+        text = ",".join(":".join(key) for key in keys)
+        if self.is_env:
+            text = with_line(self._text(), f"API_KEYS={text}")
+        replace(self.path, text if text.endswith("\n") or not text else text + "\n")
+
+    def _text(self) -> str:
+        try:
+            return self.path.read_text()
+        except FileNotFoundError:
+            return ""
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Against another of us, whose key would be lost."""
+        directory = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(directory)
+
+
+def with_line(text: str, line: str) -> str:
+    """An env file with this line in place of the last that sets API_KEYS, or of the one that shows how to."""
+    found = list(LINE.finditer(text))
+    active = [one for one in found if not one[0].startswith("#")] or found
+    if not active:
+        return text + ("" if text.endswith("\n") or not text else "\n") + line
+    return text[: active[-1].start()] + line + text[active[-1].end() :]
+
+
+def replace(path: Path, text: str) -> None:
+    """Whoever reads the file meanwhile, or after a power cut, finds the old or the new, whole."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            with suppress(FileNotFoundError):
+                before = path.stat()
+                os.fchmod(file.fileno(), before.st_mode & 0o777)
+                if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def new(file: KeyFile, name: str, scope: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+        raise Refused("a name has 1 to 64 letters, digits, '_', '.' and '-'")
+    keys = file.read()
+    if any(key.name == name for key in keys):
+        raise Refused(f"there is a key {name} already; take another name, and revoke the old one when nobody uses it")
+    key = f"ae_{secrets.token_urlsafe(24)}"
+    file.write([*keys, ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), scope)])
+    tell(f"The key {name} (scope {scope}); it is shown this once:")
+    print(key, flush=True)
+    changed(file)
+
+
+def revoke(file: KeyFile, name: str) -> None:
+    keys = file.read()
+    left = [key for key in keys if key.name != name]
+    if len(left) == len(keys):
+        raise Refused(f"there is no key {name}; there are: {', '.join(key.name for key in keys) or 'none'}")
+    file.write(left)
+    tell(f"The key {name} is revoked.")
+    if not left:
+        tell("WARNING: it was the last one. The API does not start without a key; make one with: key new NAME")
+    changed(file)
+
+
+def show(file: KeyFile) -> None:
+    for key in file.read():
+        print(f"{key.name:<24} {key.scope}")
+
+
+def changed(file: KeyFile) -> None:
+    tell(f"Written to {file.path}. The API goes by it after: {RESTART[file.is_the_servers]}")
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    where = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    where.add_argument("--file", type=Path, help="a credential file, or an env file (its name ends in .env)")
+    about = "Makes, lists and revokes the API keys of async-email."
+    parser = argparse.ArgumentParser(prog="key", description=about, parents=[where])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("new", help="make a key and print it, once", parents=[where])
+    one.add_argument("name", metavar="NAME", help="who uses it; stands in the log")
+    scopes = "send (the default): may submit mail and no more; full: may also read, requeue, cancel and run jobs"
+    one.add_argument("--scope", choices=["send", "full"], default="send", help=scopes)
+    commands.add_parser("list", help="names and scopes", parents=[where])
+    old = commands.add_parser("revoke", help="refuse a key from now on", parents=[where])
+    old.add_argument("name", metavar="NAME")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse(arguments)
+    file = KeyFile(getattr(given, "file", None) or default_file())
+    try:
+        with file.locked():
+            if given.command == "new":
+                new(file, given.name, given.scope)
+            elif given.command == "revoke":
+                revoke(file, given.name)
+            else:
+                show(file)
+    except Refused as error:
+        tell(f"{error}.")
+        return 1
+    except PermissionError:
+        tell(f"{file.path} is not yours to read or write; run this with sudo.")
+        return 1
+    except OSError as error:
+        tell(f"{file.path}: {error.strerror}.")
+        return 1
+    return 0
+
+
+def default_file() -> Path:
+    if SERVER.is_dir():
+        return SERVER / "credentials" / "api_keys"
+    return Path(__file__).resolve().parent.parent / ".env"

@@ -1,0 +1,72 @@
+"""The log of real processes, in both forms: what is a line, and that both tell the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from events import EVENTS
+from tests.servers import ROOT, House, RedisServer, Relay, eventually
+
+
+@pytest.fixture
+def house(redis_server: RedisServer, tmp_path: Path) -> Iterator[House]:
+    redis_server.reset()
+    with Relay() as relay, House(tmp_path, redis_server.url, **relay.environment(tmp_path)) as house:
+        house.environment["LOG_LEVEL"] = "INFO"
+        relay.rcpt["gone@example.com"] = ["550 5.1.1 no such user"]
+        yield house
+
+
+def happen(house: House) -> None:
+    """A mail is sent, one is refused, and RQ warns of a job that has no place here."""
+    api = house.api()
+    house.worker()
+    for to, state in (("ada@example.com", "sent"), ("gone@example.com", "failed")):
+        mail_id = api.post("/emails", {"to": to, "subject": "s", "text": "t"}).body["id"]
+        api.wait_for(mail_id, state)
+    eventually(lambda: "Traceback" in house.log("worker-email"))  # RQ tells of each job that failed
+
+
+def lines(house: House, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in house.log(name).splitlines()]
+
+
+def test_as_json_every_line_is_an_object_with_time_level_and_event(house: House) -> None:
+    house.environment["LOG_FORMAT"] = "json"
+    happen(house)
+    for line in lines(house, "api") + lines(house, "worker-email"):
+        assert datetime.fromisoformat(line["time"]).utcoffset() == timedelta(0)
+        assert line["level"] in ("INFO", "WARNING", "ERROR")
+        assert line["event"] in EVENTS if "event" in line else line.keys() >= {"logger", "message"}
+    started, *requests = lines(house, "api")
+    assert started["event"] == "api_started"
+    first = requests[0]
+    assert (first["event"], first["route"], first["status"], first["key"]) == ("request", "/emails", "202", "full")
+    assert isinstance(first["ms"], float)
+    failed = next(line for line in lines(house, "worker-email") if line.get("event") == "failed")
+    assert failed["reason"] == "550 at rcpt"
+    narrated = [line for line in lines(house, "worker-email") if "logger" in line]
+    assert any(line["logger"].startswith("rq.") for line in narrated)
+
+
+def test_plain_is_a_line_of_words_per_event(house: House) -> None:
+    happen(house)
+    log = house.log("worker-email")
+    assert re.search(r'^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO failed id=\S+ reason="550 at rcpt"$', log, re.M)
+    assert re.search(
+        r"^\S+ \S+ INFO request method=POST route=/emails status=202 ms=\d+\.\d key=full id=", house.log("api"), re.M
+    )
+
+
+def test_the_page_for_operators_lists_every_event() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text().split("## Logs")[1]
+    listed = {name for line in page.splitlines() if line.startswith("| `") for name in re.findall("`([a-z_]+)`", line)}
+    assert listed >= EVENTS
+    assert {name for name in listed if "_" in name} <= EVENTS

@@ -1,0 +1,194 @@
+"""bin/key, run as an operator runs it: what it prints, what it writes, what it refuses, and that the service obeys."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ops import key as keys
+from ops.key import KeyFile
+from settings import ApiKey
+from tests.servers import ROOT, Api, House, RedisServer
+
+DIGEST = hashlib.sha256(b"a key").hexdigest()
+
+
+def run(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([ROOT / "bin" / "key", "--file", file, *words], capture_output=True, text=True)
+
+
+def mode(file: Path) -> int:
+    return stat.S_IMODE(file.stat().st_mode)
+
+
+@pytest.fixture
+def credential(tmp_path: Path) -> Path:
+    return tmp_path / "api_keys"
+
+
+def test_a_new_key_is_printed_once_and_only_its_digest_is_written(credential: Path) -> None:
+    ran = run(credential, "new", "shop")
+    assert ran.returncode == 0
+    assert re.fullmatch(r"ae_[A-Za-z0-9_-]{32}\n", ran.stdout)
+    key = ran.stdout.strip()
+    assert credential.read_text() == f"shop:{hashlib.sha256(key.encode()).hexdigest()}:send\n"
+    assert mode(credential) == 0o600
+    assert key not in ran.stderr
+    assert "restart the API" in ran.stderr
+
+
+def test_names_and_scopes_are_listed_and_nothing_else(credential: Path) -> None:
+    run(credential, "new", "shop")
+    run(credential, "new", "admin", "--scope", "full")
+    assert [line.split() for line in run(credential, "list").stdout.splitlines()] == [
+        ["shop", "send"],
+        ["admin", "full"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("new", "shop"), "there is a key shop already"),
+        (("new", "a:b"), "a name has 1 to 64 letters"),
+        (("new", ""), "a name has 1 to 64 letters"),
+        (("revoke", "other"), "there is no key other; there are: shop"),
+    ],
+)
+def test_what_is_refused_changes_nothing(credential: Path, words: tuple[str, ...], text: str) -> None:
+    run(credential, "new", "shop")
+    before = credential.read_text()
+    ran = run(credential, *words)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith(text)
+    assert credential.read_text() == before
+
+
+def test_a_file_that_cannot_be_read_as_keys_is_left_alone_and_not_quoted(credential: Path) -> None:
+    credential.write_text("shop:a-key-in-clear")
+    ran = run(credential, "new", "other")
+    assert ran.returncode == 1
+    assert "entry 1 is not name:sha256hex" in ran.stderr
+    assert "a-key-in-clear" not in ran.stderr + ran.stdout
+    assert credential.read_text() == "shop:a-key-in-clear"
+
+
+def test_the_last_key_is_revoked_with_a_warning(credential: Path) -> None:
+    run(credential, "new", "old")
+    run(credential, "new", "new")
+    assert "WARNING" not in run(credential, "revoke", "old").stderr
+    ran = run(credential, "revoke", "new")
+    assert ran.returncode == 0
+    assert "WARNING: it was the last one" in ran.stderr
+    assert credential.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "API_KEYS={}\n"),
+        ("# mine\nLISTEN=127.0.0.1:1", "# mine\nLISTEN=127.0.0.1:1\nAPI_KEYS={}\n"),
+        ("A=1\n#API_KEYS=\n# A file.\n#API_KEYS_FILE=\n", "A=1\nAPI_KEYS={}\n# A file.\n#API_KEYS_FILE=\n"),
+        (f"#API_KEYS=\nAPI_KEYS='old:{DIGEST}'\nB=2\n", f"#API_KEYS=\nAPI_KEYS=old:{DIGEST}:full,{{}}\nB=2\n"),
+    ],
+)
+def test_in_an_env_file_only_the_line_of_the_keys_changes(tmp_path: Path, before: str, after: str) -> None:
+    file = tmp_path / "async-email.env"
+    file.write_text(before)
+    file.chmod(0o640)
+    key = run(file, "new", "shop").stdout.strip()
+    assert file.read_text() == after.format(f"shop:{hashlib.sha256(key.encode()).hexdigest()}:send")
+    assert mode(file) == 0o640
+
+
+def test_an_env_file_that_says_where_the_keys_are_is_not_written(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("API_KEYS_FILE=/elsewhere\n")
+    ran = run(file, "new", "shop")
+    assert ran.returncode == 1
+    assert "name that file with --file" in ran.stderr
+
+
+def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path, credential: Path) -> None:
+    credential.touch(0o600)
+    link = tmp_path / "link"
+    link.symlink_to(credential)
+    run(link, "new", "shop")
+    assert link.is_symlink()
+    assert credential.read_text().startswith("shop:")
+
+
+def test_nobody_sees_half_a_file_and_a_failure_leaves_the_old_one(
+    credential: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = ApiKey("shop", DIGEST, "send")
+    KeyFile(credential).write([one])
+    inode = credential.stat().st_ino
+    KeyFile(credential).write([one])
+    assert credential.stat().st_ino != inode  # another file took its place
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        KeyFile(credential).write([])
+    assert KeyFile(credential).read() == (one,)
+    assert os.listdir(credential.parent) == ["api_keys"]
+
+
+def test_two_at_once_lose_no_key(credential: Path) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda number: run(credential, "new", f"key-{number}"), range(6)))
+    assert len(run(credential, "list").stdout.splitlines()) == 6
+
+
+def test_who_may_not_read_it_is_told_to_use_sudo(
+    credential: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert keys.main(["--file", str(credential), "list"]) == 1
+    assert capsys.readouterr().err == f"{credential} is not yours to read or write; run this with sudo.\n"
+
+
+def test_what_lies_in_the_working_directory_is_not_imported(tmp_path: Path, credential: Path) -> None:
+    (tmp_path / "settings.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "argparse.py").write_text("raise SystemExit('imported')")
+    command = [str(ROOT / "bin" / "key"), "new", "shop", "--file", "api_keys"]
+    ran = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert credential.exists()  # a relative name is the caller's
+
+
+def test_on_a_server_it_is_the_services_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert keys.default_file() == ROOT / ".env"
+    monkeypatch.setattr(keys, "SERVER", tmp_path)
+    assert keys.default_file() == tmp_path / "credentials" / "api_keys"
+    assert KeyFile(keys.default_file()).is_the_servers
+    assert "systemctl restart async-email-api" in keys.RESTART[True]
+
+
+def test_the_service_goes_by_the_keys_of_its_last_start(
+    redis_server: RedisServer, tmp_path: Path, credential: Path
+) -> None:
+    first, second = (run(credential, "new", name).stdout.strip() for name in ("first", "second"))
+    body = {"name": "Ada", "email": "ada@example.com"}
+
+    def answers() -> list[int]:
+        with House(tmp_path, redis_server.url, API_KEYS="", API_KEYS_FILE=str(credential)) as house:
+            port = house.api().port
+            return [Api(port, key).post("/start-job", body).status for key in (first, second)]
+
+    assert answers() == [202, 202]
+    run(credential, "revoke", "first")
+    assert answers() == [403, 202]

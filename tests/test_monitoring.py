@@ -1,0 +1,233 @@
+"""monitoring/: the rules and the dashboard speak of metrics that there are, and each alert speaks up when it should.
+
+What "there is" comes from a scrape of the real service. The rules are run by Prometheus' own promtool: first over a day
+in which all is well, then over days that differ in one thing each. Without promtool these tests are skipped, but with
+REQUIRE_PROMTOOL=1 (as in CI) they fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.servers import ROOT, House, RedisServer, Relay, eventually
+from tests.test_metrics import figures, names, scrape
+
+ALERTS = ROOT / "monitoring" / "alerts.yml"
+DASHBOARD = ROOT / "monitoring" / "dashboard.json"
+PAGE = ROOT / "docs" / "operations.md"
+
+
+@pytest.fixture(scope="module")
+def scraped(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What the service shows when it has sent a mail and all its processes run."""
+    directory = tmp_path_factory.mktemp("scraped")
+    with Relay() as relay, House(directory, redis_server.url, **relay.environment(directory)) as house:
+        api = house.api()
+        house.worker()
+        house.worker("jobs")
+        api.wait_for(api.post("/emails", {"to": "ada@example.com", "subject": "s", "text": "t"}).body["id"], "sent")
+        eventually(lambda: figures(api)["workers jobs"] and figures(api)["workers email"])
+        yield scrape(api)
+
+
+@pytest.fixture(scope="module")
+def promtool() -> str:
+    path = shutil.which("promtool")
+    if path:
+        return path
+    reason = "there is no promtool on PATH (Debian has it in the package prometheus)"
+    if os.environ.get("REQUIRE_PROMTOOL") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def expressions() -> list[str]:
+    """Of the dashboard."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel.get("targets", [])]
+
+
+def test_the_rules_and_the_dashboard_speak_of_what_there_is_and_leave_nothing_out(scraped: str) -> None:
+    there_is = names(scraped)
+    assert names(ALERTS.read_text()) <= there_is
+    assert names(" ".join(expressions())) == there_is
+
+
+def test_every_label_they_ask_for_is_there(scraped: str) -> None:
+    samples = [one for family in text_string_to_metric_families(scraped) for one in family.samples]
+    there_are = {(label, value) for sample in samples for label, value in sample.labels.items()}
+    asked = re.findall(r'[{,] ?(\w+)(?:=|!=)"([^"]+)"', ALERTS.read_text() + " ".join(expressions()))
+    assert len(asked) > 10
+    assert set(asked) - {("job", "async-email")} <= there_are  # Prometheus gives that one itself
+
+
+def test_each_alert_says_what_is_the_matter_and_where_to_read_on() -> None:
+    rules = ALERTS.read_text().split("- alert: ")[1:]
+    headings = set(re.findall("^### (.+)$", PAGE.read_text(), re.MULTILINE))
+    for rule in rules:
+        name = rule.split()[0]
+        assert re.search(r"^ +summary: \S", rule, re.MULTILINE), name
+        assert re.search(r"labels: \{severity: (page|ticket)\}", rule), name
+        assert f"see: docs/operations.md#{name.lower()}" in rule
+        assert name in headings
+    assert len(rules) == len(headings & {rule.split()[0] for rule in rules}) == len(BROKEN)
+
+
+def test_the_panels_lie_side_by_side_and_each_says_what_it_shows() -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        assert panel["type"] == "row" or panel["description"], panel["title"]
+        taken |= cells
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_the_dashboards_expressions_are_promql(promtool: str, tmp_path: Path) -> None:
+    rules = [
+        {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "5m")}
+        for number, expression in enumerate(expressions())
+    ]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    checked(promtool, "check", "rules", str(tmp_path / "rules.yml"))
+
+
+def test_the_alert_rules_are_well_formed(promtool: str) -> None:
+    checked(promtool, "check", "rules", str(ALERTS))
+
+
+# --- days: a series -> its values minute by minute, as promtool writes them: `7+0x90` stays, `0+7x90` grows -----------
+
+MINUTES = 90
+GONE = "gone"
+ALWAYS_WELL = {
+    'up{job="async-email"}': 1,
+    "async_email_redis_memory_max_bytes": 1000,
+    "async_email_redis_memory_bytes": 700,
+}
+GROW = {  # a minute
+    'async_email_mails_total{result="sent"}': 100,
+    "async_email_mails_accepted_total": 100,
+    'async_email_attempts_total{verdict="accepted"}': 100,
+    'async_email_attempts_total{verdict="try_again"}': 5,
+    'async_email_mails_total{result="failed"}': 1,
+    "async_email_last_sent_timestamp_seconds": 60,
+}
+
+
+def stays(value: float) -> str:
+    return f"{value:f}+0x{MINUTES}"
+
+
+def grows(a_minute: float) -> str:
+    return f"0+{a_minute:f}x{MINUTES}"
+
+
+def happens_once() -> str:
+    return f"0+0x{MINUTES - 20} 1+0x19"
+
+
+def a_day_when_all_is_well(scraped: str) -> dict[str, str]:
+    day = {series: stays(value) for series, value in ALWAYS_WELL.items()}
+    for family in text_string_to_metric_families(scraped):
+        for sample in family.samples:
+            labels = ", ".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+            series = sample.name + (f"{{{labels}}}" if labels else "")
+            day.setdefault(series, stays(sample.value))
+    assert set(GROW) <= set(day)
+    quick = {one for one in day if one.startswith("async_email_accept_duration_seconds") and one not in SLOW}
+    return day | {series: grows(number) for series, number in GROW.items()} | dict.fromkeys(quick, grows(100))
+
+
+SLOW = [f'async_email_accept_duration_seconds_bucket{{le="{le}"}}' for le in ("0.001", "0.0025", "0.005", "0.01")]
+TO_A_SECOND = [
+    f'async_email_accept_duration_seconds_bucket{{le="{le}"}}' for le in ("0.025", "0.05", "0.1", "0.25", "0.5", "1.0")
+]
+QUEUED = 'async_email_queue_jobs{queue="email", state="queued"}'
+TRY_AGAIN = 'async_email_attempts_total{verdict="try_again"}'
+ACCEPTED = 'async_email_attempts_total{verdict="accepted"}'
+BROKEN: dict[str, dict[str, str]] = {  # alert -> what is different on that day; "" is for all series of ours
+    "MailIsNotGoingOut": {'async_email_oldest_queued_seconds{queue="email"}': stays(301)},
+    "DelayedMailIsOverdue": {'async_email_overdue_seconds{queue="email"}': stays(301)},
+    "NoMailSentForAnHour": {"async_email_last_sent_timestamp_seconds": stays(0), QUEUED: stays(1)},
+    "RelayPutsAllMailOff": {TRY_AGAIN: grows(1), ACCEPTED: stays(7)},
+    "RelayInTrouble": {"async_email_breaker_open": stays(1)},
+    "NoWorker": {'async_email_workers{queue="jobs"}': stays(0)},
+    "RedisDown": {"": GONE, "async_email_redis_up": stays(0)},
+    "ApiDown": {"": GONE, 'up{job="async-email"}': stays(0)},
+    "RedisKeepsNothing": {"async_email_redis_append_only": stays(0)},
+    "RedisNearlyFull": {"async_email_redis_memory_bytes": stays(801)},
+    "ManyMailsFail": {'async_email_mails_total{result="failed"}': grows(6)},
+    "MailsInDoubt": {"async_email_in_doubt_total": happens_once()},
+    "MailsExpire": {'async_email_mails_total{result="expired"}': happens_once()},
+    "MailsGivenUp": {'async_email_swept_total{outcome="given_up"}': happens_once()},
+    "AcceptingIsSlow": dict.fromkeys(TO_A_SECOND, grows(98)),
+}
+STILL_WELL: dict[str, dict[str, str]] = {  # what looks like trouble and is none
+    "nothing has ever happened": {series: stays(0) for series in GROW},
+    "a quiet night, one mail put off": {
+        **dict.fromkeys(GROW, stays(7)),
+        'async_email_queue_jobs{queue="email", state="scheduled"}': stays(1),
+        TRY_AGAIN: f"0+0x{MINUTES - 20} 1+0x19",
+    },
+    "no maxmemory": {"async_email_redis_memory_max_bytes": stays(0)},
+    "the only two mails of the day were refused": {
+        **dict.fromkeys(GROW, stays(7)),
+        'async_email_mails_total{result="failed"}': f"0+0x{MINUTES - 20} 2+0x19",
+    },
+    "a worker is restarted": {'async_email_workers{queue="email"}': f"16+0x{MINUTES - 4} 0+0x3"},
+    "a short trouble": {"async_email_breaker_open": f"0+0x{MINUTES - 9} 1+0x8"},
+    "Redis was emptied": {series: f"0+{number}x{MINUTES - 20} 0+{number}x19" for series, number in GROW.items()},
+}
+
+
+def firing(promtool: str, directory: Path, day: dict[str, str], different: dict[str, str]) -> set[str]:
+    """The alerts that fire at the end of the day."""
+    if different.get("") == GONE:
+        day = {}
+    series = [{"series": one, "values": values} for one, values in (day | different).items() if one]
+    shutil.copy(ALERTS, directory)
+    # An expectation that never holds: what promtool "got" is what is asked for.
+    asked = {
+        "expr": 'ALERTS{alertstate="firing"}',
+        "eval_time": f"{MINUTES}m",
+        "exp_samples": [{"labels": "x", "value": 0}],
+    }
+    test = {"interval": "1m", "input_series": series, "promql_expr_test": [asked]}
+    file = directory / "test.yml"
+    file.write_text(json.dumps({"rule_files": [ALERTS.name], "evaluation_interval": "1m", "tests": [test]}))
+    ran = subprocess.run([promtool, "test", "rules", str(file)], capture_output=True, text=True)
+    got = re.search(r"got:(.*)", ran.stdout + ran.stderr, re.DOTALL)
+    assert got, ran.stdout + ran.stderr
+    return set(re.findall(r'alertname=\\?"(\w+)', got[1]))
+
+
+def checked(*command: str) -> None:
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("alert", BROKEN)
+def test_each_alert_and_no_other_fires_for_its_reason(promtool: str, scraped: str, tmp_path: Path, alert: str) -> None:
+    day = a_day_when_all_is_well(scraped)
+    assert not BROKEN[alert].keys() - day.keys() - {""}
+    assert firing(promtool, tmp_path, day, BROKEN[alert]) == {alert}
+
+
+@pytest.mark.parametrize("what", STILL_WELL)
+def test_what_passes_or_means_nothing_wakes_nobody(promtool: str, scraped: str, tmp_path: Path, what: str) -> None:
+    day = a_day_when_all_is_well(scraped)
+    assert not STILL_WELL[what].keys() - day.keys()
+    assert firing(promtool, tmp_path, day, STILL_WELL[what]) == set()

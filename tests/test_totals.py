@@ -1,0 +1,302 @@
+"""Each total is counted once: by real processes over a real Redis that loses replies, with a real relay.
+
+A reply is lost in bench.proxy, behind the script: what was asked for is done, who asked cannot know it and asks again.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from prometheus_client.parser import text_string_to_metric_families
+from redis.exceptions import ConnectionError
+
+from bench.proxy import Proxy
+from jobs import Jobs
+from mail import relay
+from mail.message import compose, parse
+from mail.outbox import Claim, Draft, Outbox
+from mail.sweep import sweep
+from mail.totals import ACCEPT, SMTP, TOTALS, VERDICTS, Gathered
+from settings import Settings
+from tests.servers import CUT, Api, House, RedisServer, Relay, eventually
+from tests.test_delivery import put_the_clock_forward
+
+MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> Iterator[Any]:
+    redis_server.reset()
+    with redis_server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def the_relay() -> Iterator[Relay]:
+    with Relay() as one:
+        yield one
+
+
+@pytest.fixture
+def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
+    with Proxy(redis_server.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def house(client: redis.Redis, the_relay: Relay, proxy: Proxy, tmp_path: Path) -> Iterator[House]:
+    with House(tmp_path, f"redis://127.0.0.1:{proxy.port}/0", **the_relay.environment(tmp_path)) as house:
+        yield house
+
+
+@pytest.fixture
+def outbox(client: Any) -> Outbox:
+    return Outbox(Jobs(client), Settings(_env_file=None))
+
+
+def scraped(api: Api) -> dict[str, float]:
+    """Counters by name and label, and of each histogram how much it has counted."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{api.port}/metrics", timeout=15) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    return {
+        " ".join([sample.name.removeprefix("async_email_"), *sample.labels.values()]): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name.endswith(("_total", "_count"))
+    }
+
+
+def since(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
+    return {name: value - before[name] for name, value in now.items() if value != before[name]}
+
+
+def submit(api: Api, body: Any = MAIL) -> str:
+    answer = api.post("/emails", body)
+    assert answer.status == 202, answer
+    return str(answer.body["id"])
+
+
+def warmed_up(house: House) -> Api:
+    """A mail has gone the whole way, so Redis knows the scripts: else the reply that gets lost is that it does not."""
+    api = house.api()
+    house.worker()
+    api.wait_for(submit(api), "sent")
+    return api
+
+
+ONE = {"mails_accepted_total": 1, "attempts_total accepted": 1, "mails_total sent": 1}
+
+
+@pytest.mark.parametrize("lost", [0, 3])
+@pytest.mark.parametrize(
+    ("replies", "state", "counted"),
+    [
+        ([], "sent", ONE | {"smtp_duration_seconds_count": 1}),
+        (
+            ["554 5.7.1 spam"],
+            "failed",
+            {
+                "mails_accepted_total": 1,
+                "attempts_total refused": 1,
+                "mails_total failed": 1,
+                "smtp_duration_seconds_count": 1,
+            },
+        ),
+        (
+            ["451 4.7.1 later"],
+            "sent",
+            ONE | {"attempts_total try_again": 1, "delayed_total": 1, "smtp_duration_seconds_count": 2},
+        ),
+        (
+            [CUT],
+            "sent",
+            ONE
+            | {"attempts_total in_doubt": 1, "in_doubt_total": 1, "delayed_total": 1, "smtp_duration_seconds_count": 2},
+        ),
+    ],
+    ids=["sent", "failed", "delayed", "in doubt"],
+)
+def test_each_outcome_is_counted_once_however_often_it_is_written(
+    house: House,
+    the_relay: Relay,
+    proxy: Proxy,
+    lost: int,
+    replies: list[str],
+    state: str,
+    counted: dict[str, float],
+) -> None:
+    api = warmed_up(house)
+    before = scraped(api)
+    the_relay.data = list(replies)
+    proxy.lose((b"settled_at",), lost)
+    api.wait_for(submit(api), state)
+    eventually(lambda: proxy.left == 0)
+    assert proxy.lost == lost
+    changed = since(before, scraped(api))
+    changed.pop("accept_duration_seconds_count", None)  # it comes when it comes
+    assert changed == counted
+
+
+def test_a_mail_whose_acceptance_was_asked_for_twice_is_counted_once(house: House, proxy: Proxy) -> None:
+    api = house.api()
+    submit(api)
+    proxy.lose((b"tasks.deliver",), 1)
+    submit(api)
+    assert proxy.lost == 1
+    assert scraped(api)["mails_accepted_total"] == 2
+
+
+def test_every_mail_of_a_batch_is_counted_and_no_replay(house: House) -> None:
+    api = house.api()
+    for _ in range(2):
+        assert api.post("/emails/batch", [MAIL] * 3, Idempotency_Key="a").status == 202
+    assert scraped(api)["mails_accepted_total"] == 3
+
+
+def test_a_worker_killed_at_the_final_dot_is_an_attempt_in_doubt(
+    house: House, the_relay: Relay, client: redis.Redis
+) -> None:
+    api = house.api()
+    worker = house.worker()
+    the_relay.on_data = worker.kill
+    mail_id = submit(api)
+    worker.wait(20)
+    the_relay.on_data = lambda: None
+    put_the_clock_forward(client, mail_id)
+    house.worker()
+    api.wait_for(mail_id, "sent", 60)
+    seen = scraped(api)
+    assert (seen["attempts_total interrupted"], seen["in_doubt_total"], seen["attempts_total accepted"]) == (1, 1, 1)
+    assert (seen["mails_total sent"], seen["smtp_duration_seconds_count"]) == (1, 1)
+
+
+def test_what_is_held_expires_or_is_canceled_is_counted_as_such(house: House, the_relay: Relay) -> None:
+    house.environment["ON_DOUBT"] = "hold"
+    api = house.api()
+    canceled = submit(api)
+    for _ in range(2):
+        assert api.call("DELETE", f"/jobs/{canceled}").status == 200
+    soon = datetime.now(timezone.utc) + timedelta(seconds=1)
+    expired = submit(api, MAIL | {"expires_at": soon.isoformat()})
+    eventually(lambda: datetime.now(timezone.utc) > soon)
+    the_relay.data = [CUT]
+    unknown = submit(api)
+    house.worker()
+    api.wait_for(unknown, "unknown")
+    api.wait_for(expired, "failed")
+    eventually(lambda: scraped(api)["mails_total expired"])
+    changed = {name: value for name, value in scraped(api).items() if name.startswith("mails_") and value}
+    assert changed == {
+        "mails_accepted_total": 3,
+        "mails_total canceled": 1,
+        "mails_total expired": 1,
+        "mails_total unknown": 1,
+    }
+
+
+def test_how_long_the_api_took_is_handed_over_when_it_ends_at_the_latest(house: House, client: Any) -> None:
+    api = house.api()
+    for _ in range(3):
+        submit(api)
+    assert api.post("/emails", {}).status == 422
+    house.processes[0].send_signal(signal.SIGTERM)
+    assert house.processes[0].wait(20) == 0
+    counts = {name.decode(): int(value) for name, value in client.hgetall(TOTALS).items()}
+    assert sum(counts.get(field, 0) for field in ACCEPT.fields) == 3
+    assert counts[ACCEPT.sum_field] > 0
+
+
+# --- script by script -------------------------------------------------------------------------------------------------
+
+
+def totals(client: Any) -> dict[str, int]:
+    return {name.decode(): int(value) for name, value in client.hgetall(TOTALS).items()}
+
+
+def accept(outbox: Outbox) -> str:
+    body = MAIL | {"from": "a@example.com"}
+    return outbox.accept([Draft(compose(parse(body, default_sender=None, max_recipients=50)))]).id
+
+
+def claim(outbox: Outbox, mail_id: str) -> Claim:
+    taken = outbox.claim(mail_id, queued_at=time.time() + 1)
+    assert isinstance(taken, Claim), taken
+    return taken
+
+
+def test_a_mail_that_two_attempts_have_sent_is_one_mail_and_two_attempts(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    first = claim(outbox, mail_id)
+    client.delete(f"mail:{mail_id}:claim")  # its worker stood still for too long
+    second = claim(outbox, mail_id)
+    for one in (first, second):
+        one.counts["attempt:accepted"] += 1
+        one.settle("sent")
+    assert totals(client) == {"accepted": 1, "sent": 1, "attempt:accepted": 2}
+
+
+def test_on_a_full_redis_a_sent_mail_is_counted_all_the_same(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    taken = claim(outbox, mail_id)
+    client.delete(TOTALS)
+    client.config_set("maxmemory", 1)
+    try:
+        taken.spoke_for(0.3)
+        taken.settle("sent")
+    finally:
+        client.config_set("maxmemory", 0)
+    assert totals(client) == {"sent": 1, "smtp:0.5": 1, "smtp:us": 300_000}
+
+
+def test_what_the_sweep_gives_up_is_counted(outbox: Outbox, client: Any) -> None:
+    for mail_id in (accept(outbox), accept(outbox)):
+        client.delete(f"rq:job:{mail_id}")
+        client.zadd("mail:open", {mail_id: 1})
+    doubtful = claim(outbox, accept(outbox))
+    doubtful.before_dot({"ada@example.com": "in_doubt"})
+    client.delete(f"rq:job:{doubtful.id}", f"mail:{doubtful.id}:claim")
+    client.zadd("mail:open", {doubtful.id: 1})
+    assert len(list(sweep(outbox))) == 3
+    assert totals(client) == {"accepted": 3, "failed": 2, "unknown": 1}
+
+
+def test_figures_that_redis_does_not_take_are_kept_for_the_next_time(
+    redis_server: RedisServer, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered = Gathered(client, ACCEPT)
+    gathered.add(0.02)
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "pipeline", _away)
+        with pytest.raises(ConnectionError):
+            gathered.hand_over()
+    gathered.add(3)
+    gathered.hand_over()
+    gathered.hand_over()
+    assert totals(client) == {"accept:0.025": 1, "accept:inf": 1, "accept:us": 3_020_000}
+
+
+def _away(**_: object) -> None:
+    raise ConnectionError
+
+
+def test_each_observation_is_in_the_first_bucket_that_holds_it() -> None:
+    for histogram in (SMTP, ACCEPT):
+        counts: Counter[str] = Counter()
+        for bound in histogram.bounds:
+            histogram.note(bound, counts)
+        histogram.note(10_000, counts)
+        assert [counts[field] for field in histogram.fields] == [1] * len(histogram.fields)
+        assert list(histogram.bounds) == sorted(histogram.bounds)
+
+
+def test_every_verdict_of_the_relay_has_its_total() -> None:
+    assert set(VERDICTS) == {one.value.replace(" ", "_") for one in relay.Verdict} | {"interrupted"}
