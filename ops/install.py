@@ -157,7 +157,7 @@ def ask(*command: str | Path, **options: object) -> str:
 
 def text_of(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return None
 
@@ -189,22 +189,27 @@ def install_packages(server: Server) -> None:
     own_redis = not is_set(server, "REDIS_URL")
     there = {
         "redis-server": bool(shutil.which("redis-server")) or not own_redis,
-        "nginx": bool(shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")),
+        "nginx": bool(shutil.which("nginx", path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin")),
         "python3-venv": importlib.util.find_spec("ensurepip") is not None,
         "ca-certificates": os.path.exists("/etc/ssl/certs/ca-certificates.crt"),
     }
     missing = [package for package, is_there in there.items() if not is_there]
     if missing:
-        for _ in range(10):  # on a new machine unattended-upgrades is often at work; it takes a minute or two
-            if server.run("apt-get", "update", "-qq", may_fail=True):
-                break
-            time.sleep(15)
-        apt = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "--yes", "-qq", "--no-install-recommends")
-        server.run(*apt, "-o", "DPkg::Lock::Timeout=300", *missing)
+        apt_get_install(server, *missing)
     if "redis-server" in missing:  # nobody uses the instance that the package brings; ours has no port
         server.run("systemctl", "disable", "--now", "redis-server.service")
     if own_redis and not server.dry:
         check_redis_version()
+
+
+def apt_get_install(server: Server, *packages: str) -> None:
+    """On a new machine unattended-upgrades is often at work; it takes some minutes, and this waits for it."""
+    for _ in range(20):
+        if server.run("apt-get", "update", "-qq", may_fail=True):
+            break
+        time.sleep(15)
+    how = ("--yes", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300")
+    server.run("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", *how, *packages)
 
 
 def check_redis_version() -> None:
@@ -328,14 +333,21 @@ def start_redis(server: Server) -> None:
     if is_set(server, "REDIS_URL"):
         say("REDIS_URL is set in async-email.env, so none is needed here")
         return
-    if text_of(server.redis_conf) is None:
+    is_new = text_of(server.redis_conf) is None
+    if is_new:
         server.write(server.redis_conf, redis_configuration(server), 0o640, group="redis")
     server.folder(server.redis_data, 0o750, owner="redis")
     copy_units(server, "redis-server@async-email.service.d/async-email.conf")
-    if ask("systemctl", "is-enabled", REDIS) != "enabled" or ask("systemctl", "is-active", REDIS) != "active":
-        server.run("systemctl", "enable", "--now", REDIS)
+    if is_new or not is_on(REDIS):
+        server.run("systemctl", "enable", REDIS)
+        server.run("systemctl", "restart", REDIS)
     if not server.dry:
         check_redis(server)
+
+
+def is_on(unit: str) -> bool:
+    """Whether it runs, and will after a reboot."""
+    return (ask("systemctl", "is-enabled", unit), ask("systemctl", "is-active", unit)) == ("enabled", "active")
 
 
 def redis_password(server: Server) -> str:
@@ -364,31 +376,48 @@ def set_up_nginx(server: Server) -> None:
     """nginx: the one site of this machine, in front of the API"""
     site, enabled = server.nginx / "sites-available/async-email", server.nginx / "sites-enabled"
     ours, before = (server.tree / "nginx/async-email.conf").read_text(), text_of(site)
-    default = enabled / "default"
-    replaced = ""
     copy_units(server, "nginx.service.d/async-email.conf")
     if before is None:
-        if default.is_symlink() and is_as_packaged(server.nginx / "sites-available/default"):
-            replaced = os.readlink(default)
-            server.do(f"remove the link {default}: it is the system's welcome page", default.unlink)
-        server.link(enabled / "async-email", site)
-    if before not in (None, ours) and not any(before == text_of(old) for old in server.releases.glob("*/nginx/*.conf")):
-        say(f"{site} has been edited, so it stays as it is; this release's is nginx/async-email.conf")
+        replaced = remove_welcome_page(server)
+        server.link(enabled / "async-email", site)  # before the site: without that, a next run begins here again
+        put_site(server, site, ours, undo=lambda: take_out(site, replaced))
+    elif before != ours and any(before == text_of(old) for old in server.releases.glob("*/nginx/async-email.conf")):
+        put_site(server, site, ours, undo=lambda: site.write_text(before))
     elif before != ours:
-        server.write(site, ours, 0o644)
-        if not server.run("nginx", "-t", may_fail=True):
-            take_back(site, before, default, replaced)
-            raise Fault(
-                "nginx does not take the site (`nginx -t` says why), so it was taken out again. If another site is the "
-                "default server of port 80, take `default_server` out of that one, or out of this one, which is "
-                f"{server.tree}/nginx/async-email.conf."
-            )
-        server.run("systemctl", "reload-or-restart", "nginx.service")
-    if (
-        ask("systemctl", "is-enabled", "nginx.service") != "enabled"
-        or ask("systemctl", "is-active", "nginx.service") != "active"
-    ):
+        say(f"{site} has been edited, so it stays as it is; this release's is nginx/async-email.conf")
+    if not is_on("nginx.service"):
         server.run("systemctl", "enable", "--now", "nginx.service")
+
+
+def put_site(server: Server, site: Path, text: str, undo: Callable[[], object]) -> None:
+    server.write(site, text, 0o644)
+    try:
+        server.run("nginx", "-t")
+    except Fault as fault:
+        undo()
+        raise Fault(
+            f"{fault}\nnginx does not take the site, so all is as it was. If another site is the default server of "
+            f"port 80, take `default_server` out of that one, or out of ours: {server.tree}/nginx/async-email.conf"
+        ) from None
+    server.run("systemctl", "reload-or-restart", "nginx.service")
+
+
+def remove_welcome_page(server: Server) -> str:
+    """The system's own default site; one that somebody has changed stays. Returns what the link pointed to."""
+    default = server.nginx / "sites-enabled/default"
+    if not (default.is_symlink() and is_as_packaged(server.nginx / "sites-available/default")):
+        return ""
+    to = os.readlink(default)
+    server.do(f"remove the link {default}: it is the system's welcome page", default.unlink)
+    return to
+
+
+def take_out(site: Path, welcome_page: str) -> None:
+    enabled = site.parent.parent / "sites-enabled"
+    site.unlink()
+    (enabled / "async-email").unlink()
+    if welcome_page:
+        (enabled / "default").symlink_to(welcome_page)
 
 
 def is_as_packaged(path: Path) -> bool:
@@ -396,16 +425,6 @@ def is_as_packaged(path: Path) -> bool:
     known = ask("dpkg-query", "-W", "-f=${Conffiles}", "nginx-common")
     digest = hashlib.md5((text_of(path) or "").encode()).hexdigest()
     return bool(re.search(rf"^ *{re.escape(str(path))} {digest}", known, re.MULTILINE))
-
-
-def take_back(site: Path, before: str | None, default: Path, replaced: str) -> None:
-    if before is None:
-        site.unlink()
-        (default.parent / "async-email").unlink(missing_ok=True)
-    else:
-        site.write_text(before)
-    if replaced:
-        default.symlink_to(replaced)
 
 
 def install_units(server: Server) -> None:
@@ -438,6 +457,7 @@ def start_services(server: Server) -> None:
     if ask("systemctl", "is-enabled", TARGET) != "enabled":
         server.run("systemctl", "enable", TARGET, SOCKET, *WORKERS, API, DASHBOARD)
     if SOCKET in server.changed_units and ask("systemctl", "is-active", SOCKET) == "active":
+        say("its unit has changed, so the API's socket is opened anew; for a moment requests are refused")
         server.run("systemctl", "restart", SOCKET)
     # Whoever reads the queue must understand what is written to it: new workers know the old jobs, not the reverse.
     order = (API, *WORKERS, DASHBOARD) if server.going_back else (*WORKERS, API, DASHBOARD)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from ops import install
 from ops.dev import find_redis_server
 from ops.install import Fault, Server
 from settings import Settings, parse_api_keys
-from tests.servers import ROOT, House, Relay, eventually
+from tests.servers import ROOT, House, Relay, eventually, project_files
 
 GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@example.com")
 
@@ -42,12 +43,13 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A clone with a commit."""
+    """A clone whose one commit is the project as it stands."""
     source = tmp_path / "clone"
-    subprocess.run(["git", "clone", "-q", "--no-hardlinks", ROOT, source], check=True, capture_output=True)
-    for name in ("nginx/async-email.conf", "redis/async-email.conf", ".env.example"):  # also before they are committed
-        (source / name).write_text((ROOT / name).read_text())
-    subprocess.run([*GIT, "-C", source, "commit", "-q", "--allow-empty", "-am", "as it stands"], check=True)
+    for path in project_files():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, source / path)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it stands"]):
+        subprocess.run([*GIT, "-C", source, *command], check=True)
     return source
 
 
@@ -225,41 +227,70 @@ def test_the_service_reads_what_was_made(server: Server, monkeypatch: pytest.Mon
     assert not settings.smtp_password
 
 
-@pytest.fixture
-def redis_url(server: Server, tmp_path: Path) -> str:
-    """Of the Redis under the configuration that is written, in a place of its own."""
-    install.configure(server)
-    place, url = tmp_path / "redis", (server.credentials / "redis_url").read_text().strip()
-    place.mkdir()
-    text = install.redis_configuration(server)
-    assert "MAXMEMORY" not in text
-    assert "SHA256 ~" not in text
-    text = text.replace("/run/redis-async-email", str(place)).replace("/var/lib/redis-async-email", str(place))
-    (place / "redis.conf").write_text(text)
-    return url.replace("/run/redis-async-email", str(place))
+class InstalledRedis:
+    """A Redis under the configuration that is written, in a place of its own."""
+
+    def __init__(self, server: Server, place: Path) -> None:
+        place.mkdir()
+        install.configure(server)
+        text = install.redis_configuration(server)
+        assert "maxmemory MAXMEMORY" not in text
+        assert "#SHA256" not in text
+        text = text.replace("/run/redis-async-email", str(place)).replace("/var/lib/redis-async-email", str(place))
+        (place / "redis.conf").write_text(text)
+        self.place = place
+        url = (server.credentials / "redis_url").read_text().strip()
+        self.url = url.replace("/run/redis-async-email", str(place))
+
+    def start(self) -> None:
+        program = find_redis_server()
+        assert program
+        with (self.place / "log").open("ab") as log:
+            self.process = subprocess.Popen([program, self.place / "redis.conf"], stdout=log)
+        eventually(self.answers)
+
+    def answers(self) -> bool:
+        with redis.Redis.from_url(self.url) as client:
+            try:
+                return bool(client.ping())
+            except redis.ConnectionError:
+                return False
+
+    def stop(self, how: signal.Signals) -> None:
+        self.process.send_signal(how)
+        self.process.wait()
 
 
 @pytest.fixture
-def installed_redis(redis_url: str, tmp_path: Path) -> Iterator[str]:
-    with run_redis(tmp_path / "redis"):
-        yield redis_url
+def installed_redis(server: Server, tmp_path: Path) -> Iterator[InstalledRedis]:
+    running = InstalledRedis(server, tmp_path / "redis")
+    running.start()
+    yield running
+    running.stop(signal.SIGKILL)
 
 
-@contextmanager
-def run_redis(place: Path) -> Iterator[None]:
-    program = find_redis_server()
-    assert program
-    process = subprocess.Popen([program, place / "redis.conf"], stdout=subprocess.DEVNULL)
-    try:
-        eventually((place / "redis.sock").exists)
-        yield
-    finally:
-        process.terminate()
-        process.wait()
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_restart_of_its_redis_takes_no_mail(
+    installed_redis: InstalledRedis, tmp_path: Path, how: signal.Signals
+) -> None:
+    """Redis reads its file as the user `default`, and skips what this user may not do."""
+    mail = {"to": "ada@example.com", "subject": "s", "text": "t"}
+    with House(tmp_path, installed_redis.url) as house:
+        api = house.api()
+        kept = [api.post("/emails", mail).body["id"] for _ in range(3)]
+        with redis.Redis.from_url(installed_redis.url) as client:
+            before = client.dbsize()
+        installed_redis.stop(how)
+        installed_redis.start()
+        assert {api.email(mail_id)["status"] for mail_id in kept} == {"queued"}
+        with redis.Redis.from_url(installed_redis.url) as client:
+            assert client.dbsize() == before
+            assert client.llen("rq:queue:email") == 3
+    assert "CRITICAL" not in (installed_redis.place / "log").read_text()
 
 
-def test_under_its_redis_the_service_does_all_it_does(installed_redis: str, tmp_path: Path) -> None:
-    with Relay() as relay, House(tmp_path, installed_redis, **relay.environment(tmp_path)) as house:
+def test_under_its_redis_the_service_does_all_it_does(installed_redis: InstalledRedis, tmp_path: Path) -> None:
+    with Relay() as relay, House(tmp_path, installed_redis.url, **relay.environment(tmp_path)) as house:
         api = house.api()
         workers = [house.worker(), house.worker("jobs")]
         mail = {"to": "ada@example.com", "subject": "s", "text": "t"}
@@ -274,22 +305,21 @@ def test_under_its_redis_the_service_does_all_it_does(installed_redis: str, tmp_
         for worker in workers:  # which wakes those who wait for a job
             worker.terminate()
             assert worker.wait(30) == 0
-    with redis.Redis.from_url(installed_redis) as client:
+    with redis.Redis.from_url(installed_redis.url) as client:
         calls = client.info("commandstats")
     refused = {name for name, counts in calls.items() if counts.get("rejected_calls")}
     assert refused <= {"cmdstat_client|maint_notifications"}
 
 
-def test_its_redis_has_after_a_restart_what_it_was_given_in_a_transaction(redis_url: str, tmp_path: Path) -> None:
-    """It reads its file as the user default, who is off; in Redis 7.0 each EXEC there needs his rights."""
-    for given in (None, b"kept"):
-        with run_redis(tmp_path / "redis"), redis.Redis.from_url(redis_url) as client:
-            assert client.get("mail") == given
-            client.pipeline(transaction=True).set("mail", "kept").set("job", "kept").execute()
+def test_redis_may_read_back_whatever_it_wrote() -> None:
+    """It reads its file as `default`. Redis 7.0 skips a transaction there that this user may not run; Valkey 9 does
+    not, so with that one the test above cannot tell."""
+    lines = (ROOT / "redis" / "async-email.conf").read_text().splitlines()
+    assert "user default off ~* &* +@all" in lines
 
 
-def test_its_redis_keeps_what_it_takes_and_obeys_nobody_else(installed_redis: str) -> None:
-    with redis.Redis.from_url(installed_redis) as client:
+def test_its_redis_keeps_what_it_takes_and_obeys_nobody_else(installed_redis: InstalledRedis) -> None:
+    with redis.Redis.from_url(installed_redis.url) as client:
         persistence, memory = client.info("persistence"), client.info("memory")
         assert persistence["aof_enabled"] == 1
         assert memory["maxmemory_policy"] == "noeviction"
@@ -297,7 +327,7 @@ def test_its_redis_keeps_what_it_takes_and_obeys_nobody_else(installed_redis: st
         for command in ("FLUSHALL", "KEYS *", "CONFIG SET appendonly no", "SHUTDOWN", "ACL LIST", "REPLICAOF NO ONE"):
             with pytest.raises(redis.exceptions.NoPermissionError):
                 client.execute_command(*command.split())
-    path = installed_redis.rpartition("@")[2]
+    path = installed_redis.url.rpartition("@")[2]
     with redis.Redis(unix_socket_path=path) as nobody, pytest.raises(redis.exceptions.AuthenticationError):
         nobody.ping()
 
@@ -344,9 +374,23 @@ def test_a_site_that_was_edited_stays_and_one_that_was_not_is_brought_up_to_date
 def test_a_site_that_nginx_does_not_take_is_taken_out_again(
     server: Server, nginx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def run(self: Server, *command: str, may_fail: bool = False) -> bool:
+        if command == ("nginx", "-t"):
+            raise Fault("duplicate default server")
+        return True
+
+    before, run_well = content(nginx), Server.run
+    monkeypatch.setattr(Server, "run", run)
+    with pytest.raises(Fault, match="duplicate default server"):
+        install.set_up_nginx(server)
+    assert content(nginx) == before
+    monkeypatch.setattr(Server, "run", run_well)
+    install.make_release(server)
+    install.set_up_nginx(server)
     before = content(nginx)
-    monkeypatch.setattr(Server, "run", lambda self, *command, may_fail=False: command[:2] != ("nginx", "-t"))
-    with pytest.raises(Fault, match="default_server"):
+    (server.source / "nginx/async-email.conf").write_text("nonsense\n")
+    monkeypatch.setattr(Server, "run", run)
+    with pytest.raises(Fault, match="duplicate default server"):
         install.set_up_nginx(server)
     assert content(nginx) == before
 
