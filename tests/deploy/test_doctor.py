@@ -143,6 +143,22 @@ def test_it_finds_what_is_wrong_and_how_it_is_mended(sound: Server, server: Serv
     assert failure.found not in server.doctor().text
 
 
+def test_redis_without_its_file_is_found_and_gets_one_that_has_the_queue(sound: Server, server: Server) -> None:
+    with server.relay_away():
+        posted = dict(server.post() for _ in range(3))
+        server.machine.run(f"sed -i 's/^appendonly yes/appendonly no/' {REDIS_CONF} && systemctl restart {REDIS}")
+        eventually(server.is_up)
+        posted |= dict(server.post() for _ in range(3))
+        (told,) = [one for one in server.doctor().troubles() if "keeps no append-only file" in one.found]
+        assert "sudo bin/install" in told.mend
+        server.install()
+        server.machine.run(f"systemctl kill -s KILL {REDIS}")
+        eventually(server.is_up)
+    server.arrives(*posted, seconds=120)
+    assert server.copies() == dict.fromkeys(posted, 1)
+    assert server.doctor().troubles() == []
+
+
 def test_it_sees_a_variable_that_only_this_shell_has(sound: Server, server: Server) -> None:
     ran = server.machine.admin(f"export SMTP_RATE=14/s && sudo {COMMANDS}/doctor", check=False)
     (line,) = [line for line in ran.stdout.splitlines() if "SMTP_RATE" in line]
