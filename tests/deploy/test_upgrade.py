@@ -50,3 +50,16 @@ def test_an_upgrade_and_a_rollback_under_load(server: Server) -> None:
     sent_once(server, load)
     assert subject(server) == "Subject: Welcome, Ada"
     eventually(lambda: server.doctor().exit < 2)
+    server.machine.admin(f"cd {CLONE} && git reset -q --hard HEAD^")
+
+
+def test_a_release_whose_requirements_do_not_exist_is_not_installed_and_nobody_notices(server: Server) -> None:
+    running, current = server.main_pids(), server.machine.says(CURRENT)
+    server.machine.admin(f"sed -i 's/^bottle==.* /bottle==99.99 /' {CLONE}/requirements.txt")
+    try:
+        ran = server.machine.admin(f"cd {CLONE} && sudo bin/install", check=False)
+    finally:
+        server.machine.admin(f"cd {CLONE} && git checkout -q requirements.txt")
+    assert ran.returncode == 1
+    assert "bottle==99.99" in ran.stderr
+    assert (server.main_pids(), server.machine.says(CURRENT)) == (running, current)
