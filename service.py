@@ -45,8 +45,7 @@ from settings import ApiKey, Settings, SettingsError, load
 
 VERSION = re.search(r"^## (\S+)", (Path(__file__).parent / "CHANGELOG.md").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 SMALL_BODY = 64 * 1024  # bytes; for everything but POST /emails
-LARGE = 2**20  # bytes; a body beyond that is one of few at a time
-_room = threading.BoundedSemaphore(2)
+LARGE = 2**20  # bytes; a body beyond that takes some of the room for large ones
 DEEPEST = 32  # levels of JSON; templates' variables need a few, an attack needs thousands
 MOST_VALUES = 10_000  # in one body, names counted; checking a million addresses would keep every other caller waiting
 MOST_IN_BATCH = 100  # mails
@@ -245,6 +244,7 @@ class Service:
         self.settings = settings
         self.jobs = jobs
         self.outbox = Outbox(jobs, settings)
+        self.room = Room(settings.max_message_bytes)
         self.sender = Mailbox.parse(settings.mail_from) if settings.mail_from else None
 
     def start_job(self, caller: ApiKey) -> HTTPResponse:
@@ -432,7 +432,7 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
                 return handler(service)
             caller = authenticate(service.settings.api_keys, scope)
             request.environ["async_email.key"] = caller.name
-            with room_for(request.content_length):
+            with service.room.taken(min(request.content_length, service.settings.max_message_bytes)):
                 return handler(service, caller, **ids)
         except Exception as error:
             refusal = as_refusal(error)
@@ -441,20 +441,28 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
     return call
 
 
-@contextmanager
-def room_for(octets: int) -> Iterator[None]:
+class Room:
     """Until a body is read it lies in a file; then it takes some times its size in memory. A hundred large ones at once
-    would take the machine down, so but a few are read, and the others come again."""
-    if octets <= LARGE:
-        yield
-    elif _room.acquire(blocking=False):
+    would take the machine down, so each process reads so many as are together no larger than one may be, and the others
+    come again."""
+
+    def __init__(self, octets: int) -> None:
+        self.left = octets
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def taken(self, octets: int) -> Iterator[None]:
+        octets = octets if octets > LARGE else 0
+        with self.lock:
+            if octets > self.left:
+                text = f"too many large requests at once; send this again in {RETRY_AFTER} seconds"
+                raise Refusal(503, "service_unavailable", text, Retry_After=RETRY_AFTER)
+            self.left -= octets
         try:
             yield
         finally:
-            _room.release()
-    else:
-        text = f"too many large requests at once; send this again in {RETRY_AFTER} seconds"
-        raise Refusal(503, "service_unavailable", text, Retry_After=RETRY_AFTER)
+            with self.lock:
+                self.left += octets
 
 
 def refused(refusal: Refusal) -> HTTPResponse:
