@@ -189,7 +189,7 @@ def install_packages(server: Server) -> None:
     own_redis = not is_set(server, "REDIS_URL")
     there = {
         "redis-server": bool(shutil.which("redis-server")) or not own_redis,
-        "nginx": bool(shutil.which("nginx", path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin")),
+        "nginx": bool(shutil.which("nginx")),
         "python3-venv": importlib.util.find_spec("ensurepip") is not None,
         "ca-certificates": os.path.exists("/etc/ssl/certs/ca-certificates.crt"),
     }
@@ -579,7 +579,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             step(server)
             if not _said:
                 say("nothing to do")
-    except (Fault, KeyboardInterrupt) as fault:
+    except (Fault, OSError, KeyboardInterrupt) as fault:  # OSError: the disk is full, a program is not there
         print(f"\nStopped: {str(fault) or 'as you wished; the next run goes on from here.'}", file=sys.stderr)
         if server.new_key and not server.dry:
             print(f"\nThe API key, which is shown only this once: {server.new_key}")
