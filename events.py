@@ -60,6 +60,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(level: str, form: str = "plain") -> None:
+    # Where in the source, in which thread and process: no line says so, and to find out takes longer than to write it.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stdout)
     if level != "DEBUG":
         handler.addFilter(_ours_or_a_warning)  # on the handler, since RQ sets the levels of its loggers itself

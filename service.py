@@ -13,7 +13,6 @@ No address, subject, body or key is logged. docs/api.md describes the routes; th
 from __future__ import annotations
 
 import ctypes
-import errno
 import hashlib
 import hmac
 import json
@@ -21,7 +20,6 @@ import logging
 import math
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -30,25 +28,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 from pydantic import Field, ValidationError
-from waitress import wasyncore
-from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.server import BaseWSGIServer, create_server
-from waitress.task import ErrorTask, WSGITask
 
 import prefork
-import supervisor
 import tasks
 from events import emit, set_up, where
 from jobs import JOBS, Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Unavailable, connect
 from mail import message, pacing, sweep, templates, totals
 from mail.message import FieldError, HeaderText, Invalid, Mailbox, Recipient, Strict
 from mail.outbox import Draft, Outbox
-from settings import Address, ApiKey, Settings, SettingsError, load
+from server import Server, common_headers, error_shape, listen_on
+from settings import ApiKey, Settings, SettingsError, load
 
 VERSION = re.search(r"^## (\S+)", (Path(__file__).parent / "CHANGELOG.md").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 SMALL_BODY = 64 * 1024  # bytes; for everything but POST /emails
@@ -59,9 +52,6 @@ MOST_VALUES = 10_000  # in one body, names counted; checking a million addresses
 MOST_IN_BATCH = 100  # mails
 M_MMAP_THRESHOLD = -3  # mallopt(3)
 RETRY_AFTER = "5"  # seconds
-# Seconds. A process that is to end closes no connection on which a request may be under way: nginx gives up its own
-# after 2 seconds of silence (keepalive_timeout).
-QUIET_AFTER, DRAINED_AFTER = 3, 20
 MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # mail:last_sent, mail:<id>:claim are no mails
 
 
@@ -72,16 +62,6 @@ class Refusal(Exception):
         super().__init__(name)
         self.status, self.name, self.text, self.errors = status, name, text, tuple(errors)
         self.headers = {key.replace("_", "-"): value for key, value in headers.items()}
-
-
-def error_shape(
-    status: int, name: str, text: str, request_id: str, errors: Iterable[FieldError] = ()
-) -> dict[str, Any]:
-    """The one error shape."""
-    shape: dict[str, Any] = {"statusCode": status, "name": name, "message": text}
-    if errors:
-        shape["errors"] = [{"field": error.field, "message": error.message} for error in errors]
-    return shape | {"request_id": request_id}
 
 
 def current_request_id() -> str:
@@ -497,7 +477,7 @@ class Edge:
     def __init__(self, app: Bottle, accepting: totals.Gathered) -> None:
         self.app = app
         self.accepting = accepting
-        self.answered = 0  # requests; to see that it goes on, so a lost increment does not matter
+        self.answered = 0  # requests; a lost increment does not matter
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         started = time.perf_counter()
@@ -537,145 +517,7 @@ class Edge:
         )
 
 
-def common_headers(request_id: str) -> list[tuple[str, str]]:
-    return [("X-Request-Id", request_id), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
-
-
 # --- the process ------------------------------------------------------------------------------------------------------
-
-
-class Parser(HTTPRequestParser):  # type: ignore[misc]
-    """Waitress's parser, refusing also what a proxy before us may read differently, or what would crash it."""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        try:
-            super().parse_header(header_plus)
-        except ValueError:  # a Content-Length of 5000 digits, a URL that urllib cannot split
-            raise ParsingError("a number or URL in it cannot be read") from None
-        if self.version not in ("1.0", "1.1"):
-            raise ParsingError("only HTTP/1.0 and HTTP/1.1 are spoken here")
-        # Waitress leaves Transfer-Encoding there if it did not obey it. RFC 9112, 6.1: the framing is faulty.
-        if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
-            raise ParsingError("it says in two ways where its body ends")
-
-    def received(self, data: bytes) -> int:
-        consumed: int = super().received(data)
-        if self.error:
-            self.expect_continue = False  # else "100 Continue" would ask for the body that was just refused
-        return consumed
-
-
-class JsonErrorTask(ErrorTask):  # type: ignore[misc]
-    """Waitress's own refusals (a body over the limit, a header it cannot parse) in our error shape."""
-
-    WORDS: ClassVar = {
-        400: ("validation_error", "this is not an HTTP request as RFC 9112 has it"),
-        413: ("request_too_large", "the body is larger than is taken here"),
-        431: ("request_headers_too_large", "the headers are larger than is taken here"),
-        501: ("not_implemented", "of all transfer encodings, only chunked is taken"),
-    }
-
-    def execute(self) -> None:
-        error, request_id = self.request.error, uuid.uuid4().hex
-        name, text = self.WORDS.get(error.code, ("application_error", "this is our fault"))
-        body = json.dumps(error_shape(error.code, name, text, request_id)).encode()
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers += [("Content-Type", "application/json"), *common_headers(request_id)]
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-class LastTask(WSGITask):  # type: ignore[misc]
-    """Of a process that is to end: the answer tells the caller to take a new connection for his next request."""
-
-    def start(self) -> None:
-        super().start()
-        self.set_close_on_finish()
-
-
-class Channel(HTTPChannel):  # type: ignore[misc]
-    parser_class = Parser
-    error_task_class = JsonErrorTask
-
-    @property
-    def is_quiet(self) -> bool:
-        """Nobody would miss this connection."""
-        idle = time.time() - self.last_activity > QUIET_AFTER
-        return idle and not (self.requests or self.request or self.total_outbufs_len)
-
-
-def listen_on(listen: Address) -> list[socket.socket]:
-    """What systemd has opened for us, or else the address; a name such as localhost has two. Raises OSError."""
-    given = supervisor.sockets()
-    if given:
-        return given
-    try:
-        found = socket.getaddrinfo(*listen, type=socket.SOCK_STREAM)
-    except (OSError, ValueError):
-        raise OSError(errno.EADDRNOTAVAIL, "there is no such host") from None
-    return [bound(family, address) for family, _, _, _, address in found]
-
-
-def bound(family: int, address: Any) -> socket.socket:
-    one = socket.socket(family, socket.SOCK_STREAM)
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    one.bind(address)
-    return one
-
-
-class Server:
-    """Waitress on some sockets, refusing a body over the limit when it sees Content-Length."""
-
-    def __init__(self, app: Edge, max_body: int, sockets: list[socket.socket]) -> None:
-        self.app = app
-        self.map: dict[int, Any] = {}  # what Waitress watches
-        self.waitress = create_server(
-            app,
-            map=self.map,
-            sockets=sockets,
-            threads=8,
-            ident="async-email",
-            max_request_body_size=max_body + 1,  # Waitress refuses what reaches it
-            max_request_header_size=32 * 1024,
-            channel_timeout=30,
-            clear_untrusted_proxy_headers=True,
-        )
-        self.listeners = [one for one in self.map.values() if isinstance(one, BaseWSGIServer)]
-        for one in self.listeners:
-            one.channel_class = Channel
-        self.stopping = False
-
-    def stop(self, *_: object) -> None:
-        """Also from a signal handler or another thread."""
-        self.stopping = True
-        self.listeners[0].pull_trigger()
-
-    def run(self, alive: Callable[[], None] = lambda: None) -> None:
-        """Until `stop`, and until whoever has sent a request by then has his answer. Calls `alive` once a second while
-        requests are answered."""
-        answered = -1
-        while not self.stopping:
-            wasyncore.loop(timeout=1, use_poll=True, map=self.map, count=1)
-            if self.app.answered != answered or not self.listeners[0].task_dispatcher.queue:
-                answered = self.app.answered
-                alive()
-        self._drain(time.monotonic() + DRAINED_AFTER)
-
-    def _drain(self, deadline: float) -> None:
-        """Others go on accepting on these sockets, or will soon."""
-        for one in self.listeners:
-            one.accepting = False
-        channels = [one for one in self.map.values() if isinstance(one, Channel)]
-        for one in channels:
-            one.task_class = LastTask
-        while not all(one.is_quiet for one in self.map.values() if isinstance(one, Channel)):
-            if time.monotonic() > deadline:
-                break
-            wasyncore.loop(timeout=0.1, use_poll=True, map=self.map, count=1)
-        self.waitress.close()
 
 
 def give_memory_back() -> None:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound, Undefined, UndefinedError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, TemplateNotFound, Undefined, UndefinedError
 from jinja2.exceptions import TemplateRuntimeError
 
 from mail.message import FieldError, Invalid
@@ -55,18 +55,26 @@ def writable(value: object) -> object:
 
 def render(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
     """(subject, text, html). Raises `Invalid` for an unknown template, a missing variable, or one of the wrong kind."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", template_id) or not (FOLDER / template_id).is_dir():
-        raise Invalid(FieldError("template.id", "there is no template of this name"))
-    subject, text, html = (
-        _part(f"{template_id}/{name}", variables) for name in ("subject.txt", "body.txt", "body.html")
-    )
+    subject, text, html = (_rendered(part, variables) for part in parts(template_id))
     return subject or "", text, html
 
 
-def _part(name: str, variables: Mapping[str, Any]) -> str | None:
+@lru_cache(maxsize=256)
+def parts(template_id: str) -> list[Template | None]:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", template_id) or not (FOLDER / template_id).is_dir():
+        raise Invalid(FieldError("template.id", "there is no template of this name"))
+    return [_part(f"{template_id}/{name}") for name in ("subject.txt", "body.txt", "body.html")]
+
+
+def _part(name: str) -> Template | None:
     try:
-        template = environment().get_template(name)
+        return environment().get_template(name)
     except TemplateNotFound:
+        return None
+
+
+def _rendered(template: Template | None, variables: Mapping[str, Any]) -> str | None:
+    if not template:
         return None
     try:
         return template.render(variables).rstrip("\n")

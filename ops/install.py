@@ -341,8 +341,35 @@ def start_redis(server: Server) -> None:
     if is_new or not is_on(REDIS):
         server.run("systemctl", "enable", REDIS)
         server.run("systemctl", "restart", REDIS)
+    if not server.dry and "aof_enabled:0" in ask_redis(server, "info", "persistence"):
+        switch_on_file(server)
     if not server.dry:
         check_redis(server)
+
+
+def switch_on_file(server: Server) -> None:
+    """Somebody has switched the append-only file off. A Redis that is started with the file on reads the file and
+    nothing else, so it begins as a copy of the snapshot that Redis writes when it is stopped."""
+    if len(ask_redis(server, "config", "get", "save").splitlines()) < 2:
+        raise Fault(
+            f"{REDIS} keeps neither an append-only file nor snapshots: a restart would lose the queue.\nWait until it "
+            f"is empty (bin/doctor), put `appendonly yes` and `save 3600 1` into {server.redis_conf}, and restart it."
+        )
+    server.run("systemctl", "stop", REDIS)
+    for old in ("appendonlydir", "appendonly.aof"):
+        if (server.redis_data / old).exists():
+            (server.redis_data / old).rename(server.redis_data / f"{old}.{time.strftime('%Y%m%d-%H%M%S')}")
+    server.do("begin the append-only file with what is there", lambda: copy_snapshot(server.redis_data))
+    text = re.sub(r"^appendonly .*\n", "", text_of(server.redis_conf) or "", flags=re.MULTILINE)
+    server.write(server.redis_conf, f"{text}appendonly yes\n", 0o640, group="redis")
+    server.run("systemctl", "start", REDIS)
+
+
+def copy_snapshot(data: Path) -> None:
+    """Redis 7 makes its folder of files from this one of earlier versions."""
+    shutil.copyfile(data / "dump.rdb", data / "appendonly.aof")
+    shutil.chown(data / "appendonly.aof", "redis", "redis")
+    (data / "appendonly.aof").chmod(0o640)
 
 
 def is_on(unit: str) -> bool:
@@ -361,10 +388,13 @@ def redis_configuration(server: Server) -> str:
     return text.replace("#SHA256", f"#{digest}").replace("maxmemory MAXMEMORY", f"maxmemory {memory * 2 // 5 >> 20}mb")
 
 
+def ask_redis(server: Server, *words: str) -> str:
+    command = ("redis-cli", "-s", REDIS_SOCKET, "--user", "async-email", *words)
+    return ask(*command, env={**GIT_ENVIRONMENT, "REDISCLI_AUTH": redis_password(server)})
+
+
 def check_redis(server: Server) -> None:
-    command = ("redis-cli", "-s", REDIS_SOCKET, "--user", "async-email", "info", "persistence")
-    said = ask(*command, env={**GIT_ENVIRONMENT, "REDISCLI_AUTH": redis_password(server)})
-    if "aof_enabled:1" not in said:
+    if "aof_enabled:1" not in ask_redis(server, "info", "persistence"):
         raise Fault(
             f"{REDIS} does not answer as it should: it is not running (journalctl -u {REDIS}), has no append-only "
             f"file, or knows another password than the one in {server.credentials / 'redis_url'}.\nIf you changed "

@@ -6,11 +6,13 @@ said of a real one.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ import pytest
 from redis import exceptions
 from redis.client import Pipeline
 from redis.exceptions import InvalidResponse, NoScriptError, ResponseError
-from rq import Queue
+from rq import Queue, Retry
 from rq.job import Job, JobStatus
 from rq.results import Result
 from rq.serializers import JSONSerializer
@@ -595,3 +597,34 @@ def test_a_sign_of_life_does_not_wait_for_a_connection_that_has_gone_silent() ->
         asked = pool.submit(jobs.impatient(connect(url, patient=True)).ping)
         with pytest.raises(exceptions.TimeoutError):
             asked.result(timeout=10)
+
+
+@pytest.mark.parametrize("retry_in", [(), (1, 5, 30)])
+def test_what_is_written_for_a_job_is_what_rq_would_write(
+    real: Jobs, monkeypatch: pytest.MonkeyPatch, retry_in: tuple[int, ...]
+) -> None:
+    times: dict[str, Any] = {"timeout": 150, "result_ttl": 300, "failure_ttl": 400}
+    real.accept(EMAIL, "tasks.deliver", ONE, args=["é"], kwargs={"a": [1]}, retry_in=retry_in, **times)
+    ours = Job.fetch(ONE, connection=real.redis, serializer=JSONSerializer).to_dict()
+    stored = set(real.redis.hkeys(f"rq:job:{ONE}"))
+    real.redis.flushdb()
+    real.queues[EMAIL].enqueue_job(
+        Job.create(
+            "tasks.deliver",
+            args=["é"],
+            kwargs={"a": [1]},
+            id=ONE,
+            origin=EMAIL,
+            description=f"tasks.deliver {ONE}",
+            retry=Retry(max=3, interval=[1, 5, 30]) if retry_in else None,
+            connection=real.redis,
+            serializer=JSONSerializer,
+            **times,
+        )
+    )
+    theirs = Job.fetch(ONE, connection=real.redis, serializer=JSONSerializer).to_dict()
+    assert stored == set(real.redis.hkeys(f"rq:job:{ONE}"))
+    assert ours.pop("created_at") == ours.pop("enqueued_at")
+    del theirs["created_at"], theirs["enqueued_at"]
+    assert json.loads(zlib.decompress(ours.pop("data"))) == json.loads(zlib.decompress(theirs.pop("data")))
+    assert ours == theirs

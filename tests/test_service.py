@@ -33,6 +33,7 @@ from rq import SimpleWorker
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
+import server
 import service
 import tasks
 from jobs import Jobs, connect
@@ -189,13 +190,13 @@ def app_with(redis_url: str, **settings: Any) -> service.Edge:
 def served(app: service.Edge) -> Iterator[Api]:
     """An application in this process, behind the real Waitress, for what must be looked at from inside."""
     port = free_port()
-    server = service.Server(app, load(_env_file=None).max_message_bytes, service.listen_on(Address("127.0.0.1", port)))
-    thread = threading.Thread(target=server.run)
+    running = server.Server(app, load(_env_file=None).max_message_bytes, server.listen_on(Address("127.0.0.1", port)))
+    thread = threading.Thread(target=running.run)
     thread.start()
     try:
         yield Api(port)
     finally:
-        server.stop()
+        running.stop()
         thread.join()
 
 
@@ -1515,7 +1516,7 @@ def test_every_route_has_an_example_in_the_reference_that_is_answered_so(
 
 def error_names() -> set[str]:
     """The names of errors in service.py: what `Refusal` and `error_shape` are given, and what is looked up for them."""
-    names = {name for name, _ in service.JsonErrorTask.WORDS.values()}
+    names = {name for name, _ in server.JsonErrorTask.WORDS.values()}
     for node in ast.walk(ast.parse(Path(service.__file__).read_text())):
         called = isinstance(node, ast.Call) and ast.unparse(node.func) in ("Refusal", "error_shape")
         if called or (isinstance(node, ast.FunctionDef) and node.name in ("error_name", "unrouted")):

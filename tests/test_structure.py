@@ -13,6 +13,7 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
     "events": set(),
     "supervisor": set(),
     "prefork": {"events", "supervisor"},
+    "server": {"jobs", "mail.message", "settings", "supervisor"},
     "jobs": set(),
     "mail.message": set(),
     "mail.templates": {"mail.message"},
@@ -27,7 +28,7 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
         *("mail.message", "mail.outbox", "mail.pacing", "mail.relay", "mail.sweep", "mail.warm"),
     },
     "service": {
-        *("events", "jobs", "prefork", "settings", "supervisor", "tasks"),
+        *("events", "jobs", "prefork", "server", "settings", "tasks"),
         *("mail.message", "mail.outbox", "mail.pacing", "mail.sweep", "mail.templates", "mail.totals"),
         "ops.metrics",
     },
@@ -68,7 +69,7 @@ HOMES = {  # an outside thing -> the only modules that may import it
     "rq": {"jobs", "mail.sweep", "tasks", "worker", "ops.dashboard"},
     "bottle": {"service", "ops.catcher"},
     "prometheus_client": {"ops.metrics"},
-    "waitress": {"service", "ops.catcher", "ops.dashboard"},
+    "waitress": {"server", "ops.catcher", "ops.dashboard"},
 }
 
 

@@ -23,8 +23,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder that templates are read from."""
     monkeypatch.setattr(templates, "FOLDER", tmp_path)
     templates.environment.cache_clear()
+    templates.parts.cache_clear()
     yield tmp_path
     templates.environment.cache_clear()
+    templates.parts.cache_clear()
 
 
 def write(folder: Path, **files: str) -> None:
