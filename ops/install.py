@@ -4,9 +4,10 @@ It is a list of steps (INSTALL and ROLLBACK, at the end), each a function whose 
 printed when it runs. Each looks first and does what is still missing: a second run changes nothing, and goes on where
 one has failed half-way. What runs is left running until the new release is complete.
 
-Never overwritten: what you may have edited (/etc/async-email, Redis' configuration, the nginx site). Never touched: the
-queue. Secrets are made here, stored in files that only root reads, and printed nowhere, but for the new API key, once.
-`--dry-run` says what would be done and changes nothing. Nothing but the standard library: there is no .venv yet.
+Never overwritten: what you may have edited (/etc/async-email, Redis' configuration but for `appendonly yes`, the nginx
+site). Never touched: the queue. Secrets are made here, stored in files that only root reads, and printed nowhere, but
+for the new API key, once. `--dry-run` says what would be done and changes nothing. Nothing but the standard library:
+there is no .venv yet.
 """
 
 from __future__ import annotations
