@@ -4,9 +4,10 @@ It is a list of steps (INSTALL and ROLLBACK, at the end), each a function whose 
 printed when it runs. Each looks first and does what is still missing: a second run changes nothing, and goes on where
 one has failed half-way. What runs is left running until the new release is complete.
 
-Never overwritten: what you may have edited (/etc/async-email, Redis' configuration, the nginx site). Never touched: the
-queue. Secrets are made here, stored in files that only root reads, and printed nowhere, but for the new API key, once.
-`--dry-run` says what would be done and changes nothing. Nothing but the standard library: there is no .venv yet.
+Never overwritten: what you may have edited (/etc/async-email, Redis' configuration but for `appendonly yes`, the nginx
+site). Never touched: the queue. Secrets are made here, stored in files that only root reads, and printed nowhere, but
+for the new API key, once. `--dry-run` says what would be done and changes nothing. Nothing but the standard library:
+there is no .venv yet.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def install_packages(server: Server) -> None:
     own_redis = not is_set(server, "REDIS_URL")
     there = {
         "redis-server": bool(shutil.which("redis-server")) or not own_redis,
-        "nginx": bool(shutil.which("nginx", path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin")),
+        "nginx": bool(shutil.which("nginx")),
         "python3-venv": importlib.util.find_spec("ensurepip") is not None,
         "ca-certificates": os.path.exists("/etc/ssl/certs/ca-certificates.crt"),
     }
@@ -609,7 +610,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             step(server)
             if not _said:
                 say("nothing to do")
-    except (Fault, KeyboardInterrupt) as fault:
+    except (Fault, OSError, KeyboardInterrupt) as fault:  # OSError: the disk is full, a program is not there
         print(f"\nStopped: {str(fault) or 'as you wished; the next run goes on from here.'}", file=sys.stderr)
         if server.new_key and not server.dry:
             print(f"\nThe API key, which is shown only this once: {server.new_key}")

@@ -76,6 +76,7 @@ def test_each_step_says_in_one_line_what_it_does() -> None:
 
 @pytest.mark.parametrize("option", [[], ["--rollback"]])
 def test_a_dry_run_as_anybody_changes_nothing(clone: Path, option: list[str]) -> None:
+    os.utime(clone / "service.py", (1, 1))  # else `git status` has nothing new to write down
     before = content(clone)
     ran = subprocess.run([clone / "bin/install", "--dry-run", *option], capture_output=True, text=True, cwd="/")
     assert "==> " in ran.stdout
@@ -88,6 +89,26 @@ def test_a_dry_run_of_each_step_changes_nothing(clone: Path, tmp_path: Path) -> 
     for step in install.INSTALL:
         step(dry)
     assert not (tmp_path / "machine").exists()
+
+
+def test_a_step_that_fails_ends_it_and_shows_the_key_that_was_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its SHA-256 is stored by then, and nobody could ever find out the key."""
+
+    def full(_: Server) -> None:
+        """A step"""
+        raise OSError("the disk is full")
+
+    machine = tmp_path / "machine"
+    monkeypatch.setattr(install, "Server", lambda source, dry: Server(source, dry=dry, under=machine))
+    monkeypatch.setattr(install, "INSTALL", (install.configure, full, install.switch))
+    assert install.main([]) == 1
+    said = capsys.readouterr()
+    assert "Stopped: the disk is full" in said.err
+    key = said.out.split()[-1]
+    assert hashlib.sha256(key.encode()).hexdigest() in (machine / "etc/async-email/credentials/api_keys").read_text()
+    assert not (machine / "opt").exists()
 
 
 # --- the release ------------------------------------------------------------------------------------------------------
