@@ -3,13 +3,14 @@
 It is what a hoster gives: ssh, sudo, git, curl, Python and no more, a user `admin` who may use sudo, and a network of
 its own (network.py). `admin` does a command as that user would, `run` as root; `reboot` and `power_off` do what they
 say; `clone` puts this commit there as `git clone` does. Two things come from the host, or nothing could be installed:
-apt's sources, and pip's settings with the certificates that they name. Nothing is left behind: it ends what it started
-by process id.
+apt's sources, if it is a Debian 12 too, and pip's settings with the certificates that they name. Nothing is left
+behind: it ends what it started by process id.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -30,6 +31,7 @@ PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "python3", "python3-venv", "ca-certificates", "curl"),
     *("git", "iproute2", "procps", "openssh-server", "sudo"),
 )
+SUITE = "bookworm"  # Debian 12
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 Ran = subprocess.CompletedProcess[str]
@@ -207,7 +209,7 @@ def removed(group: str) -> bool:
 
 
 def bare_debian(root: Path) -> None:
-    sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", "bookworm", str(root))
+    sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root))
 
 
 def furnish(root: Path, name_server: str) -> None:
@@ -217,9 +219,9 @@ def furnish(root: Path, name_server: str) -> None:
     (root / "etc/sudoers.d/admin").write_text("admin ALL=(ALL) NOPASSWD:ALL\n")
     (root / "etc/resolv.conf").unlink(missing_ok=True)
     (root / "etc/resolv.conf").write_text(f"nameserver {name_server}\n")
-    shutil.copytree("/etc/apt", root / "etc/apt", dirs_exist_ok=True)
-    if not Path("/etc/apt/sources.list").exists():
-        (root / "etc/apt/sources.list").unlink(missing_ok=True)
+    if platform.freedesktop_os_release().get("VERSION_CODENAME") == SUITE:
+        shutil.rmtree(root / "etc/apt")
+        shutil.copytree("/etc/apt", root / "etc/apt")
     settings = pip_settings()
     (root / "etc/pip.conf").write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
     for file in (Path(value) for value in settings.values() if Path(value).is_file()):  # certificate authorities

@@ -115,8 +115,8 @@ def name_the_relay(machine: Machine, relay: Relay) -> None:
     names["_dmarc.shop.internal", "TXT"] = ['"v=DMARC1; p=quarantine"']
 
 
-def diagnose(machine: Machine, variables: str = "") -> Diagnosis:
-    ran = machine.admin(f"sudo {variables} {COMMANDS}/doctor --json", check=False)
+def diagnose(machine: Machine) -> Diagnosis:
+    ran = machine.admin(f"sudo {COMMANDS}/doctor --json", check=False)
     assert ran.returncode in (0, 1, 2), ran
     try:
         told = json.loads(ran.stdout)
@@ -177,8 +177,8 @@ class Server:
         self.machine.admin("sudo systemctl restart async-email.target")
         eventually(self.is_up, 60)
 
-    def doctor(self, variables: str = "") -> Diagnosis:
-        return diagnose(self.machine, variables)
+    def doctor(self) -> Diagnosis:
+        return diagnose(self.machine)
 
     def install(self, *options: str) -> Ran:
         return self.machine.admin(f"cd {CLONE} && sudo bin/install {' '.join(options)}")

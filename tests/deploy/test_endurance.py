@@ -1,8 +1,6 @@
-"""What happens to a server in its life: processes killed, one that hangs, reboots, power cuts. Nobody comes to help."""
+"""What happens to a server in its life: processes killed, one that hangs, reboots. Nobody comes to help."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 
@@ -20,8 +18,7 @@ def restarted(server: Server, unit: str, was: int) -> bool:
 def test_a_killed_service_comes_back_and_no_mail_is_lost(server: Server, unit: str) -> None:
     before = dict(server.post() for _ in range(5))
     if unit == REDIS:
-        server.arrives(*before)  # what is younger than a second may be lost with a killed Redis, as README says
-        time.sleep(2)
+        server.arrives(*before)  # a mail that is being sent meanwhile is in doubt, and sent again two minutes later
     was = server.main_pid(unit)
     server.machine.run(f"kill -9 {was}")
     eventually(lambda: restarted(server, unit, was), 60)
@@ -60,14 +57,14 @@ def waiting(server: Server, mail_ids: list[str]) -> bool:
     return {server.api.email(mail_id)["status"] for mail_id in mail_ids} <= {"queued", "delayed"}
 
 
-@pytest.mark.parametrize("how", ["reboot", "power cut"])
+@pytest.mark.parametrize("how", ["rebooted", "cut off"])
 def test_after_a_reboot_all_is_as_before_and_each_mail_is_sent_once(server: Server, how: str) -> None:
+    """Cut off: every process is killed at once. What a power cut does to a disk's own cache cannot be done here."""
     with server.relay_away():
         posted = dict(server.post() for _ in range(20))
-        if how == "reboot":
+        if how == "rebooted":
             server.machine.reboot()
         else:
-            eventually(lambda: is_flushed(server))
             server.machine.kill()
             server.machine.boot()
         eventually(server.is_up, 60)
@@ -75,9 +72,3 @@ def test_after_a_reboot_all_is_as_before_and_each_mail_is_sent_once(server: Serv
     server.arrives(*posted, seconds=120)
     eventually(lambda: {server.api.email(mail_id)["status"] for mail_id in posted.values()} == {"sent"})
     assert server.copies() == dict.fromkeys(posted, 1)
-
-
-def is_flushed(server: Server) -> bool:
-    """With `everysec`, what has been written for two seconds is on the disk; the mails have been there for longer when
-    their worker has found that the relay is away."""
-    return "breaker_opened" in server.machine.says(f"journalctl --no-pager -u {EMAIL} -n 20")
