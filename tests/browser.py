@@ -1,19 +1,18 @@
 """Chromium for the tests that claim something about a page: one headless browser per test, in a profile of its own.
 
-It takes `chromium` and `chromedriver` from PATH and downloads nothing. Where they are missing the test is skipped, but
-with REQUIRE_BROWSER=1 (as in CI) it fails, so that these tests cannot vanish unnoticed.
+It takes `chromium` and `chromedriver` from PATH; tests/programs.py says what happens where they are missing.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
+
+from tests.programs import program
 
 FLAGS = (
     "--headless",
@@ -30,7 +29,8 @@ FLAGS = (
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Chrome]:
-    chromium, driver = find("chromium", "chromium-browser", "google-chrome"), find("chromedriver")
+    chromium = program("REQUIRE_BROWSER", "chromium", "chromium-browser", "google-chrome")
+    driver = program("REQUIRE_BROWSER", "chromedriver")
     options = ChromeOptions()
     options.binary_location = chromium
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -42,14 +42,3 @@ def browser(tmp_path: Path) -> Iterator[Chrome]:
         yield chrome
     finally:
         chrome.quit()
-
-
-def find(*names: str) -> str:
-    """The first of these programs on PATH. Skips the test, or fails it if a browser is required."""
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    reason = f"there is no {names[0]} on PATH"
-    if os.environ.get("REQUIRE_BROWSER") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)

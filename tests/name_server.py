@@ -1,4 +1,4 @@
-"""A DNS server on loopback that answers what a test has written into its zone, over UDP."""
+"""A DNS server, on loopback if not told otherwise, that answers what a test has written into its zone, over UDP."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ class NameServer:
     """A name of which the zone has no record of any type does not exist. With `silent` it answers nothing,
     with `fails` SERVFAIL."""
 
-    def __init__(self, zone: Zone, *, silent: bool = False, fails: bool = False) -> None:
+    def __init__(
+        self, zone: Zone, *, silent: bool = False, fails: bool = False, at: tuple[str, int] = ("127.0.0.1", 0)
+    ) -> None:
         self.zone = zone
+        self.at = at
         self.silent = silent
         self.fails = fails
 
     def __enter__(self) -> NameServer:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind(("127.0.0.1", 0))
+        self.socket.bind(self.at)
         self.address: tuple[str, int] = self.socket.getsockname()
         self.thread = threading.Thread(target=self._serve, name="name server")
         self.thread.start()

@@ -143,21 +143,25 @@ class Relay:
     login: tuple[str, str] | None = None
     tls: str = "none"  # none, starttls or tls
     smtputf8: bool = True
+    host: str = "127.0.0.1"  # where it listens
+    name: str = "127.0.0.1"  # by which it is called, and certified
+    port: int = 0  # 0: any that is free
     rcpt: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     data: list[str] = field(default_factory=list)
     on_data: Callable[[], object] = lambda: None  # called when a body has come, before it is answered
     accepted: list[Delivery] = field(default_factory=list)
     seen_rcpt: list[str] = field(default_factory=list)
     connections: int = 0
+    open: set[asyncio.Transport] = field(default_factory=set)
     authority: trustme.CA = field(default_factory=trustme.CA)
 
     def __enter__(self) -> Relay:
-        self.port = free_port()
+        self.port = self.port or free_port()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.authority.issue_cert("127.0.0.1").configure_cert(context)
+        self.authority.issue_cert(self.name).configure_cert(context)
         self.controller = Controller(
             self,
-            hostname="127.0.0.1",
+            hostname=self.host,
             port=self.port,
             ssl_context=context if self.tls == "tls" else None,
             tls_context=context if self.tls == "starttls" else None,
@@ -172,13 +176,21 @@ class Relay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._hang_up(), self.controller.loop).result()
         self.controller.stop()
+
+    async def _hang_up(self) -> None:
+        """On everybody: workers keep their sessions for the next mail."""
+        for transport in self.open:
+            transport.abort()
+        self.open.clear()
+        await asyncio.sleep(0.01)  # in which the loop closes their sockets
 
     def environment(self, directory: Path) -> dict[str, str]:
         """The settings with which a worker reaches this relay."""
         ca_file = directory / "ca.pem"
         self.authority.cert_pem.write_to_path(str(ca_file))
-        settings = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(self.port), "SMTP_SECURITY": self.tls}
+        settings = {"SMTP_HOST": self.name, "SMTP_PORT": str(self.port), "SMTP_SECURITY": self.tls}
         settings |= {"SMTP_CA_FILE": str(ca_file)} if self.tls != "none" else {}
         return settings | ({"SMTP_USERNAME": self.login[0], "SMTP_PASSWORD": self.login[1]} if self.login else {})
 
@@ -192,6 +204,8 @@ class Relay:
         self, server: SMTP, session: Session, envelope: Envelope, hostname: str, responses: list[str]
     ) -> list[str]:
         self.connections += 1
+        assert isinstance(server.transport, asyncio.Transport)
+        self.open.add(server.transport)
         session.host_name = hostname
         return responses
 
@@ -223,11 +237,12 @@ class Answer(NamedTuple):
 
 
 class Api:
-    """A client of a service on 127.0.0.1."""
+    """A client of a service."""
 
-    def __init__(self, port: int, key: str = "full-key") -> None:
+    def __init__(self, port: int, key: str = "full-key", host: str = "127.0.0.1") -> None:
         self.port = port
         self.key = key
+        self.host = host
 
     def call(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, raw: bytes | None = None
@@ -236,7 +251,7 @@ class Api:
         if body is not None or raw is not None:
             sent["Content-Type"] = "application/json"
         payload = raw if raw is not None else None if body is None else json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=15)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=15)
         try:
             connection.request(method, path, payload, sent | (headers or {}))
             response = connection.getresponse()

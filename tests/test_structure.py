@@ -36,6 +36,7 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
     "ops.dashboard": {"events", "jobs", "settings", "supervisor"},
     "ops.catcher": {"settings"},
     "ops.dev": {"settings"},
+    "ops.install": set(),
     "ops.doctor": {"ops.checks.findings", "ops.checks.packages", "ops.checks.table"},
     "ops.checks.findings": {"settings"},  # for its types alone
     "ops.checks.packages": {"ops.checks.findings"},

@@ -29,6 +29,7 @@ from jobs import connect
 from ops.checks.findings import Finding, Findings, Place, fault, lasting, may, note, ok, sized, warn, who_is
 from settings import is_loopback
 
+OUR_CONF, OUR_SOCKETS = "/etc/redis/redis-async-email.conf", "/run/redis-async-email"
 OLDEST = (6, 2)  # RQ's BLMOVE, without which a worker that is killed loses the job it has just popped
 LITTLE = 512 * 2**20  # bytes of disk
 SECONDS_APART = 5
@@ -142,7 +143,7 @@ def hint(error: OSError, at: Where, place: Place) -> str:
         return f"run as root: sudo bin/doctor (or open {at} to this user)"
     if isinstance(error, TimeoutError):
         return "let this machine through in Redis' firewall or security group, port " + str(at.port)
-    if at.path.startswith("/run/redis-async-email"):
+    if is_our_own(place):
         return (
             "sudo systemctl enable --now redis-server@async-email; journalctl -u redis-server@async-email says why not"
         )
@@ -204,9 +205,7 @@ def keeps(place: Place) -> Findings:
         info: dict[str, Any] = redis.info()
         if not info.get("aof_enabled"):
             found = "it keeps no append-only file, so a crash loses up to an hour of accepted mail"
-            yield fault(
-                found, f"{cli(place)} CONFIG SET appendonly yes, and the same in its file; never only in the file"
-            )
+            yield fault(found, append_only(place))
         elif info.get("aof_last_write_status") != "ok" or info.get("aof_last_bgrewrite_status") == "err":
             yield fault("it cannot write its append-only file", "df -h; journalctl -u 'redis*' -n 20 says why")
         else:
@@ -215,6 +214,25 @@ def keeps(place: Place) -> Findings:
             yield fault("it cannot write its snapshot, and may refuse writes", "df -h; journalctl -u 'redis*' -n 20")
         if where(place).is_here:
             yield from disk(folder(redis, place), info.get("aof_current_size", 0))
+
+
+def append_only(place: Place) -> str:
+    """Redis, started anew with the file on, reads the file and nothing else: what it had before would be gone."""
+    if is_our_own(place):
+        return "sudo bin/install, in your clone: it switches it on without losing what is there; do not restart Redis"
+    return f"{cli(place)} CONFIG SET appendonly yes, and the same in its file; never only in the file"
+
+
+def no_eviction(place: Place) -> str:
+    if is_our_own(place):  # whose ACL lets nobody CONFIG SET
+        line = "s/^maxmemory-policy .*/maxmemory-policy noeviction/"
+        return f"sudo sed -i '{line}' {OUR_CONF} && sudo systemctl restart redis-server@async-email"
+    return f"{cli(place)} CONFIG SET maxmemory-policy noeviction, and the same in its file"
+
+
+def is_our_own(place: Place) -> bool:
+    """The instance that bin/install makes."""
+    return where(place).path.startswith(OUR_SOCKETS)
 
 
 def cli(place: Place) -> str:
@@ -251,9 +269,8 @@ def memory(place: Place) -> Findings:
     used, most, policy = info["used_memory"], info.get("maxmemory", 0), info.get("maxmemory_policy", "")
     machine = info.get("total_system_memory", 0)
     if policy != "noeviction":
-        mend = f"{cli(place)} CONFIG SET maxmemory-policy noeviction, and the same in its file"
         level = fault if most else warn
-        yield level(f"maxmemory-policy is {policy}: when memory is short it drops mail in silence", mend)
+        yield level(f"maxmemory-policy is {policy}: when memory is short it drops mail in silence", no_eviction(place))
     if most and used >= most:
         yield fault(
             f"it is full: {sized(used)} of {sized(most)}", "let the workers drain the queue, or raise maxmemory"

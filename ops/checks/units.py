@@ -99,6 +99,14 @@ TOGETHER: tuple[tuple[Callable[[Unit], bool], str, str, str], ...] = (  # when, 
         *(FAULT, "not installed: {units}", "sudo bin/install, in your clone"),
     ),
     (
+        lambda unit: unit.get("LoadState") == "masked",
+        *(
+            FAULT,
+            "masked, so nothing can start it: {units}",
+            "sudo systemctl unmask {units} && sudo systemctl start {units}",
+        ),
+    ),
+    (
         lambda unit: unit.get("LoadState") == "loaded" and unit.get("ActiveState") == "inactive",
         *(FAULT, "not started, or stopped by hand: {units}", "sudo systemctl start {units}"),
     ),
@@ -133,6 +141,8 @@ def ours(unit: Unit) -> bool:
 
 def about(unit: Unit, place: Place) -> Findings:
     name, state = unit.get("Id", "?"), unit.get("ActiveState", "?")
+    if unit.get("LoadState") == "masked":  # told above, and nothing else that is said of it means anything
+        return
     if unit.get("LoadState") not in ("loaded", "not-found"):
         yield fault(f"{name} cannot be loaded ({unit.get('LoadState')})", f"systemd-analyze verify {name}")
     elif unit.get("SubState") == "start":

@@ -1,0 +1,63 @@
+"""One machine for all tests here: booted bare, installed as README says, and given back to each test in good order.
+
+    bare       a machine booted from nothing, with a clone of this commit, and a relay beside it
+    installed  the same after `bin/install`, with what was seen on the way
+    server     the same after its one file was edited: it sends mail
+
+Booting one needs root, and all of this takes minutes, so it is done only when it is asked for with REQUIRE_DEPLOY=1, as
+CI does: REQUIRE_DEPLOY=1 bin/test tests/deploy. How long each step took is printed at the end of the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.deploy.machine import Figures, Machine, missing
+from tests.deploy.server import Bare, Installed, Server
+from tests.servers import Relay, eventually
+
+FIGURES = Figures()
+LOGIN = ("AKIAEXAMPLE", "the relay's password is this")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if FIGURES.lines:
+        terminalreporter.section("deploying")
+        for line in FIGURES.lines:
+            terminalreporter.write_line(line)
+
+
+def relay_at(machine: Machine) -> Relay:
+    """With STARTTLS and AUTH, on the port for it, by a name and with a certificate of its own authority."""
+    return Relay(LOGIN, "starttls", host=machine.network.host, name="smtp.shop.internal", port=587)
+
+
+@pytest.fixture(scope="session")
+def bare() -> Iterator[Bare]:
+    if os.environ.get("REQUIRE_DEPLOY") != "1":
+        pytest.skip("it boots a machine and takes minutes; REQUIRE_DEPLOY=1 asks for it")
+    if reason := missing():
+        pytest.fail(reason)
+    with Machine(FIGURES) as machine, relay_at(machine) as relay:
+        yield Bare(machine, relay)
+
+
+@pytest.fixture(scope="session")
+def installed(bare: Bare) -> Installed:
+    return bare.install()
+
+
+@pytest.fixture(scope="session")
+def configured(installed: Installed) -> Server:
+    return installed.configure()
+
+
+@pytest.fixture
+def server(configured: Server) -> Iterator[Server]:
+    """Whole before the test and whole after it: what a test breaks it mends, and whoever does not is told at once."""
+    configured.relay.accepted.clear()
+    yield configured
+    eventually(configured.is_up, 60)

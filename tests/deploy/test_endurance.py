@@ -1,0 +1,74 @@
+"""What happens to a server in its life: processes killed, one that hangs, reboots. Nobody comes to help."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.deploy.server import API, DASHBOARD, EMAIL, JOBS, NGINX, REDIS, Server
+from tests.servers import eventually
+
+pytestmark = pytest.mark.deploy
+
+
+def restarted(server: Server, unit: str, was: int) -> bool:
+    return server.main_pid(unit) not in (0, was) and server.is_up()
+
+
+@pytest.mark.parametrize("unit", [API, EMAIL, JOBS, DASHBOARD, REDIS, NGINX])
+def test_a_killed_service_comes_back_and_no_mail_is_lost(server: Server, unit: str) -> None:
+    before = dict(server.post() for _ in range(5))
+    if unit == REDIS:
+        server.arrives(*before)  # a mail that is being sent meanwhile is in doubt, and sent again two minutes later
+    was = server.main_pid(unit)
+    server.machine.run(f"kill -9 {was}")
+    eventually(lambda: restarted(server, unit, was), 60)
+    after, _ = server.post()
+    server.arrives(*before, after, seconds=150)
+    eventually(lambda: {server.api.email(mail_id)["status"] for mail_id in before.values()} == {"sent"})
+
+
+def test_each_process_of_the_api_is_replaced(server: Server) -> None:
+    main, before = server.main_pid(API), set(server.processes(API))
+    assert len(before) > 2
+    for process in before - {main}:
+        server.machine.run(f"kill -9 {process}", check=False)  # the last may be a helper that is gone by now
+        recipient, _ = server.post()
+        server.arrives(recipient)
+    eventually(lambda: len(set(server.processes(API)) - before) >= len(before) - 1)
+
+
+def test_a_worker_that_hangs_is_found_by_the_watchdog(server: Server) -> None:
+    """With a watchdog of ten seconds instead of two minutes, which the worker learns from systemd."""
+    folder = f"/run/systemd/system/{EMAIL}.d"
+    server.machine.run(f"mkdir -p {folder} && printf '[Service]\\nWatchdogSec=10\\n' > {folder}/test.conf")
+    try:
+        server.machine.run(f"systemctl daemon-reload && systemctl restart {EMAIL}")
+        hung = server.main_pid(EMAIL)
+        server.machine.run(f"kill -STOP {hung}")
+        recipient, _ = server.post()
+        eventually(lambda: restarted(server, EMAIL, hung), 90)
+        server.arrives(recipient, seconds=150)
+        assert "watchdog" in server.machine.says(f"journalctl --no-pager -u {EMAIL} -n 100").lower()
+    finally:
+        server.machine.run(f"rm -r {folder} && systemctl daemon-reload && systemctl restart {EMAIL}")
+
+
+def waiting(server: Server, mail_ids: list[str]) -> bool:
+    return {server.api.email(mail_id)["status"] for mail_id in mail_ids} <= {"queued", "delayed"}
+
+
+@pytest.mark.parametrize("how", ["rebooted", "cut off"])
+def test_after_a_reboot_all_is_as_before_and_each_mail_is_sent_once(server: Server, how: str) -> None:
+    """Cut off: every process is killed at once. What a power cut does to a disk's own cache cannot be done here."""
+    with server.relay_away():
+        posted = dict(server.post() for _ in range(20))
+        if how == "rebooted":
+            server.machine.reboot()
+        else:
+            server.machine.kill()
+            server.machine.boot()
+        eventually(server.is_up, 60)
+        eventually(lambda: waiting(server, list(posted.values())))
+    server.arrives(*posted, seconds=120)
+    eventually(lambda: {server.api.email(mail_id)["status"] for mail_id in posted.values()} == {"sent"})
+    assert server.copies() == dict.fromkeys(posted, 1)

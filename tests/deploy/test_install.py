@@ -1,0 +1,141 @@
+"""From a bare system to a delivered mail: `git clone`, `sudo bin/install`, one file edited, done."""
+
+from __future__ import annotations
+
+import email
+import re
+
+import pytest
+
+from service import ROUTES
+from tests.deploy.machine import Machine
+from tests.deploy.server import API, COMMANDS, DASHBOARD, EMAIL, ENV, JOBS, OURS, Installed, Server
+from tests.servers import Api, eventually
+
+pytestmark = pytest.mark.deploy
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(installed: Installed) -> None:
+    assert {path.split()[0] for path in installed.touched_by_dry_run} == set()
+    for step in ("redis-server", "nginx", "async-email-api", "/etc/async-email", "/opt/async-email"):
+        assert step in installed.dry_run.stdout, step
+
+
+def test_the_installation_ends_with_a_key_and_a_curl_to_try(installed: Installed) -> None:
+    assert installed.key
+    assert "curl" in installed.install.stdout
+    assert "/start-job" in installed.install.stdout
+
+
+def test_before_the_first_edit_the_doctor_names_what_is_missing(installed: Installed) -> None:
+    assert installed.doctor.exit == 2
+    faults = [finding for finding in installed.doctor.findings if finding.level == "fault"]
+    for name in ("SMTP_HOST", "MAIL_FROM"):
+        told = [finding for finding in faults if f"{name} is not set" in finding.found]
+        assert told
+        assert all(ENV in finding.mend for finding in told)
+
+
+def test_a_mail_posted_on_port_80_is_delivered(server: Server) -> None:
+    recipient, mail_id = server.post()
+    server.arrives(recipient)
+    (mail,) = server.relay.accepted
+    assert mail.sender == "hello@shop.internal"
+    assert email.message_from_bytes(mail.content)["Subject"] == "Welcome, Ada"
+    eventually(lambda: server.api.email(mail_id)["status"] == "sent")
+
+
+def test_the_curl_that_the_installation_shows_works_as_it_stands(server: Server, installed: Installed) -> None:
+    found = re.search(r"curl(?:[^\n]*\\\n)*[^\n]*", installed.install.stdout)
+    assert found
+    assert '"queued"' in server.machine.admin(found[0]).stdout
+    eventually(lambda: server.relay.accepted)
+
+
+def test_a_second_installation_changes_nothing(server: Server) -> None:
+    before, running = server.machine.files(), server.main_pids()
+    again = server.install()
+    changed = before ^ server.machine.files()
+    assert {line for line in changed if line.startswith(("/etc/", "/opt/", "/usr/"))} == set()
+    assert server.main_pids() == running
+    assert server.key not in again.stdout
+
+
+def test_only_ssh_and_http_listen_to_the_world(server: Server) -> None:
+    assert server.listening_to_the_world() <= {22, 80, 443}
+
+
+@pytest.mark.parametrize("path", ["/rq/", "/rq/queues", "/metrics", "/readyz", "/", "/.env", "/nothing"])
+def test_what_is_not_the_apis_is_nobodys_from_outside(server: Server, path: str) -> None:
+    assert server.api.get(path).status in (403, 404)
+
+
+@pytest.mark.parametrize(("method", "path"), [(method, path) for method, path, _, scope in ROUTES if scope])
+def test_without_a_key_nothing_is_answered(server: Server, method: str, path: str) -> None:
+    path = re.sub(r"<\w+>", "6d1f0a52-6f5e-4b57-9d0e-6a2f0b1c8f3d", path)
+    assert server.api.call(method, path, {}, {"Authorization": ""}).status == 401
+    assert Api(80, "no-key-of-ours", server.machine.address).call(method, path, {}).status == 403
+
+
+def test_whether_it_is_up_is_told_to_everybody(server: Server) -> None:
+    assert server.api.call("GET", "/healthz", None, {"Authorization": ""}).status == 200
+
+
+def test_the_dashboard_and_the_metrics_are_there_for_the_machine_itself(server: Server) -> None:
+    password = "$(sudo cat /etc/async-email/credentials/dashboard_password)"
+    page = server.machine.admin(f"curl -sSf -u admin:{password} http://127.0.0.1/rq/").stdout
+    assert "<html" in page
+    assert server.machine.admin("curl -sSf http://127.0.0.1/readyz").returncode == 0
+    assert "async_email_" in server.machine.admin("curl -sSf http://127.0.0.1/metrics").stdout
+
+
+@pytest.mark.parametrize("unit", OURS)
+def test_a_unit_is_exposed_to_little(server: Server, unit: str) -> None:
+    """systemd's own judgement of the unit as it is loaded: 10 is the worst. It gives most services 9.6."""
+    shown = server.machine.says(f"systemd-analyze security --no-pager {unit} | tail -1")
+    found = re.search(r"exposure level for \S+: ([0-9.]+)", shown)
+    assert found, shown
+    assert float(found[1]) <= 1.5
+
+
+def test_the_commands_that_people_know_show_what_they_expect(server: Server) -> None:
+    recipient, _ = server.post()
+    server.arrives(recipient)
+    journal = server.machine.admin("sudo journalctl -u async-email-api -n 50 --no-pager").stdout
+    assert re.search(r"request .*method=POST .*route=/start-job .*status=202", journal)
+    status = server.machine.admin("systemctl status async-email-worker@email --no-pager").stdout
+    assert "active (running)" in status
+    journal = server.machine.admin("sudo journalctl -u async-email-worker@email -n 50 --no-pager").stdout
+    assert re.search(r"\bsent id=", journal)
+
+
+def test_no_secret_and_no_address_is_in_the_journal_or_a_process_title(server: Server) -> None:
+    recipient, _ = server.post()
+    server.arrives(recipient)
+    told = journal(server.machine) + server.machine.says("ps -eo args") + unit_properties(server.machine)
+    assert server.relay.login
+    stored = server.machine.admin("sudo sh -c 'cat /etc/async-email/credentials/*'").stdout
+    redis_password = re.search(r":([^:@/]{16,})@|password=([^&\s]{16,})", stored)
+    assert redis_password
+    for secret in (recipient, server.relay.login[1], server.key, redis_password[1] or redis_password[2], "hello@shop"):
+        assert secret not in told
+
+
+def journal(machine: Machine) -> str:
+    return machine.says("journalctl --no-pager -o cat")
+
+
+def unit_properties(machine: Machine) -> str:
+    return machine.says(f"systemctl show {API} {EMAIL} {JOBS} {DASHBOARD}")
+
+
+def test_a_new_key_works_until_it_is_revoked(server: Server) -> None:
+    made = server.machine.admin(f"sudo {COMMANDS}/key new billing --scope send").stdout
+    billing = Api(80, made.strip(), server.machine.address)
+    mail = {"name": "Ada", "email": server.somebody()}
+    restart = "sudo systemctl restart async-email-api"
+    server.machine.admin(restart)
+    assert billing.post("/start-job", mail).status == 202
+    assert "billing" in server.machine.admin(f"sudo {COMMANDS}/key list").stdout
+    server.machine.admin(f"sudo {COMMANDS}/key revoke billing && {restart}")
+    assert billing.post("/start-job", mail).status == 403

@@ -1,0 +1,429 @@
+"""`bin/install`, step by step, in a folder that stands for the machine; tests/deploy runs all of it on a whole one.
+
+What a step would have systemctl, apt-get or nginx do is only noted. Redis is real: the configuration that is written is
+the one under which the service has to work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from ops import install
+from ops.dev import find_redis_server
+from ops.install import Fault, Server
+from settings import Settings, parse_api_keys
+from tests.servers import ROOT, House, Relay, eventually, project_files
+
+GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@example.com")
+
+
+@pytest.fixture(autouse=True)
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commands that would have been run."""
+    commands: list[str] = []
+
+    def run(self: Server, *command: str | Path, may_fail: bool = False) -> bool:
+        commands.append(" ".join(map(str, command)))
+        return True
+
+    monkeypatch.setattr(Server, "run", run)
+    monkeypatch.setattr(install, "ask", lambda *_, **__: "")
+    return commands
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone whose one commit is the project as it stands."""
+    source = tmp_path / "clone"
+    for path in project_files():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, source / path)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it stands"]):
+        subprocess.run([*GIT, "-C", source, *command], check=True)
+    return source
+
+
+@pytest.fixture
+def server(clone: Path, tmp_path: Path) -> Server:
+    return Server(clone, under=tmp_path / "machine")
+
+
+def content(folder: Path) -> dict[str, str | bytes]:
+    """Every file and link below it."""
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    return {str(path): os.readlink(path) if path.is_symlink() else path.read_bytes() for path in paths}
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_each_step_says_in_one_line_what_it_does() -> None:
+    for step in (*install.INSTALL, *install.ROLLBACK):
+        assert step.__doc__
+        assert "\n" not in step.__doc__
+
+
+@pytest.mark.parametrize("option", [[], ["--rollback"]])
+def test_a_dry_run_as_anybody_changes_nothing(clone: Path, option: list[str]) -> None:
+    os.utime(clone / "service.py", (1, 1))  # else `git status` has nothing new to write down
+    before = content(clone)
+    ran = subprocess.run([clone / "bin/install", "--dry-run", *option], capture_output=True, text=True, cwd="/")
+    assert "==> " in ran.stdout
+    assert ran.stdout.endswith("Nothing was changed.\n") or "there is none" in ran.stderr
+    assert content(clone) == before
+
+
+def test_a_dry_run_of_each_step_changes_nothing(clone: Path, tmp_path: Path) -> None:
+    dry = Server(clone, dry=True, under=tmp_path / "machine")
+    for step in install.INSTALL:
+        step(dry)
+    assert not (tmp_path / "machine").exists()
+
+
+def test_a_step_that_fails_ends_it_and_shows_the_key_that_was_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its SHA-256 is stored by then, and nobody could ever find out the key."""
+
+    def full(_: Server) -> None:
+        """A step"""
+        raise OSError("the disk is full")
+
+    machine = tmp_path / "machine"
+    monkeypatch.setattr(install, "Server", lambda source, dry: Server(source, dry=dry, under=machine))
+    monkeypatch.setattr(install, "INSTALL", (install.configure, full, install.switch))
+    assert install.main([]) == 1
+    said = capsys.readouterr()
+    assert "Stopped: the disk is full" in said.err
+    key = said.out.split()[-1]
+    assert hashlib.sha256(key.encode()).hexdigest() in (machine / "etc/async-email/credentials/api_keys").read_text()
+    assert not (machine / "opt").exists()
+
+
+# --- the release ------------------------------------------------------------------------------------------------------
+
+
+def test_a_release_is_named_by_its_version_and_commit(clone: Path) -> None:
+    commit = subprocess.run(["git", "-C", clone, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    version = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert version
+    assert install.release_id(clone) == f"{version[1]}-{commit.stdout.strip()}"
+
+
+def test_a_change_that_is_not_committed_is_a_release_of_its_own(clone: Path) -> None:
+    committed = install.release_id(clone)
+    with (clone / "tasks.py").open("a") as tasks:
+        tasks.write("# another task\n")
+    changed = install.release_id(clone)
+    assert changed.startswith(f"{committed}-changed-")
+    assert install.release_id(clone) == changed
+
+
+def test_what_is_in_the_clone_by_accident_is_not_installed(clone: Path, tmp_path: Path) -> None:
+    (clone / ".env").write_text("SMTP_PASSWORD=secret\n")
+    (clone / "notes.txt").write_text("mine\n")
+    install.copy_tree(clone, tmp_path / "release")
+    copied = {str(path.relative_to(tmp_path / "release")) for path in (tmp_path / "release").rglob("*")}
+    assert {"service.py", "bin/install", "templates/welcome/subject.txt"} <= copied
+    assert not copied & {".env", ".git", "notes.txt"}
+
+
+def test_without_git_a_release_is_named_by_what_is_in_it(clone: Path) -> None:
+    (clone / ".git").rename(clone.parent / "git")
+    (clone / ".env").write_text("SMTP_PASSWORD=secret\n")
+    name = install.release_id(clone)
+    assert name == install.release_id(clone)
+    assert Path(".env") not in install.files_of(clone)
+    (clone / "tasks.py").write_text("")
+    assert install.release_id(clone) != name
+
+
+def test_a_copy_can_be_read_by_everybody_and_run_where_the_original_can(clone: Path, tmp_path: Path) -> None:
+    (clone / "service.py").chmod(0o600)
+    install.copy_tree(clone, tmp_path / "release")
+    assert mode(tmp_path / "release/service.py") == 0o644
+    assert mode(tmp_path / "release/bin/install") == 0o755
+
+
+def test_a_release_that_was_not_finished_is_made_again(server: Server, noted: list[str]) -> None:
+    install.make_release(server)
+    assert any("--require-hashes" in command for command in noted)
+    (server.release / install.MARK).unlink()
+    (server.release / "left-over").write_text("")
+    noted.clear()
+    install.make_release(server)
+    assert noted
+    assert not (server.release / "left-over").exists()
+    noted.clear()
+    install.make_release(server)
+    assert noted == []
+
+
+def test_the_switch_is_the_last_thing_that_can_fail_and_remembers_what_was(server: Server, clone: Path) -> None:
+    install.make_release(server)
+    install.switch(server)
+    first = server.release
+    (clone / "tasks.py").write_text("")
+    install.make_release(server)
+    assert server.current.resolve() == first
+    install.switch(server)
+    assert server.current.resolve() == server.release
+    assert server.previous.resolve() == first
+    install.switch(server)  # a second run
+    assert server.previous.resolve() == first
+
+
+def test_a_rollback_goes_to_the_release_before_and_back(server: Server, clone: Path) -> None:
+    with pytest.raises(Fault, match="there is none"):
+        install.find_release_before(server)
+    install.make_release(server)
+    install.switch(server)
+    first = server.release
+    (clone / "tasks.py").write_text("")
+    install.make_release(server)
+    install.switch(server)
+    second = server.release
+    for expected in (first, second):
+        install.find_release_before(server)
+        install.switch(server)
+        assert server.current.resolve() == expected
+
+
+def test_three_releases_are_kept_and_what_is_used_is_among_them(server: Server) -> None:
+    for number in range(6):
+        (server.releases / str(number)).mkdir(parents=True)
+        os.utime(server.releases / str(number), (number, number))
+    server.link(server.current, "releases/4")
+    server.link(server.previous, "releases/0")  # after a rollback, say
+    install.remove_old_releases(server)
+    assert sorted(path.name for path in server.releases.iterdir()) == ["0", "4", "5"]
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def test_secrets_are_made_once_and_only_root_reads_them(server: Server) -> None:
+    install.configure(server)
+    key = server.new_key
+    assert key
+    known = parse_api_keys((server.credentials / "api_keys").read_text().strip())
+    assert known == (("default", hashlib.sha256(key.encode()).hexdigest(), "full"),)
+    assert mode(server.etc) == mode(server.credentials) == 0o700
+    assert {mode(path) for path in (server.env, *server.credentials.iterdir())} == {0o600}
+    before = content(server.etc)
+    install.configure(server)
+    assert content(server.etc) == before
+    assert server.new_key == key
+
+
+def test_what_the_operator_has_set_is_neither_overwritten_nor_made(server: Server) -> None:
+    server.etc.mkdir(parents=True)
+    server.env.write_text("REDIS_URL=rediss://elsewhere/0\nDASHBOARD_PASSWORD_FILE=/etc/password\n#API_KEYS=\n")
+    install.configure(server)
+    install.start_redis(server)
+    assert server.env.read_text().startswith("REDIS_URL=rediss://elsewhere/0\n")
+    assert (server.credentials / "redis_url").read_text() == ""
+    assert (server.credentials / "dashboard_password").read_text() == ""
+    assert server.new_key
+    assert not server.redis_conf.exists()
+
+
+def test_the_service_reads_what_was_made(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    install.configure(server)
+    settings = Settings(_env_file=server.env, _secrets_dir=server.credentials)
+    assert settings.redis_url.get_secret_value().startswith("unix://async-email:")
+    assert settings.dashboard_password
+    assert len(settings.api_keys) == 1
+    assert not settings.smtp_password
+
+
+class InstalledRedis:
+    """A Redis under the configuration that is written, in a place of its own."""
+
+    def __init__(self, server: Server, place: Path) -> None:
+        place.mkdir()
+        install.configure(server)
+        text = install.redis_configuration(server)
+        assert "maxmemory MAXMEMORY" not in text
+        assert "#SHA256" not in text
+        text = text.replace("/run/redis-async-email", str(place)).replace("/var/lib/redis-async-email", str(place))
+        (place / "redis.conf").write_text(text)
+        self.place = place
+        url = (server.credentials / "redis_url").read_text().strip()
+        self.url = url.replace("/run/redis-async-email", str(place))
+
+    def start(self) -> None:
+        program = find_redis_server()
+        assert program
+        with (self.place / "log").open("ab") as log:
+            self.process = subprocess.Popen([program, self.place / "redis.conf"], stdout=log)
+        eventually(self.answers)
+
+    def answers(self) -> bool:
+        with redis.Redis.from_url(self.url) as client:
+            try:
+                return bool(client.ping())
+            except redis.ConnectionError:
+                return False
+
+    def stop(self, how: signal.Signals) -> None:
+        self.process.send_signal(how)
+        self.process.wait()
+
+
+@pytest.fixture
+def installed_redis(server: Server, tmp_path: Path) -> Iterator[InstalledRedis]:
+    running = InstalledRedis(server, tmp_path / "redis")
+    running.start()
+    yield running
+    running.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_restart_of_its_redis_takes_no_mail(
+    installed_redis: InstalledRedis, tmp_path: Path, how: signal.Signals
+) -> None:
+    """Redis reads its file as the user `default`, and skips what this user may not do."""
+    mail = {"to": "ada@example.com", "subject": "s", "text": "t"}
+    with House(tmp_path, installed_redis.url) as house:
+        api = house.api()
+        kept = [api.post("/emails", mail).body["id"] for _ in range(3)]
+        with redis.Redis.from_url(installed_redis.url) as client:
+            before = client.dbsize()
+        installed_redis.stop(how)
+        installed_redis.start()
+        assert {api.email(mail_id)["status"] for mail_id in kept} == {"queued"}
+        with redis.Redis.from_url(installed_redis.url) as client:
+            assert client.dbsize() == before
+            assert client.llen("rq:queue:email") == 3
+    assert "CRITICAL" not in (installed_redis.place / "log").read_text()
+
+
+def test_under_its_redis_the_service_does_all_it_does(installed_redis: InstalledRedis, tmp_path: Path) -> None:
+    with Relay() as relay, House(tmp_path, installed_redis.url, **relay.environment(tmp_path)) as house:
+        api = house.api()
+        workers = [house.worker(), house.worker("jobs")]
+        mail = {"to": "ada@example.com", "subject": "s", "text": "t"}
+        api.wait_for(api.post("/emails", mail).body["id"], "sent")
+        relay.rcpt["put-off@example.com"] = ["451 later"]
+        put_off = api.post("/emails", mail | {"to": "put-off@example.com"}).body["id"]
+        api.wait_for(put_off, "sent", 60)
+        job = api.post("/jobs", {"task": "why_failed"}).body["job_id"]
+        eventually(lambda: api.get(f"/jobs/{job}").body["status"] == "finished")
+        ready = api.get("/readyz")
+        assert (ready.status, ready.body["reasons"]) == (200, [])
+        for worker in workers:  # which wakes those who wait for a job
+            worker.terminate()
+            assert worker.wait(30) == 0
+    with redis.Redis.from_url(installed_redis.url) as client:
+        calls = client.info("commandstats")
+    refused = {name for name, counts in calls.items() if counts.get("rejected_calls")}
+    assert refused <= {"cmdstat_client|maint_notifications"}
+
+
+def test_redis_may_read_back_whatever_it_wrote() -> None:
+    """It reads its file as `default`. Redis 7.0 skips a transaction there that this user may not run; Valkey 9 does
+    not, so with that one the test above cannot tell."""
+    lines = (ROOT / "redis" / "async-email.conf").read_text().splitlines()
+    assert "user default off ~* &* +@all" in lines
+
+
+def test_its_redis_keeps_what_it_takes_and_obeys_nobody_else(installed_redis: InstalledRedis) -> None:
+    with redis.Redis.from_url(installed_redis.url) as client:
+        persistence, memory = client.info("persistence"), client.info("memory")
+        assert persistence["aof_enabled"] == 1
+        assert memory["maxmemory_policy"] == "noeviction"
+        assert memory["maxmemory"] == pytest.approx(0.4 * memory["total_system_memory"], rel=0.01)
+        for command in ("FLUSHALL", "KEYS *", "CONFIG SET appendonly no", "SHUTDOWN", "ACL LIST", "REPLICAOF NO ONE"):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*command.split())
+    path = installed_redis.url.rpartition("@")[2]
+    with redis.Redis(unix_socket_path=path) as nobody, pytest.raises(redis.exceptions.AuthenticationError):
+        nobody.ping()
+
+
+# --- nginx ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nginx(server: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """/etc/nginx as the package leaves it."""
+    for folder in ("sites-available", "sites-enabled"):
+        (server.nginx / folder).mkdir(parents=True)
+    (server.nginx / "sites-available/default").write_text("welcome\n")
+    (server.nginx / "sites-enabled/default").symlink_to(server.nginx / "sites-available/default")
+    known = f" {server.nginx}/sites-available/default {hashlib.md5(b'welcome' + bytes([10])).hexdigest()}"
+    monkeypatch.setattr(install, "ask", lambda *command, **_: known if command[0] == "dpkg-query" else "")
+    return server.nginx
+
+
+def test_the_site_takes_the_place_of_the_welcome_page(server: Server, nginx: Path) -> None:
+    install.set_up_nginx(server)
+    assert [path.name for path in (nginx / "sites-enabled").iterdir()] == ["async-email"]
+    assert (nginx / "sites-enabled/async-email").read_text() == (server.source / "nginx/async-email.conf").read_text()
+
+
+def test_a_default_site_that_somebody_has_changed_stays(server: Server, nginx: Path) -> None:
+    (nginx / "sites-available/default").write_text("my shop\n")
+    install.set_up_nginx(server)
+    assert {path.name for path in (nginx / "sites-enabled").iterdir()} == {"async-email", "default"}
+
+
+def test_a_site_that_was_edited_stays_and_one_that_was_not_is_brought_up_to_date(server: Server, nginx: Path) -> None:
+    install.make_release(server)
+    install.set_up_nginx(server)
+    site, ours = nginx / "sites-available/async-email", server.source / "nginx/async-email.conf"
+    ours.write_text(ours.read_text() + "# of the next release\n")
+    install.set_up_nginx(server)
+    assert site.read_text() == ours.read_text()
+    site.write_text("server_name mail.example.com; # managed by Certbot\n")
+    install.set_up_nginx(server)
+    assert site.read_text().startswith("server_name mail.example.com")
+
+
+def test_a_site_that_nginx_does_not_take_is_taken_out_again(
+    server: Server, nginx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Server, *command: str, may_fail: bool = False) -> bool:
+        if command == ("nginx", "-t"):
+            raise Fault("duplicate default server")
+        return True
+
+    before, run_well = content(nginx), Server.run
+    monkeypatch.setattr(Server, "run", run)
+    with pytest.raises(Fault, match="duplicate default server"):
+        install.set_up_nginx(server)
+    assert content(nginx) == before
+    monkeypatch.setattr(Server, "run", run_well)
+    install.make_release(server)
+    install.set_up_nginx(server)
+    before = content(nginx)
+    (server.source / "nginx/async-email.conf").write_text("nonsense\n")
+    monkeypatch.setattr(Server, "run", run)
+    with pytest.raises(Fault, match="duplicate default server"):
+        install.set_up_nginx(server)
+    assert content(nginx) == before
+
+
+# --- the units --------------------------------------------------------------------------------------------------------
+
+
+def test_units_are_copied_only_where_they_differ(server: Server, noted: list[str]) -> None:
+    install.install_units(server)
+    assert "async-email-api.service" in server.changed_units
+    assert noted == ["systemctl daemon-reload"]
+    again = Server(server.source, under=server.units.parents[2])
+    noted.clear()
+    install.install_units(again)
+    assert (again.changed_units, noted) == (set(), [])

@@ -1,0 +1,295 @@
+"""The nginx site in front of the real service: what it lets through, what it refuses, and in which words.
+
+nginx runs as whoever runs the tests, on a free port, with the site as it stands but for the places named in `place`.
+127.0.0.1 is what it is on a server; 127.0.0.2 stands for the address at which the public reaches it.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import service
+from settings import Settings
+from tests.programs import program
+from tests.servers import ROOT, House, RedisServer, eventually, free_port
+
+SITE = (ROOT / "nginx" / "async-email.conf").read_text()
+MAIL = {"to": "ada@example.com", "subject": "Hello", "text": "Hello there."}
+UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
+HERE, OUTSIDE = "127.0.0.1", "127.0.0.2"
+
+
+class Answer(NamedTuple):
+    status: int
+    body: Any
+    headers: dict[str, str]
+
+
+class Front:
+    """A client of the site."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def call(self, method: str, path: str, body: bytes | None = None, *, at: str = OUTSIDE, **headers: str) -> Answer:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection = http.client.HTTPConnection(at, self.port, timeout=20)
+        try:
+            connection.request(method, path, body, ({"Content-Type": "application/json"} if body else {}) | sent)
+            response = connection.getresponse()
+            text = response.read().decode()
+            is_json = response.headers.get_content_type() == "application/json"
+            return Answer(response.status, json.loads(text) if is_json else text, dict(response.getheaders()))
+        finally:
+            connection.close()
+
+    def send(self, head: str) -> Answer:
+        """Exactly these octets."""
+        with socket.create_connection((OUTSIDE, self.port), timeout=20) as connection:
+            connection.sendall(head.encode())
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            return Answer(response.status, json.loads(response.read()), dict(response.getheaders()))
+
+    def post(self, path: str, body: Any, **headers: str) -> Answer:
+        return self.call("POST", path, json.dumps(body).encode(), Authorization="Bearer full-key", **headers)
+
+
+def place(text: str, **places: str) -> str:
+    """The site with other places; each must stand there exactly as often as it is known to."""
+    for old, new, times in (
+        ("listen 80 default_server;", f"listen {OUTSIDE}:{places['port']} default_server;", 1),
+        ("listen 127.0.0.1:80;", f"listen {HERE}:{places['port']};", 1),
+        ("    listen [::]:80 default_server;\n", "", 1),  # not every machine that runs tests has IPv6
+        ("unix:/run/async-email/api.sock", places["api"], 1),
+        ("http://127.0.0.1:9181", f"http://127.0.0.1:{places.get('dashboard', '1')}", 1),
+        ("proxy_read_timeout 30s", f"proxy_read_timeout {places.get('patience', '30s')}", 2),
+        ("burst=200", f"burst={places.get('burst', '200')}", 1),
+        ("rate=100r/s", f"rate={places.get('rate', '100r/s')}", 1),
+    ):
+        assert text.count(old) == times, old
+        text = text.replace(old, new)
+    return text
+
+
+def written(directory: Path, **places: str) -> Path:
+    """A whole configuration around the site, for an nginx without root, in one process that stays in the foreground."""
+    (directory / "site.conf").write_text(place(SITE, **places))
+    temporary = "".join(f"{kind}_temp_path tmp;\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (directory / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid pid; error_log error.log;\nevents {{}}\nhttp {{\naccess_log off;\n"
+        f"{temporary}include site.conf;\n}}\n"
+    )
+    return directory / "nginx.conf"
+
+
+def nginx(directory: Path, *arguments: str) -> list[str]:
+    return [program("REQUIRE_NGINX", "nginx"), "-p", str(directory), "-c", "nginx.conf", "-e", "error.log", *arguments]
+
+
+@contextmanager
+def serving(directory: Path, **places: str) -> Iterator[Front]:
+    directory.mkdir(exist_ok=True)
+    port = free_port()
+    written(directory, port=str(port), **places)
+    process = subprocess.Popen(nginx(directory), stderr=subprocess.DEVNULL)
+    try:
+        front = Front(port)
+        eventually(lambda: answers(front))
+        yield front
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def answers(front: Front) -> bool:
+    try:
+        return front.call("GET", "/nothing").status == 404
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def house(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    with House(tmp_path_factory.mktemp("house"), redis_server.url, DASHBOARD_PASSWORD="open") as house:
+        yield house
+
+
+@pytest.fixture(scope="module")
+def front(house: House, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    program("REQUIRE_NGINX", "nginx")
+    dashboard = free_port()
+    house.environment |= {"DASHBOARD_LISTEN": f"127.0.0.1:{dashboard}", "PYTHONPATH": str(ROOT)}
+    house.run("dashboard", "-m", "ops.dashboard")
+    api = house.api()
+    with serving(tmp_path_factory.mktemp("nginx"), api=f"{HERE}:{api.port}", dashboard=str(dashboard)) as front:
+        yield front
+
+
+def is_ours(answer: Answer, status: int, name: str) -> bool:
+    """Whether it is the one error shape."""
+    assert answer.status == status, answer
+    assert set(answer.body) == {"statusCode", "name", "message", "request_id"}
+    assert answer.body["request_id"] == answer.headers["X-Request-Id"]
+    return (answer.body["statusCode"], answer.body["name"]) == (status, name)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_nginx_takes_it(tmp_path: Path) -> None:
+    written(tmp_path, port=str(free_port()), api="unix:/run/async-email/api.sock")
+    ran = subprocess.run(nginx(tmp_path, "-t"), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "[warn]" not in ran.stderr
+
+
+def test_gixy_finds_nothing_unsafe(tmp_path: Path) -> None:
+    """Of medium or higher severity, in the site as it stands."""
+    configuration = written(tmp_path, port="80", api="unix:/run/async-email/api.sock")
+    (tmp_path / "site.conf").write_text(SITE)
+    gixy = [str(Path(sys.executable).with_name("gixy")), "-ll", "--format=json", str(configuration)]
+    ran = subprocess.run(gixy, capture_output=True, text=True)
+    assert json.loads(ran.stdout) == [], ran.stdout
+    assert ran.returncode == 0
+
+
+def test_it_knows_what_the_newest_nginx_has_renamed() -> None:
+    """Ubuntu 22.04 has nginx 1.18."""
+    assert not re.search(r"^\s*(http2|ssl_reject_handshake|quic|http3)\b", SITE, re.MULTILINE)
+
+
+def test_its_limits_are_the_services_own() -> None:
+    sizes = re.findall(r"client_max_body_size ([0-9]+)([km]);", SITE)
+    found = {int(number) * {"k": 1024, "m": 2**20}[unit] for number, unit in sizes}
+    assert found == {service.SMALL_BODY, Settings(_env_file=None).max_message_bytes}
+
+
+# --- what passes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_mail_is_accepted(front: Front) -> None:
+    assert front.post("/start-job", {"name": "Ada", "email": "ada@example.com"}).status == 202
+    assert front.post("/emails", MAIL).status == 202
+    assert front.post("/emails/batch", [MAIL, MAIL]).status == 202
+
+
+@pytest.mark.parametrize("path", ["/emails", "/emails/batch"])
+def test_attachments_pass_where_they_may_come(front: Front, path: str) -> None:
+    content = base64.b64encode(bytes(2**20)).decode()
+    mail = MAIL | {"attachments": [{"filename": "zeros", "content": content}]}
+    assert front.post(path, [mail] if path.endswith("batch") else mail).status == 202
+
+
+@pytest.mark.parametrize(("method", "rule", "scope"), [(route[0], route[1], route[3]) for route in service.ROUTES])
+def test_each_route_is_public_and_wants_a_key_or_is_for_this_machine(
+    front: Front, method: str, rule: str, scope: str | None
+) -> None:
+    path = re.sub(r"<\w+>", UNKNOWN_ID, rule)
+    outside, here = front.call(method, path), front.call(method, path, at=HERE)
+    assert here.status == outside.status or not scope
+    if scope:
+        assert (outside.status, outside.body["name"]) == (401, "missing_api_key")
+    elif path == "/healthz":
+        assert outside.status == 200
+    else:
+        assert is_ours(outside, 404, "not_found")
+        assert here.status in (200, 503)
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/readyz", "/rq/", "/rq/static/css/main.css"])
+@pytest.mark.parametrize("claim", ["X-Forwarded-For", "X-Real-IP", "Forwarded"])
+def test_what_is_for_this_machine_is_refused_whatever_a_client_claims(front: Front, path: str, claim: str) -> None:
+    headers: dict[str, Any] = {claim.replace("-", "_"): "127.0.0.1"}
+    assert is_ours(front.call("GET", path, Host="localhost", **headers), 404, "not_found")
+
+
+def test_the_dashboard_is_there_for_this_machine_and_asks_who_it_is(front: Front) -> None:
+    login = "Basic " + base64.b64encode(b"admin:open").decode()
+    eventually(lambda: front.call("GET", "/rq/", at=HERE).status == 401)
+    assert front.call("GET", "/rq", at=HERE).headers["Location"] == "/rq/"
+    answer = front.call("GET", "/rq/", at=HERE, Authorization=login)
+    assert answer.status == 200
+    assert "/rq/static/" in answer.body
+
+
+def test_the_services_own_errors_pass_as_they_are(front: Front) -> None:
+    invalid = front.post("/emails", {"to": "nobody", "subject": "s", "text": "t"})
+    assert (invalid.status, invalid.body["errors"][0]["field"]) == (422, "to[0]")
+    method = front.call("GET", "/start-job")
+    assert (method.status, method.body["message"]) == (405, "this path takes POST")
+    unknown = front.call("GET", f"/emails/{UNKNOWN_ID}", Authorization="Bearer full-key")
+    assert (unknown.status, unknown.body["name"]) == (404, "not_found")
+
+
+def test_one_request_id_goes_all_the_way(front: Front, house: House) -> None:
+    answer = front.post("/start-job", {"name": "Ada", "email": "ada@example.com"}, X_Request_Id="shop.4711")
+    assert answer.headers["X-Request-Id"] == "shop.4711"
+    assert "request_id=shop.4711" in house.log("api")
+    made = front.post("/start-job", {"name": "Ada", "email": "ada@example.com"}, X_Request_Id="not an id")
+    assert re.fullmatch("[0-9a-f]{32}", made.headers["X-Request-Id"])
+    assert front.call("GET", "/nothing", X_Request_Id="shop.4712").body["request_id"] == "shop.4712"
+
+
+# --- what nginx refuses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/", "/index.php", "/emailsx", "/start-job/", "/.env"])
+def test_what_does_not_exist_is_not_found(front: Front, path: str) -> None:
+    answer = front.call("GET", path)
+    assert is_ours(answer, 404, "not_found")
+    assert answer.headers["Server"] == "nginx"  # without its version
+    assert "Strict-Transport-Security" not in answer.headers  # this is plain HTTP
+
+
+@pytest.mark.parametrize(
+    ("path", "octets"),
+    [("/start-job", 70_000), ("/jobs", 70_000), (f"/jobs/{UNKNOWN_ID}/requeue", 70_000), ("/emails", 11 * 2**20)],
+)
+def test_a_body_over_the_limit_is_refused_before_it_is_sent(front: Front, path: str, octets: int) -> None:
+    answer = front.send(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {octets}\r\n\r\n")
+    assert is_ours(answer, 413, "request_too_large")
+
+
+def test_what_is_no_request_is_refused_in_the_same_shape(front: Front) -> None:
+    assert is_ours(front.send("GET / HTTP/1.1\r\nHost: a b\r\n\r\n"), 400, "validation_error")
+
+
+def test_too_many_requests_are_told_when_to_come_again(tmp_path: Path) -> None:
+    with serving(tmp_path, api=f"{HERE}:1", rate="1r/m", burst="5") as front:
+        seen = [front.call("GET", "/healthz") for _ in range(10)]
+    assert is_ours(seen[-1], 429, "rate_limit_exceeded")
+    assert seen[-1].headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize("at", [HERE, OUTSIDE])
+def test_a_service_that_is_away_is_said_in_the_same_shape(tmp_path: Path, at: str) -> None:
+    with serving(tmp_path, api=f"unix:{tmp_path}/nobody.sock") as front:
+        answer = front.call("POST", "/emails", b"{}", at=at)
+    assert is_ours(answer, 502, "service_unavailable")
+    assert answer.headers["Retry-After"] == "5"
+
+
+def test_a_request_without_an_answer_is_not_sent_a_second_time(tmp_path: Path) -> None:
+    with socket.create_server((HERE, 0)) as silent:
+        api = f"{HERE}:{silent.getsockname()[1]}"
+        with serving(tmp_path, api=api, patience="1s") as front:
+            answer = front.post("/emails", MAIL)
+        assert is_ours(answer, 504, "service_unavailable")
+        silent.settimeout(1)
+        silent.accept()[0].close()
+        with pytest.raises(TimeoutError):
+            silent.accept()
