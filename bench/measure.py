@@ -25,7 +25,7 @@ from bench.load import generator
 from bench.progress import Progress
 from bench.report import Results, document, plot
 from bench.rig import NotMeasured, Rig, nginx_program
-from bench.sides import PEERS, THREADS, make_environment
+from bench.sides import COMMON, PEERS, make_environment
 from bench.targets import MEASUREMENTS
 from bench.trials import QUICK, TRIALS, Figures, Size, load_ceiling, relay_ceiling, relay_ceiling_kept
 from tests.servers import ROOT
@@ -93,12 +93,13 @@ def facts(options: argparse.Namespace) -> list[str]:
     listed = {line.split("==")[0]: line.split()[0] for line in (PEERS / "requirements.txt").open() if "==" in line}
     peers = ", ".join(listed[name].replace("==", " ") for name in ("flask", "gunicorn", "celery", "dramatiq"))
     ours = ", ".join(f"{name} {version(name)}" for name in ("waitress", "bottle", "rq"))
+    ours += "".join(f", `{name}={COMMON[name]}`" for name in ("API_PROCESSES", "WORKER_CONCURRENCY"))
     said = [
         f"{date.today()}, {options.rounds} round(s): {processor()}, {os.cpu_count()} cores, "
         f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GB, {system}. "
         "Client, relay and Redis share the machine with what is measured.",
         f"Python {platform.python_version()}; {redis_version()} with `appendfsync everysec`, one for each trial.",
-        f"Ours: {', '.join([ours, *(f'`{key}={value}`' for key, value in THREADS.items())])}. Theirs: {peers}.",
+        f"Ours: {ours}. Theirs: {peers}.",
     ]
     short = ["**A short run, to see that it works: its figures mean nothing.**"] if options.quick else []
     return short + said + ceilings(options.only)

@@ -14,17 +14,16 @@ from pathlib import Path
 
 from bench.backlog import fill
 from bench.rig import Rig
-from settings import Settings
 from tests.servers import ROOT
 
 PEERS = ROOT / "bench" / "peers"
 VENV = ROOT / "var" / "bench" / "venv"
-# Of our worker, as soon as it has a setting for it.
-THREADS = {"WORKER_CONCURRENCY": "16"} if "worker_concurrency" in Settings.model_fields else {}
 KEY = "measured"
 COMMON = {
     "MAIL_FROM": "Acme <hello@example.com>",
     "API_KEYS": f"bench:{hashlib.sha256(KEY.encode()).hexdigest()}:send",
+    "API_PROCESSES": "2",
+    "WORKER_CONCURRENCY": "16",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
 
@@ -42,7 +41,7 @@ class Side:
         return str(VENV / "bin" / "python") if self.framework else sys.executable
 
     def environment(self, rig: Rig, **more: str) -> dict[str, str]:
-        return {**COMMON, "REDIS_URL": rig.redis_server.url, **THREADS, **more}
+        return {**COMMON, "REDIS_URL": rig.redis_server.url, **more}
 
     def start_api(self, rig: Rig, port: int) -> subprocess.Popen[bytes]:
         listen = f"127.0.0.1:{port}"

@@ -40,7 +40,7 @@ class Measurement(NamedTuple):
     drawn: str = ""  # the figure that the plot shows
 
 
-API = "async-email (Waitress, 1 process)"
+API = "async-email (Waitress, 2 processes)"
 OURS = "async-email, 1 process"
 CELERY = "Celery, default"
 SENDING = [

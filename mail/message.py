@@ -272,15 +272,15 @@ class Request(Strict):
 
     sender: Recipient | None = Field(None, alias="from")
     to: Annotated[Recipients, Field(min_length=1)]
-    cc: Recipients = []
-    bcc: Recipients = []
-    reply_to: Recipients = []
+    cc: Recipients = Field(default_factory=list)
+    bcc: Recipients = Field(default_factory=list)
+    reply_to: Recipients = Field(default_factory=list)
     subject: HeaderText | None = None
     html: BodyText | None = None
     text: BodyText | None = None
-    headers: Annotated[dict[HeaderName, HeaderText], Field(max_length=50)] = {}
-    attachments: Annotated[list[Attachment], Field(max_length=50)] = []
-    tags: Annotated[list[Tag], Field(max_length=50)] = []
+    headers: Annotated[dict[HeaderName, HeaderText], Field(max_length=50, default_factory=dict)]
+    attachments: Annotated[list[Attachment], Field(max_length=50, default_factory=list)]
+    tags: Annotated[list[Tag], Field(max_length=50, default_factory=list)]
     template: TemplateUse | None = None
     # Not of Resend's: how this mail is to be treated, not what it says.
     expires_at: Annotated[datetime, BeforeValidator(moment)] | None = None

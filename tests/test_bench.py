@@ -122,7 +122,7 @@ RESULTS: dict[str, dict[str, Rounds]] = {
 
 def test_the_page_has_medians_with_their_spread_and_each_ratio_beside_its_target() -> None:
     page = document(RESULTS, asdict(QUICK), ["2 cores"], ["Round 2: the peer did not start."])
-    assert "| async-email (Waitress, 1 process) | 800 (300–900) | – | 5.0 (5.0–9.0) | – | – |" in page
+    assert "| async-email (Waitress, 2 processes) | 800 (300–900) | – | 5.0 (5.0–9.0) | – | – |" in page
     assert "| Flask + Celery (Gunicorn, 2 workers) | 250 (100–400) |" in page
     assert "| requests/s | 2.50 (2.00–3.00) | ≥ 1.5 | met |" in page  # the second round has no peer
     assert "| p99 | 0.70 (0.50–0.90) | ≤ 1 | met |" in page
