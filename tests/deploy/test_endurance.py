@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.deploy.server import API, DASHBOARD, EMAIL, JOBS, NGINX, REDIS, Server
+from tests.deploy.server import API, DASHBOARD, EMAIL, JOBS, NGINX, REDIS, Load, Server
 from tests.servers import eventually
 
 pytestmark = pytest.mark.deploy
@@ -58,6 +58,16 @@ def test_a_worker_that_hangs_is_found_by_the_watchdog(server: Server) -> None:
         assert "watchdog" in server.machine.says(f"journalctl --no-pager -u {EMAIL} -n 100").lower()
     finally:
         server.machine.run(f"rm -r {folder} && systemctl daemon-reload && systemctl restart {EMAIL}")
+
+
+@pytest.mark.parametrize("unit", [API, EMAIL, REDIS])
+def test_of_what_was_taken_while_a_service_is_killed_nothing_is_lost(server: Server, unit: str) -> None:
+    with Load(server) as load:
+        was = server.main_pid(unit)
+        server.machine.run(f"kill -9 {was}")
+        eventually(lambda: restarted(server, unit, was), 60)
+    assert unit != EMAIL or load.refused == []  # the others tell their clients to come again
+    server.arrives(*load.taken, seconds=200)
 
 
 def waiting(server: Server, mail_ids: list[str]) -> bool:
