@@ -31,7 +31,7 @@ from mail.message import FieldError
 from settings import Address
 
 QUICK_BODY = 16 * 1024  # bytes
-LONG = 0.02  # seconds for one request
+LONG = 0.1  # seconds for one request; less may be the machine being busy
 # Seconds. A process that is to end closes no connection on which a request may be under way: nginx gives up its own
 # after 2 seconds of silence (keepalive_timeout in nginx/async-email.conf).
 QUIET_AFTER, DRAINED_AFTER = 3, 20

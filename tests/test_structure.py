@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import lru_cache
 
 import pytest
 
@@ -73,6 +74,7 @@ HOMES = {  # an outside thing -> the only modules that may import it
 }
 
 
+@lru_cache(maxsize=1)
 def modules() -> dict[str, ast.Module]:
     files = [file for file in project_files() if file.suffix == ".py" and file.parts[0] not in ("tests", "bench")]
     names = {".".join(file.with_suffix("").parts): file for file in files if file.name != "__init__.py"}

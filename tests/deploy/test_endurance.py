@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.deploy.server import API, DASHBOARD, EMAIL, JOBS, NGINX, REDIS, Server
+from tests.deploy.server import API, DASHBOARD, EMAIL, JOBS, NGINX, REDIS, Load, Server
 from tests.servers import eventually
 
 pytestmark = pytest.mark.deploy
@@ -31,10 +31,17 @@ def test_each_process_of_the_api_is_replaced(server: Server) -> None:
     main, before = server.main_pid(API), set(server.processes(API))
     assert len(before) > 2
     for process in before - {main}:
-        server.machine.run(f"kill -9 {process}", check=False)  # the last may be a helper that is gone by now
-        recipient, _ = server.post()
-        server.arrives(recipient)
-    eventually(lambda: len(set(server.processes(API)) - before) >= len(before) - 1)
+        server.machine.run(f"kill -9 {process}")
+        eventually(lambda: is_taken(server), 5)
+    eventually(lambda: len(set(server.processes(API)) - before) == len(before) - 1)
+    assert server.main_pid(API) == main
+
+
+def is_taken(server: Server) -> bool:
+    """False for a request that still went to a process which had just been killed: nginx says 502, and to try again."""
+    answer = server.api.post("/start-job", {"name": "Ada", "email": server.somebody()})
+    assert answer.status in (202, 502), answer
+    return answer.status == 202
 
 
 def test_a_worker_that_hangs_is_found_by_the_watchdog(server: Server) -> None:
@@ -51,6 +58,16 @@ def test_a_worker_that_hangs_is_found_by_the_watchdog(server: Server) -> None:
         assert "watchdog" in server.machine.says(f"journalctl --no-pager -u {EMAIL} -n 100").lower()
     finally:
         server.machine.run(f"rm -r {folder} && systemctl daemon-reload && systemctl restart {EMAIL}")
+
+
+@pytest.mark.parametrize("unit", [API, EMAIL, REDIS])
+def test_of_what_was_taken_while_a_service_is_killed_nothing_is_lost(server: Server, unit: str) -> None:
+    with Load(server) as load:
+        was = server.main_pid(unit)
+        server.machine.run(f"kill -9 {was}")
+        eventually(lambda: restarted(server, unit, was), 60)
+    assert unit != EMAIL or load.refused == []  # the others tell their clients to come again
+    server.arrives(*load.taken, seconds=200)
 
 
 def waiting(server: Server, mail_ids: list[str]) -> bool:
