@@ -127,7 +127,7 @@ def test_a_damaged_file_is_cut_off_where_it_cannot_be_read(server: Server) -> No
             server,
             block("redis-check-aof").replace("sudo -u redis redis-check-aof", "echo y | sudo -u redis redis-check-aof"),
         )
-        eventually(server.is_up, 60)
+        eventually(server.is_up, 120)
         eventually(lambda: server.api.email(mail_id)["status"] in ("queued", "delayed"))
     server.arrives(recipient, seconds=120)
     assert server.copies() == {recipient: 1}
