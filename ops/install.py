@@ -592,6 +592,7 @@ def farewell(server: Server) -> str:
         "\nTry it:\n",
         f"    curl -X POST http://127.0.0.1/start-job -H 'Authorization: Bearer {server.new_key or 'YOUR-API-KEY'}' \\",
         '         -H \'Content-Type: application/json\' -d \'{"name": "Ada", "email": "you@example.com"}\'',
+        f"\nTLS, backup, and what to do at night: {server.current}/docs/operations.md",
     ]
     return "\n".join(lines)
 

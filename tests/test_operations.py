@@ -1,0 +1,245 @@
+"""docs/operations.md: what it names exists, its settings load, and its backup is whole whatever Redis does meanwhile.
+
+Its commands for a server are run on one, in tests/deploy/test_operations.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import redis
+
+import settings
+from events import EVENTS
+from mail import pacing, relay
+from ops.checks import replies
+from ops.install import Server
+from tests.operations import BLOCKS, PAGE, block, line
+from tests.servers import ROOT, RedisServer, eventually
+
+OTHERS = {"REDISCLI_AUTH", "RQ_REDIS_URL"}  # variables of redis-cli and of RQ
+SAID_BY_OTHERS = {  # symptoms whose words are not ours
+    "535 5.7.8 Username and Password not accepted": "Gmail",
+    "Connection timed out": os.strerror(110),
+    "Bad file format reading the append only file": "Redis, see tests/deploy/test_operations.py",
+    "502 Bad Gateway": "nginx, see tests/test_nginx.py",
+}
+
+
+def section(heading: str) -> str:
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    assert found, heading
+    return found[1]
+
+
+def sources() -> str:
+    """All that the processes, the doctor and nginx may say."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("mail/*.py"), *ROOT.glob("ops/**/*.py"), *ROOT.glob("nginx/*")]
+    return "\n".join(file.read_text() for file in files)
+
+
+def test_each_unit_is_one_that_is_installed() -> None:
+    units = {file.name for file in (ROOT / "systemd").iterdir()}
+    named = re.findall(r"(?<![\w/.-])async-email-(?:api|worker|dashboard)[\w@.*-]*|async-email\.target", PAGE)
+    assert len(set(named)) > 5
+    for name in named:
+        template = re.sub(r"@(\w+|\*)", "@", name.rstrip("."))
+        assert {template, f"{template}.service"} & units, name
+    assert set(re.findall(r"redis-server@[\w*-]+", PAGE)) == {"redis-server@async-email", "redis-server@*"}
+
+
+def test_each_path_is_one_of_the_installation() -> None:
+    server = Server(ROOT)
+    made = {server.etc, server.env, server.credentials, server.opt, server.releases, server.current, server.redis_conf}
+    made |= {
+        server.redis_data,
+        server.nginx / "sites-available/async-email",
+        server.nginx / "sites-enabled/async-email",
+    }
+    made |= {server.credentials / name for name in ("redis_url", "api_keys", "dashboard_password", "smtp_password")}
+    of_others = ("/etc/redis/async-email.", "/etc/systemd/system/", "/usr/local/sbin/async-email-backup")
+    for path in re.findall(r"(?<![\w$.])/(?:etc|opt|var/lib|usr/local)/[\w./@-]*async-email[\w./@-]*", PAGE):
+        inside = Path(path).relative_to(server.current) if path.startswith(f"{server.current}/") else None
+        if inside:
+            assert (ROOT / inside).exists() or inside == Path(".venv/bin/rq"), path
+        elif not path.startswith(of_others) and "appendonlydir" not in path and not path.startswith("/etc/ssl/"):
+            assert Path(path.rstrip(".")) in made, path
+
+
+def test_each_setting_is_one() -> None:
+    known = {name.upper() for name in settings.Settings.model_fields} | OTHERS
+    told = set(re.findall(r"(?<![\w*$])[A-Z]{2,}(?:_[A-Z]+)+(?!\w)", PAGE))
+    assert len(told) > 10
+    assert told - known == set()
+
+
+@pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "ini"], ids=lambda text: text[:20])
+def test_each_example_of_settings_is_right(text: str, tmp_path: Path) -> None:
+    (tmp_path / "async-email.env").write_text(text)
+    with settings.environment_of_a_unit(tmp_path):
+        loaded = settings.load(*(["smtp_host", "mail_from"] if "SMTP_HOST" in text else []))
+    assert loaded.smtp_security == "starttls"
+    assert bool(loaded.smtp_rate) == ("SMTP_RATE" in text)
+
+
+def test_the_examples_are_for_the_relays_whose_refusals_the_doctor_explains() -> None:
+    hosts = re.findall(r"^SMTP_HOST=(\S+)", PAGE, re.MULTILINE)
+    for pattern in (replies.GMAIL, replies.MICROSOFT, replies.SES):
+        assert any(re.search(pattern, host) for host in hosts), pattern
+
+
+def test_a_password_with_odd_characters_goes_into_its_own_file(tmp_path: Path) -> None:
+    odd = "a#b 'c\" ${d} $e"
+    (tmp_path / "async-email.env").write_text("SMTP_HOST=smtp.example.com\nSMTP_USERNAME=ada\n")
+    (tmp_path / "smtp_password").write_text(f"{odd}\n")
+    with settings.environment_of_a_unit(tmp_path):
+        password = settings.load("smtp_host").smtp_password
+    assert password
+    assert password.get_secret_value() == odd
+
+
+def test_the_table_of_events_is_complete() -> None:
+    rows = re.findall(r"^\| (`.+?) \|", section("Logs"), re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == EVENTS
+
+
+def test_each_symptom_is_titled_by_what_is_said_somewhere() -> None:
+    said = sources()
+    titles = re.findall(r"^### (.+)$", section("Symptoms"), re.MULTILINE)
+    assert len(titles) > 10
+    for words in (words for title in titles for words in re.findall("`(.+?)`", title)):
+        spelled = re.sub(r" at (connect|greeting|starttls|auth)$", " at {self.phase.value}", words)
+        assert words in SAID_BY_OTHERS or spelled in said, words
+
+
+def test_each_503_is_one() -> None:
+    said = sources()
+    for words in re.findall(r"^- `(.+?)`:", section("Symptoms"), re.MULTILINE):
+        assert words in said, words
+
+
+def test_what_is_said_of_the_breaker_is_so() -> None:
+    assert (pacing.TROUBLES, pacing.PAUSE, relay.LONGEST_HINT) == (3, 30, 12 * 3600)
+    assert line("queue DEL relay").split()[2:] == ["relay:breaker", "relay:probe"]
+    assert 'commands.delete("relay:breaker", "relay:probe")' in (ROOT / "mail/pacing.py").read_text()
+
+
+def test_the_site_has_the_name_that_is_to_be_replaced() -> None:
+    site = (ROOT / "nginx/async-email.conf").read_text()
+    found = re.search("'s/(.*?)/", line("sudo sed -i 's/server_name"))
+    assert found
+    assert site.count(found[1]) == 1
+    assert "rate=100r/s" in site
+
+
+def anchor(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", PAGE):
+        path, _, fragment = target.partition("#")
+        if path.startswith("http"):
+            continue
+        file = (ROOT / "docs" / path).resolve() if path else ROOT / "docs/operations.md"
+        headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE) if file.suffix == ".md" else []
+        assert file.exists(), target
+        assert not fragment or fragment in map(anchor, headings), target
+
+
+def test_a_backup_is_whole_although_redis_writes_meanwhile(tmp_path: Path) -> None:
+    """A writer counts up, in a list and beside it, in one transaction each. Whatever number the copy has got to, all
+    before it are there."""
+    data = folders(tmp_path)
+    over = threading.Event()
+    with RedisServer(data, "--auto-aof-rewrite-percentage", "1", "--auto-aof-rewrite-min-size", "1") as server:
+        writer = threading.Thread(target=count, args=(server, over))
+        writer.start()
+        try:
+            copies = [backup(tmp_path, data, number) for number in range(5)]
+        finally:
+            over.set()
+            writer.join()
+    reached = [restored(tmp_path / f"restored-{number}", copy) for number, copy in enumerate(copies)]
+    assert reached == sorted(reached)
+    assert reached[-1] > reached[0] >= 0
+
+
+def test_a_copy_into_which_a_rewrite_fell_is_made_again(tmp_path: Path) -> None:
+    """cp comes to the manifest last, and before that, the first time, Redis replaces all that it has copied."""
+    data, bin_ = folders(tmp_path), tmp_path / "bin"
+    bin_.mkdir()
+    (bin_ / "cp").write_text(SLOW_CP.replace("HERE", str(tmp_path)).replace("CP", str(shutil.which("cp"))))
+    (bin_ / "cp").chmod(0o755)
+    with RedisServer(data) as server, server.client() as client:
+        client.rpush("numbers", 0)
+        client.set("last", 0)
+        rewriter = threading.Thread(target=rewrite, args=(client, tmp_path))
+        rewriter.start()
+        copy = backup(tmp_path, data, 0, PATH=f"{bin_}:{os.environ['PATH']}")
+        rewriter.join()
+    assert restored(tmp_path / "restored", copy) == 0
+
+
+SLOW_CP = """#!/bin/sh
+to=$3/redis-async-email/appendonlydir
+mkdir -p "$to"
+CP -a "$2"/appendonlydir/*.rdb "$2"/appendonlydir/*.aof "$to"
+touch HERE/copied
+until [ -e HERE/rewritten ]; do sleep 0.05; done
+CP -a "$2"/appendonlydir/*.manifest "$to"
+"""
+
+
+def rewrite(client: redis.Redis, folder: Path) -> None:
+    manifest = folder / "redis-async-email/appendonlydir/appendonly.aof.manifest"
+    before = manifest.read_text()
+    eventually((folder / "copied").exists)
+    client.bgrewriteaof()
+    eventually(lambda: not client.info("persistence")["aof_rewrite_in_progress"] and manifest.read_text() != before)
+    (folder / "rewritten").touch()
+
+
+def folders(tmp_path: Path) -> Path:
+    (tmp_path / "etc").mkdir()
+    data = tmp_path / "redis-async-email"
+    data.mkdir()
+    return data
+
+
+def count(server: RedisServer, over: threading.Event) -> None:
+    number = 0
+    with server.client() as client:
+        while not over.is_set():
+            with client.pipeline() as commands:
+                for _ in range(20):
+                    commands.rpush("numbers", number).set("last", number).set(f"ballast:{number % 500}", "x" * 2000)
+                    number += 1
+                commands.execute()
+
+
+def backup(tmp_path: Path, data: Path, number: int, **environment: str) -> Path:
+    script = block("async-email-backup FILE").replace("/var/lib/redis-async-email", str(data))
+    script = re.sub(r"-C / etc/async-email .*", f"-C {tmp_path} etc", script)
+    file = tmp_path / f"backup-{number}.tar.gz"
+    command = ["sh", "-c", script, "async-email-backup", str(file)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(f"{file.name}.")] == []
+    return file
+
+
+def restored(folder: Path, copy: Path) -> int:
+    """The number that it has got to; -1: none yet."""
+    folder.mkdir()
+    subprocess.run(["tar", "-xzpf", copy, "-C", folder, "redis-async-email"], check=True)
+    with RedisServer(folder / "redis-async-email") as server, server.client() as client:
+        numbers = [int(number) for number in client.lrange("numbers", 0, -1)]
+        last = int(client.get("last") or -1)
+    assert numbers == list(range(last + 1))
+    return last
