@@ -151,7 +151,7 @@ def about(unit: Unit, place: Place) -> Findings:
         yield why_not(unit)
     elif int(unit.get("NRestarts") or 0) >= OFTEN and up_for(unit) < LATELY:
         found = f"{name} runs for {lasting(up_for(unit))} now, after {unit['NRestarts']} restarts"
-        yield warn(found, f"journalctl -u {name} -p warning -n 50")
+        yield warn(found, f"journalctl -u {name} -n 500 | grep -E 'WARNING|ERROR'")
     if "-worker@" in name and unit.get("KillMode", "mixed") != "mixed":
         found = f"{name} has KillMode={unit['KillMode']}: a restart kills the jobs that it has in hand"
         yield fault(found, f"sudo systemctl edit {name}: [Service] KillMode=mixed")

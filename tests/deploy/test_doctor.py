@@ -42,26 +42,26 @@ def setting(name: str, line: str, found: str, remedy: str = ENV) -> Failure:
 
 def edit(name: str, path: str, sed: str, found: str, remedy: str, then: str = "true") -> Failure:
     """A file that was edited, and is put back."""
-    breaks = f"cp -p {path} /root/kept && sed -i '{sed}' {path} && {then}"
-    return Failure(name, breaks, found, remedy, f"cp -p /root/kept {path} && {then}")
+    breaks = f"cp -p {path} /var/tmp/kept && sed -i '{sed}' {path} && {then}"
+    return Failure(name, breaks, found, remedy, f"cp -p /var/tmp/kept {path} && {then}")
 
 
 FAILURES = (
     # requirements that do not exist, or are not those that were tried
     Failure(
         "a package is missing",
-        f"cd {PACKAGES} && mv bottle.py bottle-*.dist-info /root",
+        f"cd {PACKAGES} && mv bottle.py bottle-*.dist-info /var/tmp",
         "bottle is missing",
         "sudo bin/install",
-        f"cd {PACKAGES} && mv /root/bottle* .",
+        f"cd {PACKAGES} && mv /var/tmp/bottle* .",
     ),
     Failure(
         "a package of another version",
-        f"cd {PACKAGES} && mv bottle-*.dist-info /root && cp -r /root/bottle-*.dist-info bottle-0.1.dist-info"
+        f"cd {PACKAGES} && mv bottle-*.dist-info /var/tmp && cp -r /var/tmp/bottle-*.dist-info bottle-0.1.dist-info"
         " && sed -i 's/^Version: .*/Version: 0.1/' bottle-0.1.dist-info/METADATA",
         "bottle is 0.1 and should be",
         "sudo bin/install",
-        f"cd {PACKAGES} && rm -r bottle-0.1.dist-info && mv /root/bottle-*.dist-info .",
+        f"cd {PACKAGES} && rm -r bottle-0.1.dist-info && mv /var/tmp/bottle-*.dist-info .",
     ),
     # Redis: not running, another password, or not made to keep mail
     Failure("Redis is stopped", f"systemctl stop {REDIS}", "Redis does not answer"),
@@ -104,7 +104,7 @@ FAILURES = (
     # a port that is open and should not be
     setting(
         "a dashboard for everybody", "DASHBOARD_LISTEN=0.0.0.0:9181", "for everybody", "DASHBOARD_LISTEN=127.0.0.1"
-    )._replace(mends=f"cp -p /root/kept {ENV} && systemctl restart {DASHBOARD}"),
+    )._replace(mends=f"cp -p /var/tmp/kept {ENV} && systemctl restart {DASHBOARD}"),
 )
 
 

@@ -32,7 +32,7 @@ def test_a_backup_brings_the_queue_back_and_what_was_sent_since_is_not_sent_agai
     with server.relay_away():
         before = dict(server.post() for _ in range(3))
         since = server.machine.says("date '+%F %T'")
-        bash(server, line("sudo async-email-backup /root"))
+        bash(server, line("sudo async-email-backup /var/backups"))
     server.arrives(*before, seconds=90)
     after, after_id = server.post()
     server.arrives(after)
@@ -53,7 +53,7 @@ def test_a_backup_brings_the_queue_back_and_what_was_sent_since_is_not_sent_agai
 def test_the_configuration_in_a_backup_is_the_one_that_was_there(server: Server) -> None:
     kept = server.machine.says(f"cat {ENV} {CONF}; stat -c '%a %U %G' {ENV} {CONF} /etc/async-email")
     server.machine.run(f"echo nonsense > {ENV}; chmod 644 {ENV}; rm {CONF}")
-    bash(server, "sudo tar -xzpf /root/async-email.tar.gz -C / etc && sudo systemctl reload nginx")
+    bash(server, "sudo tar -xzpf /var/backups/async-email.tar.gz -C / etc && sudo systemctl reload nginx")
     assert server.machine.says(f"cat {ENV} {CONF}; stat -c '%a %U %G' {ENV} {CONF} /etc/async-email") == kept
 
 
@@ -74,14 +74,14 @@ def test_new_passwords(server: Server) -> None:
 def test_a_redis_that_another_machine_can_use(server: Server) -> None:
     """The same machine plays both."""
     files = f"{CONF} {ENV}"
-    server.machine.run(f"mkdir -p /root/kept-files && cp -p {files} /root/kept-files")
+    server.machine.run(f"mkdir -p /var/tmp/kept-files && cp -p {files} /var/tmp/kept-files")
     try:
         bash(server, block("tls-port 6380").replace("10.0.0.5", server.machine.address))
         bash(server, "sudo cp /etc/redis/async-email.crt . && " + line("sudo install -m 644 async-email.crt"))
         password = server.machine.says("cut -d: -f3 /etc/async-email/credentials/redis_url | cut -d@ -f1")
         url = line("REDIS_URL=rediss").replace("10.0.0.5", server.machine.address).replace("PASSWORD", password)
         server.machine.run(f"echo {shlex.quote(url)} >> {ENV}")
-        server.machine.run("mv /etc/async-email/credentials/redis_url /root/kept-files")
+        server.machine.run("mv /etc/async-email/credentials/redis_url /var/tmp/kept-files")
         assert "REDIS_URL is set in async-email.env, so none is needed here" in server.install().stdout
         server.restart()
         assert "6380" in server.machine.says("ss -tnH state established")
@@ -89,9 +89,9 @@ def test_a_redis_that_another_machine_can_use(server: Server) -> None:
         server.arrives(recipient)
         assert f"answers at {server.machine.address}:6380" in server.doctor().text
     finally:
-        server.machine.run("cd /root/kept-files && mv redis_url /etc/async-email/credentials/ || true")
-        server.machine.run(f"cp -p /root/kept-files/async-email.env {ENV}")
-        server.machine.run(f"cp -p /root/kept-files/redis-async-email.conf {CONF} && systemctl restart {REDIS}")
+        server.machine.run("cd /var/tmp/kept-files && mv redis_url /etc/async-email/credentials/ || true")
+        server.machine.run(f"cp -p /var/tmp/kept-files/async-email.env {ENV}")
+        server.machine.run(f"cp -p /var/tmp/kept-files/redis-async-email.conf {CONF} && systemctl restart {REDIS}")
         server.restart()
 
 
@@ -134,10 +134,10 @@ def test_a_damaged_file_is_cut_off_where_it_cannot_be_read(server: Server) -> No
 
 
 def test_the_site_takes_a_name(server: Server) -> None:
-    server.machine.run(f"cp -p {SITE} /root/kept-site")
+    server.machine.run(f"cp -p {SITE} /var/tmp/kept-site")
     bash(server, line("sudo sed -i 's/server_name"))
     assert server.machine.says(f"grep -c 'server_name mail.example.com;' {SITE}") == "1"
-    server.machine.run(f"nginx -t && mv /root/kept-site {SITE}")
+    server.machine.run(f"nginx -t && mv /var/tmp/kept-site {SITE}")
 
 
 def test_it_is_removed_and_comes_back_with_queue_and_secrets(server: Server) -> None:
