@@ -114,7 +114,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     error_task_class = JsonErrorTask
 
     def answer_here(self) -> None:
-        """In the thread of the loop, which need not be woken then, and may write at once."""
+        """In the thread of the loop, which need not be woken then, and may write at once. Should another thread wake it
+        just now, that is lost and not missed: the loop looks at every connection before it waits again."""
         self.server.pull_trigger = lambda: None
         try:
             self.service()
