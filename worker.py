@@ -1,13 +1,9 @@
 """The process that takes jobs from one queue: `python worker.py [email|jobs]`.
 
-`email` is a crew: WORKER_CONCURRENCY RQ workers as threads of this process, each with its own Redis connection and SMTP
-session, for a mail is nearly all waiting. The main thread looks after them: signals, signs of life, RQ's scheduler for
+`email` is a pool: WORKER_CONCURRENCY RQ workers as threads of this process, each with its own Redis connection and SMTP
+session, for a mail is nearly all waiting. The main thread looks after them: signals, heartbeats, RQ's scheduler for
 mail that was put off, RQ's maintenance and our sweep. `jobs` is RQ's own worker, which forks for each job, so that a
-task that hangs or crashes can be killed.
-
-Promises: only functions of tasks.py run. RQ imports whatever a job names, so without this anybody who can write to
-Redis could run `os.system`. A job that names anything else fails at once; callbacks and webhooks in a job are ignored.
-SIGTERM lets the jobs in hand finish.  RQ: https://python-rq.org/docs/workers/
+task that hangs or crashes can be killed. SIGTERM lets the jobs in hand finish.
 """
 
 from __future__ import annotations
@@ -19,222 +15,29 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
 from types import FrameType
 from typing import Any
 
-import rq
-import rq.intermediate_queue
-import rq.job
-from redis import Redis
-from redis.client import Pipeline
 from redis.exceptions import RedisError
-from rq import SimpleWorker, Worker
-from rq.exceptions import StopRequested
-from rq.executions import Execution
-from rq.job import JobStatus
-from rq.registry import StartedJobRegistry
 from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
-from rq.timeouts import BaseDeathPenalty
-from rq.utils import now, utcformat
-from rq.worker.base import WorkerStatus
 
-import events
-import jobs
 import settings
-import supervisor
 import tasks
+from mail.delivery import break_off, leave_relay, relay_closed_for, sweep
+from process import log, sd_daemon
+from queues.connection import Unavailable, connect, unavailable
+from queues.heartbeat import LOST_AFTER
+from queues.jobs import EMAIL, JOBS
+from queues.workers import LOCKED_FOR, MAINTENANCE_EVERY, EmailWorker, Functions, email_worker, jobs_worker
 
 # One email worker makes one attempt at a time, so what it may run is `deliver` alone.
-ALLOWED: dict[str, dict[str, Callable[..., Any]]] = {
-    jobs.EMAIL: {"tasks.deliver": tasks.deliver},
-    jobs.JOBS: {f"tasks.{name}": offered.function for name, offered in tasks.OFFERED.items()},
+ALLOWED: dict[str, Functions] = {
+    EMAIL: {"tasks.deliver": tasks.deliver},
+    JOBS: {f"tasks.{name}": offered.function for name, offered in tasks.OFFERED.items()},
 }
-WORKER_TTL = 35  # seconds; less 15, RQ waits so long for a job
-LOCKED_FOR = 15  # seconds for which a dead worker goes on keeping others from its duties
 STUCK_AFTER = 120  # seconds beyond its timeout after which an attempt is taken for stuck
-MAINTENANCE_EVERY = 20  # seconds: what a killed worker left is looked for within a minute; by default after up to 27
-
-
-class RefusedTask(Exception):
-    """The job names a function that this worker's queue does not offer."""
-
-
-class Job(rq.job.Job):
-    """An RQ job that can only be one of ours."""
-
-    @property
-    def func(self) -> Callable[..., Any]:
-        function = ALLOWED.get(self.origin, {}).get(self.func_name or "")
-        if function is None or self.instance is not None:
-            self.retries_left = 0
-            raise RefusedTask("the job names a function that tasks.py does not offer on this queue")
-        return function
-
-    def set_status(self, status: JobStatus, pipeline: Any = None) -> None:
-        """RQ says `scheduled` before the transaction that schedules. A worker killed in between would leave a job that
-        is in no registry and that maintenance passes over; the transaction writes the status anyway."""
-        if status == JobStatus.SCHEDULED and pipeline is None:
-            self._status = status
-        else:
-            super().set_status(status, pipeline)
-
-    def restore(self, raw_data: Any) -> None:
-        super().restore(raw_data)
-        # RQ would import and call these, and send the job's failure to any URL.
-        self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
-        self.webhooks = []
-
-
-class IntermediateQueue(rq.intermediate_queue.IntermediateQueue):
-    """Where a job is for the moment between its queue and the registry of those started. RQ takes it for stuck after a
-    minute; a worker that stood still longer than this and goes on finds its mail claimed."""
-
-    def should_be_cleaned_up(self, job_id: str) -> bool:
-        first_seen = self.get_first_seen(job_id)
-        return first_seen is not None and (now() - first_seen).total_seconds() > LOCKED_FOR
-
-
-class Queue(rq.Queue):
-    """RQ's queue. A worker killed while it does maintenance takes the lock along for seconds, not for a quarter of an
-    hour; two at once do no harm."""
-
-    @property
-    def intermediate_queue(self) -> IntermediateQueue:
-        return IntermediateQueue(self.key, connection=self.connection)
-
-    def acquire_maintenance_lock(self) -> bool:
-        return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=LOCKED_FOR))
-
-
-class JobsWorker(Worker):
-    job_class = Job
-    queue_class = Queue
-
-    def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
-        """RQ calls this around each job and each wait for one, and twice a minute while a job runs."""
-        super().heartbeat(timeout, pipeline)
-        supervisor.tell("WATCHDOG=1")
-
-
-class NoTimeout(BaseDeathPenalty):
-    """RQ's is an exception out of nowhere: between the relay's 250 and the mark it would make a mail of doubt. An
-    attempt at a mail ends by itself, as `mail.relay` sees to."""
-
-    def setup_death_penalty(self) -> None: ...
-
-    def cancel_death_penalty(self) -> None: ...
-
-
-class EmailWorker(SimpleWorker):
-    """One of a crew: an RQ worker that runs its jobs in its own thread.
-
-    What RQ's worker does beside its job in some fifteen round trips, several of them to say that it is alive, is done
-    here in three, or by the crew's main thread. tests/test_worker.py notices when RQ changes what this leans on.
-    """
-
-    job_class = Job
-    queue_class = Queue
-    death_penalty_class = NoTimeout
-    suspended = False  # `rq suspend`; asked by the main thread for all
-    stopping = False
-    told: tuple[str, float] = ("", 0)  # the state that Redis was told last, and when
-    busy_since: float | None = None  # time.monotonic(), while it makes an attempt
-
-    @cached_property
-    def in_a_hurry(self) -> Redis:
-        return jobs.impatient(self.connection)
-
-    def check_for_suspension(self, burst: bool) -> None:
-        """Beside `rq suspend` there is another reason not to take a job: the relay is in trouble. A mail taken now
-        would only be put off, and a long queue would go round and round."""
-        while not self.stopping and (self.suspended or tasks.relay_closed_for()):
-            time.sleep(0.5)
-
-    @property
-    def should_run_maintenance_tasks(self) -> bool:
-        return False  # the main thread does, and is never busy with a mail
-
-    def _install_signal_handlers(self) -> None:
-        """The main thread has them."""
-
-    def subscribe(self) -> None:
-        """To RQ's remote commands: a thread and a connection more, to stop a work horse that there is not."""
-
-    def procline(self, message: str) -> None:
-        """The process has one title and many threads."""
-
-    def set_state(self, state: str, pipeline: Pipeline | None = None) -> None:
-        self._state = state  # `tell` writes it
-
-    def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
-        """RQ calls this around each job and each wait for one, and nothing else there could end the loop."""
-        if self.stopping and not self.executions:
-            raise StopRequested
-
-    def tell(self, pipeline: Pipeline) -> None:
-        """That this worker is alive, and its state, if that is news."""
-        if self.told[0] != self._state or time.monotonic() - self.told[1] >= jobs.BEAT:
-            self.told = (self._state, time.monotonic())
-            pipeline.hset(self.key, mapping={"last_heartbeat": utcformat(now()), "state": self._state})
-            pipeline.expire(self.key, self.worker_ttl + 60)
-            pipeline.expire(self.executions_key, self.worker_ttl + 60)
-
-    def get_heartbeat_ttl(self, job: rq.job.Job, working_time: float = 0.0) -> int:
-        return jobs.LOST_AFTER
-
-    def prepare_execution(self, job: rq.job.Job) -> Execution:
-        """RQ's and `prepare_job_execution`, in one transaction."""
-        with self.connection.pipeline() as pipeline:
-            execution = Execution.create(job, jobs.LOST_AFTER, pipeline=pipeline, worker_name=self.name)
-            self.executions[execution.id] = execution
-            job.prepare_for_execution(self.name, pipeline=pipeline)
-            pipeline.persist(job.key)
-            pipeline.lrem(self.queues[0].intermediate_queue_key, 1, job.id)
-            pipeline.execute()
-        return execution
-
-    def prepare_job_execution(self, job: rq.job.Job, remove_from_intermediate_queue: bool = False) -> None:
-        """Done in `prepare_execution`."""
-
-    def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
-        self._state, self.busy_since = WorkerStatus.BUSY, time.monotonic()
-        execution = self.prepare_execution(job)
-        with jobs.beating(lambda: self.show_life(job, execution)):
-            self.perform_job(job, queue, execution)
-        self._state, self.busy_since = WorkerStatus.IDLE, None
-
-    def show_life(self, job: rq.job.Job, execution: Execution) -> None:
-        with self.in_a_hurry.pipeline() as pipeline:
-            execution.heartbeat(job.started_job_registry, jobs.LOST_AFTER, pipeline=pipeline)
-            pipeline.execute()
-
-    def handle_execution_ended(self, job: rq.job.Job, queue: rq.Queue, heartbeat_ttl: int) -> None:
-        job.ended_at = now()  # without another sign of life: the outcome is written next
-
-    def handle_job_success(
-        self, job: rq.job.Job, queue: rq.Queue, started_job_registry: StartedJobRegistry, execution: Execution
-    ) -> None:
-        """RQ's, without the jobs that depend on this one or repeat it: our jobs have none."""
-        result_ttl = job.get_result_ttl(self.default_result_ttl)
-        assert job.started_at
-        assert job.ended_at
-        with self.connection.pipeline() as pipeline:
-            self.increment_successful_job_count(pipeline=pipeline)
-            self.increment_total_working_time(job.ended_at - job.started_at, pipeline)
-            job._handle_success(
-                result_ttl,
-                pipeline=pipeline,
-                worker_name=self.name,
-                execution_id=execution.id,
-                execution_started_at=execution.created_at,
-                execution_ended_at=job.ended_at,
-            )
-            job.cleanup(result_ttl, pipeline=pipeline, remove_from_queue=False)
-            self.cleanup_execution(job, pipeline=pipeline, execution=execution)
-            pipeline.execute()
 
 
 class Crew:
@@ -247,10 +50,12 @@ class Crew:
     def __init__(self, current: settings.Settings) -> None:
         self.settings = current
         # Here nobody waits for Redis to come back: the next second is the next try.
-        self.redis = jobs.connect(current.redis_url.get_secret_value())
-        self.caretaker = email_worker(self.redis)  # RQ's maintenance is a worker's; this one takes no jobs
+        self.redis = connect(current.redis_url.get_secret_value())
+        self.caretaker = email_worker(
+            self.redis, ALLOWED[EMAIL], relay_closed_for
+        )  # RQ's maintenance is a worker's; this one takes no jobs
         # RQ keeps the lock of a scheduler that is dead for interval + 60 s; we keep it alive once a second.
-        self.scheduler = RQScheduler([jobs.EMAIL], self.redis, interval=LOCKED_FOR - 60, serializer=JSONSerializer)
+        self.scheduler = RQScheduler([EMAIL], self.redis, interval=LOCKED_FOR - 60, serializer=JSONSerializer)
         self.workers: dict[threading.Thread, EmailWorker] = {}
         self.asked_to_stop = threading.Event()
         self.signalled_at = 0.0
@@ -264,7 +69,7 @@ class Crew:
             self.look_after()
             self.asked_to_stop.wait(1)
             if self.asked_to_stop.is_set():
-                supervisor.tell("STOPPING=1")
+                sd_daemon.tell("STOPPING=1")
                 self.dismiss()
         with suppress(RedisError):
             self.scheduler.stop()  # type: ignore[no-untyped-call]
@@ -274,21 +79,22 @@ class Crew:
         duties: list[Callable[[], object]] = [self.show_life, self.watch, self.schedule]
         if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
             self.maintained_at = time.monotonic()
-            duties += [self.pull_in, self.caretaker.run_maintenance_tasks, tasks.sweep]
+            duties += [self.pull_in, self.caretaker.run_maintenance_tasks, sweep]
         for duty in (*duties, self.man):
             try:
                 duty()
             except RedisError:
-                supervisor.tell("WATCHDOG=1")  # it is away, or full: who waits for it is not stuck
+                sd_daemon.tell("WATCHDOG=1")  # it is away, or full: who waits for it is not stuck
                 return
             except Exception as error:
-                events.emit("crashed", logging.ERROR, where=events.where(error))
+                log.emit("crashed", logging.ERROR, where=log.where(error))
 
     def man(self) -> None:
         """Sees to it that there are as many workers as asked for."""
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
         while len(self.workers) < self.settings.worker_concurrency and not self.asked_to_stop.is_set():
-            worker = email_worker(jobs.connect(self.settings.redis_url.get_secret_value(), patient=True))
+            redis = connect(self.settings.redis_url.get_secret_value(), patient=True)
+            worker = email_worker(redis, ALLOWED[EMAIL], relay_closed_for)
             thread = threading.Thread(target=worker.work, kwargs={"logging_level": None}, name=worker.name)
             self.workers[thread] = worker
             thread.start()
@@ -314,7 +120,7 @@ class Crew:
         """Feeds systemd's watchdog, unless an attempt at a mail has outlasted all that could keep it."""
         busy = [worker.busy_since for worker in self.workers.values() if worker.busy_since]
         if not busy or time.monotonic() - min(busy) < self.settings.job_timeout + STUCK_AFTER:
-            supervisor.tell("READY=1\nWATCHDOG=1")
+            sd_daemon.tell("READY=1\nWATCHDOG=1")
 
     def schedule(self) -> None:
         """Queues mail that was put off and is due, if no other process does."""
@@ -325,9 +131,9 @@ class Crew:
     def pull_in(self) -> None:
         """A clock that was set back an hour leaves signs of life that would hold for an hour."""
         wip, moment = self.caretaker.queues[0].started_job_registry.key, time.time()
-        ahead: list[Any] = self.redis.zrangebyscore(wip, moment + 2 * jobs.LOST_AFTER, "+inf")
+        ahead: list[Any] = self.redis.zrangebyscore(wip, moment + 2 * LOST_AFTER, "+inf")
         for entry in ahead:
-            self.redis.zadd(wip, {entry: moment + jobs.LOST_AFTER}, xx=True)
+            self.redis.zadd(wip, {entry: moment + LOST_AFTER}, xx=True)
 
     def wake(self) -> None:
         """Those who wait for a job, so that they notice. Whoever else is woken waits on."""
@@ -342,49 +148,33 @@ class Crew:
             self.signalled_at = time.monotonic()
             self.asked_to_stop.set()
         elif time.monotonic() - self.signalled_at > 1:  # sooner, it is the echo of the first: a group, a terminal
-            threading.Thread(target=tasks.break_off).start()
-
-
-def email_worker(redis: Redis) -> EmailWorker:
-    return EmailWorker(
-        [jobs.EMAIL], connection=redis, serializer=JSONSerializer, worker_ttl=WORKER_TTL, log_job_description=False
-    )
-
-
-def jobs_worker(current: settings.Settings) -> JobsWorker:
-    return JobsWorker(
-        [jobs.JOBS],
-        connection=jobs.connect(current.redis_url.get_secret_value(), patient=True),
-        serializer=JSONSerializer,
-        worker_ttl=WORKER_TTL,
-        maintenance_interval=MAINTENANCE_EVERY,
-        log_job_description=False,
-    )
+            threading.Thread(target=break_off).start()
 
 
 def main() -> int:
-    queue = sys.argv[1] if len(sys.argv) > 1 else jobs.EMAIL
+    queue = sys.argv[1] if len(sys.argv) > 1 else EMAIL
     if queue not in ALLOWED or len(sys.argv) > 2:
         print(f"usage: worker.py [{'|'.join(ALLOWED)}]", file=sys.stderr)
         return 2
     try:
-        current = settings.load(*(["smtp_host"] if queue == jobs.EMAIL else []))
+        current = settings.load(*(["smtp_host"] if queue == EMAIL else []))
     except settings.SettingsError as error:
         print(error, file=sys.stderr)
         return 2
-    events.set_up(current.log_level, current.log_format)
+    log.set_up(current.log_level, current.log_format)
     try:
-        with jobs.unavailable():
-            worker = Crew(current) if queue == jobs.EMAIL else jobs_worker(current)
-    except jobs.Unavailable as error:
+        with unavailable():
+            redis = connect(current.redis_url.get_secret_value(), patient=True)
+            worker = Crew(current) if queue == EMAIL else jobs_worker(redis, ALLOWED[JOBS])
+    except Unavailable as error:
         print(f"REDIS_URL: {error}", file=sys.stderr)
         return 1
-    events.emit("worker_started", queue=queue)
+    log.emit("worker_started", queue=queue)
     if isinstance(worker, Crew):
         worker.work()
-        tasks.leave_relay()
+        leave_relay()
     else:
-        supervisor.tell("READY=1")
+        sd_daemon.tell("READY=1")
         worker.work(with_scheduler=True, logging_level=None)
     return 0
 

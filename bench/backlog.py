@@ -11,12 +11,16 @@ from typing import Any
 from redis import Redis
 
 from bench.rig import NotMeasured
-from jobs import Jobs, connect
 from mail import message, templates
-from mail.outbox import Draft, Outbox
+from mail.address import Mailbox
+from mail.draft import Draft
+from mail.outbox import Outbox
+from mail.request import parse
+from queues.connection import connect
+from queues.jobs import Jobs
 from settings import Settings
 
-SENDER = message.Mailbox("Acme", "hello@example.com")
+SENDER = Mailbox("Acme", "hello@example.com")
 AT_ONCE = 2000
 # ARGV: id of the mail to copy, number of the first copy, of the last.
 COPY = """
@@ -37,7 +41,7 @@ def outbox_at(redis_url: str) -> Outbox:
 
 
 def composed(body: dict[str, Any], rendered: tuple[str, str | None, str | None] | None = None) -> message.Message:
-    return message.compose(message.parse(body, default_sender=SENDER, max_recipients=50), rendered)
+    return message.compose(parse(body, default_sender=SENDER, max_recipients=50), rendered)
 
 
 def fill(redis_url: str, mails: int) -> None:

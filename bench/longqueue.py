@@ -16,7 +16,7 @@ from bench.backlog import composed, copy, outbox_at
 from bench.relay import RelayProcess
 from bench.rig import Rig
 from bench.sides import SIDES
-from mail.outbox import Draft
+from mail.draft import Draft
 
 PATIENCE = 300  # seconds until those in front are sent
 

@@ -1,0 +1,13 @@
+"""What an e-mail is and what becomes of it. Knows no HTTP and no socket.
+
+address.py   a mailbox, checked
+request.py   what a caller may ask for: the fields of POST /emails
+templates.py templates on disk -> subject, text, html
+message.py   Message, its stored form, and how a request becomes one
+draft.py     a request's body -> a draft that the outbox can accept
+mime.py      Message -> bytes
+outbox.py    what is kept of a mail in Redis: accept, claim, settle
+delivery.py  one attempt, top to bottom
+sweep.py     mails that got stuck: found, and queued again or given up
+counters.py  what is counted for ever, and how long things took
+"""

@@ -26,27 +26,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any, NamedTuple
+from typing import Any
 
 from redis.client import Pipeline
 
-from jobs import (
-    EMAIL,
-    LOST_AFTER,
-    Accepted,
-    Idempotency,
-    Jobs,
-    NotFound,
-    NotPossible,
-    Script,
-    Unavailable,
-    beating,
-    impatient,
-    unavailable,
-)
+from mail.counters import SMTP, TOTALS
+from mail.draft import Draft
 from mail.message import Message, message_id
-from mail.totals import SMTP, TOTALS
+from queues.connection import Script, Unavailable, impatient, unavailable
+from queues.heartbeat import LOST_AFTER, beating
+from queues.jobs import EMAIL, Accepted, Idempotency, Jobs, NotFound, NotPossible
 from settings import Settings
+from smtp.pacing import in_trouble
 
 FINAL = ("sent", "failed", "unknown", "canceled")
 LAST_SENT = "mail:last_sent"
@@ -61,7 +52,6 @@ SHOWN = (
     *("expires_at", "on_doubt"),
 )
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
-
 # KEYS: mail, claim, RQ's failed registry, open. ARGV: token, lease in ms, mail id, when the job was queued (seconds),
 # when to look at the mail if this attempt does not end.
 # There is nothing to do for a mail that is gone, sent or canceled; nor for a failed or unknown one, unless a person has
@@ -83,7 +73,6 @@ redis.call('PERSIST', KEYS[1])
 redis.call('ZADD', KEYS[4], ARGV[5], ARGV[3])
 return {'claimed', redis.call('HGETALL', KEYS[1])}
 """
-
 # KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, or the mail was canceled or
 # sent meanwhile, and this attempt must stop.
 BEFORE_DOT = """
@@ -91,7 +80,6 @@ if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state')
 redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
 return 1
 """
-
 # KEYS: mail, claim, last_sent, RQ's job, open, totals. ARGV: token, state, lifetime in seconds (0: none), now, mail id,
 # when to look at it if it does not move on, what the state counts as, how many words of totals follow, these, then
 # field, value, ...
@@ -123,13 +111,11 @@ else
 end
 return 1
 """
-
 # KEYS: mail, claim. ARGV: token, lease in ms.
 RENEW = """
 if redis.call('GET', KEYS[2]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[2], ARGV[2]) end
 return 0
 """
-
 # KEYS: mail, claim. ARGV: token.
 RELEASE = """
 if redis.call('GET', KEYS[2]) == ARGV[1] then return redis.call('DEL', KEYS[2]) end
@@ -240,14 +226,6 @@ class Claim:
         if not settle(SETTLE, keys, args):
             raise ClaimLost(self.id)
         self.settled = True
-
-
-class Draft(NamedTuple):
-    """A mail to accept. After `expires_at` it is not sent any more, but fails; `on_doubt` goes before ON_DOUBT."""
-
-    message: Message
-    expires_at: datetime | None = None
-    on_doubt: str | None = None
 
 
 def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
@@ -446,6 +424,10 @@ class Outbox:
                 for reason, settled_at in pipe.execute():
                     if reason and float(settled_at or 0) >= since:
                         yield reason.decode()
+
+    def relay_in_trouble(self) -> bool:
+        """Returns whether the relay's breaker is open, so that all mail waits. Raises `Unavailable`."""
+        return in_trouble(self.jobs.redis)
 
     def last_sent(self) -> float | None:
         with unavailable():

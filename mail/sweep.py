@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 from rq.utils import utcformat
 
-from jobs import EMAIL, Script, unavailable
+from mail.counters import TOTALS
 from mail.outbox import FINAL, LOST, OPEN, Outbox
-from mail.totals import TOTALS
+from queues.connection import Script, unavailable
+from queues.jobs import EMAIL
 
 AT_ONCE = 1000  # mails looked at in one go
 LOOK_AGAIN = 300  # seconds

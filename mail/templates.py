@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, TemplateNotFound, Undefined, UndefinedError
 from jinja2.exceptions import TemplateRuntimeError
 
-from mail.message import FieldError, Invalid
+from mail.request import FieldError, Invalid
 
 FOLDER = Path(__file__).parent.parent / "templates"
 # Not LookupError: TemplateNotFound is one, and an {% include %} of a missing file is not the caller's fault.

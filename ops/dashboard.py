@@ -39,9 +39,10 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
-import supervisor
-from events import emit, set_up, where
-from jobs import Jobs, NotFound, NotPossible, Unavailable, connect, unavailable
+from process import sd_daemon
+from process.log import emit, set_up, where
+from queues.connection import Unavailable, connect, unavailable
+from queues.jobs import Jobs, NotFound, NotPossible
 from settings import Address, Settings, SettingsError, is_loopback, load
 
 PACKAGE = Path(upstream.__file__).parent  # rq_dashboard, as it is installed
@@ -333,7 +334,7 @@ def main() -> int:
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a browser asks for six files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     emit("dashboard_started", listen=address)
-    supervisor.tell("READY=1")
+    sd_daemon.tell("READY=1")
     server.run()  # until SIGTERM or Ctrl-C, which Waitress takes as the wish to finish
     return 0
 

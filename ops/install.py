@@ -384,7 +384,7 @@ def redis_password(server: Server) -> str:
 
 def redis_configuration(server: Server) -> str:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    text = (server.tree / "redis/async-email.conf").read_text()
+    text = (server.tree / "deploy/redis/async-email.conf").read_text()
     digest = hashlib.sha256(redis_password(server).encode()).hexdigest()
     return text.replace("#SHA256", f"#{digest}").replace("maxmemory MAXMEMORY", f"maxmemory {memory * 2 // 5 >> 20}mb")
 

@@ -16,15 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import worker
+from mail import delivery
+from queues import workers
+from smtp import session, verdict
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import rq.worker.base
 from rq import Queue
 from rq.registry import ScheduledJobRegistry
 
-import tasks
-import worker
-from mail import relay
 from mail.outbox import Claim
 
 
@@ -37,17 +39,17 @@ class Point(NamedTuple):
 
 
 POINTS = {
-    "after pop, before RQ's registry": Point(worker.EmailWorker, "prepare_execution"),
-    "after claim": Point(tasks, "_take_up"),
-    "during connect": Point(relay, "_dial"),
-    "before DATA": Point(relay.Session, "transact"),
+    "after pop, before RQ's registry": Point(workers.EmailWorker, "prepare_execution"),
+    "after claim": Point(delivery, "_take_up"),
+    "during connect": Point(session, "_dial"),
+    "before DATA": Point(session.Session, "transact"),
     "before the final dot": Point(Claim, "before_dot"),
-    "after the final dot, before the reply": Point(relay.Session, "step", relay.Phase.DOT),
-    "after 250, before the marker": Point(tasks, "_record"),
-    "after the marker, before RQ's bookkeeping": Point(worker.EmailWorker, "handle_job_success"),
-    "after the mail is delayed, before RQ's bookkeeping": Point(worker.EmailWorker, "handle_job_retry"),
+    "after the final dot, before the reply": Point(session.Session, "step", verdict.Phase.DOT),
+    "after 250, before the marker": Point(delivery, "_record"),
+    "after the marker, before RQ's bookkeeping": Point(workers.EmailWorker, "handle_job_success"),
+    "after the mail is delayed, before RQ's bookkeeping": Point(workers.EmailWorker, "handle_job_retry"),
     "after RQ says scheduled, before it schedules": Point(Queue, "schedule_job"),
-    "after the mail is given up, before RQ's bookkeeping": Point(worker.EmailWorker, "handle_job_failure"),
+    "after the mail is given up, before RQ's bookkeeping": Point(workers.EmailWorker, "handle_job_failure"),
     # RQ's scheduler runs on the main thread; in its tick it alone takes jobs out of the registry.
     "in the scheduler's tick": Point(ScheduledJobRegistry, "remove"),
     "in maintenance": Point(rq.worker.base, "clean_registries"),

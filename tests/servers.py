@@ -279,7 +279,7 @@ class Api:
 def project_with(directory: Path, more_tasks: str) -> Path:
     """A copy of the project whose tasks.py has something more at its end, as a user would add it."""
     root = directory / "project"
-    for folder in ("mail", "templates"):
+    for folder in ("mail", "process", "queues", "smtp", "templates", "web"):
         shutil.copytree(ROOT / folder, root / folder)
     for file in (*ROOT.glob("*.py"), ROOT / "CHANGELOG.md"):
         shutil.copy(file, root)

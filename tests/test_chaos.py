@@ -1,9 +1,9 @@
-"""When things die: a dozen faults of bench/scenes.py at once, in real time and with the default settings.
+"""When things die: a dozen faults of chaos/scenes.py at once, in real time and with the default settings.
 
 Among what each scene promises: every mail that was answered 202 is sent once, or again only where the relay's answer
 was lost; nothing is lost; the API says what the relay's log says; and what a killed worker held is sent within two
 minutes. Nothing is put forward (but in the poison's scene, which says so), so the scenes wait; they run side by side,
-each on a stage of its own, and take as long as the slowest. `python -m bench.chaos` plays all of them, longer.
+each on a stage of its own, and take as long as the slowest. `python -m chaos` plays all of them, longer.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bench.chaos import perform
-from bench.ledger import Row
-from bench.scenes import SCENES
+from chaos.__main__ import perform
+from chaos.ledger import Row
+from chaos.scenes import SCENES
 
 CHOSEN = [  # scene and ON_DOUBT
     ("workers killed", "retry"),

@@ -27,15 +27,18 @@ import pytest
 import trustme
 from redis.exceptions import ResponseError
 
-from jobs import EMAIL, JOBS, Jobs, connect
-from mail.message import compose, parse
-from mail.outbox import OPEN, Draft, Outbox
-from mail.relay import Phase, Reply
+from mail.draft import Draft
+from mail.message import compose
+from mail.outbox import OPEN, Outbox
+from mail.request import parse
 from ops import doctor
 from ops.checks import configuration, flow, machine, names, packages, relay, replies, store, table, units
 from ops.checks.findings import FAULT, NOTE, OK, WARN, Finding, Findings, Place
 from ops.checks.table import CHECKS
+from queues.connection import connect
+from queues.jobs import EMAIL, JOBS, Jobs
 from settings import Settings
+from smtp.verdict import Phase, Reply
 from tests.name_server import NameServer, Zone
 from tests.scripted_relay import ScriptedRelay, Step, raw
 from tests.servers import ROOT, House, RedisServer, Relay, eventually, free_port

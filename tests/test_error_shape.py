@@ -1,7 +1,7 @@
 """Everything that is not answered well is answered in one shape, whoever refuses: a route, Bottle, Waitress or a crash.
 
 What is said of a refusal that Waitress makes is said over raw sockets, of a real process. The tests that take each
-route in turn take it from `service.ROUTES`, so that a new route is held to the same.
+route in turn take it from `web_app.ROUTES`, so that a new route is held to the same.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from wsgiref.util import setup_testing_defaults
 import pytest
 import redis
 
-import service
-from jobs import Jobs, connect
+import tasks
+from queues.connection import connect
+from queues.jobs import Jobs
 from settings import load
 from tests.servers import ROOT, Answer, Api, House, RedisServer, eventually, free_port
+from web import app as web_app
+from web import middleware
 
 LIMIT = 100_000  # bytes
 UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
@@ -34,7 +37,7 @@ BODIES: dict[str, Any] = {  # what each route that takes a body accepts
     "/jobs": {"task": "why_failed"},
 }
 SECRET = "ada@example.com says: my password is 1234"
-KEYED = [(method, path) for method, path, _, scope in service.ROUTES if scope]
+KEYED = [(method, path) for method, path, _, scope in web_app.ROUTES if scope]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,7 @@ def test_an_answer_to_HEAD_has_the_headers_and_no_body(api: Api) -> None:
 # --- every route in turn ----------------------------------------------------------------------------------------------
 
 
-def ask(app: service.Edge, method: str, path: str, body: object = None, **environ: str) -> Answer:
+def ask(app: middleware.Edge, method: str, path: str, body: object = None, **environ: str) -> Answer:
     """One request to the application, without a server. Headers are written as in WSGI: `HTTP_X_REQUEST_ID`."""
     raw = json.dumps(body).encode() if body is not None else b""
     asked: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.input": io.BytesIO(raw)}
@@ -162,10 +165,10 @@ def ask(app: service.Edge, method: str, path: str, body: object = None, **enviro
     return Answer(int(status.split()[0]), json.loads(text), dict(headers))
 
 
-def make_app(redis_url: str) -> service.Edge:
+def make_app(redis_url: str) -> middleware.Edge:
     keys = f"full:{sha256(b'full-key').hexdigest()}"
     settings = load(_env_file=None, redis_url=redis_url, api_keys=keys, mail_from="sender@example.com")
-    return service.make_app(settings, Jobs(connect(redis_url)))
+    return web_app.make_app(settings, Jobs(connect(redis_url)), tasks.OFFERED)
 
 
 def filled(path: str) -> str:
@@ -177,7 +180,7 @@ def body_for(method: str, path: str) -> Any:
 
 
 @pytest.fixture
-def app_without_redis() -> service.Edge:
+def app_without_redis() -> middleware.Edge:
     return make_app(f"redis://127.0.0.1:{free_port()}")
 
 
@@ -191,21 +194,21 @@ def app_without_redis() -> service.Edge:
     ],
 )
 def test_no_route_but_the_probes_answers_without_a_key(
-    app_without_redis: service.Edge, method: str, path: str, given: str, status: int, name: str
+    app_without_redis: middleware.Edge, method: str, path: str, given: str, status: int, name: str
 ) -> None:
     answer = ask(app_without_redis, method, filled(path), body_for(method, path), HTTP_AUTHORIZATION=given)
     held_to_the_shape(answer, status, name)
 
 
 def test_only_the_probes_and_the_metrics_need_no_key() -> None:
-    assert {path for _, path, _, scope in service.ROUTES if not scope} == {"/healthz", "/readyz", "/metrics"}
+    assert {path for _, path, _, scope in web_app.ROUTES if not scope} == {"/healthz", "/readyz", "/metrics"}
 
 
-@pytest.mark.parametrize("path", sorted({path for _, path, _, _ in service.ROUTES}))
-def test_every_route_says_which_methods_it_takes(app_without_redis: service.Edge, path: str) -> None:
+@pytest.mark.parametrize("path", sorted({path for _, path, _, _ in web_app.ROUTES}))
+def test_every_route_says_which_methods_it_takes(app_without_redis: middleware.Edge, path: str) -> None:
     answer = ask(app_without_redis, "PUT", filled(path))
     held_to_the_shape(answer, 405, "method_not_allowed")
-    takes = {method for method, other, _, _ in service.ROUTES if re.fullmatch(re.sub(r"<\w+>", "[^/]+", other), path)}
+    takes = {method for method, other, _, _ in web_app.ROUTES if re.fullmatch(re.sub(r"<\w+>", "[^/]+", other), path)}
     assert takes == set(re.findall("[A-Z]+", answer.headers["Allow"])) - {"HEAD"}
     assert answer.headers["Allow"] in answer.body["message"]
 
@@ -213,24 +216,24 @@ def test_every_route_says_which_methods_it_takes(app_without_redis: service.Edge
 SAYS_IT_ELSEWISE = ("/healthz", "/metrics")
 
 
-@pytest.mark.parametrize(("method", "path"), [one[:2] for one in service.ROUTES if one[1] not in SAYS_IT_ELSEWISE])
+@pytest.mark.parametrize(("method", "path"), [one[:2] for one in web_app.ROUTES if one[1] not in SAYS_IT_ELSEWISE])
 def test_every_route_that_needs_redis_says_when_it_is_away(
-    app_without_redis: service.Edge, method: str, path: str
+    app_without_redis: middleware.Edge, method: str, path: str
 ) -> None:
     answer = ask(app_without_redis, method, filled(path), body_for(method, path))
     held_to_the_shape(answer, 503, "service_unavailable")
     assert answer.headers["Retry-After"] == "5"
 
 
-@pytest.mark.parametrize(("method", "path"), [route[:2] for route in service.ROUTES])
+@pytest.mark.parametrize(("method", "path"), [route[:2] for route in web_app.ROUTES])
 def test_a_route_that_crashes_tells_neither_the_caller_nor_the_log_what_it_was_doing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str, path: str
 ) -> None:
     def crash(*_: object, **__: object) -> None:
         raise RuntimeError(SECRET)
 
-    routes = tuple((route[0], route[1], crash, route[3]) for route in service.ROUTES)
-    monkeypatch.setattr(service, "ROUTES", routes)
+    routes = tuple((route[0], route[1], crash, route[3]) for route in web_app.ROUTES)
+    monkeypatch.setattr(web_app, "ROUTES", routes)
     with caplog.at_level(logging.DEBUG):
         answer = ask(make_app("redis://127.0.0.1:9"), method, filled(path), body_for(method, path))
     held_to_the_shape(answer, 500, "application_error")
@@ -256,19 +259,19 @@ def test_a_crash_in_a_real_process_is_told_in_one_line_that_quotes_nothing(
 
 
 @pytest.mark.parametrize("given", ["a", "0af7651916cd43dd8448eb211c80319c", "A.b-c_9" * 9])
-def test_a_sane_request_id_is_kept(app_without_redis: service.Edge, given: str) -> None:
+def test_a_sane_request_id_is_kept(app_without_redis: middleware.Edge, given: str) -> None:
     answer = ask(app_without_redis, "GET", "/nothing", HTTP_X_REQUEST_ID=given)
     assert answer.body["request_id"] == answer.headers["X-Request-Id"] == given
 
 
 @pytest.mark.parametrize("given", ["", "x" * 65, "two words", "a\nb", "a\n", "<b>", "é", "a, b", 'a" b="c', "%0a"])
-def test_any_other_request_id_is_replaced(app_without_redis: service.Edge, given: str) -> None:
+def test_any_other_request_id_is_replaced(app_without_redis: middleware.Edge, given: str) -> None:
     answer = ask(app_without_redis, "GET", "/nothing", HTTP_X_REQUEST_ID=given)
     assert answer.body["request_id"] == answer.headers["X-Request-Id"]
     assert re.fullmatch("[0-9a-f]{32}", answer.body["request_id"])
 
 
-def test_two_requests_have_two_ids(app_without_redis: service.Edge) -> None:
+def test_two_requests_have_two_ids(app_without_redis: middleware.Edge) -> None:
     ids = {ask(app_without_redis, "GET", "/healthz").headers["X-Request-Id"] for _ in range(2)}
     assert len(ids) == 2
 

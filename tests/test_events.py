@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from events import EVENTS
+from process.log import EVENTS
 from tests.servers import ROOT, House, RedisServer, Relay, eventually
 
 

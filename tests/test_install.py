@@ -335,7 +335,7 @@ def test_under_its_redis_the_service_does_all_it_does(installed_redis: Installed
 def test_redis_may_read_back_whatever_it_wrote() -> None:
     """It reads its file as `default`. Redis 7.0 skips a transaction there that this user may not run; Valkey 9 does
     not, so with that one the test above cannot tell."""
-    lines = (ROOT / "redis" / "async-email.conf").read_text().splitlines()
+    lines = (ROOT / "deploy" / "redis" / "async-email.conf").read_text().splitlines()
     assert "user default off ~* &* +@all" in lines
 
 

@@ -29,20 +29,9 @@ from rq.job import Job, JobStatus
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
-import jobs
-from jobs import (
-    EMAIL,
-    JOBS,
-    Accepted,
-    Idempotency,
-    IdempotencyConflict,
-    Jobs,
-    NotFound,
-    NotPossible,
-    Script,
-    Unavailable,
-    connect,
-)
+from queues import connection, health, heartbeat
+from queues.connection import Script, Unavailable, connect
+from queues.jobs import EMAIL, JOBS, Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible
 from tests.servers import RedisServer, eventually
 
 ONE = "00000000-0000-4000-8000-000000000001"
@@ -52,7 +41,7 @@ TWO = "00000000-0000-4000-8000-000000000002"
 @pytest.fixture(autouse=True)
 def forget_silence() -> None:
     """What a test before this one heard of its Redis, or did not."""
-    jobs._silent.clear()
+    connection._silent.clear()
 
 
 @pytest.fixture
@@ -74,7 +63,7 @@ def server(redis_server: RedisServer) -> RedisServer:
 
 @pytest.fixture
 def real(server: RedisServer) -> Iterator[Jobs]:
-    with jobs.connect(server.url) as client:
+    with connection.connect(server.url) as client:
         yield Jobs(client)
 
 
@@ -416,7 +405,7 @@ def test_what_a_full_redis_refuses_is_not_half_done(real: Jobs, act: str) -> Non
 
 
 def test_the_state_of_the_mail_queue_is_told(real: Jobs) -> None:
-    empty = real.state()
+    empty = health.state(real)
     assert empty.pop("info")["aof_enabled"] == 1
     assert empty == {"queued": 0, "workers": 0, "oldest_queued_seconds": None, "overdue_seconds": 0}
     how: dict[str, Any] = {"timeout": 60, "retry_in": [], "result_ttl": 1, "failure_ttl": 1}
@@ -425,11 +414,11 @@ def test_the_state_of_the_mail_queue_is_told(real: Jobs) -> None:
     accept(real, "another-queue")
     real.redis.hset(f"rq:job:{ONE}", "enqueued_at", "2020-01-01T00:00:00.000000Z")
     real.redis.sadd("rq:workers:email", "worker")
-    seen = real.state()
+    seen = health.state(real)
     assert (seen["queued"], seen["workers"]) == (2, 1)
     assert seen["oldest_queued_seconds"] == pytest.approx(time.time() - 1577836800, abs=10)
     real.redis.delete(f"rq:job:{ONE}")
-    assert real.state()["oldest_queued_seconds"] is None
+    assert health.state(real)["oldest_queued_seconds"] is None
 
 
 # --- Redis that cannot now --------------------------------------------------------------------------------------------
@@ -453,7 +442,7 @@ def test_the_state_of_the_mail_queue_is_told(real: Jobs) -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_what_redis_says_when_it_cannot_work_is_told_as_such(error: Exception, said: str) -> None:
-    with pytest.raises(Unavailable, match=said), jobs.unavailable():
+    with pytest.raises(Unavailable, match=said), connection.unavailable():
         raise error
 
 
@@ -462,14 +451,14 @@ def test_what_redis_says_when_it_cannot_work_is_told_as_such(error: Exception, s
     [ResponseError("WRONGTYPE Operation against a key"), ResponseError("unknown command"), ValueError("x"), NotFound()],
 )
 def test_a_mistake_of_ours_stays_what_it_is(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised, jobs.unavailable():
+    with pytest.raises(type(error)) as raised, connection.unavailable():
         raise error
     assert raised.value is error
 
 
 def test_once_redis_is_silent_one_caller_finds_out_and_the_others_do_not_wait() -> None:
     def ask() -> None:
-        with jobs.unavailable():
+        with connection.unavailable():
             pass
 
     def is_another_refused() -> bool:
@@ -482,24 +471,24 @@ def test_once_redis_is_silent_one_caller_finds_out_and_the_others_do_not_wait() 
 
     refused: list[bool] = []
     for _ in range(2):
-        with pytest.raises(Unavailable), jobs.unavailable():
+        with pytest.raises(Unavailable), connection.unavailable():
             wait_in_vain()
     for _ in range(2):
-        with jobs.unavailable():
+        with connection.unavailable():
             refused.append(is_another_refused())
     assert refused == [False, True, True, False]
 
 
 def test_an_error_that_redis_answers_with_is_a_sign_of_life() -> None:
-    with pytest.raises(Unavailable), jobs.unavailable():
+    with pytest.raises(Unavailable), connection.unavailable():
         raise exceptions.TimeoutError
-    with pytest.raises(ResponseError), jobs.unavailable():
+    with pytest.raises(ResponseError), connection.unavailable():
         raise ResponseError("WRONGTYPE")
-    assert not jobs._silent.is_set()
+    assert not connection._silent.is_set()
 
 
 def test_the_apis_connection_gives_up_in_time_and_the_workers_outlasts_a_restart(server: RedisServer) -> None:
-    with jobs.connect(server.url) as api, jobs.connect(server.url, patient=True) as worker:
+    with connection.connect(server.url) as api, connection.connect(server.url, patient=True) as worker:
         assert api.ping()
         assert worker.ping()
         server.kill()
@@ -515,7 +504,7 @@ def test_the_apis_connection_gives_up_in_time_and_the_workers_outlasts_a_restart
 def test_a_redis_that_takes_connections_and_says_nothing_is_given_up_in_time(server: RedisServer) -> None:
     os.kill(server.process.pid, signal.SIGSTOP)
     try:
-        with jobs.connect(server.url) as client:
+        with connection.connect(server.url) as client:
             started = time.monotonic()
             with pytest.raises(Unavailable, match="does not answer"):
                 accept(Jobs(client))
@@ -546,7 +535,7 @@ def test_nothing_is_sent_a_second_time_by_the_client_itself() -> None:
         thread = threading.Thread(target=answer_nothing, args=(listener,))
         thread.start()
         with (
-            jobs.connect(f"redis://127.0.0.1:{listener.getsockname()[1]}?protocol=2") as client,
+            connection.connect(f"redis://127.0.0.1:{listener.getsockname()[1]}?protocol=2") as client,
             pytest.raises(exceptions.ConnectionError),
         ):
             client.incr("x")
@@ -559,13 +548,16 @@ def test_a_password_that_is_wrong_is_said_without_showing_it(tmp_path: Path) -> 
         with server.client() as client:
             client.config_set("requirepass", "right")
         for url in (server.url, server.url.replace("127", ":wrong-password@127")):
-            with jobs.connect(url) as client, pytest.raises(Unavailable, match="does not accept our password") as told:
+            with (
+                connection.connect(url) as client,
+                pytest.raises(Unavailable, match="does not accept our password") as told,
+            ):
                 accept(Jobs(client))
             assert "wrong-password" not in str(told.value)
 
 
 def test_something_else_at_the_place_of_redis_is_said() -> None:
-    with pytest.raises(Unavailable, match="not Redis"), jobs.unavailable():
+    with pytest.raises(Unavailable, match="not Redis"), connection.unavailable():
         raise InvalidResponse('Protocol error, got "H" as reply type byte')
 
 
@@ -578,7 +570,7 @@ def test_a_script_that_redis_forgets_again_and_again_is_run_all_the_same() -> No
 
 
 def test_a_sign_of_life_that_cannot_be_given_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "BEAT", 0.02)
+    monkeypatch.setattr(heartbeat, "BEAT", 0.02)
     given: list[int] = []
     failed: list[int] = []
 
@@ -586,7 +578,7 @@ def test_a_sign_of_life_that_cannot_be_given_keeps_no_other_from_it(monkeypatch:
         failed.append(1)
         raise ValueError
 
-    with jobs.beating(fail), jobs.beating(lambda: given.append(1)):
+    with heartbeat.beating(fail), heartbeat.beating(lambda: given.append(1)):
         eventually(lambda: len(failed) > 1 and len(given) > 1)
 
 
@@ -594,7 +586,7 @@ def test_a_sign_of_life_does_not_wait_for_a_connection_that_has_gone_silent() ->
     """A patient client would try for minutes; the limit here is not a measurement."""
     with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor() as pool:
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
-        asked = pool.submit(jobs.impatient(connect(url, patient=True)).ping)
+        asked = pool.submit(connection.impatient(connect(url, patient=True)).ping)
         with pytest.raises(exceptions.TimeoutError):
             asked.result(timeout=10)
 

@@ -22,7 +22,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mail.message import FieldError, Invalid, Mailbox, Message, Request, compose, message_id, parse, to_mime
+from mail.address import Mailbox
+from mail.message import Message, compose, message_id
+from mail.mime import to_mime
+from mail.request import FieldError, Invalid, Request, parse
 
 DATE = datetime(2025, 1, 31, 12, 30, 15, 999999, tzinfo=timezone.utc)
 ID = "<0b9c7e3a-1f0e-4c39-9a55-3f0f7f0d2c11@example.com>"

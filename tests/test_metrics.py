@@ -16,7 +16,7 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 from rq.utils import now, utcformat
 
-from mail.totals import ACCEPT, RESULTS, SMTP, TOTALS, VERDICTS
+from mail.counters import ACCEPT, RESULTS, SMTP, TOTALS, VERDICTS
 from tests.servers import ROOT, Api, House, RedisServer, Relay, eventually
 
 MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}

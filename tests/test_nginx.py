@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import service
 from settings import Settings
 from tests.programs import program
 from tests.servers import ROOT, House, RedisServer, eventually, free_port
+from web import app, body
 
 SITE = (ROOT / "nginx" / "async-email.conf").read_text()
 MAIL = {"to": "ada@example.com", "subject": "Hello", "text": "Hello there."}
@@ -175,7 +175,7 @@ def test_it_knows_what_the_newest_nginx_has_renamed() -> None:
 def test_its_limits_are_the_services_own() -> None:
     sizes = re.findall(r"client_max_body_size ([0-9]+)([km]);", SITE)
     found = {int(number) * {"k": 1024, "m": 2**20}[unit] for number, unit in sizes}
-    assert found == {service.SMALL_BODY, Settings(_env_file=None).max_message_bytes}
+    assert found == {body.SMALL_BODY, Settings(_env_file=None).max_message_bytes}
 
 
 # --- what passes ------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_attachments_pass_where_they_may_come(front: Front, path: str) -> None:
     assert front.post(path, [mail] if path.endswith("batch") else mail).status == 202
 
 
-@pytest.mark.parametrize(("method", "rule", "scope"), [(route[0], route[1], route[3]) for route in service.ROUTES])
+@pytest.mark.parametrize(("method", "rule", "scope"), [(route[0], route[1], route[3]) for route in app.ROUTES])
 def test_each_route_is_public_and_wants_a_key_or_is_for_this_machine(
     front: Front, method: str, rule: str, scope: str | None
 ) -> None:

@@ -16,12 +16,12 @@ import pytest
 import redis
 
 import settings
-from events import EVENTS
-from mail import pacing, relay
 from ops.checks import replies
 from ops.install import Server
+from process.log import EVENTS
+from smtp import pacing, verdict
 from tests.operations import BLOCKS, PAGE, block, line
-from tests.servers import ROOT, RedisServer, eventually
+from tests.servers import ROOT, RedisServer, eventually, project_files
 
 OTHERS = {"REDISCLI_AUTH", "RQ_REDIS_URL"}  # variables of redis-cli and of RQ
 SAID_BY_OTHERS = {  # symptoms whose words are not ours
@@ -40,7 +40,7 @@ def section(heading: str) -> str:
 
 def sources() -> str:
     """All that the processes, the doctor and nginx may say."""
-    files = [*ROOT.glob("*.py"), *ROOT.glob("mail/*.py"), *ROOT.glob("ops/**/*.py"), *ROOT.glob("nginx/*")]
+    files = [ROOT / file for file in project_files() if file.suffix == ".py" or file.parts[0] == "nginx"]
     return "\n".join(file.read_text() for file in files)
 
 
@@ -125,9 +125,9 @@ def test_each_503_is_one() -> None:
 
 
 def test_what_is_said_of_the_breaker_is_so() -> None:
-    assert (pacing.TROUBLES, pacing.PAUSE, relay.LONGEST_HINT) == (3, 30, 12 * 3600)
+    assert (pacing.TROUBLES, pacing.PAUSE, verdict.LONGEST_HINT) == (3, 30, 12 * 3600)
     assert line("queue DEL relay").split()[2:] == ["relay:breaker", "relay:probe"]
-    assert 'commands.delete("relay:breaker", "relay:probe")' in (ROOT / "mail/pacing.py").read_text()
+    assert 'commands.delete("relay:breaker", "relay:probe")' in (ROOT / "smtp/pacing.py").read_text()
 
 
 def test_the_site_has_the_name_that_is_to_be_replaced() -> None:

@@ -10,10 +10,13 @@ import fakeredis
 import pytest
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
-import jobs
-from jobs import LOST_AFTER, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible
-from mail.message import Message, compose, parse
-from mail.outbox import Busy, Claim, ClaimLost, Draft, Outbox, jittered, seen_state
+from mail.draft import Draft
+from mail.message import Message, compose
+from mail.outbox import Busy, Claim, ClaimLost, Outbox, jittered, seen_state
+from mail.request import parse
+from queues import heartbeat
+from queues.heartbeat import LOST_AFTER
+from queues.jobs import Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible
 from settings import Settings
 from tests.servers import eventually
 
@@ -83,7 +86,7 @@ def test_a_claimed_mail_is_busy_for_everybody_else(outbox: Outbox) -> None:
 def test_a_claim_is_kept_for_as_long_as_its_attempt_lasts(
     outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "BEAT", 0.02)
+    monkeypatch.setattr(heartbeat, "BEAT", 0.02)
     mail_id = accept(outbox)
     taken = claim(outbox, mail_id)
     client.pexpire(f"mail:{mail_id}:claim", 10_000)
@@ -95,7 +98,7 @@ def test_a_claim_is_kept_for_as_long_as_its_attempt_lasts(
 def test_a_lost_claim_is_not_taken_back_by_a_sign_of_life(
     outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "BEAT", 0.02)
+    monkeypatch.setattr(heartbeat, "BEAT", 0.02)
     mail_id = accept(outbox)
     with claim(outbox, mail_id).held():
         client.set(f"mail:{mail_id}:claim", "somebody else", px=60_000)

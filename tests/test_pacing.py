@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 
-from mail import pacing
-from mail.pacing import Pacing, in_trouble
 from settings import Rate
+from smtp import pacing
+from smtp.pacing import Pacing, in_trouble
 from tests.servers import RedisServer
 
 

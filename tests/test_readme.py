@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.scenes import SCENES
+from chaos.scenes import SCENES
 from settings import parse_api_keys
 from tests.servers import ROOT, Api, House, RedisServer, Relay, eventually, project_with
 

@@ -28,9 +28,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from mail import relay, warm
-from mail.message import Mailbox, compose, parse, to_mime
-from mail.relay import Outcome, Phase, Relay, Reply, Session, Stopped, Verdict, judge
+from mail.address import Mailbox
+from mail.message import compose
+from mail.mime import to_mime
+from mail.request import parse
+from smtp import pool, session
+from smtp.session import Relay, Session, Stopped
+from smtp.verdict import Outcome, Phase, Reply, Verdict, judge
 from tests import servers
 from tests.scripted_relay import (
     OBLIGING,
@@ -71,7 +75,7 @@ def _nothing_is_left_open() -> Iterator[None]:
     """No thread, no socket; an unclosed one that is collected here warns, and warnings are errors."""
     threads, handles = set(threading.enumerate()), len(os.listdir("/dev/fd"))
     yield
-    warm.close_all()
+    pool.close_all()
     gc.collect()
     eventually(lambda: set(threading.enumerate()) == threads)
     assert len(os.listdir("/dev/fd")) == handles
@@ -118,7 +122,7 @@ def attempt(
     try:
         return another(to, *recipients, sender=sender, mime=mime, smtputf8=smtputf8, before_dot=before_dot)
     finally:
-        warm.close_all()
+        pool.close_all()
 
 
 def another(
@@ -130,13 +134,13 @@ def another(
     before_dot: Callable[[Mapping[str, Reply]], None] = lambda replies: None,
 ) -> Outcome:
     """On the session that the last one left, if it left any."""
-    with warm.conversation(to) as conversation:
+    with pool.conversation(to) as conversation:
         return conversation.send(sender, recipients or (ADA,), mime, smtputf8=smtputf8, before_dot=before_dot)
 
 
 @contextmanager
 def opened(to: Relay) -> Iterator[Session]:
-    with warm.conversation(to) as conversation:
+    with pool.conversation(to) as conversation:
         conversation.session.open()
         yield conversation.session
 
@@ -1251,7 +1255,7 @@ def test_a_mail_on_a_warm_session_takes_as_few_round_trips_as_the_relay_allows(o
             assert another(at(there.port)).verdict is ACCEPTED
         assert there.turns - before == 5 * trips
         assert there.connections == 1
-        warm.close_all()
+        pool.close_all()
     assert there.accepted == [MIME] * 6
 
 
@@ -1380,7 +1384,7 @@ def test_a_relay_that_takes_a_chunk_for_nobody_has_taken_it_for_nobody() -> None
         assert fate(another(at(there.port))) == (Phase.RCPT, 550, REFUSED)
         another(at(there.port))
         assert there.connections == 2
-        warm.close_all()
+        pool.close_all()
 
 
 def test_before_a_chunks_end_its_mark_is_written_and_only_its_end_is_kept_back() -> None:
@@ -1453,7 +1457,7 @@ def test_after_a_chunk_that_did_not_get_out_whole_nothing_is_said(rcpt: str, pha
 @contextmanager
 def small_send_buffer() -> Iterator[None]:
     """A kernel that takes less of a mail at once."""
-    original = relay._dial
+    original = session._dial
 
     def dial(to: Relay) -> socket.socket:
         line = original(to)
@@ -1461,7 +1465,7 @@ def small_send_buffer() -> Iterator[None]:
         return line
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(relay, "_dial", dial)
+        patched.setattr(session, "_dial", dial)
         yield
 
 
@@ -1474,7 +1478,7 @@ def test_many_mails_share_a_session(offers: list[str], security: str, authority:
     with ScriptedRelay(offers=offers, tls=server_context(authority), implicit=security == "tls") as there:
         for _ in range(10):
             assert fate(another(at(there.port, security=security, ca_file=ca_file))) == (Phase.DOT, 250, ACCEPTED)
-        warm.close_all()
+        pool.close_all()
     assert there.accepted == [MIME] * 10
     assert there.connections == 1
     assert [command.split()[0] for command in there.commands].count("ehlo") == 1
@@ -1487,7 +1491,7 @@ def test_a_session_serves_one_relay_and_one_login_only() -> None:
         another(at(there.port, login=LOGIN))
         another(at(there.port, login=("other", "password")))
         another(at(there.port))
-        warm.close_all()
+        pool.close_all()
     assert there.connections == 3
 
 
@@ -1505,7 +1509,7 @@ def test_threads_that_send_at_once_have_a_session_each_and_lend_it_to_the_next()
                 one.start()
             for one in crew:
                 one.join()
-        warm.close_all()
+        pool.close_all()
     assert there.connections == 4
     assert there.accepted == [MIME] * 24
 
@@ -1527,7 +1531,7 @@ def test_a_mail_that_fails_leaves_a_session_in_order_or_none(
             eventually(lambda: not any(thread.is_alive() for thread, _ in there.lines))
         there.script.update({name: [relay_says] for name, relay_says in OBLIGING.items()})
         assert fate(another(at(there.port), CAY, mime=MIME + b"2\r\n")) == (Phase.DOT, 250, ACCEPTED)
-        warm.close_all()
+        pool.close_all()
     assert there.accepted == [MIME + b"2\r\n"]
     assert there.connections == (1 if kept else 2)
     reset_needed = kept and not (phase is Phase.DOT and offers is not CHUNKS)
@@ -1538,12 +1542,12 @@ def test_a_mail_that_fails_leaves_a_session_in_order_or_none(
     "answer", ["500 what?", "220 ready", "421 closing", hang_up, hang, "354 go", raw(b"what?\r\n")]
 )
 def test_a_session_whose_rset_is_not_answered_250_is_closed(answer: Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay, "PATIENCE", 0.2)
+    monkeypatch.setattr(session, "PATIENCE", 0.2)
     with ScriptedRelay({"RCPT": ["550 5.1.1 no", "250 ok"], "RSET": answer}) as there:
         assert another(at(there.port)).verdict is REFUSED
         assert another(at(there.port)).verdict is ACCEPTED
         assert there.connections == 2
-        warm.close_all()
+        pool.close_all()
     assert there.accepted == [MIME]
 
 
@@ -1558,18 +1562,18 @@ def test_a_session_that_the_relay_will_close_or_has_lost_step_in_is_not_used_aga
     with ScriptedRelay({step: [reply, OBLIGING[step]]}, offers=offers) as there:
         assert another(at(there.port)).verdict is TRY_AGAIN
         assert another(at(there.port)).verdict is ACCEPTED
-        warm.close_all()
+        pool.close_all()
     assert there.connections == 2
 
 
 def test_the_outcome_is_written_down_before_a_word_more_is_said() -> None:
     with ScriptedRelay({"RCPT": "550 5.1.1 no"}) as there:
-        with warm.conversation(at(there.port)) as conversation:
+        with pool.conversation(at(there.port)) as conversation:
             conversation.send(SENDER, [ADA], MIME, smtputf8=False, before_dot=void)
             time.sleep(0.1)
             assert there.commands[-1] == f"RCPT TO:<{ADA}>"
         eventually(lambda: there.commands[-1] == "RSET")
-        warm.close_all()
+        pool.close_all()
 
 
 def then(text: str, act: Callable[[Line], str]) -> Step:
@@ -1605,7 +1609,7 @@ def test_a_session_that_died_between_two_mails_costs_the_second_nothing(
         time.sleep(0.1)
         calls: list[object] = []
         assert fate(another(to, BOB, before_dot=calls.append)) == (Phase.DOT, 250, ACCEPTED)
-        warm.close_all()
+        pool.close_all()
     assert len(calls) == 1
     assert there.connections == 2
     assert there.commands.count(f"RCPT TO:<{BOB}>") == 1
@@ -1622,7 +1626,7 @@ def test_a_session_that_dies_under_a_later_mail_costs_it_no_attempt(
         to = at(there.port, timeout=0.5)
         assert another(to).verdict is ACCEPTED
         assert fate(another(to, BOB, mime=LARGE)) == (Phase.DOT, 250, ACCEPTED)
-        warm.close_all()
+        pool.close_all()
     assert there.accepted == [MIME, LARGE]
     assert there.connections == 2
 
@@ -1632,7 +1636,7 @@ def test_a_relay_that_says_421_to_a_chunk_has_not_taken_it(step: str) -> None:
     with ScriptedRelay({step: ["250 ok", last_words("421 4.4.2 closing"), "250 ok"]}, offers=CHUNKS) as there:
         another(at(there.port))
         assert another(at(there.port), BOB).verdict is ACCEPTED
-        warm.close_all()
+        pool.close_all()
     assert there.accepted == [MIME, MIME]
     assert there.connections == 2
 
@@ -1641,13 +1645,13 @@ def test_on_a_session_that_rested_the_relay_must_answer_before_a_mail_can_be_in_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A NAT that forgot the connection swallows all of it, and says nothing."""
-    monkeypatch.setattr(relay, "FRESH", 0.1)
+    monkeypatch.setattr(session, "FRESH", 0.1)
     with ScriptedRelay({"MAIL": ["250 ok", hang, "250 ok"]}, offers=CHUNKS) as there:
         to = at(there.port, timeout=0.5)
         another(to)
         time.sleep(0.2)
         assert fate(another(to, BOB)) == (Phase.DOT, 250, ACCEPTED)
-        warm.close_all()
+        pool.close_all()
     assert [command.split()[0] for command in there.commands].count("BDAT") == 2
     assert len(there.accepted) == 2
 
@@ -1660,7 +1664,7 @@ def test_after_the_final_dot_nothing_is_repeated(offers: list[str], death: Step)
         another(to)
         outcome = another(to, BOB)
         assert there.connections == 1
-        warm.close_all()
+        pool.close_all()
     assert outcome.reply.phase is Phase.DOT
     assert outcome.verdict is not ACCEPTED
     assert len(there.bodies) == 2
@@ -1676,7 +1680,7 @@ def test_the_session_that_replaces_a_dead_one_decides() -> None:
     with ScriptedRelay({"MAIL": ["250 ok", hang_up, "550 5.7.1 not you"]}) as there:
         another(at(there.port))
         assert fate(another(at(there.port))) == (Phase.MAIL, 550, REFUSED)
-        warm.close_all()
+        pool.close_all()
 
 
 def test_a_mail_may_lose_its_claim_on_the_way_to_another_session() -> None:
@@ -1705,17 +1709,17 @@ def test_a_mail_may_lose_its_claim_on_the_way_to_another_session() -> None:
 
 
 def test_a_session_ends_after_so_many_mails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm, "MOST_MAILS", 3)
+    monkeypatch.setattr(pool, "MOST_MAILS", 3)
     with ScriptedRelay() as there:
         for _ in range(7):
             another(at(there.port))
-        warm.close_all()
+        pool.close_all()
     assert there.connections == 3
     assert there.commands.count("QUIT") == 3
 
 
 def test_a_session_ends_when_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm, "OLDEST", 0.3)
+    monkeypatch.setattr(pool, "OLDEST", 0.3)
     with ScriptedRelay() as there:
         another(at(there.port))
         another(at(there.port))
@@ -1723,26 +1727,26 @@ def test_a_session_ends_when_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.3)
         another(at(there.port))
         another(at(there.port))
-        warm.close_all()
+        pool.close_all()
     assert there.connections == 2
 
 
 def test_a_session_that_nobody_uses_is_closed_and_its_watcher_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm, "IDLE", 0.3)
+    monkeypatch.setattr(pool, "IDLE", 0.3)
     with ScriptedRelay() as there:
         another(at(there.port))
         assert [thread.name for thread in threading.enumerate()].count("sessions") == 1
         eventually(lambda: there.commands[-1] == "QUIT", 5)
         eventually(lambda: "sessions" not in [thread.name for thread in threading.enumerate()], 5)
         another(at(there.port))
-        warm.close_all()
+        pool.close_all()
     assert there.connections == 2
 
 
 def test_one_thread_watches_all_conversations() -> None:
     with ExitStack() as stack:
         there = stack.enter_context(ScriptedRelay())
-        stack.callback(warm.close_all)
+        stack.callback(pool.close_all)
         for _ in range(5):
             stack.enter_context(opened(at(there.port, deadline=60)))
         assert [thread.name for thread in threading.enumerate()].count("sessions") == 1
@@ -1762,7 +1766,7 @@ def test_the_deadline_ends_a_mail_on_a_warm_session(offers: list[str]) -> None:
         assert fate(outcome) == (Phase.DOT, None, IN_DOUBT)
         assert outcome.reply.text == "the conversation took too long"
         assert another(to).verdict is ACCEPTED
-        warm.close_all()
+        pool.close_all()
     assert there.connections == 2
 
 
@@ -1788,10 +1792,10 @@ def test_a_deadline_that_has_passed_is_not_followed_by_another_session() -> None
 
 def test_a_deadline_that_passes_while_the_outcome_is_written_down_closes_the_session() -> None:
     with ScriptedRelay() as there:
-        with warm.conversation(at(there.port, deadline=0.3)) as conversation:
+        with pool.conversation(at(there.port, deadline=0.3)) as conversation:
             outcome = conversation.send(SENDER, [ADA], MIME, smtputf8=False, before_dot=void)
             time.sleep(0.5)
         assert outcome.verdict is ACCEPTED
         another(at(there.port))
-        warm.close_all()
+        pool.close_all()
     assert there.connections == 2

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import jobs
-import server
+from queues import connection
 from settings import Address
 from tests.servers import Api, free_port
+from web import server
 
 
 class Naming:
@@ -63,7 +63,7 @@ def test_after_one_that_took_long_requests_wait_side_by_side(api: Api, app: Nami
 def test_while_redis_is_silent_requests_wait_side_by_side(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     silent = threading.Event()
     silent.set()
-    monkeypatch.setattr(jobs, "_silent", silent)
+    monkeypatch.setattr(connection, "_silent", silent)
     assert api.post("/", {}).body.startswith("waitress")
 
 

@@ -33,13 +33,17 @@ from rq import SimpleWorker
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-import server
-import service
 import tasks
-from jobs import Jobs, connect
+from mail import delivery
 from mail.outbox import Outbox
+from queues import health, offer
+from queues.connection import connect
+from queues.jobs import Jobs
 from settings import Address, load
 from tests.servers import ROOT, Answer, Api, House, RedisServer, eventually, free_port
+from web import app as web_app
+from web import middleware, server
+from web.body import DEEPEST, MOST_VALUES, SMALL_BODY
 
 MAIL: dict[str, Any] = {"to": "ada@example.com", "subject": "Hello", "text": "Hello there."}
 WELCOME = {"name": "Ada", "email": "ada@example.com"}
@@ -148,7 +152,7 @@ def test_a_key_of_scope_send_may_submit_mail_and_nothing_else(api: Api) -> None:
     for method, path in [*ANY_ID, ("POST", "/jobs")]:
         answer = sender.call(method, path, JOB if path == "/jobs" else None)
         assert (answer.status, answer.body["name"]) == (401, "restricted_api_key"), path
-    assert {route[:2] for route in service.ROUTES if route[3] == "send"} == {
+    assert {route[:2] for route in web_app.ROUTES if route[3] == "send"} == {
         ("POST", "/emails"),
         ("POST", "/emails/batch"),
         ("POST", "/start-job"),
@@ -180,14 +184,14 @@ def test_the_word_bearer_may_be_written_in_any_case(api: Api) -> None:
     assert api.call("GET", f"/jobs/{UNKNOWN_ID}", headers={"Authorization": "bearer  full-key"}).status == 404
 
 
-def app_with(redis_url: str, **settings: Any) -> service.Edge:
+def app_with(redis_url: str, **settings: Any) -> middleware.Edge:
     api_keys = settings.pop("api_keys", f"full:{sha256(b'full-key').hexdigest()}")
     made = load(_env_file=None, redis_url=redis_url, api_keys=api_keys, mail_from="sender@example.com", **settings)
-    return service.make_app(made, Jobs(connect(redis_url)))
+    return web_app.make_app(made, Jobs(connect(redis_url)), tasks.OFFERED)
 
 
 @contextmanager
-def served(app: service.Edge) -> Iterator[Api]:
+def served(app: middleware.Edge) -> Iterator[Api]:
     """An application in this process, behind the real Waitress, for what must be looked at from inside."""
     port = free_port()
     running = server.Server(app, load(_env_file=None).max_message_bytes, server.listen_on(Address("127.0.0.1", port)))
@@ -218,7 +222,7 @@ def test_a_key_is_compared_with_every_known_key_in_constant_time(
         compared.append(one)
         return one == other
 
-    monkeypatch.setattr("service.hmac.compare_digest", compare)
+    monkeypatch.setattr("web.app.hmac.compare_digest", compare)
     with served(app_with(redis_server.url, api_keys=",".join(f"{n}:{digest}" for n, digest in known.items()))) as api:
         status = api.call("GET", f"/jobs/{UNKNOWN_ID}", headers={"Authorization": f"Bearer {given}"}).status
     assert status == (404 if given in known else 403)
@@ -271,7 +275,7 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {  # what cannot be read, and the field
     "20,000 values": (b"[%b1]" % (b"1," * 20_000), "body"),
     "20,000 names": (b"{%b}" % b",".join(b'"%d":1' % number for number in range(5_001)), "body"),
 }
-SMALL_ENOUGH = {name for name, (raw, _) in NOT_JSON.items() if len(raw) <= service.SMALL_BODY}
+SMALL_ENOUGH = {name for name, (raw, _) in NOT_JSON.items() if len(raw) <= SMALL_BODY}
 
 
 @pytest.mark.parametrize("path", SUBMITTED)
@@ -292,9 +296,9 @@ def test_a_body_that_is_no_object_is_refused(api: Api, client: redis.Redis, path
 
 def test_a_body_as_deep_and_as_long_as_is_allowed_is_read(api: Api) -> None:
     nested: Any = "x"
-    for _ in range(service.DEEPEST - 3):
+    for _ in range(DEEPEST - 3):
         nested = [nested]
-    use = {"id": "welcome", "variables": {"name": "Ada", "deep": nested, "long": [1] * (service.MOST_VALUES - 60)}}
+    use = {"id": "welcome", "variables": {"name": "Ada", "deep": nested, "long": [1] * (MOST_VALUES - 60)}}
     assert api.post("/emails", {"to": "ada@example.com", "template": use}).status == 202
     refused_use = {"id": "welcome", "variables": {"name": "Ada", "deep": [nested]}}
     assert api.post("/emails", {"to": "ada@example.com", "template": refused_use}).status == 400
@@ -302,10 +306,10 @@ def test_a_body_as_deep_and_as_long_as_is_allowed_is_read(api: Api) -> None:
 
 @pytest.mark.parametrize("path", ["/start-job", "/jobs"])
 def test_a_body_over_64_KiB_is_taken_by_emails_only(api: Api, client: redis.Redis, path: str) -> None:
-    raw = json.dumps(SUBMITTED[path]).encode().ljust(service.SMALL_BODY)
+    raw = json.dumps(SUBMITTED[path]).encode().ljust(SMALL_BODY)
     refused(api, client, path, raw + b" ", 413)
     assert api.call("POST", path, raw=raw).status == 202
-    assert api.post("/emails", {**MAIL, "text": "x" * service.SMALL_BODY}).status == 202
+    assert api.post("/emails", {**MAIL, "text": "x" * SMALL_BODY}).status == 202
 
 
 @pytest.mark.parametrize(
@@ -638,9 +642,10 @@ def test_a_job_that_no_task_can_run_is_refused_by_field(
 def test_an_argument_that_a_task_needs_is_missed_by_name(
     redis_server: RedisServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "OFFERED", {})
+    monkeypatch.setattr(offer, "OFFERED", {})
+    monkeypatch.setattr(tasks, "OFFERED", offer.OFFERED)
 
-    @tasks.task()
+    @offer.task()
     def report(month: int, title: str = "") -> None:
         """Never run."""
 
@@ -758,7 +763,7 @@ def work(client: redis.Redis, queue: str) -> None:
 def outbox(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Outbox:
     """What the tasks of `work` use."""
     made = Outbox(Jobs(client), load(_env_file=None))
-    monkeypatch.setattr(tasks, "outbox", lambda: made)
+    monkeypatch.setattr(delivery, "outbox", lambda: made)
     return made
 
 
@@ -1183,7 +1188,7 @@ def cut_off(redis_server: RedisServer) -> Iterator[tuple[Api, Proxy]]:
         url = f"redis://127.0.0.1:{proxy.port}/0"
         made = load(_env_file=None, api_keys=f"full:{sha256(b'full-key').hexdigest()}", mail_from="sender@example.com")
         jobs = Jobs(connect(url))
-        with served(service.make_app(made, jobs)) as api:
+        with served(web_app.make_app(made, jobs, tasks.OFFERED)) as api:
             yield api, proxy
         jobs.redis.close()
 
@@ -1231,13 +1236,13 @@ def test_a_lost_reply_to_a_cancellation_is_trouble_and_no_conflict(
 def test_healthz_asks_redis_nothing(api: Api, redis_server: RedisServer) -> None:
     with stopped(redis_server):
         answer, seconds = timed(lambda: api.call("GET", "/healthz", headers={"Authorization": ""}))
-    assert (answer.status, answer.body) == (200, {"status": "ok", "version": service.VERSION})
+    assert (answer.status, answer.body) == (200, {"status": "ok", "version": web_app.VERSION})
     assert seconds < 1
 
 
 def test_the_version_is_the_top_heading_of_the_changelog() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text()
-    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == service.VERSION
+    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == web_app.VERSION
 
 
 def test_readyz_tells_how_the_queue_does(api: Api, client: redis.Redis) -> None:
@@ -1316,7 +1321,7 @@ def test_redis_that_cannot_write_its_append_only_file_is_not_ready(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = {"info": {"aof_enabled": 1, "aof_last_write_status": "err", "role": "master"}, "queued": 0}
-    monkeypatch.setattr(Jobs, "state", lambda _: dict(seen))
+    monkeypatch.setattr(health, "state", lambda _: dict(seen))
     with served(app_with(redis_server.url)) as api:
         assert "cannot write its append-only file" in not_ready(api)
 
@@ -1473,7 +1478,7 @@ DOCS = ROOT / "docs" / "api.md"
 
 def test_every_route_has_its_heading_in_the_reference_and_no_heading_is_out_of_date() -> None:
     headings = re.findall(r"^#+ ((?:GET|POST|PUT|PATCH|DELETE) \S+)$", DOCS.read_text(), re.MULTILINE)
-    routes = [f"{method} {re.sub('<[a-z_]+>', '{id}', path)}" for method, path, _, _ in service.ROUTES]
+    routes = [f"{method} {re.sub('<[a-z_]+>', '{id}', path)}" for method, path, _, _ in web_app.ROUTES]
     assert sorted(headings) == sorted(routes)
 
 
@@ -1510,14 +1515,15 @@ def test_every_route_has_an_example_in_the_reference_that_is_answered_so(
         ids.update({told[name]: answer.body[name] for name in ("id", "job_id") if name in told})
         if path == "/jobs":
             work(client, "jobs")
-    routes = {(method, re.sub("<[a-z_]+>", "{id}", path)) for method, path, _, _ in service.ROUTES}
+    routes = {(method, re.sub("<[a-z_]+>", "{id}", path)) for method, path, _, _ in web_app.ROUTES}
     assert shown == routes - {("GET", "/metrics")}  # which is no JSON; tests/test_metrics.py has it
 
 
 def error_names() -> set[str]:
-    """The names of errors in service.py: what `Refusal` and `error_shape` are given, and what is looked up for them."""
+    """Returns the names in web/ that `Refusal` and `error_shape` are given, and those looked up for them."""
     names = {name for name, _ in server.JsonErrorTask.WORDS.values()}
-    for node in ast.walk(ast.parse(Path(service.__file__).read_text())):
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "web").glob("*.py")]
+    for node in [node for tree in trees for node in ast.walk(tree)]:
         called = isinstance(node, ast.Call) and ast.unparse(node.func) in ("Refusal", "error_shape")
         if called or (isinstance(node, ast.FunctionDef) and node.name in ("error_name", "unrouted")):
             words = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]

@@ -10,11 +10,13 @@ import pytest
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from jobs import Jobs
 from mail import sweep as sweeping
-from mail.message import compose, parse
-from mail.outbox import Draft, Outbox
+from mail.draft import Draft
+from mail.message import compose
+from mail.outbox import Outbox
+from mail.request import parse
 from mail.sweep import Finding, sweep, swept
+from queues.jobs import Jobs
 from settings import Settings
 from tests.servers import RedisServer
 

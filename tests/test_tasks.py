@@ -10,11 +10,13 @@ import pytest
 from pydantic import Field, ValidationError
 
 import settings
-import tasks
-from mail.message import Mailbox, Message
+from mail import delivery
+from mail.address import Mailbox
+from mail.message import Message
 from mail.outbox import Claim, Recipient
-from mail.relay import Outcome, Phase, Reply, Verdict
+from queues import offer
 from settings import Settings
+from smtp.verdict import Outcome, Phase, Reply, Verdict
 
 OK = Reply(Phase.DOT, 250, "queued")
 LATER = Reply(Phase.RCPT, 450, "busy")
@@ -31,13 +33,13 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def given(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
     current = Settings(_env_file=None, smtp_host="relay.example.com", retry_schedule=(10, 100), **values)
     monkeypatch.setattr(settings, "current", lambda: current)
-    tasks.the_relay.cache_clear()
+    delivery.the_relay.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     yield
-    tasks.the_relay.cache_clear()
+    delivery.the_relay.cache_clear()
 
 
 def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "") -> Claim:
@@ -59,8 +61,8 @@ def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: st
 def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
     pending = [one.address for one in taken.recipients if one.status == "pending"]
     outcome = Outcome(replies[-1], dict(zip(pending, replies, strict=True)))
-    tasks._record(taken, outcome)
-    return tasks._next_state(taken, replies)
+    delivery._record(taken, outcome)
+    return delivery._next_state(taken, replies)
 
 
 @pytest.mark.parametrize(
@@ -132,23 +134,23 @@ def test_what_the_sender_chose_for_doubt_goes_before_what_the_operator_chose(
     given(monkeypatch, on_doubt="hold" if way == "retry" else "retry")
     assert after(claim("pending", on_doubt=way), SILENCE)[0] == ("unknown" if way == "hold" else "delayed")
     taken = claim("in_doubt", before="sending", on_doubt=way)
-    tasks._take_up(taken)
+    delivery._take_up(taken)
     assert taken.recipients[0].status == ("in_doubt" if way == "hold" else "pending")
 
 
 def test_a_retry_goes_only_to_those_not_yet_served() -> None:
     taken = claim("accepted", "refused", "pending", "in_doubt")
-    tasks._take_up(taken)
+    delivery._take_up(taken)
     assert [one.status for one in taken.recipients] == ["accepted", "refused", "pending", "pending"]
 
 
 def test_a_held_doubt_is_not_taken_up_by_a_retry_but_by_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, on_doubt="hold")
     taken = claim("in_doubt", before="sending")
-    tasks._take_up(taken)
+    delivery._take_up(taken)
     assert taken.recipients[0].status == "in_doubt"
     asked = claim("in_doubt", "refused", "accepted", before="unknown", counted=2)
-    tasks._take_up(asked)
+    delivery._take_up(asked)
     assert [one.status for one in asked.recipients] == ["pending", "pending", "accepted"]
     assert asked.counted == 0
 
@@ -164,13 +166,13 @@ def test_a_recipient_of_whom_nothing_is_known_yet_is_in_doubt_at_the_final_dot(m
     """So it is with CHUNKING, where no reply is awaited before the end of the mail."""
     marks: list[dict[str, str]] = []
     monkeypatch.setattr(Claim, "before_dot", lambda _, statuses: marks.append(statuses))
-    tasks._before_dot(claim("pending"), ["known", "refused", "unknown"], {"known": LATER, "refused": NEVER})
+    delivery._before_dot(claim("pending"), ["known", "refused", "unknown"], {"known": LATER, "refused": NEVER})
     assert marks == [{"known": "pending", "refused": "refused", "unknown": "in_doubt"}]
 
 
 def test_the_reason_is_code_and_phase_and_never_the_relays_words() -> None:
     told = Reply(Phase.RCPT, 550, "<secret@example.com> unknown")
-    assert tasks._reason([OK, told, told, LATER]) == "550 at rcpt, 450 at rcpt"
+    assert delivery._reason([OK, told, told, LATER]) == "550 at rcpt, 450 at rcpt"
 
 
 def test_an_attempt_is_recorded_with_what_the_relay_said() -> None:
@@ -184,18 +186,18 @@ def test_an_attempt_is_recorded_with_what_the_relay_said() -> None:
 
 
 def test_every_verdict_has_its_consequence() -> None:
-    assert set(tasks.AFTER) == set(Verdict)
-    assert tasks.AT_DOT[Verdict.ACCEPTED] == tasks.AFTER[Verdict.IN_DOUBT] == "in_doubt"
+    assert set(delivery.AFTER) == set(Verdict)
+    assert delivery.AT_DOT[Verdict.ACCEPTED] == delivery.AFTER[Verdict.IN_DOUBT] == "in_doubt"
 
 
 def test_a_tasks_arguments_are_made_from_its_type_hints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "OFFERED", {})
+    monkeypatch.setattr(offer, "OFFERED", {})
 
-    @tasks.task(timeout=5)
+    @offer.task(timeout=5)
     def plan(day: date, times: Annotated[int, Field(ge=1)] = 1) -> str:
         return f"{day:%A} {times}"
 
-    offered = tasks.OFFERED["plan"]
+    offered = offer.OFFERED["plan"]
     assert offered.timeout == 5
     assert plan(day="2026-11-21", times=2) == "Saturday 2"  # as RQ calls it, with what JSON can carry
     for wrong in ({}, {"day": "soon"}, {"day": "2026-11-21", "times": 0}, {"day": "2026-11-21", "more": 1}):

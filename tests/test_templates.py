@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jinja2 import TemplateNotFound
 
 from mail import templates
-from mail.message import Invalid
+from mail.request import Invalid
 from mail.templates import render
 
 Json = Any

@@ -19,14 +19,16 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 from redis.exceptions import ConnectionError
 
-from bench.proxy import Proxy
-from jobs import Jobs
-from mail import relay
-from mail.message import compose, parse
-from mail.outbox import Claim, Draft, Outbox
+from chaos.proxy import Proxy
+from mail.counters import ACCEPT, SMTP, TOTALS, VERDICTS, Gathered
+from mail.draft import Draft
+from mail.message import compose
+from mail.outbox import Claim, Outbox
+from mail.request import parse
 from mail.sweep import sweep
-from mail.totals import ACCEPT, SMTP, TOTALS, VERDICTS, Gathered
+from queues.jobs import Jobs
 from settings import Settings
+from smtp import verdict
 from tests.servers import CUT, Api, House, RedisServer, Relay, eventually
 from tests.test_delivery import put_the_clock_forward
 
@@ -299,4 +301,4 @@ def test_each_observation_is_in_the_first_bucket_that_holds_it() -> None:
 
 
 def test_every_verdict_of_the_relay_has_its_total() -> None:
-    assert set(VERDICTS) == {one.value.replace(" ", "_") for one in relay.Verdict} | {"interrupted"}
+    assert set(VERDICTS) == {one.value.replace(" ", "_") for one in verdict.Verdict} | {"interrupted"}

@@ -1,0 +1,7 @@
+"""The doctor's checks: table.py lists them, findings.py says what a check is, each other file looks at one subject.
+
+packages.py, configuration.py   Python and its packages; settings as the services see them, and file modes
+store.py, flow.py               Redis; workers, queue, breaker, and one mail sent the whole way
+relay.py, replies.py            the relay up to its login, and what its refusals mean
+units.py, machine.py, names.py  systemd; nginx, ports and clock; SPF and DMARC of MAIL_FROM
+"""

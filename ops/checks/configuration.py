@@ -20,7 +20,7 @@ from pathlib import Path
 from dotenv import dotenv_values
 
 import settings
-from mail.message import Mailbox
+from mail.address import Mailbox
 from ops.checks.findings import Findings, Place, fault, is_root, may, note, ok, run, warn, who_is
 from settings import Settings, SettingsError
 

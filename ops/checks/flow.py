@@ -14,13 +14,18 @@ from typing import Any
 
 from redis import Redis
 
-from jobs import EMAIL, JOBS, LOST_AFTER, Jobs
 from mail import message
-from mail.outbox import FINAL, OPEN, Draft, Outbox
-from mail.relay import Phase, Reply
+from mail.address import Mailbox
+from mail.draft import Draft
+from mail.outbox import FINAL, OPEN, Outbox
+from mail.request import Invalid, parse
 from ops.checks import replies
 from ops.checks.findings import Findings, Place, counted, fault, lasting, note, ok, warn
 from ops.checks.store import asked
+from queues import health
+from queues.heartbeat import LOST_AFTER
+from queues.jobs import EMAIL, JOBS, Jobs
+from smtp.verdict import Phase, Reply
 
 SILENT = 2 * LOST_AFTER  # seconds; RQ's own worker, of the queue jobs, speaks up twice a minute
 LATE = 300  # seconds that a mail may wait while nothing is wrong
@@ -76,7 +81,7 @@ def waiting(place: Place) -> Findings:
     """How long the oldest waits, and why it may."""
     assert place.settings
     with asked(place) as redis:
-        state, reasons = Jobs(redis).state(), list(reasons_to_wait(redis, place))
+        state, reasons = health.state(Jobs(redis)), list(reasons_to_wait(redis, place))
         failed = redis.zcard(f"rq:failed:{EMAIL}")
         first: list[Any] = redis.zrange(OPEN, 0, 0, withscores=True)
     overdue = time.time() - first[0][1] if first else 0
@@ -132,17 +137,17 @@ def canary(place: Place) -> Findings:
     """Sends one mail, the doctor's only act, and watches it for a minute."""
     assert place.settings
     try:
-        asked_for = message.parse(
+        asked_for = parse(
             {
                 "to": [place.send_to],
                 "subject": "async-email: a mail from the doctor",
                 "text": "This mail went from the queue through a worker and the relay. In its source, the line\n"
                 "Authentication-Results should say spf=pass, dkim=pass and dmarc=pass.\n",
             },
-            default_sender=message.Mailbox.parse(place.settings.mail_from) if place.settings.mail_from else None,
+            default_sender=Mailbox.parse(place.settings.mail_from) if place.settings.mail_from else None,
             max_recipients=1,
         )
-    except message.Invalid as invalid:
+    except Invalid as invalid:
         yield fault(
             f"--send-to: {invalid.errors[0].field}: {invalid.errors[0].message}", "bin/doctor --send-to ada@example.com"
         )

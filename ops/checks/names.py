@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dns.exception import DNSException, Timeout
 from dns.resolver import NXDOMAIN, NoAnswer, NoResolverConfiguration, Resolver
 
-from mail.message import Mailbox
+from mail.address import Mailbox
 from ops.checks.findings import Findings, Place, fault, note, ok, warn
 
 MOST_LOOKUPS = 10  # RFC 7208 4.6.4; a receiver stops there with an error

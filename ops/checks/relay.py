@@ -16,11 +16,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from mail.relay import Relay, Session, Stopped
 from ops.checks import replies
 from ops.checks.findings import FAULT, Finding, Findings, Place, fault, note, ok, warn
 from settings import Settings, is_loopback
-from tasks import relay_of
+from smtp.session import Relay, Session, Stopped
 
 SOON = 14 * 86400  # seconds before a certificate ends
 WHOLE = 6  # times `patience`: the longest that a conversation may take
@@ -36,7 +35,7 @@ def lets_us_in(place: Place) -> Findings:
     reached = list(port(host, number, place))
     yield from reached
     if not any(one.level == FAULT for one in reached):
-        yield from login(relay_of(place.settings), place)
+        yield from login(Relay.of(place.settings), place)
 
 
 def port(host: str, wanted: int, place: Place) -> Findings:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from mail.relay import Phase, Reply
+from smtp.verdict import Phase, Reply
 
 GMAIL = r"(gmail|googlemail|google)\.com$"
 MICROSOFT = r"(office365|outlook|office)\.com$"

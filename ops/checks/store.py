@@ -25,8 +25,8 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from jobs import connect
 from ops.checks.findings import Finding, Findings, Place, fault, lasting, may, note, ok, sized, warn, who_is
+from queues.connection import connect
 from settings import is_loopback
 
 OUR_CONF, OUR_SOCKETS = "/etc/redis/redis-async-email.conf", "/run/redis-async-email"

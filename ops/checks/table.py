@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from events import where
-from jobs import Unavailable, unavailable
 from ops.checks import configuration, flow, machine, names, relay, store, units
 from ops.checks.findings import Finding, Look, Place, note, warn
+from process.log import where
+from queues.connection import Unavailable, unavailable
 
 
 class Check(NamedTuple):

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from service import ROUTES
 from tests.deploy.machine import Machine
 from tests.deploy.server import API, COMMANDS, DASHBOARD, EMAIL, ENV, JOBS, OURS, Installed, Server
 from tests.servers import Api, eventually
+from web.app import ROUTES
 
 pytestmark = pytest.mark.deploy
 

@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from events import emit, where
-from supervisor import tell
+from process.log import emit, where
+from process.sd_daemon import tell
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 STUCK_AFTER = 15  # seconds without a sign of progress

@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.stage import FINAL, Mail, Stage
+from chaos.stage import FINAL, Mail, Stage
 from tests.scripted_relay import Acceptance
 
 

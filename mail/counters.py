@@ -22,7 +22,7 @@ from typing import NamedTuple
 from redis import Redis
 from redis.exceptions import RedisError
 
-from jobs import beating
+from queues.heartbeat import beating
 
 TOTALS = "mail:totals"
 RESULTS = ("sent", "failed", "expired", "unknown", "canceled")  # what became of a mail; sent again, it has two

@@ -29,7 +29,7 @@ from typing import Any
 import redis
 import trustme
 
-from bench.proxy import Proxy
+from chaos.proxy import Proxy
 from tests.scripted_relay import ScriptedRelay, Step, take
 from tests.servers import ROOT, Api, House, RedisServer, eventually, free_port
 

@@ -1,4 +1,4 @@
-"""Does it keep its promise when things die? `.venv/bin/python -m bench.chaos` plays the faults of bench/scenes.py.
+"""Does it keep its promise when things die? `.venv/bin/python -m chaos` plays the faults of chaos/scenes.py.
 
 Each scene has its own Redis or Valkey, API, workers and relay, and a client that submits mail while one fault happens.
 Then every 202 is held against the relay's log and the API: sent once, doubled (and whether that was allowed), lost, in
@@ -18,11 +18,11 @@ from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
-from bench.faults import play
-from bench.ledger import Row, account
 from bench.progress import Progress
-from bench.scenes import SCENES
-from bench.stage import Scene, Stage
+from chaos.faults import play
+from chaos.ledger import Row, account
+from chaos.scenes import SCENES
+from chaos.stage import Scene, Stage
 
 HEADINGS = ["scene", "server", "on doubt", "accepted", "sent once", "doubled", "of these allowed", "lost", "in doubt"]
 HEADINGS += ["failed", "disagree", "recovery", "promise"]
@@ -61,7 +61,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.chaos", description="Plays faults and counts what became of the mail.")
+    parser = argparse.ArgumentParser(prog="chaos", description="Plays faults and counts what became of the mail.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--mails", type=int, default=40, help="per scene (default 40)")
     parser.add_argument("--server", choices=["valkey", "redis", "both"], default="valkey")

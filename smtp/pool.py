@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from mail import relay
-from mail.relay import Outcome, Relay, Reply, Session
+from smtp.session import Relay, Session, send
+from smtp.verdict import Outcome, Reply
 
 MOST_MAILS = 100  # per session: some relays end it after that many, or slow it down
 OLDEST = 300  # seconds
@@ -134,13 +134,13 @@ class Conversation:
         smtputf8: bool,
         before_dot: Callable[[Mapping[str, Reply]], None],
     ) -> Outcome:
-        """As `relay.send`; `before_dot` is called a second time where the session is replaced after the first."""
+        """As `send`; `before_dot` is called a second time where the session is replaced after the first."""
         used = self.session.mails > 0
-        outcome = relay.send(self.session, sender, recipients, mime, smtputf8=smtputf8, before_dot=before_dot)
+        outcome = send(self.session, sender, recipients, mime, smtputf8=smtputf8, before_dot=before_dot)
         if not used or not outcome.reply.is_the_sessions_end or self.session.late.is_set():
             return outcome
         self._replace()
-        return relay.send(self.session, sender, recipients, mime, smtputf8=smtputf8, before_dot=before_dot)
+        return send(self.session, sender, recipients, mime, smtputf8=smtputf8, before_dot=before_dot)
 
     def _replace(self) -> None:
         keeper.drop(self.session)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from redis import Redis
 
-from jobs import Script, unavailable
+from queues.connection import Script, unavailable
 from settings import Rate
 
 TROUBLES = 3  # in a row, until the breaker opens

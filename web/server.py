@@ -1,7 +1,7 @@
-"""HTTP/1.1 on sockets: Waitress, stricter, quicker, and polite when it is to end.
+"""HTTP/1.1 on sockets: Waitress, stricter, quicker, and drained before it ends.
 
 Stricter: it refuses also what a proxy before us may read differently, in our own error shape (RFC 9112). Quicker: small
-requests are answered where they are read. Polite: `Server.run` ends when all who have sent a request have their answer
+requests are answered where they are read. Drained: `Server.run` ends when all who have sent a request have their answer
 and every connection is quiet, so that with a socket of systemd's a restart drops nothing; Waitress's own way cancels
 what waits for a thread and cuts what it has not read yet. Knows no route, no key, no mail.
 
@@ -25,10 +25,11 @@ from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
-import supervisor
-from jobs import is_silent
-from mail.message import FieldError
+from process import sd_daemon
+from queues.connection import is_silent
 from settings import Address
+from web.errors import error_shape
+from web.middleware import common_headers
 
 QUICK_BODY = 16 * 1024  # bytes
 LONG = 0.1  # seconds for one request; less may be the machine being busy
@@ -43,20 +44,6 @@ class Application(Protocol):
     answered: int
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]: ...
-
-
-def error_shape(
-    status: int, name: str, text: str, request_id: str, errors: Iterable[FieldError] = ()
-) -> dict[str, Any]:
-    """The one error shape."""
-    shape: dict[str, Any] = {"statusCode": status, "name": name, "message": text}
-    if errors:
-        shape["errors"] = [{"field": error.field, "message": error.message} for error in errors]
-    return shape | {"request_id": request_id}
-
-
-def common_headers(request_id: str) -> list[tuple[str, str]]:
-    return [("X-Request-Id", request_id), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
 
 
 class Parser(HTTPRequestParser):  # type: ignore[misc]
@@ -133,7 +120,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
 def listen_on(listen: Address) -> list[socket.socket]:
     """What systemd has opened for us, or else the address; a name such as localhost has two. Raises OSError."""
-    given = supervisor.sockets()
+    given = sd_daemon.sockets()
     if given:
         return given
     try:

@@ -1,4 +1,4 @@
-"""The scenes by name: each a fault in one sentence, who does it (bench/faults.py), and what its stage needs.
+"""The scenes by name: each a fault in one sentence, who does it (chaos/faults.py), and what its stage needs.
 
 What differs by data only stands in tables: the points at which a worker dies, the replies of Redis that are lost, what
 a relay says. What a scene promises beyond the common is in its fields: a limit in seconds, attempts uncounted.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 
-from bench.faults import (
+from chaos.faults import (
     ACCEPT,
     HOUR,
     STEPS_TO,
@@ -44,7 +44,7 @@ from bench.faults import (
     terminate_twice,
     wait_for_death,
 )
-from bench.stage import QUICK, Scene
+from chaos.stage import QUICK, Scene
 from tests.killed_worker import POINTS
 from tests.scripted_relay import drip, hang, last_words, reset, swallow, take_after
 

@@ -1,18 +1,9 @@
-"""SMTP out: a session with the relay, a mail over it, and the one judgement of what its answers mean.
+"""One connection to the relay and the mails that go over it.
 
-`send` carries one message to its recipients and returns an `Outcome`; it never raises for what a relay does or fails to
-do. `judge` turns phase + reply into a verdict, and nothing else in the project interprets an SMTP code:
-
-  accepted   the relay has taken responsibility (250 after the final dot)
-  try again  this mail was put off (4xx); it has cost an attempt
-  refused    this mail or recipient is refused for good (5xx)
-  in doubt   the body went out whole and no answer came: it may have been accepted (RFC 1047)
-  trouble    the relay, the login or our use of it: no mail can be blamed, so none loses an attempt
-
-Certificates are verified, STARTTLS never falls back to plain text, an address goes out to the letter or not at all.
-Which session a mail gets, and its deadline, are mail.warm's. The only home of `smtplib`.
-Standards: RFC 5321 (SMTP), 3207 (STARTTLS), 4954 (AUTH), 8314 (implicit TLS), 6531 (SMTPUTF8), 3463 (enhanced codes),
-2920 (PIPELINING), 3030 (CHUNKING).
+Certificates are verified, STARTTLS never falls back to plain text, an address goes out exactly as it was accepted or
+not at all. Which session a mail gets, and its deadline, are in smtp.pool. The only home of `smtplib`.
+Standards: RFC 5321 (SMTP), 3207 (STARTTLS), 4954 (AUTH), 8314 (implicit TLS), 6531 (SMTPUTF8), 2920 (PIPELINING),
+3030 (CHUNKING).
 """
 
 from __future__ import annotations
@@ -25,145 +16,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from enum import Enum
 from functools import lru_cache
 from typing import NamedTuple
 
-
-class Verdict(str, Enum):
-    ACCEPTED = "accepted"
-    TRY_AGAIN = "try again"
-    REFUSED = "refused"
-    IN_DOUBT = "in doubt"
-    TROUBLE = "trouble"
-
-
-class Phase(str, Enum):
-    """Where in the conversation a reply came, or did not."""
-
-    CONNECT = "connect"  # DNS, TCP and implicit TLS
-    GREETING = "greeting"
-    HELLO = "hello"
-    STARTTLS = "starttls"
-    AUTH = "auth"
-    MAIL = "mail"
-    RCPT = "rcpt"
-    DATA = "data"  # the command; 354 invites the body
-    TRANSFER = "transfer"  # the body is going out; without its final dot the relay must drop it (RFC 5321 4.1.1.4)
-    DOT = "dot"  # the final dot is out
-
+from settings import Settings
+from smtp.verdict import Outcome, Phase, Reply, Verdict
 
 CHUNK = 64 * 1024  # bytes of the body
 SEND_BUFFER = 256 * 1024  # bytes
-LONGEST_HINT = 12 * 3600  # seconds; what a relay asks for beyond that is not believed
 END = 2  # bytes of a chunk that are kept back like a final dot
 FRESH = 1  # seconds since the last reply, for which a session is surely not dead
 PATIENCE = 2  # seconds per reply that is only needed to keep a session
 LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already
 ADDRESS = re.compile(r"[^\x00-\x20\x7f<>]+")  # what fits between < and >
-HINT = re.compile(  # "try again in 5 minutes", "retry after 300 seconds", "please come back in 00:04:59"
-    r"\b(?:in|after|wait|for)\s+(?:(\d{1,5})\s*(seconds?|secs?|s|minutes?|mins?|m|hours?|h)\b|(\d\d):(\d\d):(\d\d)\b)",
-    re.IGNORECASE,
-)
-
 UNSPEAKABLE = (553, "this address cannot be written into an SMTP command")
-
-SESSION = (Phase.CONNECT, Phase.GREETING, Phase.HELLO, Phase.STARTTLS, Phase.AUTH)
-MESSAGE = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.TRANSFER, Phase.DOT)
-
-# The first row that matches decides: phases, code (none: no reply came), how the text begins, verdict. Only the text's
-# beginning is the relay's own (RFC 2034); further on it may repeat an address, which anybody may have chosen.
-JUDGEMENT: tuple[tuple[tuple[Phase, ...], str, str, Verdict], ...] = (
-    # No reply. Before the final dot nothing was handed over; after it nobody knows.
-    ((Phase.DOT,), "none", "", Verdict.IN_DOUBT),
-    # Cut off in the middle of the body: the mail itself may be what the relay cannot take, so it costs an attempt.
-    ((Phase.TRANSFER,), "none", "", Verdict.TRY_AGAIN),
-    ((*SESSION, *MESSAGE), "none", "", Verdict.TROUBLE),
-    # Good replies. Another 2xx to STARTTLS or AUTH has neither encrypted nor logged in.
-    ((Phase.STARTTLS,), "220", "", Verdict.ACCEPTED),
-    ((Phase.AUTH,), "235", "", Verdict.ACCEPTED),
-    ((Phase.DATA,), "354", "", Verdict.ACCEPTED),
-    ((Phase.GREETING, Phase.HELLO, Phase.MAIL, Phase.RCPT, Phase.DOT), "2..", "", Verdict.ACCEPTED),
-    # A session that does not come about is never a mail's fault: 421 and 554 greetings, 454 and 535 to AUTH.
-    (SESSION, ".*", "", Verdict.TROUBLE),
-    # The relay wants STARTTLS or a login first (RFC 3207, 4954): our settings.
-    (MESSAGE, "530|534|535|538", "", Verdict.TROUBLE),
-    # Throttles. 454: SES "Maximum sending rate exceeded", "Daily message quota exceeded". 432 4.3.2: Microsoft 365,
-    # too many connections. 550 5.4.5: Gmail's rolling daily quota. 550 5.2.251-255: Microsoft 365, sender throttled;
-    # its 554 5.2.252 is another matter, a sender that this login may not use.
-    (MESSAGE, "454|432", "", Verdict.TROUBLE),
-    (MESSAGE, "550", r"5\.4\.5(?!\S)|5\.2\.25[1-5](?!\S)", Verdict.TROUBLE),
-    # Microsoft 365 has ended basic authentication for this account.
-    (MESSAGE, "550", r"5\.7\.30(?!\S)", Verdict.TROUBLE),
-    # "Too many recipients" in its old form (RFC 5321 4.5.3.1.10): those refused get their turn in the next attempt.
-    ((Phase.RCPT,), "552", "", Verdict.TRY_AGAIN),
-    # 503 says that the two sides lost step, not that the mail is bad.
-    (MESSAGE, "503", "", Verdict.TRY_AGAIN),
-    (MESSAGE, "4..", "", Verdict.TRY_AGAIN),
-    (MESSAGE, "5..", "", Verdict.REFUSED),
-    # What is left answers something else (a 250 to DATA) or is not SMTP (1xx, -1). After the dot it tells us nothing.
-    ((Phase.DOT,), ".*", "", Verdict.IN_DOUBT),
-    (MESSAGE, ".*", "", Verdict.TROUBLE),
-)
-
-
-def judge(phase: Phase, code: int | None, text: str = "") -> Verdict:
-    """The one judgement. `code` is None where no reply came."""
-    written = "none" if code is None else str(code)
-    rows = (row for row in JUDGEMENT if phase in row[0])
-    return next(verdict for _, codes, words, verdict in rows if re.fullmatch(codes, written) and re.match(words, text))
-
-
-class Reply(NamedTuple):
-    """What the relay said at the moment that decided. `text` may hold addresses: it is for the mail's record only."""
-
-    phase: Phase
-    code: int | None
-    text: str
-
-    @property
-    def verdict(self) -> Verdict:
-        return judge(self.phase, self.code, self.text)
-
-    @property
-    def pause(self) -> int:
-        """For how many seconds a relay that puts us off asks to be left alone; 0 if it does not say."""
-        hint = HINT.search(self.text) if self.verdict in (Verdict.TRY_AGAIN, Verdict.TROUBLE) else None
-        if not hint:
-            return 0
-        number, unit, *clock = hint.groups()
-        if unit:
-            return min(LONGEST_HINT, int(number) * {"s": 1, "m": 60, "h": 3600}[unit[0].lower()])
-        hours, minutes, seconds = map(int, clock)
-        return min(LONGEST_HINT, hours * 3600 + minutes * 60 + seconds)
-
-    @property
-    def leaves_the_session(self) -> bool:
-        """Whether after it the relay may be given another mail at once."""
-        return self.code not in (421, 503) and self.verdict not in (Verdict.TROUBLE, Verdict.IN_DOUBT)
-
-    @property
-    def is_the_sessions_end(self) -> bool:
-        """The mail did not get as far as its final dot because there was no session any more."""
-        return self.phase in MESSAGE[:-1] and self.code in (None, 421)
-
-    @property
-    def summary(self) -> str:
-        """Code and phase, without a word of the relay's: fit for logs and exception texts."""
-        return f"no reply at {self.phase.value}" if self.code is None else f"{self.code} at {self.phase.value}"
-
-
-@dataclass
-class Outcome:
-    """One attempt: the reply that decided it, and for each recipient the reply that decided about him."""
-
-    reply: Reply
-    recipients: dict[str, Reply] = field(default_factory=dict)
-
-    @property
-    def verdict(self) -> Verdict:
-        return self.reply.verdict
 
 
 class Relay(NamedTuple):
@@ -177,6 +43,20 @@ class Relay(NamedTuple):
     ca_file: str | None
     timeout: float  # for a connection, for one reply (but that to the final dot), for the next CHUNK of the body
     deadline: float  # for one conversation
+
+    @classmethod
+    def of(cls, current: Settings) -> Relay:
+        """Returns the relay that the settings name."""
+        return cls(
+            host=current.smtp_host or "",
+            port=current.smtp_port,
+            security=current.smtp_security,
+            username=current.smtp_username,
+            password=current.smtp_password.get_secret_value() if current.smtp_password else None,
+            ca_file=str(current.smtp_ca_file) if current.smtp_ca_file else None,
+            timeout=current.smtp_timeout,
+            deadline=current.deliver_timeout,
+        )
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"

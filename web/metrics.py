@@ -19,24 +19,25 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
-from jobs import Jobs, Unavailable, unavailable
-from mail.outbox import LAST_SENT
-from mail.pacing import in_trouble
+from mail.counters import ACCEPT, RESULTS, SMTP, TOTALS, VERDICTS, Histogram
+from mail.outbox import LAST_SENT, Outbox
 from mail.sweep import SWEPT
-from mail.totals import ACCEPT, RESULTS, SMTP, TOTALS, VERDICTS, Histogram
+from queues import health
+from queues.connection import Unavailable, unavailable
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 
-def exposition(jobs: Jobs, version: str) -> bytes:
+def exposition(outbox: Outbox, version: str) -> bytes:
     registry = CollectorRegistry()
-    registry.register(Scrape(jobs, version))
+    registry.register(Scrape(outbox, version))
     return generate_latest(registry)
 
 
 class Scrape(Collector):
-    def __init__(self, jobs: Jobs, version: str) -> None:
-        self.jobs = jobs
+    def __init__(self, outbox: Outbox, version: str) -> None:
+        self.outbox = outbox
+        self.jobs = outbox.jobs
         self.version = version
 
     def collect(self) -> Iterator[Metric]:
@@ -71,7 +72,7 @@ class Scrape(Collector):
         yield histogram(ACCEPT, "accept", "Requests that were answered with 202, in the API.", counts)
 
     def queues(self) -> Iterator[Metric]:
-        states = self.jobs.queue_states()
+        states = health.queue_states(self.jobs)
         jobs = {(name, what): number for name, seen in states.items() for what, number in seen.jobs.items()}
         yield labelled("gauge", "queue_jobs", "Jobs by where they wait.", ["queue", "state"], jobs)
         for name, attribute, text in (
@@ -88,7 +89,7 @@ class Scrape(Collector):
             disk: Any = self.jobs.redis.info("persistence")
         kept = bool(disk.get("aof_enabled")) and disk.get("aof_last_write_status", "ok") == "ok"
         yield gauge(
-            "breaker_open", "Whether all mail waits because the relay is in trouble.", in_trouble(self.jobs.redis)
+            "breaker_open", "Whether all mail waits because the relay is in trouble.", self.outbox.relay_in_trouble()
         )
         yield gauge("redis_memory_bytes", "What Redis takes.", memory["used_memory"])
         yield gauge("redis_memory_max_bytes", "What Redis may take (maxmemory); 0: any.", memory.get("maxmemory", 0))

@@ -1,57 +1,39 @@
-"""RQ and Redis as this project uses them: one connection, two queues, one atomic accept, and a look at any job.
+"""Jobs in RQ's queues, seen from the side that submits and looks: accept, requeue, cancel, read.
 
 A job is accepted by one Lua script that does everything (the job, its place in the queue, its idempotency key,
-whatever the caller wants stored beside it) or nothing. The commands are RQ's own: it writes them once, into a pipeline
-that is never executed but filled in for each job and handed to the script. The script recognises a job that it has
-already stored, so a call whose reply was lost can be repeated; and it recognises a client's repeat by its idempotency
-key.
-
-Refuses to hang: Redis that is away, full or read-only gives `Unavailable` within three seconds. Knows no HTTP, no mail.
-The only home of `redis` and of `rq.Queue`.  RQ: https://python-rq.org/docs/  Lua: https://redis.io/docs/latest/develop/programmability/
+whatever the caller wants stored beside it) or nothing. The commands are RQ's own: RQ writes them once into a pipeline
+that is never executed; the blanks are filled for each job and the result is handed to the script. The script recognises
+a job that it has already stored, so a call whose reply was lost can be repeated, and it recognises a client's repeat by
+its idempotency key. Knows no HTTP and no mail.
+RQ: https://python-rq.org/docs/
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import lru_cache
-from operator import itemgetter
 from typing import Any, NamedTuple
 
-import hiredis
 from redis import Redis
-from redis._parsers import Encoder
-from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.client import Pipeline
-from redis.connection import HiredisRespSerializer, PythonRespSerializer
 from redis.exceptions import (
-    AuthenticationError,
     ConnectionError,
-    InvalidResponse,
-    NoScriptError,
-    ResponseError,
     TimeoutError,
     WatchError,
 )
-from redis.maint_notifications import MaintNotificationsConfig
-from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry
 from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
-LOST_AFTER = 45  # seconds without a sign of life after which a worker, and its claim on a mail, count as dead
-BEAT = 15  # seconds between signs of life
-EMAIL, JOBS = "email", "jobs"  # the queues. One queue per worker, always: on two, RQ loses what a killed worker popped
+from queues.connection import Script, unavailable
 
+EMAIL, JOBS = "email", "jobs"  # the queues. One queue per worker, always: on two, RQ loses what a killed worker popped
 # KEYS: the (first) job's key, the idempotency key ("" for none). ARGV: job ids with commas, fingerprint, lifetime of
 # the idempotency key in seconds, then the commands, each as the number of its words and the words.
 ACCEPT = """
@@ -74,38 +56,8 @@ return {'accepted', ARGV[1]}
 """
 
 
-class Script:
-    """A Lua script, called by its digest. Where Redis does not know it (any more), the call brings the source:
-    redis-py's own way, to load it and call it again, fails if it is forgotten in between."""
-
-    def __init__(self, redis: Redis, source: str) -> None:
-        self.redis = redis
-        self.source = source
-        self.digest = hashlib.sha1(source.encode()).hexdigest()
-
-    def __call__(self, keys: Sequence[str], args: Sequence[Any] = ()) -> Any:
-        try:
-            return self.redis.evalsha(self.digest, len(keys), *keys, *args)
-        except NoScriptError:
-            return self.redis.eval(self.source, len(keys), *keys, *args)
-
-
-class Unavailable(Exception):
-    """Redis cannot store or read now. Nothing was half-stored; the same request may be sent again later."""
-
-
 class IdempotencyConflict(Exception):
     """The idempotency key was used before, for another request."""
-
-
-class QueueState(NamedTuple):
-    """A queue in numbers. `jobs` counts them by state; `workers` are those that gave a sign of life lately; of the
-    times in seconds, the first is the age of the job that waits longest, the second how late the scheduler is."""
-
-    jobs: dict[str, int]
-    workers: int
-    oldest_queued: float
-    overdue: float
 
 
 class NotFound(Exception):
@@ -170,172 +122,6 @@ class Accepted(NamedTuple):
     def id(self) -> str:
         """Of a request for one."""
         return self.ids[0]
-
-
-class Packer:
-    """Writes a command as Redis reads it. hiredis is the quickest, but copies everything three times: an attachment is
-    left to redis-py's own, which copies nothing large. Most of redis-py's time before hiredis goes into looking for
-    kinds of words that we do not use."""
-
-    LARGE = 64 * 1024  # bytes
-
-    def __init__(self) -> None:
-        self.careful = HiredisRespSerializer()
-        self.sparing = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode)  # type: ignore[no-untyped-call]
-
-    def pack(self, *words: Any) -> Any:
-        if any(type(word) is bytes and len(word) > self.LARGE for word in words):
-            return self.sparing.pack(*words)  # type: ignore[no-untyped-call]
-        if type(words[0]) is str and " " not in words[0]:
-            return [hiredis.pack_command(words)]
-        return self.careful.pack(*words)  # CLIENT SETNAME is two words
-
-
-def connect(url: str, *, patient: bool = False) -> Redis:
-    """A Redis client. The API's gives up within three seconds; a `patient` one (the workers') outlasts a restart.
-
-    The API's never repeats a command by itself: redis-py would send a transaction again whose reply was lost, and so
-    queue a mail twice. The workers' scripts may be repeated, each says why.
-    """
-    return Redis.from_url(
-        url,
-        socket_connect_timeout=5 if patient else 1,
-        # Twice this fits into three seconds: a request may first have to wait for a thread that waits for Redis.
-        socket_timeout=10 if patient else 1.2,
-        **({} if url.startswith("unix:") else {"socket_keepalive": True}),
-        retry=RedisRetry(ExponentialWithJitterBackoff(base=0.05, cap=2), 40) if patient else RedisRetry(NoBackoff(), 0),
-        command_packer=Packer(),
-        # A feature of Redis' cloud, asked for on each connection in a round trip that every other server refuses.
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),
-    )
-
-
-def impatient(redis: Redis) -> Redis:
-    """The same Redis for signs of life, which are worth nothing late. A patient client that finds its connection dead
-    waits for up to a quarter of a minute before it takes another, and all the other signs would wait behind it."""
-    pool = redis.connection_pool
-    hurry = {"socket_connect_timeout": 1, "socket_timeout": 1.2, "retry": RedisRetry(NoBackoff(), 0)}
-    return Redis(connection_pool=type(pool)(pool.connection_class, **(pool.connection_kwargs | hurry)))
-
-
-CANNOT_NOW = {  # a word of Redis' error -> what is the matter
-    "OOM": "Redis is out of memory (maxmemory is reached)",
-    "READONLY": "Redis is a read-only replica",
-    "MISCONF": "Redis cannot write to its disk, so it refuses writes",
-    "NOREPLICAS": "Redis misses replicas, so it refuses writes",
-    "MASTERDOWN": "Redis is a replica without its master",
-    "NOPERM": "Redis' ACL does not let us do this",
-    "The user executing the script": "Redis' ACL does not let us do this",  # Redis 7
-    "ACL failure in script": "Redis' ACL does not let us do this",  # Valkey 9
-    "BUSY": "Redis is busy with a script",
-}
-
-
-_silent = threading.Event()
-_scout = threading.RLock()
-
-
-def is_silent() -> bool:
-    """Whether Redis did not answer when it was last asked, so that asking it may take long."""
-    return _silent.is_set()
-
-
-@contextmanager
-def scouting() -> Iterator[None]:
-    """Once Redis is silent, one caller at a time finds out whether it is back; the others are refused at once.
-
-    If each waited for the time-out, a request that waits for a thread of Waitress would wait for one after another.
-    """
-    silent = _silent.is_set()
-    if silent and not _scout.acquire(blocking=False):
-        raise ConnectionError
-    try:
-        yield
-        _silent.clear()
-    except (ConnectionError, TimeoutError):
-        _silent.set()
-        raise
-    except Exception:  # it answered, if not as hoped
-        _silent.clear()
-        raise
-    finally:
-        if silent:
-            _scout.release()
-
-
-@contextmanager
-def unavailable() -> Iterator[None]:
-    """Turns what Redis says when it cannot work now into `Unavailable`; a mistake of ours stays what it is."""
-    try:
-        with scouting():
-            yield
-    except AuthenticationError:
-        raise Unavailable("Redis does not accept our password") from None
-    except (ConnectionError, TimeoutError):
-        raise Unavailable("Redis does not answer") from None
-    except InvalidResponse:
-        raise Unavailable("what answers at REDIS_URL is not Redis") from None
-    except ResponseError as error:
-        # redis-py takes the word off if it knows it; before version 7, Redis put it into the middle for a script.
-        said = re.search(rf"\b({'|'.join(CANNOT_NOW)})\b", f"{error.status_code} {error}")
-        if not said:
-            raise
-        raise Unavailable(CANNOT_NOW[said[1]]) from None
-
-
-class _Heart:
-    """Gives all the signs of life of this process, from one thread: one each would cost more than the mail. Each in its
-    turn; one that could not be given is tried again a second later, after those that are due."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.due: dict[int, tuple[float, Callable[[], object]]] = {}  # when, and what
-        self.thread: threading.Thread | None = None
-
-    def take(self, sign_of_life: Callable[[], object]) -> int:
-        with self.lock:
-            self.due[id(sign_of_life)] = (time.monotonic() + BEAT, sign_of_life)
-            if not self.thread or not self.thread.is_alive():
-                self.thread = threading.Thread(target=self._beat, name="heart", daemon=True)
-                self.thread.start()
-        return id(sign_of_life)
-
-    def _beat(self) -> None:
-        while True:
-            time.sleep(min(1, BEAT))
-            while self._beat_once():
-                pass
-
-    def _beat_once(self) -> bool:
-        """False where nothing is due, or it could not be given."""
-        with self.lock:
-            moment, sign_of_life = min(self.due.values(), key=itemgetter(0), default=(math.inf, None))
-        if sign_of_life is None or moment > time.monotonic():
-            return False
-        try:
-            sign_of_life()
-            pause = BEAT
-        except Exception:  # whatever it was, the other signs must not end with it
-            pause = 1
-        with self.lock:
-            if id(sign_of_life) in self.due:
-                self.due[id(sign_of_life)] = (time.monotonic() + pause, sign_of_life)
-        return pause == BEAT
-
-
-_heart = _Heart()
-
-
-@contextmanager
-def beating(sign_of_life: Callable[[], object]) -> Iterator[None]:
-    """Gives the sign every `BEAT` seconds, from a thread, for as long as the body runs. One that Redis does not take is
-    tried again; if none comes through, that is what `LOST_AFTER` is for. It should use an `impatient` client."""
-    taken = _heart.take(sign_of_life)
-    try:
-        yield
-    finally:
-        with _heart.lock:
-            del _heart.due[taken]
 
 
 class Jobs:
@@ -506,52 +292,6 @@ class Jobs:
             except InvalidJobOperation:  # its hash vanished between the fetch and now
                 raise NotFound from None
 
-    def state(self) -> dict[str, Any]:
-        """How the store and the mail queue do. Reads only, in time that does not grow with the queue."""
-        with unavailable():
-            queue = self.queues[EMAIL]
-            pipe = self.redis.pipeline(transaction=False)
-            pipe.info()
-            pipe.lindex(queue.key, 0)
-            pipe.llen(queue.key)
-            pipe.scard(f"rq:workers:{EMAIL}")
-            pipe.zrange(f"rq:scheduled:{EMAIL}", 0, 0, withscores=True)
-            info, head, queued, workers, scheduled = pipe.execute()
-            enqueued_at = self.redis.hget(f"rq:job:{head.decode()}", "enqueued_at") if head else None
-        return {
-            "info": info,
-            "queued": queued,
-            "workers": workers,
-            "oldest_queued_seconds": _age(enqueued_at),
-            "overdue_seconds": round(max(0.0, time.time() - scheduled[0][1]), 3) if scheduled else 0,
-        }
-
-    def queue_states(self) -> dict[str, QueueState]:
-        """Of both queues, for who watches them. Reads only, in time that does not grow with the queues."""
-        with unavailable():
-            return {name: self._queue_state(name) for name in self.queues}
-
-    def _queue_state(self, name: str) -> QueueState:
-        pipe = self.redis.pipeline(transaction=False)
-        pipe.llen(f"rq:queue:{name}")
-        for state in ("scheduled", "wip", "failed", "deferred"):
-            pipe.zcard(f"rq:{state}:{name}")
-        pipe.lindex(f"rq:queue:{name}", 0)
-        pipe.zrange(f"rq:scheduled:{name}", 0, 0, withscores=True)
-        pipe.smembers(f"rq:workers:{name}")
-        queued, scheduled, started, failed, deferred, head, first, workers = pipe.execute()
-        pipe.hget(f"rq:job:{head.decode() if head else ''}", "enqueued_at")
-        for worker in workers:
-            pipe.hget(worker, "last_heartbeat")
-        enqueued_at, *beats = pipe.execute()
-        ages = [_age(beat) for beat in beats]
-        return QueueState(
-            {"queued": queued, "scheduled": scheduled, "started": started, "failed": failed, "deferred": deferred},
-            sum(age is not None and age < LOST_AFTER + BEAT for age in ages),
-            _age(enqueued_at) or 0.0,
-            max(0.0, time.time() - first[0][1]) if first else 0.0,
-        )
-
 
 def _task(job: Job) -> str:
     try:
@@ -562,10 +302,3 @@ def _task(job: Job) -> str:
 
 def _iso(moment: datetime | None) -> str | None:
     return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds") if moment else None
-
-
-def _age(enqueued_at: Any) -> float | None:
-    if not enqueued_at:
-        return None
-    moment = datetime.fromisoformat(enqueued_at.decode().replace("Z", "+00:00"))
-    return round(max(0.0, time.time() - moment.timestamp()), 3)

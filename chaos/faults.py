@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
-import worker
-from bench.stage import REFUSED, TESTS, Stage
+from chaos.stage import REFUSED, TESTS, Stage
+from queues.workers import LOCKED_FOR
 from tests.scripted_relay import Act, Line, Step, command_address, take_after
 from tests.servers import ROOT, eventually, free_port
 
@@ -88,7 +88,7 @@ def kill_in_maintenance(stage: Stage) -> None:
     with stage.relay_says(DOT=take_after(1)):
         stage.relay_hears_a_mail()
         stage.signal("worker-0")
-        stage.client.set("rq:clean_registries:email", 1, ex=worker.LOCKED_FOR)
+        stage.client.set("rq:clean_registries:email", 1, ex=LOCKED_FOR)
 
 
 def poison(stage: Stage) -> None:

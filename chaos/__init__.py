@@ -1,0 +1,7 @@
+"""Faults played on real processes, and the mail counted afterwards: `python -m chaos`.
+
+scenes.py            the scenes by name: each a fault in one sentence
+faults.py            what is done to the processes, Redis, the relay or the clock
+stage.py, proxy.py   the processes of one scene, and a way into their connections
+ledger.py            what was sent once, doubled or lost
+"""

@@ -1,0 +1,160 @@
+"""Redis, as every process here uses it: the client, Lua scripts, and what its errors mean to a caller.
+
+Refuses to hang: Redis that is away, full or read-only gives `Unavailable` within three seconds, except to a worker's
+retrying client, which outlasts a restart.
+Lua: https://redis.io/docs/latest/develop/programmability/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import hiredis
+from redis import Redis
+from redis._parsers import Encoder
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.connection import HiredisRespSerializer, PythonRespSerializer
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,
+    InvalidResponse,
+    NoScriptError,
+    ResponseError,
+    TimeoutError,
+)
+from redis.maint_notifications import MaintNotificationsConfig
+from redis.retry import Retry as RedisRetry
+
+
+class Script:
+    """A Lua script, called by its digest. Where Redis does not know it (any more), the call brings the source:
+    redis-py's own way, to load it and call it again, fails if it is forgotten in between."""
+
+    def __init__(self, redis: Redis, source: str) -> None:
+        self.redis = redis
+        self.source = source
+        self.digest = hashlib.sha1(source.encode()).hexdigest()
+
+    def __call__(self, keys: Sequence[str], args: Sequence[Any] = ()) -> Any:
+        try:
+            return self.redis.evalsha(self.digest, len(keys), *keys, *args)
+        except NoScriptError:
+            return self.redis.eval(self.source, len(keys), *keys, *args)
+
+
+class Unavailable(Exception):
+    """Redis cannot store or read now. Nothing was half-stored; the same request may be sent again later."""
+
+
+class Packer:
+    """Writes a command as Redis reads it. hiredis is the quickest, but copies everything three times: an attachment is
+    left to redis-py's own, which copies nothing large. Most of redis-py's time before hiredis goes into looking for
+    kinds of words that we do not use."""
+
+    LARGE = 64 * 1024  # bytes
+
+    def __init__(self) -> None:
+        self.careful = HiredisRespSerializer()
+        self.sparing = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode)  # type: ignore[no-untyped-call]
+
+    def pack(self, *words: Any) -> Any:
+        if any(type(word) is bytes and len(word) > self.LARGE for word in words):
+            return self.sparing.pack(*words)  # type: ignore[no-untyped-call]
+        if type(words[0]) is str and " " not in words[0]:
+            return [hiredis.pack_command(words)]
+        return self.careful.pack(*words)  # CLIENT SETNAME is two words
+
+
+def connect(url: str, *, patient: bool = False) -> Redis:
+    """A Redis client. The API's gives up within three seconds; a `patient` one (the workers') outlasts a restart.
+
+    The API's never repeats a command by itself: redis-py would send a transaction again whose reply was lost, and so
+    queue a mail twice. The workers' scripts may be repeated, each says why.
+    """
+    return Redis.from_url(
+        url,
+        socket_connect_timeout=5 if patient else 1,
+        # Twice this fits into three seconds: a request may first have to wait for a thread that waits for Redis.
+        socket_timeout=10 if patient else 1.2,
+        **({} if url.startswith("unix:") else {"socket_keepalive": True}),
+        retry=RedisRetry(ExponentialWithJitterBackoff(base=0.05, cap=2), 40) if patient else RedisRetry(NoBackoff(), 0),
+        command_packer=Packer(),
+        # A feature of Redis' cloud, asked for on each connection in a round trip that every other server refuses.
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
+    )
+
+
+def impatient(redis: Redis) -> Redis:
+    """The same Redis for signs of life, which are worth nothing late. A patient client that finds its connection dead
+    waits for up to a quarter of a minute before it takes another, and all the other signs would wait behind it."""
+    pool = redis.connection_pool
+    hurry = {"socket_connect_timeout": 1, "socket_timeout": 1.2, "retry": RedisRetry(NoBackoff(), 0)}
+    return Redis(connection_pool=type(pool)(pool.connection_class, **(pool.connection_kwargs | hurry)))
+
+
+CANNOT_NOW = {  # a word of Redis' error -> what is the matter
+    "OOM": "Redis is out of memory (maxmemory is reached)",
+    "READONLY": "Redis is a read-only replica",
+    "MISCONF": "Redis cannot write to its disk, so it refuses writes",
+    "NOREPLICAS": "Redis misses replicas, so it refuses writes",
+    "MASTERDOWN": "Redis is a replica without its master",
+    "NOPERM": "Redis' ACL does not let us do this",
+    "The user executing the script": "Redis' ACL does not let us do this",  # Redis 7
+    "ACL failure in script": "Redis' ACL does not let us do this",  # Valkey 9
+    "BUSY": "Redis is busy with a script",
+}
+_silent = threading.Event()
+_scout = threading.RLock()
+
+
+def is_silent() -> bool:
+    """Whether Redis did not answer when it was last asked, so that asking it may take long."""
+    return _silent.is_set()
+
+
+@contextmanager
+def scouting() -> Iterator[None]:
+    """Once Redis is silent, one caller at a time finds out whether it is back; the others are refused at once.
+
+    If each waited for the time-out, a request that waits for a thread of Waitress would wait for one after another.
+    """
+    silent = _silent.is_set()
+    if silent and not _scout.acquire(blocking=False):
+        raise ConnectionError
+    try:
+        yield
+        _silent.clear()
+    except (ConnectionError, TimeoutError):
+        _silent.set()
+        raise
+    except Exception:  # it answered, if not as hoped
+        _silent.clear()
+        raise
+    finally:
+        if silent:
+            _scout.release()
+
+
+@contextmanager
+def unavailable() -> Iterator[None]:
+    """Turns what Redis says when it cannot work now into `Unavailable`; a mistake of ours stays what it is."""
+    try:
+        with scouting():
+            yield
+    except AuthenticationError:
+        raise Unavailable("Redis does not accept our password") from None
+    except (ConnectionError, TimeoutError):
+        raise Unavailable("Redis does not answer") from None
+    except InvalidResponse:
+        raise Unavailable("what answers at REDIS_URL is not Redis") from None
+    except ResponseError as error:
+        # redis-py takes the word off if it knows it; before version 7, Redis put it into the middle for a script.
+        said = re.search(rf"\b({'|'.join(CANNOT_NOW)})\b", f"{error.status_code} {error}")
+        if not said:
+            raise
+        raise Unavailable(CANNOT_NOW[said[1]]) from None

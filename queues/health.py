@@ -1,0 +1,81 @@
+"""The state of the queues for readyz, metrics and the doctor.
+
+Reads only, with commands whose time does not grow with the queue: RQ's own counting and listing run cleanups, which can
+queue a job a second time.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from queues.connection import unavailable
+from queues.heartbeat import BEAT, LOST_AFTER
+from queues.jobs import EMAIL, Jobs
+
+
+class QueueState(NamedTuple):
+    """A queue in numbers. `jobs` counts them by state; `workers` are those that gave a sign of life lately; of the
+    times in seconds, the first is the age of the job that waits longest, the second how late the scheduler is."""
+
+    jobs: dict[str, int]
+    workers: int
+    oldest_queued: float
+    overdue: float
+
+
+def state(jobs: Jobs) -> dict[str, Any]:
+    """How the store and the mail queue do. Reads only, in time that does not grow with the queue."""
+    with unavailable():
+        queue = jobs.queues[EMAIL]
+        pipe = jobs.redis.pipeline(transaction=False)
+        pipe.info()
+        pipe.lindex(queue.key, 0)
+        pipe.llen(queue.key)
+        pipe.scard(f"rq:workers:{EMAIL}")
+        pipe.zrange(f"rq:scheduled:{EMAIL}", 0, 0, withscores=True)
+        info, head, queued, workers, scheduled = pipe.execute()
+        enqueued_at = jobs.redis.hget(f"rq:job:{head.decode()}", "enqueued_at") if head else None
+    return {
+        "info": info,
+        "queued": queued,
+        "workers": workers,
+        "oldest_queued_seconds": _age(enqueued_at),
+        "overdue_seconds": round(max(0.0, time.time() - scheduled[0][1]), 3) if scheduled else 0,
+    }
+
+
+def queue_states(jobs: Jobs) -> dict[str, QueueState]:
+    """Of both queues, for who watches them. Reads only, in time that does not grow with the queues."""
+    with unavailable():
+        return {name: _queue_state(jobs, name) for name in jobs.queues}
+
+
+def _queue_state(jobs: Jobs, name: str) -> QueueState:
+    pipe = jobs.redis.pipeline(transaction=False)
+    pipe.llen(f"rq:queue:{name}")
+    for state in ("scheduled", "wip", "failed", "deferred"):
+        pipe.zcard(f"rq:{state}:{name}")
+    pipe.lindex(f"rq:queue:{name}", 0)
+    pipe.zrange(f"rq:scheduled:{name}", 0, 0, withscores=True)
+    pipe.smembers(f"rq:workers:{name}")
+    queued, scheduled, started, failed, deferred, head, first, workers = pipe.execute()
+    pipe.hget(f"rq:job:{head.decode() if head else ''}", "enqueued_at")
+    for worker in workers:
+        pipe.hget(worker, "last_heartbeat")
+    enqueued_at, *beats = pipe.execute()
+    ages = [_age(beat) for beat in beats]
+    return QueueState(
+        {"queued": queued, "scheduled": scheduled, "started": started, "failed": failed, "deferred": deferred},
+        sum(age is not None and age < LOST_AFTER + BEAT for age in ages),
+        _age(enqueued_at) or 0.0,
+        max(0.0, time.time() - first[0][1]) if first else 0.0,
+    )
+
+
+def _age(enqueued_at: Any) -> float | None:
+    if not enqueued_at:
+        return None
+    moment = datetime.fromisoformat(enqueued_at.decode().replace("Z", "+00:00"))
+    return round(max(0.0, time.time() - moment.timestamp()), 3)

@@ -1,0 +1,61 @@
+"""`@task`: offers a function of tasks.py to `POST /jobs`.
+
+The arguments are checked against the function's type hints at the door (422 with the field) and again in the worker.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, create_model
+from rq import get_current_job
+
+from process.log import emit
+
+
+class Task(NamedTuple):
+    """A function that `POST /jobs` offers, with what its arguments must be. Times in seconds."""
+
+    function: Callable[..., Any]
+    arguments: type[BaseModel]
+    timeout: int
+    retry_in: tuple[int, ...]
+
+
+OFFERED: dict[str, Task] = {}
+
+
+def task(*, timeout: int = 60, retry_in: tuple[int, ...] = (60, 300)) -> Callable[[Callable[..., Any]], Any]:
+    """Offers a function to `POST /jobs`. RQ raises JobTimeoutException in it after `timeout`, and kills its process a
+    minute later. After an exception it is tried again after each of the pauses in `retry_in` (at least one, or a worker
+    killed at the wrong moment would fail a job that never ran)."""
+
+    def offer(function: Callable[..., Any]) -> Callable[..., Any]:
+        hints = get_type_hints(function, include_extras=True)
+        fields: dict[str, Any] = {
+            name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+            for name, parameter in inspect.signature(function).parameters.items()
+        }
+        config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+        arguments = create_model(function.__name__, __config__=config, **fields)
+
+        @wraps(function)
+        def checked(**given: Any) -> Any:
+            valid = arguments.model_validate_json(json.dumps(given))
+            job = get_current_job()
+            try:
+                result = function(**{name: getattr(valid, name) for name in fields})
+            except Exception as error:
+                emit("task_failed", id=job and job.id, task=function.__name__, error=type(error).__name__)
+                raise
+            emit("task_finished", id=job and job.id, task=function.__name__)
+            return result
+
+        OFFERED[function.__name__] = Task(checked, arguments, timeout, retry_in)
+        return checked
+
+    return offer

@@ -1,0 +1,253 @@
+"""What is changed in RQ's workers. Expect an hour of careful reading here for each release of RQ.
+
+RQ imports whatever a job names, so without `Job` here anybody who can write to Redis could run `os.system`. A job that
+names a function which its queue does not offer fails at once; callbacks and webhooks in a job are ignored.
+tests/test_worker.py has a digest of each piece of RQ that this file overrides or calls.
+RQ: https://python-rq.org/docs/workers/
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+import rq
+import rq.intermediate_queue
+import rq.job
+from redis import Redis
+from redis.client import Pipeline
+from rq import SimpleWorker, Worker
+from rq.exceptions import StopRequested
+from rq.executions import Execution
+from rq.job import JobStatus
+from rq.registry import StartedJobRegistry
+from rq.serializers import JSONSerializer
+from rq.timeouts import BaseDeathPenalty
+from rq.utils import now, utcformat
+from rq.worker.base import WorkerStatus
+
+from process import sd_daemon
+from queues.connection import impatient
+from queues.heartbeat import BEAT, LOST_AFTER, beating
+from queues.jobs import EMAIL, JOBS
+
+WORKER_TTL = 35  # seconds; less 15, RQ waits so long for a job
+LOCKED_FOR = 15  # seconds for which a dead worker goes on keeping others from its duties
+MAINTENANCE_EVERY = 20  # seconds: what a killed worker left is looked for within a minute; by default after up to 27
+
+
+Functions = Mapping[str, Callable[..., Any]]
+
+
+class RefusedTask(Exception):
+    """The job names a function that this worker's queue does not offer."""
+
+
+class Job(rq.job.Job):
+    """An RQ job that can only call what its queue offers; see `confined_to`."""
+
+    allowed: ClassVar[Functions] = {}
+
+    @property
+    def func(self) -> Callable[..., Any]:
+        function = self.allowed.get(self.func_name or "")
+        if function is None or self.instance is not None:
+            self.retries_left = 0
+            raise RefusedTask("the job names a function that tasks.py does not offer on this queue")
+        return function
+
+    def set_status(self, status: JobStatus, pipeline: Any = None) -> None:
+        """RQ says `scheduled` before the transaction that schedules. A worker killed in between would leave a job that
+        is in no registry and that maintenance passes over; the transaction writes the status anyway."""
+        if status == JobStatus.SCHEDULED and pipeline is None:
+            self._status = status
+        else:
+            super().set_status(status, pipeline)
+
+    def restore(self, raw_data: Any) -> None:
+        super().restore(raw_data)
+        # RQ would import and call these, and send the job's failure to any URL.
+        self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
+        self.webhooks = []
+
+
+def confined_to(allowed: Functions) -> type[Job]:
+    """Returns the job class for a worker that may run these functions, by name, and no others."""
+    return type("Job", (Job,), {"allowed": allowed})
+
+
+class IntermediateQueue(rq.intermediate_queue.IntermediateQueue):
+    """Where a job is for the moment between its queue and the registry of those started. RQ takes it for stuck after a
+    minute; a worker that stood still longer than this and goes on finds its mail claimed."""
+
+    def should_be_cleaned_up(self, job_id: str) -> bool:
+        first_seen = self.get_first_seen(job_id)
+        return first_seen is not None and (now() - first_seen).total_seconds() > LOCKED_FOR
+
+
+class Queue(rq.Queue):
+    """RQ's queue. A worker killed while it does maintenance takes the lock along for seconds, not for a quarter of an
+    hour; two at once do no harm."""
+
+    @property
+    def intermediate_queue(self) -> IntermediateQueue:
+        return IntermediateQueue(self.key, connection=self.connection)
+
+    def acquire_maintenance_lock(self) -> bool:
+        return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=LOCKED_FOR))
+
+
+class JobsWorker(Worker):
+    queue_class = Queue
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
+        """RQ calls this around each job and each wait for one, and twice a minute while a job runs."""
+        super().heartbeat(timeout, pipeline)
+        sd_daemon.tell("WATCHDOG=1")
+
+
+class NoTimeout(BaseDeathPenalty):
+    """RQ's is an exception out of nowhere: between the relay's 250 and the mark it would make a mail of doubt. An
+    attempt at a mail ends by itself, as `mail.relay` sees to."""
+
+    def setup_death_penalty(self) -> None: ...
+
+    def cancel_death_penalty(self) -> None: ...
+
+
+class EmailWorker(SimpleWorker):
+    """One of a crew: an RQ worker that runs its jobs in its own thread.
+
+    What RQ's worker does beside its job in some fifteen round trips, several of them to say that it is alive, is done
+    here in three, or by the crew's main thread. tests/test_worker.py notices when RQ changes what this leans on.
+    """
+
+    queue_class = Queue
+    death_penalty_class = NoTimeout
+    paused: Callable[[], float]  # seconds for which no job should be taken, beside `rq suspend`
+    suspended = False  # `rq suspend`; asked by the main thread for all
+    stopping = False
+    told: tuple[str, float] = ("", 0)  # the state that Redis was told last, and when
+    busy_since: float | None = None  # time.monotonic(), while it makes an attempt
+
+    @cached_property
+    def in_a_hurry(self) -> Redis:
+        return impatient(self.connection)
+
+    def check_for_suspension(self, burst: bool) -> None:
+        """Beside `rq suspend` there is another reason not to take a job: the relay is in trouble. A mail taken now
+        would only be put off, and a long queue would go round and round."""
+        while not self.stopping and (self.suspended or self.paused()):
+            time.sleep(0.5)
+
+    @property
+    def should_run_maintenance_tasks(self) -> bool:
+        return False  # the main thread does, and is never busy with a mail
+
+    def _install_signal_handlers(self) -> None:
+        """The main thread has them."""
+
+    def subscribe(self) -> None:
+        """To RQ's remote commands: a thread and a connection more, to stop a work horse that there is not."""
+
+    def procline(self, message: str) -> None:
+        """The process has one title and many threads."""
+
+    def set_state(self, state: str, pipeline: Pipeline | None = None) -> None:
+        self._state = state  # `tell` writes it
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
+        """RQ calls this around each job and each wait for one, and nothing else there could end the loop."""
+        if self.stopping and not self.executions:
+            raise StopRequested
+
+    def tell(self, pipeline: Pipeline) -> None:
+        """That this worker is alive, and its state, if that is news."""
+        if self.told[0] != self._state or time.monotonic() - self.told[1] >= BEAT:
+            self.told = (self._state, time.monotonic())
+            pipeline.hset(self.key, mapping={"last_heartbeat": utcformat(now()), "state": self._state})
+            pipeline.expire(self.key, self.worker_ttl + 60)
+            pipeline.expire(self.executions_key, self.worker_ttl + 60)
+
+    def get_heartbeat_ttl(self, job: rq.job.Job, working_time: float = 0.0) -> int:
+        return LOST_AFTER
+
+    def prepare_execution(self, job: rq.job.Job) -> Execution:
+        """RQ's and `prepare_job_execution`, in one transaction."""
+        with self.connection.pipeline() as pipeline:
+            execution = Execution.create(job, LOST_AFTER, pipeline=pipeline, worker_name=self.name)
+            self.executions[execution.id] = execution
+            job.prepare_for_execution(self.name, pipeline=pipeline)
+            pipeline.persist(job.key)
+            pipeline.lrem(self.queues[0].intermediate_queue_key, 1, job.id)
+            pipeline.execute()
+        return execution
+
+    def prepare_job_execution(self, job: rq.job.Job, remove_from_intermediate_queue: bool = False) -> None:
+        """Done in `prepare_execution`."""
+
+    def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
+        self._state, self.busy_since = WorkerStatus.BUSY, time.monotonic()
+        execution = self.prepare_execution(job)
+        with beating(lambda: self.show_life(job, execution)):
+            self.perform_job(job, queue, execution)
+        self._state, self.busy_since = WorkerStatus.IDLE, None
+
+    def show_life(self, job: rq.job.Job, execution: Execution) -> None:
+        with self.in_a_hurry.pipeline() as pipeline:
+            execution.heartbeat(job.started_job_registry, LOST_AFTER, pipeline=pipeline)
+            pipeline.execute()
+
+    def handle_execution_ended(self, job: rq.job.Job, queue: rq.Queue, heartbeat_ttl: int) -> None:
+        job.ended_at = now()  # without another sign of life: the outcome is written next
+
+    def handle_job_success(
+        self, job: rq.job.Job, queue: rq.Queue, started_job_registry: StartedJobRegistry, execution: Execution
+    ) -> None:
+        """RQ's, without the jobs that depend on this one or repeat it: our jobs have none."""
+        result_ttl = job.get_result_ttl(self.default_result_ttl)
+        assert job.started_at
+        assert job.ended_at
+        with self.connection.pipeline() as pipeline:
+            self.increment_successful_job_count(pipeline=pipeline)
+            self.increment_total_working_time(job.ended_at - job.started_at, pipeline)
+            job._handle_success(
+                result_ttl,
+                pipeline=pipeline,
+                worker_name=self.name,
+                execution_id=execution.id,
+                execution_started_at=execution.created_at,
+                execution_ended_at=job.ended_at,
+            )
+            job.cleanup(result_ttl, pipeline=pipeline, remove_from_queue=False)
+            self.cleanup_execution(job, pipeline=pipeline, execution=execution)
+            pipeline.execute()
+
+
+def email_worker(redis: Redis, allowed: Functions, paused: Callable[[], float]) -> EmailWorker:
+    """Returns a worker that runs `allowed` functions in its own thread, and takes no job while `paused()` is not 0."""
+    worker = EmailWorker(
+        [EMAIL],
+        connection=redis,
+        job_class=confined_to(allowed),
+        serializer=JSONSerializer,
+        worker_ttl=WORKER_TTL,
+        log_job_description=False,
+    )
+    worker.paused = paused
+    return worker
+
+
+def jobs_worker(redis: Redis, allowed: Functions) -> JobsWorker:
+    """Returns RQ's own worker, which forks for each job, for `allowed` functions."""
+    return JobsWorker(
+        [JOBS],
+        connection=redis,
+        job_class=confined_to(allowed),
+        serializer=JSONSerializer,
+        worker_ttl=WORKER_TTL,
+        maintenance_interval=MAINTENANCE_EVERY,
+        log_job_description=False,
+    )

@@ -1,0 +1,9 @@
+"""HTTP. Knows no SMTP and no key of Redis.
+
+app.py         the routes, and what each answers
+body.py        a request's body: strict JSON, bounded
+errors.py      the one error shape; our exceptions in HTTP's words
+middleware.py  request id, common headers, log line
+metrics.py     GET /metrics
+server.py      Waitress, stricter and drained
+"""

@@ -1,0 +1,67 @@
+"""What is the same for every request: its id, common headers, one log line, no traceback to the caller."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from bottle import Bottle
+
+from mail import counters
+from process.log import emit, where
+from web.errors import error_shape
+
+
+class Edge:
+    """What is the same for every request: its id, common headers, one log line, no traceback to the caller."""
+
+    def __init__(self, app: Bottle, accepting: counters.Gathered) -> None:
+        self.app = app
+        self.accepting = accepting
+        self.answered = 0  # requests; a lost increment does not matter
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        started = time.perf_counter()
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
+        environ["async_email.request_id"] = request_id
+
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            self.answered += 1
+            seconds = time.perf_counter() - started
+            if status.startswith("202"):
+                self.accepting.add(seconds)
+            self._log(environ, status, seconds)
+            return start_response(status, headers + common_headers(request_id), exc_info)
+
+        try:
+            return self.app(environ, start)  # type: ignore[no-any-return]
+        except Exception as error:
+            emit("crashed", logging.ERROR, request_id=request_id, where=where(error))
+            start("500 Internal Server Error", [("Content-Type", "application/json")])
+            text = "this is our fault; the log has its request_id"
+            return [json.dumps(error_shape(500, "application_error", text, request_id)).encode()]
+
+    def _log(self, environ: dict[str, Any], status: str, seconds: float) -> None:
+        route = environ.get("bottle.route")  # the rule, never the path: a path holds what a caller wrote
+        quiet = environ["REQUEST_METHOD"] in ("GET", "HEAD") and status < "400"
+        emit(
+            "request",
+            logging.DEBUG if quiet else logging.INFO,
+            method=environ["REQUEST_METHOD"] if route else "?",
+            route=route.rule if route else "?",
+            status=status[:3],
+            ms=seconds * 1000,
+            key=environ.get("async_email.key"),
+            id=environ.get("async_email.id"),
+            request_id=environ["async_email.request_id"],
+        )
+
+
+def common_headers(request_id: str) -> list[tuple[str, str]]:
+    return [("X-Request-Id", request_id), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
