@@ -29,7 +29,7 @@ from mail.delivery import break_off, leave_relay, relay_closed_for, sweep
 from process import log, sd_daemon
 from queues.connection import Unavailable, connect, unavailable
 from queues.heartbeat import LOST_AFTER
-from queues.jobs import EMAIL, JOBS
+from queues.table import EMAIL, JOBS
 from queues.workers import LOCKED_FOR, MAINTENANCE_EVERY, EmailWorker, Functions, email_worker, jobs_worker
 
 # One email worker makes one attempt at a time, so what it may run is `deliver` alone.

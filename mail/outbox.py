@@ -35,7 +35,8 @@ from mail.draft import Draft
 from mail.message import Message, message_id
 from queues.connection import Script, Unavailable, impatient, unavailable
 from queues.heartbeat import LOST_AFTER, beating
-from queues.jobs import EMAIL, Accepted, Idempotency, Jobs, NotFound, NotPossible
+from queues.jobs import Accepted, Idempotency, Jobs, NotFound, NotPossible, Policy
+from queues.table import EMAIL
 from settings import Settings
 from smtp.pacing import in_trouble
 
@@ -295,14 +296,11 @@ class Outbox:
         store: Callable[[Pipeline], None] | None = None,
         idempotency: Idempotency | None = None,
     ) -> Accepted:
-        return self.jobs.accept_all(
+        return self.jobs.accept(
             EMAIL,
             "tasks.deliver",
             {mail_id: ([mail_id], {}) for mail_id in ids},
-            timeout=self.settings.job_timeout,
-            retry_in=AFTER_A_CRASH,
-            result_ttl=self.settings.retain_sent,
-            failure_ttl=self.settings.retain_failed,
+            Policy(self.settings.job_timeout, AFTER_A_CRASH, self.settings.retain_sent, self.settings.retain_failed),
             beside=store,
             idempotency=idempotency,
             idempotency_ttl=self.settings.idempotency_ttl,

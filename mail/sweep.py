@@ -24,7 +24,7 @@ from rq.utils import utcformat
 from mail.counters import TOTALS
 from mail.outbox import FINAL, LOST, OPEN, Outbox
 from queues.connection import Script, unavailable
-from queues.jobs import EMAIL
+from queues.table import EMAIL
 
 AT_ONCE = 1000  # mails looked at in one go
 LOOK_AGAIN = 300  # seconds

@@ -18,7 +18,7 @@ import hiredis
 from redis import Redis
 from redis._parsers import Encoder
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
-from redis.connection import HiredisRespSerializer, PythonRespSerializer
+from redis.connection import PythonRespSerializer
 from redis.exceptions import (
     AuthenticationError,
     ConnectionError,
@@ -52,22 +52,18 @@ class Unavailable(Exception):
 
 
 class Packer:
-    """Writes a command as Redis reads it. hiredis is the quickest, but copies everything three times: an attachment is
-    left to redis-py's own, which copies nothing large. Most of redis-py's time before hiredis goes into looking for
-    kinds of words that we do not use."""
+    """Writes a command as Redis reads it. hiredis is the quickest, but copies everything three times; a command with an
+    attachment is left to redis-py's own writer, which copies nothing large."""
 
     LARGE = 64 * 1024  # bytes
 
     def __init__(self) -> None:
-        self.careful = HiredisRespSerializer()
         self.sparing = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode)  # type: ignore[no-untyped-call]
 
-    def pack(self, *words: Any) -> Any:
+    def pack(self, name: str, *words: Any) -> Any:
         if any(type(word) is bytes and len(word) > self.LARGE for word in words):
-            return self.sparing.pack(*words)  # type: ignore[no-untyped-call]
-        if type(words[0]) is str and " " not in words[0]:
-            return [hiredis.pack_command(words)]
-        return self.careful.pack(*words)  # CLIENT SETNAME is two words
+            return self.sparing.pack(name, *words)  # type: ignore[no-untyped-call]
+        return [hiredis.pack_command((*name.split(), *words))]  # CLIENT SETNAME is two words
 
 
 def connect(url: str, *, patient: bool = False) -> Redis:

@@ -10,9 +10,11 @@ import time
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from queues import keys
 from queues.connection import unavailable
 from queues.heartbeat import BEAT, LOST_AFTER
-from queues.jobs import EMAIL, Jobs
+from queues.jobs import Jobs
+from queues.table import EMAIL
 
 
 class QueueState(NamedTuple):
@@ -33,10 +35,10 @@ def state(jobs: Jobs) -> dict[str, Any]:
         pipe.info()
         pipe.lindex(queue.key, 0)
         pipe.llen(queue.key)
-        pipe.scard(f"rq:workers:{EMAIL}")
-        pipe.zrange(f"rq:scheduled:{EMAIL}", 0, 0, withscores=True)
+        pipe.scard(keys.workers(EMAIL))
+        pipe.zrange(keys.scheduled(EMAIL), 0, 0, withscores=True)
         info, head, queued, workers, scheduled = pipe.execute()
-        enqueued_at = jobs.redis.hget(f"rq:job:{head.decode()}", "enqueued_at") if head else None
+        enqueued_at = jobs.redis.hget(keys.job(head.decode()), "enqueued_at") if head else None
     return {
         "info": info,
         "queued": queued,
@@ -54,14 +56,14 @@ def queue_states(jobs: Jobs) -> dict[str, QueueState]:
 
 def _queue_state(jobs: Jobs, name: str) -> QueueState:
     pipe = jobs.redis.pipeline(transaction=False)
-    pipe.llen(f"rq:queue:{name}")
-    for state in ("scheduled", "wip", "failed", "deferred"):
-        pipe.zcard(f"rq:{state}:{name}")
-    pipe.lindex(f"rq:queue:{name}", 0)
-    pipe.zrange(f"rq:scheduled:{name}", 0, 0, withscores=True)
-    pipe.smembers(f"rq:workers:{name}")
+    pipe.llen(keys.queue(name))
+    for registry in (keys.scheduled, keys.started, keys.failed, keys.deferred):
+        pipe.zcard(registry(name))
+    pipe.lindex(keys.queue(name), 0)
+    pipe.zrange(keys.scheduled(name), 0, 0, withscores=True)
+    pipe.smembers(keys.workers(name))
     queued, scheduled, started, failed, deferred, head, first, workers = pipe.execute()
-    pipe.hget(f"rq:job:{head.decode() if head else ''}", "enqueued_at")
+    pipe.hget(keys.job(head.decode() if head else ""), "enqueued_at")
     for worker in workers:
         pipe.hget(worker, "last_heartbeat")
     enqueued_at, *beats = pipe.execute()

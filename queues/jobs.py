@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from redis import Redis
@@ -31,9 +30,10 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
+from queues import keys
 from queues.connection import Script, unavailable
+from queues.table import QUEUES
 
-EMAIL, JOBS = "email", "jobs"  # the queues. One queue per worker, always: on two, RQ loses what a killed worker popped
 # KEYS: the (first) job's key, the idempotency key ("" for none). ARGV: job ids with commas, fingerprint, lifetime of
 # the idempotency key in seconds, then the commands, each as the number of its words and the words.
 ACCEPT = """
@@ -82,15 +82,14 @@ class Idempotency(NamedTuple):
         return cls(f"idempotency:{digest}", hashlib.sha256(canonical.encode()).hexdigest())
 
 
-def spelled_out(commands: Pipeline) -> list[Any]:
-    """As ACCEPT reads them: each as the number of its words and the words."""
+def flatten(commands: Pipeline) -> list[Any]:
+    """Returns a pipeline's commands as ACCEPT reads them: each as the number of its words and the words."""
     return [word for command, _ in commands.command_stack for word in (len(command), *command)]
 
 
-class Form:
-    """What RQ writes to queue a job, recorded once, with blanks for what differs from job to job: its id, its call and
-    the time. To have RQ make each job anew takes a fifth of the CPU of an accepted mail. Raises `KeyError` where RQ
-    does not write what this knows how to fill."""
+class JobTemplate:
+    """What RQ writes to queue a job, recorded once, with blanks for what differs from job to job: id, call and time.
+    RQ's own way takes a fifth of the CPU of an accepted mail. Raises `KeyError` if RQ does not write these blanks."""
 
     ID = "00000000-0000-0000-0000-000000000000"
 
@@ -102,7 +101,7 @@ class Form:
         self.times = (names["created_at"] + 1, names["enqueued_at"] + 1)
         self.ids = [place for place, word in enumerate(words) if isinstance(word, str) and self.ID in word]
 
-    def filled(self, job_id: str, args: Sequence[str], kwargs: dict[str, Any]) -> list[Any]:
+    def render(self, job_id: str, args: Sequence[str], kwargs: dict[str, Any]) -> list[Any]:
         words, moment = self.words.copy(), utcformat(now())
         for place in self.ids:
             words[place] = words[place].replace(self.ID, job_id)
@@ -124,91 +123,84 @@ class Accepted(NamedTuple):
         return self.ids[0]
 
 
+class Policy(NamedTuple):
+    """How a job is run and kept; times in seconds. `retry_in` lists the pauses before each further attempt."""
+
+    timeout: int
+    retry_in: tuple[int, ...]
+    result_ttl: int
+    failure_ttl: int
+
+
 class Jobs:
-    """The two queues, seen from the side that submits and looks."""
+    """All queues, seen from the side that submits and looks."""
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
-        self.queues = {name: Queue(name, connection=redis, serializer=JSONSerializer) for name in (EMAIL, JOBS)}
+        self.queues = {name: Queue(name, connection=redis, serializer=JSONSerializer) for name in QUEUES}
         self._accept = Script(redis, ACCEPT)
+        self._templates: dict[tuple[str, str, Policy], JobTemplate] = {}
 
     def accept(
         self,
         queue: str,
         function: str,
-        job_id: str,
-        *,
-        args: Sequence[str] = (),
-        kwargs: dict[str, Any] | None = None,
-        **how: Any,
-    ) -> Accepted:
-        """One job, as `accept_all`."""
-        return self.accept_all(queue, function, {job_id: (args, kwargs or {})}, **how)
-
-    def accept_all(
-        self,
-        queue: str,
-        function: str,
         calls: Mapping[str, tuple[Sequence[str], dict[str, Any]]],
+        policy: Policy,
         *,
-        timeout: int,
-        retry_in: Sequence[int],
-        result_ttl: int,
-        failure_ttl: int,
         beside: Callable[[Pipeline], None] | None = None,
         idempotency: Idempotency | None = None,
         idempotency_ttl: int = 86400,
     ) -> Accepted:
-        """Stores jobs and queues them, in one step, with the commands that `beside` adds. All times are in seconds.
+        """Stores jobs and queues them, in one step, with the commands that `beside` adds.
 
-        `calls` has the arguments and keyword arguments of each, by its id; `retry_in` lists the pauses before each
-        further attempt. Returns the ids; where the idempotency key was seen before with the same fingerprint, those of
-        then. Raises `IdempotencyConflict` where it was seen with another, `Unavailable` if Redis cannot store them:
-        then nothing is stored, or all of it (a reply that got lost).
+        `calls` has the arguments and keyword arguments of each job, by its id. Returns the ids; where the idempotency
+        key was seen before with the same fingerprint, those of then. Raises `IdempotencyConflict` where it was seen
+        with another, `Unavailable` if Redis cannot store them: then nothing is stored, or all of it (a lost reply).
         """
         with unavailable():
-            form = self._form(queue, function, timeout, tuple(retry_in), result_ttl, failure_ttl)
-            words = [word for job_id, (args, kwargs) in calls.items() for word in form.filled(job_id, args, kwargs)]
+            template = self._template(queue, function, policy)
+            words = [word for job_id, (args, kwargs) in calls.items() for word in template.render(job_id, args, kwargs)]
             if beside:
                 commands = self.redis.pipeline()
                 beside(commands)
-                words += spelled_out(commands)
+                words += flatten(commands)
             verdict, known = self._run_accept(list(calls), words, idempotency, idempotency_ttl)
         if verdict == "conflict":
             raise IdempotencyConflict
         return Accepted(tuple(known.split(",")), verdict == "replayed")
 
-    @lru_cache(maxsize=64)  # noqa: B019, there is one Jobs in a process
-    def _form(
-        self, queue: str, function: str, timeout: int, retry_in: tuple[int, ...], result_ttl: int, failure_ttl: int
-    ) -> Form:
+    def _template(self, queue: str, function: str, policy: Policy) -> JobTemplate:
+        if known := self._templates.get((queue, function, policy)):
+            return known
         job = Job.create(
             function,
-            id=Form.ID,
+            id=JobTemplate.ID,
             origin=queue,
-            description=f"{function} {Form.ID}",  # RQ's default repeats the arguments
-            timeout=timeout,
-            retry=Retry(max=len(retry_in), interval=list(retry_in)) if retry_in else None,
-            result_ttl=result_ttl,
-            failure_ttl=failure_ttl,
+            description=f"{function} {JobTemplate.ID}",  # RQ's default repeats the arguments
+            timeout=policy.timeout,
+            retry=Retry(max=len(policy.retry_in), interval=list(policy.retry_in)) if policy.retry_in else None,
+            result_ttl=policy.result_ttl,
+            failure_ttl=policy.failure_ttl,
             connection=self.redis,
             serializer=JSONSerializer,
         )
         commands = self.redis.pipeline()
         self.queues[queue].enqueue_job(job, pipeline=commands)
-        return Form(function, spelled_out(commands))
+        template = self._templates[queue, function, policy] = JobTemplate(function, flatten(commands))
+        return template
 
     def _run_accept(
         self, ids: Sequence[str], commands: list[Any], idempotency: Idempotency | None, ttl: int
     ) -> tuple[str, str]:
-        keys = [Job.key_for(ids[0]), idempotency.key if idempotency else ""]
+        touched = [keys.job(ids[0]), idempotency.key if idempotency else ""]
         words = [",".join(ids), idempotency.fingerprint if idempotency else "", ttl, *commands]
         try:
-            reply = self._accept(keys=keys, args=words)
+            reply = self._accept(keys=touched, args=words)
         except ConnectionError:
             # A connection that died while it lay in the pool, or the reply that was lost. The script knows its own
             # jobs, so a second call stores nothing twice. A time-out is not repeated: the three seconds are spent.
-            reply = self._accept(keys=keys, args=words)
+            reply = self._accept(keys=touched, args=words)
         return reply[0].decode(), reply[1].decode()
 
     def recall(self, idempotency: Idempotency) -> Accepted | None:
@@ -260,7 +252,7 @@ class Jobs:
             job.started_at = job.ended_at = None
             pipe.multi()
             pipe.zrem(job.failed_job_registry.key, job.id)
-            pipe.zrem(f"rq:canceled:{job.origin}", job.id)
+            pipe.zrem(keys.canceled(job.origin), job.id)
             pipe.persist(job.key)  # it was to expire; now it must wait for a worker as long as it takes
             self.queues[job.origin].enqueue_job(job, pipeline=pipe)
             pipe.execute()

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from rq import get_current_job
 
 from process.log import emit
+from queues.table import JOBS
 
 
 class Task(NamedTuple):
@@ -22,6 +23,7 @@ class Task(NamedTuple):
 
     function: Callable[..., Any]
     arguments: type[BaseModel]
+    queue: str
     timeout: int
     retry_in: tuple[int, ...]
 
@@ -29,10 +31,15 @@ class Task(NamedTuple):
 OFFERED: dict[str, Task] = {}
 
 
-def task(*, timeout: int = 60, retry_in: tuple[int, ...] = (60, 300)) -> Callable[[Callable[..., Any]], Any]:
-    """Offers a function to `POST /jobs`. RQ raises JobTimeoutException in it after `timeout`, and kills its process a
-    minute later. After an exception it is tried again after each of the pauses in `retry_in` (at least one, or a worker
-    killed at the wrong moment would fail a job that never ran)."""
+def task(
+    *, queue: str = JOBS, timeout: int = 60, retry_in: tuple[int, ...] = (60, 300)
+) -> Callable[[Callable[..., Any]], Any]:
+    """Offers a function to `POST /jobs`, to run on a queue of queues.table; times in seconds.
+
+    RQ raises JobTimeoutException in it after `timeout`, and kills its process a minute later. After an exception it is
+    tried again after each of the pauses in `retry_in`: at least one, or a worker killed at the wrong moment would fail
+    a job that never ran.
+    """
 
     def offer(function: Callable[..., Any]) -> Callable[..., Any]:
         hints = get_type_hints(function, include_extras=True)
@@ -55,7 +62,7 @@ def task(*, timeout: int = 60, retry_in: tuple[int, ...] = (60, 300)) -> Callabl
             emit("task_finished", id=job and job.id, task=function.__name__)
             return result
 
-        OFFERED[function.__name__] = Task(checked, arguments, timeout, retry_in)
+        OFFERED[function.__name__] = Task(checked, arguments, queue, timeout, retry_in)
         return checked
 
     return offer

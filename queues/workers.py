@@ -31,7 +31,7 @@ from rq.worker.base import WorkerStatus
 from process import sd_daemon
 from queues.connection import impatient
 from queues.heartbeat import BEAT, LOST_AFTER, beating
-from queues.jobs import EMAIL, JOBS
+from queues.table import EMAIL, JOBS
 
 WORKER_TTL = 35  # seconds; less 15, RQ waits so long for a job
 LOCKED_FOR = 15  # seconds for which a dead worker goes on keeping others from its duties

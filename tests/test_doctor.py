@@ -36,7 +36,8 @@ from ops.checks import configuration, flow, machine, names, packages, relay, rep
 from ops.checks.findings import FAULT, NOTE, OK, WARN, Finding, Findings, Place
 from ops.checks.table import CHECKS
 from queues.connection import connect
-from queues.jobs import EMAIL, JOBS, Jobs
+from queues.jobs import Jobs
+from queues.table import EMAIL, JOBS
 from settings import Settings
 from smtp.verdict import Phase, Reply
 from tests.name_server import NameServer, Zone

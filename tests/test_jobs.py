@@ -31,7 +31,8 @@ from rq.serializers import JSONSerializer
 
 from queues import connection, health, heartbeat
 from queues.connection import Script, Unavailable, connect
-from queues.jobs import EMAIL, JOBS, Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible
+from queues.jobs import Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Policy
+from queues.table import EMAIL, JOBS
 from tests.servers import RedisServer, eventually
 
 ONE = "00000000-0000-4000-8000-000000000001"
@@ -67,9 +68,14 @@ def real(server: RedisServer) -> Iterator[Jobs]:
         yield Jobs(client)
 
 
-def accept(store: Jobs, job_id: str = ONE, idempotency: Idempotency | None = None, **more: Any) -> Accepted:
-    how = {"timeout": 60, "retry_in": [10, 20], "result_ttl": 100, "failure_ttl": 200, **more}
-    return store.accept(JOBS, "tasks.why_failed", job_id, idempotency=idempotency, **how)
+POLICY = Policy(timeout=60, retry_in=(10, 20), result_ttl=100, failure_ttl=200)
+
+
+def accept(
+    store: Jobs, job_id: str = ONE, idempotency: Idempotency | None = None, policy: Policy = POLICY, **more: Any
+) -> Accepted:
+    kwargs = more.pop("kwargs", {})
+    return store.accept(JOBS, "tasks.why_failed", {job_id: ((), kwargs)}, policy, idempotency=idempotency, **more)
 
 
 def stored(store: Jobs, job_id: str = ONE) -> Job:
@@ -124,7 +130,7 @@ def test_an_accepted_job_is_stored_and_queued_as_asked(store: Jobs) -> None:
 
 
 def test_a_job_may_have_no_further_attempts(store: Jobs) -> None:
-    accept(store, retry_in=[])
+    accept(store, policy=POLICY._replace(retry_in=()))
     assert stored(store).retries_left is None
 
 
@@ -298,7 +304,7 @@ def test_a_requeued_job_is_as_it_was_when_it_was_accepted(store: Jobs) -> None:
 
 
 def test_a_requeued_job_without_further_attempts_has_none(store: Jobs) -> None:
-    accept(store, retry_in=[])
+    accept(store, policy=POLICY._replace(retry_in=()))
     fail(store)
     store.requeue(ONE)
     assert not stored(store).retries_left
@@ -408,9 +414,8 @@ def test_the_state_of_the_mail_queue_is_told(real: Jobs) -> None:
     empty = health.state(real)
     assert empty.pop("info")["aof_enabled"] == 1
     assert empty == {"queued": 0, "workers": 0, "oldest_queued_seconds": None, "overdue_seconds": 0}
-    how: dict[str, Any] = {"timeout": 60, "retry_in": [], "result_ttl": 1, "failure_ttl": 1}
     for job_id in (ONE, TWO):
-        real.accept(EMAIL, "tasks.deliver", job_id, args=[job_id], **how)
+        real.accept(EMAIL, "tasks.deliver", {job_id: ([job_id], {})}, POLICY)
     accept(real, "another-queue")
     real.redis.hset(f"rq:job:{ONE}", "enqueued_at", "2020-01-01T00:00:00.000000Z")
     real.redis.sadd("rq:workers:email", "worker")
@@ -596,7 +601,7 @@ def test_what_is_written_for_a_job_is_what_rq_would_write(
     real: Jobs, monkeypatch: pytest.MonkeyPatch, retry_in: tuple[int, ...]
 ) -> None:
     times: dict[str, Any] = {"timeout": 150, "result_ttl": 300, "failure_ttl": 400}
-    real.accept(EMAIL, "tasks.deliver", ONE, args=["é"], kwargs={"a": [1]}, retry_in=retry_in, **times)
+    real.accept(EMAIL, "tasks.deliver", {ONE: (["é"], {"a": [1]})}, Policy(retry_in=retry_in, **times))
     ours = Job.fetch(ONE, connection=real.redis, serializer=JSONSerializer).to_dict()
     stored = set(real.redis.hkeys(f"rq:job:{ONE}"))
     real.redis.flushdb()

@@ -28,7 +28,7 @@ from mail.draft import Draft, Late, prepare
 from mail.outbox import Outbox
 from mail.request import FieldError, HeaderText, Invalid, Recipient, Strict, field_errors
 from queues import health
-from queues.jobs import JOBS, Accepted, Idempotency, Jobs, NotFound
+from queues.jobs import Accepted, Idempotency, Jobs, NotFound, Policy
 from queues.offer import Task
 from settings import ApiKey, Settings
 from web.body import SMALL_BODY, Room, checked, read_json
@@ -165,14 +165,10 @@ class Service:
         except ValidationError as error:
             raise Invalid(*field_errors(error, "args")) from None
         job = self.jobs.accept(
-            JOBS,
+            task.queue,
             f"tasks.{asked.task}",
-            str(uuid.uuid4()),
-            kwargs=asked.args,
-            timeout=task.timeout,
-            retry_in=task.retry_in,
-            result_ttl=self.settings.retain_sent,
-            failure_ttl=self.settings.retain_failed,
+            {str(uuid.uuid4()): ((), asked.args)},
+            Policy(task.timeout, task.retry_in, self.settings.retain_sent, self.settings.retain_failed),
             idempotency=idempotency(caller, body),
             idempotency_ttl=self.settings.idempotency_ttl,
         )

@@ -24,7 +24,8 @@ from ops.checks.findings import Findings, Place, counted, fault, lasting, note, 
 from ops.checks.store import asked
 from queues import health
 from queues.heartbeat import LOST_AFTER
-from queues.jobs import EMAIL, JOBS, Jobs
+from queues.jobs import Jobs
+from queues.table import EMAIL, JOBS
 from smtp.verdict import Phase, Reply
 
 SILENT = 2 * LOST_AFTER  # seconds; RQ's own worker, of the queue jobs, speaks up twice a minute

@@ -1,0 +1,32 @@
+"""The queues, a row each. Imports nothing, so that bin/install can read it before there is a .venv.
+
+A new queue is a row here and functions in tasks.py with `@task(queue=...)`; the installation, bin/dev, the doctor,
+readyz and the metrics follow. A worker takes from one queue only: with two or more, RQ loses the job that a killed
+worker had just taken.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+EMAIL, JOBS = "email", "jobs"
+
+
+class Row(NamedTuple):
+    """How one queue is worked."""
+
+    name: str
+    pooled: bool  # many RQ workers as threads of one process; else RQ's own worker, which forks for each job
+    runs: tuple[str, ...]  # the functions that its workers may run, beside those of tasks.py that name the queue
+    needs: tuple[str, ...] = ()  # the settings that its worker cannot do without
+
+
+QUEUES = {
+    row.name: row
+    for row in (
+        # A mail is nearly all waiting, so WORKER_CONCURRENCY of them share a process.
+        Row(EMAIL, pooled=True, runs=("tasks.deliver",), needs=("smtp_host",)),
+        # A task may hang or crash, so each has a process of its own that can be killed.
+        Row(JOBS, pooled=False, runs=()),
+    )
+}
