@@ -53,7 +53,7 @@ http {{
 """
 
 
-REDIS = ("--hash-max-ziplist-value", "2048")  # as the README says, for both sides
+REDIS = ("--hash-max-ziplist-value", "2048")  # as docs/settings.md says, for both sides
 
 
 class NotMeasured(Exception):

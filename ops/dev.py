@@ -208,7 +208,7 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
 
     where = ["--bind", "127.0.0.1", "--port", str(ports.redis_port), "--dir", str(data), "--logfile", "redis.log"]
     durable = ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
-    durable += ["--hash-max-ziplist-value", "2048"]  # nearly halves what a queued mail takes; README, "Redis"
+    durable += ["--hash-max-ziplist-value", "2048"]  # nearly halves what a queued mail takes; docs/settings.md
     stack.start("redis", [server, *where, *durable], environment, redis_answers(redis))
     if catcher:
         arguments = ["--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port)]

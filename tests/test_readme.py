@@ -78,9 +78,12 @@ def test_the_commands_for_an_api_key_make_show_and_revoke_one(tmp_path: Path) ->
     assert (tmp_path / ".env").read_text().startswith("API_KEYS=other:")
 
 
-def test_every_local_link_leads_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(
+    "page", [Path("README.md"), *(file.relative_to(ROOT) for file in ROOT.glob("docs/*.md"))], ids=str
+)
+def test_every_local_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", (ROOT / page).read_text()):
+        assert (ROOT / page.parent / target).exists(), target
 
 
 def test_what_the_guarantees_say_is_shown_by_something_that_there_is() -> None:

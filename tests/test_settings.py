@@ -192,16 +192,16 @@ def test_durations_lists_and_addresses_are_read(env: pytest.MonkeyPatch) -> None
     assert str(current.listen) == "[::1]:8080"
 
 
-def test_env_example_the_readme_and_the_code_list_the_same_settings_and_defaults() -> None:
+def test_env_example_the_documentation_and_the_code_list_the_same_settings_and_defaults() -> None:
     defaults = {name.upper(): written_default(name) for name in settings.Settings.model_fields}
     example = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
     assert example == defaults
-    rows = re.findall(r"^\| (`[A-Z_`, ]+`) \|(.*?)\|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    readme = {name: default for names, cell in rows for name, default in readme_row(names, cell)}
-    assert readme == defaults
+    rows = re.findall(r"^\| (`[A-Z_`, ]+`) \|(.*?)\|", (ROOT / "docs/settings.md").read_text(), re.MULTILINE)
+    documented = {name: default for names, cell in rows for name, default in documented_row(names, cell)}
+    assert documented == defaults
 
 
-def readme_row(names: str, cell: str) -> list[tuple[str, str]]:
+def documented_row(names: str, cell: str) -> list[tuple[str, str]]:
     default = re.match(r" ?`([^`]*)`", cell)
     return [
         (name, default[1] if default and not name.endswith("_FILE") else "")
