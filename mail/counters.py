@@ -1,6 +1,6 @@
 """What is counted for ever: mails accepted and what became of them, attempts, and how long SMTP and accepting took.
 
-All of it is one hash in Redis, `mail:totals`, so that any process of any machine tells the same; ops.metrics shows it
+All of it is one hash in Redis, `mail:totals`, so that any process of any machine tells the same; web.metrics shows it
 to Prometheus. Totals are counted by the scripts that make them true (accept, settle, cancel, sweep), behind the place
 where a second run after a lost reply turns back: they cost no round trip and are counted once. What the API took for
 its answers is gathered in the process and handed over every 15 seconds, so that no request waits for it; a kill loses

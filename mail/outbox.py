@@ -151,7 +151,7 @@ class Recipient:
 class Claim:
     """One attempt's hold on one mail. `expires_at` is in seconds since 1970, 0 for a mail that does not expire;
     `on_doubt` is what its sender chose, or ""; `in_line` says that SMTP_RATE has told it to come back now; `counts`
-    goes to mail.totals with the outcome."""
+    goes to mail.counters with the outcome."""
 
     outbox: Outbox
     id: str

@@ -110,7 +110,7 @@ class JobsWorker(Worker):
 
 class NoTimeout(BaseDeathPenalty):
     """RQ's is an exception out of nowhere: between the relay's 250 and the mark it would make a mail of doubt. An
-    attempt at a mail ends by itself, as `mail.relay` sees to."""
+    attempt at a mail ends by itself, as `smtp.session` sees to."""
 
     def setup_death_penalty(self) -> None: ...
 

@@ -4,7 +4,7 @@
 back to RQ's scheduler: it holds no worker and loses no attempt. The rate is counted when a mail goes, so a window such
 as 14/s is never exceeded, however late a worker is; those who wait are told different moments, so that they do not all
 come back at once. The breaker opens after some troubles in a row (no connection, TLS, login, throttle; see
-mail.relay.judge), lets one mail probe every half minute, and closes when one gets through. While it is open, workers
+smtp.verdict.judge), lets one mail probe every half minute, and closes when one gets through. While it is open, workers
 take no mail from the queue: a long queue waits where it is.
 
 Keys: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), and lists of moments in ms: `relay:gone`

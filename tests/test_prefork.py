@@ -69,7 +69,8 @@ def test_the_watchdog_is_fed_until_a_process_stands_still(house: House, tmp_path
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(20)
         house.environment["NOTIFY_SOCKET"] = str(tmp_path / "notify")
-        source = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prefork, service; prefork.STUCK_AFTER = 2; "
+        source = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import service; "
+        source += "from process import prefork; prefork.STUCK_AFTER = 2; "
         with listening() as listener:
             house.environment["LISTEN"] = "127.0.0.1:1"  # not used: systemd's socket is
             [parent] = [activated(house, listener, "-c", source + "sys.exit(service.main())")]

@@ -2,7 +2,7 @@
 
 Looks with commands that change nothing, never with RQ's own listings, which tidy up as they list. The canary is a mail
 like any other: stored and queued as the API does it, taken by a worker, sent through the relay.
-Keys: rq:workers:*, rq:worker:*, rq:scheduler-lock:* are RQ's; mail:* and relay:* are mail.outbox's and mail.pacing's.
+Keys: rq:workers:*, rq:worker:*, rq:scheduler-lock:* are RQ's; mail:* and relay:* are mail.outbox's and smtp.pacing's.
 """
 
 from __future__ import annotations
