@@ -71,6 +71,8 @@ class Line:
         self.body = b""
         self.acceptance: Acceptance | None = None
         self.spoke = False
+        self.sender = ""
+        self.trusted = False  # has logged in, where an act asks for it
 
     def accept(self) -> Acceptance:
         """From here on the mail is the relay's, whether or not it gets to say so."""
@@ -82,8 +84,12 @@ class Line:
         """The client has said something or left, though it is the relay's turn to speak."""
         return bool(self.unread or select.select([self.socket], [], [], 0)[0])
 
-    def say(self, text: str | bytes) -> None:
-        self.socket.sendall(text if isinstance(text, bytes) else text.encode() + b"\r\n")
+    def say(self, text: str) -> str:
+        self.say_raw(text.encode() + b"\r\n")
+        return text
+
+    def say_raw(self, octets: bytes) -> None:
+        self.socket.sendall(octets)
         self.spoke = True
 
     def hear_more(self) -> None:
@@ -171,7 +177,7 @@ def last_words(text: str) -> Act:
 
 def raw(octets: bytes) -> Act:
     def act(line: Line) -> str:
-        line.say(octets)
+        line.say_raw(octets)
         return octets.decode("latin-1")
 
     return act
@@ -181,9 +187,9 @@ def drip(octets: bytes, pause: float = 0.05) -> Act:
     """Four bytes at once, then one at a time; `pause` in seconds. Stops when the test is over."""
 
     def act(line: Line) -> str:
-        line.say(octets[:4])
+        line.say_raw(octets[:4])
         for octet in octets[4:]:
-            line.say(bytes([octet]))
+            line.say_raw(bytes([octet]))
             if line.relay.over.wait(pause):
                 raise HungUp
         return octets.decode("latin-1")
@@ -197,7 +203,7 @@ def pieces(text: str, octets: int) -> Act:
     def act(line: Line) -> str:
         whole = text.encode() + b"\r\n"
         for start in range(0, len(whole), octets):
-            line.say(whole[start : start + octets])
+            line.say_raw(whole[start : start + octets])
         return text
 
     return act
@@ -228,6 +234,7 @@ class ScriptedRelay:
         tls: ssl.SSLContext | None = None,
         implicit: bool = False,
         receive_buffer: int = 64 * 1024,
+        host: str = "127.0.0.1",
         port: int = 0,
         patience: float = 10,  # seconds of the client's silence
         latency: float = 0,  # seconds of a round trip
@@ -238,6 +245,7 @@ class ScriptedRelay:
         self.tls = tls
         self.implicit = implicit
         self.receive_buffer = receive_buffer
+        self.host = host
         self.port = port
         self.patience = patience
         self.latency = latency
@@ -256,7 +264,7 @@ class ScriptedRelay:
         self.listener = socket.socket()
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
-        self.listener.bind(("127.0.0.1", self.port))
+        self.listener.bind((self.host, self.port))
         self.listener.listen()
         self.port = int(self.listener.getsockname()[1])
         self.thread = threading.Thread(target=self._serve, name="scripted relay")
@@ -356,7 +364,4 @@ class ScriptedRelay:
     def _perform(self, line: Line, name: str) -> str:
         steps = self.script.get(name) or self.script["500"]
         step = steps.pop(0) if len(steps) > 1 else steps[0]
-        if callable(step):
-            return step(line)
-        line.say(step)
-        return step
+        return step(line) if callable(step) else line.say(step)

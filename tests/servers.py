@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
 import os
@@ -10,28 +9,21 @@ import random
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import redis
-import trustme
-from aiosmtpd.controller import Controller
-from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
 from ops.dev import find_redis_server
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")
-CUT = "cut"
 
 
 def project_files() -> list[Path]:
@@ -117,117 +109,6 @@ class RedisServer:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-
-
-class Delivery(NamedTuple):
-    """What a relay accepted with 250."""
-
-    sender: str
-    recipients: list[str]
-    content: bytes
-
-    @property
-    def message_id(self) -> str:
-        line = next(line for line in self.content.splitlines() if line.lower().startswith(b"message-id:"))
-        return line.split(b":", 1)[1].strip().decode()
-
-
-@dataclass
-class Relay:
-    """A real SMTP server, with STARTTLS and AUTH if asked, that can be told what to answer.
-
-    `rcpt[address]` and `data` are lists of replies to give, one each time, before it answers 250 again. In `data`,
-    CUT accepts the mail and hangs up without a word.
-    """
-
-    login: tuple[str, str] | None = None
-    tls: str = "none"  # none, starttls or tls
-    smtputf8: bool = True
-    host: str = "127.0.0.1"  # where it listens
-    name: str = "127.0.0.1"  # by which it is called, and certified
-    port: int = 0  # 0: any that is free
-    rcpt: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    data: list[str] = field(default_factory=list)
-    on_data: Callable[[], object] = lambda: None  # called when a body has come, before it is answered
-    accepted: list[Delivery] = field(default_factory=list)
-    seen_rcpt: list[str] = field(default_factory=list)
-    connections: int = 0
-    open: set[asyncio.Transport] = field(default_factory=set)
-    authority: trustme.CA = field(default_factory=trustme.CA)
-
-    def __enter__(self) -> Relay:
-        self.port = self.port or free_port()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.authority.issue_cert(self.name).configure_cert(context)
-        self.controller = Controller(
-            self,
-            hostname=self.host,
-            port=self.port,
-            ssl_context=context if self.tls == "tls" else None,
-            tls_context=context if self.tls == "starttls" else None,
-            require_starttls=self.tls == "starttls",
-            authenticator=self._check if self.login else None,
-            auth_required=bool(self.login),
-            auth_require_tls=self.tls == "starttls",
-            enable_SMTPUTF8=self.smtputf8,
-            ident="relay of the tests",
-        )
-        self.controller.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._hang_up(), self.controller.loop).result()
-        self.controller.stop()
-
-    async def _hang_up(self) -> None:
-        """On everybody: workers keep their sessions for the next mail."""
-        for transport in self.open:
-            transport.abort()
-        self.open.clear()
-        await asyncio.sleep(0.01)  # in which the loop closes their sockets
-
-    def environment(self, directory: Path) -> dict[str, str]:
-        """The settings with which a worker reaches this relay."""
-        ca_file = directory / "ca.pem"
-        self.authority.cert_pem.write_to_path(str(ca_file))
-        settings = {"SMTP_HOST": self.name, "SMTP_PORT": str(self.port), "SMTP_SECURITY": self.tls}
-        settings |= {"SMTP_CA_FILE": str(ca_file)} if self.tls != "none" else {}
-        return settings | ({"SMTP_USERNAME": self.login[0], "SMTP_PASSWORD": self.login[1]} if self.login else {})
-
-    def _check(self, _: SMTP, __: Session, ___: Envelope, ____: str, given: Any) -> AuthResult:
-        assert isinstance(given, LoginPassword)
-        assert self.login
-        good = (given.login.decode(), given.password.decode()) == self.login
-        return AuthResult(success=good, handled=False)
-
-    async def handle_EHLO(
-        self, server: SMTP, session: Session, envelope: Envelope, hostname: str, responses: list[str]
-    ) -> list[str]:
-        self.connections += 1
-        assert isinstance(server.transport, asyncio.Transport)
-        self.open.add(server.transport)
-        session.host_name = hostname
-        return responses
-
-    async def handle_RCPT(
-        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
-    ) -> str:
-        self.seen_rcpt.append(address)
-        if self.rcpt[address]:
-            return self.rcpt[address].pop(0)
-        envelope.rcpt_tos.append(address)
-        return "250 2.1.5 Recipient ok"
-
-    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
-        self.on_data()
-        reply = self.data.pop(0) if self.data else "250 2.0.0 Ok: queued"
-        if reply == CUT or reply.startswith("2"):
-            assert isinstance(envelope.content, bytes)
-            self.accepted.append(Delivery(envelope.mail_from or "", list(envelope.rcpt_tos), envelope.content))
-        if reply == CUT:
-            assert isinstance(server.transport, asyncio.Transport)
-            server.transport.abort()
-        return reply
 
 
 class Answer(NamedTuple):

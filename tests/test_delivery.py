@@ -21,8 +21,9 @@ import redis
 from selenium.webdriver import Chrome
 
 from tests.killed_worker import POINTS
+from tests.relay import CUT, Relay
 from tests.scripted_relay import Line, ScriptedRelay
-from tests.servers import CUT, Api, House, RedisServer, Relay, eventually, free_port
+from tests.servers import Api, House, RedisServer, eventually, free_port
 from tests.test_dashboard import press
 
 

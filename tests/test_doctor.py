@@ -41,8 +41,9 @@ from queues.table import EMAIL, JOBS
 from settings import Settings
 from smtp.verdict import Phase, Reply
 from tests.name_server import NameServer, Zone
+from tests.relay import Relay
 from tests.scripted_relay import ScriptedRelay, Step, raw
-from tests.servers import ROOT, House, RedisServer, Relay, eventually, free_port
+from tests.servers import ROOT, House, RedisServer, eventually, free_port
 
 PASSWORD = "planted-Pa55word"
 Look = Callable[[Place], Findings]

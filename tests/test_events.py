@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from process.log import EVENTS
-from tests.servers import ROOT, House, RedisServer, Relay, eventually
+from tests.relay import Relay
+from tests.servers import ROOT, House, RedisServer, eventually
 
 
 @pytest.fixture

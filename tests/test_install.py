@@ -22,7 +22,8 @@ from ops import install
 from ops.dev import find_redis_server
 from ops.install import Fault, Server
 from settings import Settings, parse_api_keys
-from tests.servers import ROOT, House, Relay, eventually, project_files
+from tests.relay import Relay
+from tests.servers import ROOT, House, eventually, project_files
 
 GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@example.com")
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.servers import ROOT, House, RedisServer, Relay, eventually
+from tests.relay import Relay
+from tests.servers import ROOT, House, RedisServer, eventually
 from tests.test_metrics import figures, names, scrape
 
 ALERTS = ROOT / "monitoring" / "alerts.yml"

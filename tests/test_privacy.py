@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.servers import Api, House, RedisServer, Relay, eventually, free_port
+from tests.relay import Relay
+from tests.servers import Api, House, RedisServer, eventually, free_port
 
 SMTP_PASSWORD = "planted-smtp-password"
 REDIS_PASSWORD = "planted-redis-password"

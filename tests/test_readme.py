@@ -13,7 +13,8 @@ import pytest
 
 from chaos.scenes import SCENES
 from settings import parse_api_keys
-from tests.servers import ROOT, Api, House, RedisServer, Relay, eventually, project_with
+from tests.relay import Relay
+from tests.servers import ROOT, Api, House, RedisServer, eventually, project_with
 
 README = (ROOT / "README.md").read_text()
 DEV_KEY = hashlib.sha256(b"dev").hexdigest()

@@ -1,7 +1,7 @@
 """The relay's side of the promise: what each answer means, and what goes over the wire to a relay of any temper.
 
 The judgement is asked as a table. Everything else is a conversation over a real socket: with an aiosmtpd that speaks
-TLS and AUTH (tests/servers.py) where it is about getting along, and with a scripted relay where it is about trouble.
+TLS and AUTH (tests/relay.py) where it is about getting along, and with a scripted relay where it is about trouble.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mail.request import parse
 from smtp import pool, session
 from smtp.session import Relay, Session, Stopped
 from smtp.verdict import Outcome, Phase, Reply, Verdict, judge
-from tests import servers
+from tests.relay import Relay as HonestRelay
 from tests.scripted_relay import (
     OBLIGING,
     Line,
@@ -325,7 +325,7 @@ def test_an_address_in_a_refusal_does_not_turn_it_into_a_throttle(address: str) 
 
 
 def test_a_mail_goes_over_a_plain_connection() -> None:
-    with servers.Relay() as there:
+    with HonestRelay() as there:
         outcome = attempt(at(there.port), ADA, BOB)
     [delivery] = there.accepted
     assert (delivery.sender, delivery.recipients, delivery.content) == (SENDER, [ADA, BOB], MIME)
@@ -335,7 +335,7 @@ def test_a_mail_goes_over_a_plain_connection() -> None:
 
 @pytest.mark.parametrize(("security", "login"), [("starttls", None), ("starttls", LOGIN), ("tls", None)])
 def test_a_mail_goes_over_tls(security: str, login: tuple[str, str] | None, tmp_path: Path) -> None:
-    with servers.Relay(login=login, tls=security) as there:
+    with HonestRelay(login=login, tls=security) as there:
         ca_file = write_ca(there.authority, tmp_path)
         outcome = attempt(at(there.port, security=security, login=login or (None, None), ca_file=ca_file))
     assert [delivery.content for delivery in there.accepted] == [MIME]
@@ -578,7 +578,7 @@ def test_an_answer_decides_for_all_who_were_not_refused(step: str, reply: str, p
 
 
 def test_a_relay_that_insists_on_starttls_is_our_trouble_and_not_the_mails() -> None:
-    with servers.Relay(tls="starttls") as there:
+    with HonestRelay(tls="starttls") as there:
         outcome = attempt(at(there.port))
     assert fate(outcome) == (Phase.MAIL, 530, TROUBLE)
 
@@ -620,7 +620,7 @@ def test_an_address_goes_out_to_the_letter(address: str) -> None:
 
 
 def test_a_utf8_address_goes_to_a_relay_that_takes_it() -> None:
-    with servers.Relay() as there:
+    with HonestRelay() as there:
         outcome = attempt(at(there.port), "jürgen@example.com", sender="þór@example.com", smtputf8=True)
     assert fate(outcome) == (Phase.DOT, 250, ACCEPTED)
     [delivery] = there.accepted
@@ -636,7 +636,7 @@ def test_smtputf8_is_asked_for_only_where_it_is_needed() -> None:
 
 
 def test_a_utf8_address_is_refused_where_the_relay_cannot_take_it() -> None:
-    with servers.Relay(smtputf8=False) as there:
+    with HonestRelay(smtputf8=False) as there:
         outcome = attempt(at(there.port), ADA, "jürgen@example.com", smtputf8=True)
     assert fate(outcome) == (Phase.MAIL, 550, REFUSED)
     assert not there.accepted
@@ -740,7 +740,7 @@ def test_a_reply_slipped_in_before_tls_is_not_taken_for_one_after_it(authority: 
 
 
 def test_a_wrong_password_is_trouble_and_is_tried_once(tmp_path: Path) -> None:
-    with servers.Relay(login=("mailer", "right"), tls="starttls") as there:
+    with HonestRelay(login=("mailer", "right"), tls="starttls") as there:
         ca_file = write_ca(there.authority, tmp_path)
         outcome = attempt(at(there.port, security="starttls", login=("mailer", "wrong"), ca_file=ca_file))
     assert fate(outcome) == (Phase.AUTH, 535, TROUBLE)
@@ -788,7 +788,7 @@ def expect_login(line: Line) -> str:
 
 def expect_cram_md5(line: Line) -> str:
     challenge = b"<1896.697170952@relay.example>"
-    line.say(b"334 " + base64.b64encode(challenge) + b"\r\n")
+    line.say_raw(b"334 " + base64.b64encode(challenge) + b"\r\n")
     digest = hmac.new(LOGIN[1].encode(), challenge, "md5").hexdigest()
     return check(line, base64.b64decode(line.hear_until(b"\r\n")).decode() == f"{LOGIN[0]} {digest}")
 

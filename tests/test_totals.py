@@ -29,7 +29,8 @@ from mail.sweep import sweep
 from queues.jobs import Jobs
 from settings import Settings
 from smtp import verdict
-from tests.servers import CUT, Api, House, RedisServer, Relay, eventually
+from tests.relay import CUT, Relay
+from tests.servers import Api, House, RedisServer, eventually
 from tests.test_delivery import put_the_clock_forward
 
 MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}

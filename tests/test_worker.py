@@ -21,8 +21,9 @@ from rq.webhook import Webhook
 
 from mail import delivery
 from settings import Settings
+from tests.relay import Relay
 from tests.scripted_relay import Line, ScriptedRelay
-from tests.servers import Api, House, RedisServer, Relay, eventually, project_with
+from tests.servers import Api, House, RedisServer, eventually, project_with
 from worker import Crew
 
 MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}

@@ -17,7 +17,8 @@ import pytest
 
 from tests.deploy.machine import Figures, Machine, missing
 from tests.deploy.server import Bare, Installed, Server
-from tests.servers import Relay, eventually
+from tests.relay import Relay
+from tests.servers import eventually
 
 FIGURES = Figures()
 LOGIN = ("AKIAEXAMPLE", "the relay's password is this")

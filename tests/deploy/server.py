@@ -20,7 +20,8 @@ from itertools import count
 from typing import NamedTuple
 
 from tests.deploy.machine import Machine, Ran
-from tests.servers import Api, Relay, eventually
+from tests.relay import Relay
+from tests.servers import Api, eventually
 
 CLONE = "async-email"  # in the administrator's home
 COMMANDS = "/opt/async-email/current/bin"
