@@ -36,7 +36,8 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
     "worker": {"events", "jobs", "settings", "supervisor", "tasks"},
     "ops.dashboard": {"events", "jobs", "settings", "supervisor"},
     "ops.catcher": {"settings"},
-    "ops.dev": {"settings"},
+    "ops.dev": {"ops.aof", "settings"},
+    "ops.aof": set(),
     "ops.install": set(),
     "ops.doctor": {"ops.checks.findings", "ops.checks.packages", "ops.checks.table"},
     "ops.checks.findings": {"settings"},  # for its types alone
