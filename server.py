@@ -78,8 +78,8 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
 
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
-        if self.error:
-            self.expect_continue = False  # else "100 Continue" would ask for the body that was just refused
+        if self.completed:  # refused, or without a body. After "100 Continue" Waitress would go on with this parser
+            self.expect_continue = False
         return consumed
 
 
