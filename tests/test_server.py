@@ -42,7 +42,8 @@ def app() -> Naming:
 
 
 @pytest.fixture
-def api(app: Naming) -> Iterator[Api]:
+def api(app: Naming, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    monkeypatch.setattr(jobs, "_silent", threading.Event())  # other tests leave it set
     port = free_port()
     running = server.Server(app, 2**20, server.listen_on(Address("127.0.0.1", port)))
     loop = threading.Thread(target=running.run, name="loop", daemon=True)
