@@ -6,6 +6,7 @@ route in turn take it from `service.ROUTES`, so that a new route is held to the 
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ import re
 import socket
 from collections.abc import Iterator
 from hashlib import sha256
+from types import TracebackType
 from typing import Any, NamedTuple
 from wsgiref.util import setup_testing_defaults
 
@@ -266,6 +268,34 @@ def test_any_other_request_id_is_replaced(app_without_redis: service.Edge, given
     answer = ask(app_without_redis, "GET", "/nothing", HTTP_X_REQUEST_ID=given)
     assert answer.body["request_id"] == answer.headers["X-Request-Id"]
     assert re.fullmatch("[0-9a-f]{32}", answer.body["request_id"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{" + b" " * 100_000,
+        b"\xff" * 100_000,
+        b"[" * 100_000,
+        b'{"to": 1}',
+        b'[{"to": 1}]',
+        b'{"a": 1, "a": 2}',
+        b"[1e999]",
+    ],
+    ids=["cut off", "not UTF-8", "too deep", "wrong field", "list", "member given twice", "number too large"],
+)
+@pytest.mark.parametrize("path", BODIES)
+def test_a_refused_body_is_forgotten_at_once(app_without_redis: service.Edge, path: str, body: bytes) -> None:
+    """And not when the garbage collector comes: a hundred bodies of 10 MB would take the machine down until then."""
+    headers = {"CONTENT_LENGTH": str(len(body)), "CONTENT_TYPE": "application/json"}
+    gc.collect()
+    gc.disable()
+    try:
+        answer = ask(app_without_redis, "POST", path, **headers, **{"wsgi.input": io.BytesIO(body)})  # type: ignore[arg-type]
+        left = [one for one in gc.get_objects() if isinstance(one, TracebackType)]
+    finally:
+        gc.enable()
+    assert 400 <= answer.status < 500
+    assert left == []
 
 
 def test_two_requests_have_two_ids(app_without_redis: service.Edge) -> None:
