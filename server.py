@@ -40,6 +40,7 @@ LONG = 0.1  # seconds for one request; less may be the machine being busy
 # Seconds. A process that is to end closes no connection on which a request may be under way: nginx gives up its own
 # after 2 seconds of silence (keepalive_timeout in nginx/async-email.conf).
 QUIET_AFTER, DRAINED_AFTER = 3, 20
+MOST_CONNECTIONS = 400  # of a process, on each socket; each needs a file descriptor, a large body one more
 UNREAD_FOR = 30  # seconds in which a client takes nothing of its answer, before the connection is closed
 
 
@@ -193,6 +194,23 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     parser_class = Parser
     error_task_class = JsonErrorTask
 
+    def __init__(self, server: BaseWSGIServer, *rest: Any, **how: Any) -> None:
+        super().__init__(server, *rest, **how)
+        self.waits_since = time.monotonic()
+        if len(server.active_channels) > MOST_CONNECTIONS:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Closes the connection that has kept us waiting longest for a whole request, or for its answer to be read. It
+        may send a byte now and then: that is no request."""
+        channels = [one for one in self.server.active_channels.values() if not one.will_close]
+        idle = [one for one in channels if one.total_outbufs_len or not one.requests]
+        min(idle, key=lambda one: one.waits_since).will_close = True
+
+    def service(self) -> None:
+        super().service()
+        self.waits_since = time.monotonic()
+
     @property
     def is_quiet(self) -> bool:
         """Nobody would miss this connection."""
@@ -282,6 +300,7 @@ class Server:
             max_request_body_size=max_body + 1,  # Waitress refuses what reaches it
             max_request_header_size=32 * 1024,
             channel_timeout=UNREAD_FOR,
+            connection_limit=2 * MOST_CONNECTIONS,  # there Waitress takes no other until one of these ends
             outbuf_high_watermark=2**40,  # bytes; never reached: there Waitress would wait for the client
             clear_untrusted_proxy_headers=True,
         )

@@ -76,6 +76,43 @@ def test_while_redis_is_silent_requests_wait_side_by_side(api: Api, monkeypatch:
     assert api.post("/", {}).body.startswith("waitress")
 
 
+@pytest.mark.parametrize("drips", [b"", b"G", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"])
+def test_connections_that_bring_no_request_lock_nobody_out(
+    api: Api, monkeypatch: pytest.MonkeyPatch, drips: bytes
+) -> None:
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 20)
+    with ExitStack() as stack:
+        idle = []
+        for _ in range(60):
+            idle.append(stack.enter_context(socket.create_connection(("127.0.0.1", api.port), timeout=20)))
+            idle[-1].sendall(drips)
+        assert [api.get("/").status for _ in range(5)] == [200] * 5
+        left = sum(is_open(connection) for connection in idle)
+        assert 10 < left < 20
+
+
+def is_open(connection: socket.socket) -> bool:
+    connection.settimeout(0.05)
+    try:
+        return connection.recv(1) != b""
+    except TimeoutError:
+        return True
+    except ConnectionResetError:  # closed with something unread
+        return False
+
+
+def test_of_many_connections_the_one_that_has_asked_last_is_kept(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
+    with ExitStack() as stack:
+        old, other, third = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", api.port), timeout=20)) for _ in range(3)
+        )
+        old.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert old.recv(1000)
+        assert api.get("/").status == 200
+        assert [is_open(one) for one in (old, other, third)] == [True, False, True]
+
+
 def pipelined(count: int) -> bytes:
     return (
         b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * (count - 1) + b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
