@@ -69,8 +69,8 @@ def common_headers(request_id: str) -> list[tuple[str, str]]:
 # The grammar of RFC 9112, with a limit on everything that repeats. Each pattern can match in one way only, so it takes
 # time in proportion to what it reads; Waitress's own take the square of it, and see only what these have matched.
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-FIELD = TOKEN + rb"{1,256}:[ \t]{0,8}(?:[!-~\x80-\xff][\t -~\x80-\xff]{0,8191})?\r\n"
-HEAD = re.compile(rb"[A-Z]{1,32} [!\"$-~]{1,8192} HTTP/1\.[01]\r\n(?:" + FIELD + rb"){0,100}(?:\r\n)?")
+FIELD = TOKEN + rb"{1,256}:[ \t]{0,8}(?:[!-~\x80-\xff][\t -~\x80-\xff]{0,32767})?\r\n"
+HEAD = re.compile(rb"[A-Z]{1,32} [!\"$-~]{1,32768} HTTP/1\.[01]\r\n(?:" + FIELD + rb"){0,100}(?:\r\n)?")
 EXTENSION = rb";" + TOKEN + rb"+(?:=(?:" + TOKEN + rb"+|\"[\t !#-\[\]-~]*\"))?"
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:" + EXTENSION + rb")*\r\n")
 CHUNK_END = re.compile(rb"\r\n")
