@@ -19,7 +19,6 @@ import json
 import logging
 import math
 import re
-import signal
 import sys
 import threading
 import time
@@ -42,6 +41,7 @@ from mail.message import FieldError, HeaderText, Invalid, Mailbox, Recipient, St
 from mail.outbox import Draft, Outbox
 from server import Server, common_headers, error_shape, listen_on
 from settings import ApiKey, Settings, SettingsError, load
+from supervisor import on_stop
 
 VERSION = re.search(r"^## (\S+)", (Path(__file__).parent / "CHANGELOG.md").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 SMALL_BODY = 64 * 1024  # bytes; for everything but POST /emails
@@ -434,9 +434,8 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
             request.environ["async_email.key"] = caller.name
             with service.room.taken(min(request.content_length, service.settings.max_message_bytes)):
                 return handler(service, caller, **ids)
-        except Exception as error:
-            refusal = as_refusal(error)
-        return refused(refusal)
+        except Exception as error:  # in no variable of ours: it would hold itself, and the body, by its traceback
+            return refused(as_refusal(error))
 
     return call
 
@@ -552,8 +551,7 @@ def main() -> int:
 
     def serve(alive: Callable[[], None]) -> None:
         server = Server(app, settings.max_message_bytes, sockets)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, server.stop)
+        on_stop(server.stop)
         with app.accepting.handed_over():
             server.run(alive)
 

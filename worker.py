@@ -13,7 +13,6 @@ SIGTERM lets the jobs in hand finish.  RQ: https://python-rq.org/docs/workers/
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import threading
 import time
@@ -257,9 +256,8 @@ class Crew:
         self.maintained_at = -float(MAINTENANCE_EVERY)  # at once
 
     def work(self) -> None:
-        """Until SIGTERM or SIGINT, and until every mail in hand has been dealt with."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle_signal)
+        """Until SIGTERM or its like, and until every mail in hand has been dealt with."""
+        supervisor.on_stop(self.handle_signal)
         while not self.asked_to_stop.is_set() or self.workers:
             self.look_after()
             self.asked_to_stop.wait(1)
@@ -384,6 +382,7 @@ def main() -> int:
         worker.work()
         tasks.leave_relay()
     else:
+        supervisor.on_stop(worker.request_stop)
         supervisor.tell("READY=1")
         worker.work(with_scheduler=True, logging_level=None)
     return 0

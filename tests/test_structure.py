@@ -29,7 +29,7 @@ MAY_IMPORT = {  # module -> what it may import of ours. tests and bench may impo
         *("mail.message", "mail.outbox", "mail.pacing", "mail.relay", "mail.sweep", "mail.warm"),
     },
     "service": {
-        *("events", "jobs", "prefork", "server", "settings", "tasks"),
+        *("events", "jobs", "prefork", "server", "settings", "supervisor", "tasks"),
         *("mail.message", "mail.outbox", "mail.pacing", "mail.sweep", "mail.templates", "mail.totals"),
         "ops.metrics",
     },

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import pkgutil
+import signal
 import socket
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -206,6 +208,38 @@ def test_a_suspended_crew_takes_no_mail(house: House, client: redis.Redis, tmp_p
         assert api.email(mail_id)["status"] == "queued"
         client.delete("rq:suspended")
         api.wait_for(mail_id, "sent")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT])
+def test_a_signal_costs_no_mail_whose_final_dot_is_unanswered(
+    house: House, client: redis.Redis, tmp_path: Path, number: signal.Signals
+) -> None:
+    with Relay() as relay:
+        house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "1"}
+        api, worker = house.api(), house.worker("email")
+
+        def signalled() -> None:
+            worker.send_signal(number)
+            time.sleep(0.5)
+
+        relay.on_data = signalled
+        assert api.wait_for(api.post("/emails", MAIL).body["id"], "sent")["attempts"][0]["code"] == 250
+        assert len(relay.accepted) == 1
+        if number == signal.SIGQUIT:
+            assert worker.wait(20) == 0
+
+
+@pytest.mark.parametrize("queue", ["email", "jobs"])
+def test_a_worker_ignores_what_does_not_ask_it_to_end(house: House, client: redis.Redis, queue: str) -> None:
+    worker = house.worker(queue)
+    eventually(lambda: "worker_started" in house.log(f"worker-{queue}"))
+    time.sleep(1)
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        worker.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(1)
+    worker.send_signal(signal.SIGQUIT)
+    assert worker.wait(20) == 0
 
 
 def test_a_mail_costs_eight_round_trips_to_redis(house: House, client: redis.Redis, tmp_path: Path) -> None:
