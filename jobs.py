@@ -486,11 +486,20 @@ class Jobs:
             status = job.get_status()
             if status not in ("queued", "scheduled", "failed", "stopped", "canceled"):
                 raise NotPossible(f"a job that is {status.value} cannot be canceled any more")
+            self._forget_lost_executions(job)
             pipe.multi()
             if beside:
                 beside(pipe)
             job.delete(pipeline=pipe)
             pipe.execute()
+
+    def _forget_lost_executions(self, job: Job) -> None:
+        """Drops the attempts whose worker has died: their records expire a minute before the job's list of them, and
+        RQ's `Job.delete` raises for each that it finds in the list alone."""
+        listed = job.execution_registry
+        for execution_id in listed.get_execution_ids():
+            if not self.redis.hexists(f"rq:execution:{job.id}:{execution_id}", "created_at"):
+                self.redis.zrem(listed.key, execution_id)
 
     @contextmanager
     def _watching(self, job: Job) -> Iterator[Pipeline]:
