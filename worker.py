@@ -44,6 +44,7 @@ from rq.worker.base import WorkerStatus
 import events
 import jobs
 import settings
+import sieve
 import supervisor
 import tasks
 
@@ -62,12 +63,23 @@ class RefusedTask(Exception):
     """The job names a function that this worker's queue does not offer."""
 
 
-class Job(rq.job.Job):
+class Job(jobs.Job):
     """An RQ job that can only be one of ours."""
+
+    @classmethod
+    def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> jobs.Job:
+        """Sets aside what cannot be read, wherever RQ comes upon it: it would end the worker, or the maintenance for
+        all others."""
+        try:
+            return super().fetch(id, connection, serializer)
+        except jobs.Unreadable as error:
+            assert connection
+            jobs.set_aside(connection, id, error)
+            raise
 
     @property
     def func(self) -> Callable[..., Any]:
-        function = ALLOWED.get(self.origin, {}).get(self.func_name or "")
+        function = ALLOWED.get(self.origin, {}).get(str(self.func_name))
         if function is None or self.instance is not None:
             self.retries_left = 0
             raise RefusedTask("the job names a function that tasks.py does not offer on this queue")
@@ -112,6 +124,18 @@ class Queue(rq.Queue):
 class JobsWorker(Worker):
     job_class = Job
     queue_class = Queue
+
+    def run_maintenance_tasks(self) -> None:
+        """RQ's worker quits where its maintenance fails. This one goes on running jobs."""
+        try:
+            sieve.sift(self.queues[0])
+            super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
+        except StopRequested:
+            raise
+        except Exception as error:
+            if jobs.why_unavailable(error):
+                raise
+            events.emit("crashed", logging.ERROR, where=events.where(error))
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """RQ calls this around each job and each wait for one, and twice a minute while a job runs."""
@@ -249,6 +273,7 @@ class Crew:
         # Here nobody waits for Redis to come back: the next second is the next try.
         self.redis = jobs.connect(current.redis_url.get_secret_value())
         self.caretaker = email_worker(self.redis)  # RQ's maintenance is a worker's; this one takes no jobs
+        self.queue = self.caretaker.queues[0]
         # RQ keeps the lock of a scheduler that is dead for interval + 60 s; we keep it alive once a second.
         self.scheduler = RQScheduler([jobs.EMAIL], self.redis, interval=LOCKED_FOR - 60, serializer=JSONSerializer)
         self.workers: dict[threading.Thread, EmailWorker] = {}
@@ -274,14 +299,14 @@ class Crew:
         duties: list[Callable[[], object]] = [self.show_life, self.watch, self.schedule]
         if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
             self.maintained_at = time.monotonic()
-            duties += [self.pull_in, self.caretaker.run_maintenance_tasks, tasks.sweep]
+            duties += [self.pull_in, lambda: sieve.sift(self.queue), self.caretaker.run_maintenance_tasks, tasks.sweep]
         for duty in (*duties, self.man):
             try:
                 duty()
-            except RedisError:
-                supervisor.tell("WATCHDOG=1")  # it is away, or full: who waits for it is not stuck
-                return
             except Exception as error:
+                if jobs.why_unavailable(error):
+                    supervisor.tell("WATCHDOG=1")  # it is away, or full: who waits for it is not stuck
+                    return
                 events.emit("crashed", logging.ERROR, where=events.where(error))
 
     def man(self) -> None:
@@ -320,11 +345,15 @@ class Crew:
         """Queues mail that was put off and is due, if no other process does."""
         if self.scheduler.acquired_locks or self.scheduler.acquire_locks():  # type: ignore[no-untyped-call]
             self.scheduler.heartbeat()  # type: ignore[no-untyped-call]
-            self.scheduler.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
+            try:
+                self.scheduler.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
+            except Exception as error:
+                if jobs.why_unavailable(error) or not sieve.sift(self.queue):
+                    raise
 
     def pull_in(self) -> None:
         """A clock that was set back an hour leaves signs of life that would hold for an hour."""
-        wip, moment = self.caretaker.queues[0].started_job_registry.key, time.time()
+        wip, moment = self.queue.started_job_registry.key, time.time()
         ahead: list[Any] = self.redis.zrangebyscore(wip, moment + 2 * jobs.LOST_AFTER, "+inf")
         for entry in ahead:
             self.redis.zadd(wip, {entry: moment + jobs.LOST_AFTER}, xx=True)

@@ -406,7 +406,7 @@ def test_a_job_that_vanishes_while_we_look_is_not_found(store: Jobs, monkeypatch
     accept(store)
     job = stored(store)
     store.redis.delete(job.key)
-    monkeypatch.setattr(store, "fetch", lambda _: job)
+    monkeypatch.setattr(store, "fetch", lambda *_, **__: job)
     with pytest.raises(NotFound):
         getattr(store, act)(ONE)
 

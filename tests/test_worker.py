@@ -276,15 +276,16 @@ def test_the_worker_says_what_is_missing_and_does_not_start(tmp_path: Path, redi
         assert "usage: worker.py [email|jobs]" in house.log("worker-nonsense")
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError(), redis.ResponseError("WRONGTYPE of key")])
 def test_a_duty_that_goes_wrong_keeps_the_main_thread_from_no_other(
-    monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer
+    monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer, error: Exception
 ) -> None:
     main = Crew(Settings(_env_file=None, redis_url=redis_server.url))
     done: list[str] = []
 
     def wrong() -> None:
         done.append("schedule")
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(main, "schedule", wrong)
     monkeypatch.setattr(main, "pull_in", lambda: done.append("pull_in"))
