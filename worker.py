@@ -29,7 +29,7 @@ import rq.job
 from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import RedisError
-from rq import SimpleWorker, Worker
+from rq import SimpleWorker, Worker, worker_registration
 from rq.exceptions import StopRequested
 from rq.executions import Execution
 from rq.job import JobStatus
@@ -39,7 +39,7 @@ from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
 from rq.timeouts import BaseDeathPenalty
 from rq.utils import now, utcformat
-from rq.worker.base import WorkerStatus
+from rq.worker.base import BaseWorker, WorkerStatus
 
 import events
 import jobs
@@ -121,6 +121,17 @@ class Queue(rq.Queue):
         return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=LOCKED_FOR))
 
 
+def register_again(worker: BaseWorker) -> None:
+    """RQ registers a worker at its birth alone. One that Redis has forgotten since (FLUSHALL; it stood still for
+    minutes) would work on, and whoever watches would see none."""
+    worker.last_heartbeat = now()
+    with worker.connection.pipeline() as pipeline:
+        pipeline.hset(worker.key, mapping=worker.serialize() | {"state": worker._state})
+        pipeline.expire(worker.key, worker.worker_ttl + 60)
+        worker_registration.register(worker, pipeline)
+        pipeline.execute()
+
+
 class JobsWorker(Worker):
     job_class = Job
     queue_class = Queue
@@ -140,6 +151,8 @@ class JobsWorker(Worker):
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """RQ calls this around each job and each wait for one, and twice a minute while a job runs."""
         super().heartbeat(timeout, pipeline)
+        if pipeline is None and not self.connection.sismember(self.redis_workers_keys, self.key):
+            register_again(self)
         supervisor.tell("WATCHDOG=1")
 
 
@@ -164,6 +177,7 @@ class EmailWorker(SimpleWorker):
     death_penalty_class = NoTimeout
     suspended = False  # `rq suspend`; asked by the main thread for all
     stopping = False
+    forgotten = False  # by Redis, as the main thread has seen
     told: tuple[str, float] = ("", 0)  # the state that Redis was told last, and when
     busy_since: float | None = None  # time.monotonic(), while it makes an attempt
 
@@ -197,6 +211,9 @@ class EmailWorker(SimpleWorker):
         """RQ calls this around each job and each wait for one, and nothing else there could end the loop."""
         if self.stopping and not self.executions:
             raise StopRequested
+        if self.forgotten:  # done in this thread, which alone knows that it is not about to end
+            self.forgotten = False
+            register_again(self)
 
     def tell(self, pipeline: Pipeline) -> None:
         """That this worker is alive, and its state, if that is news."""
@@ -328,12 +345,18 @@ class Crew:
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
 
     def show_life(self) -> None:
-        """Of all workers, and looks for `rq suspend`."""
+        """Of all workers, and looks for `rq suspend` and for those that Redis has forgotten."""
+        workers = list(self.workers.values())
         with self.redis.pipeline(transaction=False) as pipeline:
-            for worker in self.workers.values():
+            for worker in workers:
                 worker.tell(pipeline)
+            for worker in workers:
+                pipeline.sismember(worker.redis_workers_keys, worker.key)
             pipeline.exists(WORKERS_SUSPENDED)
-            EmailWorker.suspended = bool(pipeline.execute()[-1])
+            *_, suspended = seen = pipeline.execute()
+        EmailWorker.suspended = bool(suspended)
+        for worker, known in zip(workers, seen[-1 - len(workers) : -1], strict=True):
+            worker.forgotten = not known
 
     def watch(self) -> None:
         """Feeds systemd's watchdog, unless an attempt at a mail has outlasted all that could keep it."""

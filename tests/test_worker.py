@@ -20,6 +20,7 @@ from rq.serializers import JSONSerializer
 from rq.webhook import Webhook
 
 import tasks
+from jobs import Jobs
 from settings import Settings
 from tests.scripted_relay import Line, ScriptedRelay
 from tests.servers import Api, House, RedisServer, Relay, eventually, project_with
@@ -145,6 +146,21 @@ def test_each_of_the_crew_is_a_worker_that_rq_knows(house: House, client: redis.
     assert process.wait(20) == 0
     assert crew(client) == []
     assert not client.exists("rq:scheduler-lock:email")
+
+
+def test_workers_that_redis_has_forgotten_are_registered_again(house: House, client: redis.Redis) -> None:
+    """With FLUSHALL, or since they stood still for long. RQ registers a worker at its birth alone."""
+    house.environment["WORKER_CONCURRENCY"] = "2"
+    house.worker("email")
+    house.worker("jobs")
+    eventually(lambda: Counter(worker.queue_names()[0] for worker in crew(client)) == {"email": 2, "jobs": 1})
+    before = {worker.name for worker in crew(client)}
+    client.flushall()
+    eventually(lambda: {worker.name for worker in crew(client)} == before, 60)  # each says something every 20 seconds
+    eventually(lambda: {worker.get_state() for worker in crew(client)} == {"idle"})
+    states = Jobs(client).queue_states()
+    assert (states["email"].workers, states["jobs"].workers) == (2, 1)
+    assert all(worker.pid and worker.birth_date for worker in crew(client))
 
 
 def test_a_crew_sends_as_many_mails_at_once_as_it_has_workers_and_drains_them(
