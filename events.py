@@ -30,6 +30,7 @@ EVENTS = frozenset(
             "breaker_closed",
         ),  # all mail waits for the relay, because of `reason`; it goes again
         *("repaired", "given_up"),  # what the sweep did with a mail that was stuck: id, reason
+        "unreadable",  # a job or an entry of a registry that was set aside, so that the others go on: id, reason
     }
 )
 

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import hiredis
+import rq.job
 from redis import Redis
 from redis._parsers import Encoder
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
@@ -36,6 +38,7 @@ from redis.exceptions import (
     ConnectionError,
     InvalidResponse,
     NoScriptError,
+    RedisError,
     ResponseError,
     TimeoutError,
     WatchError,
@@ -43,10 +46,12 @@ from redis.exceptions import (
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry
-from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
-from rq.job import Job
+from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError, TimeoutFormatError
+from rq.job import JOB_ID_PATTERN, parse_job_id
 from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
+
+from events import emit
 
 LOST_AFTER = 45  # seconds without a sign of life after which a worker, and its claim on a mail, count as dead
 BEAT = 15  # seconds between signs of life
@@ -269,18 +274,102 @@ def unavailable() -> Iterator[None]:
     try:
         with scouting():
             yield
-    except AuthenticationError:
-        raise Unavailable("Redis does not accept our password") from None
-    except (ConnectionError, TimeoutError):
-        raise Unavailable("Redis does not answer") from None
-    except InvalidResponse:
-        raise Unavailable("what answers at REDIS_URL is not Redis") from None
-    except ResponseError as error:
-        # redis-py takes the word off if it knows it; before version 7, Redis put it into the middle for a script.
-        said = re.search(rf"\b({'|'.join(CANNOT_NOW)})\b", f"{error.status_code} {error}")
-        if not said:
-            raise
-        raise Unavailable(CANNOT_NOW[said[1]]) from None
+    except RedisError as error:
+        if reason := why_unavailable(error):
+            raise Unavailable(reason) from None
+        raise
+
+
+def why_unavailable(error: Exception) -> str | None:
+    """Returns why Redis cannot work now, if that is what the exception says."""
+    match error:
+        case AuthenticationError():
+            return "Redis does not accept our password"
+        case ConnectionError() | TimeoutError():
+            return "Redis does not answer"
+        case InvalidResponse():
+            return "what answers at REDIS_URL is not Redis"
+        case ResponseError():
+            # redis-py takes the word off if it knows it; before version 7, Redis put it into the middle for a script.
+            said = re.search(rf"\b({'|'.join(CANNOT_NOW)})\b", f"{error.status_code} {error}")
+            return CANNOT_NOW[said[1]] if said else None
+    return None
+
+
+UNREADABLE = "jobs:unreadable"  # sorted set: ids of jobs that were set aside, by when; the hashes are at <this>:<id>
+UNREADABLE_KEPT = 14 * 86400  # seconds
+TEN_YEARS = 10 * 365 * 86400  # seconds; what is longer, Redis or Python may refuse
+
+# KEYS: job, where it is put, UNREADABLE. ARGV: job id, now, lifetime in seconds, how many ids are kept. 0: another was
+# quicker.
+SET_ASIDE = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('RENAME', KEYS[1], KEYS[2])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+redis.call('ZADD', KEYS[3], ARGV[2], ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', ARGV[2] - ARGV[3])
+redis.call('ZREMRANGEBYRANK', KEYS[3], 0, -1 - ARGV[4])
+return 1
+"""
+
+
+class Unreadable(NoSuchJobError):
+    """What is stored under a job's key is no job that RQ can work with. To RQ, this says that there is no such job."""
+
+
+# What reading a damaged job raises. Nothing else is taken for damage: an exception may also come out of a signal.
+DAMAGED = (
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError),
+    TimeoutFormatError,
+)
+
+
+class Job(rq.job.Job):
+    """RQ's job, read strictly: what RQ would take and then fail at, outside of the job's own attempt, is refused."""
+
+    @classmethod
+    def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> Job:
+        """Raises `NoSuchJobError`, and its kind `Unreadable`."""
+        if not JOB_ID_PATTERN.fullmatch(parse_job_id(id)):
+            raise NoSuchJobError
+        return super().fetch(id, connection, serializer)  # type: ignore[return-value]
+
+    def refresh(self) -> None:
+        try:
+            super().refresh()  # type: ignore[no-untyped-call]
+        except ResponseError as error:
+            if "WRONGTYPE" not in f"{error.status_code} {error}":
+                raise
+            raise Unreadable from error
+
+    def restore(self, raw_data: Any) -> None:
+        try:
+            if b"data" not in raw_data:  # RQ says of it that there is no such job
+                raise ValueError
+            super().restore(raw_data)
+            self._refuse_what_rq_fails_at()
+        except DAMAGED as error:
+            raise Unreadable from error
+        self.group_id = None  # RQ cannot delete a job whose group is gone; ours are in none
+
+    def _refuse_what_rq_fails_at(self) -> None:
+        pauses = [0] if self.retry_intervals is None else self.retry_intervals
+        numbers = (self.timeout, self.result_ttl, self.failure_ttl, self.ttl, *pauses)
+        if not all(number is None or -1 <= number <= TEN_YEARS for number in numbers):
+            raise ValueError
+        if not pauses or not isinstance(self._dependency_ids, list):
+            raise ValueError
+        with suppress(DeserializationError):  # such a job fails in its own attempt, where a person sees it
+            if not isinstance(self.func_name, str):
+                raise ValueError
+
+
+def set_aside(redis: Redis, job_id: str, error: Unreadable) -> None:
+    """Moves an unreadable job out of RQ's sight, so that it stops nobody's recovery, and says so. What refers to it
+    finds that it is gone: RQ forgets it, and its mail fails and can be queued again."""
+    keys = [Job.key_for(job_id), f"{UNREADABLE}:{job_id}", UNREADABLE]
+    if Script(redis, SET_ASIDE)(keys, [job_id, time.time(), UNREADABLE_KEPT, 1000]):
+        emit("unreadable", logging.ERROR, id=job_id, reason=type(error.__cause__).__name__)
 
 
 class _Heart:
@@ -436,15 +525,30 @@ class Jobs:
             raise IdempotencyConflict
         return Accepted(tuple(ids.split(",")), replayed=True)
 
-    def fetch(self, job_id: str) -> Job:
+    def fetch(self, job_id: str, *, to_change: bool = False) -> Job:
+        """Raises `NotFound`. What cannot be read and is `to_change` is set aside: a new job may then take its place."""
         try:
             with unavailable():
                 job = Job.fetch(job_id, connection=self.redis, serializer=JSONSerializer)
-        except (NoSuchJobError, ValueError):  # ValueError: characters that no job id has
+        except Unreadable as error:
+            if to_change and self._is_of_no_other(job_id):
+                with unavailable():
+                    set_aside(self.redis, job_id, error)
+            raise NotFound("what is stored under this id cannot be read as a job") from None
+        except NoSuchJobError:
             raise NotFound from None
         if job.origin not in self.queues:  # another program's, in the same Redis
             raise NotFound
         return job
+
+    def _is_of_no_other(self, job_id: str) -> bool:
+        """Whether an unreadable job is of our queues, or no hash, which no program could use."""
+        key = Job.key_for(job_id)
+        with unavailable():
+            if self.redis.type(key) != b"hash":
+                return True
+            origin: Any = self.redis.hget(key, "origin")
+        return (origin or b"").decode(errors="replace") in self.queues
 
     def read(self, job_id: str) -> dict[str, Any]:
         """What became of a job. `result` is what the function returned, `error` the last line of its traceback."""
@@ -465,7 +569,8 @@ class Jobs:
 
     def requeue(self, job_id: str) -> None:
         """Puts a failed job back into its queue with all its attempts. Raises `NotFound` or `NotPossible`."""
-        job = self.fetch(job_id)
+        job = self.fetch(job_id, to_change=True)
+        job._dependency_ids = []  # a person asks, so it waits for nobody
         with unavailable(), self._watching(job) as pipe:
             status = job.get_status()
             if status not in ("failed", "stopped", "canceled"):
@@ -481,16 +586,25 @@ class Jobs:
 
     def cancel(self, job_id: str, beside: Callable[[Pipeline], None] | None = None) -> None:
         """Removes a job that has not run, or has failed, with the commands that `beside` adds, in one step."""
-        job = self.fetch(job_id)
+        job = self.fetch(job_id, to_change=True)
         with unavailable(), self._watching(job) as pipe:
             status = job.get_status()
             if status not in ("queued", "scheduled", "failed", "stopped", "canceled"):
                 raise NotPossible(f"a job that is {status.value} cannot be canceled any more")
+            self._forget_lost_executions(job)
             pipe.multi()
             if beside:
                 beside(pipe)
             job.delete(pipeline=pipe)
             pipe.execute()
+
+    def _forget_lost_executions(self, job: Job) -> None:
+        """Drops the attempts whose worker has died: their records expire a minute before the job's list of them, and
+        RQ's `Job.delete` raises for each that it finds in the list alone."""
+        listed = job.execution_registry
+        for execution_id in listed.get_execution_ids():
+            if not self.redis.hexists(f"rq:execution:{job.id}:{execution_id}", "created_at"):
+                self.redis.zrem(listed.key, execution_id)
 
     @contextmanager
     def _watching(self, job: Job) -> Iterator[Pipeline]:
@@ -555,7 +669,7 @@ class Jobs:
 
 def _task(job: Job) -> str:
     try:
-        return (job.func_name or "").removeprefix("tasks.")
+        return str(job.func_name or "").removeprefix("tasks.")
     except DeserializationError:  # pickled by another program; our workers refuse it
         return ""
 
@@ -565,7 +679,8 @@ def _iso(moment: datetime | None) -> str | None:
 
 
 def _age(enqueued_at: Any) -> float | None:
-    if not enqueued_at:
+    try:
+        moment = datetime.fromisoformat((enqueued_at or b"").decode().replace("Z", "+00:00"))
+    except ValueError:
         return None
-    moment = datetime.fromisoformat(enqueued_at.decode().replace("Z", "+00:00"))
     return round(max(0.0, time.time() - moment.timestamp()), 3)

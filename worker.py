@@ -28,7 +28,7 @@ import rq.job
 from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import RedisError
-from rq import SimpleWorker, Worker
+from rq import SimpleWorker, Worker, worker_registration
 from rq.exceptions import StopRequested
 from rq.executions import Execution
 from rq.job import JobStatus
@@ -38,11 +38,12 @@ from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
 from rq.timeouts import BaseDeathPenalty
 from rq.utils import now, utcformat
-from rq.worker.base import WorkerStatus
+from rq.worker.base import BaseWorker, WorkerStatus
 
 import events
 import jobs
 import settings
+import sieve
 import supervisor
 import tasks
 
@@ -61,12 +62,23 @@ class RefusedTask(Exception):
     """The job names a function that this worker's queue does not offer."""
 
 
-class Job(rq.job.Job):
+class Job(jobs.Job):
     """An RQ job that can only be one of ours."""
+
+    @classmethod
+    def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> jobs.Job:
+        """Sets aside what cannot be read, wherever RQ comes upon it: it would end the worker, or the maintenance for
+        all others."""
+        try:
+            return super().fetch(id, connection, serializer)
+        except jobs.Unreadable as error:
+            assert connection
+            jobs.set_aside(connection, id, error)
+            raise
 
     @property
     def func(self) -> Callable[..., Any]:
-        function = ALLOWED.get(self.origin, {}).get(self.func_name or "")
+        function = ALLOWED.get(self.origin, {}).get(str(self.func_name))
         if function is None or self.instance is not None:
             self.retries_left = 0
             raise RefusedTask("the job names a function that tasks.py does not offer on this queue")
@@ -108,13 +120,38 @@ class Queue(rq.Queue):
         return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=LOCKED_FOR))
 
 
+def register_again(worker: BaseWorker) -> None:
+    """RQ registers a worker at its birth alone. One that Redis has forgotten since (FLUSHALL; it stood still for
+    minutes) would work on, and whoever watches would see none."""
+    worker.last_heartbeat = now()
+    with worker.connection.pipeline() as pipeline:
+        pipeline.hset(worker.key, mapping=worker.serialize() | {"state": worker._state})
+        pipeline.expire(worker.key, worker.worker_ttl + 60)
+        worker_registration.register(worker, pipeline)
+        pipeline.execute()
+
+
 class JobsWorker(Worker):
     job_class = Job
     queue_class = Queue
 
+    def run_maintenance_tasks(self) -> None:
+        """RQ's worker quits where its maintenance fails. This one goes on running jobs."""
+        try:
+            sieve.sift(self.queues[0])
+            super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
+        except StopRequested:
+            raise
+        except Exception as error:
+            if jobs.why_unavailable(error):
+                raise
+            events.emit("crashed", logging.ERROR, where=events.where(error))
+
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """RQ calls this around each job and each wait for one, and twice a minute while a job runs."""
         super().heartbeat(timeout, pipeline)
+        if pipeline is None and not self.connection.sismember(self.redis_workers_keys, self.key):
+            register_again(self)
         supervisor.tell("WATCHDOG=1")
 
 
@@ -139,6 +176,7 @@ class EmailWorker(SimpleWorker):
     death_penalty_class = NoTimeout
     suspended = False  # `rq suspend`; asked by the main thread for all
     stopping = False
+    forgotten = False  # by Redis, as the main thread has seen
     told: tuple[str, float] = ("", 0)  # the state that Redis was told last, and when
     busy_since: float | None = None  # time.monotonic(), while it makes an attempt
 
@@ -172,6 +210,9 @@ class EmailWorker(SimpleWorker):
         """RQ calls this around each job and each wait for one, and nothing else there could end the loop."""
         if self.stopping and not self.executions:
             raise StopRequested
+        if self.forgotten:  # done in this thread, which alone knows that it is not about to end
+            self.forgotten = False
+            register_again(self)
 
     def tell(self, pipeline: Pipeline) -> None:
         """That this worker is alive, and its state, if that is news."""
@@ -248,6 +289,7 @@ class Crew:
         # Here nobody waits for Redis to come back: the next second is the next try.
         self.redis = jobs.connect(current.redis_url.get_secret_value())
         self.caretaker = email_worker(self.redis)  # RQ's maintenance is a worker's; this one takes no jobs
+        self.queue = self.caretaker.queues[0]
         # RQ keeps the lock of a scheduler that is dead for interval + 60 s; we keep it alive once a second.
         self.scheduler = RQScheduler([jobs.EMAIL], self.redis, interval=LOCKED_FOR - 60, serializer=JSONSerializer)
         self.workers: dict[threading.Thread, EmailWorker] = {}
@@ -272,14 +314,14 @@ class Crew:
         duties: list[Callable[[], object]] = [self.show_life, self.watch, self.schedule]
         if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
             self.maintained_at = time.monotonic()
-            duties += [self.pull_in, self.caretaker.run_maintenance_tasks, tasks.sweep]
+            duties += [self.pull_in, lambda: sieve.sift(self.queue), self.caretaker.run_maintenance_tasks, tasks.sweep]
         for duty in (*duties, self.man):
             try:
                 duty()
-            except RedisError:
-                supervisor.tell("WATCHDOG=1")  # it is away, or full: who waits for it is not stuck
-                return
             except Exception as error:
+                if jobs.why_unavailable(error):
+                    supervisor.tell("WATCHDOG=1")  # it is away, or full: who waits for it is not stuck
+                    return
                 events.emit("crashed", logging.ERROR, where=events.where(error))
 
     def man(self) -> None:
@@ -301,12 +343,18 @@ class Crew:
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
 
     def show_life(self) -> None:
-        """Of all workers, and looks for `rq suspend`."""
+        """Of all workers, and looks for `rq suspend` and for those that Redis has forgotten."""
+        workers = list(self.workers.values())
         with self.redis.pipeline(transaction=False) as pipeline:
-            for worker in self.workers.values():
+            for worker in workers:
                 worker.tell(pipeline)
+            for worker in workers:
+                pipeline.sismember(worker.redis_workers_keys, worker.key)
             pipeline.exists(WORKERS_SUSPENDED)
-            EmailWorker.suspended = bool(pipeline.execute()[-1])
+            *_, suspended = seen = pipeline.execute()
+        EmailWorker.suspended = bool(suspended)
+        for worker, known in zip(workers, seen[-1 - len(workers) : -1], strict=True):
+            worker.forgotten = not known
 
     def watch(self) -> None:
         """Feeds systemd's watchdog, unless an attempt at a mail has outlasted all that could keep it."""
@@ -318,11 +366,15 @@ class Crew:
         """Queues mail that was put off and is due, if no other process does."""
         if self.scheduler.acquired_locks or self.scheduler.acquire_locks():  # type: ignore[no-untyped-call]
             self.scheduler.heartbeat()  # type: ignore[no-untyped-call]
-            self.scheduler.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
+            try:
+                self.scheduler.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
+            except Exception as error:
+                if jobs.why_unavailable(error) or not sieve.sift(self.queue):
+                    raise
 
     def pull_in(self) -> None:
         """A clock that was set back an hour leaves signs of life that would hold for an hour."""
-        wip, moment = self.caretaker.queues[0].started_job_registry.key, time.time()
+        wip, moment = self.queue.started_job_registry.key, time.time()
         ahead: list[Any] = self.redis.zrangebyscore(wip, moment + 2 * jobs.LOST_AFTER, "+inf")
         for entry in ahead:
             self.redis.zadd(wip, {entry: moment + jobs.LOST_AFTER}, xx=True)

@@ -901,6 +901,8 @@ def test_mail_that_nothing_drains_is_named(place: Place, redis: Any) -> None:
     assert_finds(flow.waiting, place, FAULT, "workers are suspended", "rq resume")
     redis.zadd("rq:failed:email", {mail_id: 1})
     assert_finds(flow.waiting, place, NOTE, "1 mail failed for good", "requeue")
+    redis.zadd("jobs:unreadable", {"odd": time.time(), "long ago": 1})
+    assert_finds(flow.waiting, place, NOTE, "unreadable jobs set aside: 1", "HGETALL jobs:unreadable:ID")
 
 
 def test_an_open_breaker_is_explained_by_what_the_last_attempt_met_with(place: Place, redis: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from redis import Redis
 
-from jobs import EMAIL, JOBS, LOST_AFTER, Jobs
+from jobs import EMAIL, JOBS, LOST_AFTER, UNREADABLE, UNREADABLE_KEPT, Jobs
 from mail import message
 from mail.outbox import FINAL, OPEN, Draft, Outbox
 from mail.relay import Phase, Reply
@@ -78,6 +78,7 @@ def waiting(place: Place) -> Findings:
     with asked(place) as redis:
         state, reasons = Jobs(redis).state(), list(reasons_to_wait(redis, place))
         failed = redis.zcard(f"rq:failed:{EMAIL}")
+        unreadable = redis.zcount(UNREADABLE, time.time() - UNREADABLE_KEPT, "+inf")
         first: list[Any] = redis.zrange(OPEN, 0, 0, withscores=True)
     overdue = time.time() - first[0][1] if first else 0
     yield from reasons
@@ -96,6 +97,11 @@ def waiting(place: Place) -> Findings:
     if failed:
         mend = "look at the dashboard or GET /emails/ID; POST /jobs/ID/requeue sends one again"
         yield note(f"{counted(failed, 'mail')} failed for good", mend)
+    if unreadable:
+        yield note(
+            f"unreadable jobs set aside: {unreadable}",
+            f"redis-cli ZRANGE {UNREADABLE} 0 -1; redis-cli HGETALL {UNREADABLE}:ID",
+        )
 
 
 def reasons_to_wait(redis: Redis, place: Place) -> Findings:
