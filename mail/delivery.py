@@ -250,7 +250,8 @@ def leave_relay() -> None:
 def sweep() -> None:
     """Looks after mails that got stuck where RQ's own maintenance does not look."""
     for found in sweeping.sweep(outbox()):
-        emit("repaired" if found.outcome == "repaired" else "given_up", id=found.mail_id, reason=found.why)
+        event = found.outcome if found.outcome in ("repaired", "unreadable") else "given_up"
+        emit(event, id=found.mail_id, reason=found.why)
 
 
 def _next_state(claim: Claim, replies: Sequence[Reply]) -> tuple[str, int]:

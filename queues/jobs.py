@@ -32,6 +32,7 @@ from rq.utils import now, utcformat
 
 from queues import keys
 from queues.connection import Script, unavailable
+from queues.quarantine import StrictJob, Unreadable, set_aside
 from queues.table import QUEUES
 
 # KEYS: the (first) job's key, the idempotency key ("" for none). ARGV: job ids with commas, fingerprint, lifetime of
@@ -214,15 +215,30 @@ class Jobs:
             raise IdempotencyConflict
         return Accepted(tuple(ids.split(",")), replayed=True)
 
-    def fetch(self, job_id: str) -> Job:
+    def fetch(self, job_id: str, *, to_change: bool = False) -> Job:
+        """Raises `NotFound`. What cannot be read and is `to_change` is set aside: a new job may then take its place."""
         try:
             with unavailable():
-                job = Job.fetch(job_id, connection=self.redis, serializer=JSONSerializer)
-        except (NoSuchJobError, ValueError):  # ValueError: characters that no job id has
+                job = StrictJob.fetch(job_id, connection=self.redis, serializer=JSONSerializer)
+        except Unreadable as error:
+            if to_change and self._is_of_no_other(job_id):
+                with unavailable():
+                    set_aside(self.redis, job_id, error)
+            raise NotFound("what is stored under this id cannot be read as a job") from None
+        except NoSuchJobError:
             raise NotFound from None
         if job.origin not in self.queues:  # another program's, in the same Redis
             raise NotFound
         return job
+
+    def _is_of_no_other(self, job_id: str) -> bool:
+        """Whether an unreadable job is of our queues, or no hash, which no program could use."""
+        key = keys.job(job_id)
+        with unavailable():
+            if self.redis.type(key) != b"hash":
+                return True
+            origin: Any = self.redis.hget(key, "origin")
+        return (origin or b"").decode(errors="replace") in self.queues
 
     def read(self, job_id: str) -> dict[str, Any]:
         """What became of a job. `result` is what the function returned, `error` the last line of its traceback."""
@@ -243,7 +259,8 @@ class Jobs:
 
     def requeue(self, job_id: str) -> None:
         """Puts a failed job back into its queue with all its attempts. Raises `NotFound` or `NotPossible`."""
-        job = self.fetch(job_id)
+        job = self.fetch(job_id, to_change=True)
+        job._dependency_ids = []  # a person asks, so it waits for nobody
         with unavailable(), self._watching(job) as pipe:
             status = job.get_status()
             if status not in ("failed", "stopped", "canceled"):
@@ -259,16 +276,25 @@ class Jobs:
 
     def cancel(self, job_id: str, beside: Callable[[Pipeline], None] | None = None) -> None:
         """Removes a job that has not run, or has failed, with the commands that `beside` adds, in one step."""
-        job = self.fetch(job_id)
+        job = self.fetch(job_id, to_change=True)
         with unavailable(), self._watching(job) as pipe:
             status = job.get_status()
             if status not in ("queued", "scheduled", "failed", "stopped", "canceled"):
                 raise NotPossible(f"a job that is {status.value} cannot be canceled any more")
+            self._forget_lost_executions(job)
             pipe.multi()
             if beside:
                 beside(pipe)
             job.delete(pipeline=pipe)
             pipe.execute()
+
+    def _forget_lost_executions(self, job: Job) -> None:
+        """Drops the attempts whose worker has died: their records expire a minute before the job's list of them, and
+        RQ's `Job.delete` raises for each that it finds in the list alone."""
+        listed = job.execution_registry
+        for execution_id in listed.get_execution_ids():
+            if not self.redis.hexists(f"rq:execution:{job.id}:{execution_id}", "created_at"):
+                self.redis.zrem(listed.key, execution_id)
 
     @contextmanager
     def _watching(self, job: Job) -> Iterator[Pipeline]:
@@ -287,7 +313,7 @@ class Jobs:
 
 def _task(job: Job) -> str:
     try:
-        return (job.func_name or "").removeprefix("tasks.")
+        return str(job.func_name or "").removeprefix("tasks.")
     except DeserializationError:  # pickled by another program; our workers refuse it
         return ""
 

@@ -13,6 +13,7 @@ from rq.registry import (
     CanceledJobRegistry,
     DeferredJobRegistry,
     FailedJobRegistry,
+    ReadyJobRegistry,
     ScheduledJobRegistry,
     StartedJobRegistry,
 )
@@ -54,6 +55,10 @@ def scheduled(name: str) -> str:
 
 def started(name: str) -> str:
     return _registry(StartedJobRegistry, name)
+
+
+def ready(name: str) -> str:
+    return _registry(ReadyJobRegistry, name)
 
 
 def failed(name: str) -> str:

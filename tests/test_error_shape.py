@@ -6,6 +6,7 @@ route in turn take it from `web_app.ROUTES`, so that a new route is held to the 
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ import re
 import socket
 from collections.abc import Iterator
 from hashlib import sha256
+from types import TracebackType
 from typing import Any, NamedTuple
 from wsgiref.util import setup_testing_defaults
 
@@ -271,6 +273,34 @@ def test_any_other_request_id_is_replaced(app_without_redis: middleware.Edge, gi
     assert re.fullmatch("[0-9a-f]{32}", answer.body["request_id"])
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{" + b" " * 100_000,
+        b"\xff" * 100_000,
+        b"[" * 100_000,
+        b'{"to": 1}',
+        b'[{"to": 1}]',
+        b'{"a": 1, "a": 2}',
+        b"[1e999]",
+    ],
+    ids=["cut off", "not UTF-8", "too deep", "wrong field", "list", "member given twice", "number too large"],
+)
+@pytest.mark.parametrize("path", BODIES)
+def test_a_refused_body_is_forgotten_at_once(app_without_redis: middleware.Edge, path: str, body: bytes) -> None:
+    """And not when the garbage collector comes: a hundred bodies of 10 MB would take the machine down until then."""
+    headers = {"CONTENT_LENGTH": str(len(body)), "CONTENT_TYPE": "application/json"}
+    gc.collect()
+    gc.disable()
+    try:
+        answer = ask(app_without_redis, "POST", path, **headers, **{"wsgi.input": io.BytesIO(body)})  # type: ignore[arg-type]
+        left = [one for one in gc.get_objects() if isinstance(one, TracebackType)]
+    finally:
+        gc.enable()
+    assert 400 <= answer.status < 500
+    assert left == []
+
+
 def test_two_requests_have_two_ids(app_without_redis: middleware.Edge) -> None:
     ids = {ask(app_without_redis, "GET", "/healthz").headers["X-Request-Id"] for _ in range(2)}
     assert len(ids) == 2
@@ -315,17 +345,21 @@ SMUGGLED = post("/emails", f"Content-Length: {len(json.dumps(MAIL))}", body=json
 
 REFUSED_BY_WAITRESS = {
     "line that is no request": (b"nonsense\r\n\r\n", 400, "validation_error"),
-    "method in lower case": (b"get / HTTP/1.1\r\n\r\n", 400, "validation_error"),
+    "method in lower case": (b"get / HTTP/1.1\r\nHost: x\r\n\r\n", 400, "validation_error"),
     "HTTP/0.9": (b"GET /healthz\r\n\r\n", 400, "validation_error"),
     "HTTP/1.2": (post("/jobs", CHUNKED, body=EMPTY_CHUNK, version="1.2"), 400, "validation_error"),
     "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "validation_error"),
-    "URL that cannot be split": (b"GET http://[ HTTP/1.1\r\n\r\n", 400, "validation_error"),
-    "header without a colon": (b"GET / HTTP/1.1\r\nnonsense\r\n\r\n", 400, "validation_error"),
-    "space before the colon": (b"GET / HTTP/1.1\r\nX : 1\r\n\r\n", 400, "validation_error"),
-    "NUL in a header": (b"GET / HTTP/1.1\r\nX: a\0b\r\n\r\n", 400, "validation_error"),
-    "bare LF in a header": (b"GET / HTTP/1.1\r\nX: a\nY: b\r\n\r\n", 400, "validation_error"),
-    "headers of 40 kB": (b"GET / HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", 431, "request_headers_too_large"),
-    "headers without an end": (b"GET / HTTP/1.1\r\nX: " + b"x" * 40_000, 431, "request_headers_too_large"),
+    "URL that cannot be split": (b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n", 400, "validation_error"),
+    "header without a colon": (b"GET / HTTP/1.1\r\nHost: x\r\nnonsense\r\n\r\n", 400, "validation_error"),
+    "space before the colon": (b"GET / HTTP/1.1\r\nHost: x\r\nX : 1\r\n\r\n", 400, "validation_error"),
+    "NUL in a header": (b"GET / HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n", 400, "validation_error"),
+    "bare LF in a header": (b"GET / HTTP/1.1\r\nHost: x\r\nX: a\nY: b\r\n\r\n", 400, "validation_error"),
+    "headers of 40 kB": (
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 40_000 + b"\r\n\r\n",
+        431,
+        "request_headers_too_large",
+    ),
+    "headers without an end": (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 40_000, 431, "request_headers_too_large"),
     **{
         f"Content-Length: {length[:9]}": (post("/jobs", f"Content-Length: {length}"), 400, "validation_error")
         for length in ("-1", "+5", "five", "1_0", "0x10", "1, 1", "", "1" * 5000, "²")
@@ -412,7 +446,7 @@ def test_a_chunked_body_is_read(api: Api, client: redis.Redis) -> None:
 
 
 def test_two_requests_in_one_packet_have_their_answers_in_order(api: Api) -> None:
-    sent = b"GET /healthz HTTP/1.1\r\nX-Request-Id: %b\r\n%b\r\n"
+    sent = b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-Id: %b\r\n%b\r\n"
     heard = answers_in(spoken(api.port, sent % (b"one", b"") + sent % (b"two", b"Connection: close\r\n")))
     assert [answer.headers["X-Request-Id"] for answer in heard] == ["one", "two"]
 

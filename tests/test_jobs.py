@@ -25,6 +25,7 @@ from redis import exceptions
 from redis.client import Pipeline
 from redis.exceptions import InvalidResponse, NoScriptError, ResponseError
 from rq import Queue, Retry
+from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.results import Result
 from rq.serializers import JSONSerializer
@@ -344,6 +345,20 @@ def test_a_canceled_job_leaves_what_is_stored_beside_and_nothing_else(store: Job
     assert set(store.redis.keys("*")) == {b"x", b"rq:queues"}
 
 
+@pytest.mark.parametrize("left", [{}, {"last_heartbeat": 1}])  # a sign of life came late, after the record had expired
+def test_a_job_one_of_whose_attempts_lost_its_worker_can_be_canceled(store: Jobs, left: dict[Any, Any]) -> None:
+    accept(store)
+    with store.redis.pipeline() as pipe:
+        execution = Execution.create(stored(store), heartbeat.LOST_AFTER, pipe, worker_name="a-dead-worker")
+        pipe.execute()
+    store.redis.delete(execution.key)
+    if left:
+        store.redis.hset(execution.key, mapping=left)
+    stored(store).set_status(JobStatus.SCHEDULED)
+    store.cancel(ONE, beside=mark)
+    assert not store.redis.keys(f"rq:*{ONE}")
+
+
 @contextmanager
 def meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> Iterator[None]:
     """Something happens to the job after its state was looked at and before the transaction."""
@@ -386,7 +401,7 @@ def test_a_job_that_vanishes_while_we_look_is_not_found(store: Jobs, monkeypatch
     accept(store)
     job = stored(store)
     store.redis.delete(job.key)
-    monkeypatch.setattr(store, "fetch", lambda _: job)
+    monkeypatch.setattr(store, "fetch", lambda *_, **__: job)
     with pytest.raises(NotFound):
         getattr(store, act)(ONE)
 

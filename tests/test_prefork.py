@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import ROOT, Api, House, RedisServer, eventually
+from tests.servers import ROOT, Api, House, RedisServer, eventually, free_port
 
 MAIL = {"name": "Ada", "email": "ada@example.com"}
 
@@ -54,7 +54,7 @@ def test_a_process_that_is_killed_is_replaced_and_the_other_goes_on(house: House
     assert children(parent.pid) & before == before - {killed}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGKILL])
 def test_all_end_with_the_parent(house: House, number: signal.Signals) -> None:
     house.api()
     [parent] = house.processes
@@ -64,37 +64,64 @@ def test_all_end_with_the_parent(house: House, number: signal.Signals) -> None:
     eventually(lambda: not any(map(is_running, served_by)), 10)
 
 
-def test_the_watchdog_is_fed_until_a_process_stands_still(house: House, tmp_path: Path) -> None:
+def impatient(house: House) -> subprocess.Popen[bytes]:
+    """The API, whose processes may be silent for two seconds."""
+    source = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import service; from process import prefork; "
+    source += "prefork.STUCK_AFTER = 2; "
+    house.environment["LISTEN"] = f"127.0.0.1:{free_port()}"
+    return house.run("api", "-c", source + "sys.exit(service.main())")
+
+
+def test_a_process_that_stands_still_is_killed_and_replaced(house: House) -> None:
+    parent = impatient(house)
+    before = both(parent)
+    stuck = min(before)
+    os.kill(stuck, signal.SIGSTOP)
+    eventually(lambda: not is_running(stuck) and len(children(parent.pid)) == 2)
+    assert children(parent.pid) & before == before - {stuck}
+    assert f"stuck process={stuck}" in house.log("api")
+
+
+def test_a_process_that_stands_still_does_not_keep_the_others_from_ending(house: House) -> None:
+    parent = impatient(house)
+    os.kill(min(both(parent)), signal.SIGSTOP)
+    parent.terminate()
+    assert parent.wait(20) == 0
+
+
+def test_after_all_of_them_stood_still_together_nobody_is_killed(house: House) -> None:
+    parent = impatient(house)
+    before = both(parent)
+    os.killpg(parent.pid, signal.SIGSTOP)
+    time.sleep(4)
+    os.killpg(parent.pid, signal.SIGCONT)
+    time.sleep(3)
+    assert children(parent.pid) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_that_asks_for_nothing_here_is_ignored(house: House, number: signal.Signals) -> None:
+    api = house.api()
+    [parent] = house.processes
+    before = both(parent)
+    for process in (parent.pid, *before):
+        os.kill(process, number)
+    time.sleep(1.5)
+    assert children(parent.pid) == before
+    assert api.post("/start-job", MAIL).status == 202
+
+
+def test_systemd_is_told_that_it_begins_goes_on_and_ends(house: House, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(20)
         house.environment["NOTIFY_SOCKET"] = str(tmp_path / "notify")
-        source = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import service; "
-        source += "from process import prefork; prefork.STUCK_AFTER = 2; "
-        with listening() as listener:
-            house.environment["LISTEN"] = "127.0.0.1:1"  # not used: systemd's socket is
-            [parent] = [activated(house, listener, "-c", source + "sys.exit(service.main())")]
-            assert heard(systemd) == "READY=1"
-            assert heard(systemd, but="READY=1") == "WATCHDOG=1"
-            os.kill(min(children(parent.pid)), signal.SIGSTOP)
-            eventually(lambda: fell_silent(systemd), 30)
-            for child in children(parent.pid):
-                os.kill(child, signal.SIGCONT)
-            assert heard(systemd, but="READY=1") == "WATCHDOG=1"
-            parent.terminate()
-            eventually(lambda: heard(systemd) == "STOPPING=1")
-            assert parent.wait(10) == 0
-
-
-def fell_silent(systemd: socket.socket) -> bool:
-    """Whether five signs in a row were not of the watchdog."""
-    return all(heard(systemd) != "WATCHDOG=1" for _ in range(5))
-
-
-def heard(systemd: socket.socket, but: str = "") -> str:
-    while (said := systemd.recv(100).decode()) == but:
-        pass
-    return said
+        parent = impatient(house)
+        for _ in range(2):
+            assert systemd.recv(100) == b"READY=1\nWATCHDOG=1"
+        parent.terminate()
+        eventually(lambda: systemd.recv(100) == b"STOPPING=1")
+        assert parent.wait(20) == 0
 
 
 @contextmanager
@@ -112,9 +139,9 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
-def activated(house: House, listener: socket.socket, *command: str) -> subprocess.Popen[bytes]:
+def activated(house: House, listener: socket.socket) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
-        [sys.executable, "-c", ACTIVATE, str(listener.fileno()), *(command or [str(ROOT / "service.py")])],
+        [sys.executable, "-c", ACTIVATE, str(listener.fileno()), str(ROOT / "service.py")],
         cwd=house.directory,
         env=house.environment,
         pass_fds=[listener.fileno()],

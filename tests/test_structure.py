@@ -27,13 +27,13 @@ HOMES = {  # an outside thing -> the only rooms or files that may import it
     "email": {"mail.mime", "ops.catcher"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard"},
     "redis": {
-        *("queues", "mail.outbox", "mail.counters", "smtp.pacing", "worker"),
+        *("queues", "mail.outbox", "mail.counters", "mail.sweep", "smtp.pacing", "worker"),
         *("ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"),
     },
     "rq": {"queues", "mail.sweep", "mail.delivery", "tasks", "worker", "ops.dashboard"},
     "bottle": {"web", "ops.catcher"},
     "prometheus_client": {"web.metrics"},
-    "waitress": {"web.server", "ops.catcher", "ops.dashboard"},
+    "waitress": {"web.server", "web.grammar", "ops.catcher", "ops.dashboard"},
 }
 LONGEST_FUNCTION = 40  # lines
 LONGEST_FILE = 640  # lines

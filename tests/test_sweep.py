@@ -149,7 +149,7 @@ def test_a_mail_given_up_can_be_queued_again_with_its_content(outbox: Outbox, cl
 def test_a_final_mail_is_taken_off_the_list(outbox: Outbox, client: Any) -> None:
     mail_id = accepted(outbox)
     client.hset(f"mail:{mail_id}", "state", "sent")
-    client.zadd("mail:open", {"long gone": 1})
+    client.zadd("mail:open", {"long-gone": 1})
     assert swept_now(outbox) == []
     assert client.zcard("mail:open") == 0
 
@@ -162,3 +162,47 @@ def test_a_sweep_looks_at_a_bounded_number_of_mails(
         accepted(outbox)
     client.delete(QUEUE)
     assert [len(swept_now(outbox)), len(list(sweep(outbox)))] == [2, 1]
+
+
+def test_what_is_no_mail_is_taken_off_the_list_and_keeps_the_sweep_from_no_other(outbox: Outbox, client: Any) -> None:
+    client.set("mail:a-text", "x")
+    client.zadd("mail:open", {"a-text": 1, "no id": 1, b"\xff": 1})
+    stuck = accepted(outbox)
+    client.delete(QUEUE)
+    found = {one.outcome: one.mail_id for one in swept_now(outbox)}
+    assert found == {"unreadable": found["unreadable"], "repaired": stuck}
+    assert client.zrange("mail:open", 0, -1) == [stuck.encode()]
+
+
+@pytest.mark.parametrize("broken", ["rq:job:", "mail:", "rq:wip:email"])
+def test_a_mail_that_cannot_be_judged_keeps_the_sweep_from_no_other(outbox: Outbox, client: Any, broken: str) -> None:
+    odd, stuck = accepted(outbox), accepted(outbox)
+    client.delete(QUEUE)
+    match broken:
+        case "rq:job:":
+            client.delete(f"rq:job:{odd}")
+            client.set(f"rq:job:{odd}", "x")
+        case "mail:":
+            client.hdel(f"mail:{odd}", "recipients", "content")
+            client.hset(f"rq:job:{odd}", "status", "failed")
+        case _:
+            client.set(broken, "x")
+            client.hset(f"rq:job:{odd}", "status", "started")
+    outcomes = {one.mail_id: one.outcome for one in swept_now(outbox)}
+    assert outcomes == {odd: "unreadable" if broken == "rq:wip:email" else "failed", stuck: "repaired"}
+
+
+def test_a_list_of_the_wrong_kind_is_put_aside_for_a_new_one(outbox: Outbox, client: Any) -> None:
+    client.set("mail:open", "x")
+    assert [(one.mail_id, one.outcome) for one in sweep(outbox)] == [("mail:open", "unreadable")]
+    mail_id = accepted(outbox)
+    client.delete(QUEUE)
+    assert [(one.mail_id, one.outcome) for one in swept_now(outbox)] == [(mail_id, "repaired")]
+
+
+def test_an_unreadable_head_of_the_queue_keeps_no_mail_from_being_looked_at(outbox: Outbox, client: Any) -> None:
+    stuck = accepted(outbox)
+    client.delete(QUEUE)
+    client.set("rq:job:odd", "x")
+    client.rpush(QUEUE, "odd")
+    assert [one.mail_id for one in swept_now(outbox)] == [stuck]

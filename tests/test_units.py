@@ -140,6 +140,20 @@ def test_only_nginx_may_use_the_apis_socket_and_a_restart_leaves_it_open() -> No
     assert words(unit, "Unit", "StopPropagatedFrom") == {"async-email.target"}
 
 
+def test_redis_reads_its_file_only_after_an_unfinished_transaction_is_cut_off() -> None:
+    unit = directives(ROOT / "systemd" / "redis-server@async-email.service.d" / "async-email.conf", "Service")
+    [step] = unit["ExecStartPre"]
+    assert step.startswith("-+/usr/bin/setpriv --reuid=redis --regid=redis --clear-groups ")
+    where = re.findall(r"^dir (\S+)$", (ROOT / "redis" / "async-email.conf").read_text(), re.MULTILINE)
+    assert step.split()[-3:] == ["/opt/async-email/aof.py", "/usr/bin/redis-server", *where]
+
+
+def test_redis_is_waited_for_while_it_reads_but_not_for_ever_when_it_is_to_stop() -> None:
+    """It refuses to stop as long as it cannot write its snapshot, and Debian's unit waits for that without end."""
+    unit = directives(ROOT / "systemd" / "redis-server@async-email.service.d" / "async-email.conf", "Service")
+    assert (unit["TimeoutStartSec"], unit["TimeoutStopSec"]) == (["infinity"], ["3min"])
+
+
 def test_the_target_starts_and_restarts_all_of_it() -> None:
     for unit in UNITS:
         if unit.name.endswith((".service", ".socket")):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 import pkgutil
+import signal
 import socket
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import redis
@@ -19,7 +22,9 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.webhook import Webhook
 
-from mail import delivery
+import worker as worker_main
+from queues import health
+from queues.jobs import Jobs
 from settings import Settings
 from tests.relay import Relay
 from tests.scripted_relay import Line, ScriptedRelay
@@ -138,14 +143,29 @@ def test_each_of_the_crew_is_a_worker_that_rq_knows(house: House, client: redis.
     house.environment["WORKER_CONCURRENCY"] = "3"
     process = house.worker("email")
     eventually(lambda: [worker.get_state() for worker in crew(client)] == ["idle"] * 3)
-    for worker in crew(client):
-        assert (worker.pid, worker.queue_names()) == (process.pid, ["email"])
-        assert 60 < int(client.ttl(worker.key)) <= 95
+    for one in crew(client):
+        assert (one.pid, one.queue_names()) == (process.pid, ["email"])
+        assert 60 < int(client.ttl(one.key)) <= 95
     eventually(lambda: client.exists("rq:scheduler-lock:email"))
     process.terminate()
     assert process.wait(20) == 0
     assert crew(client) == []
     assert not client.exists("rq:scheduler-lock:email")
+
+
+def test_workers_that_redis_has_forgotten_are_registered_again(house: House, client: redis.Redis) -> None:
+    """With FLUSHALL, or since they stood still for long. RQ registers a worker at its birth alone."""
+    house.environment["WORKER_CONCURRENCY"] = "2"
+    house.worker("email")
+    house.worker("jobs")
+    eventually(lambda: Counter(worker.queue_names()[0] for worker in crew(client)) == {"email": 2, "jobs": 1})
+    before = {worker.name for worker in crew(client)}
+    client.flushall()
+    eventually(lambda: {worker.name for worker in crew(client)} == before, 60)  # each says something every 20 seconds
+    eventually(lambda: {worker.get_state() for worker in crew(client)} == {"idle"})
+    states = health.queue_states(Jobs(client))
+    assert (states["email"].workers, states["jobs"].workers) == (2, 1)
+    assert all(worker.pid and worker.birth_date for worker in crew(client))
 
 
 def test_a_crew_sends_as_many_mails_at_once_as_it_has_workers_and_drains_them(
@@ -209,6 +229,38 @@ def test_a_suspended_crew_takes_no_mail(house: House, client: redis.Redis, tmp_p
         api.wait_for(mail_id, "sent")
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT])
+def test_a_signal_costs_no_mail_whose_final_dot_is_unanswered(
+    house: House, client: redis.Redis, tmp_path: Path, number: signal.Signals
+) -> None:
+    with Relay() as relay:
+        house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "1"}
+        api, worker = house.api(), house.worker("email")
+
+        def signalled() -> None:
+            worker.send_signal(number)
+            time.sleep(0.5)
+
+        relay.on_data = signalled
+        assert api.wait_for(api.post("/emails", MAIL).body["id"], "sent")["attempts"][0]["code"] == 250
+        assert len(relay.accepted) == 1
+        if number == signal.SIGQUIT:
+            assert worker.wait(20) == 0
+
+
+@pytest.mark.parametrize("queue", ["email", "jobs"])
+def test_a_worker_ignores_what_does_not_ask_it_to_end(house: House, client: redis.Redis, queue: str) -> None:
+    worker = house.worker(queue)
+    eventually(lambda: "worker_started" in house.log(f"worker-{queue}"))
+    time.sleep(1)
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        worker.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(1)
+    worker.send_signal(signal.SIGQUIT)
+    assert worker.wait(20) == 0
+
+
 def test_a_mail_costs_eight_round_trips_to_redis(house: House, client: redis.Redis, tmp_path: Path) -> None:
     """What is sent before an answer is waited for: a command, a script, a transaction."""
     with Relay() as relay:
@@ -231,7 +283,7 @@ def test_a_mail_costs_eight_round_trips_to_redis(house: House, client: redis.Red
     assert deliver == ["HGETALL", "EXEC", *["EVALSHA"] * 3, "EXEC", "BLMOVE"]  # and the breaker's, without the id
 
 
-LEANT_ON = {  # what EmailWorker overrides or calls beyond RQ's documentation -> its source in the RQ that we know
+LEANT_ON = {  # what we override in RQ, or call beyond its documentation -> its source in the RQ that we know
     "rq.worker.base:BaseWorker.work": "04b5cdf8e554d8a2",
     "rq.worker.base:BaseWorker.dequeue_job_and_maintain_ttl": "2715cf34d9e3af3b",
     "rq.worker.base:BaseWorker.perform_job": "1f0e40678ae519cf",
@@ -244,25 +296,68 @@ LEANT_ON = {  # what EmailWorker overrides or calls beyond RQ's documentation ->
     "rq.worker.base:BaseWorker.maintain_heartbeats": "b73451c9b97f7247",
     "rq.worker.base:BaseWorker.run_maintenance_tasks": "3d8a446b5354fce3",
     "rq.worker.base:BaseWorker.clean_registries": "e2c9790c8156c72c",
+    "rq.worker.base:BaseWorker.set_state": "bb8d4f1d93ff078b",
+    "rq.worker.base:BaseWorker.check_for_suspension": "e8095ae1fcf966bd",
+    "rq.worker.base:BaseWorker.subscribe": "3437c20bb267958f",
+    "rq.worker.base:BaseWorker.procline": "126ae4ea885eb6fc",
+    "rq.worker.base:BaseWorker._install_signal_handlers": "f30e3c58661a235a",
+    "rq.worker.base:BaseWorker.should_run_maintenance_tasks.fget": "eda86dbb1a00e8a8",
+    "rq.worker.base:BaseWorker._shutdown": "828be105b616d1d6",
+    "rq.worker.base:BaseWorker.serialize": "219368b12c2d438b",
+    "rq.worker.base:BaseWorker.register_birth": "4690ab4f7b74ffb2",
+    "rq.worker.base:BaseWorker.get_heartbeat_ttl": "8878c9689380486b",
+    "rq.worker.base:BaseWorker.prepare_execution": "899b4eaa689fcf35",
     "rq.worker.worker_classes:SimpleWorker": "fbf9ab75fb1e46da",
+    "rq.worker_registration:register": "757bc1c839a259c8",
     "rq.executions:prepare_execution": "e8d5a964e2a10d0c",
     "rq.executions:Execution.create": "b167074a0d209e85",
     "rq.executions:Execution.heartbeat": "d5b2cc74931f91b9",
+    "rq.executions:ExecutionRegistry.get_executions": "f0b4dd0be021900e",
     "rq.job:Job.prepare_for_execution": "4e8e0eca634da20b",
     "rq.job:Job._handle_success": "35b96f8229b6053d",
     "rq.job:Job.set_status": "a093b9649641e3ea",
+    "rq.job:Job.func.fget": "2347dd5ec6918732",
+    "rq.job:Job.restore": "859daf950a3ede0b",
+    "rq.job:Job.refresh": "818b52b414f3efb2",
+    "rq.job:Job.fetch": "4c0184a10a6ca526",
+    "rq.job:Job.fetch_many": "04cf72c02cbdd0ff",
+    "rq.job:Job.delete": "1a15005871aa9579",
+    "rq.job:parse_job_id": "3bc6ef40c78205ef",
+    "rq.queue:Queue.intermediate_queue.fget": "77cb167510546504",
+    "rq.queue:Queue.acquire_maintenance_lock": "ebdce3e6d60ef394",
+    "rq.queue:Queue.fetch_job": "063ad9f184a917dd",
+    "rq.queue:Queue._fetch_dequeued_job": "dccbf64962d1bbfc",
     "rq.intermediate_queue:IntermediateQueue.cleanup": "e465aaeb5d294870",
+    "rq.intermediate_queue:IntermediateQueue.should_be_cleaned_up": "adb9f8c95fc4d7b5",
+    "rq.intermediate_queue:IntermediateQueue.get_first_seen": "9e0c1dfb01455f3f",
     "rq.registry:StartedJobRegistry.cleanup": "c5cd78c27fc023d6",
+    "rq.registry:ReadyJobRegistry.enqueue_jobs": "2809ef714ffa5575",
     "rq.scheduler:RQScheduler.work": "5d1810bdd4392089",
     "rq.scheduler:RQScheduler.enqueue_scheduled_jobs": "a31620c83110baeb",
+    "rq.scheduler:RQScheduler.acquire_locks": "4d15324e1639d356",
+    "rq.scheduler:RQScheduler.heartbeat": "8bf3e1cfc0a2839d",
+    "rq.timeouts:BaseDeathPenalty": "e2466980efb81666",
 }
 
 
 @pytest.mark.parametrize("name", LEANT_ON)
 def test_what_the_crew_leans_on_in_rq_is_as_it_was(name: str) -> None:
-    """If this fails after an upgrade: read what changed in RQ against worker.EmailWorker, then write the new digest."""
+    """If this fails after an upgrade: read what changed in RQ against what leans on it here, then write it anew."""
     source = inspect.getsource(pkgutil.resolve_name(name))
     assert hashlib.sha256(source.encode()).hexdigest()[:16] == LEANT_ON[name]
+
+
+OURS = ("EmailWorker", "JobsWorker", "NoTimeout", "Job", "Queue", "IntermediateQueue")
+
+
+@pytest.mark.parametrize("which", [*(f"queues.workers:{name}" for name in OURS), "queues.quarantine:StrictJob"])
+def test_whatever_we_override_in_rq_is_on_the_list(which: str) -> None:
+    ours = pkgutil.resolve_name(which)
+    listed = {name.split(":")[1].removesuffix(".fget") for name in LEANT_ON}
+    for name, what in vars(ours).items():
+        theirs = [one for one in ours.__mro__[1:] if one.__module__.startswith("rq.") and name in vars(one)]
+        if theirs and isinstance(what, (FunctionType, classmethod, property)) and name != "__init__":
+            assert {theirs[0].__name__, f"{theirs[0].__name__}.{name}"} & listed, name
 
 
 def crew(client: redis.Redis) -> list[SimpleWorker]:
@@ -277,19 +372,20 @@ def test_the_worker_says_what_is_missing_and_does_not_start(tmp_path: Path, redi
         assert "usage: worker.py [email|jobs]" in house.log("worker-nonsense")
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError(), redis.ResponseError("WRONGTYPE of key")])
 def test_a_duty_that_goes_wrong_keeps_the_main_thread_from_no_other(
-    monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer
+    monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer, error: Exception
 ) -> None:
     main = Crew(Settings(_env_file=None, redis_url=redis_server.url))
     done: list[str] = []
 
     def wrong() -> None:
         done.append("schedule")
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(main, "schedule", wrong)
     monkeypatch.setattr(main, "pull_in", lambda: done.append("pull_in"))
-    monkeypatch.setattr(delivery, "sweep", lambda: done.append("sweep"))
+    monkeypatch.setattr(worker_main, "sweep", lambda: done.append("sweep"))
     monkeypatch.setattr(main, "man", lambda: done.append("man"))
     main.look_after()
     assert done == ["schedule", "pull_in", "sweep", "man"]

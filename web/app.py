@@ -269,8 +269,7 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
             request.environ["async_email.key"] = caller.name
             with service.room.taken(min(request.content_length, service.settings.max_message_bytes)):
                 return handler(service, caller, **ids)
-        except Exception as error:
-            refusal = as_refusal(error)
-        return refused(refusal)
+        except Exception as error:  # in no variable of ours: it would hold itself, and the body, by its traceback
+            return refused(as_refusal(error))
 
     return call

@@ -47,7 +47,7 @@ def as_refusal(error: Exception) -> Refusal:
             text = "this Idempotency-Key was used for another request; take a new key for a new mail"
             return Refusal(409, "invalid_idempotent_request", text)
         case NotFound():
-            return Refusal(404, "not_found", "there is nothing of this id, or it is no longer kept")
+            return Refusal(404, "not_found", str(error) or "there is nothing of this id, or it is no longer kept")
         case NotPossible():
             return Refusal(409, "not_possible", str(error))
         case Unavailable():

@@ -3,7 +3,8 @@
 Stricter: it refuses also what a proxy before us may read differently, in our own error shape (RFC 9112). Quicker: small
 requests are answered where they are read. Drained: `Server.run` ends when all who have sent a request have their answer
 and every connection is quiet, so that with a socket of systemd's a restart drops nothing; Waitress's own way cancels
-what waits for a thread and cuts what it has not read yet. Knows no route, no key, no mail.
+what waits for a thread and cuts what it has not read yet. Knows no route, no key, no mail. Leans on the inside of
+Waitress: tests/test_server.py notices when that changes.
 
 Waitress: https://docs.pylonsproject.org/projects/waitress
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import errno
 import json
 import socket
+import threading
 import time
 import uuid
 from collections import deque
@@ -21,7 +23,6 @@ from typing import Any, ClassVar, Protocol
 
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
@@ -29,6 +30,7 @@ from process import sd_daemon
 from queues.connection import is_silent
 from settings import Address
 from web.errors import error_shape
+from web.grammar import Parser
 from web.middleware import common_headers
 
 QUICK_BODY = 16 * 1024  # bytes
@@ -36,6 +38,8 @@ LONG = 0.1  # seconds for one request; less may be the machine being busy
 # Seconds. A process that is to end closes no connection on which a request may be under way: nginx gives up its own
 # after 2 seconds of silence (keepalive_timeout in nginx/async-email.conf).
 QUIET_AFTER, DRAINED_AFTER = 3, 20
+MOST_CONNECTIONS = 400  # of a process, on each socket; each needs a file descriptor, a large body one more
+UNREAD_FOR = 30  # seconds in which a client takes nothing of its answer, before the connection is closed
 
 
 class Application(Protocol):
@@ -44,27 +48,6 @@ class Application(Protocol):
     answered: int
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]: ...
-
-
-class Parser(HTTPRequestParser):  # type: ignore[misc]
-    """Waitress's parser, refusing also what a proxy before us may read differently, or what would crash it."""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        try:
-            super().parse_header(header_plus)
-        except ValueError:  # a Content-Length of 5000 digits, a URL that urllib cannot split
-            raise ParsingError("a number or URL in it cannot be read") from None
-        if self.version not in ("1.0", "1.1"):
-            raise ParsingError("only HTTP/1.0 and HTTP/1.1 are spoken here")
-        # Waitress leaves Transfer-Encoding there if it did not obey it. RFC 9112, 6.1: the framing is faulty.
-        if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
-            raise ParsingError("it says in two ways where its body ends")
-
-    def received(self, data: bytes) -> int:
-        consumed: int = super().received(data)
-        if self.error:
-            self.expect_continue = False  # else "100 Continue" would ask for the body that was just refused
-        return consumed
 
 
 class JsonErrorTask(ErrorTask):  # type: ignore[misc]
@@ -100,16 +83,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     parser_class = Parser
     error_task_class = JsonErrorTask
 
-    def answer_here(self) -> None:
-        """In the thread of the loop, which need not be woken then, and may write at once. Should another thread wake it
-        just now, that is lost and not missed: the loop looks at every connection before it waits again."""
-        self.server.pull_trigger = lambda: None
-        try:
-            self.service()
-        finally:
-            del self.server.pull_trigger
-        if self.writable():
-            self.handle_write()
+    def __init__(self, server: BaseWSGIServer, *rest: Any, **how: Any) -> None:
+        super().__init__(server, *rest, **how)
+        self.waits_since = time.monotonic()
+        if len(server.active_channels) > MOST_CONNECTIONS:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Closes the connection that has kept us waiting longest for a whole request, or for its answer to be read. It
+        may send a byte now and then: that is no request."""
+        channels = [one for one in self.server.active_channels.values() if not one.will_close]
+        idle = [one for one in channels if one.total_outbufs_len or not one.requests]
+        min(idle, key=lambda one: one.waits_since).will_close = True
+
+    def service(self) -> None:
+        super().service()
+        self.waits_since = time.monotonic()
 
     @property
     def is_quiet(self) -> bool:
@@ -142,29 +131,46 @@ def bound(family: int, address: Any) -> socket.socket:
 class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
     """Waitress's threads, for what may take long. A small request is answered by the thread that has read it, since
     handing it over and back costs as much as answering it. Where that took long once (a disk that is slow to sync, a
-    Redis that hangs) the threads have the next second, so that requests wait side by side."""
+    Redis that hangs) the threads have the next second, so that requests wait side by side.
+
+    A request waits here until the answer before it on its connection has been sent. So no thread waits for a client
+    that does not read, a connection holds one answer at most, and who pipelines has one turn in each round.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.set_thread_count(8)
-        self.quick: deque[Channel] = deque()
+        self.waiting: deque[Channel] = deque()
         self.threads_until = 0.0  # time.monotonic()
 
     def add_task(self, task: Channel) -> None:
-        small = task.requests[0].body_bytes_received <= QUICK_BODY
-        if small and time.monotonic() > self.threads_until and not is_silent():
-            self.quick.append(task)
-        else:
-            super().add_task(task)
+        self.waiting.append(task)
 
-    def answer_quick_ones(self) -> None:
-        while self.quick:
-            channel, started = self.quick.popleft(), time.monotonic()
-            channel.answer_here()
-            if time.monotonic() - started > LONG:
-                self.threads_until = time.monotonic() + 1
-                while self.quick:
-                    super().add_task(self.quick.popleft())
+    @property
+    def is_behind(self) -> bool:
+        """Whether `answer` has something to do at once."""
+        return any(not channel.total_outbufs_len for channel in self.waiting)
+
+    def answer(self) -> None:
+        """Answers one request of each connection, or hands it to the threads. Called by the thread of the loop."""
+        for _ in range(len(self.waiting)):
+            channel = self.waiting.popleft()
+            if not channel.total_outbufs_len:
+                self._answer(channel)
+            elif time.time() - channel.last_activity < UNREAD_FOR:
+                self.waiting.append(channel)
+            else:
+                channel.cancel()
+
+    def _answer(self, channel: Channel) -> None:
+        started = time.monotonic()
+        small = channel.requests[0].body_bytes_received <= QUICK_BODY
+        if not small or started < self.threads_until or is_silent():
+            super().add_task(channel)
+            return
+        channel.service()
+        if time.monotonic() - started > LONG:
+            self.threads_until = time.monotonic() + 1
 
 
 class Server:
@@ -182,36 +188,45 @@ class Server:
             ident="async-email",
             max_request_body_size=max_body + 1,  # Waitress refuses what reaches it
             max_request_header_size=32 * 1024,
-            channel_timeout=30,
+            channel_timeout=UNREAD_FOR,
+            connection_limit=2 * MOST_CONNECTIONS,  # there Waitress takes no other until one of these ends
+            outbuf_high_watermark=2**40,  # bytes; never reached: there Waitress would wait for the client
             clear_untrusted_proxy_headers=True,
         )
         self.listeners = [one for one in self.map.values() if isinstance(one, BaseWSGIServer)]
         for one in self.listeners:
             one.channel_class = Channel
+            one.pull_trigger = self._wake
         self.stopping = False
+        self.loop = threading.get_ident()
 
     def stop(self, *_: object) -> None:
         """Also from a signal handler or another thread."""
         self.stopping = True
-        self.listeners[0].pull_trigger()
+        self.listeners[0].trigger.pull_trigger()
+
+    def _wake(self) -> None:
+        """Wakes the loop for another thread. The loop itself looks at every connection before it waits again."""
+        if threading.get_ident() != self.loop:
+            self.listeners[0].trigger.pull_trigger()
 
     def run(self, alive: Callable[[], None] = lambda: None) -> None:
         """Until `stop`, and until whoever has sent a request by then has his answer. Calls `alive` once a second while
         requests are answered."""
-        answered = -1
+        answered, self.loop = -1, threading.get_ident()
         while not self.stopping:
             self._turn(seconds=1)
             if self.app.answered != answered or not self.dispatcher.queue:
                 answered = self.app.answered
                 alive()
-        self._drain(time.monotonic() + DRAINED_AFTER)
+        self._drain(time.monotonic() + DRAINED_AFTER, alive)
 
     def _turn(self, seconds: float) -> None:
         """Waits for so long at most, and does what there is to do."""
-        wasyncore.loop(timeout=seconds, use_poll=True, map=self.map, count=1)
-        self.dispatcher.answer_quick_ones()
+        wasyncore.loop(timeout=0 if self.dispatcher.is_behind else seconds, use_poll=True, map=self.map, count=1)
+        self.dispatcher.answer()
 
-    def _drain(self, deadline: float) -> None:
+    def _drain(self, deadline: float, alive: Callable[[], None]) -> None:
         """Others go on accepting on these sockets, or will soon."""
         for one in self.listeners:
             one.accepting = False
@@ -222,4 +237,5 @@ class Server:
             if time.monotonic() > deadline:
                 break
             self._turn(seconds=0.1)
+            alive()
         self.waitress.close()

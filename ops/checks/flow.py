@@ -25,6 +25,7 @@ from ops.checks.store import asked
 from queues import health
 from queues.heartbeat import LOST_AFTER
 from queues.jobs import Jobs
+from queues.quarantine import UNREADABLE, UNREADABLE_KEPT
 from queues.table import EMAIL, JOBS
 from smtp.verdict import Phase, Reply
 
@@ -84,6 +85,7 @@ def waiting(place: Place) -> Findings:
     with asked(place) as redis:
         state, reasons = health.state(Jobs(redis)), list(reasons_to_wait(redis, place))
         failed = redis.zcard(f"rq:failed:{EMAIL}")
+        unreadable = redis.zcount(UNREADABLE, time.time() - UNREADABLE_KEPT, "+inf")
         first: list[Any] = redis.zrange(OPEN, 0, 0, withscores=True)
     overdue = time.time() - first[0][1] if first else 0
     yield from reasons
@@ -102,6 +104,11 @@ def waiting(place: Place) -> Findings:
     if failed:
         mend = "look at the dashboard or GET /emails/ID; POST /jobs/ID/requeue sends one again"
         yield note(f"{counted(failed, 'mail')} failed for good", mend)
+    if unreadable:
+        yield note(
+            f"unreadable jobs set aside: {unreadable}",
+            f"redis-cli ZRANGE {UNREADABLE} 0 -1; redis-cli HGETALL {UNREADABLE}:ID",
+        )
 
 
 def reasons_to_wait(redis: Redis, place: Place) -> Findings:

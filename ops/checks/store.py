@@ -25,11 +25,12 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from ops.checks.findings import Finding, Findings, Place, fault, lasting, may, note, ok, sized, warn, who_is
+from ops.checks.findings import Finding, Findings, Place, fault, lasting, may, note, ok, run, sized, warn, who_is
 from queues.connection import connect
 from settings import is_loopback
 
 OUR_CONF, OUR_SOCKETS = "/etc/redis/redis-async-email.conf", "/run/redis-async-email"
+OUR_UNIT = "redis-server@async-email.service"
 OLDEST = (6, 2)  # RQ's BLMOVE, without which a worker that is killed loses the job it has just popped
 LITTLE = 512 * 2**20  # bytes of disk
 SECONDS_APART = 5
@@ -210,10 +211,26 @@ def keeps(place: Place) -> Findings:
             yield fault("it cannot write its append-only file", "df -h; journalctl -u 'redis*' -n 20 says why")
         else:
             yield ok(f"the append-only file is on and written, {sized(info.get('aof_current_size', 0))}")
+            yield from half_run(info, place)
         if info.get("rdb_last_bgsave_status") != "ok":
             yield fault("it cannot write its snapshot, and may refuse writes", "df -h; journalctl -u 'redis*' -n 20")
         if where(place).is_here:
             yield from disk(folder(redis, place), info.get("aof_current_size", 0))
+
+
+def half_run(info: dict[str, Any], place: Place) -> Findings:
+    """Says where nothing cuts an unfinished transaction off the file before Redis starts; Valkey 9 does so itself."""
+    if not place.installed or int(info.get("valkey_version", "0").split(".")[0]) >= 9:
+        return
+    found = f"{program(info)}, if a crash cuts its file within a transaction, runs half of it at its second start"
+    if not is_our_own(place):
+        yield note(
+            f"{found}, and mail may go out twice", "Valkey 9 does not; or run ops/aof.py before each of its starts"
+        )
+        return
+    shown = run("systemctl", "show", "-p", "ExecStartPre", OUR_UNIT)
+    if not (shown and "aof.py" in shown.stdout and (place.opt / "aof.py").exists()):
+        yield warn(f"{found}, and mail goes out twice", "sudo bin/install, in your clone: it has that cut off first")
 
 
 def append_only(place: Place) -> str:

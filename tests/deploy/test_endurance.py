@@ -70,6 +70,25 @@ def test_of_what_was_taken_while_a_service_is_killed_nothing_is_lost(server: Ser
     server.arrives(*load.taken, seconds=200)
 
 
+def test_half_a_transaction_that_a_crash_left_is_cut_off_and_never_run(server: Server) -> None:
+    log = server.machine.says("ls /var/lib/redis-async-email/appendonlydir/*.incr.aof")
+    before = server.machine.says(f"stat -c '%U %a' {log}")
+    half = r"*1\r\n$5\r\nMULTI\r\n*3\r\n$3\r\nSET\r\n$4\r\nhalf\r\n$1\r\n1\r\n*3\r\n$3"
+    was = server.main_pid(REDIS)
+    server.machine.run(f"kill -STOP {was} && printf '{half}' >> {log} && kill -9 {was}")
+    eventually(lambda: restarted(server, REDIS, was), 60)
+    lost = len(half.encode().decode("unicode_escape"))
+    said = f"{log}: cut off the last transaction, which is not finished: {lost} bytes"
+    assert said in server.machine.says(f"journalctl --no-pager -o cat -u {REDIS}")
+    recipient, _ = server.post()
+    server.arrives(recipient, seconds=150)
+    was = server.main_pid(REDIS)
+    server.machine.run(f"systemctl restart {REDIS}")
+    eventually(lambda: restarted(server, REDIS, was), 60)
+    assert "CRITICAL" not in server.machine.says(f"journalctl --no-pager -o cat -u {REDIS}")
+    assert server.machine.says(f"stat -c '%U %a' {log}") == before
+
+
 def waiting(server: Server, mail_ids: list[str]) -> bool:
     return {server.api.email(mail_id)["status"] for mail_id in mail_ids} <= {"queued", "delayed"}
 
