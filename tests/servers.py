@@ -132,6 +132,12 @@ class Delivery(NamedTuple):
         return line.split(b":", 1)[1].strip().decode()
 
 
+def cut(transport: asyncio.Transport) -> None:
+    """Hangs up without a word. Python 3.11.2 cannot abort a TLS transport that was closed twice."""
+    if not transport.is_closing():
+        transport.abort()
+
+
 @dataclass
 class Relay:
     """A real SMTP server, with STARTTLS and AUTH if asked, that can be told what to answer.
@@ -182,7 +188,7 @@ class Relay:
     async def _hang_up(self) -> None:
         """On everybody: workers keep their sessions for the next mail."""
         for transport in self.open:
-            transport.abort()
+            cut(transport)
         self.open.clear()
         await asyncio.sleep(0.01)  # in which the loop closes their sockets
 
@@ -226,7 +232,7 @@ class Relay:
             self.accepted.append(Delivery(envelope.mail_from or "", list(envelope.rcpt_tos), envelope.content))
         if reply == CUT:
             assert isinstance(server.transport, asyncio.Transport)
-            server.transport.abort()
+            cut(server.transport)
         return reply
 
 
