@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.browser import browser as browser
+from tests.deploy.figures import pytest_sessionfinish as pytest_sessionfinish
+from tests.deploy.figures import pytest_terminal_summary as pytest_terminal_summary
+from tests.deploy.figures import pytest_testnodedown as pytest_testnodedown
 from tests.servers import RedisServer
 
 

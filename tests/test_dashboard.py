@@ -724,5 +724,5 @@ def test_it_ends_cleanly_and_quickly_when_it_is_told_to(tmp_path: Path, stop: si
     with running(tmp_path, "redis://127.0.0.1:1/0", "--no-login") as served:
         assert served.get("/").status == 302
         served.process.send_signal(stop)
-        assert served.process.wait(timeout=2) == 0
+        assert served.process.wait(timeout=20) == 0
         assert "Traceback" not in served.output.read_text()

@@ -858,9 +858,9 @@ def resolve_to(monkeypatch: pytest.MonkeyPatch, *ports: int) -> None:
 
 
 def test_all_addresses_of_a_relay_share_one_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    with black_hole() as nowhere, took_less_than(2):
-        resolve_to(monkeypatch, *[nowhere] * 5)
-        outcome = attempt(at(25, timeout=1))
+    with black_hole() as nowhere, took_less_than(12):
+        resolve_to(monkeypatch, *[nowhere] * 20)
+        outcome = attempt(at(25, timeout=1, deadline=60))
     assert fate(outcome) == (Phase.CONNECT, None, TROUBLE)
     assert outcome.reply.text == "timed out"
 
@@ -888,9 +888,9 @@ def test_a_deadline_that_passes_while_connecting_counts(monkeypatch: pytest.Monk
 
 
 FAULTS = [
-    (hang_up, 5, 10, "the relay closed the connection"),
-    (hang, 0.3, 10, "timed out"),
-    (drip(b"250-" + b"x" * 1000), 5, 0.4, "the conversation took too long"),
+    (hang_up, 60, 60, "the relay closed the connection"),
+    (hang, 0.5, 60, "timed out"),
+    (drip(b"250-" + b"x" * 1000), 60, 1, "the conversation took too long"),
 ]
 
 
@@ -913,8 +913,8 @@ def test_an_answer_that_does_not_come_is_judged_by_where_it_is_missing(
     step: str, phase: Phase, verdict: Verdict, fault: Step, timeout: float, deadline: float, text: str
 ) -> None:
     if step == "." and fault is hang:  # the one answer that is waited for until the end of the conversation
-        deadline, text = 1, "the conversation took too long"
-    with ScriptedRelay({step: fault}, offers=["STARTTLS", "AUTH PLAIN"]) as there, took_less_than(3):
+        deadline, text = 2, "the conversation took too long"
+    with ScriptedRelay({step: fault}, offers=["STARTTLS", "AUTH PLAIN"]) as there, took_less_than(20):
         to = at(there.port, timeout=timeout, deadline=deadline, security="starttls" if step == "STARTTLS" else "none")
         outcome = attempt(to._replace(username="x"), ADA, BOB, mime=LARGE if step == "BODY" else MIME)
     assert fate(outcome) == (phase, None, verdict)
@@ -925,10 +925,10 @@ def test_an_answer_that_does_not_come_is_judged_by_where_it_is_missing(
 
 
 TLS_FAULTS = [
-    (hang_up, 5, 10, ""),
-    (hang, 0.3, 10, "timed out"),
-    (hang, 5, 0.3, "the conversation took too long"),
-    (drip(b"\x16\x03\x03\x40\x00" + b"2" * 1000), 5, 0.3, "the conversation took too long"),
+    (hang_up, 60, 60, ""),
+    (hang, 0.5, 60, "timed out"),
+    (hang, 60, 0.5, "the conversation took too long"),
+    (drip(b"\x16\x03\x03\x40\x00" + b"2" * 1000), 60, 0.5, "the conversation took too long"),
 ]
 
 
@@ -939,7 +939,10 @@ def test_a_tls_handshake_that_does_not_come_about_is_trouble(
     authority: trustme.CA, ca_file: str,
 ) -> None:  # fmt: skip
     script: Script = {"TLS": fault}
-    with ScriptedRelay(script, offers=["STARTTLS"], implicit=security == "tls") as there, took_less_than(3):
+    with (
+        ScriptedRelay(script, offers=["STARTTLS"], implicit=security == "tls") as there,
+        took_less_than(20),
+    ):
         outcome = attempt(at(there.port, security=security, ca_file=ca_file, timeout=timeout, deadline=deadline))
     assert fate(outcome) == (phase, None, TROUBLE)
     assert text in outcome.reply.text
@@ -948,15 +951,15 @@ def test_a_tls_handshake_that_does_not_come_about_is_trouble(
 @pytest.mark.parametrize("step", ["MAIL", "."])
 def test_the_deadline_ends_a_conversation_inside_tls(step: str, authority: trustme.CA, ca_file: str) -> None:
     script: Script = {step: drip(b"250-" + b"x" * 1000)}
-    with ScriptedRelay(script, tls=server_context(authority), implicit=True) as there, took_less_than(3):
-        outcome = attempt(at(there.port, security="tls", ca_file=ca_file, timeout=5, deadline=0.5))
+    with ScriptedRelay(script, tls=server_context(authority), implicit=True) as there, took_less_than(20):
+        outcome = attempt(at(there.port, security="tls", ca_file=ca_file, timeout=60, deadline=1))
     assert outcome.verdict is (IN_DOUBT if step == "." else TROUBLE)
     assert outcome.reply.text == "the conversation took too long"
 
 
 def test_the_deadline_ends_a_body_that_the_relay_does_not_read() -> None:
-    with ScriptedRelay({"BODY": hang}) as there, took_less_than(3):
-        outcome = attempt(at(there.port, timeout=5, deadline=0.5), mime=LARGE)
+    with ScriptedRelay({"BODY": hang}) as there, took_less_than(20):
+        outcome = attempt(at(there.port, timeout=60, deadline=2), mime=LARGE)
     assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
     assert outcome.reply.text == "the conversation took too long"
 
@@ -973,8 +976,8 @@ def test_the_answer_to_the_final_dot_may_take_the_rest_of_the_conversation() -> 
 
 
 def test_a_relay_that_neither_reads_nor_speaks_costs_one_timeout() -> None:
-    with ScriptedRelay({"BODY": hang}) as there, took_less_than(3.5):
-        outcome = attempt(at(there.port, timeout=2), mime=LARGE)
+    with ScriptedRelay({"BODY": hang}) as there, took_less_than(7.5):
+        outcome = attempt(at(there.port, timeout=4, deadline=60), mime=LARGE)
     assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
 
 
@@ -1761,7 +1764,7 @@ def test_the_deadline_ends_a_mail_on_a_warm_session(offers: list[str]) -> None:
         for _ in range(2):
             assert another(to).verdict is ACCEPTED
             time.sleep(0.4)
-        with took_less_than(2):
+        with took_less_than(4):  # the relay would take fifty seconds
             outcome = another(to)
         assert fate(outcome) == (Phase.DOT, None, IN_DOUBT)
         assert outcome.reply.text == "the conversation took too long"
@@ -1771,8 +1774,8 @@ def test_the_deadline_ends_a_mail_on_a_warm_session(offers: list[str]) -> None:
 
 
 def test_a_session_and_the_one_that_replaces_it_share_one_deadline() -> None:
-    with ScriptedRelay({"MAIL": ["250 ok", hang]}) as there, took_less_than(1.5):
-        to = at(there.port, timeout=0.7, deadline=1)
+    with ScriptedRelay({"MAIL": ["250 ok", hang]}) as there:
+        to = at(there.port, timeout=1.5, deadline=2)
         another(to)
         outcome = another(to)
     assert fate(outcome) == (Phase.MAIL, None, TROUBLE)
@@ -1781,8 +1784,8 @@ def test_a_session_and_the_one_that_replaces_it_share_one_deadline() -> None:
 
 
 def test_a_deadline_that_has_passed_is_not_followed_by_another_session() -> None:
-    with ScriptedRelay({"MAIL": ["250 ok", hang]}) as there, took_less_than(1.5):
-        to = at(there.port, timeout=5, deadline=0.4)
+    with ScriptedRelay({"MAIL": ["250 ok", hang]}) as there, took_less_than(20):
+        to = at(there.port, timeout=60, deadline=1)
         another(to)
         outcome = another(to)
         time.sleep(0.1)
