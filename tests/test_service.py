@@ -75,14 +75,11 @@ def started(tmp_path: Path, **changes: str | None) -> tuple[int, list[str]]:
     return done.returncode, done.stderr.splitlines()
 
 
-def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path: Path) -> None:
+def test_an_address_that_cannot_be_listened_on_is_said_in_one_sentence(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        listen = f"127.0.0.1:{other.getsockname()[1]}"
-        code, lines = started(tmp_path, LISTEN=listen, PYTHONWARNINGS=None)
-    assert (code, lines) == (2, [f"LISTEN: cannot listen on {listen}: Address already in use"])
-
-
-def test_a_host_that_does_not_exist_is_said_in_one_sentence(tmp_path: Path) -> None:
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        code, lines = started(tmp_path, LISTEN=taken, PYTHONWARNINGS=None)
+    assert (code, lines) == (2, [f"LISTEN: cannot listen on {taken}: Address already in use"])
     code, lines = started(tmp_path, LISTEN="999.999.999.999:8000")
     assert (code, lines) == (2, ["LISTEN: cannot listen on 999.999.999.999:8000: there is no such host"])
 

@@ -109,11 +109,6 @@ def test_a_value_that_is_neither_text_nor_a_number_is_not_written_into_a_mail(va
     assert told == {"template.variables": "a value that is written out must be text or a number"}
 
 
-@pytest.mark.parametrize(("value", "written"), [(7, "7"), (2.5, "2.5"), ("", ""), ("{}", "{}"), ("é😀", "é😀")])
-def test_text_and_numbers_are_written_as_they_are(value: Json, written: str) -> None:
-    assert render("welcome", {"name": value})[0] == f"Welcome, {written}"
-
-
 def test_a_method_of_a_value_is_not_written_into_a_mail(folder: Path) -> None:
     write(folder, text="{{ order.items }}")  # Jinja finds dict.items before the member of this name
     assert list(refusal("x", {"order": {"items": "two"}})) == ["template.variables"]

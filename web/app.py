@@ -258,7 +258,7 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
             context.current.get().key = authenticate(service.settings.api_keys, scope).name
             with service.large_bodies.reserve(min(request.content_length, service.settings.max_message_bytes)):
                 return handler(service, **ids)
-        except Exception as error:
+        except Exception as error:  # in no variable of ours: it would hold itself, and the body, by its traceback
             return error_response(as_refusal(error))
 
     return call
