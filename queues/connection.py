@@ -160,25 +160,22 @@ def unavailable() -> Iterator[None]:
         raise Unavailable(CANNOT_NOW[said[1]]) from None
 
 
-WEAKNESSES = {  # why Redis may lose or refuse what it is given -> what is said of it
-    "no_aof": "Redis keeps no append-only file, so a crash loses accepted mail: CONFIG SET appendonly yes",
-    "aof_failing": "Redis cannot write its append-only file; see its log and the disk",
-    "evicting": "Redis evicts what it was given when memory is short: CONFIG SET maxmemory-policy noeviction",
-    "full": "Redis is out of memory: raise maxmemory, or let the workers drain the queue",
-    "snapshot_failing": "Redis cannot write its snapshot and may refuse writes; see its log and the disk",
-    "replica": "Redis is a replica and takes no writes",
-}
-
-
 def weaknesses(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the (name, sentence) of each reason, found in Redis' INFO, why it may lose or refuse a mail. Pure."""
-    limit = info.get("maxmemory", 0)
-    found = {
-        "no_aof": not info.get("aof_enabled"),
-        "aof_failing": info.get("aof_last_write_status", "ok") != "ok",
-        "evicting": limit > 0 and info.get("maxmemory_policy") != "noeviction",
-        "full": 0 < limit <= info.get("used_memory", 0),
-        "snapshot_failing": info.get("rdb_last_bgsave_status", "ok") != "ok",
-        "replica": info.get("role", "master") != "master",
-    }
-    return [(name, sentence) for name, sentence in WEAKNESSES.items() if found[name]]
+    limit, used = info.get("maxmemory", 0), info.get("used_memory", 0)
+    evicts = limit > 0 and info.get("maxmemory_policy") != "noeviction"
+    aof_fails = info.get("aof_last_write_status", "ok") != "ok"
+    snapshot_fails = info.get("rdb_last_bgsave_status", "ok") != "ok"
+    # fmt: off
+    reasons = [
+        (not info.get("aof_enabled"), "no_aof",
+         "Redis keeps no append-only file, so a crash loses accepted mail: CONFIG SET appendonly yes"),
+        (aof_fails, "aof_failing", "Redis cannot write its append-only file; see its log and the disk"),
+        (evicts, "evicting", "Redis evicts mail when memory is short: CONFIG SET maxmemory-policy noeviction"),
+        (0 < limit <= used, "full", "Redis is out of memory: raise maxmemory, or let the workers drain the queue"),
+        (snapshot_fails, "snapshot_failing",
+         "Redis cannot write its snapshot and may refuse writes; see its log and the disk"),
+        (info.get("role", "master") != "master", "replica", "Redis is a replica and takes no writes"),
+    ]
+    # fmt: on
+    return [(name, sentence) for is_so, name, sentence in reasons if is_so]
