@@ -118,10 +118,10 @@ def ask(app: middleware.Middleware, method: str, path: str, body: object = None,
 
 
 @contextmanager
-def served(app: middleware.Middleware) -> Iterator[Api]:
+def served(app: middleware.Middleware, host: str = "127.0.0.1") -> Iterator[Api]:
     """An application in this process, behind the real Waitress, for what must be looked at from inside."""
     port = free_port()
-    running = server.Server(app, load(_env_file=None).max_message_bytes, server.listen_on(Address("127.0.0.1", port)))
+    running = server.Server(app, load(_env_file=None).max_message_bytes, server.listen_on(Address(host, port)))
     thread = threading.Thread(target=running.run)
     thread.start()
     try:

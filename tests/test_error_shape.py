@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import redis
 
-from tests.http_api import MAIL, SUBMITTED, UNKNOWN_ID, app_with, ask
+from tests.http_api import MAIL, SUBMITTED, UNKNOWN_ID, app_with, ask, served
 from tests.redis_troubles import configured
-from tests.servers import ROOT, Answer, Api, House, RedisServer, eventually, free_port
+from tests.servers import Answer, Api, House, RedisServer, free_port
 from web import app as web_app
 from web.middleware import Middleware
 
@@ -180,9 +180,9 @@ def test_a_crash_in_a_real_process_is_told_in_one_line_that_quotes_nothing(
 # --- what Waitress refuses --------------------------------------------------------------------------------------------
 
 
-def spoken(port: int, sent: bytes) -> bytes:
+def spoken(port: int, sent: bytes, host: str = "127.0.0.1") -> bytes:
     """All that a server says to these bytes until it closes the connection."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection((host, port), timeout=10) as connection:
         connection.sendall(sent)
         heard = b""
         try:
@@ -295,30 +295,14 @@ def test_two_requests_in_one_packet_have_their_answers_in_order(api: Api) -> Non
     assert [answer.headers["X-Request-Id"] for answer in heard] == ["one", "two"]
 
 
-TWO_ADDRESSES = """
-import socket, sys
-sys.path.insert(0, {root!r})
-real = socket.getaddrinfo
-def both(host, *rest, **how):
-    return [found for each in ("127.0.0.1", "127.0.0.2") for found in real(each, *rest, **how)]
-socket.getaddrinfo = both
-import service
-sys.exit(service.main())
-"""
+def test_a_name_with_two_addresses_is_served_alike_on_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, both = socket.getaddrinfo, ("127.0.0.1", "127.0.0.2")
 
+    def found(host: str, *rest: Any, **how: Any) -> list[Any]:
+        return [one for address in (both if host == "localhost" else [host]) for one in real(address, *rest, **how)]
 
-def test_a_name_with_two_addresses_is_served_alike_on_both(house: House, api: Api) -> None:
-    port = free_port()
-    house.environment["LISTEN"] = f"localhost:{port}"
-    house.run("two-addresses", "-c", TWO_ADDRESSES.format(root=str(ROOT)))
-    for address in ("127.0.0.1", "127.0.0.2"):
-        eventually(lambda address=address: answers_on(address, port))  # type: ignore[misc]
-        with socket.create_connection((address, port), timeout=10) as connection:
-            connection.sendall(b"nonsense\r\n\r\n")
-            [answer] = answers_in(connection.makefile("rb").read())
-        held_to_the_shape(answer, 400, "validation_error")
-
-
-def answers_on(address: str, port: int) -> bool:
-    with socket.socket() as connection:
-        return connection.connect_ex((address, port)) == 0
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    with served(app_with("redis://127.0.0.1:9"), "localhost") as api:
+        for address in both:
+            [answer] = answers_in(spoken(api.port, b"nonsense\r\n\r\n", address))
+            held_to_the_shape(answer, 400, "validation_error")
