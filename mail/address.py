@@ -14,31 +14,33 @@ from email_validator import EmailNotValidError, validate_email
 from pydantic_core import PydanticCustomError
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+EXAMPLES = "ada@example.com or Ada Lovelace <ada@example.com>"
 
 
-def wrong(message: str) -> PydanticCustomError:
-    return PydanticCustomError("wrong", "{message}", {"message": message})
+def invalid(message: str) -> PydanticCustomError:
+    """Makes the error, a `ValueError`, that a validator raises to say what a field must be."""
+    return PydanticCustomError("invalid", "{message}", {"message": message})
 
 
 class Mailbox(NamedTuple):
-    """One address with an optional display name. `address` is what goes into the envelope, to the letter."""
+    """One address with an optional display name. `address` goes into the envelope unchanged."""
 
     name: str
     address: str
 
     @classmethod
     def parse(cls, text: object) -> Mailbox:
-        """`a@b.example` or `Name <a@b.example>`. Raises a validation error for anything less plain than that."""
+        """Reads `a@b.example` or `Name <a@b.example>`. Raises a `ValueError` for anything less plain than that."""
         if isinstance(text, Mailbox):  # one that was checked before; JSON has no such thing
             return text
         if not isinstance(text, str):
-            raise wrong("write a string such as ada@example.com or Ada Lovelace <ada@example.com>")
+            raise invalid(f"must be a string such as {EXAMPLES}")
         if len(text) > 998:  # before any parser spends time on it
-            raise wrong("it is longer than 998 characters")
+            raise invalid("must be at most 998 characters long")
         header_text(text)
         match = re.fullmatch(r"(?P<name>.*)<(?P<named>[^<>]*)>|(?P<bare>[^<>]*)", text.strip(" "))
         if not match:
-            raise wrong("write one address, such as ada@example.com or Ada Lovelace <ada@example.com>")
+            raise invalid(f"must be one address such as {EXAMPLES}")
         name = (match["name"] or "").strip(" ")
         return cls(display_name(name), strict_address(match["named"] or match["bare"] or ""))
 
@@ -51,37 +53,38 @@ class Mailbox(NamedTuple):
 
 
 def display_name(text: str) -> str:
+    """Returns the name that `text` stands for, without its quotes. Raises a `ValueError`."""
     if re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):
         text = re.sub(r"\\(.)", r"\1", text[1:-1])
     elif re.search(r'[",;:@\\()\[\]<>]', text):
-        raise wrong('put a display name with special characters in double quotes: "Lovelace, Ada" <ada@example.com>')
+        raise invalid('special characters in a display name need double quotes: "Lovelace, Ada" <ada@example.com>')
     if len(text) > 200:
-        raise wrong("the display name is longer than 200 characters")
+        raise invalid("the display name must be at most 200 characters long")
     return text.strip(" ")
 
 
 def phrase(name: str) -> str:
-    """A display name as RFC 5322 writes it: as it is if made of plain words, else as a quoted string."""
+    """Writes a display name as RFC 5322 does: unchanged if made of plain words, else as a quoted string."""
     if re.fullmatch(r"[^\W_]+(?: [^\W_]+)*", name):
         return name
     return '"' + name.replace("\\", r"\\").replace('"', r"\"") + '"'
 
 
 def strict_address(text: str) -> str:
-    """One addr-spec that no parser reads differently. Only the domain's spelling may change: lower case, A-labels."""
+    """Returns an addr-spec that every parser reads alike. Only the domain may change: lower case, A-labels."""
     try:
-        found = validate_email(text, check_deliverability=False, test_environment=True)
+        checked = validate_email(text, check_deliverability=False, test_environment=True)
     except EmailNotValidError as error:
-        raise wrong(f"this is not an e-mail address: {error}" if text else "the address is empty") from None
+        raise invalid(f"is not an e-mail address: {error}" if text else "the address must not be empty") from None
     local = text.rpartition("@")[0]  # as written: the validator would make info@ of Info@
     if not unicodedata.is_normalized("NFC", local):
-        raise wrong("the part before @ is not in Unicode's normal form (NFC); write it as it is meant")
+        raise invalid("the part before @ must be in Unicode's normal form NFC")
     if "=?" in local:
-        raise wrong("the part before @ holds =?, which mail programs take for the beginning of encoded text")
-    return f"{local}@{found.ascii_domain}"
+        raise invalid("the part before @ must not contain =?, which mail programs take for encoded text")
+    return f"{local}@{checked.ascii_domain}"
 
 
 def header_text(text: str) -> str:
     if CONTROL.search(text):
-        raise wrong("it holds a line break or another control character, which no header may")
+        raise invalid("must not contain a line break or another control character")
     return text

@@ -17,11 +17,12 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from redis import Redis
 from redis.exceptions import RedisError
 
+from queues.connection import unavailable
 from queues.heartbeat import beating
 
 TOTALS = "mail:totals"
@@ -50,6 +51,13 @@ class Histogram(NamedTuple):
 
 SMTP = Histogram("smtp", (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120))
 ACCEPT = Histogram("accept", (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5))
+
+
+def totals(redis: Redis) -> Counter[str]:
+    """Returns every total, by its field. Raises `Unavailable`."""
+    with unavailable():
+        stored: Any = redis.hgetall(TOTALS)
+    return Counter({field.decode(): int(number) for field, number in stored.items()})
 
 
 class Gathered:

@@ -1,7 +1,4 @@
-"""A request's body -> a `Draft` that the outbox can accept: checked, its template rendered, composed.
-
-Raises `Invalid` with each field that is wrong.
-"""
+"""A request's body -> a `Draft` that the outbox can accept: checked, its template rendered, composed."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from mail.templates import render
 
 
 class Late(Invalid):
-    """The mail would be right but for the time: its `expires_at` has passed."""
+    """Nothing is wrong with the request except that its `expires_at` has passed."""
 
 
 class Draft(NamedTuple):
-    """A mail to accept. After `expires_at` it is not sent any more, but fails; `on_doubt` goes before ON_DOUBT."""
+    """A mail to accept. After `expires_at` it is not sent any more, but fails; `on_doubt` overrides ON_DOUBT."""
 
     message: Message
     expires_at: datetime | None = None
@@ -28,10 +25,10 @@ class Draft(NamedTuple):
 
 
 def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int) -> Draft:
-    """Returns the draft of one request's body. Raises `Invalid`; `Late` where nothing but the time is wrong."""
-    asked = parse(body, default_sender=default_sender, max_recipients=max_recipients)
-    rendered = render(asked.template.id, asked.template.variables) if asked.template else None
-    mail = compose(asked, rendered)
-    if asked.expires_at and asked.expires_at.timestamp() <= time.time():
-        raise Late(FieldError("expires_at", "this moment has passed; the mail would never be sent"))
-    return Draft(mail, asked.expires_at, asked.on_doubt)
+    """Returns the draft of one request's body. Raises `Invalid` with every field that is wrong, or `Late`."""
+    request = parse(body, default_sender=default_sender, max_recipients=max_recipients)
+    rendered = render(request.template.id, request.template.variables) if request.template else None
+    message = compose(request, rendered)
+    if request.expires_at and request.expires_at.timestamp() <= time.time():
+        raise Late(FieldError("expires_at", "must be in the future"))
+    return Draft(message, request.expires_at, request.on_doubt)

@@ -7,24 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
-
 from mail.address import Mailbox
-from mail.request import (
-    PIECE,
-    Attachment,
-    Invalid,
-    Rendered,
-    Request,
-    _content_faults,
-    _raise_if_any,
-    field_errors,
-)
+from mail.request import PIECE, Attachment, Invalid, Rendered, Request, content_errors, validate
 
 
 @dataclass(frozen=True)
 class Message:
-    """A mail that can be sent. The first group is its outline, the rest its content, which goes once it is sent."""
+    """A mail that can be sent. The first group of fields is its outline; the rest is its content, dropped once sent."""
 
     sender: Mailbox
     to: list[Mailbox]
@@ -43,17 +32,17 @@ class Message:
 
     @property
     def recipients(self) -> list[str]:
-        """Everybody in the envelope, once each, in the order given."""
+        """Returns the envelope's recipients, once each, in the order given."""
         return list(dict.fromkeys(box.address for box in (*self.to, *self.cc, *self.bcc)))
 
     @property
     def needs_smtputf8(self) -> bool:
-        """RFC 6531: a local part that is not ASCII can travel only between servers that say SMTPUTF8."""
+        """Returns whether an address is not ASCII: only servers that offer SMTPUTF8 take it (RFC 6531)."""
         boxes = (self.sender, *self.to, *self.cc, *self.bcc, *self.reply_to)
         return any(box.needs_smtputf8 for box in boxes)
 
     def to_json(self) -> tuple[str, Iterator[str]]:
-        """(outline, content). The content may hold ten megabytes, so it comes in pieces."""
+        """Returns (outline, content). The content may hold ten megabytes, so it comes in pieces."""
         whole = dict(vars(self))
         content = {name: whole.pop(name) for name in self.CONTENT}
         return _dump(whole), _pieces(content)
@@ -72,31 +61,34 @@ def _dump(value: object) -> str:
 
 
 def _pieces(content: dict[str, Any]) -> Iterator[str]:
-    """As `_dump` would write it, without a second copy of what is attached: base64 has nothing to escape."""
+    """Writes what `_dump` would, without a second copy of the attachments: base64 has nothing to escape."""
     files = content.pop("attachments")
     yield _dump(content)[:-1] + ',"attachments":['
     for number, file in enumerate(files):
         small = {name: value for name, value in file.items() if name != "content"}
-        yield ("," if number else "") + _dump(small)[:-1] + ("," if small else "") + '"content":"'
+        yield ("," if number else "") + _dump(small)[:-1] + ',"content":"'
         yield from (file["content"][start : start + PIECE] for start in range(0, len(file["content"]), PIECE))
         yield '"}'
     yield "]}"
 
 
 def compose(request: Request, rendered: tuple[str, str | None, str | None] | None = None) -> Message:
-    """The message of a checked request; `rendered` is the (subject, text, html) of its template.
+    """Returns the message of a checked request; `rendered` is the (subject, text, html) of its template.
 
     Raises `Invalid` if what was rendered cannot be sent: a variable may have put a line break into the subject.
     """
-    subject, text, html = _checked(request, *rendered) if rendered else ("", request.text, request.html)
-    assert request.sender  # parse saw to it
+    subject, text, html = request.subject, request.text, request.html
+    if rendered:
+        made = validate(Rendered, dict(zip(("subject", "text", "html"), rendered, strict=True)), "template")
+        Invalid.raise_if(content_errors(request, made.text, made.html))
+        subject, text, html = made.subject if subject is None else subject, made.text, made.html
     return Message(
         sender=request.sender,
         to=request.to,
         cc=request.cc,
         bcc=request.bcc,
         reply_to=request.reply_to,
-        subject=request.subject if request.subject is not None else subject,
+        subject=subject or "",
         tags=[tag.model_dump() for tag in request.tags],
         text=text,
         html=html,
@@ -105,20 +97,11 @@ def compose(request: Request, rendered: tuple[str, str | None, str | None] | Non
     )
 
 
-def _checked(request: Request, subject: str, text: str | None, html: str | None) -> tuple[str, str | None, str | None]:
-    try:
-        made = Rendered(subject=subject, text=text, html=html)
-    except ValidationError as error:
-        raise Invalid(*field_errors(error, "template")) from None
-    _raise_if_any(_content_faults(request, made.text, made.html))
-    return made.subject, made.text, made.html
-
-
 def _attachment(one: Attachment) -> dict[str, str]:
-    kept = {"filename": one.filename, "content": one.content, "content_type": one.type}
-    return kept | ({"content_id": one.content_id} if one.content_id else {})
+    stored = {"filename": one.filename, "content": one.content, "content_type": one.type}
+    return stored | ({"content_id": one.content_id} if one.content_id else {})
 
 
 def message_id(mail_id: str, sender: Mailbox) -> str:
-    """RFC 5322 3.6.4. Fixed when the mail is accepted, so that every attempt carries the same."""
+    """Returns the Message-ID (RFC 5322 3.6.4), fixed when the mail is accepted: every attempt carries the same."""
     return f"<{mail_id}@{sender.address.rpartition('@')[2]}>"

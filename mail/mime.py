@@ -1,6 +1,6 @@
 """`Message` -> MIME bytes. Pure: the same arguments give the same bytes, so every attempt sends the same mail.
 
-It writes every header line itself, those of the parts too: `EmailMessage` parses what it is given and writes what it
+Writes every header line itself, those of the parts too: `EmailMessage` parses what it is given and writes what it
 understood, which for a file named `=?utf-8?q?x?=.txt` is another name, and for a media type with a parameter name of
 80 letters an endless loop. The only home of `email.*`.
 Standards: RFC 5322 (headers), 2045-2047 and 2231 (MIME), 2387 (related), 6532 (UTF-8 headers).
@@ -30,10 +30,7 @@ DELIMITER = b"--=_"  # how the lines between parts begin; a text that holds it i
 
 
 def to_mime(message: Message, message_id: str, date: datetime) -> bytes:
-    """The message as it goes over the wire: CRLF line ends, 7-bit but for SMTPUTF8 addresses. Bcc is not in it.
-
-    The same arguments give the same bytes, so that every attempt sends the same mail.
-    """
+    """Returns the message as it goes over the wire: CRLF line ends, 7-bit but for SMTPUTF8 addresses, without Bcc."""
     lines = [
         address_header("From", [message.sender]),
         address_header("To", message.to),
@@ -50,7 +47,7 @@ def to_mime(message: Message, message_id: str, date: datetime) -> bytes:
 
 
 def text_header(name: str, value: str) -> str:
-    """One header of free text: folded at its spaces when plain, else in RFC 2047 encoded words."""
+    """Writes a header of free text: folded at its spaces when plain, else in RFC 2047 encoded words."""
     if PLAIN.fullmatch(value) and "=?" not in value:
         return "\r\n".join(_folded(name, value))
     return f"{name}: " + _encoded(value, used=len(name) + 2)
@@ -73,7 +70,7 @@ def _encoded(text: str, used: int) -> str:
 
 
 def address_header(name: str, boxes: list[Mailbox]) -> str:
-    """One address a line, so that no fold can fall inside one."""
+    """Writes a header of addresses, one a line, so that no fold can fall inside one."""
     return f"{name}: " + ",\r\n ".join(map(_wire, boxes)) if boxes else ""
 
 
@@ -87,7 +84,7 @@ def _wire(box: Mailbox) -> str:
 
 
 def mime_body(message: Message, seed: str) -> bytes:
-    """text, html, or both as alternatives; inline images related to the html; the other files mixed around all.
+    """Writes text, html, or both as alternatives; inline images related to the html; the other files mixed around all.
 
     A part is its own header lines, an empty line and its content, with CRLF line ends throughout. An empty text is left
     out where there is html. `seed` makes the boundaries this mail's own, unlike those of a mail that it quotes.
@@ -101,7 +98,7 @@ def mime_body(message: Message, seed: str) -> bytes:
 
 
 def _multipart(subtype: str, parts: list[bytes], name: str) -> bytes:
-    """RFC 2046 5.1. A part alone stays as it is."""
+    """Joins parts as RFC 2046 5.1 says. A single part needs no multipart around it."""
     if len(parts) == 1:
         return parts[0]
     delimiter = DELIMITER + name.encode()
@@ -139,7 +136,7 @@ def _file(one: dict[str, str]) -> bytes:
 
 
 def filename_parameter(name: str) -> str:
-    """In quotes when plain, else percent-encoded, in several pieces when long (RFC 2231 3 and 4)."""
+    """Writes a file name in quotes when plain, else percent-encoded, in several pieces when long (RFC 2231 3 and 4)."""
     if PLAIN_FILE_NAME.fullmatch(name):
         return f'filename="{name}"'
     first, *more = _percent_encoded(name, 60)
@@ -150,7 +147,7 @@ def filename_parameter(name: str) -> str:
 
 
 def _percent_encoded(text: str, size: int) -> list[str]:
-    """Pieces of at most `size`, none of which ends inside a character."""
+    """Returns pieces of at most `size` characters, none of which ends inside an encoded character."""
     pieces = [""]
     for character in text:
         encoded = quote(character, safe="")

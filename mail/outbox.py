@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import time
 import uuid
 import zlib
@@ -41,6 +42,7 @@ from settings import Settings
 from smtp.pacing import in_trouble
 
 FINAL = ("sent", "failed", "unknown", "canceled")
+MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # mail:last_sent, mail:<id>:claim are no mails
 LAST_SENT = "mail:last_sent"
 OPEN = "mail:open"
 LOOK_AFTER = 2 * LOST_AFTER  # seconds after which a mail should have moved on, and mail.sweep looks at it
@@ -341,6 +343,8 @@ class Outbox:
 
     def read(self, mail_id: str) -> dict[str, Any]:
         """A mail as `GET /emails/{id}` shows it. Raises `NotFound`, `Unavailable`."""
+        if not MAIL_ID.fullmatch(mail_id):
+            raise NotFound
         with unavailable():
             pipe = self.jobs.redis.pipeline(transaction=False)  # a full Redis refuses a transaction, even to read
             pipe.hmget(f"mail:{mail_id}", SHOWN)
@@ -372,6 +376,8 @@ class Outbox:
         }
 
     def exists(self, mail_id: str) -> bool:
+        if not MAIL_ID.fullmatch(mail_id):
+            return False
         with unavailable():
             return bool(self.jobs.redis.exists(f"mail:{mail_id}"))
 

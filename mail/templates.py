@@ -1,9 +1,9 @@
 """Jinja2 templates on disk -> subject, text, html.
 
 A template is a folder of `templates/`: `subject.txt`, and `body.txt`, `body.html` or both. Its name and its variables
-come from a request; its text never does. Values are escaped in HTML; a variable that the template uses and the request
-lacks is an error, at the door and by name; so is one that is written out and is neither text nor a number, since Python
-would write `None` or `{'a': 1}` into the mail. The only home of `jinja2`.  https://jinja.palletsprojects.com/
+come from a request; its text never does. Values are escaped in HTML. Refuses, by name and before anything is stored, a
+variable that the template uses and the request lacks, and one that is written out and is neither text nor a number:
+Python would write `None` or `{'a': 1}` into the mail. The only home of `jinja2`.  https://jinja.palletsprojects.com/
 """
 
 from __future__ import annotations
@@ -14,23 +14,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, TemplateNotFound, Undefined, UndefinedError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, Undefined, UndefinedError
 from jinja2.exceptions import TemplateRuntimeError
 
 from mail.request import FieldError, Invalid
 
 FOLDER = Path(__file__).parent.parent / "templates"
 # Not LookupError: TemplateNotFound is one, and an {% include %} of a missing file is not the caller's fault.
-DATA_ERRORS = (
-    TemplateRuntimeError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    RecursionError,
-)
+# fmt: off
+DATA_ERRORS = (TemplateRuntimeError, TypeError, ValueError, ArithmeticError, KeyError, IndexError, AttributeError,
+               RecursionError)
+# fmt: on
 
 
 @lru_cache(maxsize=1)
@@ -47,14 +41,13 @@ def environment() -> Environment:
 
 
 def writable(value: object) -> object:
-    if isinstance(value, (str, int, float, Undefined)):  # the last complains by itself, and knows its name
+    if isinstance(value, (str, int, float, Undefined)):  # Undefined raises by itself, and knows its name
         return value
-    fault = "the template writes out a value that is neither text nor a number"
-    raise Invalid(FieldError("template.variables", fault))
+    raise Invalid(FieldError("template.variables", "a value that is written out must be text or a number"))
 
 
 def render(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
-    """(subject, text, html). Raises `Invalid` for an unknown template, a missing variable, or one of the wrong kind."""
+    """Returns (subject, text, html). Raises `Invalid` for an unknown template, and a variable missing or unusable."""
     subject, text, html = (_rendered(part, variables) for part in parts(template_id))
     return subject or "", text, html
 
@@ -62,15 +55,9 @@ def render(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | N
 @lru_cache(maxsize=256)
 def parts(template_id: str) -> list[Template | None]:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", template_id) or not (FOLDER / template_id).is_dir():
-        raise Invalid(FieldError("template.id", "there is no template of this name"))
-    return [_part(f"{template_id}/{name}") for name in ("subject.txt", "body.txt", "body.html")]
-
-
-def _part(name: str) -> Template | None:
-    try:
-        return environment().get_template(name)
-    except TemplateNotFound:
-        return None
+        raise Invalid(FieldError("template.id", "no such template"))
+    names = [f"{template_id}/{name}" for name in ("subject.txt", "body.txt", "body.html")]
+    return [environment().get_template(name) if (FOLDER / name).is_file() else None for name in names]
 
 
 def _rendered(template: Template | None, variables: Mapping[str, Any]) -> str | None:
@@ -81,13 +68,13 @@ def _rendered(template: Template | None, variables: Mapping[str, Any]) -> str | 
     except UndefinedError as error:
         raise Invalid(_missing(error.message or "")) from None
     except DATA_ERRORS as error:
-        fault = f"the template cannot be rendered with these values ({type(error).__name__})"
-        raise Invalid(FieldError("template.variables", fault)) from None
+        text = f"the template cannot be rendered with these values ({type(error).__name__})"
+        raise Invalid(FieldError("template.variables", text)) from None
 
 
 def _missing(message: str) -> FieldError:
     variable = re.fullmatch(r"'(\w+)' is undefined", message)
     if variable:
-        return FieldError(f"template.variables.{variable[1]}", "the template needs this variable", missing=True)
+        return FieldError(f"template.variables.{variable[1]}", "is required by the template", missing=True)
     part = message.rpartition(" ")[2]  # "'dict object' has no attribute 'total'"
-    return FieldError("template.variables", f"the template needs {part} in one of them", missing=True)
+    return FieldError("template.variables", f"one of them must have {part}, which the template needs", missing=True)

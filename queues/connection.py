@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -163,3 +163,24 @@ def why_unavailable(error: Exception) -> str | None:
             said = re.search(rf"\b({'|'.join(CANNOT_NOW)})\b", f"{error.status_code} {error}")
             return CANNOT_NOW[said[1]] if said else None
     return None
+
+
+def weaknesses(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the (name, sentence) of each reason, found in Redis' INFO, why it may lose or refuse a mail. Pure."""
+    limit, used = info.get("maxmemory", 0), info.get("used_memory", 0)
+    evicts = limit > 0 and info.get("maxmemory_policy") != "noeviction"
+    aof_fails = info.get("aof_last_write_status", "ok") != "ok"
+    snapshot_fails = info.get("rdb_last_bgsave_status", "ok") != "ok"
+    # fmt: off
+    reasons = [
+        (not info.get("aof_enabled"), "no_aof",
+         "Redis keeps no append-only file, so a crash loses accepted mail: CONFIG SET appendonly yes"),
+        (aof_fails, "aof_failing", "Redis cannot write its append-only file; see its log and the disk"),
+        (evicts, "evicting", "Redis evicts mail when memory is short: CONFIG SET maxmemory-policy noeviction"),
+        (0 < limit <= used, "full", "Redis is out of memory: raise maxmemory, or let the workers drain the queue"),
+        (snapshot_fails, "snapshot_failing",
+         "Redis cannot write its snapshot and may refuse writes; see its log and the disk"),
+        (info.get("role", "master") != "master", "replica", "Redis is a replica and takes no writes"),
+    ]
+    # fmt: on
+    return [(name, sentence) for is_so, name, sentence in reasons if is_so]

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from settings import Address
+from tests.http_api import app_with, ask
 from tests.servers import free_port
-from tests.test_error_shape import ask, make_app
 from web import grammar, server
 
 LIMIT = 2**20  # bytes of a body
@@ -310,7 +310,7 @@ def test_four_times_as_much_http_takes_at_most_about_four_times_as_long(
 def test_four_times_as_much_in_a_field_takes_the_application_at_most_about_four_times_as_long(
     name: str, filling: str
 ) -> None:
-    app = make_app("redis://127.0.0.1:1")  # nobody is there
+    app = app_with("redis://127.0.0.1:1")  # nobody is there
 
     def seconds(size: int) -> float:
         value = {"PATH_INFO": "/emails/", "HTTP_AUTHORIZATION": "Bearer "}.get(name, "") + filling * (

@@ -65,23 +65,19 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         house.environment |= {"DASHBOARD_PASSWORD": DASHBOARD_PASSWORD, "DASHBOARD_LISTEN": f"127.0.0.1:{free_port()}"}
         house.environment["PYTHONPATH"] = str(house.root)
         api = house.api()
-        ids = [happen(api, relay, "sent", [])]
-        canceled = submit(api)
-        api.call("DELETE", f"/jobs/{canceled}")
+        ids = [submit(api)]
+        api.call("DELETE", f"/jobs/{submit(api)}")
         house.worker()
         house.worker("jobs")
         api.wait_for(ids[0], "sent")
-        for replies in (
-            ["550 5.1.1 <planted-to@planted-to.example> planted-reply-text"],
-            ["450 4.2.1 <planted-to@planted-to.example> planted-reply-text"] * 3,
-        ):
-            ids.append(happen(api, relay, "failed", replies))
-            api.wait_for(ids[-1], "failed")
+        said = "<planted-to@planted-to.example> planted-reply-text"
+        ids.append(happen(api, relay, "failed", [f"550 5.1.1 {said}"]))
+        ids.append(happen(api, relay, "failed", [f"450 4.2.1 {said}"] * 3))
         house.run("dashboard", "-m", "ops.dashboard")
         port = int(house.environment["DASHBOARD_LISTEN"].split(":")[1])
         eventually(lambda: is_up(port))
         provoke_errors(api)
-        submit_and_keep_queued(api, relay, ids)
+        ids.append(happen(api, relay, "delayed", ["450 planted"] * 99))  # the pages show it as scheduled
         yield Scene(house, client, api.port, port, ids)
 
 
@@ -92,25 +88,18 @@ def submit(api: Api) -> str:
 
 
 def happen(api: Api, relay: Relay, state: str, replies: list[str]) -> str:
+    """Submits a mail that comes to this state by these replies."""
     for address in ("planted-to@planted-to.example", "planted-cc@example.com", "planted-bcc@example.com"):
         relay.rcpt[address] = list(replies)
-    return submit(api)
-
-
-def submit_and_keep_queued(api: Api, relay: Relay, ids: list[str]) -> None:
-    """One that waits for its next attempt: the pages show it as scheduled."""
-    ids.append(happen(api, relay, "delayed", ["450 planted"] * 99))
-    api.wait_for(ids[-1], "delayed")
+    mail_id = submit(api)
+    api.wait_for(mail_id, state)
+    return mail_id
 
 
 def provoke_errors(api: Api) -> None:
     """Refusals quote no request, nor do the logs of them."""
-    for body in (
-        MAIL | {"to": ["planted, planted@@x"]},
-        MAIL | {"subject": "planted\r\nplanted"},
-        MAIL | {"planted": 1},
-    ):
-        assert api.post("/emails", body).status == 422
+    for change in ({"to": ["planted, planted@@x"]}, {"subject": "planted\r\nplanted"}, {"planted": 1}):
+        assert api.post("/emails", MAIL | change).status == 422
     api.call("POST", "/emails", raw=b'{"planted": planted}')
     api.get("/emails/planted-id?planted=planted")
     api.get("/planted-path/planted@example.com")

@@ -46,24 +46,23 @@ def refusal(template_id: str, variables: dict[str, Json]) -> dict[str, str]:
 
 def test_the_welcome_mail_is_rendered_with_its_name_escaped_in_html_and_as_it_is_in_text() -> None:
     subject, text, html = render("welcome", {"name": "<b>&\"'"})
-    assert subject == "Welcome, <b>&\"'"
-    assert text
-    assert text.startswith("Hello <b>&\"',\n")
-    assert html
-    assert "Welcome, &lt;b&gt;&amp;&#34;&#39;</h1>" in html
-    assert "<b>" not in html
+    assert (subject, (text or "").split("\n")[0]) == ("Welcome, <b>&\"'", "Hello <b>&\"',")
+    assert "Welcome, &lt;b&gt;&amp;&#34;&#39;</h1>" in (html or "")
+    assert "<b>" not in (html or "")
 
 
+# fmt: off
 UNKNOWN = [
-    *("nothing", "Welcome", "welcome ", " welcome", "welcome\n", "wel\x00come", "wélcome", "welcome.", "x" * 65),
-    *("", ".", "..", "../x", "../templates/welcome", "welcome/..", "welcome/", "/welcome", "welcome/../welcome"),
-    *("..\\welcome", "welcome\\..", "/etc", "/", "~", "welcome/body.txt", "\ud800", "{{ 7 * 7 }}"),
+    "nothing", "Welcome", "welcome ", " welcome", "welcome\n", "wel\x00come", "wélcome", "welcome.", "x" * 65,
+    "", ".", "..", "../x", "../templates/welcome", "welcome/..", "welcome/", "/welcome", "welcome/../welcome",
+    "..\\welcome", "welcome\\..", "/etc", "/", "~", "welcome/body.txt", "\ud800", "{{ 7 * 7 }}",
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("template_id", UNKNOWN)
 def test_an_unknown_template_is_refused(template_id: str) -> None:
-    assert refusal(template_id, {"name": "Ada"}) == {"template.id": "there is no template of this name"}
+    assert refusal(template_id, {"name": "Ada"}) == {"template.id": "no such template"}
 
 
 def test_a_way_out_of_the_folder_is_refused_though_it_leads_to_a_template(
@@ -86,7 +85,9 @@ def test_a_missing_variable_is_named() -> None:
 
 def test_what_is_missing_inside_a_variable_is_named(folder: Path) -> None:
     write(folder, text="{{ order.total }}")
-    assert refusal("x", {"order": {}}) == {"template.variables": "the template needs 'total' in one of them"}
+    assert refusal("x", {"order": {}}) == {
+        "template.variables": "one of them must have 'total', which the template needs"
+    }
 
 
 def test_a_variable_that_the_template_does_not_use_is_ignored() -> None:
@@ -98,21 +99,14 @@ def test_text_of_a_request_is_no_template() -> None:
     name = "{{ 7 * 7 }}{% for x in range(9) %}{{ x }}{% endfor %}{# note #}"
     subject, text, html = render("welcome", {"name": name})
     assert subject == f"Welcome, {name}"
-    assert text
-    assert name in text
-    assert html
-    assert name in html
+    assert name in (text or "")
+    assert name in (html or "")
 
 
 @pytest.mark.parametrize("value", [None, [], ["Ada"], {}, {"a": 1}, {"__html__": "<b>"}, [[[[]]]]])
 def test_a_value_that_is_neither_text_nor_a_number_is_not_written_into_a_mail(value: Json) -> None:
     told = refusal("welcome", {"name": value})
-    assert told == {"template.variables": "the template writes out a value that is neither text nor a number"}
-
-
-@pytest.mark.parametrize(("value", "written"), [(7, "7"), (2.5, "2.5"), ("", ""), ("{}", "{}"), ("é😀", "é😀")])
-def test_text_and_numbers_are_written_as_they_are(value: Json, written: str) -> None:
-    assert render("welcome", {"name": value})[0] == f"Welcome, {written}"
+    assert told == {"template.variables": "a value that is written out must be text or a number"}
 
 
 def test_a_method_of_a_value_is_not_written_into_a_mail(folder: Path) -> None:
@@ -180,14 +174,10 @@ def test_html_is_escaped_wherever_a_value_stands_in_it(folder: Path) -> None:
     assert subject == text == "<u> <U> <u> <u><i> <u> <u>"
 
 
-def test_a_part_without_its_file_is_none(folder: Path) -> None:
-    write(folder, text="Hi\n\n")
-    assert render("x", {}) == ("", "Hi", None)
-
-
-def test_a_folder_without_any_part_renders_to_nothing(folder: Path) -> None:
-    write(folder)
-    assert render("x", {}) == ("", None, None)
+@pytest.mark.parametrize(("files", "text"), [({"text": "Hi\n\n"}, "Hi"), ({}, None)])
+def test_a_part_without_its_file_is_none(folder: Path, files: dict[str, str], text: str | None) -> None:
+    write(folder, **files)
+    assert render("x", {}) == ("", text, None)
 
 
 def test_a_template_whose_include_is_missing_is_not_sent_without_it(folder: Path) -> None:

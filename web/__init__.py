@@ -1,6 +1,7 @@
 """HTTP. Knows no SMTP and no key of Redis.
 
 app.py         the routes, and what each answers
+context.py     what is known of the request that is being answered
 body.py        a request's body: strict JSON, bounded
 errors.py      the one error shape; our exceptions in HTTP's words
 middleware.py  request id, common headers, log line

@@ -10,33 +10,34 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from bottle import HTTPError, HTTPResponse, request, response
+from bottle import HTTPError, HTTPResponse, response
 
 from mail.request import FieldError, Invalid
 from queues.connection import Unavailable
 from queues.jobs import IdempotencyConflict, NotFound, NotPossible
+from web import context
 
+Json = dict[str, Any]
 RETRY_AFTER = "5"  # seconds
 
 
+@dataclass(eq=False)
 class Refusal(Exception):
-    """An answer that is not the one hoped for."""
+    """An error answer. `headers` are further ones, beside those of every answer."""
 
-    def __init__(self, status: int, name: str, text: str, errors: Iterable[FieldError] = (), **headers: str) -> None:
-        super().__init__(name)
-        self.status, self.name, self.text, self.errors = status, name, text, tuple(errors)
-        self.headers = {key.replace("_", "-"): value for key, value in headers.items()}
-
-
-def current_request_id() -> str:
-    return str(request.environ["async_email.request_id"])
+    status: int
+    name: str
+    text: str
+    errors: Sequence[FieldError] = ()
+    headers: Mapping[str, str] | None = None
 
 
 def as_refusal(error: Exception) -> Refusal:
-    """What the rest of the house raises, in HTTP's words. Raises what it does not know."""
+    """Translates what the other rooms raise into HTTP. Raises what it does not know."""
     match error:
         case Refusal():
             return error
@@ -44,18 +45,20 @@ def as_refusal(error: Exception) -> Refusal:
             first = error.errors[0]
             return Refusal(422, error_name(first), f"{first.field}: {first.message}", error.errors)
         case IdempotencyConflict():
-            text = "this Idempotency-Key was used for another request; take a new key for a new mail"
+            text = "this Idempotency-Key was used for a different request; use a new key for a new request"
             return Refusal(409, "invalid_idempotent_request", text)
         case NotFound():
-            return Refusal(404, "not_found", str(error) or "there is nothing of this id, or it is no longer kept")
+            return Refusal(404, "not_found", str(error) or "no such mail or job, or it is no longer kept")
         case NotPossible():
             return Refusal(409, "not_possible", str(error))
         case Unavailable():
-            text = (
-                f"{error}; send this again in {RETRY_AFTER} seconds (an Idempotency-Key keeps it from counting twice)"
-            )
-            return Refusal(503, "service_unavailable", text, Retry_After=RETRY_AFTER)
+            again = f"send this again in {RETRY_AFTER} seconds, with an Idempotency-Key so that it counts once"
+            return Refusal(503, "service_unavailable", f"{error}; {again}", headers={"Retry-After": RETRY_AFTER})
     raise error
+
+
+def bad_request(field: str, text: str, name: str = "validation_error") -> Refusal:
+    return Refusal(400, name, f"{field}: {text}", [FieldError(field, text)])
 
 
 def error_name(error: FieldError) -> str:
@@ -65,29 +68,27 @@ def error_name(error: FieldError) -> str:
     return {"attachments": "invalid_attachment", "from": "invalid_from_address"}.get(root, "invalid_parameter")
 
 
-def answer(status: int, body: dict[str, Any], **headers: str) -> HTTPResponse:
-    return HTTPResponse(json.dumps(body), status, {"Content-Type": "application/json", **headers})
+def json_response(status: int, body: Json, headers: Mapping[str, str] | None = None) -> HTTPResponse:
+    return HTTPResponse(json.dumps(body), status, {"Content-Type": "application/json", **(headers or {})})
 
 
-def refused(refusal: Refusal) -> HTTPResponse:
-    shape = error_shape(refusal.status, refusal.name, refusal.text, current_request_id(), refusal.errors)
-    return answer(refusal.status, shape, **refusal.headers)
+def error_response(refusal: Refusal) -> HTTPResponse:
+    request_id = context.current.get().request_id
+    shape = error_shape(refusal.status, refusal.name, refusal.text, request_id, refusal.errors)
+    return json_response(refusal.status, shape, refusal.headers)
 
 
-def unrouted(error: HTTPError) -> bytes:
-    """Bottle's own refusals: no such path, or not with this method."""
+def routing_error(error: HTTPError) -> bytes:
+    """Answers what Bottle refuses by itself: no such path, or not with this method."""
     response.content_type = "application/json"
-    name, text = "not_found", "there is no such path"
+    name, text = "not_found", "no such path"
     if error.status_code == 405:
-        name, text = "method_not_allowed", f"this path takes {error.headers['Allow']}"
-    return json.dumps(error_shape(error.status_code, name, text, current_request_id())).encode()
+        name, text = "method_not_allowed", f"the method must be one of {error.headers['Allow']}"
+    return json.dumps(error_shape(error.status_code, name, text, context.current.get().request_id)).encode()
 
 
-def error_shape(
-    status: int, name: str, text: str, request_id: str, errors: Iterable[FieldError] = ()
-) -> dict[str, Any]:
-    """The one error shape."""
-    shape: dict[str, Any] = {"statusCode": status, "name": name, "message": text}
+def error_shape(status: int, name: str, text: str, request_id: str, errors: Sequence[FieldError] = ()) -> Json:
+    shape: Json = {"statusCode": status, "name": name, "message": text}
     if errors:
         shape["errors"] = [{"field": error.field, "message": error.message} for error in errors]
     return shape | {"request_id": request_id}

@@ -14,11 +14,12 @@ from bottle import Bottle
 
 from mail import counters
 from process.log import emit, where
+from web.context import Context, current
 from web.errors import error_shape
 
 
-class Edge:
-    """What is the same for every request: its id, common headers, one log line, no traceback to the caller."""
+class Middleware:
+    """The application as Waitress calls it."""
 
     def __init__(self, app: Bottle, accepting: counters.Gathered) -> None:
         self.app = app
@@ -29,38 +30,41 @@ class Edge:
         started = time.perf_counter()
         given = environ.get("HTTP_X_REQUEST_ID", "")
         request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
-        environ["async_email.request_id"] = request_id
+        context = Context(request_id)
+        current.set(context)
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             self.answered += 1
             seconds = time.perf_counter() - started
             if status.startswith("202"):
                 self.accepting.add(seconds)
-            self._log(environ, status, seconds)
+            log(environ, context, status, seconds)
             return start_response(status, headers + common_headers(request_id), exc_info)
 
         try:
-            return self.app(environ, start)  # type: ignore[no-any-return]
+            body: Iterable[bytes] = self.app(environ, start)
+            return body
         except Exception as error:
             emit("crashed", logging.ERROR, request_id=request_id, where=where(error))
             start("500 Internal Server Error", [("Content-Type", "application/json")])
-            text = "this is our fault; the log has its request_id"
+            text = "this is a fault of the service; its log has the request_id"
             return [json.dumps(error_shape(500, "application_error", text, request_id)).encode()]
 
-    def _log(self, environ: dict[str, Any], status: str, seconds: float) -> None:
-        route = environ.get("bottle.route")  # the rule, never the path: a path holds what a caller wrote
-        quiet = environ["REQUEST_METHOD"] in ("GET", "HEAD") and status < "400"
-        emit(
-            "request",
-            logging.DEBUG if quiet else logging.INFO,
-            method=environ["REQUEST_METHOD"] if route else "?",
-            route=route.rule if route else "?",
-            status=status[:3],
-            ms=seconds * 1000,
-            key=environ.get("async_email.key"),
-            id=environ.get("async_email.id"),
-            request_id=environ["async_email.request_id"],
-        )
+
+def log(environ: dict[str, Any], context: Context, status: str, seconds: float) -> None:
+    route = environ.get("bottle.route")  # the rule, never the path: a path holds what a caller wrote
+    quiet = environ["REQUEST_METHOD"] in ("GET", "HEAD") and status < "400"
+    emit(
+        "request",
+        logging.DEBUG if quiet else logging.INFO,
+        method=environ["REQUEST_METHOD"] if route else "?",
+        route=route.rule if route else "?",
+        status=status[:3],
+        ms=seconds * 1000,
+        key=context.key,
+        id=context.id,
+        request_id=context.request_id,
+    )
 
 
 def common_headers(request_id: str) -> list[tuple[str, str]]:

@@ -1,0 +1,131 @@
+"""What the tests of the HTTP API share: bodies that are accepted, what is stored of them, an API in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+import pytest
+import redis
+from rq import SimpleWorker
+from rq.job import Job, JobStatus
+from rq.serializers import JSONSerializer
+
+import tasks
+from queues.connection import connect
+from queues.jobs import Jobs
+from settings import Address, load
+from tests.servers import Answer, Api, free_port
+from web import app as web_app
+from web import middleware, server
+
+MAIL: dict[str, Any] = {"to": "ada@example.com", "subject": "Hello", "text": "Hello there."}
+WELCOME: dict[str, Any] = {"name": "Ada", "email": "ada@example.com"}
+JOB: dict[str, Any] = {"task": "why_failed", "args": {"hours": 1}}
+SUBMITTED = {"/emails": MAIL, "/start-job": WELCOME, "/jobs": JOB}
+QUEUES = {"/emails": "email", "/start-job": "email", "/jobs": "jobs"}
+both_kinds = pytest.mark.parametrize("path", ["/emails", "/jobs"])
+UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
+ANY_ID = [
+    ("GET", f"/emails/{UNKNOWN_ID}"),
+    ("GET", f"/jobs/{UNKNOWN_ID}"),
+    ("POST", f"/jobs/{UNKNOWN_ID}/requeue"),
+    ("DELETE", f"/jobs/{UNKNOWN_ID}"),
+]
+
+
+def fields(answer: Answer) -> list[str]:
+    return [error["field"] for error in answer.body.get("errors", [])]
+
+
+def keys(client: redis.Redis, pattern: str) -> set[str]:
+    found: list[bytes] = client.keys(pattern)  # type: ignore[assignment]
+    return {key.decode() for key in found}
+
+
+def stored(client: redis.Redis) -> set[str]:
+    """The ids of the mails in Redis, each of which is there whole and queued once."""
+    queued: list[bytes] = client.lrange("rq:queue:email", 0, -1)  # type: ignore[assignment]
+    watched: list[bytes] = client.zrange("mail:open", 0, -1)  # type: ignore[assignment]
+    mails = {key.removeprefix("mail:") for key in keys(client, "mail:*") - {"mail:open", "mail:totals"}}
+    assert mails == {one.decode() for one in watched}
+    assert mails == {key.removeprefix("rq:job:") for key in keys(client, "rq:job:*")}
+    assert sorted(mails) == sorted(one.decode() for one in queued)
+    return mails
+
+
+def submitted(api: Api, path: str) -> str:
+    answer = api.post(path, SUBMITTED[path])
+    assert answer.status == 202
+    return str(answer.body.get("id") or answer.body["job_id"])
+
+
+def refused(api: Api, client: redis.Redis, path: str, body: Any, status: int, *named: str) -> None:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = api.call("POST", path, raw=raw)
+    assert answer.status == status, answer
+    assert fields(answer) == list(named), answer
+    assert not re.search(r"sys\.|pydantic|Error|__", answer.body["message"])  # Python's own words help no caller
+    assert client.dbsize() == 0
+
+
+def job_of(client: redis.Redis, job_id: str) -> Job:
+    return Job.fetch(job_id, client, serializer=JSONSerializer)
+
+
+def fail(client: redis.Redis, job: Job) -> None:
+    client.lrem(f"rq:queue:{job.origin}", 0, job.id)
+    client.zadd(f"rq:failed:{job.origin}", {job.id: time.time() + 3600})
+    job.set_status(JobStatus.FAILED)
+
+
+def work(client: redis.Redis, queue: str) -> None:
+    """Runs what is queued, in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        SimpleWorker([queue], connection=client, serializer=JSONSerializer).work(burst=True, logging_level=None)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def app_with(redis_url: str, **settings: Any) -> middleware.Middleware:
+    given = {"api_keys": f"full:{sha256(b'full-key').hexdigest()}", "mail_from": "sender@example.com", **settings}
+    made = load(_env_file=None, redis_url=redis_url, **given)
+    return web_app.make_app(made, Jobs(connect(redis_url)), tasks.OFFERED)
+
+
+def ask(app: middleware.Middleware, method: str, path: str, body: object = None, **environ: str) -> Answer:
+    """One request to the application, without a server. Headers are written as in WSGI: `HTTP_X_REQUEST_ID`."""
+    raw = json.dumps(body).encode() if body is not None else b""
+    asked: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.input": io.BytesIO(raw)}
+    asked |= {"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(raw))} if raw else {}
+    asked |= {"HTTP_AUTHORIZATION": "Bearer full-key", **environ}
+    setup_testing_defaults(asked)
+    heard: list[Any] = []
+    text = b"".join(app(asked, lambda status, headers, _=None: heard.append((status, headers))))
+    [(status, headers)] = heard
+    return Answer(int(status.split()[0]), json.loads(text), dict(headers))
+
+
+@contextmanager
+def served(app: middleware.Middleware, host: str = "127.0.0.1") -> Iterator[Api]:
+    """An application in this process, behind the real Waitress, for what must be looked at from inside."""
+    port = free_port()
+    running = server.Server(app, load(_env_file=None).max_message_bytes, server.listen_on(Address(host, port)))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    try:
+        yield Api(port)
+    finally:
+        running.stop()
+        thread.join()

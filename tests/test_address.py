@@ -1,0 +1,68 @@
+"""Facts about `mail.address`: an address is what every parser finds in it, or it is refused."""
+
+from __future__ import annotations
+
+from email.utils import parseaddr
+
+import pytest
+from hypothesis import given
+
+from mail.address import Mailbox
+from tests.sample_mails import PROPERTY, Box, accepted, boxes, mail, refusal
+
+
+@PROPERTY
+@given(boxes())
+def test_an_address_is_what_every_parser_of_addresses_finds(box: Box) -> None:
+    assert Mailbox.parse(box.written) == (box.name, box.address)
+    assert parseaddr(box.address) == ("", box.address)
+    assert Mailbox.parse(str(Mailbox.parse(box.written))) == (box.name, box.address)
+
+
+# fmt: off
+NO_ADDRESS = [
+    "", " ", "@", "ada", "ada@", "@example.com", "ada@@example.com", "ada@example", "ada@.com", "ada@example..com",
+    "ada@example.com.", "ada@-example.com", "ada@example.com-", "ada@exa_mple.com", "ada@localhost",
+    ".ada@example.com", "ada.@example.com", "a..da@example.com", "a da@example.com", "ada @example.com",
+    "alice@example.org)bob@b.co", "(comment)ada@example.com", "ada@example.com (Ada)", "ada(x)@example.com",
+    "ada@example.com SIZE=1", "ada@example.com> SIZE=1", "<ada@example.com> SIZE=1", "ada@example.com,",
+    '"ada"@example.com', '"a b"@example.com', '"a@b"@example.com', '"a\\"b"@example.com',
+    "<@relay.example,@b.example:ada@example.com>", "@relay.example:ada@example.com", "group: ada@example.com;",
+    "ada@[192.0.2.1]", "ada@[IPv6:2001:db8::1]", "ada@192.0.2.1", "<>", "Ada <>", "mailto:ada@example.com",
+    "<ada@example.com", "ada@example.com>", "<<ada@example.com>>", "<ada@example.com><", "Ada ada@example.com",
+    "\xa0ada@example.com", "ada@example.com\u200b", "e\u0301@example.com", "=?utf-8?q?x?=@example.com",
+    "ada@xn--a.com", "ada@e\u202excample.com", "a\u202eda@example.com", f"{'a' * 250}@example.com",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("address", NO_ADDRESS)
+def test_what_a_parser_could_read_in_two_ways_is_no_address(address: str) -> None:
+    assert list(refusal(mail(to=address))) == ["to[0]"]
+    assert list(refusal(mail(**{"from": address}))) == ["from"]
+
+
+@pytest.mark.parametrize("glue", [", ", ",", ";", "; ", " ", "> <"])
+@pytest.mark.parametrize("form", ["{}", "<{}>", "Ada <{}>", '"Ada" <{}>'])
+def test_two_addresses_in_one_are_refused(form: str, glue: str) -> None:
+    assert list(refusal(mail(to=[form.format(f"ada@example.com{glue}bob@example.com")]))) == ["to[0]"]
+    two = glue.join([form.format("ada@example.com"), form.format("bob@example.com")])
+    assert list(refusal(mail(to=["ok@example.com", two]))) == ["to[1]"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Lovelace, Ada", "Ada; Bob", "Ada (x)", "Ada: x", "a@b.example", "a\\b", 'A "Ada" B', '"a", "b"', '"a\\"', "a<b"],
+)
+def test_a_name_with_special_characters_is_refused_without_its_quotes(name: str) -> None:
+    assert "double quotes" in refusal(mail(to=f"{name} <ada@example.com>"))["to[0]"]
+
+
+def test_the_case_of_a_local_part_is_kept() -> None:
+    message = accepted(mail(to=["Info@EXAMPLE.com", "POSTMASTER@Example.com", "McAda@example.com"]))
+    assert message.recipients == ["Info@example.com", "POSTMASTER@example.com", "McAda@example.com"]
+
+
+def test_what_is_too_long_is_refused_before_it_is_looked_at() -> None:
+    assert refusal(mail(to=["nobody"] * 1001)) == {"to": "must have at most 1000 entries"}
+    assert refusal(mail(to="bob@example.com" + " " * 984)) == {"to[0]": "must be at most 998 characters long"}

@@ -1,0 +1,78 @@
+"""Who may do what: Authorization, and the scopes of keys."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import pytest
+import redis
+
+from tests.http_api import ANY_ID, JOB, MAIL, SUBMITTED, UNKNOWN_ID, WELCOME, app_with, served
+from tests.servers import Api, RedisServer
+from web import app as web_app
+
+pytestmark = pytest.mark.usefixtures("client")
+
+
+def test_a_key_of_scope_send_may_submit_mail_and_nothing_else(api: Api) -> None:
+    sender = Api(api.port, "send-key")
+    assert sender.post("/emails", MAIL).status == 202
+    assert sender.post("/start-job", WELCOME).status == 202
+    for method, path in [*ANY_ID, ("POST", "/jobs")]:
+        answer = sender.call(method, path, JOB if path == "/jobs" else None)
+        assert (answer.status, answer.body["name"]) == (401, "restricted_api_key"), path
+    assert {route[:2] for route in web_app.ROUTES if route[3] == "send"} == {
+        ("POST", "/emails"),
+        ("POST", "/emails/batch"),
+        ("POST", "/start-job"),
+    }
+
+
+def test_a_key_of_scope_full_may_do_everything(api: Api) -> None:
+    assert all(api.post(path, body).status == 202 for path, body in SUBMITTED.items())
+    assert {api.call(*one).status for one in ANY_ID} == {404}
+
+
+@pytest.mark.parametrize("given", ["", "Bearer", "Bearer ", "Basic full-key", "full-key", "Token full-key"])
+def test_a_key_in_any_other_scheme_is_no_key(api: Api, given: str) -> None:
+    answer = api.call("POST", "/emails", MAIL, {"Authorization": given})
+    assert (answer.status, answer.body["name"]) == (401, "missing_api_key")
+    assert answer.headers["Www-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "given", ["full-kex", "full-ke", "full-key2", "FULL-KEY", "é", "full-key, full-key", "x" * 9000]
+)
+def test_an_unknown_key_is_refused(api: Api, client: redis.Redis, given: str) -> None:
+    answer = api.call("POST", "/emails", MAIL, {"Authorization": f"Bearer {given}"})
+    assert (answer.status, answer.body["name"]) == (403, "invalid_api_key")
+    assert client.dbsize() == 0
+
+
+def test_the_word_bearer_may_be_written_in_any_case(api: Api) -> None:
+    assert api.call("GET", f"/jobs/{UNKNOWN_ID}", headers={"Authorization": "bearer  full-key"}).status == 404
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "clé-à", "鍵", "key with spaces"])
+def test_a_key_may_be_any_text_in_utf_8(redis_server: RedisServer, key: str) -> None:
+    with served(app_with(redis_server.url, api_keys=f"one:{sha256(key.encode()).hexdigest()}")) as api:
+        given = {"Authorization": f"Bearer {key}".encode().decode("latin-1")}
+        assert api.call("GET", f"/jobs/{UNKNOWN_ID}", headers=given).status == 404
+
+
+@pytest.mark.parametrize("given", ["first", "second", "third", "fourth", "é"])
+def test_a_key_is_compared_with_every_known_key_in_constant_time(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    known = {name: sha256(name.encode()).hexdigest() for name in ("first", "second", "third")}
+    compared = []
+
+    def compare(one: str, other: str) -> bool:
+        compared.append(one)
+        return one == other
+
+    monkeypatch.setattr("web.app.hmac.compare_digest", compare)
+    with served(app_with(redis_server.url, api_keys=",".join(f"{n}:{digest}" for n, digest in known.items()))) as api:
+        status = api.call("GET", f"/jobs/{UNKNOWN_ID}", headers={"Authorization": f"Bearer {given}"}).status
+    assert status == (404 if given in known else 403)
+    assert compared == list(known.values())

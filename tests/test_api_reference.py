@@ -1,0 +1,83 @@
+"""docs/api.md says what there is: its routes, its examples and its names of errors."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import shlex
+from urllib.parse import urlsplit
+
+import redis
+
+from mail.outbox import Outbox
+from tests.http_api import fail, job_of, submitted, work
+from tests.servers import ROOT, Api
+from web import app as web_app
+from web import server
+
+DOCS = ROOT / "docs" / "api.md"
+
+
+def test_every_route_has_its_heading_in_the_reference_and_no_heading_is_out_of_date() -> None:
+    headings = re.findall(r"^#+ ((?:GET|POST|PUT|PATCH|DELETE) \S+)$", DOCS.read_text(), re.MULTILINE)
+    routes = [f"{method} {re.sub('<[a-z_]+>', '{id}', path)}" for method, path, _, _ in web_app.ROUTES]
+    assert sorted(headings) == sorted(routes)
+
+
+EXAMPLE = re.compile(r"^```sh\n(curl .*?)\n```\n`(\d{3})`\n```json\n(.*?)\n```$", re.DOTALL | re.MULTILINE)
+UUID = re.compile("[0-9a-f]{8}-[0-9a-f-]{27}")
+
+
+def asked_by(curl: str) -> tuple[str, str, bytes | None, dict[str, str]]:
+    """(method, path, body, headers) of a command line."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("-X", default="GET")
+    parser.add_argument("-d")
+    parser.add_argument("-H", action="append", default=[])
+    parser.add_argument("url")
+    given = parser.parse_args(shlex.split(curl.replace("\\\n", ""))[1:])
+    headers = dict(header.split(": ", 1) for header in given.H)
+    return given.X, urlsplit(given.url).path, given.d.encode() if given.d else None, headers
+
+
+def test_every_route_has_an_example_in_the_reference_that_is_answered_so(
+    api: Api, client: redis.Redis, outbox: Outbox
+) -> None:
+    failed = submitted(api, "/emails")
+    fail(client, job_of(client, failed))
+    ids: dict[str, str] = {}  # the reference's -> ours
+    shown = set()
+    for curl, status, documented in EXAMPLE.findall(DOCS.read_text()):
+        method, path, raw, headers = asked_by(curl)
+        shown.add((method, UUID.sub("{id}", path)))
+        path = UUID.sub(lambda found: ids.get(found[0], failed), path)
+        answer = api.call(method, path, raw=raw, headers=headers | {"Authorization": "Bearer full-key"})
+        told = json.loads(documented)
+        assert (answer.status, list(answer.body)) == (int(status), list(told)), curl
+        ids.update({told[name]: answer.body[name] for name in ("id", "job_id") if name in told})
+        if path == "/jobs":
+            work(client, "jobs")
+    routes = {(method, re.sub("<[a-z_]+>", "{id}", path)) for method, path, _, _ in web_app.ROUTES}
+    assert shown == routes - {("GET", "/metrics")}  # which is no JSON; tests/test_metrics.py has it
+
+
+def error_names() -> set[str]:
+    """Returns the names in web/ that `Refusal` and `error_shape` are given, and those looked up for them."""
+    names = {name for name, _ in server.JsonErrorTask.WORDS.values()}
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "web").glob("*.py")]
+    for node in [node for tree in trees for node in ast.walk(tree)]:
+        called = isinstance(node, ast.Call) and ast.unparse(node.func) in ("Refusal", "bad_request", "error_shape")
+        if called or (
+            isinstance(node, ast.FunctionDef) and node.name in ("error_name", "bad_request", "routing_error")
+        ):
+            words = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]
+            names |= {word for word in words if isinstance(word, str) and re.fullmatch("[a-z]+(_[a-z]+)+", word)}
+    return names
+
+
+def test_every_error_name_is_in_the_references_table_and_no_row_is_out_of_date() -> None:
+    rows = re.findall(r"^\| `([a-z_]+)` \| (\d{3}) \|", DOCS.read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} == error_names()
+    assert len(error_names()) > 15

@@ -1,0 +1,112 @@
+"""POST /emails and POST /start-job, of a real process and a real Redis: what is accepted is stored whole."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+import redis
+
+from tests.http_api import MAIL, WELCOME, fields, refused, stored
+from tests.servers import Api, eventually
+
+pytestmark = pytest.mark.usefixtures("client")
+
+
+def test_a_mail_is_accepted_with_its_id_and_stored_whole(api: Api, client: redis.Redis) -> None:
+    answer = api.post("/emails", MAIL)
+    assert answer.status == 202
+    assert answer.body == {"id": answer.body["id"], "status": "queued"}
+    assert stored(client) == {answer.body["id"]}
+    assert api.get(f"/jobs/{answer.body['id']}").body["task"] == "deliver"
+
+
+def test_twenty_requests_at_once_make_twenty_mails(api: Api, client: redis.Redis) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        ids = {answer.body["id"] for answer in pool.map(lambda _: api.post("/emails", MAIL), range(20))}
+    assert stored(client) == ids
+    assert len(ids) == 20
+
+
+def test_the_welcome_mail_greets_by_name_and_is_addressed_to_it(api: Api, client: redis.Redis) -> None:
+    answer = api.post("/start-job", {"name": 'Ada "Countess" Lovelace', "email": "ada@example.com"})
+    assert answer.status == 202
+    assert answer.body == {"job_id": answer.body["job_id"], "status": "queued"}
+    seen = api.email(answer.body["job_id"])
+    assert seen["subject"] == 'Welcome, Ada "Countess" Lovelace'
+    assert seen["to"] == [r'"Ada \"Countess\" Lovelace" <ada@example.com>']
+    assert stored(client) == {answer.body["job_id"]}
+
+
+def use(**variables: Any) -> dict[str, Any]:
+    return {"to": "ada@example.com", "template": {"id": "welcome", "variables": variables}}
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (MAIL | {"to": 1}, ["to"]),
+        (MAIL | {"to": "a@b.example, c@d.example", "subject": "x" * 999}, ["to[0]", "subject"]),
+        (MAIL | {"headers": {"X-A\r\nBcc": "eve@example.com"}}, ["headers.X-A\r\nBcc"]),
+        (MAIL | {"attachments": [{"filename": "a.txt", "content": "YQ"}]}, ["attachments[0].content"]),
+        (MAIL | {"on_doubt": "maybe"}, ["on_doubt"]),
+        (MAIL | {"scheduled": "now"}, ["scheduled"]),
+        (MAIL | use(name="Ada"), ["template"]),
+        ({"to": "ada@example.com", "template": {"id": "nothing"}}, ["template.id"]),
+        (use(Name="Ada"), ["template.variables.name"]),
+        (use(name="Ada\r\nBcc: eve@example.com"), ["template.subject"]),
+        (use(name="x" * 1000), ["template.subject"]),
+        (use(name="a\x1bb"), ["template.subject", "template.text", "template.html"]),
+    ],
+)
+def test_a_mail_that_cannot_be_sent_as_asked_is_refused_by_field(
+    api: Api, client: redis.Redis, body: dict[str, Any], named: list[str]
+) -> None:
+    refused(api, client, "/emails", body, 422, *named)
+
+
+def test_a_repeat_of_a_request_whose_mail_has_expired_since_is_answered_as_the_first(api: Api) -> None:
+    soon = datetime.now(timezone.utc) + timedelta(seconds=2)
+    body = {**MAIL, "expires_at": soon.isoformat(timespec="milliseconds")}
+    first = api.post("/emails", body, Idempotency_Key="a code")
+    eventually(lambda: datetime.now(timezone.utc) > soon)
+    again = api.post("/emails", body, Idempotency_Key="a code")
+    assert (again.status, again.body, again.headers["Idempotent-Replayed"]) == (202, first.body, "true")
+    assert api.post("/emails", {**body, "subject": "another"}, Idempotency_Key="a code").status == 409
+    late = api.post("/emails", body, Idempotency_Key="another code")
+    assert (late.status, fields(late)) == (422, ["expires_at"])
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        *((WELCOME | {"name": name}, "name") for name in ("", 1, None, "x" * 201, "Ada\r\nBcc: eve@example.com")),
+        *((WELCOME | {"email": bad}, "email") for bad in ("nobody", "a@b.example, c@d.example", ["a@b.example"], None)),
+        (WELCOME | {"subject": "mine"}, "subject"),
+        ({"email": "ada@example.com"}, "name"),
+        ({"name": "Ada"}, "email"),
+    ],
+)
+def test_a_welcome_mail_that_cannot_be_written_is_refused_by_field(
+    api: Api, client: redis.Redis, body: dict[str, Any], field: str
+) -> None:
+    refused(api, client, "/start-job", body, 422, field)
+
+
+# fmt: off
+NAMES = [
+    "Ada <eve@example.com>", "eve@example.com, ", "Lovelace, Ada", '"', "\\", '\\"' * 100, "<", ">" * 200, "a: b;",
+    "=?utf-8?q?x?=", "   ", "é" * 200, "\N{INCOMING ENVELOPE}" * 200, "\N{RIGHT-TO-LEFT OVERRIDE}x",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_welcome_mail_greets_any_name_and_goes_to_nobody_else(api: Api, name: str) -> None:
+    answer = api.post("/start-job", {"name": name, "email": "ada@example.com"})
+    assert answer.status == 202, answer
+    seen = api.email(answer.body["job_id"])
+    assert [one["address"] for one in seen["recipients"]] == ["ada@example.com"]
+    assert seen["subject"] == f"Welcome, {name}"
