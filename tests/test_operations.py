@@ -17,7 +17,7 @@ import redis
 
 import settings
 from ops.checks import replies
-from ops.install import Server
+from ops.server import Server
 from process.log import EVENTS
 from smtp import pacing, verdict
 from tests.operations import BLOCKS, PAGE, block, line
