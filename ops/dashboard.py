@@ -1,9 +1,9 @@
 """rq-dashboard behind a login, under Waitress: `python -m ops.dashboard [--no-login]`, pages under /rq/.
 
 Nobody sees or repeats mail without the password, no other web site can press its buttons, looking changes nothing in
-Redis, nothing from Redis is un-pickled or becomes markup, and every page answers a plain 503 when Redis is away. None of
-this is in rq-dashboard 0.9.0: we patch its templates as they are loaded, its views as they are registered, and refuse to
-start if a release no longer fits.
+Redis, nothing from Redis is un-pickled or becomes markup, and every page answers a plain 503 when Redis is away. All
+this is missing in rq-dashboard 0.9.0: we patch its templates as they are loaded, its views as they are registered, and
+refuse to start if a release no longer fits.
 
 Refuses to run without a password, except on loopback with `--no-login`; then it answers to loopback names only, since
 any web page can point a name of its own at 127.0.0.1 (DNS rebinding).

@@ -1,8 +1,8 @@
 """Speaks systemd's two small protocols, sd_listen_fds(3) and sd_notify(3); does nothing without systemd.
 
 `sockets` are those on which systemd listens for us. They outlive this process: a restart refuses no connection. `tell`
-sends `READY=1`, `STOPPING=1` or `WATCHDOG=1`. Send WATCHDOG=1 only where work is seen to be done, never from a thread of
-its own: a service that sends it while it hangs is never restarted.
+sends `READY=1`, `STOPPING=1` or `WATCHDOG=1`. Send WATCHDOG=1 only where work is seen to be done, never from a thread
+of its own: a service that sends it while it hangs is never restarted.
 
 Raises nothing: a service manager that is absent, or has gone, is no reason to stop.
 """
