@@ -20,10 +20,10 @@ import pytest
 import redis
 from selenium.webdriver import Chrome
 
+from tests.dashboards import press
 from tests.killed_worker import POINTS
 from tests.scripted_relay import Line, ScriptedRelay
 from tests.servers import CUT, Api, House, RedisServer, Relay, eventually, free_port
-from tests.test_dashboard import press
 
 
 @pytest.fixture

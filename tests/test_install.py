@@ -22,7 +22,7 @@ from ops import install, release, site
 from ops.dev import find_redis_server
 from ops.install import Step
 from ops.server import Fault, Server
-from settings import Settings, parse_api_keys
+from settings import Settings
 from tests.servers import ROOT, House, Relay, eventually, project_files
 
 GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@example.com")
@@ -108,29 +108,27 @@ def test_a_step_that_fails_ends_it_and_shows_the_key_that_was_made(
 # --- the release ------------------------------------------------------------------------------------------------------
 
 
-def test_a_release_is_named_by_its_version_and_commit(clone: Path) -> None:
+def test_a_release_is_named_by_its_version_and_commit_and_what_is_not_committed_is_another(clone: Path) -> None:
     commit = subprocess.run(["git", "-C", clone, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     version = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert version
-    assert release.release_id(clone) == f"{version[1]}-{commit.stdout.strip()}"
-
-
-def test_a_change_that_is_not_committed_is_a_release_of_its_own(clone: Path) -> None:
     committed = release.release_id(clone)
-    with (clone / "tasks.py").open("a") as tasks:
-        tasks.write("# another task\n")
+    assert committed == f"{version[1]}-{commit.stdout.strip()}"
+    (clone / "tasks.py").write_text("# another task\n")
     changed = release.release_id(clone)
     assert changed.startswith(f"{committed}-changed-")
     assert release.release_id(clone) == changed
 
 
-def test_what_is_in_the_clone_by_accident_is_not_installed(clone: Path, tmp_path: Path) -> None:
+def test_a_copy_has_what_git_tracks_and_can_be_read_by_everybody(clone: Path, tmp_path: Path) -> None:
     (clone / ".env").write_text("SMTP_PASSWORD=secret\n")
     (clone / "notes.txt").write_text("mine\n")
-    release.copy_files(clone, tmp_path / "release")
-    copied = {str(path.relative_to(tmp_path / "release")) for path in (tmp_path / "release").rglob("*")}
+    (clone / "service.py").chmod(0o600)
+    release.copy_files(clone, copy := tmp_path / "release")
+    copied = {str(path.relative_to(copy)) for path in copy.rglob("*")}
     assert {"service.py", "bin/install", "templates/welcome/subject.txt"} <= copied
     assert not copied & {".env", ".git", "notes.txt"}
+    assert (mode(copy / "service.py"), mode(copy / "bin/install")) == (0o644, 0o755)
 
 
 def test_without_git_a_release_is_named_by_what_is_in_it(clone: Path) -> None:
@@ -141,13 +139,6 @@ def test_without_git_a_release_is_named_by_what_is_in_it(clone: Path) -> None:
     assert Path(".env") not in release.files_of(clone)
     (clone / "tasks.py").write_text("")
     assert release.release_id(clone) != name
-
-
-def test_a_copy_can_be_read_by_everybody_and_run_where_the_original_can(clone: Path, tmp_path: Path) -> None:
-    (clone / "service.py").chmod(0o600)
-    release.copy_files(clone, tmp_path / "release")
-    assert mode(tmp_path / "release/service.py") == 0o644
-    assert mode(tmp_path / "release/bin/install") == 0o755
 
 
 def test_a_release_that_was_not_finished_is_made_again(server: Server, noted: list[str]) -> None:
@@ -164,21 +155,7 @@ def test_a_release_that_was_not_finished_is_made_again(server: Server, noted: li
     assert noted == []
 
 
-def test_the_switch_is_the_last_thing_that_can_fail_and_remembers_what_was(server: Server, clone: Path) -> None:
-    install.make_release(server)
-    install.switch(server)
-    first = server.release
-    (clone / "tasks.py").write_text("")
-    install.make_release(server)
-    assert server.current.resolve() == first
-    install.switch(server)
-    assert server.current.resolve() == server.release
-    assert server.previous.resolve() == first
-    install.switch(server)  # a second run
-    assert server.previous.resolve() == first
-
-
-def test_a_rollback_goes_to_the_release_before_and_back(server: Server, clone: Path) -> None:
+def test_the_switch_remembers_what_was_and_a_rollback_goes_there_and_back(server: Server, clone: Path) -> None:
     with pytest.raises(Fault, match="there is none"):
         install.find_previous_release(server)
     install.make_release(server)
@@ -186,8 +163,11 @@ def test_a_rollback_goes_to_the_release_before_and_back(server: Server, clone: P
     first = server.release
     (clone / "tasks.py").write_text("")
     install.make_release(server)
-    install.switch(server)
+    assert server.current.resolve() == first
     second = server.release
+    for _ in range(2):  # a second run changes nothing
+        install.switch(server)
+        assert (server.current.resolve(), server.previous.resolve()) == (second, first)
     for expected in (first, second):
         install.find_previous_release(server)
         install.switch(server)
@@ -211,8 +191,11 @@ def test_secrets_are_made_once_and_only_root_reads_them(server: Server) -> None:
     install.configure(server)
     key = server.new_key
     assert key
-    known = parse_api_keys((server.credentials / "api_keys").read_text().strip())
-    assert known == (("default", hashlib.sha256(key.encode()).hexdigest(), "full"),)
+    settings = Settings(_env_file=server.env, _secrets_dir=server.credentials)  # as the service reads it
+    assert settings.api_keys == (("default", hashlib.sha256(key.encode()).hexdigest(), "full"),)
+    assert settings.redis_url.get_secret_value().startswith("unix://async-email:")
+    assert settings.dashboard_password
+    assert not settings.smtp_password
     assert mode(server.etc) == mode(server.credentials) == 0o700
     assert {mode(path) for path in (server.env, *server.credentials.iterdir())} == {0o600}
     before = content(server.etc)
@@ -231,15 +214,6 @@ def test_what_the_operator_has_set_is_neither_overwritten_nor_made(server: Serve
     assert (server.credentials / "dashboard_password").read_text() == ""
     assert server.new_key
     assert not server.redis_conf.exists()
-
-
-def test_the_service_reads_what_was_made(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    install.configure(server)
-    settings = Settings(_env_file=server.env, _secrets_dir=server.credentials)
-    assert settings.redis_url.get_secret_value().startswith("unix://async-email:")
-    assert settings.dashboard_password
-    assert len(settings.api_keys) == 1
-    assert not settings.smtp_password
 
 
 class InstalledRedis:
@@ -362,16 +336,14 @@ def nginx(server: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
     return server.nginx
 
 
-def test_the_site_takes_the_place_of_the_welcome_page(server: Server, nginx: Path) -> None:
+@pytest.mark.parametrize(("default", "left"), [("welcome\n", set()), ("my shop\n", {"default"})])
+def test_the_site_replaces_the_welcome_page_unless_somebody_has_changed_it(
+    server: Server, nginx: Path, default: str, left: set[str]
+) -> None:
+    (nginx / "sites-available/default").write_text(default)
     site.set_up_nginx(server)
-    assert [path.name for path in (nginx / "sites-enabled").iterdir()] == ["async-email"]
+    assert {path.name for path in (nginx / "sites-enabled").iterdir()} == {"async-email"} | left
     assert (nginx / "sites-enabled/async-email").read_text() == (server.source / "nginx/async-email.conf").read_text()
-
-
-def test_a_default_site_that_somebody_has_changed_stays(server: Server, nginx: Path) -> None:
-    (nginx / "sites-available/default").write_text("my shop\n")
-    site.set_up_nginx(server)
-    assert {path.name for path in (nginx / "sites-enabled").iterdir()} == {"async-email", "default"}
 
 
 def test_a_site_that_was_edited_stays_and_one_that_was_not_is_brought_up_to_date(server: Server, nginx: Path) -> None:
@@ -394,20 +366,19 @@ def test_a_site_that_nginx_does_not_take_is_taken_out_again(
             raise Fault("duplicate default server")
         return True
 
-    before, run_well = content(nginx), Server.run
-    monkeypatch.setattr(Server, "run", run)
-    with pytest.raises(Fault, match="duplicate default server"):
-        site.set_up_nginx(server)
-    assert content(nginx) == before
-    monkeypatch.setattr(Server, "run", run_well)
+    def refused() -> None:
+        before = content(nginx)
+        with monkeypatch.context() as patch:
+            patch.setattr(Server, "run", run)
+            with pytest.raises(Fault, match="duplicate default server"):
+                site.set_up_nginx(server)
+        assert content(nginx) == before
+
+    refused()
     install.make_release(server)
     site.set_up_nginx(server)
-    before = content(nginx)
     (server.source / "nginx/async-email.conf").write_text("nonsense\n")
-    monkeypatch.setattr(Server, "run", run)
-    with pytest.raises(Fault, match="duplicate default server"):
-        site.set_up_nginx(server)
-    assert content(nginx) == before
+    refused()
 
 
 # --- the units --------------------------------------------------------------------------------------------------------
