@@ -1,12 +1,13 @@
 """Every environment variable: typed, checked together, read once.
 
-A process asks `load()` once, at its start, and either gets a frozen `Settings` or a `SettingsError` that holds one
-sentence per fault, each naming its variable and none showing a value that may be secret. Values come from the
-environment, then from a file `.env` in the working directory; in `.env` an unknown name is a fault, since it is most
-often a typing error. A secret may stand in a file instead: `SMTP_PASSWORD_FILE=/path` for `SMTP_PASSWORD`. A service of
-systemd finds both among its credentials (`LoadCredential=`): `async-email.env` in place of `.env`, and `smtp_password`.
+A process calls `load()` once, at its start, and gets a frozen `Settings` or a `SettingsError` that holds one sentence
+per fault, each naming its variable and none showing a value that may be secret. Values come from the environment, then
+from a file `.env` in the working directory; in `.env` an unknown name is a fault, most often a typing error.
+A secret may be in a file instead: `SMTP_PASSWORD_FILE=/path` for `SMTP_PASSWORD`. A service of systemd finds both among
+its credentials (`LoadCredential=`): `async-email.env` in place of `.env`, and `smtp_password`.
 
-The only home of `os.environ`. `.env.example` and the README's table list the same variables; a test compares them.
+The only file of the service that reads `os.environ`, except what systemd puts there. `.env.example` and the README's
+table list the same variables; a test compares them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import hashlib
 import ipaddress
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -27,46 +27,44 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 SECRETS = ("redis_url", "smtp_password", "api_keys", "dashboard_password")
 DEV_KEY = "dev"  # bin/dev's API key; everybody knows it, so it may be served on loopback only
-
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class SettingsError(Exception):
-    """The process must not start. `faults` holds one sentence for each variable that is wrong."""
+    """Forbids the process to start. `faults` holds one sentence for each variable that is wrong."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__("\n".join(faults))
         self.faults = faults
 
 
-def parse_duration(text: object) -> object:
-    """`"90s"`, `"5m"`, `"24h"`, `"3d"` -> seconds."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"([0-9]{1,9})([smhd])", str(text).strip())
+def parsed_by(parse: Callable[[str], object]) -> BeforeValidator:
+    """Applies `parse` to text only: a default, or a value that code passes in, has its type already."""
+    return BeforeValidator(lambda given: parse(given) if isinstance(given, str) else given)
+
+
+def parse_duration(text: str) -> int:
+    """Returns seconds: `"90s"` -> 90, `"5m"` -> 300, `"24h"`, `"3d"`."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text.strip())
     if not match:
-        raise ValueError("write a number and a unit: 30s, 5m, 24h or 3d")
+        raise ValueError("must be a number and a unit: 30s, 5m, 24h or 3d")
     return int(match[1]) * UNITS[match[2]]
 
 
-def parse_schedule(text: object) -> object:
-    return [parse_duration(part) for part in text.split(",")] if isinstance(text, str) else text
+def parse_schedule(text: str) -> list[int]:
+    return [parse_duration(part) for part in text.split(",")]
 
 
 class Rate(NamedTuple):
-    """At most `mails` in any `seconds`."""
-
-    mails: int
-    seconds: int
+    mails: int  # at most so many
+    seconds: int  # in any period of this length
 
 
-def parse_rates(text: object) -> object:
-    """`"14/s, 2000/d"` -> rates that hold together."""
-    if not isinstance(text, str):
-        return text
+def parse_rates(text: str) -> tuple[Rate, ...]:
+    """Returns the rates of `"14/s, 2000/d"`, all of which hold at once."""
     parts = [re.fullmatch(r"([1-9][0-9]{0,4})/([smhd])", part.strip()) for part in text.split(",")]
     if not all(parts):
-        raise ValueError("write mails per second, minute, hour or day: 14/s, or several such as 30/m,2000/d")
+        raise ValueError("must be a rate per second, minute, hour or day: 14/s, or several such as 30/m,2000/d")
     return tuple(Rate(int(part[1]), UNITS[part[2]]) for part in parts if part)
 
 
@@ -75,10 +73,6 @@ class Address(NamedTuple):
 
     host: str
     port: int
-
-    @property
-    def is_loopback(self) -> bool:
-        return is_loopback(self.host)
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -94,7 +88,7 @@ def is_loopback(host: str) -> bool:
 
 
 def can_be_read(url: str) -> bool:
-    """False where a password in it holds what ends a host; the parser's own error would quote it."""
+    """Returns False if the password in it holds what ends a host; the parser's own error would quote it."""
     try:
         _ = urlsplit(url).port
     except ValueError:
@@ -102,39 +96,35 @@ def can_be_read(url: str) -> bool:
     return True
 
 
-def parse_address(text: object) -> object:
-    if not isinstance(text, str):
-        return text
+def parse_address(text: str) -> Address:
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([^\s:\[\]]+)):([0-9]{1,5})", text.strip())
     if not match or not 0 < int(match[3]) < 65536:
-        raise ValueError("write host:port, such as 127.0.0.1:8000 or [::1]:8000")
+        raise ValueError("must be host:port, such as 127.0.0.1:8000 or [::1]:8000")
     return Address(match[1] or match[2], int(match[3]))
 
 
 class ApiKey(NamedTuple):
-    """A caller's key: we hold its SHA-256 only. Scope `send` may submit, `full` may also read, requeue and cancel."""
+    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit; `full` may do everything."""
 
     name: str
     sha256: str
     scope: str
 
 
-def parse_api_keys(text: object) -> object:
-    if not isinstance(text, str):
-        return text
+def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
     keys = []
     for number, entry in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
         match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send))?", entry)
         if not match:  # the entry itself may be a key pasted in clear: never repeat it
-            raise ValueError(f"entry {number} is not name:sha256hex or name:sha256hex:scope, with scope full or send")
+            raise ValueError(f"entry {number} must be name:sha256hex or name:sha256hex:scope, with scope full or send")
         keys.append(ApiKey(match[1], match[2], match[3] or "full"))
     if len({key.name for key in keys}) < len(keys):
-        raise ValueError("two entries have the same name")
+        raise ValueError("each name must be unique")
     return tuple(keys)
 
 
-Duration = Annotated[int, BeforeValidator(parse_duration), Field(gt=0)]
-Listen = Annotated[Address, BeforeValidator(parse_address), NoDecode]
+Duration = Annotated[int, parsed_by(parse_duration), Field(gt=0)]
+Listen = Annotated[Address, parsed_by(parse_address), NoDecode]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -156,21 +146,22 @@ class Settings(BaseSettings):
     smtp_password_file: FilePath | None = None
     smtp_ca_file: FilePath | None = None
     smtp_timeout: Duration = 30
-    smtp_rate: Annotated[tuple[Rate, ...], BeforeValidator(parse_rates), NoDecode] = ()
+    smtp_rate: Annotated[tuple[Rate, ...], parsed_by(parse_rates), NoDecode] = ()
 
     mail_from: str | None = None
 
     listen: Listen = Address("127.0.0.1", 8000)
     api_processes: Annotated[int, Field(ge=1, le=64)] = 2
-    api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(parse_api_keys), NoDecode] = ()
+    api_keys: Annotated[tuple[ApiKey, ...], parsed_by(parse_api_keys), NoDecode] = ()
     api_keys_file: FilePath | None = None
 
     worker_concurrency: Annotated[int, Field(ge=1, le=64)] = 16
 
-    retry_schedule: Annotated[tuple[Duration, ...], BeforeValidator(parse_schedule), NoDecode, Field(max_length=50)] = (
-        *(60, 5 * 60, 15 * 60, 30 * 60),
-        *(3600, 2 * 3600, 4 * 3600, 8 * 3600, 12 * 3600),
+    # fmt: off
+    retry_schedule: Annotated[tuple[Duration, ...], parsed_by(parse_schedule), NoDecode, Field(max_length=50)] = (
+        60, 5 * 60, 15 * 60, 30 * 60, 3600, 2 * 3600, 4 * 3600, 8 * 3600, 12 * 3600
     )
+    # fmt: on
     on_doubt: Literal["retry", "hold"] = "retry"
     retain_sent: Duration = 3 * 86400
     retain_failed: Duration = 14 * 86400
@@ -196,7 +187,7 @@ class Settings(BaseSettings):
             if not path:
                 continue
             if given.get(name):
-                raise ValueError(f"{name.upper()} and {name.upper()}_FILE are both set; keep one of them")
+                raise ValueError(f"only one of {name.upper()} and {name.upper()}_FILE may be set")
             try:
                 given[name] = Path(path).read_text().strip()
             except (OSError, UnicodeDecodeError) as error:
@@ -206,17 +197,17 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def check_combinations(self) -> Settings:
-        """What is right alone and wrong together, one sentence each."""
+        """Raises ValueError with a sentence for each pair of values that must not be together."""
         dev_key = hashlib.sha256(DEV_KEY.encode()).hexdigest()
         password = self.smtp_password.get_secret_value() if self.smtp_password else ""
         combinations = (
-            (not password.isascii(), "SMTP_PASSWORD must be ASCII; SMTP logins carry nothing else"),
+            (not password.isascii(), "SMTP_PASSWORD must be ASCII: an SMTP login carries nothing else"),
             (
                 bool(self.smtp_username) and self.smtp_security == "none" and not is_loopback(self.smtp_host or ""),
                 "SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls",
             ),
             (
-                not self.listen.is_loopback and any(key.sha256 == dev_key for key in self.api_keys),
+                not is_loopback(self.listen.host) and any(key.sha256 == dev_key for key in self.api_keys),
                 f"API_KEYS holds the key '{DEV_KEY}', which everybody knows, and LISTEN is not loopback; make a key",
             ),
             (
@@ -225,7 +216,7 @@ class Settings(BaseSettings):
             ),
             (
                 not can_be_read(self.redis_url.get_secret_value()),
-                "REDIS_URL cannot be read; write / # ? : @ in its password as %2F %23 %3F %3A %40",
+                "REDIS_URL must be a URL: write / # ? : @ in its password as %2F %23 %3F %3A %40",
             ),
         )
         faults = [sentence for wrong, sentence in combinations if wrong]
@@ -235,16 +226,16 @@ class Settings(BaseSettings):
 
     @property
     def deliver_timeout(self) -> int:
-        """Seconds that one whole SMTP conversation may take; after the final dot, the answer may take what is left."""
+        """Seconds that one whole SMTP session may take; the reply to the final dot may take what is left of them."""
         return 4 * self.smtp_timeout
 
     @property
     def job_timeout(self) -> int:
-        """Seconds until RQ breaks off an attempt: later than the conversation's own end, which leaves a verdict."""
+        """Seconds until RQ ends an attempt: later than the session's own deadline, which leaves a verdict."""
         return self.deliver_timeout + 30
 
 
-NEEDED = {  # what a process cannot do without -> what to write there
+NEEDED = {  # a setting that a process cannot run without -> what to write there
     "smtp_host": "name the relay to send through, such as smtp.example.com",
     "mail_from": "name the sender of mail that names none, such as 'Acme <hello@example.com>'",
     "api_keys": "without a key nobody could call the API; make one with: bin/key new NAME",
@@ -253,31 +244,32 @@ NEEDED = {  # what a process cannot do without -> what to write there
 
 
 def load(*needed: str, **overrides: Any) -> Settings:
-    """Reads and checks everything. `needed` names the settings that this process cannot do without.
+    """Reads and checks everything. `needed` names the settings that this process cannot run without.
 
-    Raises `SettingsError` with all that is wrong, or, where nothing is, with all that is missing.
+    Raises `SettingsError` with everything that is wrong or, if nothing is, with everything that is missing.
     """
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     file = Path(directory, "async-email.env") if directory else Path(".env")
     try:
         settings = Settings(**{"_env_file": file, "_secrets_dir": directory, **overrides})
     except ValidationError as error:
-        raise SettingsError(sentences(error, file.name)) from None
+        raise SettingsError(explain(error, file.name)) from None
     missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not getattr(settings, name)]
     if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password):
-        # Asked of who speaks to the relay alone: under systemd, nobody else is given the password.
-        missing.append("SMTP_USERNAME and SMTP_PASSWORD go together; set both, or neither for a relay without a login")
+        # Checked in the process that speaks to the relay: under systemd, no other one is given the password.
+        missing.append("SMTP_USERNAME and SMTP_PASSWORD go together: set both, or neither for a relay without a login")
     if missing:
         raise SettingsError(missing)
     return settings
 
 
-def sentences(error: ValidationError, file: str) -> list[str]:
+def explain(error: ValidationError, file: str) -> list[str]:
+    """Returns one sentence per fault."""
     faults: list[str] = []
     for fault in error.errors(include_input=False, include_url=False):
         text = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "default_factory_not_called":
-            continue  # another fault, already told, kept this default from being worked out
+            continue  # another fault, reported as well, prevented this default from being computed
         if not fault["loc"]:
             faults += text.splitlines()
         elif fault["type"] == "extra_forbidden":
@@ -289,25 +281,5 @@ def sentences(error: ValidationError, file: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def current() -> Settings:
-    """The settings of this process, for the functions that RQ calls with nothing but an id."""
+    """Returns the settings of this process, for functions that RQ calls with nothing but an id."""
     return load()
-
-
-@contextmanager
-def environment_of_a_unit(credentials: Path) -> Iterator[None]:
-    """For bin/doctor: what `load` reads in the body is what a service of systemd with these credentials reads, which
-    knows nothing of a shell's variables."""
-    shell = dict(os.environ)
-    for name in Settings.model_fields:
-        os.environ.pop(name.upper(), None)
-    os.environ["CREDENTIALS_DIRECTORY"] = str(credentials)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(shell)
-
-
-def child_environment(**changes: str) -> dict[str, str]:
-    """This process's environment with `changes`, for the processes that `bin/dev` starts."""
-    return {**os.environ, **changes}

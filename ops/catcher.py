@@ -2,10 +2,10 @@
 
     python -m ops.catcher [--smtp-port 1025] [--mail-port 8025]
 
-Promises: it takes every mail, however malformed, keeps the last 500 (256 MiB at most) in memory with their bytes as
-they came, and shows each as well as can be. A caught mail is hostile: its text is escaped, its HTML runs no script and
-loads nothing from anywhere; no address or subject is logged. `GET /messages` lists the mails as JSON, the oldest first;
-`GET /messages/{n}.eml` is one as received. Takes any login. Refuses TLS, mails over 64 MiB, every interface but
+Accepts every mail, however malformed, keeps the last 500 (256 MiB at most) in memory with their bytes as they came, and
+shows each as well as possible. A caught mail is hostile: its text is escaped, its HTML runs no script and loads nothing
+from anywhere; no address or subject is logged. `GET /messages` lists the mails as JSON, the oldest first;
+`GET /messages/{n}.eml` is one as received. Accepts any login. Refuses TLS, mails over 64 MiB, every interface except
 127.0.0.1, and requests that name another host (DNS rebinding). SMTP is RFC 5321 with SIZE, 8BITMIME (6152) and
 SMTPUTF8 (6531).
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import mimetypes
 import re
 import secrets
 import signal
@@ -23,11 +22,9 @@ import socket
 import sys
 from base64 import b64encode
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from email import message_from_bytes
-from email.policy import EmailPolicy
 from email.utils import getaddresses, parseaddr
 from pathlib import Path
 from threading import Lock, Thread
@@ -39,6 +36,7 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from waitress.server import create_server
 
+from ops.mailparts import CID, Content, readable, take_apart
 from settings import is_loopback
 
 KEPT = 500
@@ -46,12 +44,11 @@ KEPT_BYTES = 256 * 2**20
 SIZE_LIMIT = 64 * 2**20
 
 TABS = ("html", "text", "headers", "source")
-CID = re.compile(r"\bcid:([^\"'()\s<>]+)", re.IGNORECASE)
 # Chromium opens a connection for these even where the policy forbids what they would load.
 PRECONNECTS = re.compile(r"<(?=(?:link|i?frame|fencedframe|object|embed)\b)", re.IGNORECASE)
 
-# Sandboxed, a mail has an origin of its own, no scripts, no forms, and cannot leave its frame. A link that a person
-# clicks opens in a tab of its own. Images are the mail's, as data: URLs.
+# Sandboxed, a mail has an origin of its own, no scripts and no forms, and cannot leave its frame. A link opens in a new
+# tab. Images are the mail's own, as data: URLs.
 MAIL_CSP = (
     "sandbox allow-popups allow-popups-to-escape-sandbox; default-src 'none'; img-src data:; font-src data:; "
     "style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'; frame-ancestors 'self'"
@@ -71,109 +68,6 @@ HEADERS = {
 log = logging.getLogger("ops.catcher")
 
 
-class Forgiving(EmailPolicy):
-    """`email.policy.default`, except that a header on which its parser raises is handed over as it stands."""
-
-    def header_fetch_parse(self, name: str, value: str) -> Any:
-        try:
-            return super().header_fetch_parse(name, value)
-        except Exception:
-            return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-POLICY = Forgiving(refold_source="none")
-
-
-def readable(text: str) -> str:
-    """Text that UTF-8 can hold, which has no halves of surrogate pairs."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A leaf of a mail: a body, an image that the HTML shows, or a file."""
-
-    name: str
-    content_type: str
-    content_id: str
-    is_file: bool
-    data: bytes
-    text: str
-
-
-@dataclass(frozen=True)
-class Content:
-    """What could be read out of a mail's bytes. `attachments` is all that neither `text` nor `html` shows."""
-
-    headers: list[tuple[str, str]]
-    text: str | None
-    html: str | None
-    images: dict[str, Part]
-    attachments: list[Part]
-
-
-def take_apart(raw: bytes) -> Content:
-    """Never raises: what `email` cannot read at all, such as a thousand nested parts, is one text."""
-    try:
-        message = message_from_bytes(raw, policy=POLICY)
-        headers = [(readable(name), readable(str(value))) for name, value in message.items()]
-        return sort_out(headers, [read_part(number, leaf) for number, leaf in enumerate(leaves(message), 1)])
-    except Exception:
-        return Content([], raw.decode("utf-8", "replace"), None, {}, [])
-
-
-def leaves(part: Any) -> Iterator[Any]:
-    """A mail within the mail is one leaf: its insides are its own."""
-    if part.is_multipart() and part.get_content_maintype() == "multipart":
-        for child in part.get_payload():
-            yield from leaves(child)
-    else:
-        yield part
-
-
-def read_part(number: int, leaf: Any) -> Part:
-    content_type = readable(leaf.get_content_type())
-    if content_type.startswith("multipart/"):  # in name only: it has no boundary
-        content_type = "text/plain"
-    name = readable(leaf.get_filename() or "")
-    data = leaf_bytes(leaf)
-    return Part(
-        name=name or f"part-{number}{mimetypes.guess_extension(content_type) or ''}",
-        content_type=content_type,
-        content_id=readable(str(leaf.get("content-id", ""))).strip().strip("<>"),
-        is_file=bool(name) or leaf.get_content_disposition() == "attachment",
-        data=data,
-        text=decode(data, leaf) if content_type in ("text/plain", "text/html") else "",
-    )
-
-
-def leaf_bytes(leaf: Any) -> bytes:
-    if leaf.is_multipart():
-        return b"".join(child.as_bytes() for child in leaf.get_payload())
-    return bytes(leaf.get_payload(decode=True))
-
-
-def decode(data: bytes, leaf: Any) -> str:
-    try:
-        return readable(data.decode(leaf.get_content_charset("utf-8")))
-    except (LookupError, ValueError):  # no such charset, or bytes that it does not allow
-        return data.decode("utf-8", "replace")
-
-
-def sort_out(headers: list[tuple[str, str]], parts: list[Part]) -> Content:
-    text = next((part for part in parts if part.content_type == "text/plain" and not part.is_file), None)
-    html = next((part for part in parts if part.content_type == "text/html" and not part.is_file), None)
-    used = {unquote(cid) for cid in CID.findall(html.text if html else "")}
-    images = {
-        part.content_id: part
-        for part in parts
-        if part.content_id in used and re.fullmatch(r"image/[a-z0-9.+-]+", part.content_type)
-    }
-    shown = [text, html, *images.values()]
-    attachments = [part for part in parts if part not in shown]
-    return Content(headers, text.text if text else None, html.text if html else None, images, attachments)
-
-
 @dataclass(frozen=True)
 class Mail:
     """A caught mail: the envelope as the client gave it, the bytes as they came, and what they hold."""
@@ -190,13 +84,13 @@ class Mail:
 
     @property
     def sender(self) -> str:
-        """Whom a person would say it is from."""
+        """The sender as a person would name it."""
         name, address = parseaddr(self.header("from") or "")
         return name or address or self.header("from") or self.envelope_from or "(no sender)"
 
     @property
     def clock(self) -> str:
-        """The time of day, or the day when that is another one than today."""
+        """The time of day, or the day if that is not today."""
         here, now = self.received_at.astimezone(), datetime.now().astimezone()
         return f"{here:%H:%M}" if here.date() == now.date() else f"{here:%d %b}"
 
@@ -212,7 +106,7 @@ class Mail:
 
     @property
     def framed_html(self) -> str:
-        """The HTML with its inline images, for the sandbox of `MAIL_CSP`; its links open outside of the frame."""
+        """The HTML with its inline images, for the sandbox of `MAIL_CSP`; its links open outside the frame."""
 
         def inline(match: re.Match[str]) -> str:
             image = self.content.images.get(unquote(match[1]))
@@ -222,7 +116,7 @@ class Mail:
         return re.sub(r"(?i)\A(\s*<!doctype[^>]*>)?", r'\1<base target="_blank">', html, count=1)
 
     def summary(self) -> dict[str, Any]:
-        """The mail as `GET /messages` lists it. A header that the mail lacks is null."""
+        """Returns the mail as `GET /messages` lists it. A header that it lacks is null."""
         return {
             "n": self.n,
             "received_at": self.received_at.isoformat(timespec="milliseconds"),
@@ -237,7 +131,7 @@ class Mail:
 
 
 class Inbox:
-    """The last mails, in the order they came. Every method may be called from any thread."""
+    """The last mails, in the order they came. Thread-safe."""
 
     def __init__(self) -> None:
         self._mails: deque[Mail] = deque(maxlen=KEPT)
@@ -261,13 +155,13 @@ class Inbox:
             return list(self._mails)
 
     def clear(self) -> None:
-        """Numbers go on from where they were: a link never comes to show another mail."""
+        """Forgets all mails, but not the last number, so that no link ever shows another mail."""
         with self._lock:
             self._mails.clear()
 
     @property
     def version(self) -> str:
-        """An ETag that changes whenever the list does, over a restart too."""
+        """An ETag that changes whenever the list does, also by a restart."""
         with self._lock:
             return f'"{self._born}-{self._caught}-{len(self._mails)}"'
 
@@ -288,8 +182,9 @@ def render(template: str, **values: Any) -> str:
 
 
 def guard() -> None:
-    """Runs before every request. Another site may point its own name at us or post a form to us, and a browser would
-    carry it out; but it names that site, in Host or in Origin.
+    """Refuses what a browser sends for another site, whose name may point here and whose forms may be posted here.
+
+    Browsers name that site in Host or in Origin.
     """
     host = bottle.request.get_header("Host", "")
     try:
@@ -308,7 +203,7 @@ def add_headers() -> None:
 
 
 class Site:
-    """What the routes of `make_app` answer."""
+    """Answers the routes of `make_app`."""
 
     def __init__(self, inbox: Inbox) -> None:
         self.inbox = inbox
@@ -321,7 +216,7 @@ class Site:
 
     def page(self, n: int | None = None) -> Any:
         mail = None if n is None else self.find(n)
-        version = self.inbox.version  # taken before the list: what comes in between is seen at the next poll
+        version = self.inbox.version  # before the list: what comes in between is seen at the next poll
         if bottle.request.get_header("If-None-Match") == version:
             return bottle.HTTPResponse(status=304)
         mails, tab = self.inbox.mails()[::-1], bottle.request.query.tab
@@ -385,8 +280,8 @@ def make_app(inbox: Inbox) -> Any:
     return app
 
 
-class Catch:
-    """aiosmtpd's handler: one line for each mail, which says where to look and not what there is to see."""
+class Handler:
+    """aiosmtpd's handler. Logs one line per mail, which says where to look and nothing of what is in it."""
 
     def __init__(self, inbox: Inbox, page: str) -> None:
         self.inbox, self.page = inbox, page
@@ -399,19 +294,19 @@ class Catch:
 
 
 class Session(SMTP):
-    line_length_limit = SIZE_LIMIT  # a relay would refuse a longer line than 998, and here one wants to see it
+    line_length_limit = SIZE_LIMIT  # a relay refuses lines over 998 bytes; here they are shown
 
 
-def serve_smtp(listener: socket.socket, catch: Catch) -> None:
-    """Runs for ever. A server of our own, since aiosmtpd's Controller takes 5 s to tell that a port is taken."""
+def serve_smtp(listener: socket.socket, handler: Handler) -> None:
+    """Runs forever. Not aiosmtpd's Controller, which takes 5 s to notice that a port is taken."""
 
     def session() -> Session:
         return Session(
-            catch,
+            handler,
             data_size_limit=SIZE_LIMIT,
             enable_SMTPUTF8=True,
-            hostname="localhost",  # without one, aiosmtpd asks the DNS for it at every connection
-            authenticator=lambda *_: AuthResult(success=True),  # for settings that name a relay's user and not its host
+            hostname="localhost",  # without it, aiosmtpd asks the DNS at every connection
+            authenticator=lambda *_: AuthResult(success=True),  # for settings with a relay's user and not its host
             auth_require_tls=False,
             loop=loop,
         )
@@ -443,7 +338,7 @@ def main() -> None:
     inbox = Inbox()
     smtp, http = listen(ports.smtp_port, "--smtp-port"), listen(ports.mail_port, "--mail-port")
     page = "http://{}:{}".format(*http.getsockname())
-    Thread(target=serve_smtp, args=(smtp, Catch(inbox, page)), daemon=True).start()
+    Thread(target=serve_smtp, args=(smtp, Handler(inbox, page)), daemon=True).start()
     log.info("catching mail on %s:%d, to be seen on %s/", *smtp.getsockname(), page)
     create_server(make_app(inbox), sockets=[http], ident=None).run()
 

@@ -1,9 +1,9 @@
 """rq-dashboard behind a login, under Waitress: `python -m ops.dashboard [--no-login]`, pages under /rq/.
 
-It promises that nobody sees or repeats mail without the password, that no other web site can press its buttons, that
-looking changes nothing in Redis, that nothing from Redis is un-pickled or becomes markup, and that a page says so with
-a plain 503 when Redis is away. Those are our mends of rq-dashboard 0.9.0, which does none of this: its templates are
-corrected as they are loaded, its views as they are registered, and a release that no longer fits is refused at start.
+Nobody sees or repeats mail without the password, no other web site can press its buttons, looking changes nothing in
+Redis, nothing from Redis is un-pickled or becomes markup, and every page answers a plain 503 when Redis is away. All
+this is missing in rq-dashboard 0.9.0: we patch its templates as they are loaded, its views as they are registered, and
+refuse to start if a release no longer fits.
 
 Refuses to run without a password, except on loopback with `--no-login`; then it answers to loopback names only, since
 any web page can point a name of its own at 127.0.0.1 (DNS rebinding).
@@ -55,50 +55,48 @@ CSP = (
 MAX_BODY = 64 * 1024  # bytes; the buttons send none at all
 
 
-class Mend(NamedTuple):
-    """A text of one template of rq-dashboard 0.9.0, what to put there instead, and how often it must be there."""
-
-    template: str
+class Patch(NamedTuple):
+    template: str  # of rq-dashboard 0.9.0
     old: str
     new: str
-    times: int
+    times: int  # that `old` must be in it
 
 
-# Underscore writes <%= x %> as it is and <%- x %> escaped. Two lines of jobs.html escape by themselves; once is enough.
-MENDS = (
-    Mend("rq_dashboard/job.html", "<%=", "<%-", 13),
-    Mend("rq_dashboard/jobs.html", "<%= $('<div/>').text(d.description).html() %>", "<%- d.description %>", 1),
-    Mend("rq_dashboard/jobs.html", "<%= $('<div/>').text(d.exc_info).html() %>", "<%- d.exc_info %>", 1),
-    Mend("rq_dashboard/jobs.html", "<%=", "<%-", 12),
-    Mend("rq_dashboard/queues.html", "<%=", "<%-", 15),
-    Mend("rq_dashboard/workers.html", "<%=", "<%-", 9),
-    # In a string of the page's script, and taken from the page's URL: a link could put its own script there.
-    Mend("rq_dashboard/scripts/jobs.js", "'{{ queue.name }}'", "{{ queue.name|tojson }}", 1),
-    Mend("rq_dashboard/base.html", '<script type="text/javascript">', '<script nonce="{{ nonce() }}">', 1),
+# Underscore writes <%= x %> as it is and <%- x %> escaped. Two lines of jobs.html escape their value already.
+PATCHES = (
+    Patch("rq_dashboard/job.html", "<%=", "<%-", 13),
+    Patch("rq_dashboard/jobs.html", "<%= $('<div/>').text(d.description).html() %>", "<%- d.description %>", 1),
+    Patch("rq_dashboard/jobs.html", "<%= $('<div/>').text(d.exc_info).html() %>", "<%- d.exc_info %>", 1),
+    Patch("rq_dashboard/jobs.html", "<%=", "<%-", 12),
+    Patch("rq_dashboard/queues.html", "<%=", "<%-", 15),
+    Patch("rq_dashboard/workers.html", "<%=", "<%-", 9),
+    # It is in a string of the page's script and comes from the page's URL: a link could put its own script there.
+    Patch("rq_dashboard/scripts/jobs.js", "'{{ queue.name }}'", "{{ queue.name|tojson }}", 1),
+    Patch("rq_dashboard/base.html", '<script type="text/javascript">', '<script nonce="{{ nonce() }}">', 1),
 )
 
 
-class MendedTemplates(FileSystemLoader):
-    """rq-dashboard's templates with every mend applied. Raises RuntimeError if the package's text is another one."""
+class PatchedTemplates(FileSystemLoader):
+    """Loads rq-dashboard's templates, patched. Raises RuntimeError if the package's text has changed."""
 
     def get_source(self, environment: Environment, template: str) -> tuple[str, str, Callable[[], bool]]:
         source, path, is_current = super().get_source(environment, template)
-        for mend in MENDS:
-            if mend.template != template:
+        for patch in PATCHES:
+            if patch.template != template:
                 continue
-            if source.count(mend.old) != mend.times:
-                raise RuntimeError(f"rq-dashboard's {template} no longer holds {mend.old} {mend.times} times")
-            source = source.replace(mend.old, mend.new)
+            if source.count(patch.old) != patch.times:
+                raise RuntimeError(f"rq-dashboard's {template} no longer holds {patch.old} {patch.times} times")
+            source = source.replace(patch.old, patch.new)
         if "<%=" in source:
             raise RuntimeError(f"rq-dashboard's {template} prints something unescaped")
         return source, path, is_current
 
 
-TEMPLATES = MendedTemplates(PACKAGE / "templates")
+TEMPLATES = PatchedTemplates(PACKAGE / "templates")
 
 
 class JsonOrNothing:
-    """What RQ calls a serializer. Un-pickling would let whoever writes to Redis run code here, so we never do."""
+    """A serializer for RQ. Never un-pickles, since that lets anybody who can write to Redis run code here."""
 
     dumps = JSONSerializer.dumps
 
@@ -115,7 +113,7 @@ class ShownJob(Job):
         super().__init__(id, connection, JsonOrNothing)
 
     def get_call_string(self) -> str | None:
-        return self.description  # the arguments are not the dashboard's business, and may not be JSON
+        return self.description  # the arguments are not shown, and may not be JSON
 
 
 class ShownWorker(Worker):
@@ -127,23 +125,23 @@ class ShownWorker(Worker):
 upstream.config.serializer = JsonOrNothing
 upstream.Job = ShownJob
 upstream.Worker = ShownWorker
-upstream.RedisConnectionError = ()  # it answers 200 to this one; caught nowhere, it reaches our 503
-# It opens a Redis client for every request, logged in or not; `Dashboard.redis_conn` stands for it.
+upstream.RedisConnectionError = ()  # rq-dashboard answers it with 200; uncaught, it reaches our 503
+# It opens a Redis client for every request, also without a login; `Dashboard.redis_conn` replaces it.
 upstream.blueprint.before_request_funcs[None].remove(upstream.push_rq_connection)
 
 
 class ReadOnly:
-    """Makes a Redis client one that cannot write: RQ tidies up while it lists, and looking must change nothing."""
+    """Makes a Redis client read-only: RQ cleans up while it lists, and looking must not change anything."""
 
     COMMANDS = frozenset({"EXISTS", "HGET", "HGETALL", "LLEN", "LRANGE", "SMEMBERS", "XREVRANGE", "ZCARD", "ZRANGE"})
-    TIDYING = frozenset({"LREM", "SREM"})  # of ids that lead nowhere; the workers' maintenance does that too
+    CLEANING = frozenset({"LREM", "SREM"})  # of ids without a job; the workers' maintenance does it too
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         if args[0] in self.COMMANDS:
             return super().execute_command(*args, **options)  # type: ignore[misc]
-        if args[0] in self.TIDYING:
+        if args[0] in self.CLEANING:
             return 0
-        raise PermissionError(f"a page that only looks wanted to send {args[0]} to Redis")
+        raise PermissionError(f"a page that only reads must not send {args[0]} to Redis")
 
 
 class ReadOnlyPipeline(ReadOnly, Pipeline):
@@ -161,25 +159,25 @@ class Dashboard(Flask):
         self.jinja_loader = TEMPLATES
         self.writer = connect(redis_url)
         self.reader = ReadOnlyRedis(connection_pool=connect(redis_url).connection_pool)
-        place = self.writer.connection_pool.connection_kwargs
-        shown = place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}"
-        # The page's label for it. The URL itself may hold a password.
-        self.config["RQ_DASHBOARD_REDIS_URL"] = [f"{shown}/{place.get('db', 0)}"]
-        # Its buttons would take a mail's job and leave the mail waiting for ever; DELETE /jobs/{id} cancels both.
+        kwargs = self.writer.connection_pool.connection_kwargs
+        address = kwargs.get("path") or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
+        # Only a label on the page. The URL itself may hold a password.
+        self.config["RQ_DASHBOARD_REDIS_URL"] = [f"{address}/{kwargs.get('db', 0)}"]
+        # Its buttons would delete a mail's job and leave the mail waiting forever; DELETE /jobs/{id} cancels both.
         self.config["RQ_DASHBOARD_DISABLE_DELETE"] = True
 
     @property
     def redis_conn(self) -> Redis:
-        """The blueprint's views take their client from here."""
+        """The client of the blueprint's views."""
         return self.reader if request.method in READING else self.writer
 
     def log_exception(self, exc_info: Any) -> None:
-        """Logs where, never what: the text of an exception may quote a job."""
+        """Logs where it was raised and not its text, which may quote a job."""
         emit("crashed", logging.ERROR, where=where(exc_info[1]))
 
 
 def make_app(settings: Settings, login: bool) -> Dashboard:
-    """The WSGI application. Raises RuntimeError if the installed rq-dashboard is not the one that we mend."""
+    """Returns the WSGI application. Raises RuntimeError if the installed rq-dashboard is not the one that we patch."""
     app = Dashboard(settings.redis_url.get_secret_value())
     app.before_request(partial(demand_login, settings) if login else refuse_foreign_names)
     app.before_request(refuse_other_origins)
@@ -190,19 +188,19 @@ def make_app(settings: Settings, login: bool) -> Dashboard:
     app.register_error_handler(Unavailable, partial(plain, 503))
     app.register_error_handler(NotPossible, partial(plain, 409))
     for gone in (NotFound, NoSuchJobError):
-        app.register_error_handler(gone, lambda _: plain(404, "There is no such job here."))
+        app.register_error_handler(gone, lambda _: plain(404, "There is no such job."))
     app.register_blueprint(upstream.blueprint, url_prefix="/rq")
     app.add_url_rule("/", view_func=lambda: redirect(url_for("rq_dashboard.queues_overview")), endpoint="home")
     replace_views(app)
-    for template in {*TEMPLATES.list_templates(), *(mend.template for mend in MENDS)}:
+    for template in {*TEMPLATES.list_templates(), *(patch.template for patch in PATCHES)}:
         app.jinja_env.get_template(template)
     return app
 
 
 def demand_login(settings: Settings) -> Response | None:
-    """HTTP Basic. Both fields are always compared, in constant time, so that the answer's delay tells nothing."""
+    """Checks HTTP Basic. Both fields are always compared, in constant time, so that the delay reveals nothing."""
     if settings.dashboard_password is None:
-        raise PermissionError("there is no password to compare with")
+        raise PermissionError("DASHBOARD_PASSWORD must be set")
     given = request.authorization
     username, password = (given.username or "", given.password or "") if given else ("", "")
     right_username = hmac.compare_digest(username.encode(), settings.dashboard_username.encode())
@@ -223,26 +221,26 @@ def refuse_foreign_names() -> Response | None:
 def refuse_other_origins() -> Response | None:
     if request.method in READING or is_same_origin():
         return None
-    return plain(403, "This changes something, so it must come from one of the dashboard's own pages.")
+    return plain(403, "A request that changes something must come from one of the dashboard's own pages.")
 
 
 def is_same_origin() -> bool:
     site = request.headers.get("Sec-Fetch-Site")
     if site is not None:
         return site == "same-origin"
-    # Browsers leave it out where the page came over plain http from another machine; what they always send is Origin.
-    _, _, place = request.headers.get("Origin", "").partition("://")
-    return bool(place) and place == request.headers.get("Host")
+    # Browsers omit it if the page came over plain http from another machine; they always send Origin.
+    _, _, host = request.headers.get("Origin", "").partition("://")
+    return bool(host) and host == request.headers.get("Host")
 
 
 def refuse_other_instances() -> None:
-    """We show one Redis, number 0; rq-dashboard answers 500 to any other."""
+    """Answers 404 for any Redis but number 0, the only one; rq-dashboard answers 500."""
     if (request.view_args or {}).get("instance_number"):
         abort(404)
 
 
 def nonce() -> str:
-    """This page's one inline script carries it, so that markup slipped into the page cannot run any other."""
+    """Returns this request's nonce. The page's one inline script has it, so that no injected script can run."""
     value: str = g.setdefault("nonce", secrets.token_urlsafe(16))
     return value
 
@@ -262,7 +260,7 @@ def plain(status: int, reason: object) -> Response:
 
 
 def explain_redis(error: RedisError) -> Response:
-    """503 for what `jobs` calls unavailable. Raises anything else again, which Flask logs and answers with 500."""
+    """Answers 503 if Redis is unavailable. Raises any other error again; Flask logs it and answers 500."""
     try:
         with unavailable():
             raise error
@@ -271,7 +269,7 @@ def explain_redis(error: RedisError) -> Response:
 
 
 def replace_views(app: Dashboard) -> None:
-    """Puts our own views where rq-dashboard's lose jobs or stop half-way, and leaves GET to views that only look."""
+    """Replaces the views that lose jobs or stop half-way, and allows GET only for views that read."""
     for view in (requeue_job_view, requeue_all, compact_queue):
         endpoint = f"rq_dashboard.{view.__name__}"
         if endpoint not in app.view_functions:
@@ -288,7 +286,7 @@ def requeue_job_view(redis: Redis, job_id: str) -> Response:
 
 
 def requeue_all(redis: Redis, queue_name: str) -> Response:
-    """Queues every failed job again; one that cannot be (gone, not ours, a worker was faster) stops no other."""
+    """Queues every failed job again, except those that cannot be: gone, not ours, or already taken by a worker."""
     jobs, requeued = Jobs(redis), 0
     for job_id in FailedJobRegistry(queue_name, connection=redis).get_job_ids(cleanup=False):
         with suppress(NotFound, NotPossible):
@@ -298,7 +296,7 @@ def requeue_all(redis: Redis, queue_name: str) -> Response:
 
 
 def compact_queue(redis: Redis, queue_name: str) -> Response:
-    """Drops ids without a job. rq-dashboard's way renames the live queue: a crash half-way would lose what is in it."""
+    """Removes ids without a job. rq-dashboard renames the live queue for it, and a crash half-way would lose that."""
     queue = Queue(queue_name, connection=redis, serializer=JsonOrNothing)
     for job_id in queue.get_job_ids():
         if not Job.exists(job_id, redis):
@@ -307,7 +305,7 @@ def compact_queue(redis: Redis, queue_name: str) -> Response:
 
 
 def listen(app: Dashboard, address: Address) -> Any:
-    """A Waitress server that holds its port. Raises SettingsError if it cannot have it."""
+    """Returns a Waitress server that listens. Raises SettingsError if it cannot."""
     try:
         return waitress.create_server(
             app, host=address.host, port=address.port, threads=4, ident=None, max_request_body_size=MAX_BODY
@@ -324,7 +322,7 @@ def main() -> int:
     try:
         settings = load("dashboard_password") if login else load()
         address = settings.dashboard_listen
-        if not login and not address.is_loopback:
+        if not login and not is_loopback(address.host):
             raise SettingsError([f"DASHBOARD_LISTEN: {address} is not loopback; --no-login is for loopback only"])
         server = listen(make_app(settings, login), address)
     except SettingsError as error:
@@ -335,7 +333,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     emit("dashboard_started", listen=address)
     sd_daemon.tell("READY=1")
-    server.run()  # until SIGTERM or Ctrl-C, which Waitress takes as the wish to finish
+    server.run()  # until SIGTERM or Ctrl-C, on which Waitress finishes
     return 0
 
 

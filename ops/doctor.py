@@ -1,10 +1,10 @@
-"""Everything that goes wrong between a laptop and a server, looked for: `bin/doctor [--json] [--send-to ADDRESS]`.
+"""Finds what goes wrong between a laptop and a server: `bin/doctor [--json] [--send-to ADDRESS]`.
 
-Where bin/install has put the service on this machine it looks at that, with the services' own eyes, and wants to be
-root; else at the checkout it lies in. One line per finding, with the command or edit that mends it. It changes nothing,
-and prints no secret; with --send-to it sends one mail the whole way. Exit code: 0 fine, 1 warnings, 2 faults.
+Examines the service that bin/install has put on this machine, and needs root for that; without one, the checkout it is
+in. Prints one line per finding, with the command or edit that fixes it. It changes nothing and prints no secret; with
+--send-to it sends one mail the whole way. Exit code: 0 fine, 1 warnings, 2 faults.
 
-The checks and their table are in ops/checks/. Standard library only up here: the first thing to find may be that
+The checks and their table are in ops/checks/. Standard library only in this file: the first thing to find may be that
 nothing else is installed.
 """
 
@@ -17,39 +17,40 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ops.checks import packages
-from ops.checks.findings import FAULT, WARN, Finding, Place, counted
+from ops.checks.findings import FAULT, WARN, Finding, counted
+from ops.checks.target import Target
 
 ROOT = Path(__file__).parent.parent
 FIRST = (("python", packages.python), ("packages", packages.pins), ("packages", packages.imports))
 COLOURS = {"ok": 32, "note": 36, "warn": 33, "fault": 31}
 
-Found = tuple[str, Finding]
+Named = tuple[str, Finding]  # the check's name first
 
 
-def look(place: Place) -> Iterator[Found]:
+def examine(target: Target) -> Iterator[Named]:
     broken = False
     for name, check in FIRST:
-        for finding in check(place):
+        for finding in check(target):
             broken |= finding.level == FAULT
             yield name, finding
     try:
-        from ops.checks.table import examine
+        from ops.checks import table
     except Exception:
         if not broken:
             raise
-        return  # what is missing has been told
-    yield from examine(place)
+        return  # what is missing has been reported
+    yield from table.examine(target)
 
 
 def line(name: str, finding: Finding) -> str:
     level = f"{finding.level:<5}"
     if sys.stdout.isatty():
         level = f"\033[{COLOURS[finding.level]}m{level}\033[0m"
-    return f"{level}  {name}: {finding.found}" + (f"  ->  {finding.mend}" if finding.mend else "")
+    return f"{level}  {name}: {finding.found}" + (f"  ->  {finding.fix}" if finding.fix else "")
 
 
-def shown(found: Iterable[Found], as_json: bool) -> list[Finding]:
-    """Prints as it goes, for some checks take seconds; JSON is one list at the end."""
+def report(found: Iterable[Named], as_json: bool) -> list[Finding]:
+    """Prints each finding at once, since some checks take seconds; as JSON, one list at the end."""
     kept = []
     for name, finding in found:
         kept.append((name, finding))
@@ -65,10 +66,10 @@ def verdict(findings: Sequence[Finding]) -> int:
     return 2 if FAULT in levels else 1 if WARN in levels else 0
 
 
-def heading(place: Place) -> str:
-    if place.installed:
-        return f"The service on this machine: {place.opt / 'current'}, {place.file}\n"
-    return f"This checkout, {place.code}: no service is installed on this machine\n"
+def heading(target: Target) -> str:
+    if target.installed:
+        return f"The service on this machine: {target.opt / 'current'}, {target.file}\n"
+    return f"This checkout, {target.code}: no service is installed on this machine\n"
 
 
 def summary(findings: Sequence[Finding]) -> str:
@@ -80,14 +81,14 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bin/doctor", description="Finds what is wrong, and says what mends it.")
-    parser.add_argument("--json", action="store_true", help="a list of {check, level, found, mend}")
+    parser = argparse.ArgumentParser(prog="bin/doctor", description="Finds what is wrong, and says what fixes it.")
+    parser.add_argument("--json", action="store_true", help="a list of {check, level, found, fix}")
     parser.add_argument("--send-to", default="", metavar="ADDRESS", help="send one mail there, through queue and relay")
     asked = parser.parse_args(arguments)
-    place = Place(ROOT, send_to=asked.send_to)
+    target = Target(ROOT, send_to=asked.send_to)
     if not asked.json:
-        print(heading(place), flush=True)
-    findings = shown(look(place), asked.json)
+        print(heading(target), flush=True)
+    findings = report(examine(target), asked.json)
     if not asked.json:
         print(summary(findings))
     return verdict(findings)

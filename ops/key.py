@@ -1,11 +1,11 @@
-"""API keys, made, listed and revoked: `bin/key new NAME [--scope send|full] | list | revoke NAME`.
+"""Makes, lists and revokes API keys: `bin/key new NAME [--scope send|full] | list | revoke NAME`.
 
 On a server (where there is /etc/async-email) it works on the service's credential file, in a checkout on API_KEYS in
 `.env`; `--file` names another of either kind. A new key is printed once, alone on standard output; only its SHA-256 is
 written. The file is replaced whole or not at all, and keeps its owner and mode; a new one is its owner's alone.
 
-Refuses a name that is taken, and what it cannot read. Two keys at a time are how a key is changed: make a second under
-another name, let its users change over, revoke the first.
+Refuses a name that is taken, and a file that it cannot read. To rotate a key, make a second one under another name, let
+its users change over, and revoke the first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dotenv import dotenv_values
 from settings import ApiKey, parse_api_keys
 
 SERVER = Path("/etc/async-email")
-RESTART = {  # how the API comes to read its keys; it reads them when it starts
+RESTART = {  # is it the server's file? -> how to make the API read its keys, which it does when it starts
     True: "systemctl restart async-email-api    # drops no request",
     False: "restart the API (bin/dev brings a key of its own, and takes none from .env)",
 }
@@ -35,11 +35,11 @@ LINE = re.compile(r"^#?[ \t]*API_KEYS[ \t]*=.*$", re.MULTILINE)
 
 
 class Refused(Exception):
-    """Nothing was changed. The text says why, and what to do."""
+    """Raised before anything is changed. The text says why, and what to do."""
 
 
 class KeyFile:
-    """Where the keys are written: a credential file, which holds them and nothing else, or an env file."""
+    """A credential file, which holds the keys and nothing else, or an env file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
@@ -54,10 +54,12 @@ class KeyFile:
         if self.is_env:
             values = dotenv_values(self.path) if text else {}
             if values.get("API_KEYS_FILE"):
-                raise Refused(f"{self.path} says where the keys are (API_KEYS_FILE): name that file with --file")
+                raise Refused(
+                    f"{self.path} names another file for the keys (API_KEYS_FILE): name that file with --file"
+                )
             text = values.get("API_KEYS") or ""
         try:
-            return tuple(parse_api_keys(text.strip()))  # type: ignore[arg-type]
+            return parse_api_keys(text.strip())
         except ValueError as error:
             raise Refused(f"{self.path} cannot be read as API keys: {error}") from None
 
@@ -75,7 +77,7 @@ class KeyFile:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Against another of us, whose key would be lost."""
+        """Holds an exclusive lock, so that two runs cannot overwrite each other's key."""
         directory = os.open(self.path.parent, os.O_RDONLY)
         try:
             fcntl.flock(directory, fcntl.LOCK_EX)
@@ -85,7 +87,7 @@ class KeyFile:
 
 
 def with_line(text: str, line: str) -> str:
-    """An env file with this line in place of the last that sets API_KEYS, or of the one that shows how to."""
+    """Returns an env file with this line in place of the last that sets API_KEYS, or of the commented example."""
     found = list(LINE.finditer(text))
     active = [one for one in found if not one[0].startswith("#")] or found
     if not active:
@@ -94,7 +96,7 @@ def with_line(text: str, line: str) -> str:
 
 
 def replace(path: Path, text: str) -> None:
-    """Whoever reads the file meanwhile, or after a power cut, finds the old or the new, whole."""
+    """Replaces the file atomically: a reader, also after a power cut, finds all of the old text or of the new."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w") as file:
@@ -117,13 +119,13 @@ def replace(path: Path, text: str) -> None:
 
 def new(file: KeyFile, name: str, scope: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
-        raise Refused("a name has 1 to 64 letters, digits, '_', '.' and '-'")
+        raise Refused("a name must be 1 to 64 letters, digits, '_', '.' or '-'")
     keys = file.read()
     if any(key.name == name for key in keys):
         raise Refused(f"there is a key {name} already; take another name, and revoke the old one when nobody uses it")
     key = f"ae_{secrets.token_urlsafe(24)}"
     file.write([*keys, ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), scope)])
-    tell(f"The key {name} (scope {scope}); it is shown this once:")
+    say(f"The key {name} (scope {scope}); it is shown this once:")
     print(key, flush=True)
     changed(file)
 
@@ -134,9 +136,9 @@ def revoke(file: KeyFile, name: str) -> None:
     if len(left) == len(keys):
         raise Refused(f"there is no key {name}; there are: {', '.join(key.name for key in keys) or 'none'}")
     file.write(left)
-    tell(f"The key {name} is revoked.")
+    say(f"The key {name} is revoked.")
     if not left:
-        tell("WARNING: it was the last one. The API does not start without a key; make one with: key new NAME")
+        say("WARNING: it was the last one. The API does not start without a key; make one with: key new NAME")
     changed(file)
 
 
@@ -146,10 +148,10 @@ def show(file: KeyFile) -> None:
 
 
 def changed(file: KeyFile) -> None:
-    tell(f"Written to {file.path}. The API goes by it after: {RESTART[file.is_the_servers]}")
+    say(f"Written to {file.path}. The API uses it after: {RESTART[file.is_the_servers]}")
 
 
-def tell(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -181,13 +183,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 show(file)
     except Refused as error:
-        tell(f"{error}.")
+        say(f"{error}.")
         return 1
     except PermissionError:
-        tell(f"{file.path} is not yours to read or write; run this with sudo.")
+        say(f"{file.path} is not yours to read or write; run this with sudo.")
         return 1
     except OSError as error:
-        tell(f"{file.path}: {error.strerror}.")
+        say(f"{file.path}: {error.strerror}.")
         return 1
     return 0
 

@@ -1,6 +1,6 @@
-"""What every process needs, whatever it does.
+"""Holds what every process needs.
 
-log.py        what we log: one line per event, with names from a closed list
-sd_daemon.py  what systemd tells a process and hears from it (sd_notify, sd_listen_fds)
+log.py        logs one line per event, with names from a closed list
+sd_daemon.py  speaks sd_notify and sd_listen_fds
 prefork.py    one process that watches, several that serve on its sockets
 """

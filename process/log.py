@@ -1,9 +1,9 @@
-"""What we log: one line per event, with names from a closed list.
+"""Logs one line per event, with names from a closed list.
 
 LOG_FORMAT=plain writes `time LEVEL name key=value ...`. LOG_FORMAT=json writes one object per line: `time` (ISO 8601,
 UTC), `level`, and then `event` with its fields, or, for a warning of RQ or Waitress, `logger` and `message`.
 
-No address, subject, body or secret is ever a value. RQ's and Waitress's own narration is let through in DEBUG only.
+No address, subject, body or secret is ever a value. RQ's and Waitress's own lines below WARNING appear in DEBUG only.
 """
 
 from __future__ import annotations
@@ -15,30 +15,27 @@ import traceback
 from datetime import datetime, timezone
 from pathlib import Path
 
-EVENTS = frozenset(
-    {
-        *("api_started", "worker_started", "dashboard_started"),
-        "request",  # HTTP answered: method, route, status, ms, key's name, id, request_id
-        "crashed",  # a fault of ours while answering a request or looking after workers; where, never what
-        "stuck",  # a process of the API showed no progress and was killed: process
-        *("sent", "delayed", "failed", "unknown"),  # what an attempt came to: id, reason, next_in
-        *("task_finished", "task_failed"),  # what a job of POST /jobs came to: id, task, error
-        "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
-        "busy",  # a job for a mail that another attempt holds
-        *(
-            "breaker_opened",
-            "breaker_closed",
-        ),  # all mail waits for the relay, because of `reason`; it goes again
-        *("repaired", "given_up"),  # what the sweep did with a mail that was stuck: id, reason
-        "unreadable",  # a job or an entry of a registry that was set aside, so that the others go on: id, reason
-    }
-)
+# fmt: off
+EVENTS = frozenset({
+    "api_started", "worker_started", "dashboard_started",
+    "request",  # an HTTP request was answered: method, route, status, ms, name of the key, id, request_id
+    "crashed",  # a fault of ours in a request or in the care for workers: where, and never what
+    "stuck",  # a process of the API showed no progress and was killed: process
+    "sent", "delayed", "failed", "unknown",  # the result of an attempt: id, reason, next_in
+    "task_finished", "task_failed",  # the result of a job of POST /jobs: id, task, error
+    "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
+    "busy",  # a job for a mail that another attempt holds
+    "breaker_opened", "breaker_closed",  # all mail waits for the relay, because of `reason`; it flows again
+    "repaired", "given_up",  # what the sweep did with a mail that was stuck: id, reason
+    "unreadable",  # a job or an entry of a registry that was set aside, so that the others go on: id, reason
+})
+# fmt: on
 
 _log = logging.getLogger("async-email")
 
 
 class Event:
-    """One event on its way through `logging`."""
+    """The message of a `logging` record: an event and its fields."""
 
     def __init__(self, name: str, fields: dict[str, object]) -> None:
         self.name = name
@@ -62,7 +59,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(level: str, form: str = "plain") -> None:
-    # Where in the source, in which thread and process: no line says so, and to find out takes longer than to write it.
+    # No line shows source, thread or process, and finding them out takes longer than writing the line.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stdout)
@@ -79,16 +76,17 @@ def _ours_or_a_warning(record: logging.LogRecord) -> bool:
 
 def emit(event: str, level: int = logging.INFO, **fields: object) -> None:
     """Logs one event; fields that are None or empty are left out."""
-    assert event in EVENTS, event
+    if event not in EVENTS:
+        raise ValueError(f"{event} is not in EVENTS")
     if _log.isEnabledFor(level):
         _log.log(level, Event(event, fields))
 
 
 def where(error: BaseException) -> str:
-    """The kind of an exception and the lines it passed; its text may quote a request or a job, so it is left out."""
+    """Returns an exception's type and the lines it passed, without its text, which may quote a request or a job."""
     frames = traceback.extract_tb(error.__traceback__)
-    told = [frame for frame in frames if "site-packages" not in frame.filename] + frames[-1:]
-    return " ".join([type(error).__name__, *(f"{Path(frame.filename).name}:{frame.lineno}" for frame in told[-8:])])
+    shown = [frame for frame in frames if "site-packages" not in frame.filename] + frames[-1:]
+    return " ".join([type(error).__name__, *(f"{Path(frame.filename).name}:{frame.lineno}" for frame in shown[-8:])])
 
 
 def _value(value: object) -> str:
@@ -97,7 +95,7 @@ def _value(value: object) -> str:
 
 
 def _member(value: object) -> object:
-    """Numbers stay numbers; anything that JSON has no word for is written as in a plain line."""
+    """Returns numbers as they are, and as text what has no type in JSON."""
     if isinstance(value, float):
         return round(value, 1)
     return value if isinstance(value, (bool, int, str)) else str(value)

@@ -1,11 +1,10 @@
-"""What systemd tells a service and hears from it, over its two small protocols and by signals.
+"""Speaks systemd's two small protocols, sd_listen_fds(3) and sd_notify(3), and handles the signals that end a service.
 
-`sockets`: those on which systemd listens for us (sd_listen_fds(3)). They outlive this process: a restart refuses no
-connection. `tell`: `READY=1`, `STOPPING=1`, `WATCHDOG=1` (sd_notify(3)). A service that says WATCHDOG=1 while it does
-nothing would never be restarted, so it is said from where work is seen to be done, never from a thread of its own.
-`on_stop`: what ends a service, and what does not.
+`sockets` are those on which systemd listens for us. They outlive this process: a restart refuses no connection. `tell`
+sends `READY=1`, `STOPPING=1` or `WATCHDOG=1`. Send WATCHDOG=1 only where work is seen to be done, never from a thread
+of its own: a service that sends it while it hangs is never restarted. Without systemd, both do nothing.
 
-Refuses nothing and raises nothing: a service manager that is not there, or has gone, is no reason not to work.
+Raises nothing: a service manager that is absent, or has gone, is no reason to stop.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
 
 
 def sockets() -> list[socket.socket]:
-    """Those that systemd has opened for this process, listening; none if it was started in another way."""
+    """Returns the listening sockets that systemd has opened for this process; none if it was started otherwise."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     count = int(os.environ.get("LISTEN_FDS", "0"))
@@ -30,7 +29,7 @@ def sockets() -> list[socket.socket]:
 
 
 def tell(state: str) -> None:
-    """One assignment, such as `READY=1`, to whoever started this process and wants to know."""
+    """Sends one assignment, such as `READY=1`, to the service manager, if it wants to know."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return

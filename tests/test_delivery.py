@@ -19,11 +19,11 @@ import pytest
 import redis
 from selenium.webdriver import Chrome
 
+from tests.dashboards import press
 from tests.killed_worker import POINTS
 from tests.relay import CUT, Relay
 from tests.scripted_relay import Line, ScriptedRelay
 from tests.servers import Api, House, RedisServer, eventually, free_port
-from tests.test_dashboard import press
 
 
 @pytest.fixture

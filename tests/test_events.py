@@ -13,7 +13,7 @@ import pytest
 
 from process.log import EVENTS
 from tests.relay import Relay
-from tests.servers import ROOT, House, RedisServer, eventually
+from tests.servers import House, RedisServer, eventually
 
 
 @pytest.fixture
@@ -64,10 +64,3 @@ def test_plain_is_a_line_of_words_per_event(house: House) -> None:
     assert re.search(
         r"^\S+ \S+ INFO request method=POST route=/emails status=202 ms=\d+\.\d key=full id=", house.log("api"), re.M
     )
-
-
-def test_the_page_for_operators_lists_every_event() -> None:
-    page = (ROOT / "docs" / "operations.md").read_text().split("## Logs")[1]
-    listed = {name for line in page.splitlines() if line.startswith("| `") for name in re.findall("`([a-z_]+)`", line)}
-    assert listed >= EVENTS
-    assert {name for name in listed if "_" in name} <= EVENTS

@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 import redis
 
-from ops import install
+from ops import install, release, site
 from ops.dev import find_redis_server
-from ops.install import Fault, Server
-from settings import Settings, parse_api_keys
+from ops.install import Step
+from ops.server import Fault, Server
+from settings import Settings
 from tests.relay import Relay
 from tests.servers import ROOT, House, eventually, project_files
 
@@ -38,7 +39,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return True
 
     monkeypatch.setattr(Server, "run", run)
-    monkeypatch.setattr(install, "ask", lambda *_, **__: "")
+    monkeypatch.setattr(Server, "ask", lambda *_, **__: "")
     return commands
 
 
@@ -69,12 +70,6 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def test_each_step_says_in_one_line_what_it_does() -> None:
-    for step in (*install.INSTALL, *install.ROLLBACK):
-        assert step.__doc__
-        assert "\n" not in step.__doc__
-
-
 @pytest.mark.parametrize("option", [[], ["--rollback"]])
 def test_a_dry_run_as_anybody_changes_nothing(clone: Path, option: list[str]) -> None:
     os.utime(clone / "service.py", (1, 1))  # else `git status` has nothing new to write down
@@ -87,8 +82,7 @@ def test_a_dry_run_as_anybody_changes_nothing(clone: Path, option: list[str]) ->
 
 def test_a_dry_run_of_each_step_changes_nothing(clone: Path, tmp_path: Path) -> None:
     dry = Server(clone, dry=True, under=tmp_path / "machine")
-    for step in install.INSTALL:
-        step(dry)
+    install.run(dry, install.INSTALL)
     assert not (tmp_path / "machine").exists()
 
 
@@ -98,12 +92,12 @@ def test_a_step_that_fails_ends_it_and_shows_the_key_that_was_made(
     """Its SHA-256 is stored by then, and nobody could ever find out the key."""
 
     def full(_: Server) -> None:
-        """A step"""
         raise OSError("the disk is full")
 
     machine = tmp_path / "machine"
     monkeypatch.setattr(install, "Server", lambda source, dry: Server(source, dry=dry, under=machine))
-    monkeypatch.setattr(install, "INSTALL", (install.configure, full, install.switch))
+    steps = tuple(Step("a step", action) for action in (install.configure, full, install.switch))
+    monkeypatch.setattr(install, "INSTALL", steps)
     assert install.main([]) == 1
     said = capsys.readouterr()
     assert "Stopped: the disk is full" in said.err
@@ -115,52 +109,43 @@ def test_a_step_that_fails_ends_it_and_shows_the_key_that_was_made(
 # --- the release ------------------------------------------------------------------------------------------------------
 
 
-def test_a_release_is_named_by_its_version_and_commit(clone: Path) -> None:
+def test_a_release_is_named_by_its_version_and_commit_and_what_is_not_committed_is_another(clone: Path) -> None:
     commit = subprocess.run(["git", "-C", clone, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     version = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert version
-    assert install.release_id(clone) == f"{version[1]}-{commit.stdout.strip()}"
-
-
-def test_a_change_that_is_not_committed_is_a_release_of_its_own(clone: Path) -> None:
-    committed = install.release_id(clone)
-    with (clone / "tasks.py").open("a") as tasks:
-        tasks.write("# another task\n")
-    changed = install.release_id(clone)
+    committed = release.release_id(clone)
+    assert committed == f"{version[1]}-{commit.stdout.strip()}"
+    (clone / "tasks.py").write_text("# another task\n")
+    changed = release.release_id(clone)
     assert changed.startswith(f"{committed}-changed-")
-    assert install.release_id(clone) == changed
+    assert release.release_id(clone) == changed
 
 
-def test_what_is_in_the_clone_by_accident_is_not_installed(clone: Path, tmp_path: Path) -> None:
+def test_a_copy_has_what_git_tracks_and_can_be_read_by_everybody(clone: Path, tmp_path: Path) -> None:
     (clone / ".env").write_text("SMTP_PASSWORD=secret\n")
     (clone / "notes.txt").write_text("mine\n")
-    install.copy_tree(clone, tmp_path / "release")
-    copied = {str(path.relative_to(tmp_path / "release")) for path in (tmp_path / "release").rglob("*")}
+    (clone / "service.py").chmod(0o600)
+    release.copy_files(clone, copy := tmp_path / "release")
+    copied = {str(path.relative_to(copy)) for path in copy.rglob("*")}
     assert {"service.py", "bin/install", "templates/welcome/subject.txt"} <= copied
     assert not copied & {".env", ".git", "notes.txt"}
+    assert (mode(copy / "service.py"), mode(copy / "bin/install")) == (0o644, 0o755)
 
 
 def test_without_git_a_release_is_named_by_what_is_in_it(clone: Path) -> None:
     (clone / ".git").rename(clone.parent / "git")
     (clone / ".env").write_text("SMTP_PASSWORD=secret\n")
-    name = install.release_id(clone)
-    assert name == install.release_id(clone)
-    assert Path(".env") not in install.files_of(clone)
+    name = release.release_id(clone)
+    assert name == release.release_id(clone)
+    assert Path(".env") not in release.files_of(clone)
     (clone / "tasks.py").write_text("")
-    assert install.release_id(clone) != name
-
-
-def test_a_copy_can_be_read_by_everybody_and_run_where_the_original_can(clone: Path, tmp_path: Path) -> None:
-    (clone / "service.py").chmod(0o600)
-    install.copy_tree(clone, tmp_path / "release")
-    assert mode(tmp_path / "release/service.py") == 0o644
-    assert mode(tmp_path / "release/bin/install") == 0o755
+    assert release.release_id(clone) != name
 
 
 def test_a_release_that_was_not_finished_is_made_again(server: Server, noted: list[str]) -> None:
     install.make_release(server)
     assert any("--require-hashes" in command for command in noted)
-    (server.release / install.MARK).unlink()
+    (server.release / release.MARK).unlink()
     (server.release / "left-over").write_text("")
     noted.clear()
     install.make_release(server)
@@ -171,32 +156,21 @@ def test_a_release_that_was_not_finished_is_made_again(server: Server, noted: li
     assert noted == []
 
 
-def test_the_switch_is_the_last_thing_that_can_fail_and_remembers_what_was(server: Server, clone: Path) -> None:
+def test_the_switch_remembers_what_was_and_a_rollback_goes_there_and_back(server: Server, clone: Path) -> None:
+    with pytest.raises(Fault, match="there is none"):
+        install.find_previous_release(server)
     install.make_release(server)
     install.switch(server)
     first = server.release
     (clone / "tasks.py").write_text("")
     install.make_release(server)
     assert server.current.resolve() == first
-    install.switch(server)
-    assert server.current.resolve() == server.release
-    assert server.previous.resolve() == first
-    install.switch(server)  # a second run
-    assert server.previous.resolve() == first
-
-
-def test_a_rollback_goes_to_the_release_before_and_back(server: Server, clone: Path) -> None:
-    with pytest.raises(Fault, match="there is none"):
-        install.find_release_before(server)
-    install.make_release(server)
-    install.switch(server)
-    first = server.release
-    (clone / "tasks.py").write_text("")
-    install.make_release(server)
-    install.switch(server)
     second = server.release
+    for _ in range(2):  # a second run changes nothing
+        install.switch(server)
+        assert (server.current.resolve(), server.previous.resolve()) == (second, first)
     for expected in (first, second):
-        install.find_release_before(server)
+        install.find_previous_release(server)
         install.switch(server)
         assert server.current.resolve() == expected
 
@@ -218,8 +192,11 @@ def test_secrets_are_made_once_and_only_root_reads_them(server: Server) -> None:
     install.configure(server)
     key = server.new_key
     assert key
-    known = parse_api_keys((server.credentials / "api_keys").read_text().strip())
-    assert known == (("default", hashlib.sha256(key.encode()).hexdigest(), "full"),)
+    settings = Settings(_env_file=server.env, _secrets_dir=server.credentials)  # as the service reads it
+    assert settings.api_keys == (("default", hashlib.sha256(key.encode()).hexdigest(), "full"),)
+    assert settings.redis_url.get_secret_value().startswith("unix://async-email:")
+    assert settings.dashboard_password
+    assert not settings.smtp_password
     assert mode(server.etc) == mode(server.credentials) == 0o700
     assert {mode(path) for path in (server.env, *server.credentials.iterdir())} == {0o600}
     before = content(server.etc)
@@ -238,15 +215,6 @@ def test_what_the_operator_has_set_is_neither_overwritten_nor_made(server: Serve
     assert (server.credentials / "dashboard_password").read_text() == ""
     assert server.new_key
     assert not server.redis_conf.exists()
-
-
-def test_the_service_reads_what_was_made(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    install.configure(server)
-    settings = Settings(_env_file=server.env, _secrets_dir=server.credentials)
-    assert settings.redis_url.get_secret_value().startswith("unix://async-email:")
-    assert settings.dashboard_password
-    assert len(settings.api_keys) == 1
-    assert not settings.smtp_password
 
 
 class InstalledRedis:
@@ -375,32 +343,30 @@ def nginx(server: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
     (server.nginx / "sites-available/default").write_text("welcome\n")
     (server.nginx / "sites-enabled/default").symlink_to(server.nginx / "sites-available/default")
     known = f" {server.nginx}/sites-available/default {hashlib.md5(b'welcome' + bytes([10])).hexdigest()}"
-    monkeypatch.setattr(install, "ask", lambda *command, **_: known if command[0] == "dpkg-query" else "")
+    monkeypatch.setattr(Server, "ask", lambda _, *command, **__: known if command[0] == "dpkg-query" else "")
     return server.nginx
 
 
-def test_the_site_takes_the_place_of_the_welcome_page(server: Server, nginx: Path) -> None:
-    install.set_up_nginx(server)
-    assert [path.name for path in (nginx / "sites-enabled").iterdir()] == ["async-email"]
+@pytest.mark.parametrize(("default", "left"), [("welcome\n", set()), ("my shop\n", {"default"})])
+def test_the_site_replaces_the_welcome_page_unless_somebody_has_changed_it(
+    server: Server, nginx: Path, default: str, left: set[str]
+) -> None:
+    (nginx / "sites-available/default").write_text(default)
+    site.set_up_nginx(server)
+    assert {path.name for path in (nginx / "sites-enabled").iterdir()} == {"async-email"} | left
     assert (nginx / "sites-enabled/async-email").read_text() == (server.source / "nginx/async-email.conf").read_text()
-
-
-def test_a_default_site_that_somebody_has_changed_stays(server: Server, nginx: Path) -> None:
-    (nginx / "sites-available/default").write_text("my shop\n")
-    install.set_up_nginx(server)
-    assert {path.name for path in (nginx / "sites-enabled").iterdir()} == {"async-email", "default"}
 
 
 def test_a_site_that_was_edited_stays_and_one_that_was_not_is_brought_up_to_date(server: Server, nginx: Path) -> None:
     install.make_release(server)
-    install.set_up_nginx(server)
-    site, ours = nginx / "sites-available/async-email", server.source / "nginx/async-email.conf"
+    site.set_up_nginx(server)
+    installed, ours = nginx / "sites-available/async-email", server.source / "nginx/async-email.conf"
     ours.write_text(ours.read_text() + "# of the next release\n")
-    install.set_up_nginx(server)
-    assert site.read_text() == ours.read_text()
-    site.write_text("server_name mail.example.com; # managed by Certbot\n")
-    install.set_up_nginx(server)
-    assert site.read_text().startswith("server_name mail.example.com")
+    site.set_up_nginx(server)
+    assert installed.read_text() == ours.read_text()
+    installed.write_text("server_name mail.example.com; # managed by Certbot\n")
+    site.set_up_nginx(server)
+    assert installed.read_text().startswith("server_name mail.example.com")
 
 
 def test_a_site_that_nginx_does_not_take_is_taken_out_again(
@@ -411,20 +377,19 @@ def test_a_site_that_nginx_does_not_take_is_taken_out_again(
             raise Fault("duplicate default server")
         return True
 
-    before, run_well = content(nginx), Server.run
-    monkeypatch.setattr(Server, "run", run)
-    with pytest.raises(Fault, match="duplicate default server"):
-        install.set_up_nginx(server)
-    assert content(nginx) == before
-    monkeypatch.setattr(Server, "run", run_well)
+    def refused() -> None:
+        before = content(nginx)
+        with monkeypatch.context() as patch:
+            patch.setattr(Server, "run", run)
+            with pytest.raises(Fault, match="duplicate default server"):
+                site.set_up_nginx(server)
+        assert content(nginx) == before
+
+    refused()
     install.make_release(server)
-    install.set_up_nginx(server)
-    before = content(nginx)
+    site.set_up_nginx(server)
     (server.source / "nginx/async-email.conf").write_text("nonsense\n")
-    monkeypatch.setattr(Server, "run", run)
-    with pytest.raises(Fault, match="duplicate default server"):
-        install.set_up_nginx(server)
-    assert content(nginx) == before
+    refused()
 
 
 # --- the units --------------------------------------------------------------------------------------------------------

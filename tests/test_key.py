@@ -57,8 +57,8 @@ def test_names_and_scopes_are_listed_and_nothing_else(credential: Path) -> None:
     ("words", "text"),
     [
         (("new", "shop"), "there is a key shop already"),
-        (("new", "a:b"), "a name has 1 to 64 letters"),
-        (("new", ""), "a name has 1 to 64 letters"),
+        (("new", "a:b"), "a name must be 1 to 64 letters"),
+        (("new", ""), "a name must be 1 to 64 letters"),
         (("revoke", "other"), "there is no key other; there are: shop"),
     ],
 )
@@ -75,7 +75,7 @@ def test_a_file_that_cannot_be_read_as_keys_is_left_alone_and_not_quoted(credent
     credential.write_text("shop:a-key-in-clear")
     ran = run(credential, "new", "other")
     assert ran.returncode == 1
-    assert "entry 1 is not name:sha256hex" in ran.stderr
+    assert "entry 1 must be name:sha256hex" in ran.stderr
     assert "a-key-in-clear" not in ran.stderr + ran.stdout
     assert credential.read_text() == "shop:a-key-in-clear"
 

@@ -17,7 +17,8 @@ import redis
 
 import settings
 from ops.checks import replies
-from ops.install import Server
+from ops.checks.configuration import credentials_directory
+from ops.server import Server
 from process.log import EVENTS
 from smtp import pacing, verdict
 from tests.operations import BLOCKS, PAGE, block, line
@@ -82,7 +83,7 @@ def test_each_setting_is_one() -> None:
 @pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "ini"], ids=lambda text: text[:20])
 def test_each_example_of_settings_is_right(text: str, tmp_path: Path) -> None:
     (tmp_path / "async-email.env").write_text(text)
-    with settings.environment_of_a_unit(tmp_path):
+    with credentials_directory(tmp_path):
         loaded = settings.load(*(["smtp_host", "mail_from"] if "SMTP_HOST" in text else []))
     assert loaded.smtp_security == "starttls"
     assert bool(loaded.smtp_rate) == ("SMTP_RATE" in text)
@@ -98,7 +99,7 @@ def test_a_password_with_odd_characters_goes_into_its_own_file(tmp_path: Path) -
     odd = "a#b 'c\" ${d} $e"
     (tmp_path / "async-email.env").write_text("SMTP_HOST=smtp.example.com\nSMTP_USERNAME=ada\n")
     (tmp_path / "smtp_password").write_text(f"{odd}\n")
-    with settings.environment_of_a_unit(tmp_path):
+    with credentials_directory(tmp_path):
         password = settings.load("smtp_host").smtp_password
     assert password
     assert password.get_secret_value() == odd

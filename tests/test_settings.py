@@ -41,23 +41,23 @@ def faults(env: pytest.MonkeyPatch, *needed: str, **variables: str) -> list[str]
         ({"SMTP_PORT": "no"}, "SMTP_PORT: input should be a valid integer"),
         ({"SMTP_PORT": "70000"}, "SMTP_PORT: input should be less than or equal to 65535"),
         ({"SMTP_SECURITY": "ssl"}, "SMTP_SECURITY: input should be 'starttls', 'tls' or 'none'"),
-        ({"SMTP_TIMEOUT": "30"}, "SMTP_TIMEOUT: write a number and a unit: 30s, 5m, 24h or 3d"),
+        ({"SMTP_TIMEOUT": "30"}, "SMTP_TIMEOUT: must be a number and a unit: 30s, 5m, 24h or 3d"),
         ({"SMTP_TIMEOUT": "0s"}, "SMTP_TIMEOUT: input should be greater than 0"),
-        ({"SMTP_RATE": "14"}, "SMTP_RATE: write mails per second, minute, hour or day"),
-        ({"SMTP_RATE": "14/s,0/d"}, "SMTP_RATE: write mails per second, minute, hour or day"),
-        ({"SMTP_RATE": "100000/d"}, "SMTP_RATE: write mails per second, minute, hour or day"),
-        ({"RETRY_SCHEDULE": "1m,soon"}, "RETRY_SCHEDULE: write a number and a unit"),
+        ({"SMTP_RATE": "14"}, "SMTP_RATE: must be a rate per second, minute, hour or day"),
+        ({"SMTP_RATE": "14/s,0/d"}, "SMTP_RATE: must be a rate per second, minute, hour or day"),
+        ({"SMTP_RATE": "100000/d"}, "SMTP_RATE: must be a rate per second, minute, hour or day"),
+        ({"RETRY_SCHEDULE": "1m,soon"}, "RETRY_SCHEDULE: must be a number and a unit"),
         ({"ON_DOUBT": "maybe"}, "ON_DOUBT: input should be 'retry' or 'hold'"),
-        ({"LISTEN": "8000"}, "LISTEN: write host:port"),
-        ({"LISTEN": "127.0.0.1:0"}, "LISTEN: write host:port"),
+        ({"LISTEN": "8000"}, "LISTEN: must be host:port"),
+        ({"LISTEN": "127.0.0.1:0"}, "LISTEN: must be host:port"),
         ({"MAX_RECIPIENTS": "0"}, "MAX_RECIPIENTS: input should be greater than or equal to 1"),
         ({"LOG_LEVEL": "loud"}, "LOG_LEVEL: input should be"),
         ({"SMTP_CA_FILE": "/nowhere.pem"}, "SMTP_CA_FILE: path does not point to a file"),
         ({"SMTP_PASSWORD_FILE": "/nowhere"}, "SMTP_PASSWORD_FILE cannot be read: No such file or directory"),
         ({"REDIS_URL": "http://x"}, "REDIS_URL must start with redis://"),
-        ({"REDIS_URL": "redis://:hunter2/x@host"}, "REDIS_URL cannot be read; write / # ? : @ in its password as"),
-        ({"API_KEYS": f"a:{DIGEST},a:{DIGEST}"}, "API_KEYS: two entries have the same name"),
-        ({"API_KEYS": f"a:{DIGEST}:admin"}, "API_KEYS: entry 1 is not name:sha256hex"),
+        ({"REDIS_URL": "redis://:hunter2/x@host"}, "REDIS_URL must be a URL: write / # ? : @ in its password as"),
+        ({"API_KEYS": f"a:{DIGEST},a:{DIGEST}"}, "API_KEYS: each name must be unique"),
+        ({"API_KEYS": f"a:{DIGEST}:admin"}, "API_KEYS: entry 1 must be name:sha256hex"),
     ],
 )
 def test_a_wrong_value_is_one_sentence_that_names_its_variable(
@@ -76,7 +76,7 @@ def test_all_faults_are_told_at_once(env: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("variable", ["SMTP_USERNAME", "SMTP_PASSWORD"])
 def test_half_a_login_is_refused_by_who_speaks_to_the_relay(env: pytest.MonkeyPatch, variable: str) -> None:
     found = faults(env, "smtp_host", **{"SMTP_HOST": "smtp.example.com", variable: "ada"})
-    assert [fault.split(";")[0] for fault in found] == ["SMTP_USERNAME and SMTP_PASSWORD go together"]
+    assert [fault.split(":")[0] for fault in found] == ["SMTP_USERNAME and SMTP_PASSWORD go together"]
     load("mail_from", mail_from="a@example.com")  # the API, which has no business with the password
 
 

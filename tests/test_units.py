@@ -144,7 +144,7 @@ def test_redis_reads_its_file_only_after_an_unfinished_transaction_is_cut_off() 
     unit = directives(ROOT / "systemd" / "redis-server@async-email.service.d" / "async-email.conf", "Service")
     [step] = unit["ExecStartPre"]
     assert step.startswith("-+/usr/bin/setpriv --reuid=redis --regid=redis --clear-groups ")
-    where = re.findall(r"^dir (\S+)$", (ROOT / "redis" / "async-email.conf").read_text(), re.MULTILINE)
+    where = re.findall(r"^dir (\S+)$", (ROOT / "deploy" / "redis" / "async-email.conf").read_text(), re.MULTILINE)
     assert step.split()[-3:] == ["/opt/async-email/aof.py", "/usr/bin/redis-server", *where]
 
 

@@ -1,5 +1,6 @@
-"""The doctor's checks: table.py lists them, findings.py says what a check is, each other file looks at one subject.
+"""The doctor's checks: table.py lists them, findings.py says what a finding is, each other file checks one subject.
 
+target.py, system.py            what is examined; the operating system's answers
 packages.py, configuration.py   Python and its packages; settings as the services see them, and file modes
 store.py, flow.py               Redis; workers, queue, breaker, and one mail sent the whole way
 relay.py, replies.py            the relay up to its login, and what its refusals mean

@@ -1,8 +1,8 @@
-"""The settings as the services see them: from the files that their units pass them, and from nothing in this shell.
+"""Checks the settings as the services see them: from the files that their units pass them, and nothing in this shell.
 
-On a server each unit's own `LoadCredential=` lines say which files it gets; they are laid out in a private folder
-in memory, for the length of a look, and read by the very function with which the process starts. In a checkout it is
-`.env` and the environment. Values are never shown; what is wrong is said in settings.py's own sentences.
+On a server each unit's own `LoadCredential=` lines say which files it gets; they are copied into a private folder in
+memory and read by the function with which the process starts. In a checkout it is `.env` and the environment. Values
+are never shown; a fault is reported in settings.py's own sentences.
 systemd.exec(5): LoadCredential=
 """
 
@@ -21,90 +21,98 @@ from dotenv import dotenv_values
 
 import settings
 from mail.address import Mailbox
-from ops.checks.findings import Findings, Place, fault, is_root, may, note, ok, run, warn, who_is
+from ops.checks.findings import Findings, fault, note, ok, warn
+from ops.checks.system import denied_at, find_user, is_root, may_read, run
+from ops.checks.target import Target
+from queues.table import QUEUES
 from settings import Settings, SettingsError
 
-SERVICES = {  # unit -> what its process cannot do without, as it asks `settings.load` for it
+SERVICES = {  # unit -> the settings that its process cannot run without, as it passes them to `settings.load`
     "async-email-api.service": ("api_keys", "mail_from"),
-    "async-email-worker@email.service": ("smtp_host",),
-    "async-email-worker@jobs.service": (),
+    **{f"async-email-worker@{row.name}.service": row.needs for row in QUEUES.values()},
     "async-email-dashboard.service": ("dashboard_password",),
 }
 PASSES = re.compile(r"^LoadCredential=([^:\s]+):(\S+)", re.MULTILINE)
-NOT_THERE = "what its unit passes it,"
-HIDDEN = ("/home", "/root", "/run/user")  # from a unit with ProtectHome=
+MISSING = "what its unit passes it,"
+HIDDEN = ("/home", "/root", "/run/user")  # from a unit, by ProtectHome=
 
 
-def open_to_us(place: Place) -> bool:
-    return not place.installed or (is_root() or may_read(place.file))
+def is_readable(target: Target) -> bool:
+    return not target.installed or is_root() or may_read(target.file)
 
 
-def may_read(path: Path) -> bool:
+def load(target: Target) -> Settings | None:
+    """Returns the settings of all services together, for the other checks; None if they cannot be read."""
     try:
-        path.open("rb").close()
-    except OSError:
-        return False
-    return True
-
-
-def load(place: Place) -> Settings | None:
-    """All that the services know together, for the checks to come; None if that cannot be read."""
-    try:
-        if not place.installed:
+        if not target.installed:
             return settings.load()
-        with as_a_unit(every_file(place)):
+        with as_a_unit(every_file(target)):
             return settings.load()
     except (SettingsError, OSError):
         return None
 
 
-def every_file(place: Place) -> list[tuple[str, Path]]:
-    folder = place.etc / "credentials"
+def every_file(target: Target) -> list[tuple[str, Path]]:
+    folder = target.etc / "credentials"
     secrets = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [(place.file.name, place.file), *((one.name, one) for one in secrets)]
+    return [(target.file.name, target.file), *((one.name, one) for one in secrets)]
 
 
-def passed_to(unit: str, place: Place) -> list[tuple[str, Path]]:
-    """What the unit passes to its process. Where there is no unit yet: everything."""
+def passed_to(unit: str, target: Target) -> list[tuple[str, Path]]:
+    """Returns the files that the unit passes to its process; all of them if there is no unit yet."""
     shown = run("systemctl", "cat", unit)
     lines = PASSES.findall(shown.stdout) if shown else []
     instance = unit.partition("@")[2].removesuffix(".service")
-    return [(name, Path(path.replace("%i", instance))) for name, path in lines] or every_file(place)
+    return [(name, Path(path.replace("%i", instance))) for name, path in lines] or every_file(target)
 
 
 @contextmanager
 def as_a_unit(credentials: Iterable[tuple[str, Path]]) -> Iterator[None]:
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # no secret of ours comes to lie on a disk
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # no secret is written to a disk
     with tempfile.TemporaryDirectory(prefix="doctor-", dir=memory) as folder:
         for name, path in credentials:
             shutil.copyfile(path, Path(folder, name))
-        with settings.environment_of_a_unit(Path(folder)):
+        with credentials_directory(Path(folder)):
             yield
 
 
-def values(place: Place) -> Findings:
-    if not place.installed:
-        yield from in_a_checkout(place)
-    elif not open_to_us(place):
-        yield warn(f"{place.etc} is for root only, so most cannot be looked at", "sudo bin/doctor")
+@contextmanager
+def credentials_directory(folder: Path) -> Iterator[None]:
+    """Makes `settings.load` read what a service of systemd with these credentials reads: no variable of this shell."""
+    shell = dict(os.environ)
+    for name in Settings.model_fields:
+        os.environ.pop(name.upper(), None)
+    os.environ["CREDENTIALS_DIRECTORY"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(shell)
+
+
+def values(target: Target) -> Findings:
+    if not target.installed:
+        yield from in_a_checkout(target)
+    elif not is_readable(target):
+        yield warn(f"{target.etc} is for root only, so most cannot be checked", "sudo bin/doctor")
     else:
-        yield from on_a_server(place)
+        yield from on_a_server(target)
 
 
-def on_a_server(place: Place) -> Findings:
-    told: dict[str, list[str]] = defaultdict(list)  # one file for all, so most faults are everybody's
+def on_a_server(target: Target) -> Findings:
+    stopped: dict[str, list[str]] = defaultdict(list)  # one file for all, so most faults stop several services
     for unit, needed in SERVICES.items():
-        for sentence in faults_of(passed_to(unit, place), needed):
-            told[sentence].append(unit.removeprefix("async-email-").removesuffix(".service"))
-    for sentence, parts in told.items():
-        mend = "sudo bin/install, in your clone, makes it" if sentence.startswith(NOT_THERE) else place.edit
-        yield fault(f"{' and '.join(parts)} will not start: {sentence}", mend)
-    if not told:
-        yield ok(f"{place.file} is complete and right for each service")
+        for sentence in faults_of(passed_to(unit, target), needed):
+            stopped[sentence].append(unit.removeprefix("async-email-").removesuffix(".service"))
+    for sentence, parts in stopped.items():
+        fix = "sudo bin/install, in your clone, makes it" if sentence.startswith(MISSING) else target.edit
+        yield fault(f"{' and '.join(parts)} will not start: {sentence}", fix)
+    if not stopped:
+        yield ok(f"{target.file} is complete and correct for each service")
 
 
 def faults_of(credentials: list[tuple[str, Path]], needed: tuple[str, ...]) -> list[str]:
-    missing = [f"{NOT_THERE} {path}, is missing" for _, path in credentials if not path.is_file()]
+    missing = [f"{MISSING} {path}, is missing" for _, path in credentials if not path.is_file()]
     if missing:
         return missing
     try:
@@ -114,22 +122,22 @@ def faults_of(credentials: list[tuple[str, Path]], needed: tuple[str, ...]) -> l
         return error.faults
 
 
-def in_a_checkout(place: Place) -> Findings:
+def in_a_checkout(target: Target) -> Findings:
     try:
         wrong = sender_faults(current := settings.load())
     except SettingsError as error:
         wrong = error.faults
-    yield from (fault(sentence, place.edit) for sentence in wrong)
+    yield from (fault(sentence, target.edit) for sentence in wrong)
     if wrong:
         return
     yield ok("the environment and .env can be read, and no value is wrong")
     missing = [name.upper() for names in SERVICES.values() for name in names if not getattr(current, name)]
     if missing:
-        yield note(f"not set: {', '.join(missing)}; bin/dev does without, a server does not", place.edit)
+        yield note(f"not set: {', '.join(missing)}; bin/dev does without, a server does not", target.edit)
 
 
 def sender_faults(current: Settings) -> list[str]:
-    """service.py asks this, too, before it starts."""
+    """Returns what service.py, too, checks before it starts."""
     try:
         if current.mail_from:
             Mailbox.parse(current.mail_from)
@@ -138,15 +146,15 @@ def sender_faults(current: Settings) -> list[str]:
     return []
 
 
-def shell(place: Place) -> Findings:
-    """What worked by hand and does not as a service: a variable that only this shell has."""
-    written = {name for name, value in dotenv_values(place.file).items() if value} if may_read(place.file) else set()
-    only_here = sorted(exported() - written - stored(place))
-    if only_here and not open_to_us(place):
+def shell(target: Target) -> Findings:
+    """Finds what works by hand and not as a service: a variable that only this shell has."""
+    written = {name for name, value in dotenv_values(target.file).items() if value} if may_read(target.file) else set()
+    only_here = sorted(exported() - written - stored(target))
+    if only_here and not is_readable(target):
         yield note(f"set in this shell, which the services do not see: {', '.join(only_here)}", "sudo bin/doctor")
-    elif only_here and place.installed:
+    elif only_here and target.installed:
         for name in only_here:
-            yield warn(f"{name} is set in this shell and not in {place.file}: the services do not see it", place.edit)
+            yield warn(f"{name} is set in this shell and not in {target.file}: the services do not see it", target.edit)
     elif only_here:
         yield note(f"only in this shell, not in .env: {', '.join(only_here)}", "write them into .env to keep them")
     else:
@@ -154,12 +162,12 @@ def shell(place: Place) -> Findings:
 
 
 def exported() -> set[str]:
-    here = {name for name, value in settings.child_environment().items() if value}
+    here = {name for name, value in os.environ.items() if value}
     return (here | before_sudo()) & {name.upper() for name in Settings.model_fields}
 
 
 def before_sudo() -> set[str]:
-    """sudo drops a shell's variables; root may ask the kernel what the programs above this one were started with."""
+    """Returns the variables of the programs above this one, which root may ask the kernel for: sudo drops them."""
     names, pid = set(), os.getpid()
     with suppress(OSError, StopIteration):
         while pid > 1:
@@ -170,67 +178,67 @@ def before_sudo() -> set[str]:
     return names
 
 
-def stored(place: Place) -> set[str]:
-    """Settings that have a file of their own among the credentials."""
-    with_files = every_file(place)[1:] if place.installed and may_read(place.file) else []
+def stored(target: Target) -> set[str]:
+    """Returns the settings that have a file of their own among the credentials."""
+    with_files = every_file(target)[1:] if target.installed and may_read(target.file) else []
     return {name.upper() for name, path in with_files if path.stat().st_size}
 
 
-def modes(place: Place) -> Findings:
-    """Secrets are root's alone, code is nobody's to write but root's, and the service can read what it must."""
-    if not place.installed:
-        if place.file.exists() and place.file.stat().st_mode & 0o077:
-            yield warn(f"{place.file} can be read by other users of this machine", f"chmod 600 {place.file}")
+def modes(target: Target) -> Findings:
+    """Checks that only root reads secrets, that only root may change code, and that the service can read its files."""
+    if not target.installed:
+        if target.file.exists() and target.file.stat().st_mode & 0o077:
+            yield warn(f"{target.file} can be read by other users of this machine", f"chmod 600 {target.file}")
         else:
-            yield ok(".env is nobody else's to read" if place.file.exists() else "there is no .env to protect")
+            yield ok("no other user can read .env" if target.file.exists() else "there is no .env to protect")
         return
-    wrong = [*secrets_are_roots(place), *code_is_roots(place), *files_named_in_settings(place)]
-    secret = f"{place.etc} is root's alone, and " if open_to_us(place) else ""
-    yield from wrong or [ok(f"{secret}{place.opt} is not the service's to change")]
+    wrong = [*secrets_are_roots(target), *code_is_roots(target), *files_named_in_settings(target)]
+    secret = f"only root can read {target.etc}, and " if is_readable(target) else ""
+    yield from wrong or [ok(f"{secret}the service cannot change {target.opt}")]
 
 
-def secrets_are_roots(place: Place) -> Findings:
-    if not open_to_us(place):
+def secrets_are_roots(target: Target) -> Findings:
+    if not is_readable(target):
         return
-    for path in (place.etc, place.etc / "credentials", *(path for _, path in every_file(place))):
+    for path in (target.etc, target.etc / "credentials", *(path for _, path in every_file(target))):
         if not path.exists():
             yield fault(f"{path} is missing", "sudo bin/install, in your clone: it makes what is missing")
             continue
         seen, mode = path.stat(), "700" if path.is_dir() else "600"
         if seen.st_mode & 0o077:
             yield fault(f"{path} is open to other users (mode {seen.st_mode & 0o777:o})", f"sudo chmod {mode} {path}")
-        if seen.st_uid != place.owner:
+        if seen.st_uid != target.owner:
             yield fault(f"{path} does not belong to root", f"sudo chown root:root {path}")
 
 
-def code_is_roots(place: Place) -> Findings:
-    user, current = who_is(place.user), place.opt / "current"
+def code_is_roots(target: Target) -> Findings:
+    user, current = find_user(target.user), target.opt / "current"
     if user is None:
-        yield fault(f"there is no user {place.user} for the services to run as", "sudo bin/install, in your clone")
+        yield fault(f"there is no user {target.user} for the services to run as", "sudo bin/install, in your clone")
         return
     for path in (current, current / "worker.py", current / ".venv/bin/python"):
-        closed = may(user, path, 4)
+        closed = denied_at(user, path, 4)
         if closed:
-            found = f"{path} cannot be read by the user {place.user}: {closed} keeps it out or is missing"
+            found = f"{path} cannot be read by the user {target.user}: {closed} denies it or is missing"
             yield fault(found, f"sudo chmod o+rX {closed}" if closed.exists() else "sudo bin/install, in your clone")
             return
-    if not may(user, current / "worker.py", 2) or not may(user, current, 2):
-        yield fault(f"the user {place.user} may change the code it runs", f"sudo chown -R root:root {place.opt}/")
+    if not denied_at(user, current / "worker.py", 2) or not denied_at(user, current, 2):
+        yield fault(f"the user {target.user} may change the code it runs", f"sudo chown -R root:root {target.opt}/")
 
 
-def files_named_in_settings(place: Place) -> Findings:
+def files_named_in_settings(target: Target) -> Findings:
     """root can read them all; the service may not."""
-    user = who_is(place.user)
+    user, current = find_user(target.user), load(target)
     for name in Settings.model_fields:
-        path: Path | None = getattr(place.settings, name, None) if name.endswith("_file") else None
+        path: Path | None = getattr(current, name, None) if name.endswith("_file") else None
         if not path or user is None:
             continue
-        if may(user, path, 4) or str(path.resolve()).startswith(HIDDEN):
-            yield fault(f"{name.upper()}: the user {place.user} cannot read {path}", elsewhere(name, path, place))
+        if denied_at(user, path, 4) or str(path.resolve()).startswith(HIDDEN):
+            yield fault(f"{name.upper()}: the user {target.user} cannot read {path}", make_readable(name, path, target))
 
 
-def elsewhere(name: str, path: Path, place: Place) -> str:
+def make_readable(name: str, path: Path, target: Target) -> str:
     if name == "smtp_ca_file":  # not a secret
         return f"sudo install -m 644 {path} /etc/ssl/async-email-relay.pem, and name that"
-    kept = place.etc / "credentials" / name.removesuffix("_file")
-    return f"sudo install -m 600 {path} {kept}, and take {name.upper()} out of {place.file}"
+    kept = target.etc / "credentials" / name.removesuffix("_file")
+    return f"sudo install -m 600 {path} {kept}, and take {name.upper()} out of {target.file}"

@@ -1,7 +1,7 @@
-"""What the DNS says about the domain of MAIL_FROM: whether receivers have a reason to believe our mail.
+"""Checks what the DNS says about the domain of MAIL_FROM: whether receivers have a reason to trust our mail.
 
-A relay such as SES signs and vouches with a domain of its own, too, so what is missing here is a warning: mail goes
-out, and some receivers take it for spam. A DKIM key cannot be looked up without its selector, which is in the mail.
+A relay such as SES also signs with a domain of its own, so what is missing here is a warning: mail goes out, and some
+receivers treat it as spam. A DKIM key cannot be looked up without its selector, which is in the mail.
 RFC 7208 (SPF), 6376 (DKIM), 7489 (DMARC), 7505 (null MX), 2606 (names for examples)
 """
 
@@ -14,11 +14,13 @@ from dns.exception import DNSException, Timeout
 from dns.resolver import NXDOMAIN, NoAnswer, NoResolverConfiguration, Resolver
 
 from mail.address import Mailbox
-from ops.checks.findings import Findings, Place, fault, note, ok, warn
+from ops.checks.findings import Findings, fault, note, ok, warn
+from ops.checks.target import Target
+from settings import Settings
 
 MOST_LOOKUPS = 10  # RFC 7208 4.6.4; a receiver stops there with an error
 EXAMPLES = re.compile(r"(^|\.)(example|test|invalid|localhost)$|(^|\.)example\.(com|net|org)$")
-VOUCHERS = {  # a pattern in the relay's name -> what its customers include
+INCLUDES = {  # a pattern in the relay's name -> what its customers include in their SPF record
     r"google(mail)?\.com$|gmail\.com$": "_spf.google.com",
     r"(office365|outlook)\.com$": "spf.protection.outlook.com",
     r"amazonaws\.com$": "amazonses.com",
@@ -29,32 +31,30 @@ VOUCHERS = {  # a pattern in the relay's name -> what its customers include
 Ask = Callable[[str, str], list[str]]
 
 
-def sender(place: Place) -> Findings:
-    assert place.settings
-    if not place.settings.mail_from:
+def sender(target: Target, settings: Settings) -> Findings:
+    if not settings.mail_from:
         yield note("MAIL_FROM is not set: skipped")
         return
-    domain = Mailbox.parse(place.settings.mail_from).address.rpartition("@")[2].lower().rstrip(".")
+    domain = Mailbox.parse(settings.mail_from).address.rpartition("@")[2].lower().rstrip(".")
     if EXAMPLES.search(domain):
-        yield warn(f"{domain}, of MAIL_FROM, is a name for examples: no receiver will believe it", place.edit)
+        yield warn(f"{domain}, of MAIL_FROM, is a name for examples: no receiver will trust it", target.edit)
         return
     try:
-        ask = asker(place)
-        yield from about(domain.encode("idna").decode(), ask, place)
+        yield from about(domain.encode("idna").decode(), asker(target), settings.smtp_host or "")
     except NXDOMAIN:
-        yield fault(f"{domain}, of MAIL_FROM, does not exist: receivers refuse such mail", place.edit)
+        yield fault(f"{domain}, of MAIL_FROM, does not exist: receivers refuse such mail", target.edit)
     except (Timeout, NoResolverConfiguration):
         yield warn("the name server does not answer", "resolvectl status, or cat /etc/resolv.conf")
     except (DNSException, UnicodeError):
-        yield warn(f"the name server has no proper answer about {domain}", f"dig TXT {domain}")
+        yield warn(f"the name server has no valid answer about {domain}", f"dig TXT {domain}")
 
 
-def asker(place: Place) -> Ask:
-    """`ask(name, kind)` gives the records, none where there are none. Raises NXDOMAIN, and what else DNS may do."""
-    resolver = Resolver(configure=place.name_server is None)
-    if place.name_server:
-        resolver.nameservers, resolver.port = [place.name_server[0]], place.name_server[1]
-    resolver.lifetime = place.patience
+def asker(target: Target) -> Ask:
+    """Returns a function from name and kind to records, of which there may be none. It raises DNSException."""
+    resolver = Resolver(configure=target.name_server is None)
+    if target.name_server:
+        resolver.nameservers, resolver.port = [target.name_server[0]], target.name_server[1]
+    resolver.lifetime = target.timeout
 
     def ask(name: str, kind: str) -> list[str]:
         try:
@@ -69,48 +69,48 @@ def asker(place: Place) -> Ask:
 
 
 def or_none(ask: Ask, name: str, kind: str) -> list[str]:
-    """For a name that need not exist."""
+    """Returns no records, too, for a name that does not exist."""
     try:
         return ask(name, kind)
     except NXDOMAIN:
         return []
 
 
-def about(domain: str, ask: Ask, place: Place) -> Findings:
+def about(domain: str, ask: Ask, relay: str) -> Findings:
     mx = ask(domain, "MX")
     if mx and all(record.split()[1] == "." for record in mx):
-        yield warn(f"{domain} says that it takes no mail: replies and bounces are lost", "give it an MX record")
+        yield warn(f"{domain} says that it accepts no mail: replies and bounces are lost", "give it an MX record")
     elif not mx and not ask(domain, "A") and not ask(domain, "AAAA"):
         yield warn(f"{domain} has neither MX nor address: replies and bounces are lost", "give it an MX record")
     else:
-        yield ok(f"{domain} can take replies and bounces")
-    yield from spf(domain, ask, place)
+        yield ok(f"{domain} can receive replies and bounces")
+    yield from spf(domain, ask, relay)
     yield from dmarc(domain, ask)
     found = f"DKIM of {domain} cannot be looked up from here: its key's name is in the mail"
     yield note(found, "switch it on at the relay; bin/doctor --send-to YOU shows dkim=pass in the mail's source")
 
 
-def spf(domain: str, ask: Ask, place: Place) -> Findings:
-    assert place.settings
+def spf(domain: str, ask: Ask, relay: str) -> Findings:
     records = spf_of(domain, ask)
-    host = place.settings.smtp_host or ""
-    voucher = next((name for pattern, name in VOUCHERS.items() if re.search(pattern, host)), "NAME-THE-RELAY-GIVES")
+    include = next((name for pattern, name in INCLUDES.items() if re.search(pattern, relay)), "NAME-THE-RELAY-GIVES")
     if not records:
-        mend = f'DNS: {domain} TXT "v=spf1 include:{voucher} ~all"'
-        yield warn(f"{domain} has no SPF record: nobody is named who may send for it", mend)
+        fix = f'DNS: {domain} TXT "v=spf1 include:{include} ~all"'
+        yield warn(f"{domain} has no SPF record: it does not say which servers may send for it", fix)
         return
     if len(records) > 1:
-        yield warn(f"{domain} has {len(records)} SPF records, so receivers obey none", "DNS: merge them into one")
+        yield warn(
+            f"{domain} has {len(records)} SPF records, so receivers ignore all of them", "DNS: merge them into one"
+        )
         return
     lookups = count_lookups(records[0], ask, {domain})
     if lookups > MOST_LOOKUPS:
         found = f"the SPF record of {domain} takes {lookups} lookups; receivers stop at {MOST_LOOKUPS}"
         yield warn(found, "DNS: take out the includes that you no longer need")
     elif re.search(r"(^|\s)\+?all\b", records[0]):
-        yield warn(f"the SPF record of {domain} lets everybody send for it", "DNS: write ~all instead of +all")
-    elif voucher in VOUCHERS.values() and voucher not in records[0]:
+        yield warn(f"the SPF record of {domain} lets every server send for it", "DNS: write ~all instead of +all")
+    elif include in INCLUDES.values() and include not in records[0]:
         found = f"the SPF record of {domain} does not name this relay"
-        yield note(found, f"DNS: add include:{voucher}, unless the relay uses a bounce domain of its own")
+        yield note(found, f"DNS: add include:{include}, unless the relay uses a bounce domain of its own")
     else:
         yield ok(f"{domain} has one SPF record, {lookups} lookups")
 
@@ -120,7 +120,7 @@ def spf_of(name: str, ask: Ask) -> list[str]:
 
 
 def count_lookups(record: str, ask: Ask, seen: set[str]) -> int:
-    """RFC 7208 4.6.4: include, redirect, a, mx, ptr and exists cost one each, and what is included counts along."""
+    """Counts as RFC 7208 4.6.4 does: include, redirect, a, mx, ptr and exists, also in what is included."""
     count = 0
     for term in record.lower().split()[1:]:
         found = re.match(r"[+?~-]?(include:|redirect=|a|mx|ptr|exists)(?=[:/\s]|$|(?<=[:=]))(.*)", term)
@@ -135,7 +135,7 @@ def count_lookups(record: str, ask: Ask, seen: set[str]) -> int:
 
 
 def dmarc(domain: str, ask: Ask) -> Findings:
-    """A domain without a record of its own goes by its parent's."""
+    """Checks the domain's record or, if it has none, its parent's, which then applies."""
     labels = domain.split(".")
     for start in range(max(1, len(labels) - 1)):
         name = "_dmarc." + ".".join(labels[start:])
@@ -143,14 +143,14 @@ def dmarc(domain: str, ask: Ask) -> Findings:
         if records:
             yield from policy(name, records)
             return
-    mend = f'DNS: _dmarc.{domain} TXT "v=DMARC1; p=none; rua=mailto:dmarc@{domain}"'
-    yield warn(f"{domain} has no DMARC record: Google, Yahoo and Microsoft want one from whoever sends much", mend)
+    fix = f'DNS: _dmarc.{domain} TXT "v=DMARC1; p=none; rua=mailto:dmarc@{domain}"'
+    yield warn(f"{domain} has no DMARC record: Google, Yahoo and Microsoft require one of large senders", fix)
 
 
 def policy(name: str, records: list[str]) -> Findings:
     found = re.search(r";\s*p\s*=\s*(none|quarantine|reject)\b", records[0])
     if len(records) > 1:
-        yield warn(f"{name} has {len(records)} DMARC records, so receivers obey none", "DNS: keep one")
+        yield warn(f"{name} has {len(records)} DMARC records, so receivers ignore them all", "DNS: keep one")
     elif not found:
         yield warn(f"{name} has a DMARC record without a policy", f'DNS: {name} TXT "v=DMARC1; p=none; ..."')
     else:

@@ -1,7 +1,7 @@
-"""Python and what is installed beside it: are they what requirements.txt pins, and do the processes start with them?
+"""Checks that Python and its packages are those that requirements.txt pins, and that the processes can import them.
 
-Standard library only, for it must be able to say that everything else is missing. Which pin of several holds for this
-Python is pip's affair: a version that is none of them is what tells of trouble.
+Standard library only, since it must be able to say that everything else is missing. Where a package has several pins,
+pip decides which one applies to this Python; only a version that matches none of them is a fault.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import sys
 from collections import defaultdict
 from importlib import metadata
 
-from ops.checks.findings import Findings, Place, fault, note, ok
+from ops.checks.findings import Findings, fault, note, ok
+from ops.checks.target import Target
 
 OLDEST = (3, 10)
 PROCESSES = ("service", "worker", "ops.dashboard")
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)(\s*;)?", re.MULTILINE)
 
 
-def python(place: Place) -> Findings:
+def python(target: Target) -> Findings:
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < OLDEST:
         yield fault(f"this is Python {version}, and 3.10 is needed", "sudo apt install python3.11 python3.11-venv")
@@ -29,11 +30,11 @@ def python(place: Place) -> Findings:
         yield ok(f"Python {version} in {sys.prefix}")
 
 
-def pins(place: Place) -> Findings:
-    """Every package that is pinned for every Python must be there; one that is pinned for some may be missing."""
+def pins(target: Target) -> Findings:
+    """Checks each package's version. One that is pinned for some Pythons only may be missing."""
     wanted: dict[str, set[str]] = defaultdict(set)
     needed = set()
-    for name, version, conditional in PIN.findall((place.code / "requirements.txt").read_text()):
+    for name, version, conditional in PIN.findall((target.code / "requirements.txt").read_text()):
         wanted[name].add(version)
         needed |= set() if conditional else {name}
     wrong = []
@@ -43,7 +44,7 @@ def pins(place: Place) -> Findings:
             wrong.append(f"{name} is missing")
         elif installed is not None and installed not in versions:
             wrong.append(f"{name} is {installed} and should be {' or '.join(sorted(versions))}")
-    yield from (fault(f"{one}, says requirements.txt", install(place)) for one in wrong)
+    yield from (fault(f"{one}, says requirements.txt", install(target)) for one in wrong)
     if not wrong:
         yield ok(f"{len(needed)} packages are as requirements.txt pins them")
 
@@ -55,21 +56,20 @@ def version_of(name: str) -> str | None:
         return None
 
 
-def imports(place: Place) -> Findings:
-    """As the processes do: this finds a package that another needs and does not declare."""
+def imports(target: Target) -> Findings:
+    """Imports what the processes import, and so finds a package that another needs and does not declare."""
     broken = []
     for name in PROCESSES:
         try:
             importlib.import_module(name)
         except Exception as error:
             missing = getattr(error, "name", None) or type(error).__name__
-            broken.append(
-                fault(f"{name.replace('.', '/')}.py does not start: importing {missing} fails", install(place))
-            )
-    yield from broken or [ok("the API, the workers and the dashboard find all that they import")]
+            found = f"{name.replace('.', '/')}.py does not start: importing {missing} fails"
+            broken.append(fault(found, install(target)))
+    yield from broken or [ok("the API, the workers and the dashboard find everything they import")]
 
 
-def install(place: Place) -> str:
-    if place.installed:
-        return "sudo bin/install, in your clone: it makes the release's .venv anew"
+def install(target: Target) -> str:
+    if target.installed:
+        return "sudo bin/install, in your clone: it makes the release's .venv again"
     return ".venv/bin/pip install --require-hashes -r requirements.txt"

@@ -1,6 +1,6 @@
-"""Redis or Valkey: does it answer the service, does it keep what it is given, and has it room for more?
+"""Checks Redis or Valkey: whether it answers the service, keeps what it is given, and has room for more.
 
-Only INFO, PING, TIME and, where the ACL lets us, CONFIG GET are sent: rule 11 of the design, looking changes nothing.
+Sends only INFO, PING, TIME and, where the ACL allows it, CONFIG GET: monitoring must not change anything.
 https://redis.io/docs/latest/operate/oss_and_stack/management/persistence/
 """
 
@@ -11,32 +11,26 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from redis import Redis
-from redis.exceptions import (
-    AuthenticationError,
-    BusyLoadingError,
-    NoPermissionError,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, RedisError, ResponseError
 
-from ops.checks.findings import Finding, Findings, Place, fault, lasting, may, note, ok, run, sized, warn, who_is
+from ops.checks.findings import FAULT, Finding, Findings, fault, lasting, note, ok, sized, warn
+from ops.checks.system import denied_at, find_user, run
+from ops.checks.target import Target
 from queues.connection import connect
-from settings import is_loopback
+from settings import Settings, is_loopback
 
 OUR_CONF, OUR_SOCKETS = "/etc/redis/redis-async-email.conf", "/run/redis-async-email"
+OLDEST = (6, 2)  # has BLMOVE, without which a killed worker loses the job it has just popped
 OUR_UNIT = "redis-server@async-email.service"
-OLDEST = (6, 2)  # RQ's BLMOVE, without which a worker that is killed loses the job it has just popped
 LITTLE = 512 * 2**20  # bytes of disk
-SECONDS_APART = 5
+MAX_SKEW = 5  # seconds between two clocks
 
 
-class Where(NamedTuple):
+class Address(NamedTuple):
     """REDIS_URL without its secrets."""
 
     host: str
@@ -51,138 +45,132 @@ class Where(NamedTuple):
     def is_here(self) -> bool:
         return bool(self.path) or is_loopback(self.host)
 
+    @property
+    def is_our_own(self) -> bool:
+        """Whether it is the instance that bin/install makes."""
+        return self.path.startswith(OUR_SOCKETS)
 
-def where(place: Place) -> Where:
-    assert place.settings
-    url = place.settings.redis_url.get_secret_value()
+    @property
+    def cli(self) -> str:
+        return f"redis-cli -s {self.path}" if self.path else f"redis-cli -h {self.host} -p {self.port}"
+
+
+def address(settings: Settings) -> Address:
+    url = settings.redis_url.get_secret_value()
     kwargs = connect(url).connection_pool.connection_kwargs
     host, port = kwargs.get("host", "localhost"), int(kwargs.get("port", 6379))
-    return Where(host, port, kwargs.get("path", ""), url.startswith("rediss:"))
+    return Address(host, port, kwargs.get("path", ""), url.startswith("rediss:"))
 
 
-def client(place: Place) -> Redis:
-    assert place.settings
-    return connect(place.settings.redis_url.get_secret_value())
+def client(settings: Settings) -> Redis:
+    return connect(settings.redis_url.get_secret_value())
 
 
-@contextmanager
-def asked(place: Place) -> Iterator[Redis]:
-    with client(place) as redis:
-        yield redis
-
-
-def reachable(place: Place) -> Findings:
-    """A connection, then the password, then its kind, each with its own remedy."""
-    at = where(place)
-    refusals = list(socket_trouble(at, place) if at.path else network_trouble(at, place))
+def reachable(target: Target, settings: Settings) -> Findings:
+    """Checks the connection, then the password, then the version, each with a fix of its own."""
+    at = address(settings)
+    refusals = list(socket_trouble(at, target) if at.path else network_trouble(at, target))
     yield from refusals
-    if any(one.level == "fault" for one in refusals):
+    if any(one.level == FAULT for one in refusals):
         return
-    with asked(place) as redis:
-        trouble = refused(redis, at, place)
+    with client(settings) as redis:
+        trouble = refused(redis, at, target)
         if trouble:
             yield trouble
             return
         info: dict[str, Any] = redis.info()
     yield ok(f"{program(info)} answers at {at}")
-    yield from fits(info, place)
+    yield from suitable(info, target)
 
 
-def socket_trouble(at: Where, place: Place) -> Findings:
+def socket_trouble(at: Address, target: Target) -> Findings:
     path = Path(at.path)
-    with socket.socket(socket.AF_UNIX) as line:
-        line.settimeout(place.patience)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(target.timeout)
         try:
-            line.connect(at.path)
+            sock.connect(at.path)
         except OSError as error:
-            yield fault(f"Redis does not answer at {at}: {reason(error)}", hint(error, at, place))
+            yield fault(f"Redis does not answer at {at}: {reason(error)}", hint(error, at, target))
             return
-    user = who_is(place.user) if place.installed else None
-    closed = may(user, path, 2) if user else None
+    user = find_user(target.user) if target.installed else None
+    closed = denied_at(user, path, 2) if user else None
     if closed:
-        yield fault(f"the user {place.user} may not use {at}: {closed} keeps it out", opened(closed))
+        is_socket = stat.S_ISSOCK(closed.stat().st_mode)
+        fix = f"write unixsocketperm 777 into {OUR_CONF} (its password guards it), and restart it"
+        found = f"the user {target.user} may not use {at}: {closed} denies it"
+        yield fault(found, fix if is_socket else f"sudo chmod o+x {closed}")
 
 
-def opened(closed: Path) -> str:
-    if stat.S_ISSOCK(closed.stat().st_mode):
-        return (
-            "write unixsocketperm 777 into /etc/redis/redis-async-email.conf (its password guards it), and restart it"
-        )
-    return f"sudo chmod o+x {closed}"
-
-
-def network_trouble(at: Where, place: Place) -> Findings:
-    """A name may stand for several addresses; the clients try one after the other."""
+def network_trouble(at: Address, target: Target) -> Findings:
+    """Tries every address of the name, as clients do, one after the other."""
     try:
         addresses = socket.getaddrinfo(at.host, at.port, type=socket.SOCK_STREAM)
     except OSError:
-        yield fault(f"REDIS_URL: the name {at.host} cannot be resolved", f"correct it in {place.file}")
+        yield fault(f"REDIS_URL: the name {at.host} cannot be resolved", f"correct it in {target.file}")
         return
     answering, refusing = [], {}
-    for family, _, _, _, address in addresses:
-        with socket.socket(family) as line:
-            line.settimeout(place.patience / len(addresses))
+    for family, _, _, _, sockaddr in addresses:
+        with socket.socket(family) as sock:
+            sock.settimeout(target.timeout / len(addresses))
             try:
-                line.connect(address)
-                answering.append(str(address[0]))
+                sock.connect(sockaddr)
+                answering.append(str(sockaddr[0]))
             except OSError as error:
-                refusing[str(address[0])] = error
+                refusing[str(sockaddr[0])] = error
     if not answering:
         first = next(iter(refusing.values()))
-        yield fault(f"Redis does not answer at {at}: {reason(first)}", hint(first, at, place))
+        yield fault(f"Redis does not answer at {at}: {reason(first)}", hint(first, at, target))
     elif refusing:
-        found = f"{at.host} stands for {', '.join([*answering, *refusing])}, and Redis answers only at {answering[0]}"
-        yield warn(found, f"write {answering[0]} in REDIS_URL instead of {at.host}: {place.file}")
+        found = f"{at.host} means {', '.join([*answering, *refusing])}, and Redis answers only at {answering[0]}"
+        yield warn(found, f"write {answering[0]} in REDIS_URL instead of {at.host}: {target.file}")
 
 
 def reason(error: OSError) -> str:
     return "it is silent" if isinstance(error, TimeoutError) else (error.strerror or type(error).__name__).lower()
 
 
-def hint(error: OSError, at: Where, place: Place) -> str:
+def hint(error: OSError, at: Address, target: Target) -> str:
     if error.errno == errno.EACCES:
         return f"run as root: sudo bin/doctor (or open {at} to this user)"
     if isinstance(error, TimeoutError):
-        return "let this machine through in Redis' firewall or security group, port " + str(at.port)
-    if is_our_own(place):
-        return (
-            "sudo systemctl enable --now redis-server@async-email; journalctl -u redis-server@async-email says why not"
-        )
+        return f"allow this machine in Redis' firewall or security group, port {at.port}"
+    if at.is_our_own:
+        return "sudo systemctl enable --now redis-server@async-email; journalctl -u redis-server@async-email says why"
     if at.is_here:
-        if place.installed:
+        if target.installed:
             return "sudo systemctl enable --now redis-server (or valkey-server)"
-        yours = "REDIS_URL=redis://127.0.0.1:6380/0 bin/doctor"
-        return f"bin/dev brings one of its own, and {yours} looks at that; on a server sudo bin/install does"
-    return f"start Redis there, or correct REDIS_URL in {place.file}"
+        that = "REDIS_URL=redis://127.0.0.1:6380/0 bin/doctor"
+        return f"bin/dev brings one of its own, and {that} checks that one; on a server sudo bin/install does"
+    return f"start Redis there, or correct REDIS_URL in {target.file}"
 
 
-def refused(redis: Redis, at: Where, place: Place) -> Finding | None:
+def refused(redis: Redis, at: Address, target: Target) -> Finding | None:
     try:
         redis.ping()
         redis.info()
     except AuthenticationError:
         given = redis.connection_pool.connection_kwargs.get("password")
         trouble = "does not accept our user and password" if given else "wants a password and REDIS_URL has none"
-        return fault(f"Redis at {at} {trouble}", password(place))
+        return fault(f"Redis at {at} {trouble}", password(target))
     except NoPermissionError:
         return fault("Redis' ACL refuses us PING or INFO", "give the user +@all -@dangerous -@admin +info: ACL SETUSER")
     except ResponseError:
         return fault(f"Redis at {at} refuses PING or INFO", "see its log: journalctl -u 'redis*'")
     except BusyLoadingError:
-        return fault("Redis is still reading its append-only file", "wait, and look again; journalctl -u 'redis*' -f")
+        return fault("Redis is still reading its append-only file", "wait, and try again; journalctl -u 'redis*' -f")
     except (RedisError, OSError) as error:
-        if "max number of clients" in str(error):  # of which redis-py makes a ConnectionError like any other
-            return fault("Redis has as many clients as it takes", "raise its maxclients, or lower WORKER_CONCURRENCY")
+        if "max number of clients" in str(error):  # redis-py makes it a ConnectionError like any other
+            return fault("Redis has as many clients as it allows", "raise its maxclients, or lower WORKER_CONCURRENCY")
         protocol = "rediss://" if at.encrypted else "redis://"
-        return fault(f"what answers at {at} does not speak {protocol}", f"correct REDIS_URL in {place.file}")
+        return fault(f"what answers at {at} does not speak {protocol}", f"correct REDIS_URL in {target.file}")
     return None
 
 
-def password(place: Place) -> str:
-    if place.installed:
+def password(target: Target) -> str:
+    if target.installed:
         return (
-            f"put the right one into {place.etc}/credentials/redis_url; or move /etc/redis/redis-async-email.conf "
-            "away, restart Redis after sudo bin/install, which writes it anew (the queue stays)"
+            f"put the right one into {target.etc}/credentials/redis_url; or move {OUR_CONF} away, and restart Redis "
+            "after sudo bin/install, which writes a new one (the queue stays)"
         )
     return "REDIS_URL=redis://USER:PASSWORD@HOST:PORT/0, with / # ? : @ in the password as %2F %23 %3F %3A %40"
 
@@ -191,126 +179,117 @@ def program(info: dict[str, Any]) -> str:
     return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
 
 
-def fits(info: dict[str, Any], place: Place) -> Findings:
+def suitable(info: dict[str, Any], target: Target) -> Findings:
     numbers = tuple(int(number) for number in info["redis_version"].split(".")[:2])
     if numbers < OLDEST:
-        found = f"{program(info)} is too old: 6.2 is needed, or a worker that is killed loses a mail"
+        found = f"{program(info)} is too old: 6.2 is needed, or a killed worker loses a mail"
         yield fault(found, "upgrade it: https://redis.io/docs/latest/operate/oss_and_stack/install/")
     if info.get("role", "master") != "master":
-        yield fault("Redis here is a replica and takes no writes", f"name the primary in REDIS_URL: {place.file}")
+        yield fault("Redis here is a replica and accepts no writes", f"name the primary in REDIS_URL: {target.file}")
 
 
-def keeps(place: Place) -> Findings:
-    """The append-only file is on, written, and has room."""
-    with asked(place) as redis:
+def append_only_file(target: Target, settings: Settings) -> Findings:
+    """Checks that it is on, that it is written, and that it has room."""
+    at = address(settings)
+    with client(settings) as redis:
         info: dict[str, Any] = redis.info()
         if not info.get("aof_enabled"):
             found = "it keeps no append-only file, so a crash loses up to an hour of accepted mail"
-            yield fault(found, append_only(place))
+            yield fault(found, switch_on(at))
         elif info.get("aof_last_write_status") != "ok" or info.get("aof_last_bgrewrite_status") == "err":
             yield fault("it cannot write its append-only file", "df -h; journalctl -u 'redis*' -n 20 says why")
         else:
             yield ok(f"the append-only file is on and written, {sized(info.get('aof_current_size', 0))}")
-            yield from half_run(info, place)
+            yield from half_run(info, at, target)
         if info.get("rdb_last_bgsave_status") != "ok":
             yield fault("it cannot write its snapshot, and may refuse writes", "df -h; journalctl -u 'redis*' -n 20")
-        if where(place).is_here:
-            yield from disk(folder(redis, place), info.get("aof_current_size", 0))
+        if at.is_here:
+            yield from disk(folder(redis, target), info.get("aof_current_size", 0))
 
 
-def half_run(info: dict[str, Any], place: Place) -> Findings:
+def half_run(info: dict[str, Any], at: Address, target: Target) -> Findings:
     """Says where nothing cuts an unfinished transaction off the file before Redis starts; Valkey 9 does so itself."""
-    if not place.installed or int(info.get("valkey_version", "0").split(".")[0]) >= 9:
+    if not target.installed or int(info.get("valkey_version", "0").split(".")[0]) >= 9:
         return
     found = f"{program(info)}, if a crash cuts its file within a transaction, runs half of it at its second start"
-    if not is_our_own(place):
-        yield note(
-            f"{found}, and mail may go out twice", "Valkey 9 does not; or run ops/aof.py before each of its starts"
-        )
+    if not at.is_our_own:
+        fix = "Valkey 9 does not; or run ops/aof.py before each of its starts"
+        yield note(f"{found}, and mail may go out twice", fix)
         return
     shown = run("systemctl", "show", "-p", "ExecStartPre", OUR_UNIT)
-    if not (shown and "aof.py" in shown.stdout and (place.opt / "aof.py").exists()):
+    if not (shown and "aof.py" in shown.stdout and (target.opt / "aof.py").exists()):
         yield warn(f"{found}, and mail goes out twice", "sudo bin/install, in your clone: it has that cut off first")
 
 
-def append_only(place: Place) -> str:
-    """Redis, started anew with the file on, reads the file and nothing else: what it had before would be gone."""
-    if is_our_own(place):
+def switch_on(at: Address) -> str:
+    """Returns a command without a restart: Redis, started with the file on, reads the file and nothing else."""
+    if at.is_our_own:
         return "sudo bin/install, in your clone: it switches it on without losing what is there; do not restart Redis"
-    return f"{cli(place)} CONFIG SET appendonly yes, and the same in its file; never only in the file"
+    return f"{at.cli} CONFIG SET appendonly yes, and the same in its file; never only in the file"
 
 
-def no_eviction(place: Place) -> str:
-    if is_our_own(place):  # whose ACL lets nobody CONFIG SET
+def no_eviction(at: Address) -> str:
+    if at.is_our_own:  # its ACL forbids CONFIG SET
         line = "s/^maxmemory-policy .*/maxmemory-policy noeviction/"
         return f"sudo sed -i '{line}' {OUR_CONF} && sudo systemctl restart redis-server@async-email"
-    return f"{cli(place)} CONFIG SET maxmemory-policy noeviction, and the same in its file"
+    return f"{at.cli} CONFIG SET maxmemory-policy noeviction, and the same in its file"
 
 
-def is_our_own(place: Place) -> bool:
-    """The instance that bin/install makes."""
-    return where(place).path.startswith(OUR_SOCKETS)
-
-
-def cli(place: Place) -> str:
-    at = where(place)
-    return f"redis-cli -s {at.path}" if at.path else f"redis-cli -h {at.host} -p {at.port}"
-
-
-def folder(redis: Redis, place: Place) -> Path | None:
+def folder(redis: Redis, target: Target) -> Path | None:
     try:
-        told: dict[Any, Any] = redis.config_get("dir")
-        return Path(told["dir"])
+        configured: dict[Any, Any] = redis.config_get("dir")
+        return Path(configured["dir"])
     except (RedisError, KeyError):  # our own ACL forbids it
-        return place.redis_data if place.redis_data.is_dir() else None
+        return target.redis_data if target.redis_data.is_dir() else None
 
 
 def disk(path: Path | None, file: int) -> Findings:
-    """Rewriting the append-only file takes its size once more."""
+    """Checks the space for the append-only file; rewriting it takes its size once more."""
     if path is None or not path.parent.exists():
-        yield note("where its append-only file lies cannot be seen from here, nor how full that disk is")
+        yield note("the folder of its append-only file cannot be seen from here, nor how full that disk is")
         return
-    usage = shutil.disk_usage(path)
-    free = f"{sized(usage.free)} free where its append-only file lies"
-    if usage.free < max(LITTLE / 4, file):
-        yield fault(f"{free}: it will soon refuse mail", f"make room: sudo du -xh {path} | sort -h | tail")
-    elif usage.free < max(LITTLE, 3 * file):
-        yield warn(f"{free}, which is little", f"make room: sudo du -xh {path} | sort -h | tail")
+    free = shutil.disk_usage(path).free
+    found, fix = f"{sized(free)} free for its append-only file", f"make room: sudo du -xh {path} | sort -h | tail"
+    if free < max(LITTLE / 4, file):
+        yield fault(f"{found}: it will soon refuse mail", fix)
+    elif free < max(LITTLE, 3 * file):
+        yield warn(f"{found}, which is little", fix)
     else:
-        yield ok(free)
+        yield ok(found)
 
 
-def memory(place: Place) -> Findings:
-    with asked(place) as redis:
+def memory(target: Target, settings: Settings) -> Findings:
+    with client(settings) as redis:
         info: dict[str, Any] = redis.info()
     used, most, policy = info["used_memory"], info.get("maxmemory", 0), info.get("maxmemory_policy", "")
     machine = info.get("total_system_memory", 0)
     if policy != "noeviction":
         level = fault if most else warn
-        yield level(f"maxmemory-policy is {policy}: when memory is short it drops mail in silence", no_eviction(place))
-    if most and used >= most:
-        yield fault(
-            f"it is full: {sized(used)} of {sized(most)}", "let the workers drain the queue, or raise maxmemory"
+        yield level(
+            f"maxmemory-policy is {policy}: when memory is short it drops mail silently", no_eviction(address(settings))
         )
+    if most and used >= most:
+        found = f"it is full: {sized(used)} of {sized(most)}"
+        yield fault(found, "let the workers drain the queue, or raise maxmemory")
     elif most and used > 0.8 * most:
         yield warn(f"it is nearly full: {sized(used)} of {sized(most)}", "see why the queue grows, or raise maxmemory")
     elif machine and (most or used) > 0.75 * machine:
-        found = f"it may take {sized(most or used)} of this machine's {sized(machine)}, and needs more while it saves"
+        found = f"it may use {sized(most or used)} of this machine's {sized(machine)}, and needs more while it saves"
         yield warn(found, "lower maxmemory to half of the memory")
     else:
         limit = f"of {sized(most)}" if most else f"and no maxmemory on a machine with {sized(machine)}"
         yield ok(f"uses {sized(used)} {limit}")
 
 
-def clock(place: Place) -> Findings:
-    """Retries and signs of life are moments: two machines must agree on them."""
-    with asked(place) as redis:
+def clock(target: Target, settings: Settings) -> Findings:
+    """Checks that Redis' clock agrees with ours: retries and heartbeats are times on both machines."""
+    with client(settings) as redis:
         before = time.time()
         seconds, micros = redis.time()
-    apart = seconds + micros / 1e6 - before
-    if abs(apart) > SECONDS_APART:
+    skew = abs(seconds + micros / 1e6 - before)
+    if skew > MAX_SKEW:
         yield warn(
-            f"Redis' clock is {lasting(abs(apart))} from ours", "sudo timedatectl set-ntp true, on both machines"
+            f"Redis' clock differs from ours by {lasting(skew)}", "sudo timedatectl set-ntp true, on both machines"
         )
     else:
         yield ok("Redis' clock agrees with ours")

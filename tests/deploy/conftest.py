@@ -52,7 +52,7 @@ def configured(installed: Installed) -> Server:
 
 @pytest.fixture
 def server(configured: Server) -> Iterator[Server]:
-    """Whole before the test and whole after it: what a test breaks it mends, and whoever does not is told at once."""
+    """Whole before the test and whole after it: what a test breaks it repairs, or it fails at once."""
     configured.relay.accepted.clear()
     yield configured
     eventually(configured.is_up, 60)

@@ -1,4 +1,4 @@
-"""The service on a machine, as whoever installs, feeds and looks after it meets it: by README's own commands.
+"""The service on a machine, as its operators and its clients use it: by README's own commands.
 
 `Bare` has a clone and nothing else, `Installed` is what `bin/install` left and said, `Server` sends mail. A mail is
 told from another by its recipient, and the relay's list of what it accepted is what counts as sent.
@@ -37,11 +37,11 @@ DOMAIN = "customers.example"
 
 
 class Finding(NamedTuple):
-    """Something that the doctor says: how bad, what, and how it is mended."""
+    """What the doctor found: its level, what it is, and what fixes it."""
 
     level: str
     found: str
-    mend: str
+    fix: str
 
 
 class Diagnosis(NamedTuple):
@@ -120,10 +120,10 @@ def diagnose(machine: Machine) -> Diagnosis:
     ran = machine.admin(f"sudo {COMMANDS}/doctor --json", check=False)
     assert ran.returncode in (0, 1, 2), ran
     try:
-        told = json.loads(ran.stdout)
+        reported = json.loads(ran.stdout)
     except ValueError:
         raise AssertionError(ran.stdout + ran.stderr) from None
-    return Diagnosis(ran.returncode, ran.stdout, [Finding(f["level"], f["found"], f["mend"]) for f in told])
+    return Diagnosis(ran.returncode, ran.stdout, [Finding(f["level"], f["found"], f["fix"]) for f in reported])
 
 
 @dataclass

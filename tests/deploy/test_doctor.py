@@ -1,4 +1,4 @@
-"""What goes wrong on servers, made on purpose one after the other: the doctor names each, with what mends it.
+"""What goes wrong on servers, made on purpose one after the other: the doctor names each, with what fixes it.
 
 To add one: a row in FAILURES with the shell command that breaks it (as root), words of what the doctor must say and
 words of its remedy. Where the remedy is a command it is run as it stands, and what was said must not be said again;
@@ -30,7 +30,7 @@ class Failure(NamedTuple):
     breaks: str
     found: str
     remedy: str = "sudo"
-    mends: str = ""  # nothing: the remedy is run as it stands, up to its semicolon
+    fixes: str = ""  # nothing: the remedy is run as it stands, up to its semicolon
     level: str = "fault"
 
 
@@ -104,7 +104,7 @@ FAILURES = (
     # a port that is open and should not be
     setting(
         "a dashboard for everybody", "DASHBOARD_LISTEN=0.0.0.0:9181", "for everybody", "DASHBOARD_LISTEN=127.0.0.1"
-    )._replace(mends=f"cp -p /var/tmp/kept {ENV} && systemctl restart {DASHBOARD}"),
+    )._replace(fixes=f"cp -p /var/tmp/kept {ENV} && systemctl restart {DASHBOARD}"),
 )
 
 
@@ -126,19 +126,19 @@ def test_of_a_server_that_works_it_has_nothing_to_say(sound: Server, server: Ser
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name)
-def test_it_finds_what_is_wrong_and_how_it_is_mended(sound: Server, server: Server, failure: Failure) -> None:
+def test_it_finds_what_is_wrong_and_how_it_is_fixed(sound: Server, server: Server, failure: Failure) -> None:
     server.machine.run(failure.breaks)
-    mends = failure.mends
+    fixes = failure.fixes
     try:
-        if DASHBOARD in mends:
+        if DASHBOARD in fixes:
             server.machine.run(f"systemctl restart {DASHBOARD}")
         diagnosis = server.doctor()
-        told = [one for one in diagnosis.troubles() if failure.found in one.found and failure.remedy in one.mend]
-        assert [one.level for one in told][:1] == [failure.level], diagnosis.text
+        named = [one for one in diagnosis.troubles() if failure.found in one.found and failure.remedy in one.fix]
+        assert [one.level for one in named][:1] == [failure.level], diagnosis.text
         assert diagnosis.exit == (2 if failure.level == "fault" else 1)
-        mends = mends or told[0].mend.split(";")[0]
+        fixes = fixes or named[0].fix.split(";")[0]
     finally:
-        server.machine.admin(f"sudo bash -c {shlex.quote(mends)}" if failure.mends else mends)
+        server.machine.admin(f"sudo bash -c {shlex.quote(fixes)}" if failure.fixes else fixes)
     eventually(lambda: server.doctor().troubles() == [], 60)
 
 
@@ -148,8 +148,8 @@ def test_redis_without_its_file_is_found_and_gets_one_that_has_the_queue(sound: 
         server.machine.run(f"sed -i 's/^appendonly yes/appendonly no/' {REDIS_CONF} && systemctl restart {REDIS}")
         eventually(server.is_up)
         posted |= dict(server.post() for _ in range(3))
-        (told,) = [one for one in server.doctor().troubles() if "keeps no append-only file" in one.found]
-        assert "sudo bin/install" in told.mend
+        (found,) = [one for one in server.doctor().troubles() if "keeps no append-only file" in one.found]
+        assert "sudo bin/install" in found.fix
         server.install()
         server.machine.run(f"systemctl kill -s KILL {REDIS}")
         eventually(server.is_up)

@@ -31,9 +31,9 @@ def test_before_the_first_edit_the_doctor_names_what_is_missing(installed: Insta
     assert installed.doctor.exit == 2
     faults = [finding for finding in installed.doctor.findings if finding.level == "fault"]
     for name in ("SMTP_HOST", "MAIL_FROM"):
-        told = [finding for finding in faults if f"{name} is not set" in finding.found]
-        assert told
-        assert all(ENV in finding.mend for finding in told)
+        named = [finding for finding in faults if f"{name} is not set" in finding.found]
+        assert named
+        assert all(ENV in finding.fix for finding in named)
 
 
 def test_a_mail_posted_on_port_80_is_delivered(server: Server) -> None:

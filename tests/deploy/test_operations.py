@@ -1,5 +1,5 @@
 """docs/operations.md, done on a server as it stands there: backup and restore, new passwords, a Redis for two machines,
-a queue looked into and mended, removal. What is done is undone, by the page's own commands where it has any."""
+a queue looked into and repaired, removal. What is done is undone, by the page's own commands where it has any."""
 
 from __future__ import annotations
 

@@ -1,0 +1,46 @@
+"""What the doctor examines: the service that bin/install has put on this machine or, without one, a checkout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Target:
+    code: Path
+    etc: Path = Path("/etc/async-email")
+    opt: Path = Path("/opt/async-email")
+    nginx: Path = Path("/etc/nginx")
+    redis_data: Path = Path("/var/lib/redis-async-email")
+    systemd: Path = Path("/run/systemd/system")
+    selinux: Path = Path("/sys/fs/selinux/enforce")
+    user: str = "async-email"
+    owner: int = 0  # the user that the configuration must belong to: root
+    http_port: int = 80
+    smtp_ports: tuple[int, ...] = (25, 465, 587, 2525, 2587, 2465)
+    name_server: tuple[str, int] | None = None  # instead of the system's
+    timeout: float = 5  # seconds for one thing on the network to answer
+    send_to: str = ""  # the recipient of the test mail
+
+    @property
+    def installed(self) -> bool:
+        return self.etc.is_dir()
+
+    @property
+    def file(self) -> Path:
+        """The file that the operator edits."""
+        return self.etc / "async-email.env" if self.installed else self.code / ".env"
+
+    @property
+    def edit(self) -> str:
+        if self.installed:
+            return f"sudoedit {self.file}, then: sudo systemctl restart async-email.target"
+        return f"edit {self.file} (.env.example shows the names)"
+
+    def restart(self, part: str) -> str:
+        """Returns the command for `api`, `worker@email`, `worker@jobs` or `dashboard`."""
+        if self.installed:
+            return f"sudo systemctl restart async-email-{part}"
+        by_hand = {"api": "service.py", "dashboard": "-m ops.dashboard"}
+        return f"bin/dev, or .venv/bin/python {by_hand.get(part, part.replace('worker@', 'worker.py '))}"

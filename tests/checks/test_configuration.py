@@ -1,0 +1,129 @@
+"""Settings as the services see them, and the owners and modes of files."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ops.checks import configuration
+from ops.checks.findings import FAULT, NOTE, OK, WARN
+from ops.checks.target import Target
+from tests.checks.support import ENV, PASSWORD, Server, assert_finds, listed, worst
+from tests.servers import ROOT
+
+
+def test_a_complete_configuration_is_fine_for_each_service(server: Server) -> None:
+    assert worst(configuration.values(server.target)).level == OK
+    assert worst(configuration.shell(server.target)).level == OK
+    assert worst(configuration.modes(server.target)).level == OK
+    loaded = configuration.load(server.target)
+    assert loaded
+    assert loaded.smtp_host == "127.0.0.1"
+
+
+def test_a_fault_in_the_configuration_is_told_once_with_the_services_that_it_stops(server: Server) -> None:
+    server.env.write_text(ENV + "SMTP_PORT=many\n")
+    said = listed(configuration.values(server.target))
+    assert [one.level for one in said] == [FAULT]
+    assert "api and worker@email and worker@jobs and dashboard will not start: SMTP_PORT: input" in said[0].found
+    assert "sudoedit" in said[0].fix
+
+
+def test_what_one_service_cannot_do_without_is_told_for_that_one(server: Server) -> None:
+    server.env.write_text("MAIL_FROM=hello@acme.example\n")
+    assert_finds(configuration.values(server.target), FAULT, "worker@email will not start: SMTP_HOST is not set")
+    server.env.write_text("SMTP_HOST=127.0.0.1\nMAIL_FROM=nobody in particular\n")
+    assert_finds(configuration.values(server.target), FAULT, "MAIL_FROM: ")
+    server.env.write_text(ENV + "SMTP_PASWORD=x\n")
+    assert_finds(configuration.values(server.target), FAULT, "SMTP_PASWORD in async-email.env is not a setting")
+
+
+def test_a_secret_that_a_unit_does_not_pass_is_missing_for_that_service_alone(server: Server) -> None:
+    server.write("etc/credentials/dashboard_password", "", 0o600)
+    assert_finds(configuration.values(server.target), FAULT, "dashboard will not start: DASHBOARD_PASSWORD is not set")
+    server.write("etc/credentials/dashboard_password", "x", 0o600)
+    (server.folder / "etc/credentials/api_keys").unlink()
+    assert_finds(configuration.values(server.target), FAULT, "api will not start: what its unit passes", "bin/install")
+
+
+def test_a_variable_of_the_shell_that_the_services_lack_is_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.env.write_text("MAIL_FROM=hello@acme.example\n")
+    monkeypatch.setenv("SMTP_HOST", "127.0.0.1")
+    monkeypatch.setenv("MAIL_FROM", "in both")
+    monkeypatch.setenv("REDIS_URL", "has a file of its own")
+    said = listed(configuration.shell(server.target))
+    assert [(one.level, one.found.split()[0]) for one in said] == [(WARN, "SMTP_HOST")]
+    assert "sudoedit" in said[0].fix
+    assert_finds(configuration.values(server.target), FAULT, "SMTP_HOST is not set")  # although it is, here
+
+
+def test_a_variable_that_sudo_has_dropped_is_still_seen() -> None:
+    look = "from ops.checks.configuration import exported; print(sorted(exported()))"
+    bare = ["sh", "-c", 'env -i "$0" -c "$1"; true', sys.executable, look]  # sh stands for sudo
+    ran = subprocess.run(bare, cwd=ROOT, env={"SMTP_HOST": "x", "SMTP_PORT": ""}, capture_output=True, text=True)
+    assert ran.stdout == "['SMTP_HOST']\n", ran.stderr
+
+
+def test_in_a_checkout_the_environment_counts(target: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target.code = tmp_path
+    assert worst(configuration.values(target)).level == NOTE
+    monkeypatch.setenv("SMTP_HOST", "127.0.0.1")
+    assert_finds(configuration.shell(target), NOTE, "only in this shell, not in .env: SMTP_HOST", ".env")
+    (tmp_path / ".env").write_text("SMTP_HOST=127.0.0.1\n")
+    (tmp_path / ".env").chmod(0o644)
+    assert worst(configuration.shell(target)).level == OK
+    assert_finds(configuration.modes(target), WARN, "can be read by other users", "chmod 600")
+    monkeypatch.setenv("ON_DOUBT", "maybe")
+    assert_finds(configuration.values(target), FAULT, "ON_DOUBT: input should be 'retry' or 'hold'", ".env.example")
+
+
+@pytest.mark.parametrize("name", ["etc", "etc/credentials", "etc/async-email.env", "etc/credentials/redis_url"])
+def test_a_secret_that_others_may_read_is_a_fault(server: Server, name: str) -> None:
+    path = server.folder / name
+    path.chmod(path.stat().st_mode | 0o044)
+    fix = f"sudo chmod {7 if path.is_dir() else 6}00 {path}"
+    assert_finds(configuration.modes(server.target), FAULT, f"{path} is open to other users", fix)
+
+
+def test_a_configuration_without_its_secrets_is_a_fault(server: Server) -> None:
+    shutil.rmtree(server.folder / "etc/credentials")
+    assert_finds(configuration.modes(server.target), FAULT, "etc/credentials is missing", "sudo bin/install")
+
+
+def test_without_root_the_doctor_says_that_most_cannot_be_checked(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configuration, "is_readable", lambda _: False)
+    monkeypatch.setenv("SMTP_PORT", "587")
+    assert_finds(configuration.values(server.target), WARN, "is for root only", "sudo bin/doctor")
+    assert_finds(configuration.shell(server.target), NOTE, "set in this shell", "sudo bin/doctor")
+    assert "only root" not in worst(configuration.modes(server.target)).found
+
+
+def test_a_configuration_that_is_not_roots_is_a_fault(server: Server) -> None:
+    server.target.owner += 1
+    assert_finds(configuration.modes(server.target), FAULT, "does not belong to root", "sudo chown root:root")
+
+
+def test_code_that_the_service_may_change_or_cannot_read_is_a_fault(server: Server) -> None:
+    program = server.folder / "opt/releases/2.0/worker.py"
+    program.chmod(0o666)
+    assert_finds(configuration.modes(server.target), FAULT, "may change the code it runs", "sudo chown -R root:root")
+    program.chmod(0o600)
+    assert_finds(configuration.modes(server.target), FAULT, "cannot be read by the user nobody", "sudo chmod o+rX")
+    server.target.user = "nobody-of-this-name"
+    assert_finds(configuration.modes(server.target), FAULT, "there is no user", "sudo bin/install")
+
+
+def test_a_file_named_in_the_settings_that_the_service_cannot_read_is_a_fault(server: Server) -> None:
+    secret = server.write("secret", PASSWORD, 0o600)
+    server.env.write_text(f"{ENV}SMTP_USERNAME=ada\nSMTP_PASSWORD_FILE={secret}\n")
+    assert_finds(
+        configuration.modes(server.target), FAULT, "SMTP_PASSWORD_FILE: the user nobody cannot read", "credentials"
+    )

@@ -1,0 +1,117 @@
+"""`bin/doctor`, the command: its lines, its JSON, its exit code, and what it never prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ops import doctor
+from ops.checks import machine, table
+from ops.checks.findings import FAULT, NOTE, OK, WARN, Finding, Findings
+from ops.checks.target import Target
+from tests.checks.support import PASSWORD
+from tests.relay import Relay
+from tests.scripted_relay import ScriptedRelay, Step
+from tests.servers import ROOT, House, RedisServer, eventually, free_port
+
+
+def run(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ops.doctor", *arguments],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_mail_to_order_goes_the_whole_way(target: Target, redis_server: RedisServer, tmp_path: Path) -> None:
+    redis_server.reset()
+    with Relay(login=("ada", PASSWORD), tls="starttls") as there:
+        with House(tmp_path, redis_server.url, **there.environment(tmp_path)) as house:
+            house.worker()
+            house.worker("jobs")
+            redis = redis_server.client()
+            eventually(lambda: redis.scard("rq:workers:email") and redis.scard("rq:workers:jobs"))
+            eventually(lambda: redis.exists("rq:scheduler-lock:email", "rq:scheduler-lock:jobs") == 2)
+            redis.close()
+            ran = run(tmp_path, "--json", "--send-to", "victim@acme.shop", **house.environment)
+            said = {(one["check"], one["level"]) for one in json.loads(ran.stdout)}
+        assert [one.recipients for one in there.accepted] == [["victim@acme.shop"]]
+    assert {("canary", OK), ("workers", OK), ("queue", OK), ("relay", OK), ("redis", OK)} <= said
+    assert not [one for one in said if one[1] == FAULT], ran.stdout
+    assert "victim" not in ran.stdout
+
+
+def test_the_exit_code_is_the_worst_of_what_was_found() -> None:
+    one = {level: Finding(level, "") for level in (OK, NOTE, WARN, FAULT)}
+    assert doctor.verdict([one[OK], one[NOTE]]) == 0
+    assert doctor.verdict([one[OK], one[WARN]]) == 1
+    assert doctor.verdict([one[FAULT], one[WARN], one[OK]]) == 2
+
+
+def test_every_finding_is_one_line_and_json_says_the_same(tmp_path: Path) -> None:
+    nowhere = {"REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"}
+    plain, as_json = run(tmp_path, **nowhere), run(tmp_path, "--json", **nowhere)
+    assert (plain.returncode, as_json.returncode) == (2, 2)
+    found = json.loads(as_json.stdout)
+    assert all(one.keys() == {"check", "level", "found", "fix"} for one in found)
+    lines = plain.stdout.splitlines()
+    assert len([line for line in lines if line.split("  ")[0] in (OK, NOTE, WARN, FAULT)]) == len(found)
+    redis = next(one for one in found if one["check"] == "redis")
+    assert f"fault  redis: {redis['found']}  ->  {redis['fix']}" in lines
+    assert lines[-1].startswith("1 fault.")
+
+
+def test_a_check_that_breaks_is_a_finding_and_stops_no_other(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Target, __: object) -> Findings:
+        raise ValueError(PASSWORD)
+        yield
+
+    checks = (table.Check("first", broken), table.Check("second", table.alone(machine.clock)))
+    monkeypatch.setattr(table, "CHECKS", checks)
+    said = list(table.examine(target))
+    assert [name for name, _ in said] == ["first", "second"]
+    assert "ValueError" in said[0][1].found
+    assert "test_doctor.py" in said[0][1].found
+    assert PASSWORD not in repr(said)
+
+
+def test_no_output_ever_holds_a_secret_or_an_address(tmp_path: Path, redis_server: RedisServer) -> None:
+    planted = ("planted", "aaaaaaaa", "ada@acme")
+    secrets = {
+        "SMTP_USERNAME": "ada@planted.example",
+        "SMTP_PASSWORD": "planted-smtp",
+        "DASHBOARD_PASSWORD": "planted-dashboard",
+        "API_KEYS": f"shop:{'a' * 64}",
+        "MAIL_FROM": "Ada <ada@acme.test>",
+        "SMTP_HOST": "127.0.0.1",
+        "SMTP_SECURITY": "none",
+    }
+    echo: dict[str, Step] = {"AUTH": "535 5.7.8 ada@planted.example planted-smtp is wrong", "GREETING": "220 planted"}
+    with (
+        RedisServer(tmp_path, "--requirepass", "planted-redis", password="planted-redis") as redis,
+        ScriptedRelay(echo, offers=["AUTH PLAIN"]) as refusing,
+    ):
+        secrets["SMTP_PORT"] = str(refusing.port)
+        outputs = [
+            run(tmp_path, *arguments, **secrets | changes)
+            for arguments in ((), ("--json",), ("--send-to", "ada@planted .example"))
+            for changes in (
+                {"REDIS_URL": redis.url},
+                {"REDIS_URL": f"redis://ada:planted-wrong@127.0.0.1:{redis.port}/0"},
+                {"REDIS_URL": "redis://:planted/wrong@127.0.0.1/0", "SMTP_PORT": "planted"},
+                {"REDIS_URL": f"redis://:planted-redis@127.0.0.1:{refusing.port}/0", "API_KEYS": "planted"},
+            )
+        ]
+    assert any("535 at auth (5.7.8): the relay does not accept this login" in one.stdout for one in outputs)
+    for one in outputs:
+        assert one.returncode == 2
+        assert not one.stderr
+        for word in planted:
+            assert word not in one.stdout, one.stdout

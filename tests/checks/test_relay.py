@@ -1,0 +1,230 @@
+"""The relay: each way in which name, port, TLS or login can fail is told from the others."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from ops.checks import relay, replies
+from ops.checks.findings import FAULT, NOTE, OK, WARN
+from ops.checks.target import Target
+from settings import Settings
+from smtp.verdict import Phase, Reply
+from tests.checks.support import GMAIL, M365, PASSWORD, SES, Server, assert_finds, listed, of, worst
+from tests.relay import Relay
+from tests.scripted_relay import ScriptedRelay, Step
+from tests.servers import free_port
+
+
+def context(authority: trustme.CA, name: str = "127.0.0.1", **options: Any) -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name, **options).configure_cert(made)
+    return made
+
+
+def at(port: int, **given: Any) -> Settings:
+    return of(**{"smtp_host": "127.0.0.1", "smtp_port": port, "smtp_security": "none", **given})
+
+
+LOGIN = {"smtp_username": "ada@acme.example", "smtp_password": PASSWORD}
+
+
+def test_a_relay_that_lets_us_in_is_fine_and_gets_no_mail(target: Target, tmp_path: Path) -> None:
+    with Relay(login=("ada", PASSWORD), tls="starttls") as there:
+        given = {name.lower(): value for name, value in there.environment(tmp_path).items()}
+        said = listed(relay.login(target, of(**given)))
+        assert [one.level for one in said] == [OK, OK, OK]
+        assert "accepts our login" in said[-1].found
+        assert there.connections
+        assert not there.seen_rcpt + there.accepted
+
+
+def test_after_the_login_nothing_but_quit_is_said(target: Target, authority: trustme.CA, ca_file: Path) -> None:
+    with ScriptedRelay(offers=["STARTTLS", "AUTH PLAIN"], tls=context(authority)) as there:
+        settings = at(there.port, smtp_security="starttls", smtp_ca_file=ca_file, **LOGIN)
+        assert worst(relay.login(target, settings)).level == OK
+    assert [command.split()[0].upper() for command in there.commands] == ["EHLO", "STARTTLS", "EHLO", "AUTH", "QUIT"]
+
+
+def test_a_port_that_refuses_is_named_with_one_that_answers(target: Target) -> None:
+    settings = at(free_port())
+    with ScriptedRelay() as there:
+        target.smtp_ports = (there.port,)
+        assert_finds(relay.login(target, settings), FAULT, "refused, nothing listens", f"SMTP_PORT={there.port} and")
+    assert_finds(
+        relay.login(target, settings), FAULT, "refused", "no other usual port answers either: correct SMTP_HOST"
+    )
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """Its queue of connections is full, so the next one is neither taken nor refused."""
+    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for caller in (first, second):
+            caller.setblocking(False)
+            caller.connect_ex(deaf.getsockname())
+        yield deaf.getsockname()[1]
+
+
+def test_a_port_that_a_firewall_closes_is_told_from_one_that_refuses(target: Target, silent_port: int) -> None:
+    settings = at(silent_port)
+    assert_finds(relay.login(target, settings), FAULT, "silent, as behind a firewall", "security group")
+
+
+def test_port_25_on_a_cloud_is_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "connect", lambda *_: relay.SILENT)
+    settings = at(25)
+    assert_finds(relay.login(target, settings), FAULT, "does not answer on port 25", "SMTP_PORT=587: Amazon EC2")
+
+
+def test_a_server_without_a_relay_is_named(target: Target, server: Server) -> None:
+    assert worst(relay.login(target, of())).level == NOTE
+    assert_finds(relay.login(server.target, of()), FAULT, "SMTP_HOST is not set", "sudoedit")
+
+
+def test_a_name_that_does_not_exist_is_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> list[Any]:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    settings = at(587, smtp_host="smtp.acme.example")
+    assert_finds(relay.login(target, settings), FAULT, "smtp.acme.example cannot be resolved", "SMTP_HOST")
+
+
+YESTERDAY = datetime.now(timezone.utc) - timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "found", "fix"),
+    [
+        ("other.example", {}, "for another name than SMTP_HOST", "into SMTP_HOST"),
+        ("127.0.0.1", {"not_after": YESTERDAY}, "this machine's clock is wrong", "timedatectl"),
+    ],
+)
+def test_a_certificate_that_is_not_right_is_named(
+    target: Target, authority: trustme.CA, ca_file: Path, name: str, options: dict[str, Any], found: str, fix: str
+) -> None:
+    if "not_after" in options:
+        options = {"not_before": YESTERDAY - timedelta(days=9), **options}
+    with ScriptedRelay(offers=["STARTTLS"], tls=context(authority, name, **options)) as there:
+        settings = at(there.port, smtp_security="starttls", smtp_ca_file=ca_file)
+        assert_finds(relay.login(target, settings), FAULT, found, fix)
+
+
+def test_a_certificate_of_an_unknown_authority_or_one_that_ends_soon_is_named(
+    target: Target, authority: trustme.CA, ca_file: Path
+) -> None:
+    soon = datetime.now(timezone.utc) + timedelta(days=3)
+    with ScriptedRelay(implicit=True, tls=context(authority, not_after=soon)) as there:
+        settings = at(there.port, smtp_security="tls")
+        assert_finds(relay.login(target, settings), FAULT, "from an authority that this machine", "SMTP_CA_FILE")
+        settings = at(there.port, smtp_security="tls", smtp_ca_file=ca_file)
+        assert_finds(relay.login(target, settings), WARN, "expires in 2 days", "tell the relay's operator")
+
+
+def test_tls_where_the_relay_does_not_begin_with_it_and_the_reverse_are_named(
+    target: Target, authority: trustme.CA
+) -> None:
+    with ScriptedRelay() as there:
+        settings = at(there.port, smtp_security="tls")
+        assert_finds(relay.login(target, settings), FAULT, "does not begin with TLS on this port", "=starttls")
+        settings = at(there.port, smtp_security="starttls")
+        assert_finds(relay.login(target, settings), FAULT, "offers no STARTTLS", "SMTP_SECURITY=tls and SMTP_PORT=465")
+    with ScriptedRelay(implicit=True, tls=context(authority)) as there:
+        settings = at(there.port, smtp_security="starttls")
+        assert_finds(relay.login(target, settings), FAULT, "says nothing, as it does where it waits for TLS", "=tls")
+
+
+def test_a_relay_that_drips_does_not_hold_the_doctor(target: Target) -> None:
+    def drips(line: Any) -> str:
+        while not line.relay.over.wait(0.05):
+            line.say(b"2")
+        return ""
+
+    target.timeout = 0.2
+    with ScriptedRelay({"GREETING": drips}) as there:
+        settings = at(there.port)
+        assert worst(relay.login(target, settings)).level == FAULT
+
+
+# fmt: off
+REFUSED_LOGINS = [
+    (GMAIL, "534 5.7.9 Application-specific password required.", "an app password", "apppasswords"),
+    (GMAIL, "535 5.7.8 Username and Password not accepted.", "the whole address", "apppasswords"),
+    (GMAIL, "454 4.7.0 Too many login attempts", "too many logins", "wait"),
+    (M365, "535 5.7.139 Authentication unsuccessful, SmtpClientAuthentication is disabled for the Tenant.",
+     "SMTP AUTH switched off", "Set-CASMailbox"),
+    (M365, "535 5.7.3 Authentication unsuccessful", "second factor", "SMTP_PASSWORD"),
+    (M365, "550 5.7.30 Basic authentication is not supported", "has ended logins", "another relay"),
+    (M365, "432 4.3.2 Concurrent connections limit exceeded", "3 connections", "WORKER_CONCURRENCY=3"),
+    (SES, "535 Authentication Credentials Invalid", "not an IAM key", "SMTP settings"),
+    (SES, "454 Throttling failure: Maximum sending rate", "per second", "SMTP_RATE"),
+    (SES, "454 Throttling failure: Daily message quota", "daily quota", "limit incr"),
+    ("smtp.acme.example", "535 5.7.8 no", "does not accept this login", "SMTP_USERNAME and SMTP_PASSWORD"),
+    ("smtp.acme.example", "530 5.7.0 Must issue a STARTTLS command first", "wants TLS", "SMTP_SECURITY"),
+    ("smtp.acme.example", "454 4.7.0 Temporary authentication failure", "cannot check logins now", "wait"),
+]
+# fmt: on
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name means this machine."""
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda _, *rest, **more: resolve("127.0.0.1", *rest, **more))
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("host", "reply", "found", "fix"), REFUSED_LOGINS)
+def test_a_refused_login_is_explained_for_the_relay_that_refused_it(
+    target: Target, authority: trustme.CA, ca_file: Path, host: str, reply: str, found: str, fix: str
+) -> None:
+    script: dict[str, Step] = {"AUTH": f"{reply} ada@acme.example {PASSWORD}"}
+    with ScriptedRelay(script, offers=["STARTTLS", "AUTH LOGIN PLAIN"], tls=context(authority, host)) as there:
+        settings = at(there.port, smtp_host=host, smtp_security="starttls", smtp_ca_file=ca_file, **LOGIN)
+        assert_finds(relay.login(target, settings), FAULT, found, fix)
+        said = repr(listed(relay.login(target, settings)))
+    assert reply[:3] in said
+    assert "acme.example" not in said.replace("smtp.acme.example", "")
+    assert PASSWORD not in said
+
+
+def test_what_can_be_seen_of_a_wrong_password_is_said_without_it() -> None:
+    spaces = at(587, smtp_host=GMAIL, smtp_security="starttls", smtp_username="a", smtp_password="abcd efgh")
+    assert_finds(relay.likely_mistakes(spaces), NOTE, "has spaces in it")
+    iam = at(587, smtp_host=SES, smtp_security="tls", smtp_username="AKIA", smtp_password="x" * 40)
+    assert_finds(relay.likely_mistakes(iam), NOTE, "looks like an IAM key")
+
+
+@pytest.mark.usefixtures("here")
+def test_what_works_and_is_not_right_is_a_warning(target: Target, authority: trustme.CA, ca_file: Path) -> None:
+    with ScriptedRelay(offers=["STARTTLS"], tls=context(authority, M365)) as there:
+        settings = at(there.port, smtp_host=M365, smtp_security="starttls", smtp_ca_file=ca_file)
+        assert_finds(relay.login(target, settings), WARN, "allows a mailbox 3 connections", "WORKER_CONCURRENCY=3")
+        settings = at(there.port, smtp_host=M365, smtp_security="none")
+        assert_finds(relay.login(target, settings), WARN, "mail goes to the relay unencrypted", "=starttls")
+    with ScriptedRelay(offers=["AUTH PLAIN"]) as there:
+        settings = at(there.port, smtp_host=M365, smtp_security="none")
+        assert_finds(relay.login(target, settings), WARN, "SMTP_USERNAME is not set", "SMTP_USERNAME and SMTP_PASSWORD")
+
+
+def test_the_sandbox_of_ses_and_a_sender_that_may_not_are_explained() -> None:
+    refused = Reply(Phase.DOT, 554, "Message rejected: Email address is not verified.")
+    assert "sandbox" in replies.explain("email-smtp.us-east-1.amazonaws.com", refused)[0]
+    assert "MAIL_FROM" in replies.explain("smtp.acme.example", Reply(Phase.MAIL, 553, "5.7.1 not owned"))[1]
+
+
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("code", [None, -1, 421, 450, 454, 500, 530, 535, 550, 554])
+def test_every_refusal_has_a_meaning_and_a_remedy(phase: Phase, code: int | None) -> None:
+    for host in (GMAIL, M365, SES, "mx.acme.example"):
+        assert all(replies.explain(host, Reply(phase, code, "")))

@@ -1,0 +1,198 @@
+"""The dashboard as a process of its own before a real Redis, and jobs as workers leave them."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from flask import url_for
+from redis import Redis
+from rq import Queue
+from rq.executions import Execution
+from rq.job import Job, JobStatus
+from rq.registry import FailedJobRegistry
+from rq.results import Result
+from rq.serializers import JSONSerializer
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+
+from ops import dashboard
+from settings import load
+from tests.servers import ROOT, RedisServer, eventually, free_port
+
+PASSWORD, REDIS_PASSWORD = "dashboard-secret", "redis-secret"
+SETTINGS = load(_env_file=None, dashboard_password=PASSWORD)
+SAME_ORIGIN = {"Sec-Fetch-Site": "same-origin"}
+MARKUP = "<img src=x onerror=\"document.title='pwned'\">"
+SAMPLES = {  # one value for each variable in a route
+    "instance_number": 0,
+    "queue_name": "email",
+    "registry_name": "failed",
+    "per_page": 8,
+    "order": "asc",
+    "page": 1,
+    "job_id": "a",
+    "filename": "css/main.css",
+}
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: str
+
+
+class Running(NamedTuple):
+    """A dashboard in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    output: Path
+
+    def ask(self, method: str, path: str, headers: dict[str, str] | None = None, password: str = PASSWORD) -> Answer:
+        login = base64.b64encode(f"admin:{password}".encode()).decode()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request(method, path, headers={"Authorization": f"Basic {login}"} | (headers or {}))
+            answer = connection.getresponse()
+            return Answer(answer.status, answer.headers, answer.read().decode(errors="replace"))
+        finally:
+            connection.close()
+
+    def post(self, path: str, **headers: str) -> Answer:
+        return self.ask("POST", path, headers or SAME_ORIGIN)
+
+    def get(self, path: str) -> Answer:
+        return self.ask("GET", path)
+
+    def page(self, path: str) -> str:
+        """The address to type into a browser, which logs in with it."""
+        return f"http://admin:{PASSWORD}@127.0.0.1:{self.port}{path}"
+
+
+def start(output: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Starts a dashboard with this environment and no other."""
+    output.parent.mkdir(exist_ok=True)
+    with output.open("wb") as file:
+        command = [sys.executable, "-m", "ops.dashboard", *options]
+        environment = {"PYTHONPATH": str(ROOT), **environment}
+        return subprocess.Popen(command, cwd=output.parent, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def accepts_connections(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def running(directory: Path, redis_url: str, *options: str, **environment: str) -> Iterator[Running]:
+    port = free_port()
+    environment = {"REDIS_URL": redis_url, "DASHBOARD_LISTEN": f"127.0.0.1:{port}", **environment}
+    process = start(directory / "output", *options, **environment)
+    try:
+        eventually(lambda: accepts_connections(port) or process.poll() is not None)
+        yield Running(process, port, directory / "output")
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def served(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The dashboard that most tests ask. Its Redis wants a password, so that the tests can look for a leak of it."""
+    with redis_server.client() as client:
+        client.acl_setuser("dash", enabled=True, passwords=[f"+{REDIS_PASSWORD}"], keys=["*"], commands=["+@all"])
+    url = f"{redis_server.url}?username=dash&password={REDIS_PASSWORD}"  # rq-dashboard itself hides user:password@ only
+    with running(tmp_path_factory.mktemp("dashboard"), url, DASHBOARD_PASSWORD=PASSWORD) as served:
+        yield served
+
+
+@pytest.fixture
+def store(redis_server: RedisServer) -> Iterator[Redis]:
+    with redis_server.client() as client:
+        client.flushall()
+        yield client
+
+
+def email_queue(store: Redis) -> Queue:
+    return Queue("email", connection=store, serializer=JSONSerializer)
+
+
+def queued(store: Redis) -> list[str]:
+    return email_queue(store).get_job_ids()
+
+
+def enqueue(store: Redis, job_id: str, **more: Any) -> Job:
+    return email_queue(store).enqueue("tasks.deliver", job_id, job_id=job_id, **more)
+
+
+def fail(store: Redis, job_id: str, error: str = "Traceback: no luck", **more: Any) -> Job:
+    """A failed job, as a worker leaves it."""
+    job = enqueue(store, job_id, **more)
+    email_queue(store).remove(job)
+    job.set_status(JobStatus.FAILED)
+    FailedJobRegistry(queue=email_queue(store)).add(job, ttl=1000)
+    Result.create_failure(job, ttl=1000, exc_string=error)
+    return job
+
+
+def occupy_a_worker(store: Redis, job: Job, name: str = "w1") -> None:
+    """What Redis holds while a worker is busy with this job."""
+    started = "2026-01-01T00:00:00.000000Z"
+    store.sadd("rq:workers", f"rq:worker:{name}")
+    store.hset(
+        f"rq:worker:{name}",
+        mapping={"state": "busy", "queues": "email", "birth": started, "last_heartbeat": started, "pid": 1},
+    )
+    with store.pipeline() as pipe:
+        Execution.create(job, ttl=1000, pipeline=pipe, worker_name=name)
+        pipe.execute()
+
+
+def contents(store: Redis) -> dict[Any, bytes | None]:
+    return {key: store.dump(key) for key in store.scan_iter()}
+
+
+def press(browser: Chrome, selector: str) -> None:
+    """Clicks, again if the page has drawn itself anew between finding and clicking."""
+
+    def click(_: Chrome) -> bool:
+        browser.find_element(By.CSS_SELECTOR, selector).click()
+        return True
+
+    WebDriverWait(browser, 10, ignored_exceptions=[StaleElementReferenceException]).until(click)
+
+
+def confirm(browser: Chrome) -> None:
+    modal = browser.find_element(By.ID, "confirmation-modal")
+    eventually(lambda: "show" in (modal.get_attribute("class") or "").split())
+    time.sleep(0.5)  # while it slides in, a click misses it
+    press(browser, "#confirmation-modal-yes")
+    eventually(lambda: not modal.is_displayed())
+
+
+def routes() -> tuple[list[str], list[str]]:
+    """Every path that Flask answers on: those that only look, and those that change something."""
+    app = dashboard.make_app(SETTINGS, login=True)
+    looking: list[str] = []
+    changing: list[str] = []
+    with app.test_request_context():
+        for rule in app.url_map.iter_rules():
+            samples: dict[str, Any] = {name: SAMPLES[name] for name in rule.arguments}
+            path = url_for(rule.endpoint, **samples)
+            (changing if (rule.methods or set()) - dashboard.READING else looking).append(path)
+    return looking, changing
+
+
+LOOKING, CHANGING = routes()
