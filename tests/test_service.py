@@ -763,7 +763,7 @@ def work(client: redis.Redis, queue: str) -> None:
 def outbox(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Outbox:
     """What the tasks of `work` use."""
     made = Outbox(Jobs(client), load(_env_file=None))
-    monkeypatch.setattr(delivery, "outbox", lambda: made)
+    monkeypatch.setattr(delivery, "current", lambda: delivery.Delivery(load(_env_file=None), made))
     return made
 
 

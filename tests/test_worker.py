@@ -19,7 +19,6 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.webhook import Webhook
 
-from mail import delivery
 from settings import Settings
 from tests.scripted_relay import Line, ScriptedRelay
 from tests.servers import Api, House, RedisServer, Relay, eventually, project_with
@@ -288,7 +287,7 @@ def test_a_duty_that_goes_wrong_keeps_the_main_thread_from_no_other(
 
     monkeypatch.setattr(main, "schedule", wrong)
     monkeypatch.setattr(main, "pull_in", lambda: done.append("pull_in"))
-    monkeypatch.setattr(delivery, "sweep", lambda: done.append("sweep"))
+    monkeypatch.setattr(main.delivery, "sweep", lambda: done.append("sweep"))
     monkeypatch.setattr(main, "man", lambda: done.append("man"))
     main.look_after()
     assert done == ["schedule", "pull_in", "sweep", "man"]

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from ops.checks import replies
 from ops.checks.findings import FAULT, Finding, Findings, Place, fault, note, ok, warn
 from settings import Settings, is_loopback
-from smtp.session import Relay, Session, Stopped
+from smtp.relay import Relay
+from smtp.session import Session, Stopped
 
 SOON = 14 * 86400  # seconds before a certificate ends
 WHOLE = 6  # times `patience`: the longest that a conversation may take
@@ -118,7 +119,7 @@ def login(to: Relay, place: Place) -> Findings:
 def session(to: Relay, patience: float) -> Iterator[Session]:
     """Bounded as a whole, too: a relay that drips a byte a second must not hold the doctor."""
     one = Session(to._replace(timeout=min(to.timeout, patience)))
-    limit = threading.Timer(WHOLE * patience, one.hang_up)
+    limit = threading.Timer(WHOLE * patience, one.abort)
     limit.start()
     try:
         yield one

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import date, datetime, timezone
-from typing import Annotated, Any
+from datetime import datetime, timezone
 
 import pytest
-from pydantic import Field, ValidationError
 
-import settings
 from mail import delivery
 from mail.address import Mailbox
 from mail.message import Message
-from mail.outbox import Claim, Recipient
-from queues import offer
+from mail.outbox import Claim, Outbox, Recipient
+from queues.connection import connect
+from queues.jobs import Jobs
 from settings import Settings
+from smtp.relay import Relay
 from smtp.verdict import Outcome, Phase, Reply, Verdict
 
 OK = Reply(Phase.DOT, 250, "queued")
@@ -25,21 +23,7 @@ SILENCE = Reply(Phase.DOT, None, "the relay closed the connection")
 AWAY = Reply(Phase.CONNECT, None, "refused")
 
 
-@pytest.fixture(autouse=True)
-def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    given(monkeypatch)
-
-
-def given(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
-    current = Settings(_env_file=None, smtp_host="relay.example.com", retry_schedule=(10, 100), **values)
-    monkeypatch.setattr(settings, "current", lambda: current)
-    delivery.the_relay.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    yield
-    delivery.the_relay.cache_clear()
+RELAY = Relay("relay.example.com", 587, "none", None, None, None, timeout=5, deadline=10)
 
 
 def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "") -> Claim:
@@ -58,11 +42,10 @@ def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: st
     )
 
 
-def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
+def after(taken: Claim, *replies: Reply, on_doubt: str = "retry") -> tuple[str, int]:
     pending = [one.address for one in taken.recipients if one.status == "pending"]
-    outcome = Outcome(replies[-1], dict(zip(pending, replies, strict=True)))
-    delivery._record(taken, outcome)
-    return delivery._next_state(taken, replies)
+    delivery.record(taken, Outcome(replies[-1], dict(zip(pending, replies, strict=True))), RELAY)
+    return delivery.next_state(taken, replies, (10, 100), on_doubt)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +68,8 @@ def test_the_state_after_an_attempt(replies: list[Reply], state: str) -> None:
 @pytest.mark.parametrize(
     ("replies", "state"), [([SILENCE, OK], "unknown"), ([SILENCE, NEVER], "unknown"), ([SILENCE, LATER], "delayed")]
 )
-def test_what_is_in_doubt_is_held_where_the_operator_chose_so(
-    monkeypatch: pytest.MonkeyPatch, replies: list[Reply], state: str
-) -> None:
-    given(monkeypatch, on_doubt="hold")
-    assert after(claim("pending", "pending"), *replies)[0] == state
+def test_what_is_in_doubt_is_held_where_that_was_chosen(replies: list[Reply], state: str) -> None:
+    assert after(claim("pending", "pending"), *replies, on_doubt="hold")[0] == state
 
 
 def test_the_pauses_follow_the_schedule_and_then_the_mail_fails() -> None:
@@ -127,30 +107,30 @@ def test_of_several_pauses_asked_for_the_longest_counts() -> None:
     assert after(claim("pending", "pending"), minutes, LATER) == ("delayed", 301)
 
 
-@pytest.mark.parametrize("way", ["", "retry", "hold"])
+@pytest.mark.parametrize(
+    ("sender", "operator", "way"),
+    [("", "hold", "hold"), ("", "retry", "retry"), ("retry", "hold", "retry"), ("hold", "retry", "hold")],
+)
 def test_what_the_sender_chose_for_doubt_goes_before_what_the_operator_chose(
-    monkeypatch: pytest.MonkeyPatch, way: str
+    sender: str, operator: str, way: str
 ) -> None:
-    given(monkeypatch, on_doubt="hold" if way == "retry" else "retry")
-    assert after(claim("pending", on_doubt=way), SILENCE)[0] == ("unknown" if way == "hold" else "delayed")
-    taken = claim("in_doubt", before="sending", on_doubt=way)
-    delivery._take_up(taken)
-    assert taken.recipients[0].status == ("in_doubt" if way == "hold" else "pending")
+    current = Settings(_env_file=None, smtp_host="relay.example.com", on_doubt=operator)
+    made = delivery.Delivery(current, Outbox(Jobs(connect("redis://127.0.0.1:1/0")), current))
+    assert made._on_doubt(claim("in_doubt", on_doubt=sender)) == way
 
 
 def test_a_retry_goes_only_to_those_not_yet_served() -> None:
     taken = claim("accepted", "refused", "pending", "in_doubt")
-    delivery._take_up(taken)
+    delivery.take_up(taken, retry_doubt=True)
     assert [one.status for one in taken.recipients] == ["accepted", "refused", "pending", "pending"]
 
 
-def test_a_held_doubt_is_not_taken_up_by_a_retry_but_by_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
-    given(monkeypatch, on_doubt="hold")
+def test_a_held_doubt_is_not_taken_up_by_a_retry_but_by_a_person() -> None:
     taken = claim("in_doubt", before="sending")
-    delivery._take_up(taken)
+    delivery.take_up(taken, retry_doubt=False)
     assert taken.recipients[0].status == "in_doubt"
     asked = claim("in_doubt", "refused", "accepted", before="unknown", counted=2)
-    delivery._take_up(asked)
+    delivery.take_up(asked, retry_doubt=False)
     assert [one.status for one in asked.recipients] == ["pending", "pending", "accepted"]
     assert asked.counted == 0
 
@@ -162,17 +142,16 @@ def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -
     assert taken.counted == 3
 
 
-def test_a_recipient_of_whom_nothing_is_known_yet_is_in_doubt_at_the_final_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipient_of_whom_nothing_is_known_yet_is_in_doubt_at_the_final_dot() -> None:
     """So it is with CHUNKING, where no reply is awaited before the end of the mail."""
-    marks: list[dict[str, str]] = []
-    monkeypatch.setattr(Claim, "before_dot", lambda _, statuses: marks.append(statuses))
-    delivery._before_dot(claim("pending"), ["known", "refused", "unknown"], {"known": LATER, "refused": NEVER})
-    assert marks == [{"known": "pending", "refused": "refused", "unknown": "in_doubt"}]
+    replies = {"known": LATER, "refused": NEVER}
+    marks = {"known": "pending", "refused": "refused", "unknown": "in_doubt"}
+    assert delivery.at_dot(["known", "refused", "unknown"], replies) == marks
 
 
 def test_the_reason_is_code_and_phase_and_never_the_relays_words() -> None:
     told = Reply(Phase.RCPT, 550, "<secret@example.com> unknown")
-    assert delivery._reason([OK, told, told, LATER]) == "550 at rcpt, 450 at rcpt"
+    assert delivery.reason([OK, told, told, LATER]) == "550 at rcpt, 450 at rcpt"
 
 
 def test_an_attempt_is_recorded_with_what_the_relay_said() -> None:
@@ -188,18 +167,3 @@ def test_an_attempt_is_recorded_with_what_the_relay_said() -> None:
 def test_every_verdict_has_its_consequence() -> None:
     assert set(delivery.AFTER) == set(Verdict)
     assert delivery.AT_DOT[Verdict.ACCEPTED] == delivery.AFTER[Verdict.IN_DOUBT] == "in_doubt"
-
-
-def test_a_tasks_arguments_are_made_from_its_type_hints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offer, "OFFERED", {})
-
-    @offer.task(timeout=5)
-    def plan(day: date, times: Annotated[int, Field(ge=1)] = 1) -> str:
-        return f"{day:%A} {times}"
-
-    offered = offer.OFFERED["plan"]
-    assert offered.timeout == 5
-    assert plan(day="2026-11-21", times=2) == "Saturday 2"  # as RQ calls it, with what JSON can carry
-    for wrong in ({}, {"day": "soon"}, {"day": "2026-11-21", "times": 0}, {"day": "2026-11-21", "more": 1}):
-        with pytest.raises(ValidationError):
-            plan(**wrong)
