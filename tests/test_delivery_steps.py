@@ -1,20 +1,29 @@
-"""What an attempt leads to: the next state, from the replies of the relay and from what is left of the schedule."""
+"""One attempt: what comes before the final dot and after it, and the next state."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 
 import pytest
 
 from mail import delivery
 from mail.address import Mailbox
+from mail.dots import Aborted
 from mail.message import Message
-from mail.outbox import Claim, Outbox, Recipient
+from mail.outbox import Claim, ClaimLost, Outbox, Recipient
 from queues.connection import connect
 from queues.jobs import Jobs
 from settings import Settings
+from smtp.envelope import Envelope
 from smtp.relay import Relay
 from smtp.verdict import Outcome, Phase, Reply, Verdict
+from tests.conversations import MIME, POOL, SENDER, WAYS, at
+from tests.scripted_relay import Line, ScriptedRelay, reset
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
 
 OK = Reply(Phase.DOT, 250, "queued")
 LATER = Reply(Phase.RCPT, 450, "busy")
@@ -40,6 +49,11 @@ def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: st
         counted=counted,
         on_doubt=on_doubt,
     )
+
+
+def made(current: Settings) -> delivery.Delivery:
+    """Returns a delivery whose Redis is never there."""
+    return delivery.Delivery(current, Outbox(Jobs(connect("redis://127.0.0.1:1/0")), current))
 
 
 def after(taken: Claim, *replies: Reply, on_doubt: str = "retry") -> tuple[str, int]:
@@ -115,8 +129,7 @@ def test_what_the_sender_chose_for_doubt_goes_before_what_the_operator_chose(
     sender: str, operator: str, way: str
 ) -> None:
     current = Settings(_env_file=None, smtp_host="relay.example.com", on_doubt=operator)
-    made = delivery.Delivery(current, Outbox(Jobs(connect("redis://127.0.0.1:1/0")), current))
-    assert made._on_doubt(claim("in_doubt", on_doubt=sender)) == way
+    assert made(current)._on_doubt(claim("in_doubt", on_doubt=sender)) == way
 
 
 def test_a_retry_goes_only_to_those_not_yet_served() -> None:
@@ -167,3 +180,94 @@ def test_an_attempt_is_recorded_with_what_the_relay_said() -> None:
 def test_every_verdict_has_its_consequence() -> None:
     assert set(delivery.AFTER) == set(Verdict)
     assert delivery.AT_DOT[Verdict.ACCEPTED] == delivery.AFTER[Verdict.IN_DOUBT] == "in_doubt"
+
+
+class Attempt:
+    """A mail that `Delivery._hand_over` sends, with a claim that notes in `events` what is written down."""
+
+    def __init__(self, there: ScriptedRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.there = there
+        self.events: list[tuple[str, int]] = []  # with the number of mails that the relay had then
+        self.claim = claim("pending")
+        self.at_mark: Callable[[], object] = lambda: None
+        self.delivery = made(Settings(_env_file=None))
+        self.delivery.relay, self.delivery.pool = at(there.port), POOL
+        monkeypatch.setattr(self.claim, "mark_in_doubt", self.mark)
+        monkeypatch.setattr(self.claim, "settle", lambda state, **_: self.note(state))
+
+    def note(self, event: str) -> None:
+        self.events.append((event, len(self.there.bodies)))
+
+    def mark(self, statuses: dict[str, str]) -> None:
+        assert statuses == {"0@example.com": "in_doubt"}
+        self.note("mark")
+        self.at_mark()
+
+    def make(self) -> object:
+        return self.delivery._hand_over(self.claim, Envelope(SENDER, ["0@example.com"]), MIME)
+
+
+@WAYS
+def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(
+    offers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ScriptedRelay(offers=offers) as there:
+        attempt = Attempt(there, monkeypatch)
+        assert attempt.make() == "sent"
+        assert attempt.events == [("mark", 0), ("sent", 1)]
+        assert attempt.delivery.dots._pending == {"an-id"}  # until `deliver` ends, a process that aborts waits
+        POOL.close_all()
+    assert len(there.accepted) == 1
+
+
+def lose() -> None:
+    raise ClaimLost
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("stop", "error", "events"),
+    [
+        ("expired", delivery.Failed, [("failed", 0)]),
+        ("claim lost", ClaimLost, [("mark", 0)]),
+        ("aborting", Aborted, []),
+    ],
+)
+def test_what_stops_a_mail_before_its_dot_leaves_it_unsent(
+    offers: list[str], stop: str, error: type[Exception], events: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ScriptedRelay(offers=offers) as there:
+        attempt = Attempt(there, monkeypatch)
+        if stop == "expired":
+            attempt.claim.expires_at = 1
+        elif stop == "claim lost":
+            attempt.at_mark = lose
+        else:
+            attempt.delivery.dots._aborting = True
+        with pytest.raises(error):
+            attempt.make()
+    assert attempt.events == events
+    assert not there.bodies
+
+
+def test_a_kept_session_that_dies_at_the_dot_is_replaced_and_the_mail_is_marked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone = threading.Event()
+
+    def die(line: Line) -> str:
+        assert gone.wait(5)
+        return reset(line)
+
+    def wait_for_the_reset() -> None:
+        gone.set()
+        time.sleep(0.1)
+
+    with ScriptedRelay({"BODY": [lambda _: "", die, lambda _: ""]}) as there:
+        Attempt(there, monkeypatch).make()
+        attempt = Attempt(there, monkeypatch)
+        attempt.at_mark = wait_for_the_reset
+        assert attempt.make() == "sent"
+        assert attempt.events == [("mark", 1), ("mark", 1), ("sent", 2)]
+        POOL.close_all()
+    assert there.connections == 2

@@ -281,31 +281,6 @@ def test_the_session_that_replaces_a_dead_one_decides() -> None:
         POOL.close_all()
 
 
-def test_a_mail_may_lose_its_claim_on_the_way_to_another_session() -> None:
-    calls: list[object] = []
-
-    def once(_: object) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            gone.set()
-            time.sleep(0.1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    gone = threading.Event()
-
-    def go(line: Line) -> str:
-        assert gone.wait(5)
-        return reset(line)
-
-    with ScriptedRelay({"BODY": [lambda _: "", go, lambda _: ""]}) as there:
-        another(at(there.port), before_dot=once)
-        with pytest.raises(KeyboardInterrupt):
-            another(at(there.port), before_dot=once)
-    assert there.accepted == [MIME]
-    assert there.connections == 2
-
-
 def test_a_session_ends_after_so_many_mails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "MOST_MAILS", 3)
     with ScriptedRelay() as there:
