@@ -8,7 +8,6 @@ draft.py     a request's body -> a draft that the outbox can accept
 mime.py      Message -> bytes
 outbox.py    what is kept of a mail in Redis: accept, claim, settle
 delivery.py  one attempt, top to bottom
-dots.py      the final dots that wait for their answer, and how a process ends at once
 sweep.py     mails that got stuck: found, and queued again or given up
 counters.py  what is counted for ever, and how long things took
 """

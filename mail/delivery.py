@@ -7,6 +7,8 @@ body is ever in a job, its description, its result or its traceback.
 from __future__ import annotations
 
 import math
+import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -16,7 +18,6 @@ from typing import NoReturn
 from rq import Retry, get_current_job
 
 import settings
-from mail.dots import Dots
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, EXPIRED, Busy, Claim, Outbox, jittered
 from mail.sweep import sweep
@@ -45,8 +46,41 @@ class Failed(Exception):
     """The mail will not be sent unless a person asks again. The text is code and phase, never the relay's words."""
 
 
+class Aborted(Exception):
+    """The process is to end at once; the mail was not sent."""
+
+
+class Dots:
+    """Knows the mails of this process whose final dot waits for its answer, and ends it without a doubt about any."""
+
+    def __init__(self) -> None:
+        self._pending: set[str] = set()
+        self._lock = threading.Lock()
+        self._aborting = False
+
+    def expect(self, mail_id: str) -> None:
+        """Notes that the mail's final dot may go out now, so that its answer is waited for. Raises `Aborted`."""
+        with self._lock:
+            if self._aborting:
+                raise Aborted
+            self._pending.add(mail_id)
+
+    def settled(self, mail_id: str) -> None:
+        """Forgets a mail whose answer is written down, or that has had no dot."""
+        self._pending.discard(mail_id)
+
+    def abort_unsent(self) -> NoReturn:
+        """Ends the process as soon as no final dot is unanswered, and lets no other go out. The other mails in hand are
+        found like those of a killed worker, and sent by another."""
+        with self._lock:
+            self._aborting = True
+        while self._pending:
+            time.sleep(0.05)
+        os._exit(0)
+
+
 class Delivery:
-    """Makes attempts at mails. One a process, shared by its threads, with all that they have in common."""
+    """Makes attempts at mails. There is one in a process, with all that its threads share."""
 
     def __init__(self, settings: Settings, outbox: Outbox) -> None:
         self.settings = settings
@@ -57,12 +91,9 @@ class Delivery:
         self.dots = Dots()
 
     def deliver(self, mail_id: str) -> str | Retry:
-        """Makes one attempt at one mail. Running it twice is harmless.
-
-        Returns the state in which nothing is left to do (`sent`, `canceled`, ...), or a `Retry`, which RQ's scheduler
+        """Returns the state in which nothing is left to do (`sent`, `canceled`), or a `Retry`, which RQ's scheduler
         obeys. Raises `Failed` when a person must look: RQ then puts the job into its failed registry, and a requeue
-        from there gives the mail all its attempts again.
-        """
+        from there gives the mail all its attempts again."""
         try:
             claim = self.outbox.claim(mail_id, _queued_at())
         except Busy as busy:
@@ -86,7 +117,7 @@ class Delivery:
             return self._expire(claim)
         wait = self.pacing.admit(returning=claim.in_line)
         if wait:
-            return self._end(claim, "delayed", wait.reason, math.ceil(wait.seconds), reserved=wait.reserved)
+            return self._end(claim, "delayed", wait.reason, math.ceil(wait.seconds), wait.reserved)
         envelope = Envelope(claim.message.sender.address, todo, claim.message.needs_smtputf8)
         return self._hand_over(claim, envelope, to_mime(claim.message, claim.message_id, claim.created_at))
 
@@ -113,7 +144,7 @@ class Delivery:
         state, pause = next_state(claim, replies, self.settings.retry_schedule, self._on_doubt(claim))
         return self._end(claim, state, reason(replies) if state != "sent" else "", pause)
 
-    def _end(self, claim: Claim, state: str, reason: str, pause: int = 0, *, reserved: bool = False) -> str | Retry:
+    def _end(self, claim: Claim, state: str, reason: str, pause: int = 0, reserved: bool = False) -> str | Retry:
         if state == "delayed" and claim.has_expired(within=pause):
             return self._expire(claim)  # now rather than then: there will be no other attempt
         claim.settle(state, reason=reason, next_in=pause, in_line=reserved)
@@ -122,9 +153,7 @@ class Delivery:
             return state
         if state != "delayed":
             _give_up(reason)
-        job = get_current_job()
-        if job:
-            job.retries_left = len(AFTER_A_CRASH)  # this attempt ended well enough: crashes are counted from here
+        _allow_crashes(len(AFTER_A_CRASH))  # this attempt ended well enough: crashes are counted from here
         return _later(pause)
 
     def _expire(self, claim: Claim) -> str | Retry:
@@ -225,17 +254,20 @@ def _queued_at() -> float:
     return job.enqueued_at.timestamp() if job and job.enqueued_at else 0
 
 
-def _give_up(reason: str) -> NoReturn:
-    """Sends the job straight to the failed registry: a person must look."""
+def _allow_crashes(number: int) -> None:
     job = get_current_job()
     if job:
-        job.retries_left = 0
+        job.retries_left = number
+
+
+def _give_up(reason: str) -> NoReturn:
+    """Sends the job straight to the failed registry: a person must look."""
+    _allow_crashes(0)
     raise Failed(reason)
 
 
 def _later(seconds: float) -> Retry:
-    """Asks for another run. RQ counts these apart from the attempts that an exception uses up; our own count is in the
-    mail."""
+    """Asks RQ for another run, which it counts apart from those after an exception; our own count is in the mail."""
     return Retry(max=1_000_000, interval=max(1, round(seconds)))
 
 

@@ -24,7 +24,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -192,10 +192,10 @@ class Claim:
                 self.outbox.run(RELEASE, self.keys, [self.token])
 
     def mark_in_doubt(self, statuses: Mapping[str, str]) -> None:
-        """Writes down, right before the final dot, who is in doubt from here on. Raises `ClaimLost`."""
-        for recipient in self.recipients:
-            recipient.status = statuses.get(recipient.address, recipient.status)
-        if not self.outbox.run(MARK_IN_DOUBT, self.keys, [self.token, _dump(self.recipients)]):
+        """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt. The claim
+        itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
+        marked = [replace(one, status=statuses.get(one.address, one.status)) for one in self.recipients]
+        if not self.outbox.run(MARK_IN_DOUBT, self.keys, [self.token, _dump(marked)]):
             raise ClaimLost(self.id)
 
     def settle(self, state: str, *, reason: str = "", next_in: float = 0, in_line: bool = False) -> None:

@@ -29,9 +29,8 @@ IDLE = 5
 
 
 class SessionPool:
-    """Keeps sessions for the next mail. A session is in `running`, in `idle`, or one thread's alone: the thread that
-    takes it out, under the lock, has it. So the watcher cannot abort a mail that is not late, nor a mail begin on a
-    session that is being closed."""
+    """Keeps sessions for the next mail. One is in `running`, in `idle`, or of the thread that took it out, under the
+    lock: the watcher cannot abort a mail that is not late, nor a mail begin on a session that is being closed."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -124,9 +123,9 @@ class SessionPool:
 class Conversation:
     """Sends one mail, with one deadline, on whatever session it has.
 
-    `begin` and `finish` return the outcome, or the known replies to RCPT if all but the final dot is out: then nothing
-    is decided yet, and `finish` comes next. So it does a second time where a kept session dies at the dot, for then
-    the mail has begun again on a new one, which is not replaced.
+    `begin` and `finish` return the outcome, or the known replies to RCPT if all but the final dot is out and `finish`
+    comes next. That may be so once after `finish`: where a kept session died at the dot, the mail has begun again on a
+    new one, which is not replaced.
     """
 
     def __init__(self, pool: SessionPool, relay: Relay) -> None:
@@ -139,15 +138,15 @@ class Conversation:
         try:
             return self.session.begin(envelope, mime)
         except Stopped as stopped:
-            return self._stopped(stopped.reply)
+            return self._decided(stopped.reply)
 
     def finish(self) -> Replies | Outcome:
         try:
-            return self._stopped(self.session.finish())
+            return self._decided(self.session.finish())
         except Stopped as stopped:
-            return self._stopped(stopped.reply)
+            return self._decided(stopped.reply)
 
-    def _stopped(self, final: Reply) -> Replies | Outcome:
+    def _decided(self, final: Reply) -> Replies | Outcome:
         was_kept = self.session.mails > 1
         if was_kept and final.is_the_sessions_end and not self.session.aborted.is_set():
             self.pool.discard(self.session)

@@ -158,10 +158,8 @@ class Session:
 
     def begin(self, envelope: Envelope, mime: bytes) -> Replies:
         """Sends a mail but for its final dot, or the last bytes of its chunk, in as few round trips as the relay
-        allows: until `finish`, it cannot have accepted anything. Opens the connection for the first mail.
-
-        Returns the replies to RCPT that are known; `replies` has them also where this, or `finish`, raises `Stopped`.
-        """
+        allows: until `finish`, it cannot have accepted anything. Opens the connection for the first mail. Returns the
+        replies to RCPT that are known, which are in `replies` also where this, or `finish`, raises `Stopped`."""
         self.replies = {}
         if self.state is State.NEW:
             self.open()
@@ -301,12 +299,9 @@ class Session:
         return True
 
     def is_quiet(self) -> bool:
-        """Returns whether the relay has neither hung up nor said anything unasked (421), which would pass for a reply.
-
-        Reads through smtplib's buffer, which may hold it already; with a timeout of 0 `read` returns None for nothing.
-        """
+        """Returns whether the relay has neither hung up nor said a word unasked (421), which would pass for a reply."""
         try:
-            self.sock.settimeout(0)
+            self.sock.settimeout(0)  # with it, read() returns None for nothing; smtplib's buffer may hold words already
             return self.smtp.file is not None and self.smtp.file.read(1) is None
         except ssl.SSLWantReadError:
             return True

@@ -99,12 +99,6 @@ def test_the_dot_does_not_wait_for_the_bodys_acknowledgement() -> None:
         assert session.smtp.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_no_size_is_declared_to_a_relay_that_did_not_ask() -> None:
-    with ScriptedRelay() as there:
-        assert attempt(at(there.port)).verdict is ACCEPTED
-    assert f"MAIL FROM:<{SENDER}>" in there.commands
-
-
 def test_a_relay_that_refuses_ehlo_is_greeted_with_helo() -> None:
     with ScriptedRelay({"EHLO": "502 5.5.1 what?"}) as there:
         assert attempt(at(there.port)).verdict is ACCEPTED
@@ -222,13 +216,6 @@ def test_of_three_recipients_the_mail_goes_to_the_one_accepted() -> None:
     }
 
 
-def test_recipients_beyond_the_relays_limit_are_left_for_the_next_attempt() -> None:
-    with ScriptedRelay({"RCPT": ["250 ok", "250 ok", "452 4.5.3 Too many recipients"]}) as there:
-        outcome = attempt(at(there.port), ADA, BOB, CAY)
-    assert there.accepted == [MIME]
-    assert [reply.verdict for reply in outcome.recipients.values()] == [ACCEPTED, ACCEPTED, TRY_AGAIN]
-
-
 @pytest.mark.parametrize(
     ("replies", "code", "verdict"),
     [
@@ -302,12 +289,6 @@ def test_an_answer_decides_for_all_who_were_not_refused(step: str, reply: str, p
     assert outcome.reply.text == reply[4:]
     assert not there.accepted
     assert there.commands[-1] == "QUIT"
-
-
-def test_a_relay_that_insists_on_starttls_is_our_trouble_and_not_the_mails() -> None:
-    with servers.Relay(tls="starttls") as there:
-        outcome = attempt(at(there.port))
-    assert fate(outcome) == (Phase.MAIL, 530, TROUBLE)
 
 
 # Addresses

@@ -1,6 +1,6 @@
 """The relay: its name, its port, TLS, the login. As the worker does it, up to where a mail would begin.
 
-The session is mail.relay's own, so what is found here is what a mail would meet; nothing is sent. Only where no
+The session is smtp.session's own, so what is found here is what a mail would meet; nothing is sent. Only where no
 connection comes about the other ports are tried, for a provider or a firewall that closes one often leaves another.
 RFC 5321 (SMTP), 8314 (ports and TLS), 4954 (AUTH)
 """
