@@ -17,6 +17,7 @@ from smtp.pool import SessionPool
 from smtp.relay import Relay
 from smtp.session import Session
 from smtp.verdict import Outcome, Phase, Reply, Verdict
+from tests.scripted_relay import Script, ScriptedRelay
 
 ADA, BOB, CAY = "ada@example.com", "bob@example.com", "cay@example.com"
 SENDER = "sender@example.com"
@@ -95,3 +96,13 @@ def took_less_than(seconds: float) -> Iterator[None]:
     start = time.monotonic()
     yield
     assert time.monotonic() - start < seconds
+
+
+@contextmanager
+def served(script: Script | None = None, **options: Any) -> Iterator[ScriptedRelay]:
+    """Runs a relay, and says QUIT on the sessions that are left before it ends."""
+    with ScriptedRelay(script, **options) as there:
+        try:
+            yield there
+        finally:
+            POOL.close_all()

@@ -22,7 +22,7 @@ from settings import Settings
 from smtp.envelope import Envelope
 from smtp.relay import Relay
 from smtp.verdict import Outcome, Phase, Reply, Verdict
-from tests.conversations import MIME, POOL, SENDER, WAYS, at
+from tests.conversations import MIME, POOL, SENDER, WAYS, at, served
 from tests.scripted_relay import Line, ScriptedRelay, reset
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
@@ -217,12 +217,11 @@ class Attempt:
 def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(
     offers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ScriptedRelay(offers=offers) as there:
+    with served(offers=offers) as there:
         attempt = Attempt(there, monkeypatch)
         assert attempt.make() == "sent"
         assert attempt.events == [("mark", 0), ("sent", 1)]
         assert attempt.delivery.dots._pending == {"an-id"}  # until `deliver` ends, a process that aborts waits
-        POOL.close_all()
     assert len(there.accepted) == 1
 
 
@@ -238,7 +237,7 @@ def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(
 def test_what_stops_a_mail_before_its_dot_leaves_it_unsent(
     offers: list[str], stop: str, error: type[Exception], events: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ScriptedRelay(offers=offers) as there:
+    with served(offers=offers) as there:
         attempt = Attempt(there, monkeypatch)
         if stop == "expired":
             attempt.claim.expires_at = 1
@@ -269,12 +268,11 @@ def test_a_mail_whose_kept_session_dies_at_the_dot_begins_again_and_nothing_of_t
         time.sleep(0.1)
         attempt.claim.expires_at = float(expires)
 
-    with ScriptedRelay({"BODY": [lambda _: "", die, lambda _: ""]}) as there:
+    with served({"BODY": [lambda _: "", die, lambda _: ""]}) as there:
         Attempt(there, monkeypatch).make()
         attempt = Attempt(there, monkeypatch)
         attempt.at_mark = wait_for_the_reset
         with pytest.raises(delivery.Failed) if expires else nullcontext():
             attempt.make()
         assert attempt.events == events
-        POOL.close_all()
     assert there.connections == 2

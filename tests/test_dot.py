@@ -23,7 +23,6 @@ from tests.conversations import (
     LARGE,
     MIME,
     PIPES,
-    POOL,
     REFUSED,
     SENDER,
     TROUBLE,
@@ -34,6 +33,7 @@ from tests.conversations import (
     attempt,
     fate,
     opened,
+    served,
 )
 from tests.scripted_relay import (
     Line,
@@ -106,14 +106,13 @@ def test_an_interrupted_caller_leaves_nothing_open() -> None:
 
 @pytest.mark.parametrize(("offers", "trips"), [([], 4), (["CHUNKING"], 4), (PIPES, 2), (CHUNKS, 1)])
 def test_a_mail_on_a_warm_session_takes_as_few_round_trips_as_the_relay_allows(offers: list[str], trips: int) -> None:
-    with ScriptedRelay(offers=offers, latency=0.01) as there:
+    with served(offers=offers, latency=0.01) as there:
         another(at(there.port))
         before = there.turns
         for _ in range(5):
             assert another(at(there.port)).verdict is ACCEPTED
         assert there.turns - before == 5 * trips
         assert there.connections == 1
-        POOL.close_all()
     assert there.accepted == [MIME] * 6
 
 
@@ -211,11 +210,10 @@ def test_no_mail_is_sent_for_nobody_though_the_relay_invites_one(refusal: str) -
 
 
 def test_a_relay_that_takes_a_chunk_for_nobody_has_taken_it_for_nobody() -> None:
-    with ScriptedRelay({"RCPT": "550 5.1.1 no"}, offers=CHUNKS) as there:
+    with served({"RCPT": "550 5.1.1 no"}, offers=CHUNKS) as there:
         assert fate(another(at(there.port))) == (Phase.RCPT, 550, REFUSED)
         another(at(there.port))
         assert there.connections == 2
-        POOL.close_all()
 
 
 def test_of_a_chunks_recipients_only_those_are_known_whom_no_command_can_name() -> None:
