@@ -23,12 +23,11 @@ from queues.offer import task
 
 def deliver(mail_id: str) -> str | Retry:
     """Makes one attempt at one mail; mail.delivery does it. Every job of the queue `email` names this function."""
-    return delivery.deliver(mail_id)
+    return delivery.current().deliver(mail_id)
 
 
 @task(timeout=60)
 def why_failed(hours: Annotated[int, Field(ge=1, le=24 * 14)] = 24) -> dict[str, int]:
-    """How many mails failed in the last `hours`, by reason: `{"550 at rcpt": 3}`."""
-    return dict(
-        Counter(delivery.outbox().failures(since=datetime.now(timezone.utc).timestamp() - hours * 3600)).most_common()
-    )
+    """Counts the mails that failed in the last `hours`, by reason: `{"550 at rcpt": 3}`."""
+    since = datetime.now(timezone.utc).timestamp() - hours * 3600
+    return dict(Counter(delivery.current().outbox.failures(since)).most_common())

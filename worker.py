@@ -24,7 +24,7 @@ from rq.suspension import WORKERS_SUSPENDED
 
 import settings
 import tasks
-from mail.delivery import break_off, leave_relay, relay_closed_for, sweep
+from mail import delivery
 from process import log, sd_daemon
 from queues.connection import Unavailable, connect, unavailable, why_unavailable
 from queues.heartbeat import LOCKED_FOR, LOST_AFTER, MAINTENANCE_EVERY
@@ -49,11 +49,11 @@ class Crew:
 
     def __init__(self, current: settings.Settings) -> None:
         self.settings = current
+        self.delivery = delivery.current()
         # Here nobody waits for Redis to come back: the next second is the next try.
         self.redis = connect(current.redis_url.get_secret_value())
-        self.caretaker = email_worker(
-            self.redis, ALLOWED[EMAIL], relay_closed_for
-        )  # RQ's maintenance is a worker's; this one takes no jobs
+        # RQ's maintenance is a worker's; this one takes no jobs.
+        self.caretaker = email_worker(self.redis, ALLOWED[EMAIL], self.delivery.pacing.closed_for)
         self.queue = self.caretaker.queues[0]
         # RQ keeps the lock of a scheduler that is dead for interval + 60 s; we keep it alive once a second.
         self.scheduler = RQScheduler([EMAIL], self.redis, interval=LOCKED_FOR - 60, serializer=JSONSerializer)
@@ -79,7 +79,8 @@ class Crew:
         duties: list[Callable[[], object]] = [self.show_life, self.watch, self.schedule]
         if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
             self.maintained_at = time.monotonic()
-            duties += [self.pull_in, lambda: sift(self.queue), self.caretaker.run_maintenance_tasks, sweep]
+            duties += [self.pull_in, lambda: sift(self.queue), self.caretaker.run_maintenance_tasks]
+            duties += [self.delivery.sweep]
         for duty in (*duties, self.man):
             try:
                 duty()
@@ -94,7 +95,7 @@ class Crew:
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
         while len(self.workers) < self.settings.worker_concurrency and not self.asked_to_stop.is_set():
             redis = connect(self.settings.redis_url.get_secret_value(), patient=True)
-            worker = email_worker(redis, ALLOWED[EMAIL], relay_closed_for)
+            worker = email_worker(redis, ALLOWED[EMAIL], self.delivery.pacing.closed_for)
             thread = threading.Thread(target=worker.work, kwargs={"logging_level": None}, name=worker.name)
             self.workers[thread] = worker
             thread.start()
@@ -158,7 +159,7 @@ class Crew:
             self.signalled_at = time.monotonic()
             self.asked_to_stop.set()
         elif time.monotonic() - self.signalled_at > 1:  # sooner, it is the echo of the first: a group, a terminal
-            threading.Thread(target=break_off).start()
+            threading.Thread(target=self.delivery.dots.abort_unsent).start()
 
 
 def main() -> int:
@@ -182,7 +183,7 @@ def main() -> int:
     log.emit("worker_started", queue=queue)
     if isinstance(worker, Crew):
         worker.work()
-        leave_relay()
+        worker.delivery.pool.close_all()
     else:
         sd_daemon.on_stop(worker.request_stop)
         sd_daemon.tell("READY=1")

@@ -18,139 +18,20 @@ from typing import NoReturn
 from rq import Retry, get_current_job
 
 import settings
-from mail import sweep as sweeping
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, EXPIRED, Busy, Claim, Outbox, jittered
+from mail.sweep import sweep
 from process.log import emit
 from queues.connection import connect
 from queues.jobs import Jobs
-from smtp import pool
+from settings import Settings
+from smtp.envelope import Envelope
 from smtp.pacing import Pacing
-from smtp.session import Relay
+from smtp.pool import SessionPool
+from smtp.relay import Relay
 from smtp.verdict import Outcome, Reply, Verdict
 
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
-_at_dot: set[str] = set()  # the mails whose final dot is out and whose answer is not written down yet
-_dots = threading.Lock()
-_broken_off = threading.Event()
-
-
-class Failed(Exception):
-    """The mail will not be sent unless a person asks again. The text is code and phase, never the relay's words."""
-
-
-class BrokenOff(Exception):
-    """The process is to end at once; nothing was sent."""
-
-
-class Expired(Exception):
-    """The mail's `expires_at` has come while its body went out. Without the final dot, nothing was sent."""
-
-
-@lru_cache(maxsize=1)
-def outbox() -> Outbox:
-    current = settings.current()
-    return Outbox(Jobs(connect(current.redis_url.get_secret_value(), patient=True)), current)
-
-
-@lru_cache(maxsize=1)
-def pacing() -> Pacing:
-    return Pacing(outbox().jobs.redis, settings.current().smtp_rate)
-
-
-@lru_cache(maxsize=1)
-def the_relay() -> Relay:
-    return Relay.of(settings.current())
-
-
-def deliver(mail_id: str) -> str | Retry:
-    """Makes one attempt at one mail. Running it twice is harmless.
-
-    Returns the state in which nothing is left to do (`sent`, `canceled`, ...), or a `Retry`, which RQ's scheduler
-    obeys. Raises `Failed` when a person must look: RQ then puts the job into its failed registry, and a requeue from
-    there gives the mail all its attempts again.
-    """
-    try:
-        claim = outbox().claim(mail_id, _queued_at())
-    except Busy as busy:
-        emit("busy", id=mail_id, next_in=f"{busy.seconds:.0f}s")
-        return _later(busy.seconds + 1)
-    if isinstance(claim, str):
-        emit("nothing_to_do", id=mail_id, state=claim)
-        return claim if claim in ("sent", "canceled") else _give_up(claim)
-    with claim.held():
-        try:
-            return _attempt(claim)
-        finally:
-            _at_dot.discard(claim.id)
-
-
-def _attempt(claim: Claim) -> str | Retry:
-    _take_up(claim)
-    todo = [one.address for one in claim.recipients if one.status == "pending"]
-    if not todo:
-        return _conclude(claim, None)
-    if claim.has_expired():
-        return _expire(claim)
-    wait = pacing().admit(claim.in_line)
-    if wait:
-        return _end(claim, "delayed", wait.reason, math.ceil(wait.seconds), in_line=wait.in_line)
-    mime = to_mime(claim.message, claim.message_id, claim.created_at)
-    started = time.monotonic()
-    with pool.conversation(the_relay()) as conversation:
-        try:
-            outcome = conversation.send(
-                claim.message.sender.address,
-                todo,
-                mime,
-                smtputf8=claim.message.needs_smtputf8,
-                before_dot=lambda replies: _before_dot(claim, todo, replies),
-            )
-        except Expired:
-            pacing().well()
-            return _expire(claim)
-        claim.spoke_for(time.monotonic() - started)
-        _record(claim, outcome)
-        try:
-            return _conclude(claim, outcome)  # written down before a word more to the relay, and before anything else
-        finally:
-            _tell_breaker(outcome.reply)
-
-
-def _before_dot(claim: Claim, todo: Sequence[str], replies: Mapping[str, Reply]) -> None:
-    """Whose recipient's reply is not known yet may be accepted in the next moment."""
-    if claim.has_expired():
-        raise Expired
-    with _dots:
-        if _broken_off.is_set():
-            raise BrokenOff
-        _at_dot.add(claim.id)
-    claim.before_dot({who: AT_DOT[replies[who].verdict] if who in replies else "in_doubt" for who in todo})
-
-
-def break_off() -> NoReturn:
-    """Ends the process as soon as no final dot is unanswered, and lets no other go out. Whatever else was in hand is
-    found out like the mail of a killed worker, and sent by another."""
-    with _dots:
-        _broken_off.set()
-    while _at_dot:
-        time.sleep(0.05)
-    os._exit(0)
-
-
-def _queued_at() -> float:
-    job = get_current_job()
-    return job.enqueued_at.timestamp() if job and job.enqueued_at else 0
-
-
-def _give_up(reason: str) -> NoReturn:
-    """Straight to the failed registry: a person must look."""
-    job = get_current_job()
-    if job:
-        job.retries_left = 0
-    raise Failed(reason)
-
-
 AFTER = {  # the reply that decided -> what the recipient is after the attempt
     Verdict.ACCEPTED: "accepted",
     Verdict.REFUSED: "refused",
@@ -161,8 +42,150 @@ AFTER = {  # the reply that decided -> what the recipient is after the attempt
 AT_DOT = AFTER | {Verdict.ACCEPTED: "in_doubt"}  # the reply to RCPT, while the final dot is unanswered
 
 
-def _take_up(claim: Claim) -> None:
-    """What earlier attempts left behind, before this one."""
+class Failed(Exception):
+    """The mail will not be sent unless a person asks again. The text is code and phase, never the relay's words."""
+
+
+class Aborted(Exception):
+    """The process is to end at once; the mail was not sent."""
+
+
+class Dots:
+    """Knows the mails of this process whose final dot waits for its answer, and ends it without a doubt about any."""
+
+    def __init__(self) -> None:
+        self._pending: set[str] = set()
+        self._lock = threading.Lock()
+        self._aborting = False
+
+    def expect(self, mail_id: str) -> None:
+        """Notes that the mail's final dot may go out now, so that its answer is waited for. Raises `Aborted`."""
+        with self._lock:
+            if self._aborting:
+                raise Aborted
+            self._pending.add(mail_id)
+
+    def settled(self, mail_id: str) -> None:
+        """Forgets a mail whose answer is written down, or that has had no dot."""
+        self._pending.discard(mail_id)
+
+    def abort_unsent(self) -> NoReturn:
+        """Ends the process as soon as no final dot is unanswered, and lets no other go out. The other mails in hand are
+        found like those of a killed worker, and sent by another."""
+        with self._lock:
+            self._aborting = True
+        while self._pending:
+            time.sleep(0.05)
+        os._exit(0)
+
+
+class Delivery:
+    """Makes attempts at mails. There is one in a process, with all that its threads share."""
+
+    def __init__(self, settings: Settings, outbox: Outbox) -> None:
+        self.settings = settings
+        self.outbox = outbox
+        self.relay = Relay.of(settings)
+        self.pacing = Pacing(outbox.jobs.redis, settings.smtp_rate)
+        self.pool = SessionPool()
+        self.dots = Dots()
+
+    def deliver(self, mail_id: str) -> str | Retry:
+        """Returns the state in which nothing is left to do (`sent`, `canceled`), or a `Retry`, which RQ's scheduler
+        obeys. Raises `Failed` when a person must look: RQ then puts the job into its failed registry, and a requeue
+        from there gives the mail all its attempts again."""
+        try:
+            claim = self.outbox.claim(mail_id, _queued_at())
+        except Busy as busy:
+            emit("busy", id=mail_id, next_in=f"{busy.seconds:.0f}s")
+            return _later(busy.seconds + 1)
+        if isinstance(claim, str):
+            emit("nothing_to_do", id=mail_id, state=claim)
+            return claim if claim in ("sent", "canceled") else _give_up(claim)
+        with claim.held():
+            try:
+                return self._attempt(claim)
+            finally:
+                self.dots.settled(claim.id)
+
+    def _attempt(self, claim: Claim) -> str | Retry:
+        take_up(claim, retry_doubt=self._on_doubt(claim) == "retry")
+        todo = [one.address for one in claim.recipients if one.status == "pending"]
+        if not todo:
+            return self._conclude(claim, [])
+        if claim.has_expired():
+            return self._expire(claim)
+        wait = self.pacing.admit(returning=claim.in_line)
+        if wait:
+            return self._end(claim, "delayed", wait.reason, math.ceil(wait.seconds), wait.reserved)
+        envelope = Envelope(claim.message.sender.address, todo, claim.message.needs_smtputf8)
+        return self._hand_over(claim, envelope, to_mime(claim.message, claim.message_id, claim.created_at))
+
+    def _hand_over(self, claim: Claim, envelope: Envelope, mime: bytes) -> str | Retry:
+        started = time.monotonic()
+        with self.pool.conversation(self.relay) as talk:
+            said = talk.begin(envelope, mime)  # all but the final dot: until it is out, nothing is sent
+            while not isinstance(said, Outcome):  # a second time where a kept session has died at the dot
+                if claim.has_expired():
+                    self.pacing.well()
+                    return self._expire(claim)
+                self.dots.expect(claim.id)
+                claim.mark_in_doubt(at_dot(envelope.recipients, said))
+                said = talk.finish()
+            claim.observe_conversation(time.monotonic() - started)
+            record(claim, said, self.relay)
+            try:  # written down before a word more to the relay, and before anything else
+                return self._conclude(claim, list(said.recipients.values()))
+            finally:
+                self._tell_breaker(said.reply)
+
+    def _conclude(self, claim: Claim, replies: Sequence[Reply]) -> str | Retry:
+        """Writes down the state after this attempt, logs it, and tells RQ in its own way."""
+        state, pause = next_state(claim, replies, self.settings.retry_schedule, self._on_doubt(claim))
+        return self._end(claim, state, reason(replies) if state != "sent" else "", pause)
+
+    def _end(self, claim: Claim, state: str, reason: str, pause: int = 0, reserved: bool = False) -> str | Retry:
+        if state == "delayed" and claim.has_expired(within=pause):
+            return self._expire(claim)  # now rather than then: there will be no other attempt
+        claim.settle(state, reason=reason, next_in=pause, in_line=reserved)
+        emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
+        if state == "sent":
+            return state
+        if state != "delayed":
+            _give_up(reason)
+        _allow_crashes(len(AFTER_A_CRASH))  # this attempt ended well enough: crashes are counted from here
+        return _later(pause)
+
+    def _expire(self, claim: Claim) -> str | Retry:
+        doubtful = any(one.status == "in_doubt" for one in claim.recipients)
+        return self._end(claim, "unknown" if doubtful else "failed", EXPIRED)
+
+    def _on_doubt(self, claim: Claim) -> str:
+        return claim.on_doubt or self.settings.on_doubt
+
+    def _tell_breaker(self, reply: Reply) -> None:
+        if reply.code is None or reply.verdict is Verdict.TROUBLE:
+            if self.pacing.trouble(reply.pause):
+                emit("breaker_opened", reason=reply.summary)
+        elif self.pacing.well():
+            emit("breaker_closed")
+
+    def sweep(self) -> None:
+        """Looks after mails that got stuck where RQ's own maintenance does not look."""
+        for found in sweep(self.outbox):
+            event = found.outcome if found.outcome in ("repaired", "unreadable") else "given_up"
+            emit(event, id=found.mail_id, reason=found.why)
+
+
+@lru_cache(maxsize=1)
+def current() -> Delivery:
+    """Returns this process's. Its main thread must have asked for it before others do: there must not be two."""
+    chosen = settings.current()
+    return Delivery(chosen, Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), patient=True)), chosen))
+
+
+def take_up(claim: Claim, *, retry_doubt: bool) -> None:
+    """Deals with what earlier attempts left behind, before this one."""
     asked_again = claim.state_before in ("failed", "unknown")
     if asked_again:
         claim.counted = 0
@@ -171,17 +194,20 @@ def _take_up(claim: Claim) -> None:
         claim.counts["attempt:interrupted"] += 1
         if any(one.status == "in_doubt" for one in claim.recipients):
             claim.counts["in_doubt"] += 1
-    retry_doubt = (asked_again or _on_doubt(claim) == "retry") and not claim.has_expired()
+    retry_doubt = (asked_again or retry_doubt) and not claim.has_expired()
     for one in claim.recipients:
         if (one.status == "in_doubt" and retry_doubt) or (one.status == "refused" and asked_again):
             one.status = "pending"
 
 
-def _on_doubt(claim: Claim) -> str:
-    return claim.on_doubt or settings.current().on_doubt
+def at_dot(recipients: Sequence[str], replies: Mapping[str, Reply]) -> dict[str, str]:
+    """Returns what each recipient is while the final dot is unanswered. One whose reply to RCPT has not arrived yet
+    (pipelining) counts as in doubt: the relay may accept it with this dot."""
+    return {who: AT_DOT[replies[who].verdict] if who in replies else "in_doubt" for who in recipients}
 
 
-def _record(claim: Claim, outcome: Outcome) -> None:
+def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
+    """Enters into the claim what the relay said, in all and about each recipient."""
     for one in claim.recipients:
         reply = outcome.recipients.get(one.address)
         if reply:
@@ -190,76 +216,16 @@ def _record(claim: Claim, outcome: Outcome) -> None:
     claim.counts[f"attempt:{reply.verdict.value.replace(' ', '_')}"] += 1
     if reply.verdict is Verdict.IN_DOUBT:
         claim.counts["in_doubt"] += 1
-    claim.attempts.append(
-        {
-            "at": _now(),
-            "relay": str(the_relay()),
-            "phase": reply.phase.value,
-            "code": reply.code,
-            "text": reply.text,
-            "verdict": reply.verdict.value,
-        }
-    )
+    said = {"phase": reply.phase.value, "code": reply.code, "text": reply.text, "verdict": reply.verdict.value}
+    claim.attempts.append({"at": _now(), "relay": str(relay), **said})
 
 
-def _conclude(claim: Claim, outcome: Outcome | None) -> str | Retry:
-    """The state after this attempt: written down, logged, and told to RQ in its own way."""
-    replies = list(outcome.recipients.values()) if outcome else []
-    state, pause = _next_state(claim, replies)
-    return _end(claim, state, _reason(replies) if state != "sent" else "", pause)
-
-
-def _end(claim: Claim, state: str, reason: str, pause: int = 0, *, in_line: bool = False) -> str | Retry:
-    if state == "delayed" and claim.has_expired(within=pause):
-        return _expire(claim)  # now rather than then: there will be no other attempt
-    claim.settle(state, reason=reason, next_in=pause, in_line=in_line)
-    emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
-    if state == "sent":
-        return state
-    if state != "delayed":
-        _give_up(reason)
-    job = get_current_job()
-    if job:
-        job.retries_left = len(AFTER_A_CRASH)  # this attempt ended well enough: crashes are counted from here
-    return _later(pause)
-
-
-def _expire(claim: Claim) -> str | Retry:
-    doubtful = any(one.status == "in_doubt" for one in claim.recipients)
-    return _end(claim, "unknown" if doubtful else "failed", EXPIRED)
-
-
-def _tell_breaker(reply: Reply) -> None:
-    if reply.code is None or reply.verdict is Verdict.TROUBLE:
-        if pacing().trouble(reply.pause):
-            emit("breaker_opened", reason=reply.summary)
-    elif pacing().well():
-        emit("breaker_closed")
-
-
-def relay_closed_for() -> float:
-    """Seconds for which this process need not take any mail: the breaker is open."""
-    return pacing().closed_for()
-
-
-def leave_relay() -> None:
-    """For a worker that ends: takes leave on the sessions that were kept."""
-    pool.close_all()
-
-
-def sweep() -> None:
-    """Looks after mails that got stuck where RQ's own maintenance does not look."""
-    for found in sweeping.sweep(outbox()):
-        event = found.outcome if found.outcome in ("repaired", "unreadable") else "given_up"
-        emit(event, id=found.mail_id, reason=found.why)
-
-
-def _next_state(claim: Claim, replies: Sequence[Reply]) -> tuple[str, int]:
-    """(state, seconds until the next attempt). Only what the mail itself met with counts against its attempts."""
-    schedule = settings.current().retry_schedule
+def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int], on_doubt: str) -> tuple[str, int]:
+    """Returns the state after an attempt, and the seconds until the next one. Only what the mail itself met with counts
+    against its attempts."""
     statuses = {one.status for one in claim.recipients}
     asked_for = max((reply.pause + 1 for reply in replies if reply.pause), default=0)  # RQ drops a fraction of a second
-    if "pending" in statuses or ("in_doubt" in statuses and _on_doubt(claim) == "retry"):
+    if "pending" in statuses or ("in_doubt" in statuses and on_doubt == "retry"):
         if not {reply.verdict for reply in replies} & {Verdict.TRY_AGAIN, Verdict.IN_DOUBT} and not _silenced(claim):
             return "delayed", max(asked_for, jittered(PAUSE_ON_TROUBLE))
         claim.counted += 1
@@ -272,20 +238,37 @@ def _next_state(claim: Claim, replies: Sequence[Reply]) -> tuple[str, int]:
 
 
 def _silenced(claim: Claim) -> bool:
-    """Whether the relay has gone silent on this mail three times running, after it had let us in: then the mail itself
-    may be the reason, and it counts."""
+    """Returns whether the relay has gone silent on this mail three times running, after it had let us in: then the mail
+    itself may be the reason, and it counts."""
     last = [(one.get("phase"), one.get("code")) for one in claim.attempts[-3:]]
     return len(last) == 3 and all(phase in ("mail", "rcpt", "data") and code is None for phase, code in last)
 
 
-def _reason(replies: Sequence[Reply]) -> str:
-    """Code and phase of everything but success, without repetition: `550 at rcpt, 451 at rcpt`."""
+def reason(replies: Sequence[Reply]) -> str:
+    """Returns code and phase of everything but success, without repetition: `550 at rcpt, 451 at rcpt`."""
     bad = [reply.summary for reply in replies if reply.verdict is not Verdict.ACCEPTED]
     return ", ".join(dict.fromkeys(bad)) or "held: the relay may have accepted it"
 
 
+def _queued_at() -> float:
+    job = get_current_job()
+    return job.enqueued_at.timestamp() if job and job.enqueued_at else 0
+
+
+def _allow_crashes(number: int) -> None:
+    job = get_current_job()
+    if job:
+        job.retries_left = number
+
+
+def _give_up(reason: str) -> NoReturn:
+    """Sends the job straight to the failed registry: a person must look."""
+    _allow_crashes(0)
+    raise Failed(reason)
+
+
 def _later(seconds: float) -> Retry:
-    """RQ counts these apart from the attempts that an exception uses up; our own count is in the mail."""
+    """Asks RQ for another run, which it counts apart from those after an exception; our own count is in the mail."""
     return Retry(max=1_000_000, interval=max(1, round(seconds)))
 
 

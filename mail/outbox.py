@@ -2,7 +2,7 @@
 
 A mail is a hash `mail:<id>`; its RQ job has the same id and holds nothing else. `accept` stores both in one atomic
 step. `claim` gives a mail to one attempt at a time, for a limited time, so that a job that RQ runs twice sends once.
-`settle` writes the outcome, recipient by recipient. In between, `Claim.before_dot` notes who is about to be served:
+`settle` writes the outcome, recipient by recipient. In between, `Claim.mark_in_doubt` notes who is about to be served:
 should the worker die after that, the mail is in doubt for them and not for the others.
 
     queued -> sending -> sent | failed | unknown (in doubt and held) | delayed -> sending ...
@@ -25,7 +25,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -78,7 +78,7 @@ return {'claimed', redis.call('HGETALL', KEYS[1])}
 """
 # KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, or the mail was canceled or
 # sent meanwhile, and this attempt must stop.
-BEFORE_DOT = """
+MARK_IN_DOUBT = """
 if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'sending' then return 0 end
 redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
 return 1
@@ -179,13 +179,13 @@ class Claim:
     def keys(self) -> list[str]:
         return [f"mail:{self.id}", f"mail:{self.id}:claim"]
 
-    def spoke_for(self, seconds: float) -> None:
-        """How long the conversation with the relay took."""
+    def observe_conversation(self, seconds: float) -> None:
+        """Counts how long the conversation with the relay took."""
         SMTP.note(seconds, self.counts)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps the claim for as long as the body runs, and gives it back then, also where nothing was settled."""
+        """Renews the claim for as long as the body runs, and releases it then, also where nothing was settled."""
         renew = [self.token, LOST_AFTER * 1000]
         try:
             with beating(lambda: self.outbox.renew(self.keys, renew)):
@@ -194,11 +194,11 @@ class Claim:
             if not self.settled:
                 self.outbox.run(RELEASE, self.keys, [self.token])
 
-    def before_dot(self, statuses: Mapping[str, str]) -> None:
-        """Writes down, at the last moment, who is in doubt from here on. Raises `ClaimLost`."""
-        for recipient in self.recipients:
-            recipient.status = statuses.get(recipient.address, recipient.status)
-        if not self.outbox.run(BEFORE_DOT, self.keys, [self.token, _dump(self.recipients)]):
+    def mark_in_doubt(self, statuses: Mapping[str, str]) -> None:
+        """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt. The claim
+        itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
+        marked = [replace(one, status=statuses.get(one.address, one.status)) for one in self.recipients]
+        if not self.outbox.run(MARK_IN_DOUBT, self.keys, [self.token, _dump(marked)]):
             raise ClaimLost(self.id)
 
     def settle(self, state: str, *, reason: str = "", next_in: float = 0, in_line: bool = False) -> None:
@@ -258,7 +258,7 @@ class Outbox:
         self.jobs = jobs
         self.settings = settings
         self.renew = Script(impatient(jobs.redis), RENEW)
-        sources = (CLAIM, BEFORE_DOT, SETTLE, RELEASE)
+        sources = (CLAIM, MARK_IN_DOUBT, SETTLE, RELEASE)
         self._scripts = {source: Script(jobs.redis, source) for source in sources}
 
     def run(self, script: str, keys: list[str], args: list[Any]) -> Any:

@@ -1,6 +1,6 @@
 """Which session a mail gets: one that another mail has left, or a new one; and until when.
 
-A session that is surely in order is kept for the next mail of any thread, never for long: a relay counts the clients
+A session that is surely healthy is kept for the next mail of any thread, never for long: a relay counts the clients
 that hold a connection, and drops idle ones. One that had died meanwhile costs its mail nothing but time: what has not
 got as far as the final dot goes out at once on a new session, in the same attempt; what has is never repeated here.
 
@@ -13,22 +13,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from smtp.session import Relay, Session, send
-from smtp.verdict import Outcome, Reply
+from smtp.envelope import Envelope
+from smtp.relay import Relay
+from smtp.session import Replies, Session, Stopped
+from smtp.verdict import Outcome, Reply, Verdict
 
 MOST_MAILS = 100  # per session: some relays end it after that many, or slow it down
 OLDEST = 300  # seconds
 # Seconds without a mail. Long enough for a queue with mail in it, and so short that hardly a relay or a NAT on the way
-# has dropped the connection; who comes later pays for a new session, and no NOOP is ever needed.
+# has dropped the connection; a later mail pays for a new session, and no NOOP is ever needed.
 IDLE = 5
 
 
-class Keeper:
-    """A session is in `running`, in `idle`, or one thread's alone. Whoever takes it out, under the lock, has it: the
-    watcher cannot hang up on a mail that is not late, nor a mail begin on what is being closed."""
+class SessionPool:
+    """Keeps sessions for the next mail. One is in `running`, in `idle`, or of the thread that took it out, under the
+    lock: the watcher cannot abort a mail that is not late, nor a mail begin on a session that is being closed."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -37,50 +39,56 @@ class Keeper:
         self.watcher: threading.Thread | None = None
         self.wakes_at = 0.0
 
-    def take(self, to: Relay, until: float) -> Session:
-        """A session for one mail: a kept one, or one that is still to be opened."""
-        while session := self._take_kept(to):
-            if session.is_quiet():
-                break
+    @contextmanager
+    def conversation(self, relay: Relay) -> Iterator[Conversation]:
+        """Lends a session for one mail. The body must write the outcome down: what is still to be said to the relay,
+        RSET or QUIT, comes after it."""
+        talk = Conversation(self, relay)
+        try:
+            yield talk
+        finally:
+            self.release(talk.session)
+
+    def acquire(self, relay: Relay, deadline: float, *, kept: bool = True) -> Session:
+        """Returns a session for one mail: one that was kept, or a new one."""
+        session = self._take_idle(relay) if kept else None
+        while session and not session.is_quiet():
             session.close()
-        session = session or Session(to)
-        self.run(session, until)
+            session = self._take_idle(relay)
+        session = session or Session(relay)
+        with self.changed:
+            self.running[session] = deadline
+            self._watch_until(deadline)
         return session
 
-    def _take_kept(self, to: Relay) -> Session | None:
+    def _take_idle(self, relay: Relay) -> Session | None:
         with self.changed:
-            kept = next((one for one in reversed(self.idle) if one.relay == to), None)
-            if kept:
-                del self.idle[kept]
-            return kept
+            session = next((one for one in reversed(self.idle) if one.relay == relay), None)
+            if session:
+                del self.idle[session]
+            return session
 
-    def run(self, session: Session, until: float) -> None:
-        with self.changed:
-            self.running[session] = until
-            self._watch_until(until)
-
-    def give_back(self, session: Session) -> None:
-        """After its mail: kept, or closed."""
+    def release(self, session: Session) -> None:
+        """Keeps the session for the next mail if it is healthy and not worn out, or else closes it."""
         now = time.monotonic()
-        ready = session.mails < MOST_MAILS and now - session.opened_at < OLDEST and session.make_ready()
-        if not ready:
-            return self.drop(session)
+        if not (session.mails < MOST_MAILS and now - session.opened_at < OLDEST and session.reset()):
+            return self.discard(session)
         with self.changed:
-            self.running.pop(session, None)  # was it late, so that it has been hung up on? Then it is not quiet
+            self.running.pop(session, None)  # it may have been late and so aborted: then it is not quiet
             self.idle[session] = now + IDLE
             self._watch_until(now + IDLE)
 
-    def drop(self, session: Session) -> None:
+    def discard(self, session: Session) -> None:
         with self.changed:
             self.running.pop(session, None)
         session.close()
 
     def close_all(self) -> None:
-        """Those that no mail is using."""
+        """Closes the sessions that no mail is using, with a QUIT each: for a process that ends."""
         with self.changed:
-            kept, self.idle = list(self.idle), {}
+            idle, self.idle = list(self.idle), {}
             self.changed.notify()
-        for session in kept:
+        for session in idle:
             session.close()
 
     def _watch_until(self, moment: float) -> None:
@@ -91,73 +99,59 @@ class Keeper:
             self.changed.notify()
 
     def _watch(self) -> None:
-        while (unused := self._wait()) is not None:
+        """Aborts what is late and closes what has been idle for too long, until there is nothing to watch any more."""
+        while True:
+            with self.changed:
+                now = time.monotonic()
+                for session in [one for one, deadline in self.running.items() if deadline <= now]:
+                    del self.running[session]
+                    session.abort()
+                unused = [one for one, until in self.idle.items() if until <= now]
+                for session in unused:
+                    del self.idle[session]
+                moments = [*self.running.values(), *self.idle.values()]
+                if not moments and not unused:
+                    self.watcher = None
+                    return
+                if not unused:
+                    self.wakes_at = min(moments)
+                    self.changed.wait(self.wakes_at - now)
             for session in unused:
                 session.close()
 
-    def _wait(self) -> list[Session] | None:
-        """Sessions that have been idle for too long, after a while; None: there is nothing to watch any more."""
-        with self.changed:
-            now = time.monotonic()
-            for session in [one for one, until in self.running.items() if until <= now]:
-                del self.running[session]
-                session.hang_up()
-            unused = [one for one, until in self.idle.items() if until <= now]
-            for session in unused:
-                del self.idle[session]
-            moments = [*self.running.values(), *self.idle.values()]
-            if not moments and not unused:
-                self.watcher = None
-                return None
-            if not unused:
-                self.wakes_at = min(moments)
-                self.changed.wait(self.wakes_at - now)
-            return unused
-
-
-keeper = Keeper()
-
 
 class Conversation:
-    """One mail's, with one deadline, on whatever session it has."""
+    """Sends one mail, with one deadline, on whatever session it has.
 
-    def __init__(self, to: Relay) -> None:
-        self.until = time.monotonic() + to.deadline
-        self.session = keeper.take(to, self.until)
+    `begin` and `finish` return the outcome, or the known replies to RCPT if all but the final dot is out and `finish`
+    comes next. That may be so once after `finish`: where a kept session died at the dot, the mail has begun again on a
+    new one, which is not replaced.
+    """
 
-    def send(
-        self,
-        sender: str,
-        recipients: Sequence[str],
-        mime: bytes,
-        *,
-        smtputf8: bool,
-        before_dot: Callable[[Mapping[str, Reply]], None],
-    ) -> Outcome:
-        """As `send`; `before_dot` is called a second time where the session is replaced after the first."""
-        used = self.session.mails > 0
-        outcome = send(self.session, sender, recipients, mime, smtputf8=smtputf8, before_dot=before_dot)
-        if not used or not outcome.reply.is_the_sessions_end or self.session.late.is_set():
-            return outcome
-        self._replace()
-        return send(self.session, sender, recipients, mime, smtputf8=smtputf8, before_dot=before_dot)
+    def __init__(self, pool: SessionPool, relay: Relay) -> None:
+        self.pool = pool
+        self.deadline = time.monotonic() + relay.deadline
+        self.session = pool.acquire(relay, self.deadline)
 
-    def _replace(self) -> None:
-        keeper.drop(self.session)
-        self.session = Session(self.session.relay)
-        keeper.run(self.session, self.until)
+    def begin(self, envelope: Envelope, mime: bytes) -> Replies | Outcome:
+        self.envelope, self.mime = envelope, mime
+        try:
+            return self.session.begin(envelope, mime)
+        except Stopped as stopped:
+            return self._decided(stopped.reply)
 
+    def finish(self) -> Replies | Outcome:
+        try:
+            return self._decided(self.session.finish())
+        except Stopped as stopped:
+            return self._decided(stopped.reply)
 
-@contextmanager
-def conversation(to: Relay) -> Iterator[Conversation]:
-    """The caller writes the outcome down in it: what is still to be said to the relay, RSET or QUIT, comes after it."""
-    one = Conversation(to)
-    try:
-        yield one
-    finally:
-        keeper.give_back(one.session)
-
-
-def close_all() -> None:
-    """For a process that ends: says QUIT on each session that is kept."""
-    keeper.close_all()
+    def _decided(self, final: Reply) -> Replies | Outcome:
+        was_kept = self.session.mails > 1
+        if was_kept and final.is_the_sessions_end and not self.session.aborted.is_set():
+            self.pool.discard(self.session)
+            self.session = self.pool.acquire(self.session.relay, self.deadline, kept=False)
+            return self.begin(self.envelope, self.mime)
+        # A recipient that was refused at RCPT keeps that reply; the others share the fate of the mail.
+        refused = {who: reply for who, reply in self.session.replies.items() if reply.verdict is not Verdict.ACCEPTED}
+        return Outcome(final, {who: refused.get(who, final) for who in self.envelope.recipients})

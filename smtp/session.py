@@ -8,62 +8,26 @@ Standards: RFC 5321 (SMTP), 3207 (STARTTLS), 4954 (AUTH), 8314 (implicit TLS), 6
 
 from __future__ import annotations
 
-import re
 import smtplib
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 from functools import lru_cache
-from typing import NamedTuple
 
-from settings import Settings
-from smtp.verdict import Outcome, Phase, Reply, Verdict
+from smtp.envelope import Envelope, crlf_lines, dot_stuffed
+from smtp.relay import SEND_BUFFER, Relay, connect_any, tls_context
+from smtp.verdict import Phase, Reply, Verdict
 
 CHUNK = 64 * 1024  # bytes of the body
-SEND_BUFFER = 256 * 1024  # bytes
 END = 2  # bytes of a chunk that are kept back like a final dot
 FRESH = 1  # seconds since the last reply, for which a session is surely not dead
 PATIENCE = 2  # seconds per reply that is only needed to keep a session
 LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already
-ADDRESS = re.compile(r"[^\x00-\x20\x7f<>]+")  # what fits between < and >
 UNSPEAKABLE = (553, "this address cannot be written into an SMTP command")
-
-
-class Relay(NamedTuple):
-    """Where the relay is and how to speak to it. Times in seconds."""
-
-    host: str
-    port: int
-    security: str  # starttls, tls or none
-    username: str | None
-    password: str | None
-    ca_file: str | None
-    timeout: float  # for a connection, for one reply (but that to the final dot), for the next CHUNK of the body
-    deadline: float  # for one conversation
-
-    @classmethod
-    def of(cls, current: Settings) -> Relay:
-        """Returns the relay that the settings name."""
-        return cls(
-            host=current.smtp_host or "",
-            port=current.smtp_port,
-            security=current.smtp_security,
-            username=current.smtp_username,
-            password=current.smtp_password.get_secret_value() if current.smtp_password else None,
-            ca_file=str(current.smtp_ca_file) if current.smtp_ca_file else None,
-            timeout=current.smtp_timeout,
-            deadline=current.deliver_timeout,
-        )
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
-
-    def __repr__(self) -> str:
-        """A tuple's own would show the password to whatever prints the variables of a traceback."""
-        return str(self)
 
 
 class Stopped(Exception):
@@ -76,17 +40,12 @@ class Stopped(Exception):
 
 @lru_cache(maxsize=1)
 def own_name() -> str:
-    """For EHLO. Asked once: a resolver that does not answer would cost seconds each time."""
+    """Returns our name for EHLO. Asked once: a resolver that does not answer would cost seconds each time."""
     return str(smtplib.SMTP().local_hostname)
 
 
-@lru_cache(maxsize=4)
-def tls_context(ca_file: str | None) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=ca_file)
-
-
 class _Client(smtplib.SMTP):
-    """smtplib's client, for which a reply that is not SMTP is the last: nobody could tell what the next one answers."""
+    """Raises for a reply that is not SMTP, which must be the last: nobody could tell what the next one answers."""
 
     def getreply(self) -> tuple[int, bytes]:
         try:
@@ -98,50 +57,62 @@ class _Client(smtplib.SMTP):
         return code, text
 
 
-class Letter(NamedTuple):
-    """A mail as it goes out: its commands, and its body in lines that end in CRLF."""
+Replies = dict[str, Reply]  # to RCPT, by address
 
-    mail: bytes
-    rcpt: dict[str, bytes]
-    body: bytes
+
+class State(Enum):
+    """Names what the relay waits for, which decides what may be said to it."""
+
+    NEW = "not connected"
+    OPENING = "greeting, EHLO, STARTTLS, AUTH"
+    READY = "the next mail"
+    IN_TRANSACTION = "more of the envelope, DATA, or RSET"
+    MID_DATA = "the rest of a mail: it would take any other word for a part of it"
+    AWAITING_FINAL_REPLY = "nothing: it has the whole mail"
+    BROKEN = "unknown"
 
 
 class Session:
-    """One connection and its mails, one after the other. Each step raises `Stopped` with the phase it reached when the
-    relay does not say yes."""
+    """Carries mails over one connection, one after the other: `begin`, `finish`, `reset`, the next; in the end `close`.
+
+    Each step raises `Stopped` with the phase it reached where the relay does not say yes.
+    """
 
     def __init__(self, relay: Relay) -> None:
         self.relay = relay
-        self.phase = Phase.CONNECT
-        self.sound = False  # the last step came to its end
-        self.owed = 0  # replies to what is out already
-        self.begun = False  # a transaction, that the relay has not ended
-        self.unfinished = False  # a part of a mail is out, and not its end: any word now would be taken for mail
-        self.out = False  # all of the mail
+        self.state = State.NEW
+        self.pending_replies = 0  # to what has been sent
         self.last: Reply | None = None
         self.mails = 0
+        self.replies: Replies = {}
         self.opened_at = self.heard_at = time.monotonic()
-        self.late = threading.Event()
-        self.line: socket.socket | None = None
+        self.aborted = threading.Event()
+        self.handle: socket.socket | None = None
         self.smtp = _Client(local_hostname=own_name(), timeout=relay.timeout)
         # starttls() checks the certificate against this name, which smtplib knows only when it connects by itself.
         self.smtp._host = relay.host  # type: ignore[attr-defined]
 
+    @property
+    def sock(self) -> socket.socket:
+        """Returns smtplib's socket, which is another one after STARTTLS, and none after some errors."""
+        if not self.smtp.sock:
+            raise smtplib.SMTPServerDisconnected("not connected")
+        return self.smtp.sock
+
     @contextmanager
     def step(self, phase: Phase) -> Iterator[None]:
-        """One phase: whatever goes wrong in it becomes `Stopped`, without the relay's words in an exception text."""
-        self.phase, self.sound = phase, False
+        """Turns whatever goes wrong in one phase into `Stopped`, without the relay's words in an exception text."""
         try:
             yield
-            self.sound = True
-        except smtplib.SMTPResponseException as error:
-            raise Stopped(Reply(phase, error.smtp_code, _text(error.smtp_error))) from None
-        except (OSError, ValueError) as error:  # OSError is the base of smtplib's exceptions, too
-            text = "the conversation took too long" if self.late.is_set() else _reason(error)
-            raise Stopped(Reply(phase, None, text)) from None
-
-    def reply(self, answer: tuple[int, bytes]) -> Reply:
-        return Reply(self.phase, answer[0], _text(answer[1]))
+        except BaseException as error:
+            if self.state not in (State.NEW, State.MID_DATA):  # in which not even QUIT may be said
+                self.state = State.BROKEN
+            if isinstance(error, smtplib.SMTPResponseException):
+                raise Stopped(Reply(phase, error.smtp_code, _text(error.smtp_error))) from None
+            if isinstance(error, (OSError, ValueError)):  # OSError is the base of smtplib's exceptions, too
+                text = "the conversation took too long" if self.aborted.is_set() else _reason(error)
+                raise Stopped(Reply(phase, None, text)) from None
+            raise
 
     def expect(self, reply: Reply) -> None:
         if reply.verdict is not Verdict.ACCEPTED:
@@ -150,8 +121,10 @@ class Session:
     def open(self) -> None:
         with self.step(Phase.CONNECT):
             self.connect()
+        self.state = State.OPENING
         with self.step(Phase.GREETING):
-            self.expect(self.reply(self.smtp.getreply()))
+            code, text = self.smtp.getreply()
+        self.expect(Reply(Phase.GREETING, code, _text(text)))
         with self.step(Phase.HELLO):
             self.smtp.ehlo_or_helo_if_needed()
         if self.relay.security == "starttls":
@@ -162,16 +135,17 @@ class Session:
             with self.step(Phase.AUTH):
                 self.login(self.relay.username, self.relay.password or "")
         self.heard_at = time.monotonic()
+        self.state = State.READY
 
     def connect(self) -> None:
-        self.smtp.sock = line = _dial(self.relay)
-        # `hang_up` needs a handle of its own, for during a TLS handshake smtplib's socket is nobody's. It sets `late`
-        # before it looks at `line`, and here it is the other way round, so one of the two notices.
-        self.line = line.dup()
-        if self.late.is_set():
+        self.smtp.sock = sock = connect_any(self.relay)
+        # `abort` needs a handle of its own, for during a TLS handshake smtplib's socket is nobody's. It sets `aborted`
+        # before it looks at `handle`, and here it is the other way round, so one of the two notices.
+        self.handle = sock.dup()
+        if self.aborted.is_set():
             raise TimeoutError
         if self.relay.security == "tls":
-            self.smtp.sock = tls_context(self.relay.ca_file).wrap_socket(line, server_hostname=self.relay.host)
+            self.smtp.sock = tls_context(self.relay.ca_file).wrap_socket(sock, server_hostname=self.relay.host)
 
     def login(self, username: str, password: str) -> None:
         """Tries one mechanism: smtplib's login() tries all, and a wrong password then counts as three break-ins."""
@@ -182,253 +156,180 @@ class Session:
         self.smtp.user, self.smtp.password = username, password
         self.smtp.auth(mechanism, getattr(self.smtp, "auth_" + mechanism.lower().replace("-", "_")))
 
-    def letter(
-        self, sender: str, recipients: Sequence[str], mime: bytes, smtputf8: bool, replies: dict[str, Reply]
-    ) -> Letter:
-        """Whose address cannot stand in a command is refused here, for good and unsent: it would be no better next
-        time. Of recipients that is noted in `replies`."""
-        if smtputf8 and not self.smtp.has_extn("smtputf8"):
+    def begin(self, envelope: Envelope, mime: bytes) -> Replies:
+        """Sends a mail but for its final dot, or the last bytes of its chunk, in as few round trips as the relay
+        allows: until `finish`, it cannot have accepted anything. Opens the connection for the first mail. Returns the
+        replies to RCPT that are known, which are in `replies` also where this, or `finish`, raises `Stopped`."""
+        self.replies = {}
+        if self.state is State.NEW:
+            self.open()
+        self.mails += 1
+        self.write_commands(envelope, len(mime))
+        body = crlf_lines(mime)
+        self.in_one_chunk = self.may_chunk(body)
+        self.state = State.IN_TRANSACTION
+        if not (self.send_chunk if self.in_one_chunk else self.send_data)(body):
+            raise Stopped(self.final_reply())
+        return self.replies
+
+    def finish(self) -> Reply:
+        """Sends what `begin` kept back and returns the final reply. If it does not get out, nothing is in doubt.
+
+        Once it is, silence is doubt, and is borne to the deadline: some relays scan for viruses before they answer,
+        RFC 5321 4.5.3.2.6 asks for ten minutes, and a client that gives up earlier sends again what was accepted.
+        """
+        if self.send_mail(self.kept_back):
+            self.state = State.AWAITING_FINAL_REPLY
+            self.sock.settimeout(None)
+        return self.final_reply()
+
+    def write_commands(self, envelope: Envelope, size: int) -> None:
+        """Builds the SMTP commands. An address that cannot be written into a command is refused permanently, without
+        asking the relay."""
+        if envelope.smtputf8 and not self.smtp.has_extn("smtputf8"):
             # RFC 6531 3.3: such a mail cannot go through this relay, now or later.
             raise Stopped(Reply(Phase.MAIL, 550, "5.6.7 the relay does not offer SMTPUTF8, which an address needs"))
-        options = [f"SIZE={len(mime)}"] if self.smtp.has_extn("size") else []
-        options += ["SMTPUTF8"] if smtputf8 else []
-        encoding = "utf-8" if smtputf8 else "ascii"
-        mail = _command("MAIL FROM", sender, encoding, *options)
+        mail = envelope.mail_from(*([f"SIZE={size}"] if self.smtp.has_extn("size") else []))
         if not mail:
             raise Stopped(Reply(Phase.MAIL, *UNSPEAKABLE))
-        commands = {who: _command("RCPT TO", who, encoding) for who in recipients}
-        replies.update({who: Reply(Phase.RCPT, *UNSPEAKABLE) for who, line in commands.items() if not line})
-        return Letter(mail, {who: line for who, line in commands.items() if line}, _lines(mime))
+        commands = envelope.rcpt_to()
+        self.mail, self.rcpt = mail, {address: command for address, command in commands.items() if command}
+        self.replies = {address: Reply(Phase.RCPT, *UNSPEAKABLE) for address in commands.keys() - self.rcpt.keys()}
+        if not self.rcpt:
+            raise Stopped(_gravest(self.replies.values()))
 
-    def transact(self, letter: Letter, replies: dict[str, Reply], before_dot: Callable[[], None]) -> Reply:
-        """From MAIL to the reply to the final dot, in as few round trips as the relay allows. Until `before_dot` has
-        returned, it cannot have accepted anything."""
-        if not letter.rcpt:
-            raise Stopped(_gravest(replies.values()))
-        self.out, self.begun = False, True
-        if self.may_chunk(letter):
-            return self.chunk(letter, replies, before_dot)
+    def may_chunk(self, body: bytes) -> bool:
+        """Returns whether the whole mail may go out before a reply. A connection that died unnoticed would leave it in
+        doubt, so it must be known to live, and the mail be one that the kernel takes at once."""
+        offered = self.smtp.has_extn("pipelining") and self.smtp.has_extn("chunking")
+        return offered and len(body) <= SEND_BUFFER and time.monotonic() - self.heard_at < FRESH
+
+    def send_chunk(self, body: bytes) -> bool:
+        """Sends MAIL, RCPT, BDAT and the body in one write. Its last bytes take the place of the final dot: without
+        them the chunk is not whole, and nothing may come of it (RFC 3030 2)."""
+        commands = [self.mail, *self.rcpt.values(), b"BDAT %d LAST\r\n" % len(body)]
+        self.pending_replies += len(commands)
+        self.kept_back = body[-END:]
+        return self.send_mail(b"".join([*commands, body[:-END]]))
+
+    def send_data(self, body: bytes) -> bool:
+        """Sends MAIL, RCPT and DATA, together where the relay allows it (RFC 2920), and the body."""
         if self.smtp.has_extn("pipelining"):
             with self.step(Phase.MAIL):
-                self.write(letter.mail, *letter.rcpt.values(), b"DATA\r\n")
-        self.introduce(letter, replies)
-        return self.body(letter.body, before_dot)
-
-    def may_chunk(self, letter: Letter) -> bool:
-        """Where not a reply is awaited before the end of the mail, a connection that died unnoticed would leave it in
-        doubt. So it must be known to live, and the mail one that the kernel takes at once."""
-        offered = self.smtp.has_extn("pipelining") and self.smtp.has_extn("chunking")
-        return offered and len(letter.body) <= SEND_BUFFER and time.monotonic() - self.heard_at < FRESH
-
-    def introduce(self, letter: Letter, replies: dict[str, Reply]) -> None:
-        """MAIL and RCPT. One recipient refused does not stop the others, unless the relay closes on all (421)."""
-        self.expect(self.ask(Phase.MAIL, letter.mail))
-        for who, line in letter.rcpt.items():
-            replies[who] = self.ask(Phase.RCPT, line)
-            if replies[who].code == 421:
-                raise Stopped(replies[who])
-        if not any(reply.verdict is Verdict.ACCEPTED for reply in replies.values()):
-            raise Stopped(_gravest(replies.values()))
-
-    def body(self, lines: bytes, before_dot: Callable[[], None]) -> Reply:
-        """DATA, the body, the final dot."""
+                self.write(self.mail, *self.rcpt.values(), b"DATA\r\n")
+        self.send_envelope()
         self.expect(self.ask(Phase.DATA, b"DATA\r\n"))
-        self.owed += 1
-        self.push(_stuffed(lines))
-        before_dot()
-        self.push(b".\r\n")  # a dot that does not get out leaves nothing in doubt
-        self.is_out()
-        reply = self.answer(Phase.DOT)
-        self.begun = False
-        return reply
+        self.pending_replies += 1
+        self.kept_back = b".\r\n"
+        return self.send_mail(dot_stuffed(body))
 
-    def chunk(self, letter: Letter, replies: dict[str, Reply], before_dot: Callable[[], None]) -> Reply:
-        """MAIL, RCPT, BDAT and the body in one go. Its last bytes take the place of the final dot: without them the
-        chunk is not whole, and nothing may come of it (RFC 3030 2)."""
-        bdat = b"BDAT %d LAST\r\n" % len(letter.body)
-        self.owed += len(letter.rcpt) + 2
-        whole = self.hand_over(b"".join([letter.mail, *letter.rcpt.values(), bdat, letter.body[:-END]]))
-        if whole:
-            before_dot()
-            whole = self.hand_over(letter.body[-END:])
-        if whole:
-            self.is_out()
-        self.introduce(letter, replies)
-        reply = self.answer(Phase.DOT if whole else Phase.TRANSFER)
-        self.begun = reply.verdict is not Verdict.ACCEPTED
-        return reply
+    def send_envelope(self) -> None:
+        """Sends MAIL and RCPT, or reads the replies to them. One recipient refused does not stop the others, unless
+        the relay closes on all (421)."""
+        self.expect(self.ask(Phase.MAIL, self.mail))
+        for address, command in self.rcpt.items():
+            self.replies[address] = reply = self.ask(Phase.RCPT, command)
+            if reply.code == 421:
+                raise Stopped(reply)
+        if not any(reply.verdict is Verdict.ACCEPTED for reply in self.replies.values()):
+            raise Stopped(_gravest(self.replies.values()))
 
-    def push(self, data: bytes) -> None:
-        """A part of the mail. A relay that wants no more of it (552, 421) says so and hangs up: that is the reply."""
-        if not self.hand_over(data):
-            raise Stopped(self.answer(Phase.TRANSFER))
-
-    def hand_over(self, data: bytes) -> bool:
-        """A part of the mail to the kernel, or not all of it: then what the relay said before it hung up is read."""
-        assert self.smtp.sock
-        self.phase, self.unfinished = Phase.TRANSFER, True
+    def send_mail(self, data: bytes) -> bool:
+        """Hands a part of the mail to the kernel. Returns False if that did not take all of it: a relay that wants no
+        more (552, 421) says so and hangs up, and its last words are the final reply."""
+        self.state = State.MID_DATA
         try:
             for start in range(0, len(data), CHUNK):  # a timeout is for a whole sendall()
-                self.smtp.sock.sendall(data[start : start + CHUNK])
+                self.sock.sendall(data[start : start + CHUNK])
         except OSError:
-            self.smtp.sock.settimeout(LAST_WORDS)
+            self.sock.settimeout(LAST_WORDS)
             return False
         return True
 
-    def is_out(self) -> None:
-        """From here on silence is doubt, and is borne to the deadline: some relays scan for viruses before they answer,
-        RFC 5321 4.5.3.2.6 asks for ten minutes, and whoever gives up earlier sends again what was accepted."""
-        self.out, self.unfinished = True, False
-        self.smtp.sock.settimeout(None)  # type: ignore[union-attr]
+    def final_reply(self) -> Reply:
+        """Returns the reply to the mail as a whole, after those that come before it."""
+        complete = self.state is State.AWAITING_FINAL_REPLY
+        if self.in_one_chunk:
+            self.send_envelope()
+        reply = self.answer(Phase.DOT if complete else Phase.TRANSFER)
+        if complete:  # after a refused chunk the transaction goes on (RFC 3030 2)
+            ended = not self.in_one_chunk or reply.verdict is Verdict.ACCEPTED
+            self.state = State.READY if ended else State.IN_TRANSACTION
+        return reply
 
     def write(self, *commands: bytes) -> None:
-        self.owed += len(commands)
+        self.pending_replies += len(commands)
         self.smtp.send(b"".join(commands))
 
     def ask(self, phase: Phase, command: bytes) -> Reply:
-        """The reply to a command, which is out already where replies are owed (RFC 2920)."""
-        if not self.owed:
+        """Returns the reply to a command, which has been sent already if replies are pending (RFC 2920)."""
+        if not self.pending_replies:
             with self.step(phase):
                 self.write(command)
         return self.answer(phase)
 
     def answer(self, phase: Phase) -> Reply:
-        self.owed -= 1
-        with self.step(Phase.DOT if self.out else phase):
+        self.pending_replies -= 1
+        complete = self.state is State.AWAITING_FINAL_REPLY
+        with self.step(Phase.DOT if complete else phase):
             code, text = self.smtp.getreply()
         self.heard_at = time.monotonic()
-        lost_step = self.out and 300 <= code < 400  # which no reply to a mail that is out can be: it refuses nothing
+        lost_step = complete and 300 <= code < 400  # asks for more of a mail that is complete: it refuses nothing
         self.last = Reply(Phase.DOT if lost_step else phase, code, _text(text))
         if lost_step:
             raise Stopped(self.last)
         return self.last
 
-    def make_ready(self) -> bool:
-        """For another mail. False where anything is in doubt about what the relay waits for, or whether it is there."""
-        if not self.sound or self.unfinished or (self.last and not self.last.leaves_the_session):
+    def reset(self) -> bool:
+        """Resets the session for the next mail. Returns False if its state is unknown: then it must be closed."""
+        usable = (State.READY, State.IN_TRANSACTION, State.AWAITING_FINAL_REPLY)
+        if self.state not in usable or (self.last and not self.last.leaves_the_session):
             return False
-        assert self.smtp.sock
         try:
-            self.smtp.sock.settimeout(PATIENCE)
-            while self.owed:  # to what went out behind a command that was refused; a 354 among them awaits a mail
+            self.sock.settimeout(PATIENCE)
+            while self.pending_replies:  # to what followed a refused command; a 354 among them awaits a mail
                 if not 400 <= self.smtp.getreply()[0] <= 599:
                     return False
-                self.owed -= 1
-            if self.begun and self.smtp.docmd("RSET")[0] != 250:
+                self.pending_replies -= 1
+            if self.state is not State.READY and self.smtp.docmd("RSET")[0] != 250:
                 return False
         except OSError:
             return False
-        self.begun = False
+        self.state = State.READY
         return True
 
     def is_quiet(self) -> bool:
-        """Whether the relay has neither hung up nor said anything unasked (421), which would pass for a reply."""
-        assert self.smtp.sock
-        assert self.smtp.file
-        self.smtp.sock.settimeout(0)
+        """Returns whether the relay has neither hung up nor said a word unasked (421), which would pass for a reply."""
         try:
-            return self.smtp.file.read(1) is None
+            self.sock.settimeout(0)  # with it, read() returns None for nothing; smtplib's buffer may hold words already
+            return self.smtp.file is not None and self.smtp.file.read(1) is None
         except ssl.SSLWantReadError:
             return True
         except OSError:
             return False
         finally:
-            self.smtp.sock.settimeout(self.relay.timeout)
+            self.sock.settimeout(self.relay.timeout)
 
-    def hang_up(self) -> None:
-        """At the deadline: ends whatever read or write the session is in."""
-        self.late.set()
-        if self.line:
+    def abort(self) -> None:
+        """Ends whatever read or write the session is in, from another thread, at the deadline."""
+        self.aborted.set()
+        if self.handle:
             with suppress(OSError):
-                self.line.shutdown(socket.SHUT_RDWR)
+                self.handle.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """QUIT, whose answer is nobody's concern and is not waited for: a relay may well hang up instead."""
+        """Says QUIT where that may be said, and does not wait for the answer: a relay may well hang up instead."""
         with suppress(OSError):
-            if self.phase is not Phase.CONNECT and not self.unfinished and not self.owed:
+            if self.state not in (State.NEW, State.MID_DATA) and not self.pending_replies:
                 self.smtp.putcmd("QUIT")
         self.smtp.close()
-        if self.line:
-            self.line.close()
-
-
-def send(
-    session: Session,
-    sender: str,
-    recipients: Sequence[str],
-    mime: bytes,
-    *,
-    smtputf8: bool,
-    before_dot: Callable[[Mapping[str, Reply]], None],
-) -> Outcome:
-    """One mail over one session, from connecting (its first) to the answer to the final dot.
-
-    `before_dot` is called once, with the replies to RCPT as far as they are known, when everything but the final dot
-    (or the end of the chunk) is out; what it raises ends the attempt there, and nothing was sent. Nothing is said to
-    the relay after the answer: the caller writes the outcome down first.
-    """
-    replies: dict[str, Reply] = {}
-    try:
-        if not session.mails:
-            session.open()
-        session.mails += 1
-        letter = session.letter(sender, recipients, mime, smtputf8, replies)
-        final = session.transact(letter, replies, lambda: before_dot(replies))
-    except Stopped as stopped:
-        final = stopped.reply
-    # Whoever was refused at RCPT keeps that reply; everybody else shares the fate of the conversation.
-    refused = {address: reply for address, reply in replies.items() if reply.verdict is not Verdict.ACCEPTED}
-    return Outcome(final, {address: refused.get(address, final) for address in recipients})
-
-
-def _dial(relay: Relay) -> socket.socket:
-    """TCP to the first of the relay's addresses that answers. They share one timeout: four dead ones cost no more than
-    one, and a relay whose IPv6 is broken is still reached."""
-    addresses = socket.getaddrinfo(relay.host, relay.port, type=socket.SOCK_STREAM)
-    failure = OSError()
-    for family, kind, protocol, _, address in addresses:
-        line = socket.socket(family, kind, protocol)
-        try:
-            line.settimeout(relay.timeout / len(addresses))
-            line.connect(address)
-            line.settimeout(relay.timeout)
-            # The final dot goes out as a packet of its own; Nagle's algorithm would hold it for the peer's ACK.
-            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # What waits in this buffer, by default up to 4 MiB, is half a minute of a slow line. If the worker dies in
-            # it, or the deadline passes, a mail that has not even arrived is in doubt.
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-            return line
-        except OSError as error:
-            line.close()
-            failure = error
-    raise failure
+        if self.handle:
+            self.handle.close()
 
 
 def _gravest(replies: Iterable[Reply]) -> Reply:
     order = (Verdict.TROUBLE, Verdict.TRY_AGAIN, Verdict.REFUSED)
     return min(replies, key=lambda reply: order.index(reply.verdict))
-
-
-def _command(words: str, address: str, encoding: str, *options: str) -> bytes | None:
-    """The address to the letter; smtplib's own methods send what their parser makes of it. None where that is not
-    possible."""
-    if not ADDRESS.fullmatch(address):
-        return None
-    with suppress(ValueError):
-        return (" ".join([f"{words}:<{address}>", *options]) + "\r\n").encode(encoding)
-    return None
-
-
-def _lines(mime: bytes) -> bytes:
-    """Lines that end in CRLF and nothing else (RFC 5321 2.3.8). A lone CR or LF by a dot would end the mail for some
-    relays and not for others, and what follows it would be another: SMTP smuggling."""
-    lines = mime.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
-    return lines if lines.endswith(b"\r\n") else lines + b"\r\n"
-
-
-def _stuffed(lines: bytes) -> bytes:
-    """RFC 5321 4.5.2."""
-    return re.sub(rb"(?m)^\.", b"..", lines)
 
 
 def _text(reply: bytes | str) -> str:
@@ -437,7 +338,7 @@ def _text(reply: bytes | str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Why there was no reply, in words of ours or of the system, never of the mail."""
+    """Says why there was no reply, in words of ours or of the system, never of the mail."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the relay's certificate is not valid: {error.verify_message}"
     if isinstance(error, TimeoutError) or isinstance(error.__context__, TimeoutError):  # smtplib: closed, timed out

@@ -14,7 +14,6 @@ Standards: RFC 5321 (SMTP), 3463 (enhanced codes), 2034 (where they stand), 1047
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ class Verdict(str, Enum):
 
 
 class Phase(str, Enum):
-    """Where in the conversation a reply came, or did not."""
+    """Names where in the conversation a reply came, or did not."""
 
     CONNECT = "connect"  # DNS, TCP and implicit TLS
     GREETING = "greeting"
@@ -86,14 +85,14 @@ JUDGEMENT: tuple[tuple[tuple[Phase, ...], str, str, Verdict], ...] = (
 
 
 def judge(phase: Phase, code: int | None, text: str = "") -> Verdict:
-    """The one judgement. `code` is None where no reply came."""
+    """Returns the verdict on a reply. `code` is None where none came."""
     written = "none" if code is None else str(code)
     rows = (row for row in JUDGEMENT if phase in row[0])
     return next(verdict for _, codes, words, verdict in rows if re.fullmatch(codes, written) and re.match(words, text))
 
 
 class Reply(NamedTuple):
-    """What the relay said at the moment that decided. `text` may hold addresses: it is for the mail's record only."""
+    """Holds what the relay said at the moment that decided. `text` may hold addresses: for the mail's record only."""
 
     phase: Phase
     code: int | None
@@ -105,7 +104,7 @@ class Reply(NamedTuple):
 
     @property
     def pause(self) -> int:
-        """For how many seconds a relay that puts us off asks to be left alone; 0 if it does not say."""
+        """Returns for how many seconds a relay that puts us off asks to be left alone; 0 if it does not say."""
         hint = HINT.search(self.text) if self.verdict in (Verdict.TRY_AGAIN, Verdict.TROUBLE) else None
         if not hint:
             return 0
@@ -117,26 +116,25 @@ class Reply(NamedTuple):
 
     @property
     def leaves_the_session(self) -> bool:
-        """Whether after it the relay may be given another mail at once."""
+        """Returns whether the relay may be given another mail after it, at once."""
         return self.code not in (421, 503) and self.verdict not in (Verdict.TROUBLE, Verdict.IN_DOUBT)
 
     @property
     def is_the_sessions_end(self) -> bool:
-        """The mail did not get as far as its final dot because there was no session any more."""
+        """Returns whether the mail did not get to its final dot because there was no session any more."""
         return self.phase in MESSAGE[:-1] and self.code in (None, 421)
 
     @property
     def summary(self) -> str:
-        """Code and phase, without a word of the relay's: fit for logs and exception texts."""
+        """Returns code and phase without a word of the relay's: fit for logs and exception texts."""
         return f"no reply at {self.phase.value}" if self.code is None else f"{self.code} at {self.phase.value}"
 
 
-@dataclass
-class Outcome:
-    """One attempt: the reply that decided it, and for each recipient the reply that decided about him."""
+class Outcome(NamedTuple):
+    """What came of one attempt: the reply that decided it, and the one that decided about each recipient."""
 
     reply: Reply
-    recipients: dict[str, Reply] = field(default_factory=dict)
+    recipients: dict[str, Reply]
 
     @property
     def verdict(self) -> Verdict:

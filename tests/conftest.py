@@ -1,22 +1,27 @@
-"""What the tests share: a real Redis or Valkey, a relay that speaks real SMTP, and Chromium."""
+"""What the tests share: a real Redis or Valkey, a certificate authority, Chromium."""
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
+import trustme
 
 from mail import delivery
 from mail.outbox import Outbox
 from queues.jobs import Jobs
 from settings import load
 from tests.browser import browser as browser
+from tests.conversations import POOL, write_ca
 from tests.deploy.figures import pytest_sessionfinish as pytest_sessionfinish
 from tests.deploy.figures import pytest_terminal_summary as pytest_terminal_summary
 from tests.deploy.figures import pytest_testnodedown as pytest_testnodedown
-from tests.servers import Api, House, RedisServer
+from tests.servers import Api, House, RedisServer, eventually
 
 
 @pytest.fixture(scope="module")
@@ -53,5 +58,34 @@ def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
 def outbox(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Outbox:
     """What tasks that run in this process use."""
     made = Outbox(Jobs(client), load(_env_file=None))
-    monkeypatch.setattr(delivery, "outbox", lambda: made)
+    monkeypatch.setattr(delivery, "current", lambda: delivery.Delivery(load(_env_file=None), made))
     return made
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def ca_file(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_ca(authority, tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture(scope="module")
+def collecting_is_quick() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def nothing_is_left_open(collecting_is_quick: None) -> Iterator[None]:
+    """No thread, no socket; an unclosed one that is collected here warns, and warnings are errors."""
+    threads, handles = set(threading.enumerate()), len(os.listdir("/dev/fd"))
+    yield
+    POOL.close_all()
+    gc.collect()
+    eventually(lambda: set(threading.enumerate()) == threads)
+    assert len(os.listdir("/dev/fd")) == handles

@@ -26,25 +26,24 @@ import worker
 from mail import delivery
 from mail.outbox import Claim
 from queues import workers
-from smtp import session, verdict
+from smtp import session
 
 
 class Point(NamedTuple):
-    """Before this function runs; where it is called with many things, before it runs with `argument`."""
+    """Before this function runs."""
 
     owner: Any
     name: str
-    argument: object = None
 
 
 POINTS = {
     "after pop, before RQ's registry": Point(workers.EmailWorker, "prepare_execution"),
-    "after claim": Point(delivery, "_take_up"),
-    "during connect": Point(session, "_dial"),
-    "before DATA": Point(session.Session, "transact"),
-    "before the final dot": Point(Claim, "before_dot"),
-    "after the final dot, before the reply": Point(session.Session, "step", verdict.Phase.DOT),
-    "after 250, before the marker": Point(delivery, "_record"),
+    "after claim": Point(delivery, "take_up"),
+    "during connect": Point(session, "connect_any"),
+    "before DATA": Point(session.Session, "write_commands"),
+    "before the final dot": Point(Claim, "mark_in_doubt"),
+    "after the final dot, before the reply": Point(session.Session, "final_reply"),
+    "after 250, before the marker": Point(delivery, "record"),
     "after the marker, before RQ's bookkeeping": Point(workers.EmailWorker, "handle_job_success"),
     "after the mail is delayed, before RQ's bookkeeping": Point(workers.EmailWorker, "handle_job_retry"),
     "after RQ says scheduled, before it schedules": Point(Queue, "schedule_job"),
@@ -65,10 +64,9 @@ def dying(point: Point, when: str) -> Callable[..., Any]:
     visits = itertools.count(1)  # of all threads
 
     def visited(*args: Any, **kwargs: Any) -> Any:
-        if point.argument is None or point.argument in args:
-            visit = next(visits)
-            if visit == int(when) if when.isdigit() else any(getattr(one, "id", one) == when for one in args):
-                die()
+        visit = next(visits)
+        if visit == int(when) if when.isdigit() else any(getattr(one, "id", one) == when for one in args):
+            die()
         return original(*args, **kwargs)
 
     return visited

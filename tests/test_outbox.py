@@ -130,8 +130,8 @@ def test_whoever_lost_his_claim_stops_before_the_final_dot(outbox: Outbox, clien
     client.delete(f"mail:{mail_id}:claim")
     other = claim(outbox, mail_id)
     with pytest.raises(ClaimLost):
-        paused.before_dot({"b@example.com": "in_doubt"})
-    other.before_dot({"b@example.com": "in_doubt"})
+        paused.mark_in_doubt({"b@example.com": "in_doubt"})
+    other.mark_in_doubt({"b@example.com": "in_doubt"})
     assert outbox.read(mail_id)["recipients"][0]["status"] == "in_doubt"
 
 
@@ -171,7 +171,7 @@ def test_settling_twice_is_settling_once(outbox: Outbox, client: Any) -> None:
 
 def test_an_interrupted_claim_is_taken_over_with_what_it_noted(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
-    claim(outbox, mail_id).before_dot({"b@example.com": "in_doubt", "c@example.com": "refused"})
+    claim(outbox, mail_id).mark_in_doubt({"b@example.com": "in_doubt", "c@example.com": "refused"})
     client.delete(f"mail:{mail_id}:claim")
     taken = claim(outbox, mail_id)
     assert taken.state_before == "sending"
@@ -256,7 +256,7 @@ def test_an_attempt_at_a_mail_that_was_canceled_meanwhile_stops_before_the_final
     taken = claim(outbox, mail_id)
     client.hset(f"mail:{mail_id}", "state", "canceled")
     with pytest.raises(ClaimLost):
-        taken.before_dot({})
+        taken.mark_in_doubt({})
 
 
 @pytest.mark.parametrize("state", ["sent", "delayed", "failed"])

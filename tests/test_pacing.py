@@ -38,10 +38,10 @@ def test_a_window_is_never_exceeded_however_many_ask_at_once(client: redis.Redis
     deadline = time.monotonic() + 2.5
 
     def ask(_: int) -> list[int]:
-        """When those went who did, by the clock that counts."""
+        """Returns when mails went, by the clock that counts."""
         went: list[int] = []
         while time.monotonic() < deadline:
-            if shared.admit(waited=bool(went)) is None:
+            if shared.admit(returning=bool(went)) is None:
                 went.append(max(gone(client)))
             time.sleep(0.005)
         return went
@@ -63,7 +63,7 @@ def test_several_rates_hold_at_once(client: redis.Redis) -> None:
     assert 3590 < wait.seconds <= 3600
 
 
-def test_those_who_wait_are_told_different_moments(client: redis.Redis) -> None:
+def test_mails_that_wait_reserve_different_moments(client: redis.Redis) -> None:
     shared = Pacing(client, (Rate(2, 1),))
     waits = [shared.admit() for _ in range(12)]
     assert waits[:2] == [None, None]
@@ -72,34 +72,34 @@ def test_those_who_wait_are_told_different_moments(client: redis.Redis) -> None:
     assert all(wait.reason == "SMTP_RATE is reached" for wait in waits if wait)
 
 
-def test_whoever_comes_first_does_not_overtake_those_who_were_told_a_moment(client: redis.Redis) -> None:
+def test_a_new_mail_does_not_overtake_those_with_a_reservation(client: redis.Redis) -> None:
     shared = Pacing(client, (Rate(2, 1),))
     for _ in range(6):
-        shared.admit()  # two go, four are told 1, 1, 2 and 2 seconds
+        shared.admit()  # two go, four reserve 1, 1, 2 and 2 seconds
     time.sleep(1.05)
     new = shared.admit()
     assert new
     assert new.seconds > 1
-    assert new.in_line
-    assert [shared.admit(waited=True) for _ in range(2)] == [None, None]
+    assert new.reserved
+    assert [shared.admit(returning=True) for _ in range(2)] == [None, None]
 
 
-def test_whoever_comes_back_and_finds_it_full_is_told_a_moment_soon_and_not_the_end_of_the_line(
+def test_a_returning_mail_that_finds_it_full_gets_a_moment_soon_and_not_the_end_of_the_line(
     client: redis.Redis,
 ) -> None:
     shared = Pacing(client, (Rate(2, 1),))
     for _ in range(40):
         shared.admit()  # the line is 19 seconds long
-    waits = [shared.admit(waited=True) for _ in range(4)]
+    waits = [shared.admit(returning=True) for _ in range(4)]
     assert [round(wait.seconds) for wait in waits if wait] == [1, 1, 2, 2]
 
 
 def test_a_late_worker_does_not_send_all_that_has_piled_up_at_once(client: redis.Redis) -> None:
     shared = Pacing(client, (Rate(3, 1),))
     for _ in range(9):
-        shared.admit()  # six of them were told a moment
+        shared.admit()  # six of them have a reservation
     time.sleep(2.2)  # all those moments have passed
-    assert [shared.admit(waited=True) is None for _ in range(6)] == [True] * 3 + [False] * 3
+    assert [shared.admit(returning=True) is None for _ in range(6)] == [True] * 3 + [False] * 3
 
 
 def test_the_breaker_opens_after_some_troubles_in_a_row(client: redis.Redis) -> None:
@@ -114,7 +114,7 @@ def test_the_breaker_opens_after_some_troubles_in_a_row(client: redis.Redis) -> 
     assert wait
     assert 29 < wait.seconds <= 30
     assert wait.reason == "the relay is in trouble"
-    assert not wait.in_line
+    assert not wait.reserved
 
 
 def test_a_relay_that_asks_for_a_pause_gets_it_at_once(client: redis.Redis) -> None:
@@ -193,3 +193,12 @@ def test_a_probe_whose_worker_died_does_not_keep_the_breaker_open_for_ever(
     assert relay.admit()
     time.sleep(0.35)
     assert relay.admit() is None
+
+
+def test_each_relay_has_a_breaker_and_a_rate_of_its_own(client: redis.Redis) -> None:
+    first, second = Pacing(client, (Rate(1, 60),)), Pacing(client, (Rate(1, 60),), relay="relay:second")
+    assert (first.admit(), second.admit()) == (None, None)
+    assert first.admit()
+    assert second.trouble(pause=300)
+    assert (in_trouble(client), in_trouble(client, "relay:second")) == (False, True)
+    assert sorted(client.keys("*")) == [b"relay:gone", b"relay:second:breaker", b"relay:second:gone", b"relay:told"]

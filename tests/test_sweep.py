@@ -128,7 +128,7 @@ def test_a_mail_in_doubt_whose_job_is_over_is_unknown(outbox: Outbox, client: An
     mail_id = accepted(outbox)
     taken = outbox.claim(mail_id, time.time())
     assert not isinstance(taken, str)
-    taken.before_dot({"b@example.com": "in_doubt"})
+    taken.mark_in_doubt({"b@example.com": "in_doubt"})
     client.delete(QUEUE, f"mail:{mail_id}:claim")
     client.hset(f"rq:job:{mail_id}", "status", "failed")
     assert swept_now(outbox) == [Finding(mail_id, "unknown", "its worker died in every attempt")]

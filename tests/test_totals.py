@@ -253,7 +253,7 @@ def test_on_a_full_redis_a_sent_mail_is_counted_all_the_same(outbox: Outbox, cli
     client.delete(TOTALS)
     client.config_set("maxmemory", 1)
     try:
-        taken.spoke_for(0.3)
+        taken.observe_conversation(0.3)
         taken.settle("sent")
     finally:
         client.config_set("maxmemory", 0)
@@ -265,7 +265,7 @@ def test_what_the_sweep_gives_up_is_counted(outbox: Outbox, client: Any) -> None
         client.delete(f"rq:job:{mail_id}")
         client.zadd("mail:open", {mail_id: 1})
     doubtful = claim(outbox, accept(outbox))
-    doubtful.before_dot({"ada@example.com": "in_doubt"})
+    doubtful.mark_in_doubt({"ada@example.com": "in_doubt"})
     client.delete(f"rq:job:{doubtful.id}", f"mail:{doubtful.id}:claim")
     client.zadd("mail:open", {doubtful.id: 1})
     assert len(list(sweep(outbox))) == 3

@@ -22,7 +22,6 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.webhook import Webhook
 
-import worker as worker_main
 from queues import health
 from queues.jobs import Jobs
 from settings import Settings
@@ -385,7 +384,7 @@ def test_a_duty_that_goes_wrong_keeps_the_main_thread_from_no_other(
 
     monkeypatch.setattr(main, "schedule", wrong)
     monkeypatch.setattr(main, "pull_in", lambda: done.append("pull_in"))
-    monkeypatch.setattr(worker_main, "sweep", lambda: done.append("sweep"))
+    monkeypatch.setattr(main.delivery, "sweep", lambda: done.append("sweep"))
     monkeypatch.setattr(main, "man", lambda: done.append("man"))
     main.look_after()
     assert done == ["schedule", "pull_in", "sweep", "man"]

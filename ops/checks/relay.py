@@ -20,7 +20,8 @@ from ops.checks import replies
 from ops.checks.findings import FAULT, Finding, Findings, fault, note, ok, warn
 from ops.checks.target import Target
 from settings import Settings, is_loopback
-from smtp.session import Relay, Session, Stopped
+from smtp.relay import Relay
+from smtp.session import Session, Stopped
 
 SOON = 14 * 86400  # seconds before a certificate ends
 SESSION = 6  # times `timeout`: the longest that a whole session may take
@@ -115,7 +116,7 @@ def session(to: Relay, target: Target, settings: Settings) -> Findings:
 def bounded_session(to: Relay, timeout: float) -> Iterator[Session]:
     """Limits the whole session, too: a relay that sends a byte a second must not hold up the doctor."""
     one = Session(to._replace(timeout=min(to.timeout, timeout)))
-    limit = threading.Timer(SESSION * timeout, one.hang_up)
+    limit = threading.Timer(SESSION * timeout, one.abort)
     limit.start()
     try:
         yield one

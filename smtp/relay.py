@@ -1,0 +1,77 @@
+"""Where the relay is, and the way to it: TCP and certificates.
+
+Standards: RFC 8314 (implicit TLS), 3207 (STARTTLS); certificates are always verified.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from functools import lru_cache
+from typing import NamedTuple
+
+from settings import Settings
+
+SEND_BUFFER = 256 * 1024  # bytes
+
+
+class Relay(NamedTuple):
+    """Where the relay is and how to speak to it. Times in seconds."""
+
+    host: str
+    port: int
+    security: str  # starttls, tls or none
+    username: str | None
+    password: str | None
+    ca_file: str | None
+    timeout: float  # for a connection, for one reply (but that to the final dot), for the next CHUNK of the body
+    deadline: float  # for one conversation
+
+    @classmethod
+    def of(cls, current: Settings) -> Relay:
+        """Returns the relay that the settings name."""
+        return cls(
+            host=current.smtp_host or "",
+            port=current.smtp_port,
+            security=current.smtp_security,
+            username=current.smtp_username,
+            password=current.smtp_password.get_secret_value() if current.smtp_password else None,
+            ca_file=str(current.smtp_ca_file) if current.smtp_ca_file else None,
+            timeout=current.smtp_timeout,
+            deadline=current.deliver_timeout,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def __repr__(self) -> str:
+        """Hides the password, which a tuple's own would show to a program that prints a traceback's variables."""
+        return str(self)
+
+
+@lru_cache(maxsize=4)
+def tls_context(ca_file: str | None) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=ca_file)
+
+
+def connect_any(relay: Relay) -> socket.socket:
+    """Connects to the first of the relay's addresses that answers. They share one timeout: four dead ones cost no more
+    than one, and a relay whose IPv6 is broken is still reached."""
+    addresses = socket.getaddrinfo(relay.host, relay.port, type=socket.SOCK_STREAM)
+    failure = OSError()
+    for family, kind, protocol, _, address in addresses:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(relay.timeout / len(addresses))
+            sock.connect(address)
+            sock.settimeout(relay.timeout)
+            # The final dot goes out as a packet of its own; Nagle's algorithm would hold it for the peer's ACK.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # What waits in this buffer, by default up to 4 MiB, is half a minute of a slow line. If the worker dies in
+            # it, or the deadline passes, a mail that has not even arrived is in doubt.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure

@@ -1,0 +1,108 @@
+"""What the tests of smtp/ share: a mail, relays to send it to, and one conversation from begin to finish."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from smtp.envelope import Envelope
+from smtp.pool import SessionPool
+from smtp.relay import Relay
+from smtp.session import Session
+from smtp.verdict import Outcome, Phase, Reply, Verdict
+from tests.scripted_relay import Script, ScriptedRelay
+
+ADA, BOB, CAY = "ada@example.com", "bob@example.com", "cay@example.com"
+SENDER = "sender@example.com"
+MIME = b"Subject: Hello\r\nTo: ada@example.com\r\n\r\nHello, Ada.\r\n"
+LARGE = MIME + (b"x" * 70 + b"\r\n") * 100_000 + b"The end.\r\n"  # 7 MB: more than sockets buffer
+LOGIN = ("mailer", "planted-password")
+ACCEPTED, TRY_AGAIN, REFUSED = Verdict.ACCEPTED, Verdict.TRY_AGAIN, Verdict.REFUSED
+IN_DOUBT, TROUBLE = Verdict.IN_DOUBT, Verdict.TROUBLE
+
+
+PIPES = ["PIPELINING"]
+CHUNKS = ["PIPELINING", "CHUNKING"]
+WAYS = pytest.mark.parametrize("offers", [[], PIPES, CHUNKS], ids=["plain", "pipelined", "chunked"])
+POOL = SessionPool()
+
+
+def write_ca(authority: trustme.CA, directory: Path) -> str:
+    path = directory / "ca.pem"
+    authority.cert_pem.write_to_path(str(path))
+    return str(path)
+
+
+def server_context(authority: trustme.CA, name: str = "127.0.0.1", **options: Any) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name, **options).configure_cert(context)
+    return context
+
+
+def at(port: int, **changes: Any) -> Relay:
+    plain = Relay("127.0.0.1", port, "none", None, None, None, timeout=5, deadline=10)
+    if "login" in changes:
+        changes["username"], changes["password"] = changes.pop("login")
+    return plain._replace(**changes)
+
+
+def attempt(to: Relay, *recipients: str, **options: Any) -> Outcome:
+    """Sends a mail on a session of its own."""
+    try:
+        return another(to, *recipients, **options)
+    finally:
+        POOL.close_all()
+
+
+def another(
+    to: Relay,
+    *recipients: str,
+    sender: str = SENDER,
+    mime: bytes = MIME,
+    smtputf8: bool = False,
+    before_dot: Callable[[Mapping[str, Reply]], object] = lambda replies: None,
+) -> Outcome:
+    """Sends a mail, as mail.delivery does, on the session that the last one left, if it left any."""
+    with POOL.conversation(to) as talk:
+        said = talk.begin(Envelope(sender, recipients or (ADA,), smtputf8), mime)
+        while not isinstance(said, Outcome):
+            before_dot(said)
+            said = talk.finish()
+        return said
+
+
+@contextmanager
+def opened(to: Relay) -> Iterator[Session]:
+    with POOL.conversation(to) as talk:
+        talk.session.open()
+        yield talk.session
+
+
+def fate(outcome: Outcome) -> tuple[Phase, int | None, Verdict]:
+    """Returns what became of an attempt that met all recipients alike."""
+    assert set(outcome.recipients.values()) == {outcome.reply}
+    return outcome.reply.phase, outcome.reply.code, outcome.verdict
+
+
+@contextmanager
+def took_less_than(seconds: float) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < seconds
+
+
+@contextmanager
+def served(script: Script | None = None, **options: Any) -> Iterator[ScriptedRelay]:
+    """Runs a relay, and says QUIT on the sessions that are left before it ends."""
+    with ScriptedRelay(script, **options) as there:
+        try:
+            yield there
+        finally:
+            POOL.close_all()

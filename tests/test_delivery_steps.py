@@ -1,0 +1,278 @@
+"""One attempt: what comes before the final dot and after it, and the next state."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import datetime, timezone
+from types import SimpleNamespace
+
+import pytest
+
+from mail import delivery
+from mail.address import Mailbox
+from mail.message import Message
+from mail.outbox import Claim, ClaimLost, Outbox, Recipient
+from queues.connection import connect
+from queues.jobs import Jobs
+from settings import Settings
+from smtp.envelope import Envelope
+from smtp.relay import Relay
+from smtp.verdict import Outcome, Phase, Reply, Verdict
+from tests.conversations import MIME, POOL, SENDER, WAYS, at, served
+from tests.scripted_relay import Line, ScriptedRelay, reset
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
+
+OK = Reply(Phase.DOT, 250, "queued")
+LATER = Reply(Phase.RCPT, 450, "busy")
+NEVER = Reply(Phase.RCPT, 550, "5.1.1 no such user")
+SILENCE = Reply(Phase.DOT, None, "the relay closed the connection")
+AWAY = Reply(Phase.CONNECT, None, "refused")
+
+
+RELAY = Relay("relay.example.com", 587, "none", None, None, None, timeout=5, deadline=10)
+
+
+def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "") -> Claim:
+    a = Mailbox("", "a@example.com")
+    return Claim(
+        outbox=None,  # type: ignore[arg-type]
+        id="an-id",
+        token="a-token",
+        message=Message(a, [a], [], [], [], "s", text="t"),
+        message_id="<1@example.com>",
+        created_at=datetime.now(timezone.utc),
+        state_before=before,
+        recipients=[Recipient(f"{number}@example.com", status) for number, status in enumerate(statuses)],
+        counted=counted,
+        on_doubt=on_doubt,
+    )
+
+
+def made(current: Settings) -> delivery.Delivery:
+    """Returns a delivery whose Redis is never there."""
+    return delivery.Delivery(current, Outbox(Jobs(connect("redis://127.0.0.1:1/0")), current))
+
+
+def after(taken: Claim, *replies: Reply, on_doubt: str = "retry") -> tuple[str, int]:
+    pending = [one.address for one in taken.recipients if one.status == "pending"]
+    delivery.record(taken, Outcome(replies[-1], dict(zip(pending, replies, strict=True))), RELAY)
+    return delivery.next_state(taken, replies, (10, 100), on_doubt)
+
+
+@pytest.mark.parametrize(
+    ("replies", "state"),
+    [
+        ([OK, OK], "sent"),
+        ([OK, NEVER], "failed"),
+        ([NEVER, NEVER], "failed"),
+        ([OK, LATER], "delayed"),
+        ([NEVER, LATER], "delayed"),
+        ([AWAY, AWAY], "delayed"),
+        ([SILENCE, SILENCE], "delayed"),
+        ([SILENCE, NEVER], "delayed"),
+    ],
+)
+def test_the_state_after_an_attempt(replies: list[Reply], state: str) -> None:
+    assert after(claim("pending", "pending"), *replies)[0] == state
+
+
+@pytest.mark.parametrize(
+    ("replies", "state"), [([SILENCE, OK], "unknown"), ([SILENCE, NEVER], "unknown"), ([SILENCE, LATER], "delayed")]
+)
+def test_what_is_in_doubt_is_held_where_that_was_chosen(replies: list[Reply], state: str) -> None:
+    assert after(claim("pending", "pending"), *replies, on_doubt="hold")[0] == state
+
+
+def test_the_pauses_follow_the_schedule_and_then_the_mail_fails() -> None:
+    taken = claim("pending")
+    pauses = [after(taken, LATER) for _ in range(3)]
+    assert [state for state, _ in pauses] == ["delayed", "delayed", "failed"]
+    assert 8 <= pauses[0][1] <= 12
+    assert 80 <= pauses[1][1] <= 120
+
+
+def test_trouble_never_counts_and_never_ends() -> None:
+    taken = claim("pending")
+    for _ in range(50):
+        state, pause = after(taken, AWAY)
+        assert (state, taken.counted) == ("delayed", 0)
+        assert 24 <= pause <= 36
+
+
+@pytest.mark.parametrize(
+    ("phase", "code", "text", "at_least", "at_most"),
+    [
+        (Phase.RCPT, 451, "4.7.1 Greylisted, try again in 5 minutes", 301, 301),
+        (Phase.RCPT, 451, "4.7.1 try again in 5 seconds", 8, 12),  # the schedule asks for more
+        (Phase.DOT, 454, "Throttling failure: retry after 600 seconds", 601, 601),
+    ],
+)
+def test_a_relay_that_says_when_is_obeyed(phase: Phase, code: int, text: str, at_least: int, at_most: int) -> None:
+    state, pause = after(claim("pending"), Reply(phase, code, text))
+    assert state == "delayed"
+    assert at_least <= pause <= at_most
+
+
+def test_of_several_pauses_asked_for_the_longest_counts() -> None:
+    minutes = Reply(Phase.RCPT, 450, "4.2.1 in 5 minutes")
+    assert after(claim("pending", "pending"), minutes, LATER) == ("delayed", 301)
+
+
+@pytest.mark.parametrize(
+    ("sender", "operator", "way"),
+    [("", "hold", "hold"), ("", "retry", "retry"), ("retry", "hold", "retry"), ("hold", "retry", "hold")],
+)
+def test_what_the_sender_chose_for_doubt_goes_before_what_the_operator_chose(
+    sender: str, operator: str, way: str
+) -> None:
+    current = Settings(_env_file=None, smtp_host="relay.example.com", on_doubt=operator)
+    assert made(current)._on_doubt(claim("in_doubt", on_doubt=sender)) == way
+
+
+def test_a_retry_goes_only_to_those_not_yet_served() -> None:
+    taken = claim("accepted", "refused", "pending", "in_doubt")
+    delivery.take_up(taken, retry_doubt=True)
+    assert [one.status for one in taken.recipients] == ["accepted", "refused", "pending", "pending"]
+
+
+def test_a_held_doubt_is_not_taken_up_by_a_retry_but_by_a_person() -> None:
+    taken = claim("in_doubt", before="sending")
+    delivery.take_up(taken, retry_doubt=False)
+    assert taken.recipients[0].status == "in_doubt"
+    asked = claim("in_doubt", "refused", "accepted", before="unknown", counted=2)
+    delivery.take_up(asked, retry_doubt=False)
+    assert [one.status for one in asked.recipients] == ["pending", "pending", "accepted"]
+    assert asked.counted == 0
+
+
+def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -> None:
+    silent = Reply(Phase.RCPT, None, "timed out")
+    taken = claim("pending")
+    assert [after(taken, silent)[0] for _ in range(5)] == ["delayed"] * 4 + ["failed"]
+    assert taken.counted == 3
+
+
+def test_a_recipient_of_whom_nothing_is_known_yet_is_in_doubt_at_the_final_dot() -> None:
+    """So it is with CHUNKING, where no reply is awaited before the end of the mail."""
+    replies = {"known": LATER, "refused": NEVER}
+    marks = {"known": "pending", "refused": "refused", "unknown": "in_doubt"}
+    assert delivery.at_dot(["known", "refused", "unknown"], replies) == marks
+
+
+def test_the_reason_is_code_and_phase_and_never_the_relays_words() -> None:
+    told = Reply(Phase.RCPT, 550, "<secret@example.com> unknown")
+    assert delivery.reason([OK, told, told, LATER]) == "550 at rcpt, 450 at rcpt"
+
+
+def test_an_attempt_is_recorded_with_what_the_relay_said() -> None:
+    taken = claim("pending")
+    after(taken, NEVER)
+    [attempt] = taken.attempts
+    assert attempt["relay"] == "relay.example.com:587"
+    assert (attempt["phase"], attempt["code"], attempt["verdict"]) == ("rcpt", 550, "refused")
+    assert attempt["text"] == "5.1.1 no such user"
+    assert (taken.recipients[0].code, taken.recipients[0].text) == (550, "5.1.1 no such user")
+
+
+def test_every_verdict_has_its_consequence() -> None:
+    assert set(delivery.AFTER) == set(Verdict)
+    assert delivery.AT_DOT[Verdict.ACCEPTED] == delivery.AFTER[Verdict.IN_DOUBT] == "in_doubt"
+
+
+LOST = object()
+
+
+class Attempt:
+    """A mail that `Delivery._hand_over` sends, with a claim that notes in `events` what is written down."""
+
+    def __init__(self, there: ScriptedRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.there = there
+        self.events: list[tuple[str, int]] = []  # with the number of mails that the relay had then
+        self.claim = claim("pending")
+        self.at_mark: Callable[[], object] = lambda: None
+        self.delivery = made(Settings(_env_file=None))
+        self.delivery.relay, self.delivery.pool = at(there.port), POOL
+        self.claim.outbox = SimpleNamespace(run=self.mark)  # type: ignore[assignment]  # all that is asked of it here
+        monkeypatch.setattr(self.claim, "settle", lambda state, **_: self.note(state))
+
+    def note(self, event: str) -> None:
+        self.events.append((event, len(self.there.bodies)))
+
+    def mark(self, script: str, keys: list[str], args: list[str]) -> bool:
+        """Stands for Redis, which writes the mark if the claim is not lost."""
+        assert [one["status"] for one in json.loads(args[1])] == ["in_doubt"]
+        self.note("mark")
+        return self.at_mark() is not LOST
+
+    def make(self) -> object:
+        return self.delivery._hand_over(self.claim, Envelope(SENDER, ["0@example.com"]), MIME)
+
+
+@WAYS
+def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(
+    offers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(offers=offers) as there:
+        attempt = Attempt(there, monkeypatch)
+        assert attempt.make() == "sent"
+        assert attempt.events == [("mark", 0), ("sent", 1)]
+        assert attempt.delivery.dots._pending == {"an-id"}  # until `deliver` ends, a process that aborts waits
+    assert len(there.accepted) == 1
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("stop", "error", "events"),
+    [
+        ("expired", delivery.Failed, [("failed", 0)]),
+        ("claim lost", ClaimLost, [("mark", 0)]),
+        ("aborting", delivery.Aborted, []),
+    ],
+)
+def test_what_stops_a_mail_before_its_dot_leaves_it_unsent(
+    offers: list[str], stop: str, error: type[Exception], events: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(offers=offers) as there:
+        attempt = Attempt(there, monkeypatch)
+        if stop == "expired":
+            attempt.claim.expires_at = 1
+        elif stop == "claim lost":
+            attempt.at_mark = lambda: LOST
+        else:
+            attempt.delivery.dots._aborting = True
+        with pytest.raises(error):
+            attempt.make()
+    assert attempt.events == events
+    assert not there.bodies
+
+
+@pytest.mark.parametrize(
+    ("expires", "events"), [(False, [("mark", 1), ("mark", 1), ("sent", 2)]), (True, [("mark", 1), ("failed", 1)])]
+)
+def test_a_mail_whose_kept_session_dies_at_the_dot_begins_again_and_nothing_of_the_first_mark_is_left(
+    expires: bool, events: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = threading.Event()
+
+    def die(line: Line) -> str:
+        assert gone.wait(5)
+        return reset(line)
+
+    def wait_for_the_reset() -> None:
+        gone.set()
+        time.sleep(0.1)
+        attempt.claim.expires_at = float(expires)
+
+    with served({"BODY": [lambda _: "", die, lambda _: ""]}) as there:
+        Attempt(there, monkeypatch).make()
+        attempt = Attempt(there, monkeypatch)
+        attempt.at_mark = wait_for_the_reset
+        with pytest.raises(delivery.Failed) if expires else nullcontext():
+            attempt.make()
+        assert attempt.events == events
+    assert there.connections == 2

@@ -1,0 +1,278 @@
+"""The final dot, or a chunk's end: what is out before it, what it puts in doubt, how few round trips a mail takes."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+
+from smtp import relay, session
+from smtp.relay import Relay
+from smtp.verdict import Phase, Reply, Verdict
+from tests.conversations import (
+    ACCEPTED,
+    ADA,
+    BOB,
+    CAY,
+    CHUNKS,
+    IN_DOUBT,
+    LARGE,
+    MIME,
+    PIPES,
+    REFUSED,
+    SENDER,
+    TROUBLE,
+    TRY_AGAIN,
+    WAYS,
+    another,
+    at,
+    attempt,
+    fate,
+    opened,
+    served,
+)
+from tests.scripted_relay import (
+    Line,
+    Script,
+    ScriptedRelay,
+    Step,
+    hang_up,
+    pieces,
+    raw,
+    reset,
+)
+from tests.servers import eventually
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
+
+
+@pytest.mark.parametrize("mime", [MIME, LARGE], ids=["small", "large"])
+def test_begin_sends_all_but_the_dot_and_knows_the_replies_about_recipients(mime: bytes) -> None:
+    calls: list[Mapping[str, Reply]] = []
+
+    def look(replies: Mapping[str, Reply]) -> None:
+        calls.append(dict(replies))
+        eventually(lambda: there.heard.endswith(mime[-10:]))
+        assert bytes(there.heard).endswith(b"DATA\r\n" + mime)
+        time.sleep(0.1)
+        assert bytes(there.heard).endswith(b"DATA\r\n" + mime)
+        assert not there.bodies
+
+    with ScriptedRelay({"RCPT": ["250 2.1.5 ok", "550 5.1.1 no", "450 4.2.1 busy"]}) as there:
+        outcome = attempt(at(there.port), ADA, BOB, CAY, mime=mime, before_dot=look)
+    assert calls == [
+        {
+            ADA: Reply(Phase.RCPT, 250, "2.1.5 ok"),
+            BOB: Reply(Phase.RCPT, 550, "5.1.1 no"),
+            CAY: Reply(Phase.RCPT, 450, "4.2.1 busy"),
+        }
+    ]
+    assert outcome.verdict is ACCEPTED
+    assert there.accepted == [mime]
+
+
+@WAYS
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_conversation_that_ends_between_begin_and_finish_has_sent_nothing(
+    offers: list[str], error: type[BaseException]
+) -> None:
+    """Not even a QUIT may follow: the relay would take it for the end of the mail."""
+
+    def refuse(_: object) -> None:
+        raise error("lost the claim")
+
+    with ScriptedRelay(offers=offers) as there:
+        with pytest.raises(error, match="lost the claim"):
+            attempt(at(there.port), before_dot=refuse)
+        out = b"LAST\r\n" + MIME[:-2] if offers is CHUNKS else b"DATA\r\n" + MIME
+        eventually(lambda: there.heard.endswith(out))
+    assert there.heard.endswith(out)
+    assert not there.bodies
+
+
+def test_an_interrupted_caller_leaves_nothing_open() -> None:
+    def talk(port: int) -> None:
+        with opened(at(port)):
+            raise KeyboardInterrupt
+
+    with ScriptedRelay() as there, pytest.raises(KeyboardInterrupt):
+        talk(there.port)
+    assert there.commands[-1] == "QUIT"
+
+
+@pytest.mark.parametrize(("offers", "trips"), [([], 4), (["CHUNKING"], 4), (PIPES, 2), (CHUNKS, 1)])
+def test_a_mail_on_a_warm_session_takes_as_few_round_trips_as_the_relay_allows(offers: list[str], trips: int) -> None:
+    with served(offers=offers, latency=0.01) as there:
+        another(at(there.port))
+        before = there.turns
+        for _ in range(5):
+            assert another(at(there.port)).verdict is ACCEPTED
+        assert there.turns - before == 5 * trips
+        assert there.connections == 1
+    assert there.accepted == [MIME] * 6
+
+
+@pytest.mark.parametrize("offers", [PIPES, CHUNKS])
+def test_what_is_pipelined_is_what_is_said_without(offers: list[str]) -> None:
+    with ScriptedRelay(offers=[*offers, "SIZE"]) as there:
+        attempt(at(there.port), ADA, BOB)
+    envelope = [f"MAIL FROM:<{SENDER}> SIZE={len(MIME)}", f"RCPT TO:<{ADA}>", f"RCPT TO:<{BOB}>"]
+    assert there.commands[1:] == [*envelope, "DATA" if offers is PIPES else f"BDAT {len(MIME)} LAST", "QUIT"]
+
+
+def test_a_large_mail_waits_for_the_replies_about_its_recipients() -> None:
+    with ScriptedRelay({"RCPT": "550 5.1.1 no", "DATA": "554 no valid recipients"}, offers=CHUNKS) as there:
+        assert fate(attempt(at(there.port), mime=LARGE)) == (Phase.RCPT, 550, REFUSED)
+    assert len(there.heard) < 1000
+
+
+def test_a_chunk_holds_the_mail_to_the_byte_with_crlf_line_ends_and_no_dot_doubled() -> None:
+    with ScriptedRelay(offers=CHUNKS) as there:
+        attempt(at(there.port), mime=b"A: b\n\n.\r\n..x\r\xff\0\n.")
+    assert there.accepted == [b"A: b\r\n\r\n.\r\n..x\r\n\xff\0\r\n.\r\n"]
+
+
+@WAYS
+@pytest.mark.parametrize("octets", [1, 7, 10_000])
+def test_replies_to_many_commands_may_come_in_any_number_of_packets(offers: list[str], octets: int) -> None:
+    together: list[str] = []
+
+    def gathered(text: str, reply: str) -> Step:
+        def act(line: Line) -> str:
+            together.append(text)
+            if offers == [] or text.startswith(("354", "250 2.0.0")):
+                pieces("\r\n".join(together), octets)(line)
+                together.clear()
+            return reply
+
+        return act
+
+    script: Script = {
+        "MAIL": gathered("250-2.1.0 fine\r\n250 go on", "250"),
+        "RCPT": [gathered("250 2.1.5 liked", "250"), gathered("550-5.1.1 not\r\n550 5.1.1 here", "550")],
+        "DATA": gathered("354 go", "354"),
+        ".": gathered("250 2.0.0 4711", "250"),
+    }
+    with ScriptedRelay(script, offers=offers) as there:
+        outcome = attempt(at(there.port), ADA, BOB)
+    assert there.accepted == [MIME]
+    assert outcome.recipients == {
+        ADA: Reply(Phase.DOT, 250, "2.0.0 4711"),
+        BOB: Reply(Phase.RCPT, 550, "5.1.1 not 5.1.1 here"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("offers", "script", "phase", "verdict"),
+    [
+        (PIPES, {"MAIL": hang_up}, Phase.MAIL, TROUBLE),
+        (PIPES, {"RCPT": hang_up}, Phase.RCPT, TROUBLE),
+        (PIPES, {"DATA": hang_up}, Phase.DATA, TROUBLE),
+        (PIPES, {"RCPT": raw(b"what?\r\n")}, Phase.RCPT, TROUBLE),
+        (PIPES, {"RCPT": "354 go"}, Phase.RCPT, TROUBLE),
+        # The end of the chunk may have come before the relay went away.
+        (CHUNKS, {"MAIL": hang_up}, Phase.DOT, IN_DOUBT),
+        (CHUNKS, {"RCPT": hang_up}, Phase.DOT, IN_DOUBT),
+        (CHUNKS, {"MAIL": raw(b"what?\r\n")}, Phase.DOT, IN_DOUBT),
+        (CHUNKS, {"MAIL": "354 go"}, Phase.DOT, IN_DOUBT),
+        (CHUNKS, {"RCPT": "354 go"}, Phase.DOT, IN_DOUBT),
+        (CHUNKS, {".": "354 go"}, Phase.DOT, IN_DOUBT),
+    ],
+)
+def test_with_too_few_replies_or_wrong_ones_a_mail_is_in_doubt_once_its_end_is_out(
+    offers: list[str], script: Script, phase: Phase, verdict: Verdict
+) -> None:
+    with ScriptedRelay(script, offers=offers) as there:
+        outcome = attempt(at(there.port), ADA, BOB)
+    assert fate(outcome)[::2] == (phase, verdict)
+
+
+@WAYS
+def test_whoever_was_refused_keeps_his_reply_when_the_rest_is_in_doubt(offers: list[str]) -> None:
+    with ScriptedRelay({"RCPT": ["550 5.1.1 no", "250 ok"], ".": hang_up}, offers=offers) as there:
+        outcome = attempt(at(there.port), ADA, BOB)
+    assert [reply.verdict for reply in outcome.recipients.values()] == [REFUSED, IN_DOUBT]
+
+
+@pytest.mark.parametrize("refusal", ["MAIL", "RCPT"])
+def test_no_mail_is_sent_for_nobody_though_the_relay_invites_one(refusal: str) -> None:
+    """RFC 2920 3.1 would have an empty one sent, and trust the relay to refuse that; closing needs no trust."""
+    called: list[object] = []
+    with ScriptedRelay({refusal: "550 5.1.1 no"}, offers=PIPES) as there:
+        assert fate(attempt(at(there.port), before_dot=called.append)) == (Phase(refusal.lower()), 550, REFUSED)
+    assert there.heard.endswith(b"DATA\r\n")
+    assert not called
+    assert not there.bodies
+
+
+def test_a_relay_that_takes_a_chunk_for_nobody_has_taken_it_for_nobody() -> None:
+    with served({"RCPT": "550 5.1.1 no"}, offers=CHUNKS) as there:
+        assert fate(another(at(there.port))) == (Phase.RCPT, 550, REFUSED)
+        another(at(there.port))
+        assert there.connections == 2
+
+
+def test_of_a_chunks_recipients_only_those_are_known_whom_no_command_can_name() -> None:
+    known: list[Mapping[str, Reply]] = []
+    with ScriptedRelay(offers=CHUNKS) as there:
+        outcome = attempt(at(there.port), ADA, "not an address", before_dot=lambda replies: known.append(dict(replies)))
+    assert known == [{"not an address": outcome.recipients["not an address"]}]
+    assert there.accepted == [MIME]
+
+
+@WAYS
+def test_an_end_that_cannot_go_out_leaves_nothing_in_doubt(offers: list[str]) -> None:
+    gone = threading.Event()
+
+    def go(line: Line) -> str:
+        gone.set()
+        return reset(line)
+
+    def wait_for_the_reset(_: object) -> None:
+        assert gone.wait(5)
+        time.sleep(0.1)  # until the kernel has taken notice
+
+    with ScriptedRelay({"BODY": go}, offers=offers) as there:
+        outcome = attempt(at(there.port), before_dot=wait_for_the_reset)
+    assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
+    assert not there.bodies
+
+
+@pytest.mark.parametrize(("rcpt", "phase"), [("550 5.1.1 no", Phase.RCPT), ("250 2.1.5 ok", Phase.TRANSFER)])
+def test_after_a_chunk_that_did_not_get_out_whole_nothing_is_said(rcpt: str, phase: Phase) -> None:
+    """All its replies are here, and the relay still waits for the rest: a RSET or QUIT might complete a mail."""
+
+    def refuse_and_pause(line: Line) -> str:
+        line.say("554 5.5.1 no")
+        time.sleep(0.4)
+        return "554"
+
+    called: list[object] = []
+    large = MIME + b"x" * 200_000 + b"\r\n"
+    script: Script = {"RCPT": rcpt, "BODY": refuse_and_pause}
+    with ScriptedRelay(script, offers=CHUNKS, receive_buffer=2048) as there, small_send_buffer():
+        outcome = attempt(at(there.port, timeout=0.3), mime=large, before_dot=called.append)
+    assert outcome.reply.phase is phase
+    assert outcome.verdict is REFUSED
+    assert not called
+    assert b"RSET" not in there.heard
+    assert b"QUIT" not in there.heard
+
+
+@contextmanager
+def small_send_buffer() -> Iterator[None]:
+    """A kernel that takes less of a mail at once."""
+    original = relay.connect_any
+
+    def connect(to: Relay) -> socket.socket:
+        sock = original(to)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return sock
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(session, "connect_any", connect)
+        yield

@@ -1,0 +1,411 @@
+"""What goes over the wire to a relay that answers, over a real socket: commands, addresses, bodies, refusals.
+
+An aiosmtpd (tests/relay.py) is for getting along, a scripted relay for all that a good server does not do.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from mail.address import Mailbox
+from mail.message import compose
+from mail.mime import to_mime
+from mail.request import parse
+from smtp.verdict import Phase, Reply, Verdict
+from tests.conversations import (
+    ACCEPTED,
+    ADA,
+    BOB,
+    CAY,
+    IN_DOUBT,
+    LARGE,
+    LOGIN,
+    MIME,
+    REFUSED,
+    SENDER,
+    TROUBLE,
+    TRY_AGAIN,
+    at,
+    attempt,
+    fate,
+    opened,
+    took_less_than,
+    write_ca,
+)
+from tests.relay import Relay as HonestRelay
+from tests.scripted_relay import (
+    Script,
+    ScriptedRelay,
+    Step,
+    drip,
+    hang,
+    hang_up,
+    last_words,
+    pieces,
+    raw,
+    read_slowly,
+    reset,
+)
+from tests.servers import eventually
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
+
+
+def test_a_mail_goes_over_a_plain_connection() -> None:
+    with HonestRelay() as there:
+        outcome = attempt(at(there.port), ADA, BOB)
+    [delivery] = there.accepted
+    assert (delivery.sender, delivery.recipients, delivery.content) == (SENDER, [ADA, BOB], MIME)
+    assert fate(outcome) == (Phase.DOT, 250, ACCEPTED)
+    assert list(outcome.recipients) == [ADA, BOB]
+
+
+@pytest.mark.parametrize(("security", "login"), [("starttls", None), ("starttls", LOGIN), ("tls", None)])
+def test_a_mail_goes_over_tls(security: str, login: tuple[str, str] | None, tmp_path: Path) -> None:
+    with HonestRelay(login=login, tls=security) as there:
+        ca_file = write_ca(there.authority, tmp_path)
+        outcome = attempt(at(there.port, security=security, login=login or (None, None), ca_file=ca_file))
+    assert [delivery.content for delivery in there.accepted] == [MIME]
+    assert fate(outcome) == (Phase.DOT, 250, ACCEPTED)
+
+
+def test_the_commands_are_those_of_rfc_5321_and_no_more() -> None:
+    with ScriptedRelay(offers=["SIZE 35882577", "8BITMIME", "SMTPUTF8"]) as there:
+        attempt(at(there.port), ADA, BOB)
+    hello, *rest = there.commands
+    assert re.fullmatch(r"ehlo \S+", hello)
+    assert rest == [
+        f"MAIL FROM:<{SENDER}> SIZE={len(MIME)}",
+        f"RCPT TO:<{ADA}>",
+        f"RCPT TO:<{BOB}>",
+        "DATA",
+        "QUIT",
+    ]
+    assert there.accepted == [MIME]
+
+
+def test_the_dot_does_not_wait_for_the_bodys_acknowledgement() -> None:
+    with ScriptedRelay() as there, opened(at(there.port)) as session:
+        assert session.smtp.sock
+        assert session.smtp.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_relay_that_refuses_ehlo_is_greeted_with_helo() -> None:
+    with ScriptedRelay({"EHLO": "502 5.5.1 what?"}) as there:
+        assert attempt(at(there.port)).verdict is ACCEPTED
+    assert [command.split()[0] for command in there.commands[:3]] == ["ehlo", "helo", "MAIL"]
+
+
+@pytest.mark.parametrize("octets", [1, 5])
+def test_replies_may_come_in_any_number_of_packets_and_lines(octets: int) -> None:
+    script: Script = {
+        "GREETING": pieces("220-relay.example\r\n220-welcomes\r\n220 you", octets),
+        "EHLO": pieces("250-relay.example\r\n250-SIZE 100000\r\n250 SMTPUTF8", octets),
+        "MAIL": pieces("250-2.1.0 fine\r\n250 2.1.0 go on", octets),
+        "RCPT": [pieces("250-2.1.5 known\r\n250 liked", octets), pieces("550-5.1.1 not\r\n550 5.1.1 here", octets)],
+        "DATA": pieces("354-end with\r\n354 a dot", octets),
+        ".": pieces("250-2.0.0 thanks\r\n250 2.0.0 4711", octets),
+    }
+    with ScriptedRelay(script) as there:
+        outcome = attempt(at(there.port), ADA, BOB)
+    assert there.accepted == [MIME]
+    assert outcome.reply == Reply(Phase.DOT, 250, "2.0.0 thanks 2.0.0 4711")
+    assert outcome.recipients == {ADA: outcome.reply, BOB: Reply(Phase.RCPT, 550, "5.1.1 not 5.1.1 here")}
+
+
+@pytest.mark.parametrize("parting", ["421 closing", "500 what?", hang_up, reset, hang, drip(b"221 " + b"x" * 1000)])
+def test_how_the_relay_takes_leave_changes_nothing_and_is_not_waited_for(parting: Step) -> None:
+    with ScriptedRelay({"QUIT": parting}) as there, took_less_than(2):
+        assert fate(attempt(at(there.port))) == (Phase.DOT, 250, ACCEPTED)
+        eventually(lambda: there.commands[-1:] == ["QUIT"])
+    assert there.accepted == [MIME]
+
+
+def test_a_slow_line_may_take_longer_for_a_mail_than_one_timeout() -> None:
+    with ScriptedRelay({"BODY": read_slowly(0.02)}) as there:
+        start = time.monotonic()
+        outcome = attempt(at(there.port, timeout=0.8, deadline=60), mime=LARGE)
+        assert time.monotonic() - start > 0.8, "the relay was too fast to prove anything"
+    assert fate(outcome) == (Phase.DOT, 250, ACCEPTED)
+    assert there.accepted == [LARGE]
+
+
+def test_a_slow_line_leaves_little_of_the_mail_on_its_way_when_it_is_in_doubt() -> None:
+    left: list[int] = []
+    with ScriptedRelay({"BODY": read_slowly(0.01)}) as there:
+        attempt(at(there.port), mime=LARGE, before_dot=lambda _: left.append(len(LARGE) - len(there.heard)))
+    assert left[0] < 1_000_000
+
+
+@pytest.mark.parametrize("last_line", [b"no line end", b"a line end\r\n", b".", b".\r\n", b"", b"\r\n"])
+def test_however_a_mail_ends_its_dot_stands_on_a_line_of_its_own(last_line: bytes) -> None:
+    with ScriptedRelay() as there:
+        assert attempt(at(there.port), mime=MIME + last_line).verdict is ACCEPTED
+    [body] = there.accepted
+    assert unstuffed(body) in (MIME + last_line, MIME + last_line + b"\r\n")
+
+
+def unstuffed(body: bytes) -> bytes:
+    lines = body.split(b"\r\n")
+    assert not any(line.startswith(b".") and not line.startswith(b"..") for line in lines)
+    return b"\r\n".join(line[1:] if line.startswith(b".") else line for line in lines)
+
+
+SMUGGLED = "MAIL FROM:<a@evil.example>\r\nRCPT TO:<b@evil.example>\r\nDATA\r\nFrom: ceo\r\n\r\npay\r\n.\r\n"
+LINE_ENDS = ["\n", "\r", "\r\n", "\n\r", "\r\r\n", "\n\n", "\r\r"]
+
+
+def assert_one_mail(there: ScriptedRelay, mime: bytes) -> bytes:
+    """What the relay took for the one mail that it was given, dots taken away again."""
+    del there.bodies[:], there.commands[:]
+    assert attempt(at(there.port), mime=mime).verdict is ACCEPTED
+    [body] = there.bodies
+    assert not re.search(rb"\r(?!\n)|(?<!\r)\n", body)
+    assert {command.split()[0] for command in there.commands} <= {"ehlo", "MAIL", "RCPT", "DATA", "QUIT"}
+    return unstuffed(body)
+
+
+@pytest.mark.parametrize("before", LINE_ENDS)
+@pytest.mark.parametrize("after", LINE_ENDS)
+def test_no_second_mail_can_be_smuggled_in_a_body(before: str, after: str) -> None:
+    """A line end that only one side takes for one, around a dot, would end the mail for that side alone."""
+    smuggled = f"x{before}.{after}{SMUGGLED}".encode()
+    with ScriptedRelay() as there:
+        arrived = assert_one_mail(there, MIME + smuggled)
+    assert arrived.splitlines() == (MIME + smuggled).splitlines()
+
+
+def test_any_body_arrives_to_the_byte() -> None:
+    words = ["\n", "\r", "\r\n", "\x85", "\u2028", ".", "..", "x", " ", "=", "=2E", "é", "😀", "From ", "y" * 990]
+    text = st.lists(st.sampled_from(words), max_size=12).map(lambda words: "x" + "".join(words))
+    with ScriptedRelay() as there:
+
+        @given(text, text)
+        @hypothesis_settings(max_examples=150, deadline=None, database=None)
+        def check(text: str, html: str) -> None:
+            body = {"to": ADA, "subject": "Hi", "text": text, "html": html}
+            message = compose(parse(body, default_sender=Mailbox("", SENDER), max_recipients=1))
+            mime = to_mime(message, "<1@example.com>", datetime(2026, 1, 1, tzinfo=timezone.utc))
+            assert assert_one_mail(there, mime) == mime
+
+        check()
+
+
+# Whom the relay refuses, and how
+
+
+def test_of_three_recipients_the_mail_goes_to_the_one_accepted() -> None:
+    refusals: list[Step] = ["250 ok", "550 5.1.1 no such user", "450 4.2.1 mailbox busy"]
+    with ScriptedRelay({"RCPT": refusals}) as there:
+        outcome = attempt(at(there.port), ADA, BOB, CAY)
+    assert there.accepted == [MIME]
+    assert outcome.verdict is ACCEPTED
+    assert outcome.recipients == {
+        ADA: Reply(Phase.DOT, 250, "2.0.0 queued as 4711"),
+        BOB: Reply(Phase.RCPT, 550, "5.1.1 no such user"),
+        CAY: Reply(Phase.RCPT, 450, "4.2.1 mailbox busy"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("replies", "code", "verdict"),
+    [
+        (["550 5.1.1 no", "551 5.1.6 no", "553 5.1.3 no"], 550, REFUSED),
+        (["550 5.1.1 no", "450 4.2.1 busy", "550 5.1.1 no"], 450, TRY_AGAIN),
+        (["550 5.1.1 no", "450 4.2.1 busy", "454 4.7.1 throttled"], 454, TROUBLE),
+    ],
+)
+def test_no_data_is_sent_for_nobody(replies: list[Step], code: int, verdict: Verdict) -> None:
+    called: list[object] = []
+    with ScriptedRelay({"RCPT": replies}) as there:
+        outcome = attempt(at(there.port), ADA, BOB, CAY, before_dot=called.append)
+    assert "DATA" not in there.commands
+    assert not called
+    assert (outcome.reply.phase, outcome.reply.code, outcome.verdict) == (Phase.RCPT, code, verdict)
+    assert [f"{reply.code} {reply.text}" for reply in outcome.recipients.values()] == replies
+
+
+def test_a_relay_that_closes_at_a_recipient_keeps_its_word_about_the_earlier_ones() -> None:
+    replies: list[Step] = ["550 5.1.1 no such user", "250 ok", last_words("421 4.3.2 closing"), "250 ok"]
+    with ScriptedRelay({"RCPT": replies}) as there:
+        outcome = attempt(at(there.port), ADA, BOB, CAY, "dan@example.com")
+    closing = Reply(Phase.RCPT, 421, "4.3.2 closing")
+    assert outcome.reply == closing
+    assert outcome.verdict is TRY_AGAIN
+    gone = Reply(Phase.RCPT, 550, "5.1.1 no such user")
+    assert outcome.recipients == {ADA: gone, BOB: closing, CAY: closing, "dan@example.com": closing}
+    assert not any("dan@" in command for command in there.commands)
+    assert "DATA" not in there.commands
+
+
+@pytest.mark.parametrize(
+    ("script", "phase"),
+    [
+        ({"RCPT": ["550 5.1.1 no such user", hang_up]}, Phase.RCPT),
+        ({"RCPT": ["550 5.1.1 no such user", "250 ok"], "DATA": hang_up}, Phase.DATA),
+    ],
+)
+def test_a_refusal_outlives_the_connection(script: Script, phase: Phase) -> None:
+    with ScriptedRelay(script) as there:
+        outcome = attempt(at(there.port), ADA, BOB, CAY)
+    lost = Reply(phase, None, "the relay closed the connection")
+    assert outcome.reply == lost
+    assert outcome.recipients == {ADA: Reply(Phase.RCPT, 550, "5.1.1 no such user"), BOB: lost, CAY: lost}
+
+
+@pytest.mark.parametrize(
+    ("step", "reply", "phase", "verdict"),
+    [
+        ("GREETING", "421 4.3.2 too many connections", Phase.GREETING, TROUBLE),
+        ("GREETING", "554 5.7.1 go away", Phase.GREETING, TROUBLE),
+        ("MAIL", "451 4.3.0 not now", Phase.MAIL, TRY_AGAIN),
+        ("MAIL", "550 5.7.1 not you", Phase.MAIL, REFUSED),
+        ("MAIL", "552 5.3.4 too large", Phase.MAIL, REFUSED),
+        ("MAIL", "530 5.7.0 Must issue a STARTTLS command first", Phase.MAIL, TROUBLE),
+        ("DATA", "554 5.5.1 no valid recipients", Phase.DATA, REFUSED),
+        ("DATA", "451 4.3.0 not now", Phase.DATA, TRY_AGAIN),
+        ("DATA", "250 2.0.0 ok", Phase.DATA, TROUBLE),
+        (".", "451 4.3.0 queue file write error", Phase.DOT, TRY_AGAIN),
+        (".", "452 4.3.1 disk full", Phase.DOT, TRY_AGAIN),
+        (".", "554 5.7.1 spam", Phase.DOT, REFUSED),
+        (".", "454 Throttling failure: Maximum sending rate exceeded.", Phase.DOT, TROUBLE),
+        (".", "354 go on", Phase.DOT, IN_DOUBT),
+        (".", "150 wait", Phase.DOT, IN_DOUBT),
+    ],
+)
+def test_an_answer_decides_for_all_who_were_not_refused(step: str, reply: str, phase: Phase, verdict: Verdict) -> None:
+    with ScriptedRelay({step: reply}) as there:
+        outcome = attempt(at(there.port), ADA, BOB)
+    assert fate(outcome) == (phase, int(reply[:3]), verdict)
+    assert outcome.reply.text == reply[4:]
+    assert not there.accepted
+    assert there.commands[-1] == "QUIT"
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "eve@example.com>\r\nRCPT TO:<mallory@example.com",
+        "eve@example.com\r\nDATA",
+        "eve@example.com\nDATA",
+        "eve@example.com\rDATA",
+        "eve@example.com> NOTIFY=NEVER <eve@example.com",
+        "eve@example.com SIZE=1",
+        "eve@example.com\0",
+        "",
+    ],
+)
+def test_an_address_that_would_be_another_command_is_refused_unsent(evil: str) -> None:
+    with ScriptedRelay() as there:
+        outcome = attempt(at(there.port), ADA, evil, BOB)
+        refused = attempt(at(there.port), ADA, BOB, sender=evil)
+    assert outcome.recipients[evil].verdict is REFUSED
+    assert [outcome.recipients[one].verdict for one in (ADA, BOB)] == [ACCEPTED, ACCEPTED]
+    assert fate(refused) == (Phase.MAIL, 553, REFUSED)
+    once = [f"MAIL FROM:<{SENDER}>", f"RCPT TO:<{ADA}>", f"RCPT TO:<{BOB}>", "DATA", "QUIT"]
+    assert [one for one in there.commands if not one.startswith("ehlo")] == [*once, "QUIT"]
+    assert there.accepted == [MIME]
+
+
+@pytest.mark.parametrize("address", ["o'neil+x@example.com", "a(b)@example.com", "a,b@example.com", "a@b@example.com"])
+def test_an_address_goes_out_to_the_letter(address: str) -> None:
+    """smtplib would send what a header parser makes of it: `a@example.com`, which is somebody else."""
+    with ScriptedRelay() as there:
+        attempt(at(there.port), address, sender=address)
+    assert there.commands[1:3] == [f"MAIL FROM:<{address}>", f"RCPT TO:<{address}>"]
+
+
+def test_a_utf8_address_goes_to_a_relay_that_takes_it() -> None:
+    with HonestRelay() as there:
+        outcome = attempt(at(there.port), "jürgen@example.com", sender="þór@example.com", smtputf8=True)
+    assert fate(outcome) == (Phase.DOT, 250, ACCEPTED)
+    [delivery] = there.accepted
+    assert (delivery.sender, delivery.recipients) == ("þór@example.com", ["jürgen@example.com"])
+
+
+def test_smtputf8_is_asked_for_only_where_it_is_needed() -> None:
+    with ScriptedRelay(offers=["SMTPUTF8"]) as there:
+        attempt(at(there.port))
+        attempt(at(there.port), smtputf8=True)
+    plain = f"MAIL FROM:<{SENDER}>"
+    assert [one for one in there.commands if "MAIL" in one] == [plain, f"{plain} SMTPUTF8"]
+
+
+def test_a_utf8_address_is_refused_where_the_relay_cannot_take_it() -> None:
+    with HonestRelay(smtputf8=False) as there:
+        outcome = attempt(at(there.port), ADA, "jürgen@example.com", smtputf8=True)
+    assert fate(outcome) == (Phase.MAIL, 550, REFUSED)
+    assert not there.accepted
+    assert not there.seen_rcpt
+
+
+def test_a_utf8_address_never_goes_out_unannounced() -> None:
+    with ScriptedRelay(offers=["SMTPUTF8"]) as there:
+        outcome = attempt(at(there.port), "jürgen@example.com", ADA)
+    assert outcome.recipients["jürgen@example.com"].verdict is REFUSED
+    assert outcome.recipients[ADA].verdict is ACCEPTED
+    assert there.heard.isascii()
+
+
+# Replies that are not SMTP
+
+
+@pytest.mark.parametrize(
+    "banner",
+    [b"+OK Dovecot ready\r\n", b"* OK IMAP4\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 400 Bad Request\r\n", b"\r\n"],
+)
+def test_another_protocols_greeting_is_trouble(banner: bytes) -> None:
+    with ScriptedRelay({"GREETING": raw(banner)}) as there:
+        outcome = attempt(at(there.port))
+    assert fate(outcome) == (Phase.GREETING, -1, TROUBLE)
+    assert outcome.reply.summary == "-1 at greeting"
+    assert not any(command.startswith("MAIL") for command in there.commands)
+
+
+@pytest.mark.parametrize(
+    ("step", "phase", "verdict"),
+    [
+        ("GREETING", Phase.GREETING, TROUBLE),
+        ("EHLO", Phase.HELLO, TROUBLE),
+        ("MAIL", Phase.MAIL, TROUBLE),
+        ("RCPT", Phase.RCPT, TROUBLE),
+        ("DATA", Phase.DATA, TROUBLE),
+        (".", Phase.DOT, IN_DOUBT),
+    ],
+)
+@pytest.mark.parametrize("reply", [b"2" * 20_000, b"250 " + b"x" * 9_000, b"what?", b"120 x", b"-250 x", b"999 x"])
+def test_a_reply_that_is_not_smtp_ends_the_conversation(
+    step: str, phase: Phase, verdict: Verdict, reply: bytes
+) -> None:
+    """After it nobody could say which reply belongs to which recipient."""
+    with ScriptedRelay({step: raw(reply + b"\r\n")}) as there:
+        outcome = attempt(at(there.port), ADA, BOB)
+    assert fate(outcome)[::2] == (phase, verdict)
+    assert not any(BOB in command for command in there.commands) or step in ("DATA", ".")
+
+
+@pytest.mark.parametrize(
+    ("octets", "text"),
+    [
+        ("250 2.0.0 größe ✓\r\n".encode(), "2.0.0 größe ✓"),
+        (b"250 2.0.0 gr\xf6\xdfe\r\n", "2.0.0 gr\ufffd\ufffde"),
+        (b"250\r\n", ""),
+        (b"250 " + b"long " * 1000 + b"\r\n", "long " * 100),
+    ],
+)
+def test_any_octets_in_a_reply_are_kept_as_text(octets: bytes, text: str) -> None:
+    with ScriptedRelay({".": raw(octets)}) as there:
+        outcome = attempt(at(there.port))
+    assert outcome.reply == Reply(Phase.DOT, 250, text)
