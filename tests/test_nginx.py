@@ -230,7 +230,7 @@ def test_the_services_own_errors_pass_as_they_are(front: Front) -> None:
     invalid = front.post("/emails", {"to": "nobody", "subject": "s", "text": "t"})
     assert (invalid.status, invalid.body["errors"][0]["field"]) == (422, "to[0]")
     method = front.call("GET", "/start-job")
-    assert (method.status, method.body["message"]) == (405, "this path takes POST")
+    assert (method.status, method.body["message"]) == (405, "the method must be one of POST")
     unknown = front.call("GET", f"/emails/{UNKNOWN_ID}", Authorization="Bearer full-key")
     assert (unknown.status, unknown.body["name"]) == (404, "not_found")
 
