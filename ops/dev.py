@@ -22,6 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -149,39 +150,29 @@ class Stack:
         part.process.wait()
 
 
-def http_answers(url: str) -> Callable[[], bool]:
-    def answers() -> bool:
-        try:
-            with urllib.request.urlopen(url, timeout=1):
-                return True
-        except urllib.error.HTTPError as error:
-            error.close()
-            return False
-        except OSError:
-            return False
-
-    return answers
+def http_answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1):
+            return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return False
+    except OSError:
+        return False
 
 
-def redis_answers(redis: Redis) -> Callable[[], bool]:
-    def answers() -> bool:
-        try:
-            return bool(redis.ping())
-        except RedisError:  # not there yet, or still loading its file
-            return False
-
-    return answers
+def redis_answers(redis: Redis) -> bool:
+    try:
+        return bool(redis.ping())
+    except RedisError:  # not there yet, or still loading its file
+        return False
 
 
-def worker_answers(redis: Redis, queue: str, stack: Stack) -> Callable[[], bool]:
-    """Returns a test of whether the worker that was started last has registered itself."""
-
-    def answers() -> bool:
-        pid = str(stack.parts[-1].process.pid).encode()
-        names: Any = redis.smembers(f"rq:workers:{queue}")
-        return any(redis.hget(name.decode(), "pid") == pid for name in names)
-
-    return answers
+def worker_answers(redis: Redis, queue: str, stack: Stack) -> bool:
+    """Returns whether the worker that was started last has registered itself."""
+    pid = str(stack.parts[-1].process.pid).encode()
+    names: Any = redis.smembers(f"rq:workers:{queue}")
+    return any(redis.hget(name.decode(), "pid") == pid for name in names)
 
 
 def run(stack: Stack, ports: argparse.Namespace) -> None:
@@ -208,19 +199,21 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     where = ["--bind", "127.0.0.1", "--port", str(ports.redis_port), "--dir", str(data), "--logfile", "redis.log"]
     durable = ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
     durable += ["--hash-max-ziplist-value", "2048"]  # nearly halves what a queued mail takes; README, "Redis"
-    stack.start("redis", [server, *where, *durable], environment, redis_answers(redis))
+    stack.start("redis", [server, *where, *durable], environment, partial(redis_answers, redis))
     if catcher:
         arguments = ["--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port)]
         url = f"http://127.0.0.1:{ports.mail_port}/healthz"
-        stack.start("catcher", [sys.executable, "-m", "ops.catcher", *arguments], environment, http_answers(url))
+        stack.start(
+            "catcher", [sys.executable, "-m", "ops.catcher", *arguments], environment, partial(http_answers, url)
+        )
     url = f"http://127.0.0.1:{ports.api_port}/readyz"
-    stack.start("api", [sys.executable, "service.py"], environment, http_answers(url))
+    stack.start("api", [sys.executable, "service.py"], environment, partial(http_answers, url))
     for queue in ("email", "jobs"):
         command = [sys.executable, "worker.py", queue]
-        stack.start(queue, command, environment, worker_answers(redis, queue, stack))
+        stack.start(queue, command, environment, partial(worker_answers, redis, queue, stack))
     url = f"http://127.0.0.1:{ports.dashboard_port}/rq/"
     dashboard = [sys.executable, "-m", "ops.dashboard", "--no-login"]
-    stack.start("dashboard", dashboard, environment, http_answers(url))
+    stack.start("dashboard", dashboard, environment, partial(http_answers, url))
     print(welcome(ports, None if catcher else f"{configured.smtp_host}:{configured.smtp_port}"), flush=True)
 
 
