@@ -22,6 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -154,39 +155,29 @@ class Stack:
         part.process.wait()
 
 
-def http_answers(url: str) -> Callable[[], bool]:
-    def answers() -> bool:
-        try:
-            with urllib.request.urlopen(url, timeout=1):
-                return True
-        except urllib.error.HTTPError as error:
-            error.close()
-            return False
-        except OSError:
-            return False
-
-    return answers
+def http_answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1):
+            return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return False
+    except OSError:
+        return False
 
 
-def redis_answers(redis: Redis) -> Callable[[], bool]:
-    def answers() -> bool:
-        try:
-            return bool(redis.ping())
-        except RedisError:  # not there yet, or still loading its file
-            return False
-
-    return answers
+def redis_answers(redis: Redis) -> bool:
+    try:
+        return bool(redis.ping())
+    except RedisError:  # not there yet, or still loading its file
+        return False
 
 
-def worker_answers(redis: Redis, queue: str, stack: Stack) -> Callable[[], bool]:
-    """Returns a test of whether the worker that was started last has registered itself."""
-
-    def answers() -> bool:
-        pid = str(stack.parts[-1].process.pid).encode()
-        names: Any = redis.smembers(keys.workers(queue))
-        return any(redis.hget(name.decode(), "pid") == pid for name in names)
-
-    return answers
+def worker_answers(redis: Redis, queue: str, stack: Stack) -> bool:
+    """Returns whether the worker that was started last has registered itself."""
+    pid = str(stack.parts[-1].process.pid).encode()
+    names: Any = redis.smembers(keys.workers(queue))
+    return any(redis.hget(name.decode(), "pid") == pid for name in names)
 
 
 def run(stack: Stack, ports: argparse.Namespace) -> None:
@@ -210,19 +201,21 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     environment = {**os.environ, **child_settings(ports, configured, catcher)}
     redis = Redis(port=ports.redis_port, socket_timeout=2)
 
-    stack.start("redis", redis_command(server, ports.redis_port, data), environment, redis_answers(redis))
+    stack.start("redis", redis_command(server, ports.redis_port, data), environment, partial(redis_answers, redis))
     if catcher:
         arguments = ["--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port)]
         url = f"http://127.0.0.1:{ports.mail_port}/healthz"
-        stack.start("catcher", [sys.executable, "-m", "ops.catcher", *arguments], environment, http_answers(url))
+        stack.start(
+            "catcher", [sys.executable, "-m", "ops.catcher", *arguments], environment, partial(http_answers, url)
+        )
     url = f"http://127.0.0.1:{ports.api_port}/readyz"
-    stack.start("api", [sys.executable, "service.py"], environment, http_answers(url))
+    stack.start("api", [sys.executable, "service.py"], environment, partial(http_answers, url))
     for queue in QUEUES:
         command = [sys.executable, "worker.py", queue]
-        stack.start(queue, command, environment, worker_answers(redis, queue, stack))
+        stack.start(queue, command, environment, partial(worker_answers, redis, queue, stack))
     url = f"http://127.0.0.1:{ports.dashboard_port}/rq/"
     dashboard = [sys.executable, "-m", "ops.dashboard", "--no-login"]
-    stack.start("dashboard", dashboard, environment, http_answers(url))
+    stack.start("dashboard", dashboard, environment, partial(http_answers, url))
     print(welcome(ports, None if catcher else f"{configured.smtp_host}:{configured.smtp_port}"), flush=True)
 
 

@@ -24,7 +24,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -108,9 +107,10 @@ def make_release(server: Server) -> None:
     if text_of(release / MARK) == python:
         server.say(f"{release} is there already")
         return
-    if os.path.exists(release):
-        server.do("remove what a failed installation has left of it", lambda: shutil.rmtree(release))
-    server.do(f"copy this clone to {release}", lambda: copy_files(server.source, release))
+    if os.path.exists(release) and server.announce("remove what a failed installation has left of it"):
+        shutil.rmtree(release)
+    if server.announce(f"copy this clone to {release}"):
+        copy_files(server.source, release)
     server.run(sys.executable, "-m", "venv", release / ".venv")
     pip = (release / ".venv/bin/pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes")
     server.run(*pip, "-r", release / "requirements.txt")
@@ -176,7 +176,8 @@ def switch_on_file(server: Server) -> None:
     for old in ("appendonlydir", "appendonly.aof"):
         if (server.redis_data / old).exists():
             (server.redis_data / old).rename(server.redis_data / f"{old}.{time.strftime('%Y%m%d-%H%M%S')}")
-    server.do("begin the append-only file with what is there", lambda: copy_snapshot(server.redis_data))
+    server.say("begin the append-only file with what is there")
+    copy_snapshot(server.redis_data)
     text = re.sub(r"^appendonly .*\n", "", text_of(server.redis_conf) or "", flags=re.MULTILINE)
     server.write(server.redis_conf, f"{text}appendonly yes\n", 0o640, group="redis")
     server.run("systemctl", "start", REDIS)
@@ -281,7 +282,8 @@ def remove_old_releases(server: Server) -> None:
     used = {link.resolve() for link in (server.current, server.previous) if link.exists()}
     others = [path for path in made if path.resolve() not in used]
     for release in others[max(0, KEPT - len(used)) :]:
-        server.do(f"remove {release}", partial(shutil.rmtree, release))
+        if server.announce(f"remove {release}"):
+            shutil.rmtree(release)
 
 
 def find_previous_release(server: Server) -> None:

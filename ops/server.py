@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -70,16 +69,15 @@ class Server:
 
     # changing
 
-    def do(self, what: str, action: Callable[[], object]) -> None:
+    def announce(self, what: str) -> bool:
+        """Says what is done next. Returns whether to do it, which a dry run does not."""
         self.say(what)
-        if not self.dry:
-            action()
+        return not self.dry
 
     def run(self, *command: str | Path, may_fail: bool = False) -> bool:
         """Runs a command that changes something. Raises `Fault` with the last lines of its output if it fails."""
         words = [str(word) for word in command]
-        self.say(f"$ {shlex.join(words)}")
-        if self.dry:
+        if not self.announce(f"$ {shlex.join(words)}"):
             return True
         ran = subprocess.run(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -89,40 +87,33 @@ class Server:
         return ran.returncode == 0
 
     def write(self, path: Path, text: str, mode: int, group: str | None = None) -> None:
-        def action() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.with_name(f".{path.name}.new")
-            new.unlink(missing_ok=True)
-            with os.fdopen(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-                file.write(text)
-            if group:
-                shutil.chown(new, group=group)
-            new.chmod(mode)
-            new.replace(path)
-
-        self.do(f"write {path}", action)
+        if not self.announce(f"write {path}"):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.new")
+        new.unlink(missing_ok=True)
+        with os.fdopen(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(text)
+        if group:
+            shutil.chown(new, group=group)
+        new.chmod(mode)
+        new.replace(path)
 
     def folder(self, path: Path, mode: int, owner: str | None = None) -> None:
-        def action() -> None:
+        if not os.path.isdir(path) and self.announce(f"make the folder {path}"):
             path.mkdir(mode=mode, parents=True)
             path.chmod(mode)
             if owner:
                 shutil.chown(path, owner, owner)
 
-        if not os.path.isdir(path):
-            self.do(f"make the folder {path}", action)
-
     def link(self, path: Path, to: str | Path) -> None:
         """Points a symbolic link elsewhere, in one step: there is no moment without it."""
-
-        def action() -> None:
+        is_so = path.is_symlink() and os.readlink(path) == str(to)
+        if not is_so and self.announce(f"link {path} to {to}"):
             new = path.with_name(f".{path.name}.new")
             new.unlink(missing_ok=True)
             new.symlink_to(to)
             new.replace(path)
-
-        if not (path.is_symlink() and os.readlink(path) == str(to)):
-            self.do(f"link {path} to {to}", action)
 
     def copy(self, name: str, to: Path) -> bool:
         """Copies a file of the release if it is new or differs. Returns whether it did."""

@@ -50,7 +50,8 @@ def remove_welcome_page(server: Server) -> str:
     if not (default.is_symlink() and is_as_packaged(server, server.nginx / "sites-available/default")):
         return ""
     to = os.readlink(default)
-    server.do(f"remove the link {default}: it is the system's welcome page", default.unlink)
+    if server.announce(f"remove the link {default}: it is the system's welcome page"):
+        default.unlink()
     return to
 
 

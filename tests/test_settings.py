@@ -22,14 +22,9 @@ def _empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def env(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    return monkeypatch
-
-
-def faults(env: pytest.MonkeyPatch, *needed: str, **variables: str) -> list[str]:
+def faults(monkeypatch: pytest.MonkeyPatch, *needed: str, **variables: str) -> list[str]:
     for name, value in variables.items():
-        env.setenv(name, value)
+        monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
         load(*needed)
     return caught.value.faults
@@ -61,27 +56,27 @@ def faults(env: pytest.MonkeyPatch, *needed: str, **variables: str) -> list[str]
     ],
 )
 def test_a_wrong_value_is_one_sentence_that_names_its_variable(
-    env: pytest.MonkeyPatch, variables: dict[str, str], sentence: str
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sentence: str
 ) -> None:
-    found = faults(env, **variables)
+    found = faults(monkeypatch, **variables)
     assert len(found) == 1
     assert found[0].startswith(sentence)
 
 
-def test_all_faults_are_told_at_once(env: pytest.MonkeyPatch) -> None:
-    found = faults(env, SMTP_PORT="no", LISTEN="no", ON_DOUBT="no")
+def test_all_faults_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = faults(monkeypatch, SMTP_PORT="no", LISTEN="no", ON_DOUBT="no")
     assert [fault.split(":")[0] for fault in found] == ["SMTP_PORT", "LISTEN", "ON_DOUBT"]
 
 
 @pytest.mark.parametrize("variable", ["SMTP_USERNAME", "SMTP_PASSWORD"])
-def test_half_a_login_is_refused_by_who_speaks_to_the_relay(env: pytest.MonkeyPatch, variable: str) -> None:
-    found = faults(env, "smtp_host", **{"SMTP_HOST": "smtp.example.com", variable: "ada"})
+def test_half_a_login_is_refused_by_who_speaks_to_the_relay(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    found = faults(monkeypatch, "smtp_host", **{"SMTP_HOST": "smtp.example.com", variable: "ada"})
     assert [fault.split(":")[0] for fault in found] == ["SMTP_USERNAME and SMTP_PASSWORD go together"]
     load("mail_from", mail_from="a@example.com")  # the API, which has no business with the password
 
 
-def test_what_a_process_cannot_do_without_is_named(env: pytest.MonkeyPatch) -> None:
-    found = faults(env, "smtp_host", "mail_from", "api_keys", "dashboard_password")
+def test_what_a_process_cannot_do_without_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = faults(monkeypatch, "smtp_host", "mail_from", "api_keys", "dashboard_password")
     assert [fault.split(":")[0] for fault in found] == [
         "SMTP_HOST is not set",
         "MAIL_FROM is not set",
@@ -104,43 +99,43 @@ def test_what_a_process_cannot_do_without_is_named(env: pytest.MonkeyPatch) -> N
         {"DASHBOARD_PASSWORD": "hunter2", "SMTP_PORT": "x"},
     ],
 )
-def test_no_fault_shows_a_secret(env: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    found = faults(env, **variables)
+def test_no_fault_shows_a_secret(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    found = faults(monkeypatch, **variables)
     assert "hunter2" not in " ".join(found)
 
 
-def test_secrets_do_not_show_when_settings_are_printed(env: pytest.MonkeyPatch) -> None:
-    env.setenv("SMTP_USERNAME", "ada")
-    env.setenv("SMTP_PASSWORD", "hunter2")
-    env.setenv("REDIS_URL", "redis://:hunter2@127.0.0.1/0")
+def test_secrets_do_not_show_when_settings_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMTP_USERNAME", "ada")
+    monkeypatch.setenv("SMTP_PASSWORD", "hunter2")
+    monkeypatch.setenv("REDIS_URL", "redis://:hunter2@127.0.0.1/0")
     assert "hunter2" not in repr(load()) + str(load())
 
 
-def test_a_password_goes_to_another_machine_only_encrypted(env: pytest.MonkeyPatch) -> None:
-    env.setenv("SMTP_USERNAME", "ada")
-    env.setenv("SMTP_PASSWORD", "x")
-    env.setenv("SMTP_SECURITY", "none")
-    env.setenv("SMTP_HOST", "127.0.0.1")
+def test_a_password_goes_to_another_machine_only_encrypted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMTP_USERNAME", "ada")
+    monkeypatch.setenv("SMTP_PASSWORD", "x")
+    monkeypatch.setenv("SMTP_SECURITY", "none")
+    monkeypatch.setenv("SMTP_HOST", "127.0.0.1")
     assert load().smtp_security == "none"
-    assert faults(env, SMTP_HOST="relay.example.com") == [
+    assert faults(monkeypatch, SMTP_HOST="relay.example.com") == [
         "SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls"
     ]
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:8000", "[::]:8000", "10.0.0.1:80", "example.com:80"])
-def test_the_key_that_everybody_knows_is_served_on_loopback_only(env: pytest.MonkeyPatch, listen: str) -> None:
-    env.setenv("API_KEYS", f"dev:{hashlib.sha256(b'dev').hexdigest()}")
+def test_the_key_that_everybody_knows_is_served_on_loopback_only(monkeypatch: pytest.MonkeyPatch, listen: str) -> None:
+    monkeypatch.setenv("API_KEYS", f"dev:{hashlib.sha256(b'dev').hexdigest()}")
     for local in ("127.0.0.1:8000", "[::1]:8000", "localhost:8000"):
-        env.setenv("LISTEN", local)
+        monkeypatch.setenv("LISTEN", local)
         load()
-    assert "the key 'dev', which everybody knows" in faults(env, LISTEN=listen)[0]
+    assert "the key 'dev', which everybody knows" in faults(monkeypatch, LISTEN=listen)[0]
 
 
-def test_a_secret_can_stand_in_a_file(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_secret_can_stand_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"shop:{DIGEST}:send\n")
     (tmp_path / "redis").write_text("redis://:pw@127.0.0.1/3\n")
-    env.setenv("API_KEYS_FILE", str(tmp_path / "keys"))
-    env.setenv("REDIS_URL_FILE", str(tmp_path / "redis"))
+    monkeypatch.setenv("API_KEYS_FILE", str(tmp_path / "keys"))
+    monkeypatch.setenv("REDIS_URL_FILE", str(tmp_path / "redis"))
     assert load().api_keys == (ApiKey("shop", DIGEST, "send"),)
     assert load().redis_url.get_secret_value() == "redis://:pw@127.0.0.1/3"
 
@@ -152,14 +147,16 @@ def test_an_unknown_name_in_dotenv_is_a_fault(tmp_path: Path) -> None:
     assert caught.value.faults == ["SMTP_PASWORD in .env is not a setting; see .env.example for the names"]
 
 
-def test_a_service_of_systemd_finds_its_settings_among_its_credentials(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_service_of_systemd_finds_its_settings_in_credentials(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     credentials = tmp_path / "credentials"
     credentials.mkdir()
     (tmp_path / ".env").write_text("MAIL_FROM=not@example.com\n")
     (credentials / "async-email.env").write_text("SMTP_HOST=smtp.example.com\nSMTP_USERNAME=ada\n")
     (credentials / "smtp_password").write_text("hunter2\n")
     (credentials / "redis_url").write_text("")
-    env.setenv("CREDENTIALS_DIRECTORY", str(credentials))
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
     current = load()
     assert (current.smtp_host, current.smtp_username, current.mail_from) == ("smtp.example.com", "ada", None)
     assert current.smtp_password is not None
@@ -170,22 +167,22 @@ def test_a_service_of_systemd_finds_its_settings_among_its_credentials(env: pyte
         load()
 
 
-def test_the_environment_wins_over_dotenv_and_empty_means_unset(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_environment_wins_over_dotenv_and_empty_is_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("SMTP_HOST=from-file\nMAIL_FROM=a@example.com\nSMTP_PORT=\n")
-    env.setenv("SMTP_HOST", "from-environment")
+    monkeypatch.setenv("SMTP_HOST", "from-environment")
     current = load()
     assert (current.smtp_host, current.mail_from, current.smtp_port) == ("from-environment", "a@example.com", 587)
 
 
-def test_port_465_means_implicit_tls(env: pytest.MonkeyPatch) -> None:
+def test_port_465_means_implicit_tls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load().smtp_security == "starttls"
-    env.setenv("SMTP_PORT", "465")
+    monkeypatch.setenv("SMTP_PORT", "465")
     assert load().smtp_security == "tls"
 
 
-def test_durations_lists_and_addresses_are_read(env: pytest.MonkeyPatch) -> None:
-    env.setenv("RETRY_SCHEDULE", "90s, 5m,2h,1d")
-    env.setenv("LISTEN", "[::1]:8080")
+def test_durations_lists_and_addresses_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETRY_SCHEDULE", "90s, 5m,2h,1d")
+    monkeypatch.setenv("LISTEN", "[::1]:8080")
     current = load()
     assert current.retry_schedule == (90, 300, 7200, 86400)
     assert current.listen == Address("::1", 8080)
@@ -229,6 +226,6 @@ def written_duration(seconds: int) -> str:
     return f"{seconds}s"
 
 
-def test_several_rates_hold_together(env: pytest.MonkeyPatch) -> None:
-    env.setenv("SMTP_RATE", "14/s, 30/m,2000/d")
+def test_several_rates_hold_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMTP_RATE", "14/s, 30/m,2000/d")
     assert load().smtp_rate == ((14, 1), (30, 60), (2000, 86400))

@@ -33,27 +33,23 @@ PROPERTIES = (
 OFTEN = 3  # restarts since it was started by hand or at boot
 LATELY = 3600  # seconds; an older trouble is over
 
+# fmt: off
 EXITS = {  # exit code -> its meaning, its fix
     "1": ("it gave up while it started, most often because of Redis", "see the line about Redis here"),
     "2": ("it refuses its settings", "see the lines about settings here"),
     "127": ("127: its program is not there; the release has no .venv", "sudo bin/install, in your clone"),
     "200": ("200/CHDIR: it cannot enter its WorkingDirectory", "sudo bin/install, in your clone"),
-    "203": (
-        "203/EXEC: its program is not there or cannot be run, as with a .venv under /home, which the unit cannot see",
-        "sudo bin/install, in your clone: it puts the code and its .venv under /opt/async-email",
-    ),
+    "203": ("203/EXEC: its program is missing or cannot be run, as with a .venv under /home, which the unit cannot see",
+            "sudo bin/install, in your clone: it puts the code and its .venv under /opt/async-email"),
     "216": ("216/GROUP: its group does not exist", "sudo bin/install, in your clone: it makes user and group"),
     "217": ("217/USER: its user does not exist", "sudo bin/install, in your clone: it makes the user"),
-    "226": (
-        "226/NAMESPACE: a folder that its sandbox names does not exist, or this container forbids sandboxes",
-        "journalctl -u {unit} -n 20 names the folder; in a container, allow nesting",
-    ),
+    "226": ("226/NAMESPACE: a folder that its sandbox names does not exist, or this container forbids sandboxes",
+            "journalctl -u {unit} -n 20 names the folder; in a container, allow nesting"),
     "228": ("228/SECCOMP: this kernel lacks the system call filter", "sudo systemctl edit {unit}: SystemCallFilter="),
-    "243": (
-        "243/CREDENTIALS: a file that its LoadCredential= names is missing",
-        "sudo ls -l /etc/async-email /etc/async-email/credentials; sudo bin/install makes what is missing",
-    ),
+    "243": ("243/CREDENTIALS: a file that its LoadCredential= names is missing",
+            "sudo ls -l /etc/async-email /etc/async-email/credentials; sudo bin/install makes what is missing"),
 }
+# fmt: on
 RESULTS = {  # Result= of a unit that did not end by an exit code
     "start-limit-hit": ("it failed too often: systemd gave up", "sudo systemctl reset-failed {unit}, and start it"),
     "oom-kill": ("the machine ran out of memory", "lower WORKER_CONCURRENCY, or take a larger machine"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -63,21 +62,15 @@ def test_a_port_that_refuses_is_named_with_one_that_answers(target: Target) -> N
     )
 
 
-@pytest.fixture
-def silent_port() -> Iterator[int]:
-    """Its queue of connections is full, so the next one is neither taken nor refused."""
+def test_a_port_that_a_firewall_closes_is_told_from_one_that_refuses(target: Target) -> None:
     with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)
-        for caller in (first, second):
+        for caller in (first, second):  # these fill its queue: the next one is neither accepted nor refused
             caller.setblocking(False)
             caller.connect_ex(deaf.getsockname())
-        yield deaf.getsockname()[1]
-
-
-def test_a_port_that_a_firewall_closes_is_told_from_one_that_refuses(target: Target, silent_port: int) -> None:
-    settings = at(silent_port)
-    assert_finds(relay.login(target, settings), FAULT, "silent, as behind a firewall", "security group")
+        settings = at(deaf.getsockname()[1])
+        assert_finds(relay.login(target, settings), FAULT, "silent, as behind a firewall", "security group")
 
 
 def test_port_25_on_a_cloud_is_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
