@@ -19,8 +19,10 @@ from rq import Retry, get_current_job
 
 import settings
 from mail import sweep as sweeping
+from mail.claim import Busy, Claim
 from mail.mime import to_mime
-from mail.outbox import AFTER_A_CRASH, EXPIRED, Busy, Claim, Outbox, jittered
+from mail.outbox import AFTER_A_CRASH, Outbox, jittered
+from mail.store import EXPIRED
 from process.log import emit
 from queues.connection import connect
 from queues.jobs import Jobs

@@ -21,37 +21,30 @@ import random
 import time
 import uuid
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from redis.client import Pipeline
 
-from mail.counters import SMTP, TOTALS
+from mail.claim import BEFORE_DOT, RELEASE, SETTLE, Busy, Claim, Recipient, dump, iso, timestamp
+from mail.counters import TOTALS
 from mail.draft import Draft
 from mail.message import Message, message_id
-from queues.connection import Script, Unavailable, impatient, unavailable
-from queues.heartbeat import LOST_AFTER, beating
+from mail.store import EXPIRED, FINAL, LAST_SENT, LOOK_AFTER, OPEN, Store
+from queues.connection import unavailable
+from queues.heartbeat import LOST_AFTER
 from queues.jobs import EMAIL, Accepted, Idempotency, Jobs, NotFound, NotPossible
 from settings import Settings
 from smtp.pacing import in_trouble
 
-FINAL = ("sent", "failed", "unknown", "canceled")
-LAST_SENT = "mail:last_sent"
-OPEN = "mail:open"
-LOOK_AFTER = 2 * LOST_AFTER  # seconds after which a mail should have moved on, and mail.sweep looks at it
 # Seconds. RQ's own retries, for an attempt whose worker died or that raised what nobody expected; a mail whose every
 # attempt kills its worker is parked as failed after four. Pauses that the relay asks for are in `settle`, not here.
 AFTER_A_CRASH = (1, 5, 30)
-EXPIRED = "expired"  # the reason of a mail whose `expires_at` has passed
 SHOWN = (
     *("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at", "reason"),
     *("expires_at", "on_doubt"),
 )
-ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
 # KEYS: mail, claim, RQ's failed registry, open. ARGV: token, lease in ms, mail id, when the job was queued (seconds),
 # when to look at the mail if this attempt does not end.
 # There is nothing to do for a mail that is gone, sent or canceled; nor for a failed or unknown one, unless a person has
@@ -73,170 +66,17 @@ redis.call('PERSIST', KEYS[1])
 redis.call('ZADD', KEYS[4], ARGV[5], ARGV[3])
 return {'claimed', redis.call('HGETALL', KEYS[1])}
 """
-# KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, or the mail was canceled or
-# sent meanwhile, and this attempt must stop.
-BEFORE_DOT = """
-if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'sending' then return 0 end
-redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
-return 1
-"""
-# KEYS: mail, claim, last_sent, RQ's job, open, totals. ARGV: token, state, lifetime in seconds (0: none), now, mail id,
-# when to look at it if it does not move on, what the state counts as, how many words of totals follow, these, then
-# field, value, ...
-# `sent` is written by whoever knows it, also when his claim has run out: it is the truth. Anything else only by the
-# holder, and never over `sent` or `canceled`. A second call with the same token changes nothing.
-# It begins with a command that frees memory: Redis looks for memory before a script's first write only, and a mail that
-# was sent must be written down on a full Redis, too.
-SETTLE = """
-local state = redis.call('HGET', KEYS[1], 'state')
-local mine = redis.call('GET', KEYS[2]) == ARGV[1]
-if redis.call('HGET', KEYS[1], 'settled_by') == ARGV[1] then return 1 end
-if not state or (ARGV[2] ~= 'sent' and (not mine or state ~= 'sending')) then return 0 end
-if mine then redis.call('DEL', KEYS[2]) end
-if ARGV[2] == 'sent' then redis.call('HDEL', KEYS[1], 'content') end
-local fields = 9 + ARGV[8]
-redis.call('HSET', KEYS[1], 'state', ARGV[2], 'settled_by', ARGV[1], unpack(ARGV, fields))
-if state ~= 'sent' then redis.call('HINCRBY', KEYS[6], ARGV[7], 1) end  -- sent twice is still one mail that was sent
-for i = 9, fields - 1, 2 do redis.call('HINCRBY', KEYS[6], ARGV[i], ARGV[i + 1]) end
-if ARGV[2] == 'sent' then redis.call('SET', KEYS[3], ARGV[4]) end
-if (ARGV[2] == 'failed' or ARGV[2] == 'unknown') and redis.call('EXISTS', KEYS[4]) == 1 then
-  redis.call('HSET', KEYS[4], 'retries_left', 0)  -- should its worker die now, RQ must not try again
-end
-if tonumber(ARGV[3]) > 0 then
-  redis.call('EXPIRE', KEYS[1], ARGV[3])
-  redis.call('ZREM', KEYS[5], ARGV[5])
-else
-  redis.call('PERSIST', KEYS[1])
-  redis.call('ZADD', KEYS[5], ARGV[6], ARGV[5])
-end
-return 1
-"""
-# KEYS: mail, claim. ARGV: token, lease in ms.
-RENEW = """
-if redis.call('GET', KEYS[2]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[2], ARGV[2]) end
-return 0
-"""
-# KEYS: mail, claim. ARGV: token.
-RELEASE = """
-if redis.call('GET', KEYS[2]) == ARGV[1] then return redis.call('DEL', KEYS[2]) end
-return 0
-"""
-
-
-class Busy(Exception):
-    """Another attempt holds the mail, for `seconds` more at most."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(f"claimed for {seconds:.0f} s more")
-        self.seconds = seconds
-
-
-class ClaimLost(Exception):
-    """The mail is no longer this attempt's: the lease ran out (this process stood still) and another has it, or it was
-    canceled. Nothing was sent."""
-
-
-@dataclass
-class Recipient:
-    """pending, in_doubt, accepted or refused; with the relay's last word about this address."""
-
-    address: str
-    status: str = "pending"
-    code: int | None = None
-    text: str = ""
-
-
-@dataclass
-class Claim:
-    """One attempt's hold on one mail. `expires_at` is in seconds since 1970, 0 for a mail that does not expire;
-    `on_doubt` is what its sender chose, or ""; `in_line` says that SMTP_RATE has told it to come back now; `counts`
-    goes to mail.totals with the outcome."""
-
-    outbox: Outbox
-    id: str
-    token: str
-    message: Message
-    message_id: str
-    created_at: datetime
-    state_before: str
-    recipients: list[Recipient]
-    attempts: list[dict[str, Any]] = field(default_factory=list)
-    counted: int = 0
-    expires_at: float = 0
-    on_doubt: str = ""
-    in_line: bool = False
-    settled: bool = False
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def has_expired(self, within: float = 0) -> bool:
-        """Whether the mail may not be sent any more, now or `within` so many seconds."""
-        return 0 < self.expires_at <= time.time() + within
-
-    @property
-    def keys(self) -> list[str]:
-        return [f"mail:{self.id}", f"mail:{self.id}:claim"]
-
-    def spoke_for(self, seconds: float) -> None:
-        """How long the conversation with the relay took."""
-        SMTP.note(seconds, self.counts)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keeps the claim for as long as the body runs, and gives it back then, also where nothing was settled."""
-        renew = [self.token, LOST_AFTER * 1000]
-        try:
-            with beating(lambda: self.outbox.renew(self.keys, renew)):
-                yield
-        finally:
-            if not self.settled:
-                self.outbox.run(RELEASE, self.keys, [self.token])
-
-    def before_dot(self, statuses: Mapping[str, str]) -> None:
-        """Writes down, at the last moment, who is in doubt from here on. Raises `ClaimLost`."""
-        for recipient in self.recipients:
-            recipient.status = statuses.get(recipient.address, recipient.status)
-        if not self.outbox.run(BEFORE_DOT, self.keys, [self.token, _dump(self.recipients)]):
-            raise ClaimLost(self.id)
-
-    def settle(self, state: str, *, reason: str = "", next_in: float = 0, in_line: bool = False) -> None:
-        """Writes the outcome: recipients, attempts, state; for a final state also how long it is kept.
-
-        Raises `ClaimLost` where it is not this attempt's to write. That somebody was served is written however long
-        Redis takes: nobody else knows it.
-        """
-        now = datetime.now(timezone.utc)
-        fields: dict[str, str | float] = {
-            "recipients": _dump(self.recipients),
-            "attempts": json.dumps(self.attempts[-ATTEMPTS_KEPT:]),
-            "counted": self.counted,
-            "reason": reason,
-            "settled_at": now.timestamp(),
-            "in_line": "1" if in_line else "",
-            "next_attempt_at": _iso(datetime.fromtimestamp(now.timestamp() + next_in, timezone.utc)) if next_in else "",
-        }
-        kept_for = self.outbox.kept_for(state)
-        words = [word for pair in fields.items() for word in pair]
-        counts = [word for pair in self.counts.items() for word in pair]
-        result = EXPIRED if (state, reason) == ("failed", EXPIRED) else state
-        keys = [*self.keys, LAST_SENT, f"rq:job:{self.id}", OPEN, TOTALS]
-        served = any(recipient.status == "accepted" for recipient in self.recipients)
-        settle = self.outbox.insist if served else self.outbox.run
-        look_at = now.timestamp() + next_in + LOOK_AFTER
-        args = [self.token, state, kept_for, now.timestamp(), self.id, look_at, result, len(counts), *counts, *words]
-        if not settle(SETTLE, keys, args):
-            raise ClaimLost(self.id)
-        self.settled = True
 
 
 def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
     outline, content = draft.message.to_json()
     return {
         "state": "queued",
-        "created_at": _iso(datetime.now(timezone.utc)),
+        "created_at": iso(datetime.now(timezone.utc)),
         "message_id": message_id(mail_id, draft.message.sender),
         "outline": outline,
         "content": _compressed(content),
-        "recipients": _dump([Recipient(address) for address in draft.message.recipients]),
+        "recipients": dump([Recipient(address) for address in draft.message.recipients]),
         **({"expires_at": draft.expires_at.isoformat()} if draft.expires_at else {}),
         **({"on_doubt": draft.on_doubt} if draft.on_doubt else {}),
     }
@@ -254,28 +94,7 @@ class Outbox:
     def __init__(self, jobs: Jobs, settings: Settings) -> None:
         self.jobs = jobs
         self.settings = settings
-        self.renew = Script(impatient(jobs.redis), RENEW)
-        sources = (CLAIM, BEFORE_DOT, SETTLE, RELEASE)
-        self._scripts = {source: Script(jobs.redis, source) for source in sources}
-
-    def run(self, script: str, keys: list[str], args: list[Any]) -> Any:
-        return self._scripts[script](keys=keys, args=args)
-
-    def insist(self, script: str, keys: list[str], args: list[Any]) -> Any:
-        """Runs a script, however long Redis is away or refuses writes."""
-        while True:
-            try:
-                with unavailable():
-                    return self.run(script, keys, args)
-            except Unavailable:
-                time.sleep(1)
-
-    def kept_for(self, state: str) -> int:
-        """Seconds; 0 while the mail is on its way. Longer than its job, which must not outlive it: by a day where that
-        may be queued again in its last minute and then wait for a worker."""
-        if state not in FINAL:
-            return 0
-        return self.settings.retain_sent + 3600 if state == "sent" else self.settings.retain_failed + 86400
+        self.store = Store(jobs.redis, settings, (CLAIM, BEFORE_DOT, SETTLE, RELEASE))
 
     def accept(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None) -> Accepted:
         """Stores and queues mails in one atomic step, all of them. Raises `IdempotencyConflict`, `Unavailable`."""
@@ -318,7 +137,7 @@ class Outbox:
         """
         token = uuid.uuid4().hex
         keys = [f"mail:{mail_id}", f"mail:{mail_id}:claim", f"rq:failed:{EMAIL}", OPEN]
-        reply = self.run(CLAIM, keys, [token, LOST_AFTER * 1000, mail_id, queued_at, time.time() + LOOK_AFTER])
+        reply = self.store.run(CLAIM, keys, [token, LOST_AFTER * 1000, mail_id, queued_at, time.time() + LOOK_AFTER])
         verdict = reply[0].decode()
         if verdict == "busy":
             raise Busy(reply[1] / 1000)
@@ -326,7 +145,7 @@ class Outbox:
             return str(verdict)
         stored = {name.decode(): value for name, value in zip(reply[1][::2], reply[1][1::2], strict=True)}
         return Claim(
-            outbox=self,
+            store=self.store,
             id=mail_id,
             token=token,
             message=Message.from_json(stored["outline"], zlib.decompress(stored["content"])),
@@ -336,7 +155,7 @@ class Outbox:
             recipients=[Recipient(**one) for one in json.loads(stored["recipients"])],
             attempts=json.loads(stored.get("attempts", b"[]")),
             counted=int(stored.get("counted", 0)),
-            expires_at=_timestamp(stored.get("expires_at", b"").decode()),
+            expires_at=timestamp(stored.get("expires_at", b"").decode()),
             on_doubt=stored.get("on_doubt", b"").decode(),
             in_line=bool(stored.get("in_line")),
         )
@@ -351,7 +170,7 @@ class Outbox:
         if values[0] is None:
             raise NotFound
         stored = {name: (value or b"").decode() for name, value in zip(SHOWN, values, strict=True)}
-        expired = 0 < _timestamp(stored["expires_at"]) <= time.time()
+        expired = 0 < timestamp(stored["expires_at"]) <= time.time()
         state, reason = seen_state(stored["state"], (job_status or b"").decode(), stored["reason"], expired)
         outline = Message.from_json(stored["outline"])
         return {
@@ -388,7 +207,7 @@ class Outbox:
         def mark(commands: Pipeline) -> None:
             commands.hset(f"mail:{mail_id}", "state", "canceled")
             commands.hdel(f"mail:{mail_id}", "content", "next_attempt_at")
-            commands.expire(f"mail:{mail_id}", self.kept_for("canceled"))
+            commands.expire(f"mail:{mail_id}", self.store.kept_for("canceled"))
             commands.zrem(OPEN, mail_id)
             if state != b"canceled":
                 commands.hincrby(TOTALS, "canceled", 1)
@@ -404,7 +223,7 @@ class Outbox:
         """Queues a failed mail again with all its attempts, also if its job was deleted. Raises as `Jobs.requeue`."""
         with unavailable():
             expires_at: Any = self.jobs.redis.hget(f"mail:{mail_id}", "expires_at")
-        if expires_at and _timestamp(expires_at.decode()) <= time.time():
+        if expires_at and timestamp(expires_at.decode()) <= time.time():
             raise NotPossible("the mail has expired and will not be sent; submit it anew")
         try:
             self.jobs.requeue(mail_id)
@@ -460,16 +279,3 @@ def seen_state(state: str, job_status: str, reason: str, expired: bool = False) 
 def jittered(pause: int) -> int:
     """±20 %, so that mails put off together do not come back together."""
     return max(1, round(pause * random.uniform(0.8, 1.2)))
-
-
-def _iso(moment: datetime) -> str:
-    return moment.isoformat(timespec="milliseconds")
-
-
-def _timestamp(moment: str) -> float:
-    """Seconds since 1970; 0 for ""."""
-    return datetime.fromisoformat(moment).timestamp() if moment else 0
-
-
-def _dump(recipients: list[Recipient]) -> str:
-    return json.dumps([vars(one) for one in recipients], ensure_ascii=False)

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from rq.utils import utcformat
 
 from mail.counters import TOTALS
-from mail.outbox import FINAL, LOST, OPEN, Outbox
+from mail.outbox import LOST, Outbox
+from mail.store import FINAL, OPEN
 from queues.connection import Script, unavailable
 from queues.jobs import EMAIL
 
@@ -102,7 +103,7 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
     head: Any = redis.lindex(f"rq:queue:{EMAIL}", 0)
     first_since: Any = redis.hget(f"rq:job:{head.decode()}", "enqueued_at") if head else None
     written = utcformat(datetime.now(timezone.utc))
-    args = [now, now + LOOK_AGAIN, written, first_since or "", outbox.kept_for("failed"), *FINAL, ""]
+    args = [now, now + LOOK_AGAIN, written, first_since or "", outbox.store.kept_for("failed"), *FINAL, ""]
     args += [word for pair in LOST.items() for word in pair]
     script = Script(redis, SWEEP)
     for mail_id in (one.decode() for one in overdue):

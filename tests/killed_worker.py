@@ -27,7 +27,7 @@ import rq.worker.base
 from rq import Queue
 from rq.registry import ScheduledJobRegistry
 
-from mail.outbox import Claim
+from mail.claim import Claim
 
 
 class Point(NamedTuple):

@@ -29,8 +29,9 @@ from redis.exceptions import ResponseError
 
 from mail.draft import Draft
 from mail.message import compose
-from mail.outbox import OPEN, Outbox
+from mail.outbox import Outbox
 from mail.request import parse
+from mail.store import OPEN
 from ops import doctor
 from ops.checks import configuration, flow, machine, names, packages, relay, replies, store, table, units
 from ops.checks.findings import FAULT, NOTE, OK, WARN, Finding, Findings, Place

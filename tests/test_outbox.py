@@ -10,9 +10,10 @@ import fakeredis
 import pytest
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
+from mail.claim import Busy, Claim, ClaimLost
 from mail.draft import Draft
 from mail.message import Message, compose
-from mail.outbox import Busy, Claim, ClaimLost, Outbox, jittered, seen_state
+from mail.outbox import Outbox, jittered, seen_state
 from mail.request import parse
 from queues import heartbeat
 from queues.heartbeat import LOST_AFTER
@@ -266,14 +267,14 @@ def test_that_somebody_was_served_is_written_as_soon_as_redis_takes_it(
     mail_id = accept(outbox)
     taken = claim(outbox, mail_id)
     taken.recipients[0].status = "accepted"
-    run, refusals = outbox.run, [ConnectionError(), TimeoutError(), ResponseError("MISCONF the disk is full")]
+    run, refusals = outbox.store.run, [ConnectionError(), TimeoutError(), ResponseError("MISCONF the disk is full")]
 
     def sometimes(*args: Any) -> Any:
         if refusals:
             raise refusals.pop()
         return run(*args)
 
-    monkeypatch.setattr(outbox, "run", sometimes)
+    monkeypatch.setattr(outbox.store, "run", sometimes)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     taken.settle(state, reason="x")
     assert client.hget(f"mail:{mail_id}", "state") == state.encode()

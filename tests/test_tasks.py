@@ -12,8 +12,8 @@ from pydantic import Field, ValidationError
 import settings
 from mail import delivery
 from mail.address import Mailbox
+from mail.claim import Claim, Recipient
 from mail.message import Message
-from mail.outbox import Claim, Recipient
 from queues import offer
 from settings import Settings
 from smtp.verdict import Outcome, Phase, Reply, Verdict
@@ -45,7 +45,7 @@ def _forget() -> Iterator[None]:
 def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "") -> Claim:
     a = Mailbox("", "a@example.com")
     return Claim(
-        outbox=None,  # type: ignore[arg-type]
+        store=None,  # type: ignore[arg-type]
         id="an-id",
         token="a-token",
         message=Message(a, [a], [], [], [], "s", text="t"),

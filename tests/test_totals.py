@@ -20,10 +20,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis.exceptions import ConnectionError
 
 from chaos.proxy import Proxy
+from mail.claim import Claim
 from mail.counters import ACCEPT, SMTP, TOTALS, VERDICTS, Gathered
 from mail.draft import Draft
 from mail.message import compose
-from mail.outbox import Claim, Outbox
+from mail.outbox import Outbox
 from mail.request import parse
 from mail.sweep import sweep
 from queues.jobs import Jobs

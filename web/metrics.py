@@ -20,7 +20,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from mail.counters import ACCEPT, RESULTS, SMTP, TOTALS, VERDICTS, Histogram
-from mail.outbox import LAST_SENT, Outbox
+from mail.outbox import Outbox
+from mail.store import LAST_SENT
 from mail.sweep import SWEPT
 from queues import health
 from queues.connection import Unavailable, unavailable

@@ -17,8 +17,9 @@ from redis import Redis
 from mail import message
 from mail.address import Mailbox
 from mail.draft import Draft
-from mail.outbox import FINAL, OPEN, Outbox
+from mail.outbox import Outbox
 from mail.request import Invalid, parse
+from mail.store import FINAL, OPEN
 from ops.checks import replies
 from ops.checks.findings import Findings, Place, counted, fault, lasting, note, ok, warn
 from ops.checks.store import asked
