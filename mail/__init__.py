@@ -6,7 +6,8 @@ templates.py templates on disk -> subject, text, html
 message.py   Message, its stored form, and how a request becomes one
 draft.py     a request's body -> a draft that the outbox can accept
 mime.py      Message -> bytes
-store.py      the mails in Redis: names of keys, how scripts are run
+store.py     the mails in Redis: names of keys, how scripts are run
+states.py    the states, what follows what, and BECOME: the one place where a state changes
 outbox.py    the mails together: accept, claim, cancel, requeue, read
 claim.py     one attempt's hold on one mail: mark, settle
 delivery.py  one attempt, top to bottom

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
-from mail.counters import SMTP, TOTALS
+from mail.counters import SMTP
 from mail.message import Message
-from mail.store import EXPIRED, LAST_SENT, LOOK_AFTER, OPEN, Store
+from mail.states import EXPIRED
+from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
 from queues.heartbeat import LOST_AFTER, beating
 
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
@@ -24,34 +25,22 @@ if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state')
 redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
 return 1
 """
-# KEYS: mail, claim, last_sent, RQ's job, open, totals. ARGV: token, state, lifetime in seconds (0: none), now, mail id,
-# when to look at it if it does not move on, what the state counts as, how many words of totals follow, these, then
-# field, value, ...
-# `sent` is written by whoever knows it, also when his claim has run out: it is the truth. Anything else only by the
-# holder, and never over `sent` or `canceled`. A second call with the same token changes nothing.
-# It begins with a command that frees memory: Redis looks for memory before a script's first write only, and a mail that
-# was sent must be written down on a full Redis, too.
+# KEYS: mail, claim, RQ's job. ARGV: mail id, token, state, now, when to look at it if it does not move on, what the
+# state counts as ("": as itself), how many words of totals follow, these, then field, value, ...
+# `sent` is written by every attempt that knows it, also when its claim has run out. Anything else only by the holder. A
+# second call with the same token changes nothing.
 SETTLE = """
-local state = redis.call('HGET', KEYS[1], 'state')
-local mine = redis.call('GET', KEYS[2]) == ARGV[1]
-if redis.call('HGET', KEYS[1], 'settled_by') == ARGV[1] then return 1 end
-if not state or (ARGV[2] ~= 'sent' and (not mine or state ~= 'sending')) then return 0 end
+local id, token, state = ARGV[1], ARGV[2], ARGV[3]
+local mine = redis.call('GET', KEYS[2]) == token
+if redis.call('HGET', KEYS[1], 'settled_by') == token then return 1 end
+if not mine and state ~= 'sent' then return 0 end
+local fields = 8 + ARGV[7]
+local counted = ARGV[6] ~= '' and ARGV[6] or nil
+if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, fields)}, counted) then return 0 end
 if mine then redis.call('DEL', KEYS[2]) end
-if ARGV[2] == 'sent' then redis.call('HDEL', KEYS[1], 'content') end
-local fields = 9 + ARGV[8]
-redis.call('HSET', KEYS[1], 'state', ARGV[2], 'settled_by', ARGV[1], unpack(ARGV, fields))
-if state ~= 'sent' then redis.call('HINCRBY', KEYS[6], ARGV[7], 1) end  -- sent twice is still one mail that was sent
-for i = 9, fields - 1, 2 do redis.call('HINCRBY', KEYS[6], ARGV[i], ARGV[i + 1]) end
-if ARGV[2] == 'sent' then redis.call('SET', KEYS[3], ARGV[4]) end
-if (ARGV[2] == 'failed' or ARGV[2] == 'unknown') and redis.call('EXISTS', KEYS[4]) == 1 then
-  redis.call('HSET', KEYS[4], 'retries_left', 0)  -- should its worker die now, RQ must not try again
-end
-if tonumber(ARGV[3]) > 0 then
-  redis.call('EXPIRE', KEYS[1], ARGV[3])
-  redis.call('ZREM', KEYS[5], ARGV[5])
-else
-  redis.call('PERSIST', KEYS[1])
-  redis.call('ZADD', KEYS[5], ARGV[6], ARGV[5])
+for i = 8, fields - 1, 2 do redis.call('HINCRBY', TOTALS, ARGV[i], ARGV[i + 1]) end
+if (state == 'failed' or state == 'unknown') and redis.call('EXISTS', KEYS[3]) == 1 then
+  redis.call('HSET', KEYS[3], 'retries_left', 0)  -- should its worker die now, RQ must not try again
 end
 return 1
 """
@@ -113,7 +102,7 @@ class Claim:
 
     @property
     def keys(self) -> list[str]:
-        return [f"mail:{self.id}", f"mail:{self.id}:claim"]
+        return [mail_key(self.id), claim_key(self.id)]
 
     def spoke_for(self, seconds: float) -> None:
         """How long the conversation with the relay took."""
@@ -137,8 +126,10 @@ class Claim:
         if not self.store.run(BEFORE_DOT, self.keys, [self.token, dump(self.recipients)]):
             raise ClaimLost(self.id)
 
-    def settle(self, state: str, *, reason: str = "", next_in: float = 0, in_line: bool = False) -> None:
-        """Writes the outcome: recipients, attempts, state; for a final state also how long it is kept.
+    def settle(
+        self, state: str, *, reason: str = "", next_in: float = 0, in_line: bool = False, expired: bool = False
+    ) -> None:
+        """Writes the outcome: recipients, attempts, state. `expired` says that the mail's `expires_at` is the reason.
 
         Raises `ClaimLost` where it is not this attempt's to write. That somebody was served is written however long
         Redis takes: nobody else knows it.
@@ -148,21 +139,19 @@ class Claim:
             "recipients": dump(self.recipients),
             "attempts": json.dumps(self.attempts[-ATTEMPTS_KEPT:]),
             "counted": self.counted,
-            "reason": reason,
+            "reason": EXPIRED if expired else reason,
             "settled_at": now.timestamp(),
             "in_line": "1" if in_line else "",
             "next_attempt_at": iso(datetime.fromtimestamp(now.timestamp() + next_in, timezone.utc)) if next_in else "",
         }
-        kept_for = self.store.kept_for(state)
         words = [word for pair in fields.items() for word in pair]
         counts = [word for pair in self.counts.items() for word in pair]
-        result = EXPIRED if (state, reason) == ("failed", EXPIRED) else state
-        keys = [*self.keys, LAST_SENT, f"rq:job:{self.id}", OPEN, TOTALS]
+        again = look_at(now.timestamp() + next_in + LOOK_AFTER, self.expires_at)
+        result = EXPIRED if expired and state == "failed" else ""
+        args = [self.id, self.token, state, now.timestamp(), again, result, len(counts), *counts, *words]
         served = any(recipient.status == "accepted" for recipient in self.recipients)
         settle = self.store.insist if served else self.store.run
-        look_at = now.timestamp() + next_in + LOOK_AFTER
-        args = [self.token, state, kept_for, now.timestamp(), self.id, look_at, result, len(counts), *counts, *words]
-        if not settle(SETTLE, keys, args):
+        if not settle(SETTLE, [*self.keys, f"rq:job:{self.id}"], args):
             raise ClaimLost(self.id)
         self.settled = True
 

@@ -22,7 +22,7 @@ from mail import sweep as sweeping
 from mail.claim import Busy, Claim
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
-from mail.store import EXPIRED
+from mail.states import EXPIRED
 from process.log import emit
 from queues.connection import connect
 from queues.jobs import Jobs
@@ -211,10 +211,12 @@ def _conclude(claim: Claim, outcome: Outcome | None) -> str | Retry:
     return _end(claim, state, _reason(replies) if state != "sent" else "", pause)
 
 
-def _end(claim: Claim, state: str, reason: str, pause: int = 0, *, in_line: bool = False) -> str | Retry:
+def _end(
+    claim: Claim, state: str, reason: str, pause: int = 0, *, in_line: bool = False, expired: bool = False
+) -> str | Retry:
     if state == "delayed" and claim.has_expired(within=pause):
         return _expire(claim)  # now rather than then: there will be no other attempt
-    claim.settle(state, reason=reason, next_in=pause, in_line=in_line)
+    claim.settle(state, reason=reason, next_in=pause, in_line=in_line, expired=expired)
     emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
     if state == "sent":
         return state
@@ -228,7 +230,7 @@ def _end(claim: Claim, state: str, reason: str, pause: int = 0, *, in_line: bool
 
 def _expire(claim: Claim) -> str | Retry:
     doubtful = any(one.status == "in_doubt" for one in claim.recipients)
-    return _end(claim, "unknown" if doubtful else "failed", EXPIRED)
+    return _end(claim, "unknown" if doubtful else "failed", EXPIRED, expired=True)
 
 
 def _tell_breaker(reply: Reply) -> None:
@@ -252,7 +254,7 @@ def leave_relay() -> None:
 def sweep() -> None:
     """Looks after mails that got stuck where RQ's own maintenance does not look."""
     for found in sweeping.sweep(outbox()):
-        emit("repaired" if found.outcome == "repaired" else "given_up", id=found.mail_id, reason=found.why)
+        emit(found.event, id=found.mail_id, reason=found.why)
 
 
 def _next_state(claim: Claim, replies: Sequence[Reply]) -> tuple[str, int]:

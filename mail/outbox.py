@@ -1,16 +1,10 @@
-"""What we keep of a mail in Redis, and the three steps that change it: accept, claim, settle.
+"""The mails, seen from the side that submits, takes, cancels and looks: accept, claim, cancel, requeue, read.
 
-A mail is a hash `mail:<id>`; its RQ job has the same id and holds nothing else. `accept` stores both in one atomic
-step. `claim` gives a mail to one attempt at a time, for a limited time, so that a job that RQ runs twice sends once.
-`settle` writes the outcome, recipient by recipient. In between, `Claim.before_dot` notes who is about to be served:
-should the worker die after that, the mail is in doubt for them and not for the others.
+A mail is a hash in Redis; its RQ job has the same id and holds nothing else. `accept` stores both in one atomic step.
+`claim` gives a mail to one attempt at a time, for a limited time, so that a job that RQ runs twice sends once; the
+attempt then marks and settles it (mail.claim). A sent or canceled mail's content is dropped and its outline kept.
 
-    queued -> sending -> sent | failed | unknown (in doubt and held) | delayed -> sending ...
-    queued, delayed, failed, unknown -> canceled
-
-Every script may be run again after a lost reply. Once sent, a mail's content is dropped and its outline kept for
-RETAIN_SENT. The one home of key names: `mail:<id>` (hash), `mail:<id>:claim` (token with expiry), `mail:last_sent`,
-`mail:open` (sorted set: every mail that is not final, by the moment at which mail.sweep looks whether it is stuck).
+Every script may be run again after a lost reply.
 """
 
 from __future__ import annotations
@@ -21,57 +15,84 @@ import random
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from redis.client import Pipeline
-
-from mail.claim import BEFORE_DOT, RELEASE, SETTLE, Busy, Claim, Recipient, dump, iso, timestamp
-from mail.counters import TOTALS
+from mail.claim import Busy, Claim, Recipient, dump, iso, timestamp
 from mail.draft import Draft
 from mail.message import Message, message_id
-from mail.store import EXPIRED, FINAL, LAST_SENT, LOOK_AFTER, OPEN, Store
+from mail.states import State, effective_state
+from mail.store import LAST_SENT, LOOK_AFTER, Store, claim_key, look_at, mail_key
 from queues.connection import unavailable
 from queues.heartbeat import LOST_AFTER
-from queues.jobs import EMAIL, Accepted, Idempotency, Jobs, NotFound, NotPossible
+from queues.jobs import (
+    EMAIL,
+    NOTHING,
+    REMOVE_JOB,
+    Accepted,
+    Beside,
+    Idempotency,
+    Jobs,
+    NotFound,
+    NotPossible,
+    not_removed,
+)
 from settings import Settings
 from smtp.pacing import in_trouble
 
 # Seconds. RQ's own retries, for an attempt whose worker died or that raised what nobody expected; a mail whose every
 # attempt kills its worker is parked as failed after four. Pauses that the relay asks for are in `settle`, not here.
 AFTER_A_CRASH = (1, 5, 30)
-SHOWN = (
-    *("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at", "reason"),
-    *("expires_at", "on_doubt"),
-)
-# KEYS: mail, claim, RQ's failed registry, open. ARGV: token, lease in ms, mail id, when the job was queued (seconds),
-# when to look at the mail if this attempt does not end.
-# There is nothing to do for a mail that is gone, sent or canceled; nor for a failed or unknown one, unless a person has
-# queued it again since: RQ may run a job twice, and then the second run must not be taken for a wish. A second call
-# with the same token (a lost reply) finds its own claim.
+# fmt: off
+SHOWN = ("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at", "reason",
+         "expires_at", "on_doubt")
+# fmt: on
+# ARGV[at] and on: of each mail the id, when to look at it if it does not move on, how many words its fields are, these.
+ACCEPT = """
+local function beside(at)
+  while ARGV[at] do
+    local last = at + 2 + ARGV[at + 2]
+    become(ARGV[at], 'queued', nil, ARGV[at + 1], {unpack(ARGV, at + 3, last)})
+    at = last + 1
+  end
+end
+"""
+# KEYS: mail, claim, RQ's failed registry. ARGV: mail id, token, lease in ms, when the job was queued (seconds), when to
+# look at the mail if this attempt does not end.
+# A failed or unknown mail is claimed only if a person has queued it again since: RQ may run a job twice, and then the
+# second run must not be taken for a wish. Nor is one claimed that has expired: the scheduler may queue its job later. A
+# second call with the same token (a lost reply) finds its own claim.
 CLAIM = """
 local state = redis.call('HGET', KEYS[1], 'state')
-if not state or state == 'sent' or state == 'canceled' then return {state or 'gone'} end
+if not may(state, 'sending') then return {state or 'gone'} end
 if state == 'failed' or state == 'unknown' then
-  local settled_at = tonumber(redis.call('HGET', KEYS[1], 'settled_at'))
-  if redis.call('ZSCORE', KEYS[3], ARGV[3]) or tonumber(ARGV[4]) <= settled_at then return {state} end
+  local settled_at, reason = unpack(redis.call('HMGET', KEYS[1], 'settled_at', 'reason'))
+  local asked = tonumber(ARGV[4]) > tonumber(settled_at) and not redis.call('ZSCORE', KEYS[3], ARGV[1])
+  if reason == EXPIRED or not asked then return {state} end
 end
 local holder = redis.call('GET', KEYS[2])
-if holder and holder ~= ARGV[1] then return {'busy', redis.call('PTTL', KEYS[2])} end
-redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
-if not holder then redis.call('HSET', KEYS[1], 'state', 'sending', 'state_before', state) end
-redis.call('HDEL', KEYS[1], 'next_attempt_at', 'reason')
-redis.call('PERSIST', KEYS[1])
-redis.call('ZADD', KEYS[4], ARGV[5], ARGV[3])
+if holder and holder ~= ARGV[2] then return {'busy', redis.call('PTTL', KEYS[2])} end
+redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
+if not holder then become(ARGV[1], 'sending', nil, ARGV[5], {'state_before', state}) end
 return {'claimed', redis.call('HGETALL', KEYS[1])}
+"""
+# KEYS: mail, claim. ARGV: mail id, then what removes its job, if it has one. Returns what stands in the way: the mail's
+# state ('sending': an attempt holds it), and the job's status where that is it.
+CANCEL = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if not may(state, 'canceled') then return {state or 'gone'} end
+if redis.call('EXISTS', KEYS[2]) == 1 then return {'sending'} end
+local status = remove_job(2)
+if status and status ~= '' then return {state, status} end
+become(ARGV[1], 'canceled', nil, nil, {})
+return {}
 """
 
 
 def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
     outline, content = draft.message.to_json()
     return {
-        "state": "queued",
         "created_at": iso(datetime.now(timezone.utc)),
         "message_id": message_id(mail_id, draft.message.sender),
         "outline": outline,
@@ -94,26 +115,19 @@ class Outbox:
     def __init__(self, jobs: Jobs, settings: Settings) -> None:
         self.jobs = jobs
         self.settings = settings
-        self.store = Store(jobs.redis, settings, (CLAIM, BEFORE_DOT, SETTLE, RELEASE))
+        self.store = Store(jobs.redis, settings)
 
     def accept(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None) -> Accepted:
         """Stores and queues mails in one atomic step, all of them. Raises `IdempotencyConflict`, `Unavailable`."""
-        mails = {str(uuid.uuid4()): draft for draft in drafts}
+        mails, now = {str(uuid.uuid4()): draft for draft in drafts}, time.time()
+        words: list[Any] = []
+        for mail_id, draft in mails.items():
+            fields = [word for pair in _record(mail_id, draft).items() for word in pair]
+            expires_at = draft.expires_at.timestamp() if draft.expires_at else 0
+            words += [mail_id, look_at(now + LOOK_AFTER, expires_at), len(fields), *fields]
+        return self._queue(list(mails), Beside(self.store.script(ACCEPT).source, words), idempotency)
 
-        def store(commands: Pipeline) -> None:
-            for mail_id, draft in mails.items():
-                commands.hset(f"mail:{mail_id}", mapping=_record(mail_id, draft))
-                commands.zadd(OPEN, {mail_id: time.time() + LOOK_AFTER})
-            commands.hincrby(TOTALS, "accepted", len(mails))
-
-        return self._queue(list(mails), store, idempotency)
-
-    def _queue(
-        self,
-        ids: Sequence[str],
-        store: Callable[[Pipeline], None] | None = None,
-        idempotency: Idempotency | None = None,
-    ) -> Accepted:
+    def _queue(self, ids: Sequence[str], beside: Beside = NOTHING, idempotency: Idempotency | None = None) -> Accepted:
         return self.jobs.accept_all(
             EMAIL,
             "tasks.deliver",
@@ -122,7 +136,7 @@ class Outbox:
             retry_in=AFTER_A_CRASH,
             result_ttl=self.settings.retain_sent,
             failure_ttl=self.settings.retain_failed,
-            beside=store,
+            beside=beside,
             idempotency=idempotency,
             idempotency_ttl=self.settings.idempotency_ttl,
         )
@@ -136,8 +150,8 @@ class Outbox:
         `Claim.held` keeps it, so a claim that ran out belongs to a worker that is dead or was stopped for long.
         """
         token = uuid.uuid4().hex
-        keys = [f"mail:{mail_id}", f"mail:{mail_id}:claim", f"rq:failed:{EMAIL}", OPEN]
-        reply = self.store.run(CLAIM, keys, [token, LOST_AFTER * 1000, mail_id, queued_at, time.time() + LOOK_AFTER])
+        keys = [mail_key(mail_id), claim_key(mail_id), f"rq:failed:{EMAIL}"]
+        reply = self.store.run(CLAIM, keys, [mail_id, token, LOST_AFTER * 1000, queued_at, time.time() + LOOK_AFTER])
         verdict = reply[0].decode()
         if verdict == "busy":
             raise Busy(reply[1] / 1000)
@@ -164,14 +178,14 @@ class Outbox:
         """A mail as `GET /emails/{id}` shows it. Raises `NotFound`, `Unavailable`."""
         with unavailable():
             pipe = self.jobs.redis.pipeline(transaction=False)  # a full Redis refuses a transaction, even to read
-            pipe.hmget(f"mail:{mail_id}", SHOWN)
+            pipe.hmget(mail_key(mail_id), SHOWN)
             pipe.hget(f"rq:job:{mail_id}", "status")
             values, job_status = pipe.execute()
         if values[0] is None:
             raise NotFound
         stored = {name: (value or b"").decode() for name, value in zip(SHOWN, values, strict=True)}
         expired = 0 < timestamp(stored["expires_at"]) <= time.time()
-        state, reason = seen_state(stored["state"], (job_status or b"").decode(), stored["reason"], expired)
+        state, reason = effective_state(stored["state"], (job_status or b"").decode(), stored["reason"], expired)
         outline = Message.from_json(stored["outline"])
         return {
             "object": "email",
@@ -194,41 +208,34 @@ class Outbox:
 
     def exists(self, mail_id: str) -> bool:
         with unavailable():
-            return bool(self.jobs.redis.exists(f"mail:{mail_id}"))
+            return bool(self.jobs.redis.exists(mail_key(mail_id)))
 
     def cancel(self, mail_id: str) -> None:
         """Stops a mail that is not being sent and not sent. Raises `NotFound`, `NotPossible`, `Unavailable`."""
-        with unavailable():  # its job may say otherwise: its worker died, or RQ runs it twice
-            state: Any = self.jobs.redis.hget(f"mail:{mail_id}", "state")
-            held = self.jobs.redis.exists(f"mail:{mail_id}:claim")
-        if state == b"sent" or held:
-            raise NotPossible("the mail is sent already" if state == b"sent" else "the mail is being sent")
-
-        def mark(commands: Pipeline) -> None:
-            commands.hset(f"mail:{mail_id}", "state", "canceled")
-            commands.hdel(f"mail:{mail_id}", "content", "next_attempt_at")
-            commands.expire(f"mail:{mail_id}", self.store.kept_for("canceled"))
-            commands.zrem(OPEN, mail_id)
-            if state != b"canceled":
-                commands.hincrby(TOTALS, "canceled", 1)
-
         try:
-            self.jobs.cancel(mail_id, beside=mark)
+            job = self.jobs.removal(mail_id)
         except NotFound:  # somebody deleted the job; the mail is left
-            with unavailable(), self.jobs.redis.pipeline() as commands:
-                mark(commands)
-                commands.execute()
+            job = []
+        with unavailable():
+            refused = self.store.run(REMOVE_JOB + CANCEL, [mail_key(mail_id), claim_key(mail_id)], [mail_id, *job])
+        match [word.decode() for word in refused]:
+            case [_, status]:
+                raise not_removed(status)
+            case ["gone"]:
+                raise NotFound
+            case [state]:
+                raise NotPossible(f"the mail is {'being sent' if state == State.SENDING else 'sent already'}")
 
     def requeue(self, mail_id: str) -> None:
         """Queues a failed mail again with all its attempts, also if its job was deleted. Raises as `Jobs.requeue`."""
         with unavailable():
-            expires_at: Any = self.jobs.redis.hget(f"mail:{mail_id}", "expires_at")
+            expires_at: Any = self.jobs.redis.hget(mail_key(mail_id), "expires_at")
         if expires_at and timestamp(expires_at.decode()) <= time.time():
             raise NotPossible("the mail has expired and will not be sent; submit it anew")
         try:
             self.jobs.requeue(mail_id)
         except NotFound:
-            if self.read(mail_id)["status"] not in ("failed", "unknown"):
+            if self.read(mail_id)["status"] not in (State.FAILED, State.UNKNOWN):
                 raise NotPossible("only a failed mail can be queued again") from None
             self._queue([mail_id])
 
@@ -239,7 +246,7 @@ class Outbox:
             for start in range(0, len(ids), 500):
                 pipe = self.jobs.redis.pipeline(transaction=False)
                 for mail_id in ids[start : start + 500]:
-                    pipe.hmget(f"mail:{mail_id.decode()}", "reason", "settled_at")
+                    pipe.hmget(mail_key(mail_id.decode()), "reason", "settled_at")
                 for reason, settled_at in pipe.execute():
                     if reason and float(settled_at or 0) >= since:
                         yield reason.decode()
@@ -252,28 +259,6 @@ class Outbox:
         with unavailable():
             moment = self.jobs.redis.get(LAST_SENT)
         return float(moment) if moment else None
-
-
-LOST = {  # the status of a mail's job in RQ -> why the mail will not be sent although nobody has settled it
-    "failed": "its worker died in every attempt",
-    "stopped": "its job was stopped",
-    "canceled": "its job was canceled",
-    "": "its job was deleted",
-}
-
-
-def seen_state(state: str, job_status: str, reason: str, expired: bool = False) -> tuple[str, str]:
-    """What is known and not yet written into the mail: queued again after it failed, a worker that died for good, a job
-    that somebody deleted (`rq empty`), a life that is over while the mail still waits."""
-    if state in ("failed", "unknown") and job_status in ("queued", "scheduled", "started"):
-        return "queued", ""
-    if state in FINAL:
-        return state, reason
-    if expired and state != "sending":
-        return "failed", EXPIRED
-    if state == "sending" and job_status in ("queued", "scheduled"):
-        return "delayed", "its worker died in the last attempt"
-    return ("failed", LOST[job_status]) if job_status in LOST else (state, reason)
 
 
 def jittered(pause: int) -> int:

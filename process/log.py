@@ -20,7 +20,7 @@ EVENTS = frozenset(
         *("api_started", "worker_started", "dashboard_started"),
         "request",  # HTTP answered: method, route, status, ms, key's name, id, request_id
         "crashed",  # a fault of ours while answering a request or looking after workers; where, never what
-        *("sent", "delayed", "failed", "unknown"),  # what an attempt came to: id, reason, next_in
+        *("sent", "delayed", "failed", "unknown"),  # what a mail came to: id, reason, next_in
         *("task_finished", "task_failed"),  # what a job of POST /jobs came to: id, task, error
         "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
         "busy",  # a job for a mail that another attempt holds

@@ -16,18 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import worker
-from mail import delivery
-from queues import workers
-from smtp import session, verdict
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import rq.worker.base
 from rq import Queue
 from rq.registry import ScheduledJobRegistry
 
+import worker
+from mail import delivery
 from mail.claim import Claim
+from queues import workers
+from smtp import session, verdict
 
 
 class Point(NamedTuple):

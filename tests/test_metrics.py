@@ -16,7 +16,8 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 from rq.utils import now, utcformat
 
-from mail.counters import ACCEPT, RESULTS, SMTP, TOTALS, VERDICTS
+from mail.counters import ACCEPT, RESULTS, SMTP, VERDICTS
+from mail.store import TOTALS
 from tests.servers import ROOT, Api, House, RedisServer, Relay, eventually
 
 MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}

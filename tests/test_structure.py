@@ -27,7 +27,7 @@ HOMES = {  # an outside thing -> the only rooms or files that may import it
     "email": {"mail.mime", "ops.catcher"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard"},
     "redis": {
-        *("queues", "mail.store", "mail.outbox", "mail.counters", "smtp.pacing", "worker"),
+        *("queues", "mail.store", "mail.counters", "smtp.pacing", "worker"),
         *("ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"),
     },
     "rq": {"queues", "mail.sweep", "mail.delivery", "tasks", "worker", "ops.dashboard"},

@@ -21,11 +21,12 @@ from redis.exceptions import ConnectionError
 
 from chaos.proxy import Proxy
 from mail.claim import Claim
-from mail.counters import ACCEPT, SMTP, TOTALS, VERDICTS, Gathered
+from mail.counters import ACCEPT, SMTP, VERDICTS, Gathered
 from mail.draft import Draft
 from mail.message import compose
 from mail.outbox import Outbox
 from mail.request import parse
+from mail.store import TOTALS
 from mail.sweep import sweep
 from queues.jobs import Jobs
 from settings import Settings

@@ -19,10 +19,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
-from mail.counters import ACCEPT, RESULTS, SMTP, TOTALS, VERDICTS, Histogram
+from mail.counters import ACCEPT, RESULTS, SMTP, VERDICTS, Histogram
 from mail.outbox import Outbox
-from mail.store import LAST_SENT
-from mail.sweep import SWEPT
+from mail.store import LAST_SENT, SWEPT, TOTALS
 from queues import health
 from queues.connection import Unavailable, unavailable
 
