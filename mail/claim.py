@@ -13,14 +13,14 @@ from typing import Any
 
 from mail.counters import SMTP
 from mail.message import Message
-from mail.states import EXPIRED
+from mail.states import EXPIRED, State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
 from queues.heartbeat import LOST_AFTER, beating
 
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
 # KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, or the mail was canceled or
 # sent meanwhile, and this attempt must stop.
-BEFORE_DOT = """
+MARK_IN_DOUBT = """
 if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'sending' then return 0 end
 redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
 return 1
@@ -66,10 +66,10 @@ class ClaimLost(Exception):
 
 @dataclass
 class Recipient:
-    """pending, in_doubt, accepted or refused; with the relay's last word about this address."""
+    """A recipient, with the relay's last word about this address."""
 
     address: str
-    status: str = "pending"
+    status: Status = Status.PENDING
     code: int | None = None
     text: str = ""
 
@@ -78,7 +78,7 @@ class Recipient:
 class Claim:
     """One attempt's hold on one mail. `expires_at` is in seconds since 1970, 0 for a mail that does not expire;
     `on_doubt` is what its sender chose, or ""; `in_line` says that SMTP_RATE has told it to come back now; `counts`
-    goes to mail.totals with the outcome."""
+    goes to mail.counters with the outcome."""
 
     store: Store
     id: str
@@ -86,7 +86,7 @@ class Claim:
     message: Message
     message_id: str
     created_at: datetime
-    state_before: str
+    state_before: State
     recipients: list[Recipient]
     attempts: list[dict[str, Any]] = field(default_factory=list)
     counted: int = 0
@@ -104,13 +104,13 @@ class Claim:
     def keys(self) -> list[str]:
         return [mail_key(self.id), claim_key(self.id)]
 
-    def spoke_for(self, seconds: float) -> None:
-        """How long the conversation with the relay took."""
+    def observe_conversation(self, seconds: float) -> None:
+        """Counts how long the conversation with the relay took."""
         SMTP.note(seconds, self.counts)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps the claim for as long as the body runs, and gives it back then, also where nothing was settled."""
+        """Renews the claim for as long as the body runs, and releases it then, also where nothing was settled."""
         renew = [self.token, LOST_AFTER * 1000]
         try:
             with beating(lambda: self.store.renew(self.keys, renew)):
@@ -119,15 +119,15 @@ class Claim:
             if not self.settled:
                 self.store.run(RELEASE, self.keys, [self.token])
 
-    def before_dot(self, statuses: Mapping[str, str]) -> None:
-        """Writes down, at the last moment, who is in doubt from here on. Raises `ClaimLost`."""
+    def mark_in_doubt(self, statuses: Mapping[str, Status]) -> None:
+        """Writes down, right before the final dot, who is in doubt from here on. Raises `ClaimLost`."""
         for recipient in self.recipients:
             recipient.status = statuses.get(recipient.address, recipient.status)
-        if not self.store.run(BEFORE_DOT, self.keys, [self.token, dump(self.recipients)]):
+        if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, dump(self.recipients)]):
             raise ClaimLost(self.id)
 
     def settle(
-        self, state: str, *, reason: str = "", next_in: float = 0, in_line: bool = False, expired: bool = False
+        self, state: State, *, reason: str = "", next_in: float = 0, in_line: bool = False, expired: bool = False
     ) -> None:
         """Writes the outcome: recipients, attempts, state. `expired` says that the mail's `expires_at` is the reason.
 
@@ -147,9 +147,9 @@ class Claim:
         words = [word for pair in fields.items() for word in pair]
         counts = [word for pair in self.counts.items() for word in pair]
         again = look_at(now.timestamp() + next_in + LOOK_AFTER, self.expires_at)
-        result = EXPIRED if expired and state == "failed" else ""
+        result = EXPIRED if expired and state == State.FAILED else ""
         args = [self.id, self.token, state, now.timestamp(), again, result, len(counts), *counts, *words]
-        served = any(recipient.status == "accepted" for recipient in self.recipients)
+        served = any(recipient.status == Status.ACCEPTED for recipient in self.recipients)
         settle = self.store.insist if served else self.store.run
         if not settle(SETTLE, [*self.keys, f"rq:job:{self.id}"], args):
             raise ClaimLost(self.id)
@@ -167,3 +167,7 @@ def timestamp(moment: str) -> float:
 
 def dump(recipients: list[Recipient]) -> str:
     return json.dumps([vars(one) for one in recipients], ensure_ascii=False)
+
+
+def load(recipients: str | bytes) -> list[Recipient]:
+    return [Recipient(**one | {"status": Status(one["status"])}) for one in json.loads(recipients)]

@@ -22,7 +22,7 @@ from mail import sweep as sweeping
 from mail.claim import Busy, Claim
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
-from mail.states import EXPIRED
+from mail.states import EXPIRED, State, Status
 from process.log import emit
 from queues.connection import connect
 from queues.jobs import Jobs
@@ -79,7 +79,7 @@ def deliver(mail_id: str) -> str | Retry:
         return _later(busy.seconds + 1)
     if isinstance(claim, str):
         emit("nothing_to_do", id=mail_id, state=claim)
-        return claim if claim in ("sent", "canceled") else _give_up(claim)
+        return claim if claim in (State.SENT, State.CANCELED) else _give_up(claim)
     with claim.held():
         try:
             return _attempt(claim)
@@ -89,14 +89,14 @@ def deliver(mail_id: str) -> str | Retry:
 
 def _attempt(claim: Claim) -> str | Retry:
     _take_up(claim)
-    todo = [one.address for one in claim.recipients if one.status == "pending"]
+    todo = [one.address for one in claim.recipients if one.status == Status.PENDING]
     if not todo:
         return _conclude(claim, None)
     if claim.has_expired():
         return _expire(claim)
     wait = pacing().admit(claim.in_line)
     if wait:
-        return _end(claim, "delayed", wait.reason, math.ceil(wait.seconds), in_line=wait.in_line)
+        return _end(claim, State.DELAYED, wait.reason, math.ceil(wait.seconds), in_line=wait.in_line)
     mime = to_mime(claim.message, claim.message_id, claim.created_at)
     started = time.monotonic()
     with pool.conversation(the_relay()) as conversation:
@@ -111,7 +111,7 @@ def _attempt(claim: Claim) -> str | Retry:
         except Expired:
             pacing().well()
             return _expire(claim)
-        claim.spoke_for(time.monotonic() - started)
+        claim.observe_conversation(time.monotonic() - started)
         _record(claim, outcome)
         try:
             return _conclude(claim, outcome)  # written down before a word more to the relay, and before anything else
@@ -127,7 +127,7 @@ def _before_dot(claim: Claim, todo: Sequence[str], replies: Mapping[str, Reply])
         if _broken_off.is_set():
             raise BrokenOff
         _at_dot.add(claim.id)
-    claim.before_dot({who: AT_DOT[replies[who].verdict] if who in replies else "in_doubt" for who in todo})
+    claim.mark_in_doubt({who: AT_DOT[replies[who].verdict] if who in replies else Status.IN_DOUBT for who in todo})
 
 
 def break_off() -> NoReturn:
@@ -154,29 +154,29 @@ def _give_up(reason: str) -> NoReturn:
 
 
 AFTER = {  # the reply that decided -> what the recipient is after the attempt
-    Verdict.ACCEPTED: "accepted",
-    Verdict.REFUSED: "refused",
-    Verdict.TRY_AGAIN: "pending",
-    Verdict.TROUBLE: "pending",
-    Verdict.IN_DOUBT: "in_doubt",
+    Verdict.ACCEPTED: Status.ACCEPTED,
+    Verdict.REFUSED: Status.REFUSED,
+    Verdict.TRY_AGAIN: Status.PENDING,
+    Verdict.TROUBLE: Status.PENDING,
+    Verdict.IN_DOUBT: Status.IN_DOUBT,
 }
-AT_DOT = AFTER | {Verdict.ACCEPTED: "in_doubt"}  # the reply to RCPT, while the final dot is unanswered
+AT_DOT = AFTER | {Verdict.ACCEPTED: Status.IN_DOUBT}  # the reply to RCPT, while the final dot is unanswered
 
 
 def _take_up(claim: Claim) -> None:
     """What earlier attempts left behind, before this one."""
-    asked_again = claim.state_before in ("failed", "unknown")
+    asked_again = claim.state_before in (State.FAILED, State.UNKNOWN)
     if asked_again:
         claim.counted = 0
-    if claim.state_before == "sending":
+    if claim.state_before == State.SENDING:
         claim.attempts.append({"at": _now(), "verdict": "interrupted", "text": "the worker died in this attempt"})
         claim.counts["attempt:interrupted"] += 1
-        if any(one.status == "in_doubt" for one in claim.recipients):
+        if any(one.status == Status.IN_DOUBT for one in claim.recipients):
             claim.counts["in_doubt"] += 1
     retry_doubt = (asked_again or _on_doubt(claim) == "retry") and not claim.has_expired()
     for one in claim.recipients:
-        if (one.status == "in_doubt" and retry_doubt) or (one.status == "refused" and asked_again):
-            one.status = "pending"
+        if (one.status == Status.IN_DOUBT and retry_doubt) or (one.status == Status.REFUSED and asked_again):
+            one.status = Status.PENDING
 
 
 def _on_doubt(claim: Claim) -> str:
@@ -208,19 +208,19 @@ def _conclude(claim: Claim, outcome: Outcome | None) -> str | Retry:
     """The state after this attempt: written down, logged, and told to RQ in its own way."""
     replies = list(outcome.recipients.values()) if outcome else []
     state, pause = _next_state(claim, replies)
-    return _end(claim, state, _reason(replies) if state != "sent" else "", pause)
+    return _end(claim, state, _reason(replies) if state != State.SENT else "", pause)
 
 
 def _end(
-    claim: Claim, state: str, reason: str, pause: int = 0, *, in_line: bool = False, expired: bool = False
+    claim: Claim, state: State, reason: str, pause: int = 0, *, in_line: bool = False, expired: bool = False
 ) -> str | Retry:
-    if state == "delayed" and claim.has_expired(within=pause):
+    if state == State.DELAYED and claim.has_expired(within=pause):
         return _expire(claim)  # now rather than then: there will be no other attempt
     claim.settle(state, reason=reason, next_in=pause, in_line=in_line, expired=expired)
     emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
-    if state == "sent":
+    if state == State.SENT:
         return state
-    if state != "delayed":
+    if state != State.DELAYED:
         _give_up(reason)
     job = get_current_job()
     if job:
@@ -229,8 +229,8 @@ def _end(
 
 
 def _expire(claim: Claim) -> str | Retry:
-    doubtful = any(one.status == "in_doubt" for one in claim.recipients)
-    return _end(claim, "unknown" if doubtful else "failed", EXPIRED, expired=True)
+    doubtful = any(one.status == Status.IN_DOUBT for one in claim.recipients)
+    return _end(claim, State.UNKNOWN if doubtful else State.FAILED, EXPIRED, expired=True)
 
 
 def _tell_breaker(reply: Reply) -> None:
@@ -257,21 +257,21 @@ def sweep() -> None:
         emit(found.event, id=found.mail_id, reason=found.why)
 
 
-def _next_state(claim: Claim, replies: Sequence[Reply]) -> tuple[str, int]:
+def _next_state(claim: Claim, replies: Sequence[Reply]) -> tuple[State, int]:
     """(state, seconds until the next attempt). Only what the mail itself met with counts against its attempts."""
     schedule = settings.current().retry_schedule
     statuses = {one.status for one in claim.recipients}
     asked_for = max((reply.pause + 1 for reply in replies if reply.pause), default=0)  # RQ drops a fraction of a second
-    if "pending" in statuses or ("in_doubt" in statuses and _on_doubt(claim) == "retry"):
+    if Status.PENDING in statuses or (Status.IN_DOUBT in statuses and _on_doubt(claim) == "retry"):
         if not {reply.verdict for reply in replies} & {Verdict.TRY_AGAIN, Verdict.IN_DOUBT} and not _silenced(claim):
-            return "delayed", max(asked_for, jittered(PAUSE_ON_TROUBLE))
+            return State.DELAYED, max(asked_for, jittered(PAUSE_ON_TROUBLE))
         claim.counted += 1
         if claim.counted <= len(schedule):
-            return "delayed", max(asked_for, jittered(schedule[claim.counted - 1]))
-        return "failed", 0
-    if "in_doubt" in statuses:
-        return "unknown", 0
-    return ("failed" if "refused" in statuses else "sent"), 0
+            return State.DELAYED, max(asked_for, jittered(schedule[claim.counted - 1]))
+        return State.FAILED, 0
+    if Status.IN_DOUBT in statuses:
+        return State.UNKNOWN, 0
+    return (State.FAILED if Status.REFUSED in statuses else State.SENT), 0
 
 
 def _silenced(claim: Claim) -> bool:

@@ -15,7 +15,7 @@ from mail.request import FieldError, Invalid, parse
 from mail.templates import render
 
 
-class Late(Invalid):
+class Expired(Invalid):
     """The mail would be right but for the time: its `expires_at` has passed."""
 
 
@@ -28,10 +28,10 @@ class Draft(NamedTuple):
 
 
 def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int) -> Draft:
-    """Returns the draft of one request's body. Raises `Invalid`; `Late` where nothing but the time is wrong."""
+    """Returns the draft of one request's body. Raises `Invalid`; `Expired` where nothing but the time is wrong."""
     asked = parse(body, default_sender=default_sender, max_recipients=max_recipients)
     rendered = render(asked.template.id, asked.template.variables) if asked.template else None
     mail = compose(asked, rendered)
     if asked.expires_at and asked.expires_at.timestamp() <= time.time():
-        raise Late(FieldError("expires_at", "this moment has passed; the mail would never be sent"))
+        raise Expired(FieldError("expires_at", "this moment has passed; the mail would never be sent"))
     return Draft(mail, asked.expires_at, asked.on_doubt)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from mail.claim import Busy, Claim, Recipient, dump, iso, timestamp
+from mail.claim import Busy, Claim, Recipient, dump, iso, load, timestamp
 from mail.draft import Draft
 from mail.message import Message, message_id
 from mail.states import State, effective_state
@@ -165,8 +165,8 @@ class Outbox:
             message=Message.from_json(stored["outline"], zlib.decompress(stored["content"])),
             message_id=stored["message_id"].decode(),
             created_at=datetime.fromisoformat(stored["created_at"].decode()),
-            state_before=stored["state_before"].decode(),
-            recipients=[Recipient(**one) for one in json.loads(stored["recipients"])],
+            state_before=State(stored["state_before"].decode()),
+            recipients=load(stored["recipients"]),
             attempts=json.loads(stored.get("attempts", b"[]")),
             counted=int(stored.get("counted", 0)),
             expires_at=timestamp(stored.get("expires_at", b"").decode()),

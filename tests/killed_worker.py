@@ -42,7 +42,7 @@ POINTS = {
     "after claim": Point(delivery, "_take_up"),
     "during connect": Point(session, "_dial"),
     "before DATA": Point(session.Session, "transact"),
-    "before the final dot": Point(Claim, "before_dot"),
+    "before the final dot": Point(Claim, "mark_in_doubt"),
     "after the final dot, before the reply": Point(session.Session, "step", verdict.Phase.DOT),
     "after 250, before the marker": Point(delivery, "_record"),
     "after the marker, before RQ's bookkeeping": Point(workers.EmailWorker, "handle_job_success"),

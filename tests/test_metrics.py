@@ -24,13 +24,6 @@ MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}
 
 
 @pytest.fixture
-def client(redis_server: RedisServer) -> Iterator[Any]:
-    redis_server.reset()
-    with redis_server.client() as client:
-        yield client
-
-
-@pytest.fixture
 def house(client: redis.Redis, redis_server: RedisServer, tmp_path: Path) -> Iterator[House]:
     with Relay() as relay, House(tmp_path, redis_server.url, **relay.environment(tmp_path)) as house:
         yield house

@@ -11,6 +11,7 @@ from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
 from mail.claim import Busy, ClaimLost
 from mail.outbox import Outbox, jittered
+from mail.states import State, Status
 from queues import heartbeat
 from queues.heartbeat import LOST_AFTER
 from queues.jobs import Idempotency, IdempotencyConflict, NotFound, NotPossible
@@ -101,8 +102,8 @@ def test_whoever_lost_his_claim_stops_before_the_final_dot(outbox: Outbox, clien
     client.delete(f"mail:{mail_id}:claim")
     other = claim(outbox, mail_id)
     with pytest.raises(ClaimLost):
-        paused.before_dot({"b@example.com": "in_doubt"})
-    other.before_dot({"b@example.com": "in_doubt"})
+        paused.mark_in_doubt({"b@example.com": Status.IN_DOUBT})
+    other.mark_in_doubt({"b@example.com": Status.IN_DOUBT})
     assert outbox.read(mail_id)["recipients"][0]["status"] == "in_doubt"
 
 
@@ -112,9 +113,9 @@ def test_whoever_lost_his_claim_may_still_say_sent_and_nothing_else(outbox: Outb
     client.delete(f"mail:{mail_id}:claim")
     claim(outbox, mail_id)
     with pytest.raises(ClaimLost):
-        paused.settle("failed", reason="stale")
+        paused.settle(State.FAILED, reason="stale")
     assert client.hget(f"mail:{mail_id}", "state") == b"sending"
-    paused.settle("sent")
+    paused.settle(State.SENT)
     assert outbox.read(mail_id)["status"] == "sent"
 
 
@@ -122,20 +123,20 @@ def test_settling_twice_is_settling_once(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
     done = claim(outbox, mail_id)
     done.attempts.append({"verdict": "accepted"})
-    done.settle("sent")
+    done.settle(State.SENT)
     before = client.hgetall(f"mail:{mail_id}")
-    done.settle("sent")
+    done.settle(State.SENT)
     after = client.hgetall(f"mail:{mail_id}")
     assert before == after
 
 
 def test_an_interrupted_claim_is_taken_over_with_what_it_noted(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
-    claim(outbox, mail_id).before_dot({"b@example.com": "in_doubt", "c@example.com": "refused"})
+    claim(outbox, mail_id).mark_in_doubt({"b@example.com": Status.IN_DOUBT, "c@example.com": Status.REFUSED})
     client.delete(f"mail:{mail_id}:claim")
     taken = claim(outbox, mail_id)
     assert taken.state_before == "sending"
-    assert [one.status for one in taken.recipients] == ["in_doubt", "refused"]
+    assert [one.status for one in taken.recipients] == [Status.IN_DOUBT, "refused"]
 
 
 def test_the_list_of_attempts_does_not_grow_without_end(outbox: Outbox) -> None:
@@ -143,7 +144,7 @@ def test_the_list_of_attempts_does_not_grow_without_end(outbox: Outbox) -> None:
     for _ in range(60):
         attempt = claim(outbox, mail_id)
         attempt.attempts.append({"at": "then", "verdict": "trouble"})
-        attempt.settle("delayed", next_in=1)
+        attempt.settle(State.DELAYED, next_in=1)
     assert len(outbox.read(mail_id)["attempts"]) == 50
 
 
@@ -158,7 +159,7 @@ def test_a_canceled_mail_is_not_claimed_and_its_job_is_gone(outbox: Outbox, clie
 def test_a_failed_mail_is_claimed_again_only_if_it_was_queued_again_since(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
     accepted_at = time.time()
-    claim(outbox, mail_id).settle("unknown", reason="x")
+    claim(outbox, mail_id).settle(State.UNKNOWN, reason="x")
     assert outbox.claim(mail_id, queued_at=accepted_at) == "unknown"
     client.zadd("rq:failed:email", {mail_id: 1})
     assert outbox.claim(mail_id, queued_at=time.time() + 1) == "unknown"
@@ -169,7 +170,7 @@ def test_a_failed_mail_is_claimed_again_only_if_it_was_queued_again_since(outbox
 @pytest.mark.parametrize("state", ["failed", "unknown"])
 def test_rq_does_not_try_a_mail_again_that_was_given_up(outbox: Outbox, client: Any, state: str) -> None:
     mail_id = accept(outbox)
-    claim(outbox, mail_id).settle(state, reason="x")
+    claim(outbox, mail_id).settle(State(state), reason="x")
     assert client.hget(f"rq:job:{mail_id}", "retries_left") == b"0"
     assert client.hexists(f"rq:job:{mail_id}", "data")
 
@@ -178,7 +179,7 @@ def test_giving_up_a_mail_without_a_job_makes_none(outbox: Outbox, client: Any) 
     mail_id = accept(outbox)
     taken = claim(outbox, mail_id)
     client.delete(f"rq:job:{mail_id}")
-    taken.settle("failed", reason="x")
+    taken.settle(State.FAILED, reason="x")
     assert not client.exists(f"rq:job:{mail_id}")
 
 
@@ -207,7 +208,7 @@ def test_an_attempt_at_a_mail_that_was_canceled_meanwhile_stops_before_the_final
     taken = claim(outbox, mail_id)
     client.hset(f"mail:{mail_id}", "state", "canceled")
     with pytest.raises(ClaimLost):
-        taken.before_dot({})
+        taken.mark_in_doubt({})
 
 
 @pytest.mark.parametrize("state", ["sent", "delayed", "failed"])
@@ -216,7 +217,7 @@ def test_that_somebody_was_served_is_written_as_soon_as_redis_takes_it(
 ) -> None:
     mail_id = accept(outbox)
     taken = claim(outbox, mail_id)
-    taken.recipients[0].status = "accepted"
+    taken.recipients[0].status = Status.ACCEPTED
     run, refusals = outbox.store.run, [ConnectionError(), TimeoutError(), ResponseError("MISCONF the disk is full")]
 
     def sometimes(*args: Any) -> Any:
@@ -226,7 +227,7 @@ def test_that_somebody_was_served_is_written_as_soon_as_redis_takes_it(
 
     monkeypatch.setattr(outbox.store, "run", sometimes)
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    taken.settle(state, reason="x")
+    taken.settle(State(state), reason="x")
     assert client.hget(f"mail:{mail_id}", "state") == state.encode()
     assert outbox.read(mail_id)["recipients"][0]["status"] == "accepted"
 
@@ -238,7 +239,7 @@ def test_reading_what_is_not_there_is_not_found(outbox: Outbox) -> None:
 
 def test_an_expired_mail_is_not_queued_again(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox, expires_in=-1)
-    claim(outbox, mail_id).settle("failed", expired=True)
+    claim(outbox, mail_id).settle(State.FAILED, expired=True)
     client.hset(f"rq:job:{mail_id}", "status", "failed")
     with pytest.raises(NotPossible, match="expired"):
         outbox.requeue(mail_id)

@@ -107,13 +107,13 @@ def test_nothing_but_sent_is_written_over_sent_or_canceled(
     mail_id = accept(outbox)
     late = claim(outbox, mail_id)
     client.delete(f"mail:{mail_id}:claim")
-    claim(outbox, mail_id).settle("sent") if state == State.SENT else outbox.cancel(mail_id)
+    claim(outbox, mail_id).settle(State.SENT) if state == State.SENT else outbox.cancel(mail_id)
     client.set(f"mail:{mail_id}:claim", late.token)
     with pytest.raises(ClaimLost):
         late.settle(then, reason="x")
     client.delete(f"mail:{mail_id}:claim")
     assert outbox.claim(mail_id, queued_at=1e10) == state
-    late.settle("sent")
+    late.settle(State.SENT)
     assert outbox.read(mail_id)["status"] == "sent"
     with pytest.raises(NotPossible, match="sent already"):
         outbox.cancel(mail_id)

@@ -11,6 +11,7 @@ from rq.serializers import JSONSerializer
 
 from mail import sweep as sweeping
 from mail.outbox import Outbox
+from mail.states import State, Status
 from mail.sweep import Finding, sweep, swept
 from tests.mails import accept, claim
 
@@ -120,7 +121,7 @@ def test_a_mail_is_looked_at_again_when_it_expires(outbox: Outbox, client: Any) 
         assert swept_now(outbox) == []
         assert abs(client.zscore("mail:open", mail_id) - time.time() - min(moment, 300)) < 10
         taken = claim(outbox, mail_id)
-        taken.settle("delayed", next_in=500)
+        taken.settle(State.DELAYED, next_in=500)
         assert abs(client.zscore("mail:open", mail_id) - time.time() - min(moment, 590)) < 10
         client.delete("mail:open")
 
@@ -131,15 +132,15 @@ def test_a_mail_that_expires_during_an_attempt_is_left_to_the_attempt(outbox: Ou
     assert swept_now(outbox) == []
     client.delete(f"mail:{mail_id}:claim")  # its worker died; whether it was sent, the next attempt finds out
     assert swept_now(outbox) == []
-    taken.settle("sent")
+    taken.settle(State.SENT)
     assert outbox.read(mail_id)["status"] == "sent"
 
 
 def test_a_mail_in_doubt_that_expires_while_it_waits_is_unknown(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox, -1)
     taken = claim(outbox, mail_id)
-    taken.recipients[1].status = "in_doubt"
-    taken.settle("delayed", next_in=1)
+    taken.recipients[1].status = Status.IN_DOUBT
+    taken.settle(State.DELAYED, next_in=1)
     assert swept_now(outbox) == [Finding(mail_id, "unknown", "expired")]
     assert client.hmget("mail:totals", "unknown", "expired") == [b"1", None]
 
@@ -166,7 +167,7 @@ def test_a_failed_mail_that_was_queued_again_is_none_of_the_sweeps_affair(outbox
 def test_a_mail_in_doubt_whose_job_is_over_is_unknown(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
     taken = claim(outbox, mail_id)
-    taken.before_dot({"b@example.com": "in_doubt"})
+    taken.mark_in_doubt({"b@example.com": Status.IN_DOUBT})
     client.delete(QUEUE, f"mail:{mail_id}:claim")
     client.hset(f"rq:job:{mail_id}", "status", "failed")
     assert swept_now(outbox) == [Finding(mail_id, "given_up", "its worker died in every attempt")]

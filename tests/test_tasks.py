@@ -14,6 +14,7 @@ from mail import delivery
 from mail.address import Mailbox
 from mail.claim import Claim, Recipient
 from mail.message import Message
+from mail.states import State, Status
 from queues import offer
 from settings import Settings
 from smtp.verdict import Outcome, Phase, Reply, Verdict
@@ -51,8 +52,8 @@ def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: st
         message=Message(a, [a], [], [], [], "s", text="t"),
         message_id="<1@example.com>",
         created_at=datetime.now(timezone.utc),
-        state_before=before,
-        recipients=[Recipient(f"{number}@example.com", status) for number, status in enumerate(statuses)],
+        state_before=State(before),
+        recipients=[Recipient(f"{number}@example.com", Status(status)) for number, status in enumerate(statuses)],
         counted=counted,
         on_doubt=on_doubt,
     )
@@ -165,7 +166,7 @@ def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -
 def test_a_recipient_of_whom_nothing_is_known_yet_is_in_doubt_at_the_final_dot(monkeypatch: pytest.MonkeyPatch) -> None:
     """So it is with CHUNKING, where no reply is awaited before the end of the mail."""
     marks: list[dict[str, str]] = []
-    monkeypatch.setattr(Claim, "before_dot", lambda _, statuses: marks.append(statuses))
+    monkeypatch.setattr(Claim, "mark_in_doubt", lambda _, statuses: marks.append(statuses))
     delivery._before_dot(claim("pending"), ["known", "refused", "unknown"], {"known": LATER, "refused": NEVER})
     assert marks == [{"known": "pending", "refused": "refused", "unknown": "in_doubt"}]
 
