@@ -67,8 +67,8 @@ COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)} | {State.QUE
 #
 # become(id, state, now, look_at, fields, counted): false where the state cannot follow the mail's. `look_at` is when
 # mail.sweep looks at a mail that is not final; `fields` are written with the state; `counted` goes before COUNTED.
-# It begins with a command that frees memory: Redis looks for memory before a script's first write only, and a mail that
-# was sent must be written down on a full Redis, too.
+# But for a new mail, it begins with a command that frees memory: Redis looks for memory before a script's first write
+# only, and a mail that was sent must be written down on a full Redis, too.
 BECOME = """
 local function may(was, state) return (FOLLOWS[was or ''] or {})[state] end
 
@@ -76,7 +76,7 @@ local function become(id, state, now, look_at, fields, counted)
   local mail = MAIL .. id
   local was = redis.call('HGET', mail, 'state')
   if not may(was, state) then return false end
-  redis.call('HDEL', mail, unpack(DROPS[state]))
+  if was then redis.call('HDEL', mail, unpack(DROPS[state])) end
   redis.call('HSET', mail, 'state', state, unpack(fields))
   counted = counted or COUNTED[state]
   if counted and was ~= state then redis.call('HINCRBY', TOTALS, counted, 1) end  -- sent twice is one mail
@@ -84,7 +84,7 @@ local function become(id, state, now, look_at, fields, counted)
     redis.call('EXPIRE', mail, KEPT[state])
     redis.call('ZREM', OPEN, id)
   else
-    redis.call('PERSIST', mail)
+    if was then redis.call('PERSIST', mail) end
     redis.call('ZADD', OPEN, look_at, id)
   end
   if state == 'sent' then redis.call('SET', LAST_SENT, now) end

@@ -21,9 +21,8 @@ from redis.exceptions import ConnectionError
 from chaos.proxy import Proxy
 from mail.counters import ACCEPT, SMTP, VERDICTS, Gathered
 from mail.outbox import Outbox
-from mail.states import State, Status
+from mail.states import State
 from mail.store import TOTALS
-from mail.sweep import sweep
 from smtp import verdict
 from tests.mails import accept, claim
 from tests.servers import CUT, Api, House, RedisServer, Relay, eventually
@@ -206,18 +205,6 @@ def test_on_a_full_redis_a_sent_mail_is_counted_all_the_same(outbox: Outbox, cli
     finally:
         client.config_set("maxmemory", 0)
     assert totals(client) == {"sent": 1, "smtp:0.5": 1, "smtp:us": 300_000}
-
-
-def test_what_the_sweep_gives_up_is_counted(outbox: Outbox, client: Any) -> None:
-    for mail_id in (accept(outbox), accept(outbox)):
-        client.delete(f"rq:job:{mail_id}")
-        client.zadd("mail:open", {mail_id: 1})
-    doubtful = claim(outbox, accept(outbox))
-    doubtful.mark_in_doubt({"b@example.com": Status.IN_DOUBT})
-    client.delete(f"rq:job:{doubtful.id}", f"mail:{doubtful.id}:claim")
-    client.zadd("mail:open", {doubtful.id: 1})
-    assert len(list(sweep(outbox))) == 3
-    assert totals(client) == {"accepted": 3, "failed": 2, "unknown": 1}
 
 
 def test_figures_that_redis_does_not_take_are_kept_for_the_next_time(

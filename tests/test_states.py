@@ -119,31 +119,20 @@ def test_nothing_but_sent_is_written_over_sent_or_canceled(
         outbox.cancel(mail_id)
 
 
-@pytest.mark.parametrize(
-    ("state", "job_status", "shown"),
-    [
-        ("queued", "queued", "queued"),
-        ("sending", "started", "sending"),
-        ("delayed", "scheduled", "delayed"),
-        ("sent", "started", "sent"),
-        ("sent", "failed", "sent"),
-        ("failed", "failed", "failed"),
-        ("failed", "queued", "queued"),
-        ("failed", "scheduled", "queued"),
-        ("unknown", "queued", "queued"),
-        ("unknown", "failed", "unknown"),
-        ("sending", "failed", "failed"),
-        ("sending", "scheduled", "delayed"),
-        ("queued", "canceled", "failed"),
-        ("delayed", "stopped", "failed"),
-        ("queued", "failed", "failed"),
-        ("queued", "", "failed"),
-        ("delayed", "", "failed"),
-        ("canceled", "", "canceled"),
-        ("failed", "", "failed"),
-        ("queued", "finished", "queued"),
-    ],
-)
+# fmt: off
+PREVIEWS = [  # the state that is stored, the status of the job, the state that is shown
+    ("queued", "queued", "queued"), ("sending", "started", "sending"), ("delayed", "scheduled", "delayed"),
+    ("sent", "started", "sent"), ("sent", "failed", "sent"), ("canceled", "", "canceled"),
+    ("failed", "failed", "failed"), ("failed", "", "failed"), ("unknown", "failed", "unknown"),
+    ("failed", "queued", "queued"), ("failed", "scheduled", "queued"), ("unknown", "queued", "queued"),
+    ("sending", "failed", "failed"), ("sending", "scheduled", "delayed"), ("delayed", "stopped", "failed"),
+    ("queued", "canceled", "failed"), ("queued", "failed", "failed"), ("queued", "finished", "queued"),
+    ("queued", "", "failed"), ("delayed", "", "failed"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("state", "job_status", "shown"), PREVIEWS)
 def test_the_state_shown_follows_what_rq_knows_better(state: str, job_status: str, shown: str) -> None:
     assert effective_state(state, job_status, "")[0] == shown
 
