@@ -13,7 +13,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from chaos.stage import FINAL, Mail, Stage
+from chaos.stage import Mail, Stage
+from mail.states import FINAL, State, Status
 from tests.scripted_relay import Acceptance
 
 
@@ -67,10 +68,10 @@ def _count(row: Row, stage: Stage, mail: Mail, copies: dict[str, list[Acceptance
     told = {one["address"]: one["status"] for one in seen["recipients"]}
     served = {address: copies[address] for address in mail.recipients}
     state = seen["status"]
-    row.in_doubt += state == "unknown"
-    row.failed += state == "failed"
-    row.once += state == "sent" and all(len(each) == 1 for each in served.values())
-    if state not in FINAL or any(not each and told.get(who) in ("accepted", None) for who, each in served.items()):
+    row.in_doubt += state == State.UNKNOWN
+    row.failed += state == State.FAILED
+    row.once += state == State.SENT and all(len(each) == 1 for each in served.values())
+    if state not in FINAL or any(not each and told.get(who) in (Status.ACCEPTED, None) for who, each in served.items()):
         row.lost += 1
         row.broken.append(f"{mail_id} is lost: it is {state}, the relay has {_counts(served)}")
     for address, each in served.items():
@@ -82,9 +83,9 @@ def _count(row: Row, stage: Stage, mail: Mail, copies: dict[str, list[Acceptance
         row.broken.append(f"{mail_id} went out with another Message-ID")
     if stage.scene.uncounted and int(stage.client.hget(f"mail:{mail_id}", "counted") or 0):
         row.broken.append(f"{mail_id} was charged an attempt for the relay's trouble")
-    if state == "failed" and mail.key not in stage.doomed:
+    if state == State.FAILED and mail.key not in stage.doomed:
         row.broken.append(f"{mail_id} failed: {seen['reason']}")
-    if state != "failed" and mail.key in stage.doomed:
+    if state != State.FAILED and mail.key in stage.doomed:
         row.broken.append(f"{mail_id} should have failed and is {state}")
     if stage.post(mail) != mail_id:
         row.broken.append(f"{mail_id}: its Idempotency-Key no longer leads to it")
@@ -124,11 +125,11 @@ def _told(acceptance: Acceptance, moment: float) -> str:
 
 
 def _agree(state: str, told: str, copies: list[Acceptance]) -> bool:
-    if state == "sent":
-        return bool(told == "accepted" and copies)
-    if told == "accepted":
+    if state == State.SENT:
+        return bool(told == Status.ACCEPTED and copies)
+    if told == Status.ACCEPTED:
         return bool(copies)
-    return told == "in_doubt" or state not in FINAL or not copies
+    return told == Status.IN_DOUBT or state not in FINAL or not copies
 
 
 def _counts(served: dict[str, list[Acceptance]]) -> list[int]:

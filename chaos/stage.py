@@ -30,12 +30,12 @@ import redis
 import trustme
 
 from chaos.proxy import Proxy
+from mail.states import FINAL
 from tests.scripted_relay import ScriptedRelay, Step, take
 from tests.servers import ROOT, Api, House, RedisServer, eventually, free_port
 
 QUICK = ",".join(["1s"] * 50)  # a RETRY_SCHEDULE that no scene uses up
 PROMISE = 120  # seconds in which what a killed worker held is sent, with default settings and no operator
-FINAL = ("sent", "failed", "unknown", "canceled")
 REFUSED = "refused-"  # how an address begins that the relay refuses for good, if the scene wants that
 REPEAT_AFTER = 0.5  # seconds until the client sends a request again
 TESTS = ROOT / "tests"

@@ -6,7 +6,10 @@ templates.py templates on disk -> subject, text, html
 message.py   Message, its stored form, and how a request becomes one
 draft.py     a request's body -> a draft that the outbox can accept
 mime.py      Message -> bytes
-outbox.py    what is kept of a mail in Redis: accept, claim, settle
+store.py     the mails in Redis: names of keys, how scripts are run
+states.py    the states, what follows what, and BECOME: the one place where a state changes
+outbox.py    the mails together: accept, claim, cancel, requeue, read
+claim.py     one attempt's hold on one mail: mark, settle
 delivery.py  one attempt, top to bottom
 sweep.py     mails that got stuck: found, and queued again or given up
 counters.py  what is counted for ever, and how long things took

@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 from redis import Redis
 from redis.exceptions import RedisError
 
+from mail.states import EXPIRED, FINAL
+from mail.store import TOTALS
 from queues.connection import unavailable
 from queues.heartbeat import beating
 
-TOTALS = "mail:totals"
-RESULTS = ("sent", "failed", "expired", "unknown", "canceled")  # what became of a mail; sent again, it has two
+RESULTS = (*FINAL, EXPIRED)  # what became of a mail; sent again, it has two
 VERDICTS = ("accepted", "try_again", "refused", "trouble", "in_doubt", "interrupted")  # what came of an attempt
 
 

@@ -18,8 +18,10 @@ from typing import NoReturn
 from rq import Retry, get_current_job
 
 import settings
+from mail.claim import Busy, Claim
 from mail.mime import to_mime
-from mail.outbox import AFTER_A_CRASH, EXPIRED, Busy, Claim, Outbox, jittered
+from mail.outbox import AFTER_A_CRASH, Outbox, jittered
+from mail.states import EXPIRED, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import connect
@@ -33,13 +35,13 @@ from smtp.verdict import Outcome, Reply, Verdict
 
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
 AFTER = {  # the reply that decided -> what the recipient is after the attempt
-    Verdict.ACCEPTED: "accepted",
-    Verdict.REFUSED: "refused",
-    Verdict.TRY_AGAIN: "pending",
-    Verdict.TROUBLE: "pending",
-    Verdict.IN_DOUBT: "in_doubt",
+    Verdict.ACCEPTED: Status.ACCEPTED,
+    Verdict.REFUSED: Status.REFUSED,
+    Verdict.TRY_AGAIN: Status.PENDING,
+    Verdict.TROUBLE: Status.PENDING,
+    Verdict.IN_DOUBT: Status.IN_DOUBT,
 }
-AT_DOT = AFTER | {Verdict.ACCEPTED: "in_doubt"}  # the reply to RCPT, while the final dot is unanswered
+AT_DOT = AFTER | {Verdict.ACCEPTED: Status.IN_DOUBT}  # the reply to RCPT, while the final dot is unanswered
 
 
 class Failed(Exception):
@@ -101,7 +103,7 @@ class Delivery:
             return _later(busy.seconds + 1)
         if isinstance(claim, str):
             emit("nothing_to_do", id=mail_id, state=claim)
-            return claim if claim in ("sent", "canceled") else _give_up(claim)
+            return claim if claim in (State.SENT, State.CANCELED) else _give_up(claim)
         with claim.held():
             try:
                 return self._attempt(claim)
@@ -110,14 +112,14 @@ class Delivery:
 
     def _attempt(self, claim: Claim) -> str | Retry:
         take_up(claim, retry_doubt=self._on_doubt(claim) == "retry")
-        todo = [one.address for one in claim.recipients if one.status == "pending"]
+        todo = [one.address for one in claim.recipients if one.status == Status.PENDING]
         if not todo:
             return self._conclude(claim, [])
         if claim.has_expired():
             return self._expire(claim)
         wait = self.pacing.admit(returning=claim.in_line)
         if wait:
-            return self._end(claim, "delayed", wait.reason, math.ceil(wait.seconds), wait.reserved)
+            return self._end(claim, State.DELAYED, wait.reason, math.ceil(wait.seconds), wait.reserved)
         envelope = Envelope(claim.message.sender.address, todo, claim.message.needs_smtputf8)
         return self._hand_over(claim, envelope, to_mime(claim.message, claim.message_id, claim.created_at))
 
@@ -142,23 +144,23 @@ class Delivery:
     def _conclude(self, claim: Claim, replies: Sequence[Reply]) -> str | Retry:
         """Writes down the state after this attempt, logs it, and tells RQ in its own way."""
         state, pause = next_state(claim, replies, self.settings.retry_schedule, self._on_doubt(claim))
-        return self._end(claim, state, reason(replies) if state != "sent" else "", pause)
+        return self._end(claim, state, reason(replies) if state != State.SENT else "", pause)
 
-    def _end(self, claim: Claim, state: str, reason: str, pause: int = 0, reserved: bool = False) -> str | Retry:
-        if state == "delayed" and claim.has_expired(within=pause):
+    def _end(self, claim: Claim, state: State, reason: str, pause: int = 0, reserved: bool = False) -> str | Retry:
+        if state == State.DELAYED and claim.has_expired(within=pause):
             return self._expire(claim)  # now rather than then: there will be no other attempt
-        claim.settle(state, reason=reason, next_in=pause, in_line=reserved)
+        claim.settle(state, reason=reason, next_in=pause, in_line=reserved, expired=reason == EXPIRED)
         emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
-        if state == "sent":
+        if state == State.SENT:
             return state
-        if state != "delayed":
+        if state != State.DELAYED:
             _give_up(reason)
         _allow_crashes(len(AFTER_A_CRASH))  # this attempt ended well enough: crashes are counted from here
         return _later(pause)
 
     def _expire(self, claim: Claim) -> str | Retry:
-        doubtful = any(one.status == "in_doubt" for one in claim.recipients)
-        return self._end(claim, "unknown" if doubtful else "failed", EXPIRED)
+        doubtful = any(one.status == Status.IN_DOUBT for one in claim.recipients)
+        return self._end(claim, State.UNKNOWN if doubtful else State.FAILED, EXPIRED)
 
     def _on_doubt(self, claim: Claim) -> str:
         return claim.on_doubt or self.settings.on_doubt
@@ -173,8 +175,7 @@ class Delivery:
     def sweep(self) -> None:
         """Looks after mails that got stuck where RQ's own maintenance does not look."""
         for found in sweep(self.outbox):
-            event = found.outcome if found.outcome in ("repaired", "unreadable") else "given_up"
-            emit(event, id=found.mail_id, reason=found.why)
+            emit(found.event, id=found.mail_id, reason=found.why)
 
 
 @lru_cache(maxsize=1)
@@ -186,24 +187,24 @@ def current() -> Delivery:
 
 def take_up(claim: Claim, *, retry_doubt: bool) -> None:
     """Deals with what earlier attempts left behind, before this one."""
-    asked_again = claim.state_before in ("failed", "unknown")
+    asked_again = claim.state_before in (State.FAILED, State.UNKNOWN)
     if asked_again:
         claim.counted = 0
-    if claim.state_before == "sending":
+    if claim.state_before == State.SENDING:
         claim.attempts.append({"at": _now(), "verdict": "interrupted", "text": "the worker died in this attempt"})
         claim.counts["attempt:interrupted"] += 1
-        if any(one.status == "in_doubt" for one in claim.recipients):
+        if any(one.status == Status.IN_DOUBT for one in claim.recipients):
             claim.counts["in_doubt"] += 1
     retry_doubt = (asked_again or retry_doubt) and not claim.has_expired()
     for one in claim.recipients:
-        if (one.status == "in_doubt" and retry_doubt) or (one.status == "refused" and asked_again):
-            one.status = "pending"
+        if (one.status == Status.IN_DOUBT and retry_doubt) or (one.status == Status.REFUSED and asked_again):
+            one.status = Status.PENDING
 
 
-def at_dot(recipients: Sequence[str], replies: Mapping[str, Reply]) -> dict[str, str]:
+def at_dot(recipients: Sequence[str], replies: Mapping[str, Reply]) -> dict[str, Status]:
     """Returns what each recipient is while the final dot is unanswered. One whose reply to RCPT has not arrived yet
     (pipelining) counts as in doubt: the relay may accept it with this dot."""
-    return {who: AT_DOT[replies[who].verdict] if who in replies else "in_doubt" for who in recipients}
+    return {who: AT_DOT[replies[who].verdict] if who in replies else Status.IN_DOUBT for who in recipients}
 
 
 def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
@@ -220,21 +221,21 @@ def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
     claim.attempts.append({"at": _now(), "relay": str(relay), **said})
 
 
-def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int], on_doubt: str) -> tuple[str, int]:
+def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int], on_doubt: str) -> tuple[State, int]:
     """Returns the state after an attempt, and the seconds until the next one. Only what the mail itself met with counts
     against its attempts."""
     statuses = {one.status for one in claim.recipients}
     asked_for = max((reply.pause + 1 for reply in replies if reply.pause), default=0)  # RQ drops a fraction of a second
-    if "pending" in statuses or ("in_doubt" in statuses and on_doubt == "retry"):
+    if Status.PENDING in statuses or (Status.IN_DOUBT in statuses and on_doubt == "retry"):
         if not {reply.verdict for reply in replies} & {Verdict.TRY_AGAIN, Verdict.IN_DOUBT} and not _silenced(claim):
-            return "delayed", max(asked_for, jittered(PAUSE_ON_TROUBLE))
+            return State.DELAYED, max(asked_for, jittered(PAUSE_ON_TROUBLE))
         claim.counted += 1
         if claim.counted <= len(schedule):
-            return "delayed", max(asked_for, jittered(schedule[claim.counted - 1]))
-        return "failed", 0
-    if "in_doubt" in statuses:
-        return "unknown", 0
-    return ("failed" if "refused" in statuses else "sent"), 0
+            return State.DELAYED, max(asked_for, jittered(schedule[claim.counted - 1]))
+        return State.FAILED, 0
+    if Status.IN_DOUBT in statuses:
+        return State.UNKNOWN, 0
+    return (State.FAILED if Status.REFUSED in statuses else State.SENT), 0
 
 
 def _silenced(claim: Claim) -> bool:

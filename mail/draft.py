@@ -12,7 +12,7 @@ from mail.request import FieldError, Invalid, parse
 from mail.templates import render
 
 
-class Late(Invalid):
+class Expired(Invalid):
     """Nothing is wrong with the request except that its `expires_at` has passed."""
 
 
@@ -25,10 +25,10 @@ class Draft(NamedTuple):
 
 
 def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int) -> Draft:
-    """Returns the draft of one request's body. Raises `Invalid` with every field that is wrong, or `Late`."""
+    """Returns the draft of one request's body. Raises `Invalid` with every field that is wrong, or `Expired`."""
     request = parse(body, default_sender=default_sender, max_recipients=max_recipients)
     rendered = render(request.template.id, request.template.variables) if request.template else None
     message = compose(request, rendered)
     if request.expires_at and request.expires_at.timestamp() <= time.time():
-        raise Late(FieldError("expires_at", "must be in the future"))
+        raise Expired(FieldError("expires_at", "must be in the future"))
     return Draft(message, request.expires_at, request.on_doubt)

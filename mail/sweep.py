@@ -2,14 +2,15 @@
 
 RQ looks after jobs in its lists and registries. It cannot see a job whose id is in none of them (popped by a program
 that died, cut off with the end of an append-only file), a mail whose job was deleted, or one whose job has failed with
-its last worker. `mail:open` holds every mail that is not final by the moment at which it should have moved on; whoever
-is overdue is looked at, in one atomic script each:
+its last worker; nor does it know that a mail has expired. `mail:open` holds every mail that is not final by the moment
+at which it should have moved on, or expires; each that is overdue is looked at, in one atomic script:
 
     waits where its job says it does, or an attempt holds it     looked at again later
-    its job waits, and is in no list; or is finished without it  queued again: a claim makes a second run harmless
+    its `expires_at` has passed and no attempt is on its way     failed, or unknown if it is in doubt: expired
     its job failed, or is gone                                   failed, or unknown if it is in doubt, with a reason
+    its job waits, and is in no list; or is finished without it  queued again: a claim makes a second run harmless
 
-Looks at a bounded number of mails at a time. What it did is counted in `mail:swept` (hash: at, repaired, given_up).
+Looks at a bounded number of mails at a time. What it did with mails that were stuck is counted in `mail:swept`.
 """
 
 from __future__ import annotations
@@ -24,76 +25,76 @@ from redis import Redis
 from redis.exceptions import ResponseError
 from rq.utils import utcformat
 
-from mail.counters import TOTALS
-from mail.outbox import FINAL, LOST, OPEN, Outbox
-from queues.connection import Script, unavailable, why_unavailable
+from mail.claim import timestamp
+from mail.outbox import Outbox
+from mail.store import OPEN, SWEPT, claim_key, look_at, mail_key
+from queues import keys
+from queues.connection import unavailable, why_unavailable
 from queues.table import EMAIL
 
 AT_ONCE = 1000  # mails looked at in one go
 LOOK_AGAIN = 300  # seconds
-SWEPT = "mail:swept"
 MAIL_ID = re.compile(rb"[\w-]+")
 
-# KEYS: mail, claim, RQ's job, open, queue, intermediate queue, scheduled, started, swept, totals. ARGV: mail id, now,
-# when to look again, now as RQ writes it, when the first in the queue was put there, lifetime of a failed mail in
-# seconds, then final states and "" and status, reason, ... of jobs that are over.
+# KEYS: mail, claim, RQ's job, queue, intermediate queue, scheduled, started. ARGV: mail id, now, when to look again,
+# now as RQ writes it, when the first in the queue was put there, whether the mail has expired ("" or "1").
 # A queue is searched only for a job that is older than its first: in a queue of a million, nearly none.
 SWEEP = """
-local final, reasons, at = {}, {}, 7
-while ARGV[at] ~= '' do final[ARGV[at]] = true; at = at + 1 end
-for i = at + 1, #ARGV, 2 do reasons[ARGV[i]] = ARGV[i + 1] end
-
+local id = ARGV[1]
 local kind = redis.call('TYPE', KEYS[1]).ok
 if kind ~= 'hash' and kind ~= 'none' then
-  redis.call('ZREM', KEYS[4], ARGV[1])
+  redis.call('ZREM', OPEN, id)
   return {'unreadable', 'its record is a ' .. kind}
 end
 local state = redis.call('HGET', KEYS[1], 'state')
-if not state or final[state] then
-  redis.call('ZREM', KEYS[4], ARGV[1])
+if not state or KEPT[state] then
+  redis.call('ZREM', OPEN, id)
   return {'closed'}
 end
-redis.call('ZADD', KEYS[4], ARGV[3], ARGV[1])
+redis.call('ZADD', OPEN, ARGV[3], id)
 if redis.call('EXISTS', KEYS[2]) == 1 then return {'held'} end
 
 local readable = redis.call('TYPE', KEYS[3]).ok == 'hash'
 local status = readable and redis.call('HGET', KEYS[3], 'status') or ''
-if reasons[status] then
-  local doubt = string.find(redis.call('HGET', KEYS[1], 'recipients') or '', '"status": "in_doubt"', 1, true)
-  state = doubt and 'unknown' or 'failed'
-  redis.call('HSET', KEYS[1], 'state', state, 'reason', reasons[status], 'settled_at', ARGV[2], 'next_attempt_at', '')
-  redis.call('EXPIRE', KEYS[1], ARGV[6])
-  redis.call('ZREM', KEYS[4], ARGV[1])
-  redis.call('HINCRBY', KEYS[9], 'given_up', 1)
-  redis.call('HINCRBY', KEYS[10], state, 1)
-  return {state, reasons[status]}
+local expired = ARGV[6] ~= '' and state ~= 'sending'
+local reason = expired and EXPIRED or LOST[status]
+if reason then
+  local over = 'failed'
+  for _, one in ipairs(cjson.decode(redis.call('HGET', KEYS[1], 'recipients') or '[]')) do
+    if one.status == 'in_doubt' then over = 'unknown' end
+  end
+  local counted = expired and over == 'failed' and EXPIRED or nil
+  become(id, over, ARGV[2], nil, {'reason', reason, 'settled_at', ARGV[2]}, counted)
+  if expired then return {over, reason} end
+  redis.call('HINCRBY', SWEPT, 'given_up', 1)
+  return {'given_up', reason}
 end
 
 local waits = false
 if status == 'queued' then
   waits = ARGV[5] ~= '' and (redis.call('HGET', KEYS[3], 'enqueued_at') or '') >= ARGV[5]
-    or redis.call('LPOS', KEYS[5], ARGV[1]) or redis.call('LPOS', KEYS[6], ARGV[1])
+    or redis.call('LPOS', KEYS[4], id) or redis.call('LPOS', KEYS[5], id)
 elseif status == 'scheduled' then
-  waits = redis.call('ZSCORE', KEYS[7], ARGV[1])
+  waits = redis.call('ZSCORE', KEYS[6], id)
 elseif status == 'started' then
-  for _, entry in ipairs(redis.call('ZRANGE', KEYS[8], 0, -1)) do
-    if string.sub(entry, 1, #ARGV[1] + 1) == ARGV[1] .. ':' then waits = true end
+  for _, entry in ipairs(redis.call('ZRANGE', KEYS[7], 0, -1)) do
+    if string.sub(entry, 1, #id + 1) == id .. ':' then waits = true end
   end
 end
 if waits then return {'waits'} end
 redis.call('HSET', KEYS[3], 'status', 'queued', 'enqueued_at', ARGV[4])
 redis.call('PERSIST', KEYS[3])
-redis.call('RPUSH', KEYS[5], ARGV[1])
-redis.call('HINCRBY', KEYS[9], 'repaired', 1)
+redis.call('RPUSH', KEYS[4], id)
+redis.call('HINCRBY', SWEPT, 'repaired', 1)
 return {'repaired', status}
 """
 
 
 class Finding(NamedTuple):
-    """`outcome` is `repaired`, `failed`, `unknown` or `unreadable`; `why` says what was wrong."""
+    """What was done about a mail, in the log's word for it, and why."""
 
     mail_id: str
-    outcome: str
+    event: str
     why: str
 
 
@@ -106,45 +107,46 @@ class Swept(NamedTuple):
 
 
 def sweep(outbox: Outbox) -> Iterator[Finding]:
-    """Looks at the mails that are overdue and tells of those that were stuck."""
+    """Looks at the mails that are overdue. Yields those that were stuck or have expired, and what is no mail."""
     redis, now = outbox.jobs.redis, time.time()
     if redis.type(OPEN) not in (b"zset", b"none"):
         redis.rename(OPEN, f"{OPEN}:unreadable")  # each mail comes into a new one with its next attempt
         yield Finding(OPEN, "unreadable", "it is no sorted set")
     overdue: list[Any] = redis.zrangebyscore(OPEN, 0, now, start=0, num=AT_ONCE)
-    written = utcformat(datetime.now(timezone.utc))
-    args = [now, now + LOOK_AGAIN, written, _first_since(redis), outbox.kept_for("failed"), *FINAL, ""]
-    args += [word for pair in LOST.items() for word in pair]
-    script = Script(redis, SWEEP)
     for entry in overdue:
         if MAIL_ID.fullmatch(entry):
-            yield from _look_at(script, entry.decode(), args)
+            yield from _look_at(outbox, entry.decode(), now, _first_since(redis))
         else:
             redis.zrem(OPEN, entry)
             yield Finding("", "unreadable", f"an entry of {OPEN} that names no mail")
     redis.hset(SWEPT, "at", now)
 
 
-def _look_at(script: Script, mail_id: str, args: list[Any]) -> Iterator[Finding]:
-    keys = [f"mail:{mail_id}", f"mail:{mail_id}:claim", f"rq:job:{mail_id}", OPEN, f"rq:queue:{EMAIL}"]
-    keys += [f"rq:queue:{EMAIL}:intermediate", f"rq:scheduled:{EMAIL}", f"rq:wip:{EMAIL}", SWEPT, TOTALS]
+def _look_at(outbox: Outbox, mail_id: str, now: float, first_since: Any) -> Iterator[Finding]:
+    touched = [mail_key(mail_id), claim_key(mail_id), keys.job(mail_id), keys.queue(EMAIL), keys.intermediate(EMAIL)]
+    touched += [keys.scheduled(EMAIL), keys.started(EMAIL)]
     try:
-        outcome, *why = (word.decode() for word in script(keys=keys, args=[mail_id, *args]))
-    except ResponseError as error:
+        stored: Any = outbox.jobs.redis.hget(mail_key(mail_id), "expires_at")
+        expires_at = timestamp((stored or b"").decode())
+        expired = 0 < expires_at <= now
+        again = now + LOOK_AGAIN if expired else look_at(now + LOOK_AGAIN, expires_at)
+        args = [mail_id, now, again, utcformat(datetime.now(timezone.utc)), first_since, "1" if expired else ""]
+        event, *why = (word.decode() for word in outbox.store.run(SWEEP, touched, args))
+    except (ResponseError, ValueError) as error:
         if why_unavailable(error):
             raise
-        script.redis.zadd(OPEN, {mail_id: args[1]})  # for later, and on to the others
+        outbox.jobs.redis.zadd(OPEN, {mail_id: now + LOOK_AGAIN})  # for later, and on to the others
         yield Finding(mail_id, "unreadable", type(error).__name__)
         return
     if why:
-        yield Finding(mail_id, outcome, f"its job was {why[0]} and in no list" if outcome == "repaired" else why[0])
+        yield Finding(mail_id, event, f"its job was {why[0]} and in no list" if event == "repaired" else why[0])
 
 
 def _first_since(redis: Redis) -> Any:
     """Returns when the first job in the queue was put there, "" if that cannot be told."""
-    head: Any = redis.lindex(f"rq:queue:{EMAIL}", 0)
+    head: Any = redis.lindex(keys.queue(EMAIL), 0)
     try:
-        return (head and redis.hget(f"rq:job:{head.decode()}", "enqueued_at")) or ""
+        return (head and redis.hget(keys.job(head.decode()), "enqueued_at")) or ""
     except (UnicodeDecodeError, ResponseError):  # it is no job; the worker that takes it will see to it
         return ""
 

@@ -21,7 +21,7 @@ EVENTS = frozenset({
     "request",  # an HTTP request was answered: method, route, status, ms, name of the key, id, request_id
     "crashed",  # a fault of ours in a request or in the care for workers: where, and never what
     "stuck",  # a process of the API showed no progress and was killed: process
-    "sent", "delayed", "failed", "unknown",  # the result of an attempt: id, reason, next_in
+    "sent", "delayed", "failed", "unknown",  # the result of an attempt, or a mail expired: id, reason, next_in
     "task_finished", "task_failed",  # the result of a job of POST /jobs: id, task, error
     "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
     "busy",  # a job for a mail that another attempt holds

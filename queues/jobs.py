@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
@@ -35,8 +35,18 @@ from queues.connection import Script, unavailable
 from queues.quarantine import StrictJob, Unreadable, set_aside
 from queues.table import QUEUES
 
+# Runs the commands from ARGV[at] to before ARGV[stop], each as the number of its words and the words.
+RUN = """
+local function run(at, stop)
+  while at < stop do
+    local words = tonumber(ARGV[at])
+    redis.call(unpack(ARGV, at + 1, at + words))
+    at = at + words + 1
+  end
+end
+"""
 # KEYS: the (first) job's key, the idempotency key ("" for none). ARGV: job ids with commas, fingerprint, lifetime of
-# the idempotency key in seconds, then the commands, each as the number of its words and the words.
+# the idempotency key in seconds, how many words of commands follow, these, then what is for `beside`.
 ACCEPT = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return {'accepted', ARGV[1]} end
 if KEYS[2] ~= '' then
@@ -46,14 +56,21 @@ if KEYS[2] ~= '' then
     return {fingerprint == ARGV[2] and 'replayed' or 'conflict', ids}
   end
 end
-local at = 4
-while at <= #ARGV do
-  local words = tonumber(ARGV[at])
-  redis.call(unpack(ARGV, at + 1, at + words))
-  at = at + words + 1
-end
+run(5, 5 + ARGV[4])
+beside(5 + ARGV[4])
 if KEYS[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2] .. ' ' .. ARGV[1], 'EX', ARGV[3]) end
 return {'accepted', ARGV[1]}
+"""
+CANCELABLE = ("queued", "scheduled", "failed", "stopped", "canceled")
+# ARGV[at] and on is what `Jobs.removal` returns, or nothing. Returns the job's status ("": it is gone) if it is not the
+# one in which the job may be removed.
+REMOVE_JOB = f"""{RUN}
+local function remove_job(at)
+  if not ARGV[at] then return end
+  local status = redis.call('HGET', ARGV[at], 'status') or ''
+  if status ~= ARGV[at + 1] then return status end
+  run(at + 2, #ARGV + 1)
+end
 """
 
 
@@ -83,8 +100,18 @@ class Idempotency(NamedTuple):
         return cls(f"idempotency:{digest}", hashlib.sha256(canonical.encode()).hexdigest())
 
 
+class Beside(NamedTuple):
+    """What else happens in the same step: Lua that defines `beside(at)`, with its words from ARGV[at] on."""
+
+    source: str = "local function beside() end\n"
+    words: Sequence[Any] = ()
+
+
+NOTHING = Beside()
+
+
 def flatten(commands: Pipeline) -> list[Any]:
-    """Returns a pipeline's commands as ACCEPT reads them: each as the number of its words and the words."""
+    """Returns a pipeline's commands as RUN reads them: each as the number of its words and the words."""
     return [word for command, _ in commands.command_stack for word in (len(command), *command)]
 
 
@@ -139,7 +166,8 @@ class Jobs:
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
         self.queues = {name: Queue(name, connection=redis, serializer=JSONSerializer) for name in QUEUES}
-        self._accept = Script(redis, ACCEPT)
+        self._accept: dict[str, Script] = {}
+        self._remove = Script(redis, REMOVE_JOB + "return remove_job(1)")
         self._templates: dict[tuple[str, str, Policy], JobTemplate] = {}
 
     def accept(
@@ -149,11 +177,11 @@ class Jobs:
         calls: Mapping[str, tuple[Sequence[str], dict[str, Any]]],
         policy: Policy,
         *,
-        beside: Callable[[Pipeline], None] | None = None,
+        beside: Beside = NOTHING,
         idempotency: Idempotency | None = None,
         idempotency_ttl: int = 86400,
     ) -> Accepted:
-        """Stores jobs and queues them, in one step, with the commands that `beside` adds.
+        """Stores jobs and queues them, in one step, and does what is `beside`.
 
         `calls` has the arguments and keyword arguments of each job, by its id. Returns the ids; where the idempotency
         key was seen before with the same fingerprint, those of then. Raises `IdempotencyConflict` where it was seen
@@ -162,11 +190,7 @@ class Jobs:
         with unavailable():
             template = self._template(queue, function, policy)
             words = [word for job_id, (args, kwargs) in calls.items() for word in template.render(job_id, args, kwargs)]
-            if beside:
-                commands = self.redis.pipeline()
-                beside(commands)
-                words += flatten(commands)
-            verdict, known = self._run_accept(list(calls), words, idempotency, idempotency_ttl)
+            verdict, known = self._run_accept(list(calls), words, beside, idempotency, idempotency_ttl)
         if verdict == "conflict":
             raise IdempotencyConflict
         return Accepted(tuple(known.split(",")), verdict == "replayed")
@@ -192,16 +216,20 @@ class Jobs:
         return template
 
     def _run_accept(
-        self, ids: Sequence[str], commands: list[Any], idempotency: Idempotency | None, ttl: int
+        self, ids: Sequence[str], commands: list[Any], beside: Beside, idempotency: Idempotency | None, ttl: int
     ) -> tuple[str, str]:
+        if beside.source not in self._accept:
+            self._accept[beside.source] = Script(self.redis, RUN + beside.source + ACCEPT)
+        accept = self._accept[beside.source]
         touched = [keys.job(ids[0]), idempotency.key if idempotency else ""]
-        words = [",".join(ids), idempotency.fingerprint if idempotency else "", ttl, *commands]
+        fingerprint = idempotency.fingerprint if idempotency else ""
+        words = [",".join(ids), fingerprint, ttl, len(commands), *commands, *beside.words]
         try:
-            reply = self._accept(keys=touched, args=words)
+            reply = accept(keys=touched, args=words)
         except ConnectionError:
             # A connection that died while it lay in the pool, or the reply that was lost. The script knows its own
             # jobs, so a second call stores nothing twice. A time-out is not repeated: the three seconds are spent.
-            reply = self._accept(keys=touched, args=words)
+            reply = accept(keys=touched, args=words)
         return reply[0].decode(), reply[1].decode()
 
     def recall(self, idempotency: Idempotency) -> Accepted | None:
@@ -274,19 +302,27 @@ class Jobs:
             self.queues[job.origin].enqueue_job(job, pipeline=pipe)
             pipe.execute()
 
-    def cancel(self, job_id: str, beside: Callable[[Pipeline], None] | None = None) -> None:
-        """Removes a job that has not run, or has failed, with the commands that `beside` adds, in one step."""
+    def cancel(self, job_id: str) -> None:
+        """Removes a job that has not run, or has failed. Raises `NotFound`, `NotPossible`."""
+        words = self.removal(job_id)
+        with unavailable():
+            status = self._remove(keys=[], args=words)
+        if status is not None:
+            raise not_removed(status.decode())
+
+    def removal(self, job_id: str) -> list[Any]:
+        """Returns what `remove_job` needs: the job's key, the status in which it may be removed, and the commands by
+        which RQ removes it. Raises `NotFound`."""
         job = self.fetch(job_id, to_change=True)
-        with unavailable(), self._watching(job) as pipe:
-            status = job.get_status()
-            if status not in ("queued", "scheduled", "failed", "stopped", "canceled"):
-                raise NotPossible(f"a job that is {status.value} cannot be canceled any more")
+        with unavailable():
             self._forget_lost_executions(job)
-            pipe.multi()
-            if beside:
-                beside(pipe)
-            job.delete(pipeline=pipe)
-            pipe.execute()
+            commands = self.redis.pipeline()
+            try:
+                job.delete(pipeline=commands)
+            except InvalidJobOperation:  # its hash vanished between the fetch and now
+                raise NotFound from None
+        status = job.get_status(False).value
+        return [job.key, status if status in CANCELABLE else "none", *flatten(commands)]
 
     def _forget_lost_executions(self, job: Job) -> None:
         """Drops the attempts whose worker has died: their records expire a minute before the job's list of them, and
@@ -309,6 +345,15 @@ class Jobs:
                 raise NotPossible("the job was taken by a worker at this moment; look again") from None
             except InvalidJobOperation:  # its hash vanished between the fetch and now
                 raise NotFound from None
+
+
+def not_removed(status: str) -> Exception:
+    """Returns the exception for a job that `remove_job` found in this status."""
+    if not status:
+        return NotFound()
+    if status in CANCELABLE:
+        return NotPossible("the job moved on at this moment; look again")
+    return NotPossible(f"a job that is {status} cannot be canceled any more")
 
 
 def _task(job: Job) -> str:

@@ -24,7 +24,7 @@ from rq.registry import ScheduledJobRegistry
 
 import worker
 from mail import delivery
-from mail.outbox import Claim
+from mail.claim import Claim
 from queues import workers
 from smtp import session
 

@@ -14,8 +14,10 @@ import pytest
 
 from mail import delivery
 from mail.address import Mailbox
+from mail.claim import Claim, ClaimLost, Recipient
 from mail.message import Message
-from mail.outbox import Claim, ClaimLost, Outbox, Recipient
+from mail.outbox import Outbox
+from mail.states import State, Status
 from queues.connection import connect
 from queues.jobs import Jobs
 from settings import Settings
@@ -40,14 +42,14 @@ RELAY = Relay("relay.example.com", 587, "none", None, None, None, timeout=5, dea
 def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "") -> Claim:
     a = Mailbox("", "a@example.com")
     return Claim(
-        outbox=None,  # type: ignore[arg-type]
+        store=None,  # type: ignore[arg-type]
         id="an-id",
         token="a-token",
         message=Message(a, [a], [], [], [], "s", text="t"),
         message_id="<1@example.com>",
         created_at=datetime.now(timezone.utc),
-        state_before=before,
-        recipients=[Recipient(f"{number}@example.com", status) for number, status in enumerate(statuses)],
+        state_before=State(before),
+        recipients=[Recipient(f"{number}@example.com", Status(status)) for number, status in enumerate(statuses)],
         counted=counted,
         on_doubt=on_doubt,
     )
@@ -197,7 +199,7 @@ class Attempt:
         self.at_mark: Callable[[], object] = lambda: None
         self.delivery = made(Settings(_env_file=None))
         self.delivery.relay, self.delivery.pool = at(there.port), POOL
-        self.claim.outbox = SimpleNamespace(run=self.mark)  # type: ignore[assignment]  # all that is asked of it here
+        self.claim.store = SimpleNamespace(run=self.mark)  # type: ignore[assignment]  # all that is asked of it here
         monkeypatch.setattr(self.claim, "settle", lambda state, **_: self.note(state))
 
     def note(self, event: str) -> None:

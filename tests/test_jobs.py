@@ -22,7 +22,6 @@ from typing import Any
 import fakeredis
 import pytest
 from redis import exceptions
-from redis.client import Pipeline
 from redis.exceptions import InvalidResponse, NoScriptError, ResponseError
 from rq import Queue, Retry
 from rq.executions import Execution
@@ -32,7 +31,7 @@ from rq.serializers import JSONSerializer
 
 from queues import connection, health, heartbeat
 from queues.connection import Script, Unavailable, connect
-from queues.jobs import Accepted, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Policy
+from queues.jobs import Accepted, Beside, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Policy
 from queues.table import EMAIL, JOBS
 from tests.servers import RedisServer, eventually
 
@@ -88,8 +87,7 @@ def queued(store: Jobs, queue: str = JOBS) -> list[str]:
     return [one.decode() for one in ids]
 
 
-def mark(commands: Pipeline) -> None:
-    commands.set("x", 1)
+MARK = Beside("local function beside() redis.call('SET', 'x', 1) end\n")
 
 
 # --- Idempotency ------------------------------------------------------------------------------------------------------
@@ -136,12 +134,9 @@ def test_a_job_may_have_no_further_attempts(store: Jobs) -> None:
 
 
 def test_what_is_stored_beside_a_job_is_stored_with_it(store: Jobs) -> None:
-    def beside(commands: Pipeline) -> None:
-        commands.hset("mail:x", mapping={"state": "queued", "text": "line\nline \0 é"})
-        commands.set("binary", b"\xff\x00")
-
-    accept(store, beside=beside)
-    assert store.redis.hget("mail:x", "text") == "line\nline \0 é".encode()
+    source = "local function beside(at) redis.call('MSET', 'text', ARGV[at], 'binary', ARGV[at + 1]) end\n"
+    accept(store, beside=Beside(source, ["line\nline \0 é", b"\xff\x00"]))
+    assert store.redis.get("text") == "line\nline \0 é".encode()
     assert store.redis.get("binary") == b"\xff\x00"
 
 
@@ -154,7 +149,7 @@ def test_a_job_accepted_twice_is_stored_once_and_both_are_told_so(store: Jobs) -
 def test_a_repeated_request_is_told_the_job_of_then(store: Jobs) -> None:
     key = Idempotency.of("shop", "/jobs", "k", {})
     accept(store, idempotency=key, idempotency_ttl=77)
-    assert accept(store, TWO, key, beside=mark) == Accepted((ONE,), replayed=True)
+    assert accept(store, TWO, key, beside=MARK) == Accepted((ONE,), replayed=True)
     assert queued(store) == [ONE]
     assert not store.redis.exists("x", f"rq:job:{TWO}")
     assert store.redis.ttl(key.key) == 77
@@ -178,20 +173,20 @@ def test_a_key_that_has_run_out_is_free_again(store: Jobs) -> None:
 def test_accept_is_asked_again_after_a_connection_that_broke_and_not_after_a_time_out(
     store: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script, calls = store._accept, 0
+    call, calls = Script.__call__, 0
 
     def lose(reply: Exception) -> None:
-        def run(**given: Any) -> Any:
+        def run(script: Script, **given: Any) -> Any:
             nonlocal calls
             calls += 1
-            heard = script(**given)
+            heard = call(script, **given)
             if calls == 1:
                 raise reply
             return heard
 
         nonlocal calls
         calls = 0
-        monkeypatch.setattr(store, "_accept", run)
+        monkeypatch.setattr(Script, "__call__", run)
 
     lose(exceptions.ConnectionError())
     assert accept(store) == Accepted((ONE,), replayed=False)
@@ -222,7 +217,8 @@ def test_a_redis_that_fills_up_holds_whole_jobs_only(real: Jobs) -> None:
     def submit(number: int) -> None:
         job_id = f"{number:08}-0000-4000-8000-000000000000"
         key = Idempotency.of("shop", "/jobs", str(number), {})
-        accept(real, job_id, key, beside=lambda commands: commands.hset(f"mail:{job_id}", "text", "x" * 20_000))
+        source = "local function beside(at) redis.call('SET', ARGV[at], ARGV[at + 1]) end\n"
+        accept(real, job_id, key, beside=Beside(source, [f"mail:{job_id}", "x" * 20_000]))
 
     submit(0)
     used: Any = real.redis.info("memory")
@@ -333,16 +329,15 @@ def test_a_job_that_runs_or_has_run_cannot_be_canceled(store: Jobs, status: JobS
     accept(store)
     stored(store).set_status(status)
     with pytest.raises(NotPossible, match=f"a job that is {status.value} "):
-        store.cancel(ONE, beside=mark)
+        store.cancel(ONE)
     assert stored(store).get_status() == status
-    assert not store.redis.exists("x")
 
 
-def test_a_canceled_job_leaves_what_is_stored_beside_and_nothing_else(store: Jobs) -> None:
+def test_a_canceled_job_leaves_nothing(store: Jobs) -> None:
     accept(store)
     Result.create_failure(stored(store), 100, "ValueError")
-    store.cancel(ONE, beside=mark)
-    assert set(store.redis.keys("*")) == {b"x", b"rq:queues"}
+    store.cancel(ONE)
+    assert store.redis.keys("*") == [b"rq:queues"]
 
 
 @pytest.mark.parametrize("left", [{}, {"last_heartbeat": 1}])  # a sign of life came late, after the record had expired
@@ -355,7 +350,7 @@ def test_a_job_one_of_whose_attempts_lost_its_worker_can_be_canceled(store: Jobs
     if left:
         store.redis.hset(execution.key, mapping=left)
     stored(store).set_status(JobStatus.SCHEDULED)
-    store.cancel(ONE, beside=mark)
+    store.cancel(ONE)
     assert not store.redis.keys(f"rq:*{ONE}")
 
 
@@ -375,15 +370,21 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) ->
     yield
 
 
-def test_a_job_that_a_worker_takes_at_this_moment_is_not_canceled(real: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    accept(real)
-    with (
-        meanwhile(monkeypatch, lambda: stored(real).set_status(JobStatus.STARTED)),
-        pytest.raises(NotPossible, match="look again"),
-    ):
-        real.cancel(ONE, beside=mark)
-    assert stored(real).get_status() == JobStatus.STARTED
-    assert not real.redis.exists("x")
+@pytest.mark.parametrize(("moved", "told"), [(JobStatus.STARTED, "is started"), (JobStatus.SCHEDULED, "look again")])
+def test_a_job_that_moves_on_at_this_moment_is_not_canceled(
+    store: Jobs, monkeypatch: pytest.MonkeyPatch, moved: JobStatus, told: str
+) -> None:
+    accept(store)
+    delete = Job.delete
+
+    def late(job: Job, pipeline: Any) -> None:
+        delete(job, pipeline)
+        stored(store).set_status(moved)
+
+    monkeypatch.setattr(Job, "delete", late)
+    with pytest.raises(NotPossible, match=told):
+        store.cancel(ONE)
+    assert stored(store).get_status() == moved
 
 
 def test_a_job_that_another_queues_again_at_this_moment_is_queued_once(
@@ -406,15 +407,24 @@ def test_a_job_that_vanishes_while_we_look_is_not_found(store: Jobs, monkeypatch
         getattr(store, act)(ONE)
 
 
-@pytest.mark.parametrize("act", ["requeue", "cancel"])
-def test_what_a_full_redis_refuses_is_not_half_done(real: Jobs, act: str) -> None:
+def test_a_job_can_be_canceled_on_a_full_redis(real: Jobs) -> None:
+    accept(real)
+    real.redis.config_set("maxmemory", 1)
+    try:
+        real.cancel(ONE)
+    finally:
+        real.redis.config_set("maxmemory", 0)
+    assert real.redis.keys("*") == [b"rq:queues"]
+
+
+def test_what_a_full_redis_refuses_is_not_half_done(real: Jobs) -> None:
     accept(real)
     fail(real)
     before = real.redis.hgetall(f"rq:job:{ONE}")
     real.redis.config_set("maxmemory", 1)
     try:
         with pytest.raises(Unavailable, match="out of memory"):
-            real.requeue(ONE) if act == "requeue" else real.cancel(ONE, beside=mark)
+            real.requeue(ONE)
     finally:
         real.redis.config_set("maxmemory", 0)
     assert real.redis.hgetall(f"rq:job:{ONE}") == before

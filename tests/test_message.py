@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mail.address import Mailbox
-from mail.draft import Late, prepare
+from mail.draft import Expired, prepare
 from mail.message import Message, compose, message_id
 from mail.request import parse
 from tests.sample_mails import CONTROLS, Rendered, accepted, mail, refusal
@@ -39,7 +39,7 @@ def test_a_variable_cannot_bring_a_header_into_the_mail(control: str) -> None:
 
 def test_a_mail_whose_time_has_passed_is_late_and_nothing_else() -> None:
     body = mail(expires_at="2020-01-01T00:00:00Z")
-    with pytest.raises(Late) as caught:
+    with pytest.raises(Expired) as caught:
         prepare(body, default_sender=None, max_recipients=1)
     assert [error.field for error in caught.value.errors] == ["expires_at"]
 

@@ -15,7 +15,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rq.utils import now, utcformat
 
-from mail.counters import ACCEPT, RESULTS, SMTP, TOTALS, VERDICTS
+from mail.counters import ACCEPT, RESULTS, SMTP, VERDICTS
+from mail.store import TOTALS
 from tests.http_api import MAIL
 from tests.redis_troubles import configured
 from tests.relay import Relay

@@ -27,7 +27,7 @@ HOMES = {  # an outside thing -> the only rooms or files that may import it
     "email": {"mail.mime", "ops.catcher", "ops.mailparts"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard"},
     "redis": {
-        *("queues", "mail.outbox", "mail.counters", "mail.sweep", "smtp.pacing", "worker"),
+        *("queues", "mail.store", "mail.counters", "mail.sweep", "smtp.pacing", "worker"),
         *("ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"),
     },
     "rq": {"queues", "mail.sweep", "mail.delivery", "tasks", "worker", "ops.dashboard"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,33 +10,12 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from mail import sweep as sweeping
-from mail.draft import Draft
-from mail.message import compose
 from mail.outbox import Outbox
-from mail.request import parse
+from mail.states import State, Status
 from mail.sweep import Finding, sweep, swept
-from queues.jobs import Jobs
-from settings import Settings
-from tests.servers import RedisServer
+from tests.mails import accept, claim
 
-BODY = {"from": "a@example.com", "to": ["b@example.com", "c@example.com"], "subject": "s", "text": "t"}
 QUEUE = "rq:queue:email"
-
-
-@pytest.fixture
-def client(redis_server: RedisServer) -> Iterator[Any]:
-    redis_server.reset()
-    with redis_server.client() as client:
-        yield client
-
-
-@pytest.fixture
-def outbox(client: Any) -> Outbox:
-    return Outbox(Jobs(client), Settings(_env_file=None))
-
-
-def accepted(outbox: Outbox) -> str:
-    return outbox.accept([Draft(compose(parse(BODY, default_sender=None, max_recipients=50)))]).id
 
 
 def swept_now(outbox: Outbox) -> list[Finding]:
@@ -53,7 +31,7 @@ def job(outbox: Outbox, mail_id: str) -> Job:
 
 
 def test_a_mail_that_waits_where_its_job_says_is_left_alone(outbox: Outbox, client: Any) -> None:
-    queued, scheduled, started, popped = (accepted(outbox) for _ in range(4))
+    queued, scheduled, started, popped = (accept(outbox) for _ in range(4))
     for mail_id in (scheduled, started, popped):
         client.lrem(QUEUE, 1, mail_id)
     client.hset(f"rq:job:{scheduled}", "status", "scheduled")
@@ -68,7 +46,7 @@ def test_a_mail_that_waits_where_its_job_says_is_left_alone(outbox: Outbox, clie
 
 
 def test_only_what_is_overdue_is_looked_at(outbox: Outbox, client: Any) -> None:
-    client.lrem(QUEUE, 1, accepted(outbox))
+    client.lrem(QUEUE, 1, accept(outbox))
     assert list(sweep(outbox)) == []
     assert len(swept_now(outbox)) == 1
 
@@ -76,9 +54,9 @@ def test_only_what_is_overdue_is_looked_at(outbox: Outbox, client: Any) -> None:
 @pytest.mark.parametrize("status", ["queued", "scheduled", "started", "finished"])
 @pytest.mark.parametrize("others", [0, 3])
 def test_a_mail_whose_job_is_in_no_list_is_queued_again(outbox: Outbox, client: Any, status: str, others: int) -> None:
-    stuck = accepted(outbox)
+    stuck = accept(outbox)
     client.lrem(QUEUE, 1, stuck)
-    waiting = [accepted(outbox) for _ in range(others)]
+    waiting = [accept(outbox) for _ in range(others)]
     client.hset(f"rq:job:{stuck}", "status", status)
     client.expire(f"rq:job:{stuck}", 100)
     assert swept_now(outbox) == [Finding(stuck, "repaired", f"its job was {status} and in no list")]
@@ -90,7 +68,7 @@ def test_a_mail_whose_job_is_in_no_list_is_queued_again(outbox: Outbox, client: 
 
 
 def test_a_mail_that_an_attempt_holds_is_left_alone(outbox: Outbox, client: Any) -> None:
-    mail_id = accepted(outbox)
+    mail_id = accept(outbox)
     outbox.claim(mail_id, time.time())
     client.delete(QUEUE, f"rq:job:{mail_id}")
     assert swept_now(outbox) == []
@@ -108,7 +86,7 @@ def test_a_mail_that_an_attempt_holds_is_left_alone(outbox: Outbox, client: Any)
 def test_a_mail_whose_job_is_over_fails_with_the_reason_and_is_not_kept_for_ever(
     outbox: Outbox, client: Any, status: str, reason: str
 ) -> None:
-    mail_id = accepted(outbox)
+    mail_id = accept(outbox)
     client.delete(QUEUE)
     if status:
         client.hset(f"rq:job:{mail_id}", "status", status)
@@ -116,7 +94,7 @@ def test_a_mail_whose_job_is_over_fails_with_the_reason_and_is_not_kept_for_ever
         client.delete(f"rq:job:{mail_id}")
     assert outbox.read(mail_id)["status"] == "failed"  # seen at once, written by the sweep
     assert client.ttl(f"mail:{mail_id}") == -1
-    assert swept_now(outbox) == [Finding(mail_id, "failed", reason)]
+    assert swept_now(outbox) == [Finding(mail_id, "given_up", reason)]
     seen = outbox.read(mail_id)
     assert (seen["status"], seen["reason"]) == ("failed", reason)
     assert 14 * 86400 < int(client.ttl(f"mail:{mail_id}")) <= 15 * 86400
@@ -124,30 +102,90 @@ def test_a_mail_whose_job_is_over_fails_with_the_reason_and_is_not_kept_for_ever
     assert swept(outbox).mails_given_up == 1
 
 
+def test_a_mail_that_has_expired_is_looked_at_soon_and_fails_where_it_waits(outbox: Outbox, client: Any) -> None:
+    mail_id, later = accept(outbox, -1), accept(outbox, 3600)
+    assert outbox.read(mail_id)["status"] == "failed"  # a preview
+    assert list(sweep(outbox)) == [Finding(mail_id, "failed", "expired")]
+    assert client.hget(f"mail:{mail_id}", "state") == b"failed"
+    assert outbox.read(mail_id)["reason"] == "expired"
+    assert 14 * 86400 < client.ttl(f"mail:{mail_id}") <= 15 * 86400
+    assert client.zrange("mail:open", 0, -1) == [later.encode()]
+    assert client.hgetall("mail:totals") == {b"accepted": b"2", b"expired": b"1"}
+    assert swept(outbox).mails_given_up == 0  # it was not stuck
+
+
+def test_a_mail_is_looked_at_again_when_it_expires(outbox: Outbox, client: Any) -> None:
+    for moment in (100, 1000):
+        mail_id = accept(outbox, moment)
+        assert 80 < client.zscore("mail:open", mail_id) - time.time() <= min(moment, 90)
+        assert swept_now(outbox) == []
+        assert abs(client.zscore("mail:open", mail_id) - time.time() - min(moment, 300)) < 10
+        taken = claim(outbox, mail_id)
+        taken.settle(State.DELAYED, next_in=500)
+        assert abs(client.zscore("mail:open", mail_id) - time.time() - min(moment, 590)) < 10
+        client.delete("mail:open")
+
+
+def test_a_mail_that_expires_during_an_attempt_is_left_to_the_attempt(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox, -1)
+    taken = claim(outbox, mail_id)
+    assert swept_now(outbox) == []
+    client.delete(f"mail:{mail_id}:claim")  # its worker died; whether it was sent, the next attempt finds out
+    assert swept_now(outbox) == []
+    taken.settle(State.SENT)
+    assert outbox.read(mail_id)["status"] == "sent"
+
+
+def test_a_mail_in_doubt_that_expires_while_it_waits_is_unknown(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox, -1)
+    taken = claim(outbox, mail_id)
+    taken.recipients[1].status = Status.IN_DOUBT
+    taken.settle(State.DELAYED, next_in=1)
+    assert swept_now(outbox) == [Finding(mail_id, "unknown", "expired")]
+    assert client.hmget("mail:totals", "unknown", "expired") == [b"1", None]
+
+
+@pytest.mark.parametrize("later", [-1, 1])
+def test_the_job_of_an_expired_mail_finds_nothing_to_do_whenever_it_is_queued(outbox: Outbox, later: int) -> None:
+    mail_id = accept(outbox, -1)
+    assert len(swept_now(outbox)) == 1
+    assert outbox.claim(mail_id, queued_at=time.time() + later) == "failed"
+
+
+def test_a_failed_mail_that_was_queued_again_is_none_of_the_sweeps_affair(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    client.hset(f"rq:job:{mail_id}", "status", "failed")
+    swept_now(outbox)
+    outbox.requeue(mail_id)
+    assert swept_now(outbox) == []
+    assert outbox.read(mail_id)["status"] == "queued"
+    assert client.hget(f"mail:{mail_id}", "state") == b"failed"
+    claim(outbox, mail_id)
+    assert client.hget(f"mail:{mail_id}", "state") == b"sending"
+
+
 def test_a_mail_in_doubt_whose_job_is_over_is_unknown(outbox: Outbox, client: Any) -> None:
-    mail_id = accepted(outbox)
-    taken = outbox.claim(mail_id, time.time())
-    assert not isinstance(taken, str)
-    taken.mark_in_doubt({"b@example.com": "in_doubt"})
+    mail_id = accept(outbox)
+    taken = claim(outbox, mail_id)
+    taken.mark_in_doubt({"b@example.com": Status.IN_DOUBT})
     client.delete(QUEUE, f"mail:{mail_id}:claim")
     client.hset(f"rq:job:{mail_id}", "status", "failed")
-    assert swept_now(outbox) == [Finding(mail_id, "unknown", "its worker died in every attempt")]
+    assert swept_now(outbox) == [Finding(mail_id, "given_up", "its worker died in every attempt")]
     assert outbox.read(mail_id)["status"] == "unknown"
 
 
 def test_a_mail_given_up_can_be_queued_again_with_its_content(outbox: Outbox, client: Any) -> None:
-    mail_id = accepted(outbox)
+    mail_id = accept(outbox)
     client.delete(QUEUE, f"rq:job:{mail_id}")
     swept_now(outbox)
     outbox.requeue(mail_id)
-    taken = outbox.claim(mail_id, time.time() + 1)
-    assert not isinstance(taken, str)
+    taken = claim(outbox, mail_id)
     assert taken.message.text == "t"
     assert client.ttl(f"mail:{mail_id}") == -1
 
 
 def test_a_final_mail_is_taken_off_the_list(outbox: Outbox, client: Any) -> None:
-    mail_id = accepted(outbox)
+    mail_id = accept(outbox)
     client.hset(f"mail:{mail_id}", "state", "sent")
     client.zadd("mail:open", {"long-gone": 1})
     assert swept_now(outbox) == []
@@ -159,7 +197,7 @@ def test_a_sweep_looks_at_a_bounded_number_of_mails(
 ) -> None:
     monkeypatch.setattr(sweeping, "AT_ONCE", 2)
     for _ in range(3):
-        accepted(outbox)
+        accept(outbox)
     client.delete(QUEUE)
     assert [len(swept_now(outbox)), len(list(sweep(outbox)))] == [2, 1]
 
@@ -167,16 +205,16 @@ def test_a_sweep_looks_at_a_bounded_number_of_mails(
 def test_what_is_no_mail_is_taken_off_the_list_and_keeps_the_sweep_from_no_other(outbox: Outbox, client: Any) -> None:
     client.set("mail:a-text", "x")
     client.zadd("mail:open", {"a-text": 1, "no id": 1, b"\xff": 1})
-    stuck = accepted(outbox)
+    stuck = accept(outbox)
     client.delete(QUEUE)
-    found = {one.outcome: one.mail_id for one in swept_now(outbox)}
+    found = {one.event: one.mail_id for one in swept_now(outbox)}
     assert found == {"unreadable": found["unreadable"], "repaired": stuck}
     assert client.zrange("mail:open", 0, -1) == [stuck.encode()]
 
 
 @pytest.mark.parametrize("broken", ["rq:job:", "mail:", "rq:wip:email"])
 def test_a_mail_that_cannot_be_judged_keeps_the_sweep_from_no_other(outbox: Outbox, client: Any, broken: str) -> None:
-    odd, stuck = accepted(outbox), accepted(outbox)
+    odd, stuck = accept(outbox), accept(outbox)
     client.delete(QUEUE)
     match broken:
         case "rq:job:":
@@ -188,20 +226,20 @@ def test_a_mail_that_cannot_be_judged_keeps_the_sweep_from_no_other(outbox: Outb
         case _:
             client.set(broken, "x")
             client.hset(f"rq:job:{odd}", "status", "started")
-    outcomes = {one.mail_id: one.outcome for one in swept_now(outbox)}
-    assert outcomes == {odd: "unreadable" if broken == "rq:wip:email" else "failed", stuck: "repaired"}
+    outcomes = {one.mail_id: one.event for one in swept_now(outbox)}
+    assert outcomes == {odd: "unreadable" if broken == "rq:wip:email" else "given_up", stuck: "repaired"}
 
 
 def test_a_list_of_the_wrong_kind_is_put_aside_for_a_new_one(outbox: Outbox, client: Any) -> None:
     client.set("mail:open", "x")
-    assert [(one.mail_id, one.outcome) for one in sweep(outbox)] == [("mail:open", "unreadable")]
-    mail_id = accepted(outbox)
+    assert [(one.mail_id, one.event) for one in sweep(outbox)] == [("mail:open", "unreadable")]
+    mail_id = accept(outbox)
     client.delete(QUEUE)
-    assert [(one.mail_id, one.outcome) for one in swept_now(outbox)] == [(mail_id, "repaired")]
+    assert [(one.mail_id, one.event) for one in swept_now(outbox)] == [(mail_id, "repaired")]
 
 
 def test_an_unreadable_head_of_the_queue_keeps_no_mail_from_being_looked_at(outbox: Outbox, client: Any) -> None:
-    stuck = accepted(outbox)
+    stuck = accept(outbox)
     client.delete(QUEUE)
     client.set("rq:job:odd", "x")
     client.rpush(QUEUE, "odd")

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from mail import counters, sweep
 from mail.address import Mailbox
-from mail.draft import Draft, Late, prepare
+from mail.draft import Draft, Expired, prepare
 from mail.outbox import Outbox
 from mail.request import FieldError, HeaderText, Invalid, Recipient, StrictModel, field_errors, validate
 from queues import health
@@ -139,7 +139,7 @@ class Service:
     def _submit(self, body: Any, key: Idempotency | None) -> Accepted:
         try:
             draft = self._draft(body)
-        except Late:
+        except Expired:
             earlier = self.jobs.recall(key) if key else None
             if earlier:  # a repeat of a request that came in time: what was answered then is still the answer
                 return earlier

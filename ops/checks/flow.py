@@ -17,8 +17,10 @@ from redis import Redis
 from mail import message
 from mail.address import Mailbox
 from mail.draft import Draft
-from mail.outbox import FINAL, OPEN, Outbox
+from mail.outbox import Outbox
 from mail.request import Invalid, parse
+from mail.states import FINAL, State
+from mail.store import OPEN, mail_key
 from ops.checks import replies
 from ops.checks.findings import Findings, counted, fault, lasting, note, ok, warn
 from ops.checks.store import client
@@ -123,7 +125,7 @@ def last_trouble(redis: Redis, settings: Settings) -> tuple[str, str]:
     """Returns what happened in the last attempt at one of the oldest waiting mails, in our words, and its fix."""
     oldest: list[Any] = redis.zrange(OPEN, 0, 19)
     for mail_id in oldest:
-        stored: Any = redis.hget(f"mail:{mail_id.decode()}", "attempts")
+        stored: Any = redis.hget(mail_key(mail_id.decode()), "attempts")
         attempts = json.loads(stored or b"[]")
         if attempts and attempts[-1].get("verdict") == "trouble":
             return explained(attempts[-1], settings)
@@ -165,19 +167,19 @@ def watched(outbox: Outbox, mail_id: str) -> dict[str, Any]:
     deadline = time.monotonic() + CANARY_TIMEOUT
     while True:
         seen = outbox.read(mail_id)
-        if seen["status"] in (*FINAL, "delayed") or time.monotonic() > deadline:
+        if seen["status"] in (*FINAL, State.DELAYED) or time.monotonic() > deadline:
             return seen
         time.sleep(0.25)
 
 
 def what_became_of(mail_id: str, seen: dict[str, Any], target: Target, settings: Settings) -> Findings:
     state, attempts = seen["status"], seen["attempts"]
-    if state == "sent":
+    if state == State.SENT:
         yield ok(f"mail {mail_id} was accepted by the relay; see whether it arrives, and whether as spam")
     elif attempts and "phase" in attempts[-1]:
         why, fix = explained(attempts[-1], settings)
         yield fault(f"mail {mail_id} is {state}: {why}", fix)
-    elif state == "delayed":
+    elif state == State.DELAYED:
         yield warn(f"mail {mail_id} has to wait: {seen['reason']}", "see the line about the relay or SMTP_RATE here")
     else:
         found = f"mail {mail_id} is still {state} after a minute: no worker has taken it"

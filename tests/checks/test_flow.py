@@ -11,8 +11,9 @@ import pytest
 
 from mail.draft import Draft
 from mail.message import compose
-from mail.outbox import OPEN, Outbox
+from mail.outbox import Outbox
 from mail.request import parse
+from mail.store import OPEN
 from ops.checks import flow, table
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target

@@ -1,0 +1,174 @@
+"""One attempt's hold on one mail: taken for a limited time, noted before the final dot, settled with the outcome."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from mail.counters import SMTP
+from mail.message import Message
+from mail.states import EXPIRED, State, Status
+from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
+from queues import keys
+from queues.heartbeat import LOST_AFTER, beating
+
+ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
+# KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, or the mail was canceled or
+# sent meanwhile, and this attempt must stop.
+MARK_IN_DOUBT = """
+if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'sending' then return 0 end
+redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
+return 1
+"""
+# KEYS: mail, claim, RQ's job. ARGV: mail id, token, state, now, when to look at it if it does not move on, what the
+# state counts as ("": as itself), how many words of totals follow, these, then field, value, ...
+# `sent` is written by every attempt that knows it, also when its claim has run out. Anything else only by the holder. A
+# second call with the same token changes nothing.
+SETTLE = """
+local id, token, state = ARGV[1], ARGV[2], ARGV[3]
+local mine = redis.call('GET', KEYS[2]) == token
+if redis.call('HGET', KEYS[1], 'settled_by') == token then return 1 end
+if not mine and state ~= 'sent' then return 0 end
+local fields = 8 + ARGV[7]
+local counted = ARGV[6] ~= '' and ARGV[6] or nil
+if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, fields)}, counted) then return 0 end
+if mine then redis.call('DEL', KEYS[2]) end
+for i = 8, fields - 1, 2 do redis.call('HINCRBY', TOTALS, ARGV[i], ARGV[i + 1]) end
+if (state == 'failed' or state == 'unknown') and redis.call('EXISTS', KEYS[3]) == 1 then
+  redis.call('HSET', KEYS[3], 'retries_left', 0)  -- should its worker die now, RQ must not try again
+end
+return 1
+"""
+# KEYS: mail, claim. ARGV: token.
+RELEASE = """
+if redis.call('GET', KEYS[2]) == ARGV[1] then return redis.call('DEL', KEYS[2]) end
+return 0
+"""
+
+
+class Busy(Exception):
+    """Another attempt holds the mail, for `seconds` more at most."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"claimed for {seconds:.0f} s more")
+        self.seconds = seconds
+
+
+class ClaimLost(Exception):
+    """The mail is no longer this attempt's: the lease ran out (this process stood still) and another has it, or it was
+    canceled. Nothing was sent."""
+
+
+@dataclass
+class Recipient:
+    """A recipient, with the relay's last word about this address."""
+
+    address: str
+    status: Status = Status.PENDING
+    code: int | None = None
+    text: str = ""
+
+
+@dataclass
+class Claim:
+    """One attempt's hold on one mail. `expires_at` is in seconds since 1970, 0 for a mail that does not expire;
+    `on_doubt` is what its sender chose, or ""; `in_line` says that SMTP_RATE has told it to come back now; `counts`
+    goes to mail.counters with the outcome."""
+
+    store: Store
+    id: str
+    token: str
+    message: Message
+    message_id: str
+    created_at: datetime
+    state_before: State
+    recipients: list[Recipient]
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    counted: int = 0
+    expires_at: float = 0
+    on_doubt: str = ""
+    in_line: bool = False
+    settled: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def has_expired(self, within: float = 0) -> bool:
+        """Whether the mail may not be sent any more, now or `within` so many seconds."""
+        return 0 < self.expires_at <= time.time() + within
+
+    @property
+    def keys(self) -> list[str]:
+        return [mail_key(self.id), claim_key(self.id)]
+
+    def observe_conversation(self, seconds: float) -> None:
+        """Counts how long the conversation with the relay took."""
+        SMTP.note(seconds, self.counts)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Renews the claim for as long as the body runs, and releases it then, also where nothing was settled."""
+        renew = [self.token, LOST_AFTER * 1000]
+        try:
+            with beating(lambda: self.store.renew(self.keys, renew)):
+                yield
+        finally:
+            if not self.settled:
+                self.store.run(RELEASE, self.keys, [self.token])
+
+    def mark_in_doubt(self, statuses: Mapping[str, Status]) -> None:
+        """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt. The claim
+        itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
+        marked = [replace(one, status=statuses.get(one.address, one.status)) for one in self.recipients]
+        if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, dump(marked)]):
+            raise ClaimLost(self.id)
+
+    def settle(
+        self, state: State, *, reason: str = "", next_in: float = 0, in_line: bool = False, expired: bool = False
+    ) -> None:
+        """Writes the outcome: recipients, attempts, state. `expired` says that the mail's `expires_at` is the reason.
+
+        Raises `ClaimLost` where it is not this attempt's to write. That somebody was served is written however long
+        Redis takes: nobody else knows it.
+        """
+        now = datetime.now(timezone.utc)
+        fields: dict[str, str | float] = {
+            "recipients": dump(self.recipients),
+            "attempts": json.dumps(self.attempts[-ATTEMPTS_KEPT:]),
+            "counted": self.counted,
+            "reason": EXPIRED if expired else reason,
+            "settled_at": now.timestamp(),
+            "in_line": "1" if in_line else "",
+            "next_attempt_at": iso(datetime.fromtimestamp(now.timestamp() + next_in, timezone.utc)) if next_in else "",
+        }
+        words = [word for pair in fields.items() for word in pair]
+        counts = [word for pair in self.counts.items() for word in pair]
+        again = look_at(now.timestamp() + next_in + LOOK_AFTER, self.expires_at)
+        result = EXPIRED if expired and state == State.FAILED else ""
+        args = [self.id, self.token, state, now.timestamp(), again, result, len(counts), *counts, *words]
+        served = any(recipient.status == Status.ACCEPTED for recipient in self.recipients)
+        settle = self.store.insist if served else self.store.run
+        if not settle(SETTLE, [*self.keys, keys.job(self.id)], args):
+            raise ClaimLost(self.id)
+        self.settled = True
+
+
+def iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds")
+
+
+def timestamp(moment: str) -> float:
+    """Seconds since 1970; 0 for ""."""
+    return datetime.fromisoformat(moment).timestamp() if moment else 0
+
+
+def dump(recipients: list[Recipient]) -> str:
+    return json.dumps([vars(one) for one in recipients], ensure_ascii=False)
+
+
+def load(recipients: str | bytes) -> list[Recipient]:
+    return [Recipient(**one | {"status": Status(one["status"])}) for one in json.loads(recipients)]

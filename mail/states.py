@@ -1,0 +1,134 @@
+"""The states of a mail: which there are, which follows which, and BECOME, the one place where a mail's state changes.
+
+    queued -> sending -> sent | failed | unknown (in doubt and held) | delayed -> sending ...
+    queued, delayed, failed, unknown -> canceled
+
+Every script that changes a state is BECOME and a body: accept, claim, settle, cancel, sweep (mail.store puts them
+together). What shall happen whenever a mail fails, is sent, ... (a webhook, a chart, a suppression list) is added to
+BECOME and to nothing else. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Set
+from enum import Enum
+
+
+class State(str, Enum):
+    QUEUED = "queued"
+    SENDING = "sending"
+    DELAYED = "delayed"
+    SENT = "sent"
+    FAILED = "failed"
+    UNKNOWN = "unknown"  # the relay may have accepted it, and it is held
+    CANCELED = "canceled"
+
+    __str__ = str.__str__
+
+
+class Status(str, Enum):
+    """A recipient's part in the mail."""
+
+    PENDING = "pending"
+    IN_DOUBT = "in_doubt"
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+
+    __str__ = str.__str__
+
+
+FINAL = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED)  # nothing more happens unless a person asks
+EXPIRED = (
+    "expired"  # the reason of a mail that is not sent because its `expires_at` has passed; counted under this name
+)
+# `sent` follows all that is stored: an attempt that lost its claim may have sent the mail, and then it is the truth.
+FOLLOWS: Mapping[State | None, Set[State]] = {
+    None: {State.QUEUED},
+    State.QUEUED: {State.SENDING, State.FAILED, State.CANCELED, State.SENT},
+    State.SENDING: {*FINAL, State.SENDING, State.DELAYED},  # sending: another attempt takes it over
+    State.DELAYED: {*FINAL, State.SENDING},
+    State.FAILED: {State.SENDING, State.CANCELED, State.SENT},
+    State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT},
+    State.CANCELED: {State.CANCELED, State.SENT},
+    State.SENT: {State.SENT},
+}
+# Fields that a mail loses as it comes into a state. Once it is sent or canceled, nobody needs its content.
+DROPS: Mapping[State, tuple[str, ...]] = {
+    **dict.fromkeys(State, ("next_attempt_at",)),
+    State.SENDING: ("next_attempt_at", "reason"),
+    State.SENT: ("next_attempt_at", "content"),
+    State.CANCELED: ("next_attempt_at", "content"),
+}
+# What mail.counters counts a state as.
+COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)} | {State.QUEUED: "accepted"}
+# Uses the constants above and these, which mail.store puts before it: MAIL (prefix), OPEN, TOTALS, LAST_SENT (keys),
+# KEPT (the lifetimes of final states, in seconds).
+#
+# become(id, state, now, look_at, fields, counted): false where the state cannot follow the mail's. `look_at` is when
+# mail.sweep looks at a mail that is not final; `fields` are written with the state; `counted` goes before COUNTED.
+# But for a new mail, it begins with a command that frees memory: Redis looks for memory before a script's first write
+# only, and a mail that was sent must be written down on a full Redis, too.
+BECOME = """
+local function may(was, state) return (FOLLOWS[was or ''] or {})[state] end
+
+local function become(id, state, now, look_at, fields, counted)
+  local mail = MAIL .. id
+  local was = redis.call('HGET', mail, 'state')
+  if not may(was, state) then return false end
+  if was then redis.call('HDEL', mail, unpack(DROPS[state])) end
+  redis.call('HSET', mail, 'state', state, unpack(fields))
+  counted = counted or COUNTED[state]
+  if counted and was ~= state then redis.call('HINCRBY', TOTALS, counted, 1) end  -- sent twice is one mail
+  if KEPT[state] then
+    redis.call('EXPIRE', mail, KEPT[state])
+    redis.call('ZREM', OPEN, id)
+  else
+    if was then redis.call('PERSIST', mail) end
+    redis.call('ZADD', OPEN, look_at, id)
+  end
+  if state == 'sent' then redis.call('SET', LAST_SENT, now) end
+  return true
+end
+"""
+LOST = {  # the status of a mail's job in RQ -> why the mail will not be sent although no attempt has settled it
+    "failed": "its worker died in every attempt",
+    "stopped": "its job was stopped",
+    "canceled": "its job was canceled",
+    "": "its job was deleted",
+}
+
+
+def lua(constants: Mapping[str, object]) -> str:
+    """Writes constants as local variables of a script."""
+    return "".join(f"local {name} = {_literal(value)}\n" for name, value in constants.items())
+
+
+def _literal(value: object) -> str:
+    match value:
+        case Mapping():
+            return "{" + ", ".join(f"[{_literal(key or '')}] = {_literal(one)}" for key, one in value.items()) + "}"
+        case Set():
+            return _literal(dict.fromkeys(sorted(value), True))
+        case tuple():
+            return "{" + ", ".join(map(_literal, value)) + "}"
+    return json.dumps(value)
+
+
+def effective_state(state: str, job_status: str, reason: str, expired: bool = False) -> tuple[str, str]:
+    """Returns the (state, reason) that a mail is about to have. A preview, for those who read: a failed mail that was
+    queued again is written down by its next claim; one that has expired while it waited, or whose job is gone, by the
+    sweep."""
+    if (
+        state in (State.FAILED, State.UNKNOWN)
+        and reason != EXPIRED
+        and job_status in ("queued", "scheduled", "started")
+    ):
+        return State.QUEUED, ""
+    if state in FINAL:
+        return state, reason
+    if expired and state != State.SENDING:
+        return State.FAILED, EXPIRED
+    if state == State.SENDING and job_status in ("queued", "scheduled"):
+        return State.DELAYED, "its worker died in the last attempt"
+    return (State.FAILED, LOST[job_status]) if job_status in LOST else (state, reason)

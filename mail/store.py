@@ -1,0 +1,73 @@
+"""The mails in Redis: the names of their keys, and how the scripts that change them are run.
+
+`mail:<id>` is a mail (hash) and `mail:<id>:claim` the token of the attempt that holds it (expires); no other key of
+ours begins with `mail:` but those named here.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from redis import Redis
+
+from mail import states
+from mail.states import FINAL, State
+from queues.connection import Script, Unavailable, impatient, unavailable
+from queues.heartbeat import LOST_AFTER
+from settings import Settings
+
+MAIL = "mail:"
+OPEN = "mail:open"  # sorted set: every mail that is not final, by the moment at which mail.sweep looks at it
+LAST_SENT = "mail:last_sent"  # seconds since 1970
+TOTALS = "mail:totals"  # hash: what mail.counters counts
+SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
+LOOK_AFTER = 2 * LOST_AFTER  # seconds after which a mail should have moved on, and mail.sweep looks at it
+# KEYS: mail, claim. ARGV: token, lease in ms.
+RENEW = """
+if redis.call('GET', KEYS[2]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[2], ARGV[2]) end
+return 0
+"""
+
+
+def mail_key(mail_id: str) -> str:
+    return MAIL + mail_id
+
+
+def claim_key(mail_id: str) -> str:
+    return f"{MAIL}{mail_id}:claim"
+
+
+def look_at(moment: float, expires_at: float) -> float:
+    """Returns when the sweep should look at a mail that waits: at `moment`, or sooner if it expires (0: never)."""
+    return min(moment, expires_at or moment)
+
+
+class Store:
+    def __init__(self, redis: Redis, settings: Settings) -> None:
+        self.redis = redis
+        self.renew = Script(impatient(redis), RENEW)
+        # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
+        kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
+        names = {"MAIL": MAIL, "OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT, "KEPT": kept}
+        tables = {name: getattr(states, name) for name in ("FOLLOWS", "DROPS", "COUNTED", "LOST", "EXPIRED")}
+        self._become = states.lua(names | tables) + states.BECOME
+        self._scripts: dict[str, Script] = {}
+
+    def script(self, body: str) -> Script:
+        """Returns the script that is BECOME and `body`."""
+        if body not in self._scripts:
+            self._scripts[body] = Script(self.redis, self._become + body)
+        return self._scripts[body]
+
+    def run(self, body: str, keys: list[str], args: list[Any]) -> Any:
+        return self.script(body)(keys=keys, args=args)
+
+    def insist(self, body: str, keys: list[str], args: list[Any]) -> Any:
+        """Runs a script, however long Redis is away or refuses writes."""
+        while True:
+            try:
+                with unavailable():
+                    return self.run(body, keys, args)
+            except Unavailable:
+                time.sleep(1)

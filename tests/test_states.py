@@ -1,0 +1,147 @@
+"""What becoming a state means, by each script that brings a mail into it, and what a reader is shown beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import fakeredis
+import pytest
+
+from mail.claim import ClaimLost
+from mail.outbox import Outbox
+from mail.states import FINAL, FOLLOWS, State, effective_state
+from mail.sweep import sweep
+from queues.jobs import NotPossible
+from tests.mails import accept, claim
+
+DAY = 86400
+
+
+@pytest.fixture
+def client() -> fakeredis.FakeRedis:
+    return fakeredis.FakeRedis()
+
+
+def settled(state: State) -> Callable[[Outbox, Any], str]:
+    def bring(outbox: Outbox, client: Any) -> str:
+        mail_id = accept(outbox)
+        claim(outbox, mail_id).settle(state, reason="550 at rcpt", next_in=60 if state == State.DELAYED else 0)
+        return mail_id
+
+    return bring
+
+
+def claimed(outbox: Outbox, client: Any) -> str:
+    mail_id = accept(outbox)
+    claim(outbox, mail_id)
+    return mail_id
+
+
+def claimed_again(outbox: Outbox, client: Any) -> str:
+    mail_id = settled(State.FAILED)(outbox, client)
+    claim(outbox, mail_id)
+    return mail_id
+
+
+def canceled(outbox: Outbox, client: Any) -> str:
+    mail_id = accept(outbox)
+    outbox.cancel(mail_id)
+    outbox.cancel(mail_id)
+    return mail_id
+
+
+def given_up(outbox: Outbox, client: Any) -> str:
+    mail_id = accept(outbox)
+    client.delete(f"rq:job:{mail_id}")
+    client.zadd("mail:open", {mail_id: 1})
+    list(sweep(outbox))
+    return mail_id
+
+
+def expired(outbox: Outbox, client: Any) -> str:
+    mail_id = accept(outbox, expires_in=-1)
+    list(sweep(outbox))
+    return mail_id
+
+
+@pytest.mark.parametrize(
+    ("bring", "state", "counted", "kept_for"),
+    [
+        (lambda outbox, _: accept(outbox), State.QUEUED, [], 0),
+        (claimed, State.SENDING, [], 0),
+        (claimed_again, State.SENDING, ["failed"], 0),
+        (settled(State.DELAYED), State.DELAYED, ["delayed"], 0),
+        (settled(State.SENT), State.SENT, ["sent"], 3 * DAY + 3600),
+        (settled(State.FAILED), State.FAILED, ["failed"], 15 * DAY),
+        (settled(State.UNKNOWN), State.UNKNOWN, ["unknown"], 15 * DAY),
+        (canceled, State.CANCELED, ["canceled"], 15 * DAY),
+        (given_up, State.FAILED, ["failed"], 15 * DAY),
+        (expired, State.FAILED, ["expired"], 15 * DAY),
+    ],
+)
+def test_a_state_is_counted_kept_and_watched_however_a_mail_comes_into_it(
+    outbox: Outbox, client: Any, bring: Callable[[Outbox, Any], str], state: State, counted: list[str], kept_for: int
+) -> None:
+    mail_id = bring(outbox, client)
+    mail = client.hgetall(f"mail:{mail_id}")
+    assert mail[b"state"].decode() == state
+    assert client.hgetall("mail:totals") == {name.encode(): b"1" for name in ["accepted", *counted]}
+    assert client.ttl(f"mail:{mail_id}") == (kept_for or -1)
+    assert client.zrange("mail:open", 0, -1) == ([] if kept_for else [mail_id.encode()])
+    assert (b"content" in mail) == (state not in (State.SENT, State.CANCELED))
+    assert bool(mail.get(b"next_attempt_at")) == (state == State.DELAYED)
+    assert (outbox.last_sent() is not None) == (state == State.SENT)
+
+
+def test_from_a_final_state_only_a_person_goes_on() -> None:
+    assert set(FOLLOWS) == {None, *State}
+    assert set().union(*(FOLLOWS[state] for state in FINAL)) == {State.SENDING, State.CANCELED, State.SENT}
+
+
+@pytest.mark.parametrize("state", [State.SENT, State.CANCELED])
+@pytest.mark.parametrize("then", [State.DELAYED, State.FAILED, State.UNKNOWN])
+def test_nothing_but_sent_is_written_over_sent_or_canceled(
+    outbox: Outbox, client: Any, state: State, then: State
+) -> None:
+    mail_id = accept(outbox)
+    late = claim(outbox, mail_id)
+    client.delete(f"mail:{mail_id}:claim")
+    claim(outbox, mail_id).settle(State.SENT) if state == State.SENT else outbox.cancel(mail_id)
+    client.set(f"mail:{mail_id}:claim", late.token)
+    with pytest.raises(ClaimLost):
+        late.settle(then, reason="x")
+    client.delete(f"mail:{mail_id}:claim")
+    assert outbox.claim(mail_id, queued_at=1e10) == state
+    late.settle(State.SENT)
+    assert outbox.read(mail_id)["status"] == "sent"
+    with pytest.raises(NotPossible, match="sent already"):
+        outbox.cancel(mail_id)
+
+
+# fmt: off
+PREVIEWS = [  # the state that is stored, the status of the job, the state that is shown
+    ("queued", "queued", "queued"), ("sending", "started", "sending"), ("delayed", "scheduled", "delayed"),
+    ("sent", "started", "sent"), ("sent", "failed", "sent"), ("canceled", "", "canceled"),
+    ("failed", "failed", "failed"), ("failed", "", "failed"), ("unknown", "failed", "unknown"),
+    ("failed", "queued", "queued"), ("failed", "scheduled", "queued"), ("unknown", "queued", "queued"),
+    ("sending", "failed", "failed"), ("sending", "scheduled", "delayed"), ("delayed", "stopped", "failed"),
+    ("queued", "canceled", "failed"), ("queued", "failed", "failed"), ("queued", "finished", "queued"),
+    ("queued", "", "failed"), ("delayed", "", "failed"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("state", "job_status", "shown"), PREVIEWS)
+def test_the_state_shown_follows_what_rq_knows_better(state: str, job_status: str, shown: str) -> None:
+    assert effective_state(state, job_status, "")[0] == shown
+
+
+@pytest.mark.parametrize(("state", "shown"), [("queued", "failed"), ("delayed", "failed"), ("sending", "sending")])
+def test_a_mail_that_still_waits_when_it_expires_has_failed_and_one_in_mid_air_has_not(state: str, shown: str) -> None:
+    seen = effective_state(state, "started" if state == "sending" else "queued", "", expired=True)
+    assert seen == (shown, "expired" if shown == "failed" else "")
+
+
+def test_an_expired_mail_has_failed_although_its_job_still_waits() -> None:
+    assert effective_state("failed", "queued", "expired", expired=True) == ("failed", "expired")
