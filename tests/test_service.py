@@ -238,6 +238,7 @@ def refused(api: Api, client: redis.Redis, path: str, body: Any, status: int, *n
 
 
 DEEP = 40_000
+READS_DEEP = sys.version_info >= (3, 14)  # before, json gives up
 NOT_JSON: dict[str, tuple[bytes, str]] = {  # what cannot be read, and the field that the answer names
     "nothing": (b"", "body"),
     "half an object": (b'{"to": ', "body"),
@@ -250,8 +251,8 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {  # what cannot be read, and the field
     "a number beyond any float": (b'{"to": [1, 1e999]}', "to[1]"),
     "the same, negative and deep": (b'{"template": {"variables": {"a": -1e999}}}', "template.variables.a"),
     "an integer of 5000 digits": (b'{"to": %b}' % (b"1" * 5000), "body"),
-    "deep arrays": (b"[" * DEEP + b"]" * DEEP, "body"),
-    "deep objects": (b'{"a":' * DEEP + b"1" + b"}" * DEEP, "body"),
+    "deep arrays": (b"[" * DEEP + b"]" * DEEP, "[0]" if READS_DEEP else "body"),
+    "deep objects": (b'{"a":' * DEEP + b"1" + b"}" * DEEP, "a" if READS_DEEP else "body"),
     "arrays a little too deep": (b"[" * 40 + b"]" * 40, "[0]"),
     "deep variables": (
         b'{"template": {"id": "welcome", "variables": {"a": %b}}}' % (b"[" * 40 + b"]" * 40),
