@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.browser import browser as browser
+from tests.deploy.figures import pytest_sessionfinish as pytest_sessionfinish
+from tests.deploy.figures import pytest_terminal_summary as pytest_terminal_summary
+from tests.deploy.figures import pytest_testnodedown as pytest_testnodedown
 from tests.servers import RedisServer
+from tests.side_by_side import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@
     server     the same after its one file was edited: it sends mail
 
 Booting one needs root, and all of this takes minutes, so it is done only when it is asked for with REQUIRE_DEPLOY=1, as
-CI does: REQUIRE_DEPLOY=1 bin/test tests/deploy. How long each step took is printed at the end of the run.
+CI does: REQUIRE_DEPLOY=1 bin/test tests/deploy. How long each step took is printed at the end of the run. All tests
+here run in one process, which has the machine, beside all other tests (tests/side_by_side.py).
 """
 
 from __future__ import annotations
@@ -15,19 +16,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deploy.machine import Figures, Machine, missing
+from tests.deploy.figures import FIGURES
+from tests.deploy.machine import Machine, missing
 from tests.deploy.server import Bare, Installed, Server
 from tests.servers import Relay, eventually
 
-FIGURES = Figures()
 LOGIN = ("AKIAEXAMPLE", "the relay's password is this")
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if FIGURES.lines:
-        terminalreporter.section("deploying")
-        for line in FIGURES.lines:
-            terminalreporter.write_line(line)
 
 
 def relay_at(machine: Machine) -> Relay:

@@ -17,12 +17,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tests.deploy.figures import Figures
 from tests.deploy.network import Network, sh
 from tests.servers import ROOT, eventually
 
@@ -43,22 +43,6 @@ def missing() -> str:
         return "booting a machine needs root"
     absent = [program for program in PROGRAMS if not shutil.which(program)]
     return f"booting a machine needs {', '.join(absent)}" if absent else ""
-
-
-class Figures:
-    """How long what took, for the end of the test run."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.say(f"{what}: {time.monotonic() - started:.0f} s")
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 class Machine:
