@@ -126,13 +126,12 @@ def _look_at(outbox: Outbox, mail_id: str, now: float, first_since: Any) -> Iter
     touched = [mail_key(mail_id), claim_key(mail_id), keys.job(mail_id), keys.queue(EMAIL), keys.intermediate(EMAIL)]
     touched += [keys.scheduled(EMAIL), keys.started(EMAIL)]
     try:
-        stored: Any = outbox.jobs.redis.hget(mail_key(mail_id), "expires_at")
-        expires_at = timestamp((stored or b"").decode())
+        expires_at = _expires_at(outbox, mail_id)
         expired = 0 < expires_at <= now
         again = now + LOOK_AGAIN if expired else look_at(now + LOOK_AGAIN, expires_at)
         args = [mail_id, now, again, utcformat(datetime.now(timezone.utc)), first_since, "1" if expired else ""]
         event, *why = (word.decode() for word in outbox.store.run(SWEEP, touched, args))
-    except (ResponseError, ValueError) as error:
+    except ResponseError as error:
         if why_unavailable(error):
             raise
         outbox.jobs.redis.zadd(OPEN, {mail_id: now + LOOK_AGAIN})  # for later, and on to the others
@@ -140,6 +139,15 @@ def _look_at(outbox: Outbox, mail_id: str, now: float, first_since: Any) -> Iter
         return
     if why:
         yield Finding(mail_id, event, f"its job was {why[0]} and in no list" if event == "repaired" else why[0])
+
+
+def _expires_at(outbox: Outbox, mail_id: str) -> float:
+    """Returns a mail's `expires_at` in seconds since 1970; 0 for never, or if the script will say what is wrong."""
+    try:
+        stored: Any = outbox.jobs.redis.hget(mail_key(mail_id), "expires_at")
+        return timestamp((stored or b"").decode())
+    except (ResponseError, ValueError):
+        return 0
 
 
 def _first_since(redis: Redis) -> Any:

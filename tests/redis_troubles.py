@@ -92,7 +92,9 @@ def disk_refuses(server: RedisServer) -> Iterator[None]:
         client.bgsave()
         eventually(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
         yield
-    in_the_way.rmdir()
+        in_the_way.rmdir()
+        client.bgsave()
+        eventually(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "ok")
 
 
 @contextmanager

@@ -63,8 +63,8 @@ class Dev:
     def left_over(self) -> list[str]:
         """Processes whose command line names this copy of the project or one of its ports."""
         marks = [str(self.project), *map(str, self.ports.values())]
-        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        return [line for line in listed.splitlines() if any(mark in line for mark in marks)]
+        listed = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        return [line for line in listed.splitlines() if any(mark in line.split(maxsplit=1)[1] for mark in marks)]
 
 
 @pytest.fixture

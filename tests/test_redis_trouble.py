@@ -139,7 +139,7 @@ def test_a_lost_reply_to_a_cancellation_is_trouble_and_no_conflict(
 ) -> None:
     api, proxy = cut_off
     mail_id = submitted(api, "/emails")
-    proxy.lose((b"EXEC",), 1)
+    proxy.lose((b"EVALSHA",), 1)
     assert api.call("DELETE", f"/jobs/{mail_id}").status == 503
     assert proxy.lost == 1
     assert api.email(mail_id)["status"] == "canceled"

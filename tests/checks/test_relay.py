@@ -140,7 +140,7 @@ def test_tls_where_the_relay_does_not_begin_with_it_and_the_reverse_are_named(
 def test_a_relay_that_drips_does_not_hold_the_doctor(target: Target) -> None:
     def drips(line: Any) -> str:
         while not line.relay.over.wait(0.05):
-            line.say(b"2")
+            line.say_raw(b"2")
         return ""
 
     target.timeout = 0.2

@@ -6,7 +6,7 @@
 
 Booting one needs root, and all of this takes minutes, so it is done only when it is asked for with REQUIRE_DEPLOY=1, as
 CI does: REQUIRE_DEPLOY=1 bin/test tests/deploy. How long each step took is printed at the end of the run. All tests
-here are one group of pytest-xdist's: they run in one process, which has the machine, beside all other tests.
+here run in one process, which has the machine, beside all other tests (tests/side_by_side.py).
 """
 
 from __future__ import annotations
