@@ -4,6 +4,7 @@ dev.py                          bin/dev: all of it on this machine
 catcher.py, mailparts.py        its mail catcher: SMTP in and a page; what a mail's bytes hold
 install.py                      bin/install: the steps from a bare server to a running one, and every upgrade
 server.py, release.py, site.py  the server they change, what of a clone is installed, the nginx site
+aof.py                          cuts what a crash left unfinished off Redis' append-only file
 key.py                          bin/key: makes, lists and revokes API keys
 dashboard.py                    rq-dashboard behind a login
 doctor.py, checks/              bin/doctor: what is wrong here, and the command that fixes it

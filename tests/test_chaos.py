@@ -33,9 +33,6 @@ CHOSEN = [  # scene and ON_DOUBT
 ]
 
 
-pytestmark = pytest.mark.xdist_group("chaos")  # or each process would play them all
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     """All of them played at once."""

@@ -40,9 +40,6 @@ MAIL = {
 PLANTED = re.compile(rb"planted|cGxhbnRlZ|full-key|send-key", re.IGNORECASE)  # and in base64
 
 
-pytestmark = pytest.mark.xdist_group("privacy")  # or each process would set the scene
-
-
 class Scene(NamedTuple):
     house: House
     client: Any  # redis-py's types allow for answers that its client never gives

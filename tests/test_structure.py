@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import lru_cache
 
 import pytest
@@ -115,8 +116,13 @@ def test_no_function_and_no_file_is_long() -> None:
                 assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, f"{name}.{node.name}"
 
 
-def test_the_readme_names_every_room_and_every_file_on_top() -> None:
+def test_the_readme_and_each_rooms_own_map_name_every_file() -> None:
     readme = (ROOT / "README.md").read_text()
     rooms = {file.parts[0] for file in project_files() if file.suffix == ".py" and len(file.parts) > 1}
     for name in {f"{room}/" for room in rooms} | {f"{name}.py" for name in TOP}:
         assert f"`{name}`" in readme, name
+    for name, tree in modules().items():
+        room, _, file = name.rpartition(".")
+        if room and f"{name}.__init__" not in modules() and name != "ops.checks":
+            assert re.search(rf"\b{file}\.py\b", ast.get_docstring(modules()[room]) or ""), name
+            assert f"`{file}`" in readme or room.startswith("ops"), name

@@ -6,5 +6,6 @@ body.py        a request's body: strict JSON, bounded
 errors.py      the one error shape; our exceptions in HTTP's words
 middleware.py  request id, common headers, log line
 metrics.py     GET /metrics
-server.py      Waitress, stricter and drained
+grammar.py     a request's bytes, read strictly and in linear time
+server.py      Waitress, with small requests answered where they are read, and drained
 """

@@ -16,7 +16,7 @@ import pytest
 from tests.deploy.server import CA_FILE, COMMANDS, DASHBOARD, EMAIL, ENV, JOBS, REDIS, Server
 from tests.servers import eventually
 
-pytestmark = [pytest.mark.deploy, pytest.mark.xdist_group("deploy")]
+pytestmark = pytest.mark.deploy
 
 SECRETS = "/etc/async-email/credentials"
 REDIS_CONF = "/etc/redis/redis-async-email.conf"

@@ -7,7 +7,7 @@ import pytest
 from tests.deploy.server import API, DASHBOARD, EMAIL, JOBS, NGINX, REDIS, Load, Server
 from tests.servers import eventually
 
-pytestmark = [pytest.mark.deploy, pytest.mark.xdist_group("deploy")]
+pytestmark = pytest.mark.deploy
 
 
 def restarted(server: Server, unit: str, was: int) -> bool:

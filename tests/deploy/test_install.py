@@ -12,7 +12,7 @@ from tests.deploy.server import API, COMMANDS, DASHBOARD, EMAIL, ENV, JOBS, OURS
 from tests.servers import Api, eventually
 from web.app import ROUTES
 
-pytestmark = [pytest.mark.deploy, pytest.mark.xdist_group("deploy")]
+pytestmark = pytest.mark.deploy
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(installed: Installed) -> None:

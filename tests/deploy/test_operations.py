@@ -11,7 +11,7 @@ from tests.deploy.server import ENV, REDIS, Server
 from tests.operations import block, line
 from tests.servers import eventually
 
-pytestmark = [pytest.mark.deploy, pytest.mark.xdist_group("deploy")]
+pytestmark = pytest.mark.deploy
 
 BACKUP = "/usr/local/sbin/async-email-backup"
 CONF = "/etc/redis/redis-async-email.conf"

@@ -7,7 +7,7 @@ import pytest
 from tests.deploy.server import CLONE, Load, Server
 from tests.servers import eventually
 
-pytestmark = [pytest.mark.deploy, pytest.mark.xdist_group("deploy")]
+pytestmark = pytest.mark.deploy
 
 CURRENT = "readlink /opt/async-email/current"
 SUBJECT = f"{CLONE}/templates/welcome/subject.txt"
