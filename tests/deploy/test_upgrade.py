@@ -11,6 +11,7 @@ pytestmark = pytest.mark.deploy
 
 CURRENT = "readlink /opt/async-email/current"
 SUBJECT = f"{CLONE}/templates/welcome/subject.txt"
+FIRST_LAYOUT = "203588c"  # the last commit before the rooms, with most files on top
 COMMIT = "git -c user.name=Admin -c user.email=admin@shop.internal commit -q"
 
 
@@ -51,6 +52,16 @@ def test_an_upgrade_and_a_rollback_under_load(server: Server) -> None:
     assert subject(server) == "Subject: Welcome, Ada"
     eventually(lambda: server.doctor().exit < 2)
     server.machine.admin(f"cd {CLONE} && git reset -q --hard HEAD^")
+
+
+def test_an_upgrade_from_the_first_layout_under_load(server: Server) -> None:
+    """Old and new processes work side by side on the same Redis, on the way there and back."""
+    for commit in (FIRST_LAYOUT, "-"):
+        server.machine.admin(f"cd {CLONE} && git checkout -q {commit}")
+        with server.machine.figures.timed(f"install of {commit} under load"), Load(server) as load:
+            server.install()
+        sent_once(server, load)
+        server.relay.accepted.clear()
 
 
 def test_a_release_whose_requirements_do_not_exist_is_not_installed_and_nobody_notices(server: Server) -> None:
