@@ -26,8 +26,8 @@ import settings
 import tasks
 from mail import delivery
 from process import log, sd_daemon
-from queues.connection import Unavailable, connect, unavailable, why_unavailable
-from queues.heartbeat import LOCKED_FOR, LOST_AFTER, MAINTENANCE_EVERY
+from queues.connection import Unavailable, connect, translating_errors, why_unavailable
+from queues.heartbeat import LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY
 from queues.offer import offered_on
 from queues.quarantine import sift
 from queues.table import EMAIL, QUEUES
@@ -40,7 +40,7 @@ ALLOWED: dict[str, Functions] = {
 STUCK_AFTER = 120  # seconds beyond its timeout after which an attempt is taken for stuck
 
 
-class Crew:
+class WorkerPool:
     """The e-mail workers of one process, and what their main thread does for all of them, once a second.
 
     A worker whose thread ends is replaced, so the process outlives whatever made it quit: a Redis that was away for
@@ -53,8 +53,8 @@ class Crew:
         # Here nobody waits for Redis to come back: the next second is the next try.
         self.redis = connect(current.redis_url.get_secret_value())
         # RQ's maintenance is a worker's; this one takes no jobs.
-        self.caretaker = email_worker(self.redis, ALLOWED[EMAIL], self.delivery.pacing.closed_for)
-        self.queue = self.caretaker.queues[0]
+        self.maintenance_worker = email_worker(self.redis, ALLOWED[EMAIL], self.delivery.pacing.closed_for)
+        self.queue = self.maintenance_worker.queues[0]
         # RQ keeps the lock of a scheduler that is dead for interval + 60 s; we keep it alive once a second.
         self.scheduler = RQScheduler([EMAIL], self.redis, interval=LOCKED_FOR - 60, serializer=JSONSerializer)
         self.workers: dict[threading.Thread, EmailWorker] = {}
@@ -66,22 +66,22 @@ class Crew:
         """Until SIGTERM or its like, and until every mail in hand has been dealt with."""
         sd_daemon.on_stop(self.handle_signal)
         while not self.asked_to_stop.is_set() or self.workers:
-            self.look_after()
+            self.tick()
             self.asked_to_stop.wait(1)
             if self.asked_to_stop.is_set():
                 sd_daemon.tell("STOPPING=1")
-                self.dismiss()
+                self.drain()
         with suppress(RedisError):
             self.scheduler.stop()  # type: ignore[no-untyped-call]
 
-    def look_after(self) -> None:
+    def tick(self) -> None:
         """One duty after the other. What goes wrong in one keeps from no other, and ends nothing."""
-        duties: list[Callable[[], object]] = [self.show_life, self.watch, self.schedule]
+        duties: list[Callable[[], object]] = [self.publish_heartbeats, self.watch, self.schedule]
         if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
             self.maintained_at = time.monotonic()
-            duties += [self.pull_in, lambda: sift(self.queue), self.caretaker.run_maintenance_tasks]
-            duties += [self.delivery.sweep]
-        for duty in (*duties, self.man):
+            duties += [self.clamp_future_heartbeats, lambda: sift(self.queue)]
+            duties += [self.maintenance_worker.run_maintenance_tasks, self.delivery.sweep]
+        for duty in (*duties, self.replenish):
             try:
                 duty()
             except Exception as error:
@@ -90,17 +90,17 @@ class Crew:
                     return
                 log.emit("crashed", logging.ERROR, where=log.where(error))
 
-    def man(self) -> None:
+    def replenish(self) -> None:
         """Sees to it that there are as many workers as asked for."""
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
         while len(self.workers) < self.settings.worker_concurrency and not self.asked_to_stop.is_set():
-            redis = connect(self.settings.redis_url.get_secret_value(), patient=True)
+            redis = connect(self.settings.redis_url.get_secret_value(), retrying=True)
             worker = email_worker(redis, ALLOWED[EMAIL], self.delivery.pacing.closed_for)
             thread = threading.Thread(target=worker.work, kwargs={"logging_level": None}, name=worker.name)
             self.workers[thread] = worker
             thread.start()
 
-    def dismiss(self) -> None:
+    def drain(self) -> None:
         for worker in self.workers.values():
             worker.stopping = True
         with suppress(RedisError):
@@ -109,12 +109,12 @@ class Crew:
             thread.join(0.1 / len(self.workers))
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
 
-    def show_life(self) -> None:
+    def publish_heartbeats(self) -> None:
         """Of all workers, and looks for `rq suspend` and for those that Redis has forgotten."""
         workers = list(self.workers.values())
         with self.redis.pipeline(transaction=False) as pipeline:
             for worker in workers:
-                worker.tell(pipeline)
+                worker.add_heartbeat(pipeline)
             for worker in workers:
                 pipeline.sismember(worker.redis_workers_keys, worker.key)
             pipeline.exists(WORKERS_SUSPENDED)
@@ -139,12 +139,12 @@ class Crew:
                 if why_unavailable(error) or not sift(self.queue):
                     raise
 
-    def pull_in(self) -> None:
-        """A clock that was set back an hour leaves signs of life that would hold for an hour."""
+    def clamp_future_heartbeats(self) -> None:
+        """A clock that was set back an hour leaves heartbeats that would hold for an hour."""
         wip, moment = self.queue.started_job_registry.key, time.time()
-        ahead: list[Any] = self.redis.zrangebyscore(wip, moment + 2 * LOST_AFTER, "+inf")
+        ahead: list[Any] = self.redis.zrangebyscore(wip, moment + 2 * LEASE_SECONDS, "+inf")
         for entry in ahead:
-            self.redis.zadd(wip, {entry: moment + LOST_AFTER}, xx=True)
+            self.redis.zadd(wip, {entry: moment + LEASE_SECONDS}, xx=True)
 
     def wake(self) -> None:
         """Those who wait for a job, so that they notice. Whoever else is woken waits on."""
@@ -174,14 +174,14 @@ def main() -> int:
         return 2
     log.set_up(current.log_level, current.log_format)
     try:
-        with unavailable():
-            redis = connect(current.redis_url.get_secret_value(), patient=True)
-            worker = Crew(current) if QUEUES[queue].pooled else jobs_worker(queue, redis, ALLOWED[queue])
+        with translating_errors():
+            redis = connect(current.redis_url.get_secret_value(), retrying=True)
+            worker = WorkerPool(current) if QUEUES[queue].pooled else jobs_worker(queue, redis, ALLOWED[queue])
     except Unavailable as error:
         print(f"REDIS_URL: {error}", file=sys.stderr)
         return 1
     log.emit("worker_started", queue=queue)
-    if isinstance(worker, Crew):
+    if isinstance(worker, WorkerPool):
         worker.work()
         worker.delivery.pool.close_all()
     else:

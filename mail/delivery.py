@@ -182,7 +182,7 @@ class Delivery:
 def current() -> Delivery:
     """Returns this process's. Its main thread must have asked for it before others do: there must not be two."""
     chosen = settings.current()
-    return Delivery(chosen, Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), patient=True)), chosen))
+    return Delivery(chosen, Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), retrying=True)), chosen))
 
 
 def take_up(claim: Claim, *, retry_doubt: bool) -> None:

@@ -29,7 +29,7 @@ from mail.claim import timestamp
 from mail.outbox import Outbox
 from mail.store import OPEN, SWEPT, claim_key, look_at, mail_key
 from queues import keys
-from queues.connection import unavailable, why_unavailable
+from queues.connection import translating_errors, why_unavailable
 from queues.table import EMAIL
 
 AT_ONCE = 1000  # mails looked at in one go
@@ -161,7 +161,7 @@ def _first_since(redis: Redis) -> Any:
 
 def swept(outbox: Outbox) -> Swept:
     """Raises `Unavailable`."""
-    with unavailable():
+    with translating_errors():
         at, repaired, given_up = outbox.jobs.redis.hmget(SWEPT, ["at", "repaired", "given_up"])
     ago = round(max(0.0, time.time() - float(at)), 3) if at else None
     return Swept(ago, int(repaired or 0), int(given_up or 0))

@@ -67,28 +67,28 @@ class Packer:
         return [hiredis.pack_command((*name.split(), *words))]  # CLIENT SETNAME is two words
 
 
-def connect(url: str, *, patient: bool = False) -> Redis:
-    """A Redis client. The API's gives up within three seconds; a `patient` one (the workers') outlasts a restart.
+def connect(url: str, *, retrying: bool = False) -> Redis:
+    """A Redis client. The API's gives up within three seconds; a `retrying` one (the workers') outlasts a restart.
 
     The API's never repeats a command by itself: redis-py would send a transaction again whose reply was lost, and so
     queue a mail twice. The workers' scripts may be repeated, each says why.
     """
     return Redis.from_url(
         url,
-        socket_connect_timeout=5 if patient else 1,
+        socket_connect_timeout=5 if retrying else 1,
         # Twice this fits into three seconds: a request may first have to wait for a thread that waits for Redis.
-        socket_timeout=10 if patient else 1.2,
+        socket_timeout=10 if retrying else 1.2,
         **({} if url.startswith("unix:") else {"socket_keepalive": True}),
-        retry=RedisRetry(ExponentialWithJitterBackoff(base=0.05, cap=2), 40) if patient else RedisRetry(NoBackoff(), 0),
+        retry=RedisRetry(*((ExponentialWithJitterBackoff(base=0.05, cap=2), 40) if retrying else (NoBackoff(), 0))),
         command_packer=Packer(),
         # A feature of Redis' cloud, asked for on each connection in a round trip that every other server refuses.
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
 
 
-def impatient(redis: Redis) -> Redis:
-    """The same Redis for signs of life, which are worth nothing late. A patient client that finds its connection dead
-    waits for up to a quarter of a minute before it takes another, and all the other signs would wait behind it."""
+def fail_fast(redis: Redis) -> Redis:
+    """The same Redis for heartbeats, which are worth nothing late. A retrying client that finds its connection dead
+    waits for up to a quarter of a minute before it takes another, and all other heartbeats would wait behind it."""
     pool = redis.connection_pool
     hurry = {"socket_connect_timeout": 1, "socket_timeout": 1.2, "retry": RedisRetry(NoBackoff(), 0)}
     return Redis(connection_pool=type(pool)(pool.connection_class, **(pool.connection_kwargs | hurry)))
@@ -106,7 +106,7 @@ CANNOT_NOW = {  # a word of Redis' error -> what is the matter
     "BUSY": "Redis is busy with a script",
 }
 _silent = threading.Event()
-_scout = threading.RLock()
+_probing = threading.RLock()
 
 
 def is_silent() -> bool:
@@ -115,13 +115,13 @@ def is_silent() -> bool:
 
 
 @contextmanager
-def scouting() -> Iterator[None]:
+def single_flight_probe() -> Iterator[None]:
     """Once Redis is silent, one caller at a time finds out whether it is back; the others are refused at once.
 
     If each waited for the time-out, a request that waits for a thread of Waitress would wait for one after another.
     """
     silent = _silent.is_set()
-    if silent and not _scout.acquire(blocking=False):
+    if silent and not _probing.acquire(blocking=False):
         raise ConnectionError
     try:
         yield
@@ -134,14 +134,14 @@ def scouting() -> Iterator[None]:
         raise
     finally:
         if silent:
-            _scout.release()
+            _probing.release()
 
 
 @contextmanager
-def unavailable() -> Iterator[None]:
+def translating_errors() -> Iterator[None]:
     """Turns what Redis says when it cannot work now into `Unavailable`; a mistake of ours stays what it is."""
     try:
-        with scouting():
+        with single_flight_probe():
             yield
     except RedisError as error:
         if reason := why_unavailable(error):

@@ -31,7 +31,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
 from queues import keys
-from queues.connection import Script, unavailable
+from queues.connection import Script, translating_errors
 from queues.quarantine import StrictJob, Unreadable, set_aside
 from queues.table import QUEUES
 
@@ -187,7 +187,7 @@ class Jobs:
         key was seen before with the same fingerprint, those of then. Raises `IdempotencyConflict` where it was seen
         with another, `Unavailable` if Redis cannot store them: then nothing is stored, or all of it (a lost reply).
         """
-        with unavailable():
+        with translating_errors():
             template = self._template(queue, function, policy)
             words = [word for job_id, (args, kwargs) in calls.items() for word in template.render(job_id, args, kwargs)]
             verdict, known = self._run_accept(list(calls), words, beside, idempotency, idempotency_ttl)
@@ -234,7 +234,7 @@ class Jobs:
 
     def recall(self, idempotency: Idempotency) -> Accepted | None:
         """What an earlier request with this key was answered. Raises `IdempotencyConflict` as `accept` does."""
-        with unavailable():
+        with translating_errors():
             known: Any = self.redis.get(idempotency.key)
         if not known:
             return None
@@ -246,11 +246,11 @@ class Jobs:
     def fetch(self, job_id: str, *, to_change: bool = False) -> Job:
         """Raises `NotFound`. What cannot be read and is `to_change` is set aside: a new job may then take its place."""
         try:
-            with unavailable():
+            with translating_errors():
                 job = StrictJob.fetch(job_id, connection=self.redis, serializer=JSONSerializer)
         except Unreadable as error:
             if to_change and self._is_of_no_other(job_id):
-                with unavailable():
+                with translating_errors():
                     set_aside(self.redis, job_id, error)
             raise NotFound("what is stored under this id cannot be read as a job") from None
         except NoSuchJobError:
@@ -262,7 +262,7 @@ class Jobs:
     def _is_of_no_other(self, job_id: str) -> bool:
         """Whether an unreadable job is of our queues, or no hash, which no program could use."""
         key = keys.job(job_id)
-        with unavailable():
+        with translating_errors():
             if self.redis.type(key) != b"hash":
                 return True
             origin: Any = self.redis.hget(key, "origin")
@@ -271,7 +271,7 @@ class Jobs:
     def read(self, job_id: str) -> dict[str, Any]:
         """What became of a job. `result` is what the function returned, `error` the last line of its traceback."""
         job = self.fetch(job_id)
-        with unavailable():
+        with translating_errors():
             latest = job.latest_result()
         seen: dict[str, Any] = {
             "job_id": job.id,
@@ -289,7 +289,7 @@ class Jobs:
         """Puts a failed job back into its queue with all its attempts. Raises `NotFound` or `NotPossible`."""
         job = self.fetch(job_id, to_change=True)
         job._dependency_ids = []  # a person asks, so it waits for nobody
-        with unavailable(), self._watching(job) as pipe:
+        with translating_errors(), self._watching(job) as pipe:
             status = job.get_status()
             if status not in ("failed", "stopped", "canceled"):
                 raise NotPossible(f"only a failed job can be queued again; this one is {status.value}")
@@ -305,7 +305,7 @@ class Jobs:
     def cancel(self, job_id: str) -> None:
         """Removes a job that has not run, or has failed. Raises `NotFound`, `NotPossible`."""
         words = self.removal(job_id)
-        with unavailable():
+        with translating_errors():
             status = self._remove(keys=[], args=words)
         if status is not None:
             raise not_removed(status.decode())
@@ -314,7 +314,7 @@ class Jobs:
         """Returns what `remove_job` needs: the job's key, the status in which it may be removed, and the commands by
         which RQ removes it. Raises `NotFound`."""
         job = self.fetch(job_id, to_change=True)
-        with unavailable():
+        with translating_errors():
             self._forget_lost_executions(job)
             commands = self.redis.pipeline()
             try:

@@ -31,8 +31,8 @@ from rq.worker.base import BaseWorker, WorkerStatus
 
 from process import sd_daemon
 from process.log import emit, where
-from queues.connection import impatient, why_unavailable
-from queues.heartbeat import BEAT, LOCKED_FOR, LOST_AFTER, MAINTENANCE_EVERY, WORKER_TTL, beating
+from queues.connection import fail_fast, why_unavailable
+from queues.heartbeat import HEARTBEAT_SECONDS, LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
 from queues.quarantine import StrictJob, Unreadable, set_aside, sift
 from queues.table import EMAIL
 
@@ -152,10 +152,10 @@ class NoTimeout(BaseDeathPenalty):
 
 
 class EmailWorker(SimpleWorker):
-    """One of a crew: an RQ worker that runs its jobs in its own thread.
+    """One of a pool: an RQ worker that runs its jobs in its own thread.
 
     What RQ's worker does beside its job in some fifteen round trips, several of them to say that it is alive, is done
-    here in three, or by the crew's main thread. tests/test_worker.py notices when RQ changes what this leans on.
+    here in three, or by the pool's main thread. tests/test_worker.py notices when RQ changes what this leans on.
     """
 
     queue_class = Queue
@@ -164,12 +164,12 @@ class EmailWorker(SimpleWorker):
     suspended = False  # `rq suspend`; asked by the main thread for all
     stopping = False
     forgotten = False  # by Redis, as the main thread has seen
-    told: tuple[str, float] = ("", 0)  # the state that Redis was told last, and when
+    published: tuple[str, float] = ("", 0)  # the state last published to Redis, and when
     busy_since: float | None = None  # time.monotonic(), while it makes an attempt
 
     @cached_property
-    def in_a_hurry(self) -> Redis:
-        return impatient(self.connection)
+    def fail_fast_redis(self) -> Redis:
+        return fail_fast(self.connection)
 
     def check_for_suspension(self, burst: bool) -> None:
         """Beside `rq suspend` there is another reason not to take a job: the relay is in trouble. A mail taken now
@@ -201,21 +201,21 @@ class EmailWorker(SimpleWorker):
             self.forgotten = False
             register_again(self)
 
-    def tell(self, pipeline: Pipeline) -> None:
+    def add_heartbeat(self, pipeline: Pipeline) -> None:
         """That this worker is alive, and its state, if that is news."""
-        if self.told[0] != self._state or time.monotonic() - self.told[1] >= BEAT:
-            self.told = (self._state, time.monotonic())
+        if self.published[0] != self._state or time.monotonic() - self.published[1] >= HEARTBEAT_SECONDS:
+            self.published = (self._state, time.monotonic())
             pipeline.hset(self.key, mapping={"last_heartbeat": utcformat(now()), "state": self._state})
             pipeline.expire(self.key, self.worker_ttl + 60)
             pipeline.expire(self.executions_key, self.worker_ttl + 60)
 
     def get_heartbeat_ttl(self, job: rq.job.Job, working_time: float = 0.0) -> int:
-        return LOST_AFTER
+        return LEASE_SECONDS
 
     def prepare_execution(self, job: rq.job.Job) -> Execution:
         """RQ's and `prepare_job_execution`, in one transaction."""
         with self.connection.pipeline() as pipeline:
-            execution = Execution.create(job, LOST_AFTER, pipeline=pipeline, worker_name=self.name)
+            execution = Execution.create(job, LEASE_SECONDS, pipeline=pipeline, worker_name=self.name)
             self.executions[execution.id] = execution
             job.prepare_for_execution(self.name, pipeline=pipeline)
             pipeline.persist(job.key)
@@ -229,17 +229,17 @@ class EmailWorker(SimpleWorker):
     def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
         self._state, self.busy_since = WorkerStatus.BUSY, time.monotonic()
         execution = self.prepare_execution(job)
-        with beating(lambda: self.show_life(job, execution)):
+        with on_heartbeat(lambda: self.publish_heartbeat(job, execution)):
             self.perform_job(job, queue, execution)
         self._state, self.busy_since = WorkerStatus.IDLE, None
 
-    def show_life(self, job: rq.job.Job, execution: Execution) -> None:
-        with self.in_a_hurry.pipeline() as pipeline:
-            execution.heartbeat(job.started_job_registry, LOST_AFTER, pipeline=pipeline)
+    def publish_heartbeat(self, job: rq.job.Job, execution: Execution) -> None:
+        with self.fail_fast_redis.pipeline() as pipeline:
+            execution.heartbeat(job.started_job_registry, LEASE_SECONDS, pipeline=pipeline)
             pipeline.execute()
 
     def handle_execution_ended(self, job: rq.job.Job, queue: rq.Queue, heartbeat_ttl: int) -> None:
-        job.ended_at = now()  # without another sign of life: the outcome is written next
+        job.ended_at = now()  # without another heartbeat: the outcome is written next
 
     def handle_job_success(
         self, job: rq.job.Job, queue: rq.Queue, started_job_registry: StartedJobRegistry, execution: Execution

@@ -340,11 +340,11 @@ def test_a_canceled_job_leaves_nothing(store: Jobs) -> None:
     assert store.redis.keys("*") == [b"rq:queues"]
 
 
-@pytest.mark.parametrize("left", [{}, {"last_heartbeat": 1}])  # a sign of life came late, after the record had expired
+@pytest.mark.parametrize("left", [{}, {"last_heartbeat": 1}])  # a heartbeat came late, after the record had expired
 def test_a_job_one_of_whose_attempts_lost_its_worker_can_be_canceled(store: Jobs, left: dict[Any, Any]) -> None:
     accept(store)
     with store.redis.pipeline() as pipe:
-        execution = Execution.create(stored(store), heartbeat.LOST_AFTER, pipe, worker_name="a-dead-worker")
+        execution = Execution.create(stored(store), heartbeat.LEASE_SECONDS, pipe, worker_name="a-dead-worker")
         pipe.execute()
     store.redis.delete(execution.key)
     if left:
@@ -472,7 +472,7 @@ def test_the_state_of_the_mail_queue_is_told(real: Jobs) -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_what_redis_says_when_it_cannot_work_is_told_as_such(error: Exception, said: str) -> None:
-    with pytest.raises(Unavailable, match=said), connection.unavailable():
+    with pytest.raises(Unavailable, match=said), connection.translating_errors():
         raise error
 
 
@@ -481,14 +481,14 @@ def test_what_redis_says_when_it_cannot_work_is_told_as_such(error: Exception, s
     [ResponseError("WRONGTYPE Operation against a key"), ResponseError("unknown command"), ValueError("x"), NotFound()],
 )
 def test_a_mistake_of_ours_stays_what_it_is(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised, connection.unavailable():
+    with pytest.raises(type(error)) as raised, connection.translating_errors():
         raise error
     assert raised.value is error
 
 
 def test_once_redis_is_silent_one_caller_finds_out_and_the_others_do_not_wait() -> None:
     def ask() -> None:
-        with connection.unavailable():
+        with connection.translating_errors():
             pass
 
     def is_another_refused() -> bool:
@@ -501,24 +501,24 @@ def test_once_redis_is_silent_one_caller_finds_out_and_the_others_do_not_wait() 
 
     refused: list[bool] = []
     for _ in range(2):
-        with pytest.raises(Unavailable), connection.unavailable():
+        with pytest.raises(Unavailable), connection.translating_errors():
             wait_in_vain()
     for _ in range(2):
-        with connection.unavailable():
+        with connection.translating_errors():
             refused.append(is_another_refused())
     assert refused == [False, True, True, False]
 
 
-def test_an_error_that_redis_answers_with_is_a_sign_of_life() -> None:
-    with pytest.raises(Unavailable), connection.unavailable():
+def test_an_error_that_redis_answers_with_shows_that_it_is_there() -> None:
+    with pytest.raises(Unavailable), connection.translating_errors():
         raise exceptions.TimeoutError
-    with pytest.raises(ResponseError), connection.unavailable():
+    with pytest.raises(ResponseError), connection.translating_errors():
         raise ResponseError("WRONGTYPE")
     assert not connection._silent.is_set()
 
 
 def test_the_apis_connection_gives_up_in_time_and_the_workers_outlasts_a_restart(server: RedisServer) -> None:
-    with connection.connect(server.url) as api, connection.connect(server.url, patient=True) as worker:
+    with connection.connect(server.url) as api, connection.connect(server.url, retrying=True) as worker:
         assert api.ping()
         assert worker.ping()
         server.kill()
@@ -587,7 +587,7 @@ def test_a_password_that_is_wrong_is_said_without_showing_it(tmp_path: Path) -> 
 
 
 def test_something_else_at_the_place_of_redis_is_said() -> None:
-    with pytest.raises(Unavailable, match="not Redis"), connection.unavailable():
+    with pytest.raises(Unavailable, match="not Redis"), connection.translating_errors():
         raise InvalidResponse('Protocol error, got "H" as reply type byte')
 
 
@@ -599,8 +599,8 @@ def test_a_script_that_redis_forgets_again_and_again_is_run_all_the_same() -> No
     assert Script(Forgetful(), "return KEYS[1] .. ARGV[1]")(["a"], ["b"]) == b"ab"
 
 
-def test_a_sign_of_life_that_cannot_be_given_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "BEAT", 0.02)
+def test_a_heartbeat_that_fails_keeps_no_other_from_being_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.02)
     given: list[int] = []
     failed: list[int] = []
 
@@ -608,15 +608,15 @@ def test_a_sign_of_life_that_cannot_be_given_keeps_no_other_from_it(monkeypatch:
         failed.append(1)
         raise ValueError
 
-    with heartbeat.beating(fail), heartbeat.beating(lambda: given.append(1)):
+    with heartbeat.on_heartbeat(fail), heartbeat.on_heartbeat(lambda: given.append(1)):
         eventually(lambda: len(failed) > 1 and len(given) > 1)
 
 
-def test_a_sign_of_life_does_not_wait_for_a_connection_that_has_gone_silent() -> None:
-    """A patient client would try for minutes; the limit here is not a measurement."""
+def test_a_heartbeat_does_not_wait_for_a_connection_that_has_gone_silent() -> None:
+    """A retrying client would try for minutes; the limit here is not a measurement."""
     with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor() as pool:
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
-        asked = pool.submit(connection.impatient(connect(url, patient=True)).ping)
+        asked = pool.submit(connection.fail_fast(connect(url, retrying=True)).ping)
         with pytest.raises(exceptions.TimeoutError):
             asked.result(timeout=10)
 
