@@ -77,7 +77,7 @@ def test_a_process_that_stands_still_is_killed_and_replaced(house: House) -> Non
     before = both(parent)
     stuck = min(before)
     os.kill(stuck, signal.SIGSTOP)
-    eventually(lambda: not is_running(stuck) and len(children(parent.pid)) == 2)
+    eventually(lambda: len(children(parent.pid) - {stuck}) == 2 and stuck not in children(parent.pid))
     assert children(parent.pid) & before == before - {stuck}
     assert f"stuck process={stuck}" in house.log("api")
 
