@@ -19,12 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from redis import Redis
-from redis.exceptions import RedisError
-
 from mail.states import EXPIRED, FINAL
 from mail.store import TOTALS
-from queues.connection import translating_errors
+from queues.connection import Redis, RedisError, translating_errors
 from queues.heartbeat import on_heartbeat
 
 RESULTS = (*FINAL, EXPIRED)  # what became of a mail; sent again, it has two

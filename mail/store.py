@@ -9,11 +9,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from redis import Redis
-
 from mail import states
 from mail.states import FINAL, State
-from queues.connection import Script, Unavailable, fail_fast, translating_errors
+from queues.connection import Redis, Script, Unavailable, fail_fast, translating_errors
 from queues.heartbeat import LEASE_SECONDS
 from settings import Settings
 

@@ -17,21 +17,17 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
-from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import (
-    ConnectionError,
-    TimeoutError,
-    WatchError,
-)
-from rq import Queue, Retry
+from redis.exceptions import ConnectionError, TimeoutError, WatchError
+from rq import Queue, get_current_job
+from rq import Retry as Retry
 from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
 from queues import keys
-from queues.connection import Script, translating_errors
+from queues.connection import Redis, Script, translating_errors
 from queues.quarantine import StrictJob, Unreadable, set_aside
 from queues.table import QUEUES
 
@@ -130,7 +126,7 @@ class JobTemplate:
         self.ids = [place for place, word in enumerate(words) if isinstance(word, str) and self.ID in word]
 
     def render(self, job_id: str, args: Sequence[str], kwargs: dict[str, Any]) -> list[Any]:
-        words, moment = self.words.copy(), utcformat(now())
+        words, moment = self.words.copy(), rq_now()
         for place in self.ids:
             words[place] = words[place].replace(self.ID, job_id)
         for place in self.times:
@@ -365,3 +361,25 @@ def _task(job: Job) -> str:
 
 def _iso(moment: datetime | None) -> str | None:
     return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds") if moment else None
+
+
+def rq_now() -> str:
+    """Returns the time as RQ writes it into a job."""
+    return utcformat(now())
+
+
+def queued_at() -> float:
+    """Returns when the job that runs in this thread was queued, in seconds since 1970; 0 outside of a job."""
+    job = get_current_job()
+    return job.enqueued_at.timestamp() if job and job.enqueued_at else 0
+
+
+def allow_exceptions(number: int) -> None:
+    """Sets after how many more exceptions RQ tries the job that runs in this thread again; at 0 it fails for good."""
+    if job := get_current_job():
+        job.retries_left = number
+
+
+def run_again_in(seconds: float) -> Retry:
+    """Returns what a function returns to be run again. RQ counts this apart from the tries after an exception."""
+    return Retry(max=1_000_000, interval=max(1, round(seconds)))

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from redis import Redis
-
-from queues.connection import Script, translating_errors
+from queues.connection import Redis, Script, translating_errors
 from settings import Rate
 
 TROUBLES = 3  # in a row, until the breaker opens

@@ -348,7 +348,7 @@ def test_what_the_workers_lean_on_in_rq_is_as_it_was(name: str) -> None:
     assert hashlib.sha256(source.encode()).hexdigest()[:16] == LEANT_ON[name]
 
 
-OURS = ("EmailWorker", "JobsWorker", "NoTimeout", "Job", "Queue", "IntermediateQueue")
+OURS = ("EmailWorker", "JobsWorker", "NoTimeout", "Job", "Queue", "IntermediateQueue", "Scheduler")
 
 
 @pytest.mark.parametrize("which", [*(f"queues.workers:{name}" for name in OURS), "queues.quarantine:StrictJob"])
