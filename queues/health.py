@@ -1,7 +1,7 @@
-"""The state of the queues for readyz, metrics and the doctor.
+"""Reads the state of the queues for readyz, metrics and the doctor.
 
-Reads only, with commands whose time does not grow with the queue: RQ's own counting and listing run cleanups, which can
-queue a job a second time.
+Uses commands that change nothing and whose time does not grow with the queue: RQ's own counting and listing run
+cleanups, which can queue a job a second time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from queues.table import EMAIL
 
 
 class QueueState(NamedTuple):
-    """A queue in numbers. `jobs` counts them by state; `workers` are those that had a heartbeat lately; of the
-    times in seconds, the first is the age of the job that waits longest, the second how late the scheduler is."""
+    """A queue in numbers: its jobs by state, the workers with a recent heartbeat, the age of the job that waits longest
+    and how late the scheduler is, both in seconds."""
 
     jobs: dict[str, int]
     workers: int
@@ -28,7 +28,7 @@ class QueueState(NamedTuple):
 
 
 def state(jobs: Jobs) -> dict[str, Any]:
-    """How the store and the mail queue do. Reads only, in time that does not grow with the queue."""
+    """Returns Redis' INFO and the state of the mail queue."""
     with translating_errors():
         queue = jobs.queues[EMAIL]
         pipe = jobs.redis.pipeline(transaction=False)
@@ -49,7 +49,6 @@ def state(jobs: Jobs) -> dict[str, Any]:
 
 
 def queue_states(jobs: Jobs) -> dict[str, QueueState]:
-    """Of both queues, for who watches them. Reads only, in time that does not grow with the queues."""
     with translating_errors():
         return {name: _queue_state(jobs, name) for name in jobs.queues}
 

@@ -55,14 +55,11 @@ class Heartbeats:
                 due = sorted(self.all, key=attrgetter("due"))
             for one in due:
                 if one.due <= time.monotonic() and one in self.all:
-                    self._publish(one)
-
-    def _publish(self, heartbeat: Heartbeat) -> None:
-        try:
-            heartbeat.publish()
-            heartbeat.due = time.monotonic() + HEARTBEAT_SECONDS
-        except Exception:  # whatever it was, the other heartbeats must not end with it
-            heartbeat.due = time.monotonic() + 1
+                    one.due = time.monotonic() + HEARTBEAT_SECONDS
+                    try:
+                        one.publish()
+                    except Exception:  # whatever it was, the other heartbeats must not end with it
+                        one.due = time.monotonic() + 1
 
 
 _heartbeats = Heartbeats()

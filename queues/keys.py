@@ -6,16 +6,9 @@ queue a job a second time.
 
 from __future__ import annotations
 
+from rq import registry
 from rq.job import Job
 from rq.queue import Queue
-from rq.registry import (
-    CanceledJobRegistry,
-    DeferredJobRegistry,
-    FailedJobRegistry,
-    ReadyJobRegistry,
-    ScheduledJobRegistry,
-    StartedJobRegistry,
-)
 from rq.scheduler import SCHEDULER_LOCKING_KEY_TEMPLATE
 from rq.suspension import WORKERS_SUSPENDED
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
@@ -45,9 +38,9 @@ def scheduler_lock(name: str) -> str:
 
 
 # Each returns the key of a queue's registry.
-scheduled = ScheduledJobRegistry.key_template.format
-started = StartedJobRegistry.key_template.format
-ready = ReadyJobRegistry.key_template.format
-failed = FailedJobRegistry.key_template.format
-deferred = DeferredJobRegistry.key_template.format
-canceled = CanceledJobRegistry.key_template.format
+scheduled = registry.ScheduledJobRegistry.key_template.format
+started = registry.StartedJobRegistry.key_template.format
+ready = registry.ReadyJobRegistry.key_template.format
+failed = registry.FailedJobRegistry.key_template.format
+deferred = registry.DeferredJobRegistry.key_template.format
+canceled = registry.CanceledJobRegistry.key_template.format

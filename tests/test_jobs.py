@@ -33,6 +33,12 @@ ONE = "00000000-0000-4000-8000-000000000001"
 TWO = "00000000-0000-4000-8000-000000000002"
 
 
+@pytest.fixture(autouse=True)
+def forget_silence() -> None:
+    """Forgets whether the Redis of a test before this one was silent."""
+    connection._silent.clear()
+
+
 @pytest.fixture
 def client() -> Any:
     return fakeredis.FakeRedis()
