@@ -1,4 +1,4 @@
-"""The process that HTTP comes into: `python service.py`.
+"""Serves the HTTP API: `python service.py`.
 
 Reads the settings, opens the sockets, and runs API_PROCESSES processes that serve web.app on them.
 """
@@ -25,8 +25,8 @@ M_MMAP_THRESHOLD = -3  # mallopt(3)
 
 
 def give_memory_back() -> None:
-    """Makes glibc's malloc keep to its threshold for large blocks, which go back to the system when they are freed. By
-    itself it raises the threshold after each, and keeps what eight threads have once needed."""
+    """Fixes the size from which glibc's malloc returns a freed block to the system. By itself it raises this after each
+    large block, and keeps what eight threads have once needed."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
 

@@ -14,14 +14,13 @@ from datetime import datetime, timezone
 from typing import Annotated
 
 from pydantic import Field
-from rq import Retry
 
 from mail import delivery
 from queues.offer import OFFERED as OFFERED  # all of this file that carries @task, for service.py and worker.py
 from queues.offer import task
 
 
-def deliver(mail_id: str) -> str | Retry:
+def deliver(mail_id: str) -> object:
     """Makes one attempt at one mail; mail.delivery does it. Every job of the queue `email` names this function."""
     return delivery.current().deliver(mail_id)
 

@@ -37,7 +37,7 @@ end
 
 
 def outbox_at(redis_url: str) -> Outbox:
-    return Outbox(Jobs(connect(redis_url, patient=True)), Settings(_env_file=None))
+    return Outbox(Jobs(connect(redis_url, retrying=True)), Settings(_env_file=None))
 
 
 def composed(body: dict[str, Any], rendered: tuple[str, str | None, str | None] | None = None) -> message.Message:

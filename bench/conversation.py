@@ -182,7 +182,7 @@ class Conversation(Wire):
             self.replies.append("503 5.5.1 RCPT first")
             return True
         self.chunks = (self.chunks or bytearray()) + chunk
-        self.replies.append(self.accept(bytes(self.chunks)) if self.is_last else f"250 2.0.0 {len(chunk)} octets")
+        self.replies.append(self.accept(bytes(self.chunks)) if self.is_last else f"250 2.0.0 {len(chunk)} bytes")
         return True
 
     def accept(self, body: bytes) -> str:

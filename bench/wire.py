@@ -20,7 +20,7 @@ class Tally:
     """What was accepted. Moments are of time.monotonic(), which all processes of a machine share."""
 
     accepted: int = 0
-    octets: int = 0
+    size: int = 0  # bytes
     sessions: int = 0
     first: float = 0
     last: float = 0
@@ -31,7 +31,7 @@ class Tally:
 
     def add(self, body: bytes, recipients: list[str]) -> None:
         self.accepted += 1
-        self.octets += len(body)
+        self.size += len(body)
         self.last = time.monotonic()
         self.first = self.first or self.last
         headers = body.partition(b"\r\n\r\n")[0].split(b"\r\n")
@@ -42,7 +42,7 @@ class Tally:
         self.news.set()
 
     def report(self) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("accepted", "octets", "sessions", "first", "last", "doubled")}
+        counts = {name: getattr(self, name) for name in ("accepted", "size", "sessions", "first", "last", "doubled")}
         return counts | {"message_ids": len(self.message_ids), "recipients": len(self.moments)}
 
     async def reach(self, mails: int) -> None:

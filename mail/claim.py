@@ -16,7 +16,7 @@ from mail.message import Message
 from mail.states import EXPIRED, State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
 from queues import keys
-from queues.heartbeat import LOST_AFTER, beating
+from queues.heartbeat import LEASE_SECONDS, on_heartbeat
 
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
 # KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, or the mail was canceled or
@@ -112,9 +112,9 @@ class Claim:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Renews the claim for as long as the body runs, and releases it then, also where nothing was settled."""
-        renew = [self.token, LOST_AFTER * 1000]
+        renew = [self.token, LEASE_SECONDS * 1000]
         try:
-            with beating(lambda: self.store.renew(self.keys, renew)):
+            with on_heartbeat(lambda: self.store.renew(self.keys, renew)):
                 yield
         finally:
             if not self.settled:

@@ -19,13 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from redis import Redis
-from redis.exceptions import RedisError
-
 from mail.states import EXPIRED, FINAL
 from mail.store import TOTALS
-from queues.connection import unavailable
-from queues.heartbeat import beating
+from queues.connection import Redis, RedisError, translating_errors
+from queues.heartbeat import on_heartbeat
 
 RESULTS = (*FINAL, EXPIRED)  # what became of a mail; sent again, it has two
 VERDICTS = ("accepted", "try_again", "refused", "trouble", "in_doubt", "interrupted")  # what came of an attempt
@@ -56,7 +53,7 @@ ACCEPT = Histogram("accept", (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25
 
 def totals(redis: Redis) -> Counter[str]:
     """Returns every total, by its field. Raises `Unavailable`."""
-    with unavailable():
+    with translating_errors():
         stored: Any = redis.hgetall(TOTALS)
     return Counter({field.decode(): int(number) for field, number in stored.items()})
 
@@ -94,7 +91,7 @@ class Gathered:
     def handed_over(self) -> Iterator[None]:
         """Now and then while the body runs, and at its end."""
         try:
-            with beating(self.hand_over):
+            with on_heartbeat(self.hand_over):
                 yield
         finally:
             with suppress(RedisError):

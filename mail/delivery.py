@@ -15,8 +15,6 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from typing import NoReturn
 
-from rq import Retry, get_current_job
-
 import settings
 from mail.claim import Busy, Claim
 from mail.mime import to_mime
@@ -25,7 +23,7 @@ from mail.states import EXPIRED, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import connect
-from queues.jobs import Jobs
+from queues.jobs import Jobs, Retry, allow_exceptions, queued_at, run_again_in
 from settings import Settings
 from smtp.envelope import Envelope
 from smtp.pacing import Pacing
@@ -97,10 +95,10 @@ class Delivery:
         obeys. Raises `Failed` when a person must look: RQ then puts the job into its failed registry, and a requeue
         from there gives the mail all its attempts again."""
         try:
-            claim = self.outbox.claim(mail_id, _queued_at())
+            claim = self.outbox.claim(mail_id, queued_at())
         except Busy as busy:
             emit("busy", id=mail_id, next_in=f"{busy.seconds:.0f}s")
-            return _later(busy.seconds + 1)
+            return run_again_in(busy.seconds + 1)
         if isinstance(claim, str):
             emit("nothing_to_do", id=mail_id, state=claim)
             return claim if claim in (State.SENT, State.CANCELED) else _give_up(claim)
@@ -155,8 +153,8 @@ class Delivery:
             return state
         if state != State.DELAYED:
             _give_up(reason)
-        _allow_crashes(len(AFTER_A_CRASH))  # this attempt ended well enough: crashes are counted from here
-        return _later(pause)
+        allow_exceptions(len(AFTER_A_CRASH))  # this attempt ended well enough: crashes are counted from here
+        return run_again_in(pause)
 
     def _expire(self, claim: Claim) -> str | Retry:
         doubtful = any(one.status == Status.IN_DOUBT for one in claim.recipients)
@@ -182,7 +180,7 @@ class Delivery:
 def current() -> Delivery:
     """Returns this process's. Its main thread must have asked for it before others do: there must not be two."""
     chosen = settings.current()
-    return Delivery(chosen, Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), patient=True)), chosen))
+    return Delivery(chosen, Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), retrying=True)), chosen))
 
 
 def take_up(claim: Claim, *, retry_doubt: bool) -> None:
@@ -251,26 +249,10 @@ def reason(replies: Sequence[Reply]) -> str:
     return ", ".join(dict.fromkeys(bad)) or "held: the relay may have accepted it"
 
 
-def _queued_at() -> float:
-    job = get_current_job()
-    return job.enqueued_at.timestamp() if job and job.enqueued_at else 0
-
-
-def _allow_crashes(number: int) -> None:
-    job = get_current_job()
-    if job:
-        job.retries_left = number
-
-
 def _give_up(reason: str) -> NoReturn:
     """Sends the job straight to the failed registry: a person must look."""
-    _allow_crashes(0)
+    allow_exceptions(0)
     raise Failed(reason)
-
-
-def _later(seconds: float) -> Retry:
-    """Asks RQ for another run, which it counts apart from those after an exception; our own count is in the mail."""
-    return Retry(max=1_000_000, interval=max(1, round(seconds)))
 
 
 def _now() -> str:

@@ -26,8 +26,8 @@ from mail.message import Message, message_id
 from mail.states import State, effective_state
 from mail.store import LAST_SENT, LOOK_AFTER, Store, claim_key, look_at, mail_key
 from queues import keys
-from queues.connection import unavailable
-from queues.heartbeat import LOST_AFTER
+from queues.connection import translating_errors
+from queues.heartbeat import LEASE_SECONDS
 from queues.jobs import (
     NOTHING,
     REMOVE_JOB,
@@ -152,7 +152,9 @@ class Outbox:
         """
         token = uuid.uuid4().hex
         touched = [mail_key(mail_id), claim_key(mail_id), keys.failed(EMAIL)]
-        reply = self.store.run(CLAIM, touched, [mail_id, token, LOST_AFTER * 1000, queued_at, time.time() + LOOK_AFTER])
+        reply = self.store.run(
+            CLAIM, touched, [mail_id, token, LEASE_SECONDS * 1000, queued_at, time.time() + LOOK_AFTER]
+        )
         verdict = reply[0].decode()
         if verdict == "busy":
             raise Busy(reply[1] / 1000)
@@ -179,7 +181,7 @@ class Outbox:
         """A mail as `GET /emails/{id}` shows it. Raises `NotFound`, `Unavailable`."""
         if not MAIL_ID.fullmatch(mail_id):
             raise NotFound
-        with unavailable():
+        with translating_errors():
             pipe = self.jobs.redis.pipeline(transaction=False)  # a full Redis refuses a transaction, even to read
             pipe.hmget(mail_key(mail_id), SHOWN)
             pipe.hget(keys.job(mail_id), "status")
@@ -212,7 +214,7 @@ class Outbox:
     def exists(self, mail_id: str) -> bool:
         if not MAIL_ID.fullmatch(mail_id):
             return False
-        with unavailable():
+        with translating_errors():
             return bool(self.jobs.redis.exists(mail_key(mail_id)))
 
     def cancel(self, mail_id: str) -> None:
@@ -221,7 +223,7 @@ class Outbox:
             job = self.jobs.removal(mail_id)
         except NotFound:  # somebody deleted the job; the mail is left
             job = []
-        with unavailable():
+        with translating_errors():
             refused = self.store.run(REMOVE_JOB + CANCEL, [mail_key(mail_id), claim_key(mail_id)], [mail_id, *job])
         match [word.decode() for word in refused]:
             case [_, status]:
@@ -233,7 +235,7 @@ class Outbox:
 
     def requeue(self, mail_id: str) -> None:
         """Queues a failed mail again with all its attempts, also if its job was deleted. Raises as `Jobs.requeue`."""
-        with unavailable():
+        with translating_errors():
             expires_at: Any = self.jobs.redis.hget(mail_key(mail_id), "expires_at")
         if expires_at and timestamp(expires_at.decode()) <= time.time():
             raise NotPossible("the mail has expired and will not be sent; submit it anew")
@@ -246,7 +248,7 @@ class Outbox:
 
     def failures(self, since: float) -> Iterator[str]:
         """The reason of each mail that failed after `since` (seconds since 1970) and was not queued again."""
-        with unavailable():
+        with translating_errors():
             ids: list[Any] = self.jobs.redis.zrange(keys.failed(EMAIL), 0, -1)
             for start in range(0, len(ids), 500):
                 pipe = self.jobs.redis.pipeline(transaction=False)
@@ -261,7 +263,7 @@ class Outbox:
         return in_trouble(self.jobs.redis)
 
     def last_sent(self) -> float | None:
-        with unavailable():
+        with translating_errors():
             moment = self.jobs.redis.get(LAST_SENT)
         return float(moment) if moment else None
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from redis import Redis
-
 from mail import states
 from mail.states import FINAL, State
-from queues.connection import Script, Unavailable, impatient, unavailable
-from queues.heartbeat import LOST_AFTER
+from queues.connection import Redis, Script, Unavailable, fail_fast, translating_errors
+from queues.heartbeat import LEASE_SECONDS
 from settings import Settings
 
 MAIL = "mail:"
@@ -22,7 +20,7 @@ OPEN = "mail:open"  # sorted set: every mail that is not final, by the moment at
 LAST_SENT = "mail:last_sent"  # seconds since 1970
 TOTALS = "mail:totals"  # hash: what mail.counters counts
 SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
-LOOK_AFTER = 2 * LOST_AFTER  # seconds after which a mail should have moved on, and mail.sweep looks at it
+LOOK_AFTER = 2 * LEASE_SECONDS  # seconds after which a mail should have moved on, and mail.sweep looks at it
 # KEYS: mail, claim. ARGV: token, lease in ms.
 RENEW = """
 if redis.call('GET', KEYS[2]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[2], ARGV[2]) end
@@ -46,7 +44,7 @@ def look_at(moment: float, expires_at: float) -> float:
 class Store:
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self.redis = redis
-        self.renew = Script(impatient(redis), RENEW)
+        self.renew = Script(fail_fast(redis), RENEW)
         # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
         kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
         names = {"MAIL": MAIL, "OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT, "KEPT": kept}
@@ -67,7 +65,7 @@ class Store:
         """Runs a script, however long Redis is away or refuses writes."""
         while True:
             try:
-                with unavailable():
+                with translating_errors():
                     return self.run(body, keys, args)
             except Unavailable:
                 time.sleep(1)

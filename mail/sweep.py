@@ -18,18 +18,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from typing import Any, NamedTuple
-
-from redis import Redis
-from redis.exceptions import ResponseError
-from rq.utils import utcformat
 
 from mail.claim import timestamp
 from mail.outbox import Outbox
 from mail.store import OPEN, SWEPT, claim_key, look_at, mail_key
 from queues import keys
-from queues.connection import unavailable, why_unavailable
+from queues.connection import Redis, ResponseError, translating_errors, why_unavailable
+from queues.jobs import rq_now
 from queues.table import EMAIL
 
 AT_ONCE = 1000  # mails looked at in one go
@@ -129,7 +125,7 @@ def _look_at(outbox: Outbox, mail_id: str, now: float, first_since: Any) -> Iter
         expires_at = _expires_at(outbox, mail_id)
         expired = 0 < expires_at <= now
         again = now + LOOK_AGAIN if expired else look_at(now + LOOK_AGAIN, expires_at)
-        args = [mail_id, now, again, utcformat(datetime.now(timezone.utc)), first_since, "1" if expired else ""]
+        args = [mail_id, now, again, rq_now(), first_since, "1" if expired else ""]
         event, *why = (word.decode() for word in outbox.store.run(SWEEP, touched, args))
     except ResponseError as error:
         if why_unavailable(error):
@@ -161,7 +157,7 @@ def _first_since(redis: Redis) -> Any:
 
 def swept(outbox: Outbox) -> Swept:
     """Raises `Unavailable`."""
-    with unavailable():
+    with translating_errors():
         at, repaired, given_up = outbox.jobs.redis.hmget(SWEPT, ["at", "repaired", "given_up"])
     ago = round(max(0.0, time.time() - float(at)), 3) if at else None
     return Swept(ago, int(repaired or 0), int(given_up or 0))

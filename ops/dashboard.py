@@ -41,7 +41,7 @@ from rq.serializers import JSONSerializer
 
 from process import sd_daemon
 from process.log import emit, set_up, where
-from queues.connection import Unavailable, connect, unavailable
+from queues.connection import Unavailable, connect, translating_errors
 from queues.jobs import Jobs, NotFound, NotPossible
 from settings import Address, Settings, SettingsError, is_loopback, load
 
@@ -262,7 +262,7 @@ def plain(status: int, reason: object) -> Response:
 def explain_redis(error: RedisError) -> Response:
     """Answers 503 if Redis is unavailable. Raises any other error again; Flask logs it and answers 500."""
     try:
-        with unavailable():
+        with translating_errors():
             raise error
     except Unavailable as reason:
         return plain(503, reason)

@@ -19,8 +19,8 @@ from pathlib import Path
 EVENTS = frozenset({
     "api_started", "worker_started", "dashboard_started",
     "request",  # an HTTP request was answered: method, route, status, ms, name of the key, id, request_id
-    "crashed",  # a fault of ours in a request or in the care for workers: where, and never what
-    "stuck",  # a process of the API showed no progress and was killed: process
+    "crashed",  # a fault of ours in a request or a duty of the worker pool: where, and never what
+    "stuck",  # a process of the API made no progress and was killed: process
     "sent", "delayed", "failed", "unknown",  # the result of an attempt, or a mail expired: id, reason, next_in
     "task_finished", "task_failed",  # the result of a job of POST /jobs: id, task, error
     "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
@@ -59,7 +59,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(level: str, form: str = "plain") -> None:
-    # No line shows source, thread or process, and finding them out takes longer than writing the line.
+    # No line shows source, thread or process, and finding them takes longer than writing the line.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stdout)
@@ -95,7 +95,7 @@ def _value(value: object) -> str:
 
 
 def _member(value: object) -> object:
-    """Returns numbers as they are, and as text what has no type in JSON."""
+    """Returns a number as it is, and anything else as text."""
     if isinstance(value, float):
         return round(value, 1)
     return value if isinstance(value, (bool, int, str)) else str(value)

@@ -1,8 +1,8 @@
-"""One process that watches, and several that serve on the sockets it has opened.
+"""Runs one process that watches, and several that serve on the sockets it has opened.
 
-Python runs on one core a process, and a request is nearly all work, so one process would leave the other core idle. The
-children are forked when everything is loaded and share that memory. One that ends is replaced within a second, one that
-shows no progress for `STUCK_AFTER` is killed first; all end with the parent, however it ends.
+A Python process uses one core, and a request is nearly all work, so one process would leave the other core idle. The
+children are forked when everything is loaded and share that memory. One that ends is replaced within a second, one
+without progress for `STUCK_AFTER` is killed first; all end with the parent, however it ends.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ from process.log import emit, where
 from process.sd_daemon import STOP, on_stop, tell
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-STUCK_AFTER = 15  # seconds without a sign of progress
+STUCK_AFTER = 15  # seconds without progress
 PAUSE = 1.0  # seconds, before a child that ended is replaced
 
 Alive = Callable[[], None]
 
 
 def run(count: int, work: Callable[[Alive], None]) -> None:
-    """Runs `work` in so many processes, until SIGTERM or its like; then passes SIGTERM on and waits for them to end.
+    """Runs `work` in `count` processes, until SIGTERM or its like; then passes SIGTERM on and waits for them to end.
 
-    `work` is to return on SIGTERM, and to call what it is given at least once in `STUCK_AFTER` seconds, when it has
-    seen itself do its work.
+    `work` must return on SIGTERM, and call its argument at least every `STUCK_AFTER` seconds, after progress.
     """
     stopping = threading.Event()
     on_stop(lambda *_: stopping.set())
-    seen = mmap.mmap(-1, 8 * count)  # shared with the children: when each has last done its work
+    seen = mmap.mmap(-1, 8 * count)  # shared with the children: when each last made progress
     children: dict[int, int] = {}  # process id -> its place
     gc.collect()
     gc.freeze()  # else the first collection in a child would touch, and so copy, all that it shares
@@ -48,16 +47,16 @@ def run(count: int, work: Callable[[Alive], None]) -> None:
         tell("READY=1\nWATCHDOG=1")
         turned = time.monotonic()
         stopping.wait(PAUSE)
-        if time.monotonic() - turned > STUCK_AFTER:  # this process stood still itself, and its children with it
+        if time.monotonic() - turned > STUCK_AFTER:  # this process was stopped, and its children with it
             for place in range(count):
                 _alive(seen, place)
-        _bury(children, seen)
+        _reap(children, seen)
     tell("STOPPING=1")
     for child in children:
         os.kill(child, signal.SIGTERM)
     while children:
         time.sleep(0.05)
-        _bury(children, seen)
+        _reap(children, seen)
 
 
 def _fork(work: Callable[[Alive], None], seen: mmap.mmap, place: int) -> int:
@@ -73,7 +72,7 @@ def _fork(work: Callable[[Alive], None], seen: mmap.mmap, place: int) -> int:
     code = 1
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == parent:  # it did not die before that
+        if os.getppid() == parent:  # else it died before that, and no signal comes
             work(lambda: _alive(seen, place))
             code = 0
     except Exception as error:
@@ -86,8 +85,8 @@ def _alive(seen: mmap.mmap, place: int) -> None:
     struct.pack_into("d", seen, 8 * place, time.monotonic())
 
 
-def _bury(children: dict[int, int], seen: mmap.mmap) -> None:
-    """Kills the children that show no progress, and forgets those that have ended."""
+def _reap(children: dict[int, int], seen: mmap.mmap) -> None:
+    """Kills the children without progress, and forgets those that have ended."""
     for child, place in children.items():
         if time.monotonic() - struct.unpack_from("d", seen, 8 * place)[0] > STUCK_AFTER:
             emit("stuck", logging.ERROR, process=child)

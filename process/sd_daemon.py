@@ -1,10 +1,8 @@
 """Speaks systemd's two small protocols, sd_listen_fds(3) and sd_notify(3), and handles the signals that end a service.
 
-`sockets` are those on which systemd listens for us. They outlive this process: a restart refuses no connection. `tell`
-sends `READY=1`, `STOPPING=1` or `WATCHDOG=1`. Send WATCHDOG=1 only where work is seen to be done, never from a thread
-of its own: a service that sends it while it hangs is never restarted. Without systemd, both do nothing.
-
-Raises nothing: a service manager that is absent, or has gone, is no reason to stop.
+`sockets` returns those on which systemd listens for us. They outlive this process: a restart refuses no connection.
+`tell` sends `READY=1`, `STOPPING=1` or `WATCHDOG=1`. Send WATCHDOG=1 only after progress, never from a thread of its
+own: a service that sends it while it hangs is never restarted. Without systemd, both do nothing; neither raises.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ def sockets() -> list[socket.socket]:
 
 
 def tell(state: str) -> None:
-    """Sends one assignment, such as `READY=1`, to the service manager, if it wants to know."""
+    """Sends one assignment, such as `READY=1`, to the service manager, if there is one."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return

@@ -1,6 +1,6 @@
-"""Redis, as every process here uses it: the client, Lua scripts, and what its errors mean to a caller.
+"""Connects to Redis, runs Lua scripts, and says what Redis' errors mean to a caller.
 
-Refuses to hang: Redis that is away, full or read-only gives `Unavailable` within three seconds, except to a worker's
+Never hangs: if Redis is away, full or read-only, `Unavailable` is raised within three seconds, except with a worker's
 retrying client, which outlasts a restart.
 Lua: https://redis.io/docs/latest/develop/programmability/
 """
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import hiredis
-from redis import Redis
+from redis import Redis as Redis  # a type for those who are handed a client; they import neither redis nor rq
 from redis._parsers import Encoder
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.connection import PythonRespSerializer
@@ -24,17 +24,17 @@ from redis.exceptions import (
     ConnectionError,
     InvalidResponse,
     NoScriptError,
-    RedisError,
-    ResponseError,
     TimeoutError,
 )
+from redis.exceptions import RedisError as RedisError
+from redis.exceptions import ResponseError as ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry as RedisRetry
 
 
 class Script:
-    """A Lua script, called by its digest. Where Redis does not know it (any more), the call brings the source:
-    redis-py's own way, to load it and call it again, fails if it is forgotten in between."""
+    """Calls a Lua script by its digest, or by its source if Redis does not know it (any more). redis-py would load it
+    and call it again, which fails if Redis forgets it in between."""
 
     def __init__(self, redis: Redis, source: str) -> None:
         self.redis = redis
@@ -53,52 +53,57 @@ class Unavailable(Exception):
 
 
 class Packer:
-    """Writes a command as Redis reads it. hiredis is the quickest, but copies everything three times; a command with an
-    attachment is left to redis-py's own writer, which copies nothing large."""
+    """Encodes a command with hiredis, the quickest. It copies everything three times, so a command with an attachment
+    is left to redis-py's own encoder, which copies nothing large."""
 
     LARGE = 64 * 1024  # bytes
 
     def __init__(self) -> None:
-        self.sparing = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode)  # type: ignore[no-untyped-call]
+        self.for_large = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode)  # type: ignore[no-untyped-call]
 
     def pack(self, name: str, *words: Any) -> Any:
         if any(type(word) is bytes and len(word) > self.LARGE for word in words):
-            return self.sparing.pack(name, *words)  # type: ignore[no-untyped-call]
+            return self.for_large.pack(name, *words)  # type: ignore[no-untyped-call]
         return [hiredis.pack_command((*name.split(), *words))]  # CLIENT SETNAME is two words
 
 
-def connect(url: str, *, patient: bool = False) -> Redis:
-    """A Redis client. The API's gives up within three seconds; a `patient` one (the workers') outlasts a restart.
+# Twice the time-out fits into three seconds: a request may first have to wait for a thread that waits for Redis.
+FAIL_FAST = {"socket_connect_timeout": 1, "socket_timeout": 1.2, "retry": RedisRetry(NoBackoff(), 0)}
+RETRYING = {
+    "socket_connect_timeout": 5,
+    "socket_timeout": 10,
+    "retry": RedisRetry(ExponentialWithJitterBackoff(base=0.05, cap=2), 40),
+}
 
-    The API's never repeats a command by itself: redis-py would send a transaction again whose reply was lost, and so
+
+def connect(url: str, *, retrying: bool = False) -> Redis:
+    """Returns a client that gives up within three seconds, or a `retrying` one (the workers') that outlasts a restart.
+
+    The first never repeats a command by itself: redis-py would send a transaction again whose reply was lost, and so
     queue a mail twice. The workers' scripts may be repeated, each says why.
     """
     return Redis.from_url(
         url,
-        socket_connect_timeout=5 if patient else 1,
-        # Twice this fits into three seconds: a request may first have to wait for a thread that waits for Redis.
-        socket_timeout=10 if patient else 1.2,
+        **(RETRYING if retrying else FAIL_FAST),
         **({} if url.startswith("unix:") else {"socket_keepalive": True}),
-        retry=RedisRetry(ExponentialWithJitterBackoff(base=0.05, cap=2), 40) if patient else RedisRetry(NoBackoff(), 0),
         command_packer=Packer(),
         # A feature of Redis' cloud, asked for on each connection in a round trip that every other server refuses.
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
 
 
-def impatient(redis: Redis) -> Redis:
-    """The same Redis for signs of life, which are worth nothing late. A patient client that finds its connection dead
-    waits for up to a quarter of a minute before it takes another, and all the other signs would wait behind it."""
+def fail_fast(redis: Redis) -> Redis:
+    """Returns a client of the same Redis for heartbeats, which are worth nothing late. A retrying one that finds its
+    connection dead waits up to a quarter of a minute for another, and all other heartbeats would wait behind it."""
     pool = redis.connection_pool
-    hurry = {"socket_connect_timeout": 1, "socket_timeout": 1.2, "retry": RedisRetry(NoBackoff(), 0)}
-    return Redis(connection_pool=type(pool)(pool.connection_class, **(pool.connection_kwargs | hurry)))
+    return Redis(connection_pool=type(pool)(pool.connection_class, **(pool.connection_kwargs | FAIL_FAST)))
 
 
-CANNOT_NOW = {  # a word of Redis' error -> what is the matter
+CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "OOM": "Redis is out of memory (maxmemory is reached)",
     "READONLY": "Redis is a read-only replica",
     "MISCONF": "Redis cannot write to its disk, so it refuses writes",
-    "NOREPLICAS": "Redis misses replicas, so it refuses writes",
+    "NOREPLICAS": "Redis lacks replicas, so it refuses writes",
     "MASTERDOWN": "Redis is a replica without its master",
     "NOPERM": "Redis' ACL does not let us do this",
     "The user executing the script": "Redis' ACL does not let us do this",  # Redis 7
@@ -106,22 +111,20 @@ CANNOT_NOW = {  # a word of Redis' error -> what is the matter
     "BUSY": "Redis is busy with a script",
 }
 _silent = threading.Event()
-_scout = threading.RLock()
+_probing = threading.RLock()
 
 
 def is_silent() -> bool:
-    """Whether Redis did not answer when it was last asked, so that asking it may take long."""
+    """Returns whether Redis did not answer its last command, so that the next may take long."""
     return _silent.is_set()
 
 
 @contextmanager
-def scouting() -> Iterator[None]:
-    """Once Redis is silent, one caller at a time finds out whether it is back; the others are refused at once.
-
-    If each waited for the time-out, a request that waits for a thread of Waitress would wait for one after another.
-    """
+def single_flight_probe() -> Iterator[None]:
+    """Lets one caller at a time ask a Redis that is silent, and refuses the others at once: if each waited for the
+    time-out, a request in the queue for a thread of Waitress would wait for one after another."""
     silent = _silent.is_set()
-    if silent and not _scout.acquire(blocking=False):
+    if silent and not _probing.acquire(blocking=False):
         raise ConnectionError
     try:
         yield
@@ -129,19 +132,19 @@ def scouting() -> Iterator[None]:
     except (ConnectionError, TimeoutError):
         _silent.set()
         raise
-    except Exception:  # it answered, if not as hoped
+    except Exception:  # an error is an answer, too
         _silent.clear()
         raise
     finally:
         if silent:
-            _scout.release()
+            _probing.release()
 
 
 @contextmanager
-def unavailable() -> Iterator[None]:
-    """Turns what Redis says when it cannot work now into `Unavailable`; a mistake of ours stays what it is."""
+def translating_errors() -> Iterator[None]:
+    """Raises `Unavailable` for an error that says that Redis cannot work now; a fault of ours stays what it is."""
     try:
-        with scouting():
+        with single_flight_probe():
             yield
     except RedisError as error:
         if reason := why_unavailable(error):
@@ -150,7 +153,7 @@ def unavailable() -> Iterator[None]:
 
 
 def why_unavailable(error: Exception) -> str | None:
-    """Returns why Redis cannot work now, if that is what the exception says."""
+    """Returns why Redis cannot work now, None if the exception says something else."""
     match error:
         case AuthenticationError():
             return "Redis does not accept our password"
@@ -159,7 +162,7 @@ def why_unavailable(error: Exception) -> str | None:
         case InvalidResponse():
             return "what answers at REDIS_URL is not Redis"
         case ResponseError():
-            # redis-py takes the word off if it knows it; before version 7, Redis put it into the middle for a script.
+            # redis-py removes a word that it knows; before version 7, Redis put it into the middle of a script's error.
             said = re.search(rf"\b({'|'.join(CANNOT_NOW)})\b", f"{error.status_code} {error}")
             return CANNOT_NOW[said[1]] if said else None
     return None

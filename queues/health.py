@@ -1,7 +1,7 @@
-"""The state of the queues for readyz, metrics and the doctor.
+"""Reads the state of the queues for readyz, metrics and the doctor.
 
-Reads only, with commands whose time does not grow with the queue: RQ's own counting and listing run cleanups, which can
-queue a job a second time.
+Uses commands that change nothing and whose time does not grow with the queue: RQ's own counting and listing run
+cleanups, which can queue a job a second time.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from queues import keys
-from queues.connection import unavailable
-from queues.heartbeat import BEAT, LOST_AFTER
+from queues.connection import translating_errors
+from queues.heartbeat import HEARTBEAT_SECONDS, LEASE_SECONDS
 from queues.jobs import Jobs
 from queues.table import EMAIL
 
 
 class QueueState(NamedTuple):
-    """A queue in numbers. `jobs` counts them by state; `workers` are those that gave a sign of life lately; of the
-    times in seconds, the first is the age of the job that waits longest, the second how late the scheduler is."""
+    """A queue in numbers: its jobs by state, the workers with a recent heartbeat, the age of the job that waits longest
+    and how late the scheduler is, both in seconds."""
 
     jobs: dict[str, int]
     workers: int
@@ -28,8 +28,8 @@ class QueueState(NamedTuple):
 
 
 def state(jobs: Jobs) -> dict[str, Any]:
-    """How the store and the mail queue do. Reads only, in time that does not grow with the queue."""
-    with unavailable():
+    """Returns Redis' INFO and the state of the mail queue."""
+    with translating_errors():
         queue = jobs.queues[EMAIL]
         pipe = jobs.redis.pipeline(transaction=False)
         pipe.info()
@@ -49,8 +49,7 @@ def state(jobs: Jobs) -> dict[str, Any]:
 
 
 def queue_states(jobs: Jobs) -> dict[str, QueueState]:
-    """Of both queues, for who watches them. Reads only, in time that does not grow with the queues."""
-    with unavailable():
+    with translating_errors():
         return {name: _queue_state(jobs, name) for name in jobs.queues}
 
 
@@ -70,7 +69,7 @@ def _queue_state(jobs: Jobs, name: str) -> QueueState:
     ages = [_age(beat) for beat in beats]
     return QueueState(
         {"queued": queued, "scheduled": scheduled, "started": started, "failed": failed, "deferred": deferred},
-        sum(age is not None and age < LOST_AFTER + BEAT for age in ages),
+        sum(age is not None and age < LEASE_SECONDS + HEARTBEAT_SECONDS for age in ages),
         _age(enqueued_at) or 0.0,
         max(0.0, time.time() - first[0][1]) if first else 0.0,
     )

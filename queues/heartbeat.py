@@ -1,76 +1,77 @@
-"""Leases, and the one thread of a process that renews them: the recovery budget of everything that can die.
+"""Renews leases: the recovery budget of everything that can die.
 
-A lease that is not renewed for LOST_AFTER seconds belongs to a dead worker. Heartbeats come every BEAT seconds, so two
+A lease that is not renewed for LEASE_SECONDS belongs to a dead worker. Heartbeats come every HEARTBEAT_SECONDS, so two
 may be lost in a row.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import itemgetter
+from dataclasses import dataclass
+from operator import attrgetter
 
 # The recovery budget, in seconds: a killed worker's mail goes out within 120. RQ's defaults add up to 27 minutes.
-LOST_AFTER = 45  # without a heartbeat, a worker and its claim on a mail count as dead
-BEAT = 15  # between heartbeats
-WORKER_TTL = 35  # less 15, RQ waits so long for a job
-LOCKED_FOR = 15  # for which a dead worker goes on keeping others from its duties
-MAINTENANCE_EVERY = 20  # what a killed worker left is looked for
+LEASE_SECONDS = 45  # without a heartbeat, a worker and its claim on a mail count as dead
+HEARTBEAT_SECONDS = 15  # between heartbeats
+WORKER_TTL = 35  # RQ waits 15 less for a job
+LOCKED_FOR = 15  # a dead worker's locks keep others from its duties
+MAINTENANCE_EVERY = 20  # between searches for what a killed worker left
 
 
-class _Heart:
-    """Gives all the signs of life of this process, from one thread: one each would cost more than the mail. Each in its
-    turn; one that could not be given is tried again a second later, after those that are due."""
+@dataclass(eq=False)
+class Heartbeat:
+    """A call that is due every `HEARTBEAT_SECONDS`; `due` is of time.monotonic()."""
+
+    publish: Callable[[], object]
+    due: float
+
+
+class Heartbeats:
+    """Publishes all heartbeats of this process from one thread: one each would cost more than the mail."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.due: dict[int, tuple[float, Callable[[], object]]] = {}  # when, and what
+        self.all: set[Heartbeat] = set()
         self.thread: threading.Thread | None = None
 
-    def take(self, sign_of_life: Callable[[], object]) -> int:
+    def add(self, heartbeat: Heartbeat) -> None:
         with self.lock:
-            self.due[id(sign_of_life)] = (time.monotonic() + BEAT, sign_of_life)
+            self.all.add(heartbeat)
             if not self.thread or not self.thread.is_alive():
-                self.thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+                self.thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
                 self.thread.start()
-        return id(sign_of_life)
 
-    def _beat(self) -> None:
+    def remove(self, heartbeat: Heartbeat) -> None:
+        with self.lock:
+            self.all.remove(heartbeat)
+
+    def _run(self) -> None:
         while True:
-            time.sleep(min(1, BEAT))
-            while self._beat_once():
-                pass
-
-    def _beat_once(self) -> bool:
-        """False where nothing is due, or it could not be given."""
-        with self.lock:
-            moment, sign_of_life = min(self.due.values(), key=itemgetter(0), default=(math.inf, None))
-        if sign_of_life is None or moment > time.monotonic():
-            return False
-        try:
-            sign_of_life()
-            pause = BEAT
-        except Exception:  # whatever it was, the other signs must not end with it
-            pause = 1
-        with self.lock:
-            if id(sign_of_life) in self.due:
-                self.due[id(sign_of_life)] = (time.monotonic() + pause, sign_of_life)
-        return pause == BEAT
+            time.sleep(min(1, HEARTBEAT_SECONDS))
+            with self.lock:
+                due = sorted(self.all, key=attrgetter("due"))
+            for one in due:
+                if one.due <= time.monotonic() and one in self.all:
+                    one.due = time.monotonic() + HEARTBEAT_SECONDS
+                    try:
+                        one.publish()
+                    except Exception:  # whatever it was, the other heartbeats must not end with it
+                        one.due = time.monotonic() + 1
 
 
-_heart = _Heart()
+_heartbeats = Heartbeats()
 
 
 @contextmanager
-def beating(sign_of_life: Callable[[], object]) -> Iterator[None]:
-    """Gives the sign every `BEAT` seconds, from a thread, for as long as the body runs. One that Redis does not take is
-    tried again; if none comes through, that is what `LOST_AFTER` is for. It should use an `impatient` client."""
-    taken = _heart.take(sign_of_life)
+def on_heartbeat(publish: Callable[[], object]) -> Iterator[None]:
+    """Calls `publish` every `HEARTBEAT_SECONDS`, from a thread, while the body runs. One that raises is tried again a
+    second later; if none comes through, the lease ends. It should use a `fail_fast` client."""
+    heartbeat = Heartbeat(publish, time.monotonic() + HEARTBEAT_SECONDS)
+    _heartbeats.add(heartbeat)
     try:
         yield
     finally:
-        with _heart.lock:
-            del _heart.due[taken]
+        _heartbeats.remove(heartbeat)

@@ -1,10 +1,9 @@
-"""Jobs in RQ's queues, seen from the side that submits and looks: accept, requeue, cancel, read.
+"""Accepts, requeues, cancels and reads jobs in RQ's queues; and says what a running job may ask of RQ.
 
-A job is accepted by one Lua script that does everything (the job, its place in the queue, its idempotency key,
-whatever the caller wants stored beside it) or nothing. The commands are RQ's own: RQ writes them once into a pipeline
-that is never executed; the blanks are filled for each job and the result is handed to the script. The script recognises
-a job that it has already stored, so a call whose reply was lost can be repeated, and it recognises a client's repeat by
-its idempotency key. Knows no HTTP and no mail.
+One Lua script accepts a job: it stores everything (the job, its place in the queue, its idempotency key, what the
+caller wants stored beside it) or nothing. The commands are RQ's own: RQ writes them once into a pipeline that is never
+executed, and the blanks are filled for each job. The script recognises a job that it has already stored, so a call
+whose reply was lost can be repeated, and a client's repeat by its idempotency key. Knows no HTTP and no mail.
 RQ: https://python-rq.org/docs/
 """
 
@@ -12,26 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
-from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import (
-    ConnectionError,
-    TimeoutError,
-    WatchError,
-)
-from rq import Queue, Retry
+from redis.exceptions import ConnectionError, TimeoutError, WatchError
+from rq import Queue, get_current_job
+from rq import Retry as Retry
 from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
 from queues import keys
-from queues.connection import Script, unavailable
+from queues.connection import Redis, Script, translating_errors
 from queues.quarantine import StrictJob, Unreadable, set_aside
 from queues.table import QUEUES
 
@@ -87,21 +81,21 @@ class NotPossible(Exception):
 
 
 class Idempotency(NamedTuple):
-    """What makes two requests the same: who sent which key to which endpoint, and the body."""
+    """Says what makes two requests the same: caller, endpoint and key; and by its fingerprint, the body."""
 
     key: str
     fingerprint: str
 
     @classmethod
     def of(cls, caller: str, endpoint: str, key: str, body: object) -> Idempotency:
-        """`body` is parsed JSON, so that the order of its members does not matter."""
+        """Takes `body` as parsed JSON, so that the order of its members does not matter."""
         canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         digest = hashlib.sha256(f"{caller}\n{endpoint}\n{key}".encode()).hexdigest()
         return cls(f"idempotency:{digest}", hashlib.sha256(canonical.encode()).hexdigest())
 
 
 class Beside(NamedTuple):
-    """What else happens in the same step: Lua that defines `beside(at)`, with its words from ARGV[at] on."""
+    """Adds to the same step: Lua that defines `beside(at)`, and its words, which are in ARGV[at] and on."""
 
     source: str = "local function beside() end\n"
     words: Sequence[Any] = ()
@@ -116,8 +110,8 @@ def flatten(commands: Pipeline) -> list[Any]:
 
 
 class JobTemplate:
-    """What RQ writes to queue a job, recorded once, with blanks for what differs from job to job: id, call and time.
-    RQ's own way takes a fifth of the CPU of an accepted mail. Raises `KeyError` if RQ does not write these blanks."""
+    """Records what RQ writes to queue a job, with blanks for what differs between jobs: id, call and time. RQ itself
+    would take a fifth of the CPU of an accepted mail. Raises `KeyError` if RQ does not write these blanks."""
 
     ID = "00000000-0000-0000-0000-000000000000"
 
@@ -130,7 +124,7 @@ class JobTemplate:
         self.ids = [place for place, word in enumerate(words) if isinstance(word, str) and self.ID in word]
 
     def render(self, job_id: str, args: Sequence[str], kwargs: dict[str, Any]) -> list[Any]:
-        words, moment = self.words.copy(), utcformat(now())
+        words, moment = self.words.copy(), rq_now()
         for place in self.ids:
             words[place] = words[place].replace(self.ID, job_id)
         for place in self.times:
@@ -147,7 +141,6 @@ class Accepted(NamedTuple):
 
     @property
     def id(self) -> str:
-        """Of a request for one."""
         return self.ids[0]
 
 
@@ -161,7 +154,7 @@ class Policy(NamedTuple):
 
 
 class Jobs:
-    """All queues, seen from the side that submits and looks."""
+    """Holds all queues, for those who submit jobs and look at them."""
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
@@ -181,13 +174,13 @@ class Jobs:
         idempotency: Idempotency | None = None,
         idempotency_ttl: int = 86400,
     ) -> Accepted:
-        """Stores jobs and queues them, in one step, and does what is `beside`.
+        """Stores and queues jobs, and does what is `beside`, in one step.
 
-        `calls` has the arguments and keyword arguments of each job, by its id. Returns the ids; where the idempotency
-        key was seen before with the same fingerprint, those of then. Raises `IdempotencyConflict` where it was seen
-        with another, `Unavailable` if Redis cannot store them: then nothing is stored, or all of it (a lost reply).
+        `calls` has the arguments and keyword arguments of each job, by its id. Returns the ids, or those of an earlier
+        request with the same idempotency key and fingerprint. Raises `IdempotencyConflict` if the fingerprint was
+        another, `Unavailable` if Redis cannot store them: then nothing is stored, or all of it (a lost reply).
         """
-        with unavailable():
+        with translating_errors():
             template = self._template(queue, function, policy)
             words = [word for job_id, (args, kwargs) in calls.items() for word in template.render(job_id, args, kwargs)]
             verdict, known = self._run_accept(list(calls), words, beside, idempotency, idempotency_ttl)
@@ -227,14 +220,14 @@ class Jobs:
         try:
             reply = accept(keys=touched, args=words)
         except ConnectionError:
-            # A connection that died while it lay in the pool, or the reply that was lost. The script knows its own
-            # jobs, so a second call stores nothing twice. A time-out is not repeated: the three seconds are spent.
+            # A connection died in the pool, or the reply was lost. The script knows its own jobs, so a second call
+            # stores nothing twice. A time-out is not repeated: the three seconds are spent.
             reply = accept(keys=touched, args=words)
         return reply[0].decode(), reply[1].decode()
 
     def recall(self, idempotency: Idempotency) -> Accepted | None:
-        """What an earlier request with this key was answered. Raises `IdempotencyConflict` as `accept` does."""
-        with unavailable():
+        """Returns what an earlier request with this key was answered. Raises `IdempotencyConflict` as `accept` does."""
+        with translating_errors():
             known: Any = self.redis.get(idempotency.key)
         if not known:
             return None
@@ -244,13 +237,13 @@ class Jobs:
         return Accepted(tuple(ids.split(",")), replayed=True)
 
     def fetch(self, job_id: str, *, to_change: bool = False) -> Job:
-        """Raises `NotFound`. What cannot be read and is `to_change` is set aside: a new job may then take its place."""
+        """Returns a job. Raises `NotFound`. Sets an unreadable one `to_change` aside: a new one may take its place."""
         try:
-            with unavailable():
+            with translating_errors():
                 job = StrictJob.fetch(job_id, connection=self.redis, serializer=JSONSerializer)
         except Unreadable as error:
             if to_change and self._is_of_no_other(job_id):
-                with unavailable():
+                with translating_errors():
                     set_aside(self.redis, job_id, error)
             raise NotFound("what is stored under this id cannot be read as a job") from None
         except NoSuchJobError:
@@ -260,24 +253,20 @@ class Jobs:
         return job
 
     def _is_of_no_other(self, job_id: str) -> bool:
-        """Whether an unreadable job is of our queues, or no hash, which no program could use."""
+        """Returns whether an unreadable job is of our queues, or no hash, which no program could use."""
         key = keys.job(job_id)
-        with unavailable():
+        with translating_errors():
             if self.redis.type(key) != b"hash":
                 return True
             origin: Any = self.redis.hget(key, "origin")
         return (origin or b"").decode(errors="replace") in self.queues
 
     def read(self, job_id: str) -> dict[str, Any]:
-        """What became of a job. `result` is what the function returned, `error` the last line of its traceback."""
+        """Returns a job's state. `result` is what its function returned, `error` the last line of its traceback."""
         job = self.fetch(job_id)
-        with unavailable():
+        with translating_errors():
             latest = job.latest_result()
-        seen: dict[str, Any] = {
-            "job_id": job.id,
-            "task": _task(job),
-            "status": job.get_status(False).value,
-        }
+        seen: dict[str, Any] = {"job_id": job.id, "task": _task(job), "status": job.get_status(False).value}
         seen |= {name: _iso(getattr(job, name)) for name in ("created_at", "enqueued_at", "started_at", "ended_at")}
         if latest and latest.type == latest.Type.SUCCESSFUL:
             seen["result"] = latest.return_value
@@ -289,23 +278,31 @@ class Jobs:
         """Puts a failed job back into its queue with all its attempts. Raises `NotFound` or `NotPossible`."""
         job = self.fetch(job_id, to_change=True)
         job._dependency_ids = []  # a person asks, so it waits for nobody
-        with unavailable(), self._watching(job) as pipe:
-            status = job.get_status()
-            if status not in ("failed", "stopped", "canceled"):
-                raise NotPossible(f"only a failed job can be queued again; this one is {status.value}")
-            job.retries_left = len(job.retry_intervals) if job.retry_intervals else None
-            job.started_at = job.ended_at = None
-            pipe.multi()
-            pipe.zrem(job.failed_job_registry.key, job.id)
-            pipe.zrem(keys.canceled(job.origin), job.id)
-            pipe.persist(job.key)  # it was to expire; now it must wait for a worker as long as it takes
-            self.queues[job.origin].enqueue_job(job, pipeline=pipe)
-            pipe.execute()
+        with translating_errors(), self.redis.pipeline() as pipe:
+            pipe.watch(job.key)  # type: ignore[no-untyped-call]  # a worker may take it meanwhile
+            try:
+                status = job.get_status()
+                if status not in ("failed", "stopped", "canceled"):
+                    raise NotPossible(f"only a failed job can be queued again; this one is {status.value}")
+                job.retries_left = len(job.retry_intervals) if job.retry_intervals else None
+                job.started_at = job.ended_at = None
+                pipe.multi()
+                pipe.zrem(keys.failed(job.origin), job.id)
+                pipe.zrem(keys.canceled(job.origin), job.id)
+                pipe.persist(job.key)  # else it expires while it waits for a worker
+                self.queues[job.origin].enqueue_job(job, pipeline=pipe)
+                pipe.execute()
+            except WatchError as error:
+                if isinstance(error.__context__, (ConnectionError, TimeoutError)):  # redis-py calls these so, too
+                    raise error.__context__ from None
+                raise NotPossible("the job was taken by a worker at this moment; look again") from None
+            except InvalidJobOperation:  # its hash vanished between the fetch and now
+                raise NotFound from None
 
     def cancel(self, job_id: str) -> None:
         """Removes a job that has not run, or has failed. Raises `NotFound`, `NotPossible`."""
         words = self.removal(job_id)
-        with unavailable():
+        with translating_errors():
             status = self._remove(keys=[], args=words)
         if status is not None:
             raise not_removed(status.decode())
@@ -314,7 +311,7 @@ class Jobs:
         """Returns what `remove_job` needs: the job's key, the status in which it may be removed, and the commands by
         which RQ removes it. Raises `NotFound`."""
         job = self.fetch(job_id, to_change=True)
-        with unavailable():
+        with translating_errors():
             self._forget_lost_executions(job)
             commands = self.redis.pipeline()
             try:
@@ -331,20 +328,6 @@ class Jobs:
         for execution_id in listed.get_execution_ids():
             if not self.redis.hexists(f"rq:execution:{job.id}:{execution_id}", "created_at"):
                 self.redis.zrem(listed.key, execution_id)
-
-    @contextmanager
-    def _watching(self, job: Job) -> Iterator[Pipeline]:
-        """A transaction that fails if a worker takes the job meanwhile."""
-        with self.redis.pipeline() as pipe:
-            pipe.watch(job.key)  # type: ignore[no-untyped-call]
-            try:
-                yield pipe
-            except WatchError as error:
-                if isinstance(error.__context__, (ConnectionError, TimeoutError)):  # redis-py calls these so, too
-                    raise error.__context__ from None
-                raise NotPossible("the job was taken by a worker at this moment; look again") from None
-            except InvalidJobOperation:  # its hash vanished between the fetch and now
-                raise NotFound from None
 
 
 def not_removed(status: str) -> Exception:
@@ -365,3 +348,25 @@ def _task(job: Job) -> str:
 
 def _iso(moment: datetime | None) -> str | None:
     return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds") if moment else None
+
+
+def rq_now() -> str:
+    """Returns the time as RQ writes it into a job."""
+    return utcformat(now())
+
+
+def queued_at() -> float:
+    """Returns when the job that runs in this thread was queued, in seconds since 1970; 0 outside of a job."""
+    job = get_current_job()
+    return job.enqueued_at.timestamp() if job and job.enqueued_at else 0
+
+
+def allow_exceptions(number: int) -> None:
+    """Sets after how many more exceptions RQ tries the job that runs in this thread again; at 0 it fails for good."""
+    if job := get_current_job():
+        job.retries_left = number
+
+
+def run_again_in(seconds: float) -> Retry:
+    """Returns what a function returns to be run again. RQ counts this apart from the tries after an exception."""
+    return Retry(max=1_000_000, interval=max(1, round(seconds)))

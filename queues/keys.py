@@ -1,22 +1,14 @@
-"""RQ's keys in Redis, by RQ's own names: they follow its RQ_KEY_PREFIX.
+"""Names RQ's keys in Redis, by RQ's own constants, which follow its RQ_KEY_PREFIX.
 
-What is here is read by our scripts and by monitoring, which must not use RQ's own counting and listing: these clean up
-on the way, and can queue a job a second time.
+Our scripts and our monitoring read these keys directly: RQ's own counting and listing clean up on the way, and can
+queue a job a second time.
 """
 
 from __future__ import annotations
 
+from rq import registry
 from rq.job import Job
 from rq.queue import Queue
-from rq.registry import (
-    BaseRegistry,
-    CanceledJobRegistry,
-    DeferredJobRegistry,
-    FailedJobRegistry,
-    ReadyJobRegistry,
-    ScheduledJobRegistry,
-    StartedJobRegistry,
-)
 from rq.scheduler import SCHEDULER_LOCKING_KEY_TEMPLATE
 from rq.suspension import WORKERS_SUSPENDED
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
@@ -45,29 +37,10 @@ def scheduler_lock(name: str) -> str:
     return SCHEDULER_LOCKING_KEY_TEMPLATE % name
 
 
-def _registry(kind: type[BaseRegistry], name: str) -> str:
-    return kind.key_template.format(name)
-
-
-def scheduled(name: str) -> str:
-    return _registry(ScheduledJobRegistry, name)
-
-
-def started(name: str) -> str:
-    return _registry(StartedJobRegistry, name)
-
-
-def ready(name: str) -> str:
-    return _registry(ReadyJobRegistry, name)
-
-
-def failed(name: str) -> str:
-    return _registry(FailedJobRegistry, name)
-
-
-def deferred(name: str) -> str:
-    return _registry(DeferredJobRegistry, name)
-
-
-def canceled(name: str) -> str:
-    return _registry(CanceledJobRegistry, name)
+# Each returns the key of a queue's registry.
+scheduled = registry.ScheduledJobRegistry.key_template.format
+started = registry.StartedJobRegistry.key_template.format
+ready = registry.ReadyJobRegistry.key_template.format
+failed = registry.FailedJobRegistry.key_template.format
+deferred = registry.DeferredJobRegistry.key_template.format
+canceled = registry.CanceledJobRegistry.key_template.format

@@ -1,6 +1,6 @@
 """`@task`: offers a function of tasks.py to `POST /jobs`.
 
-The arguments are checked against the function's type hints at the door (422 with the field) and again in the worker.
+Checks the arguments against the function's type hints in the API (422 with the field) and again in the worker.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from queues.table import JOBS
 
 
 class Task(NamedTuple):
-    """A function that `POST /jobs` offers, with what its arguments must be. Times in seconds."""
+    """A function that `POST /jobs` offers, with the model of its arguments. Times in seconds."""
 
     function: Callable[..., Any]
     arguments: type[BaseModel]
@@ -42,8 +42,8 @@ def task(
     """Offers a function to `POST /jobs`, to run on a queue of queues.table; times in seconds.
 
     RQ raises JobTimeoutException in it after `timeout`, and kills its process a minute later. After an exception it is
-    tried again after each of the pauses in `retry_in`: at least one, or a worker killed at the wrong moment would fail
-    a job that never ran.
+    tried again after each pause in `retry_in`, which must have at least one: else a worker killed at the wrong moment
+    fails a job that never ran.
     """
 
     def offer(function: Callable[..., Any]) -> Callable[..., Any]:

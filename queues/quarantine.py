@@ -1,10 +1,10 @@
-"""Jobs that RQ cannot read, and entries of its registries that name none: set aside, so that the others go on.
+"""Sets aside jobs that RQ cannot read, and entries of its registries that name no job, so that the others go on.
 
-RQ reads the jobs of a registry one after the other, and one that it cannot read ends its scheduler, its maintenance or
-its worker: each time, for as long as it is there. `StrictJob` says which these are. Where RQ reads them with the
-worker's own class of job, they are set aside then; `sift` looks where RQ uses a class of its own.
+RQ reads the jobs of a registry one after the other, and an unreadable one ends its scheduler, maintenance or worker
+each time, for as long as it is there. `StrictJob` finds them where RQ reads with the worker's own job class; `sift`
+looks where RQ uses a class of its own.
 
-Everything that is set aside is in the log (`unreadable`); a job is kept at `jobs:unreadable:<id>` for two weeks.
+All of it is logged (`unreadable`); a job is kept at `jobs:unreadable:<id>` for two weeks.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from queues.connection import Script
 
 UNREADABLE = "jobs:unreadable"  # sorted set: ids of jobs that were set aside, by when; the hashes are at <this>:<id>
 UNREADABLE_KEPT = 14 * 86400  # seconds
-TEN_YEARS = 10 * 365 * 86400  # seconds; what is longer, Redis or Python may refuse
+TEN_YEARS = 10 * 365 * 86400  # seconds; Redis or Python may refuse more
 
-# KEYS: job, where it is put, UNREADABLE. ARGV: job id, now, lifetime in seconds, how many ids are kept. 0: another was
-# quicker.
+# KEYS: job, its new key, UNREADABLE. ARGV: job id, now, lifetime in seconds, how many ids are kept. Returns 0 if
+# another was quicker.
 SET_ASIDE = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call('RENAME', KEYS[1], KEYS[2])
@@ -45,7 +45,7 @@ return 1
 
 
 class Unreadable(NoSuchJobError):
-    """What is stored under a job's key is no job that RQ can work with. To RQ, this says that there is no such job."""
+    """A job's key holds no job that RQ can work with. RQ takes this for a job that does not exist."""
 
 
 # What reading a damaged job raises. Nothing else is taken for damage: an exception may also come out of a signal.
@@ -56,11 +56,11 @@ DAMAGED = (
 
 
 class StrictJob(rq.job.Job):
-    """RQ's job, read strictly: what RQ would take and then fail at, outside of the job's own attempt, is refused."""
+    """Refuses what RQ would read and then fail at, outside of the job's own attempt."""
 
     @classmethod
     def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> StrictJob:
-        """Raises `NoSuchJobError`, and its kind `Unreadable`."""
+        """Returns a job. Raises `NoSuchJobError` and its subclass `Unreadable`."""
         if not JOB_ID_PATTERN.fullmatch(parse_job_id(id)):
             raise NoSuchJobError
         return super().fetch(id, connection, serializer)  # type: ignore[return-value]
@@ -96,19 +96,19 @@ class StrictJob(rq.job.Job):
 
 
 def set_aside(redis: Redis, job_id: str, error: Unreadable) -> None:
-    """Moves an unreadable job out of RQ's sight, so that it stops nobody's recovery, and says so. What refers to it
-    finds that it is gone: RQ forgets it, and its mail fails and can be queued again."""
+    """Moves an unreadable job out of RQ's way and logs it. To all who refer to it, it is gone: RQ forgets it, and its
+    mail fails and can be queued again."""
     touched = [keys.job(job_id), f"{UNREADABLE}:{job_id}", UNREADABLE]
     if Script(redis, SET_ASIDE)(touched, [job_id, time.time(), UNREADABLE_KEPT, 1000]):
         emit("unreadable", logging.ERROR, id=job_id, reason=type(error.__cause__).__name__)
 
 
-AT_ONCE = 1000  # entries of a registry that are looked at in one go, as many as RQ's scheduler takes
+AT_ONCE = 1000  # entries of a registry that are read together, as many as RQ's scheduler takes
 JOB, EXECUTION = re.compile(rb"[\w-]+"), re.compile(rb"[\w-]+:[\w-]+")  # what RQ writes into a registry
 
 
 def sift(queue: rq.Queue) -> bool:
-    """Looks where RQ is about to walk. Returns whether there was anything to take out."""
+    """Removes what would stop RQ from the lists and registries that it reads next. Returns whether there was any."""
     redis, name, now = queue.connection, queue.name, time.time()
     popped: list[Any] = redis.lrange(queue.intermediate_queue_key, 0, -1)
     taken_out = sum(int(redis.lrem(queue.intermediate_queue_key, 0, one)) for one in _foreign(popped, JOB))
@@ -133,11 +133,9 @@ def _foreign(entries: list[Any], shape: re.Pattern[bytes]) -> list[Any]:
 
 
 def _unreadable(queue: rq.Queue, ids: list[str]) -> list[str]:
-    """Those of the jobs that cannot be read, which `fetch` of the worker's class has set aside."""
-    try:
-        queue.job_class.fetch_many(
-            ids, queue.connection, queue.serializer
-        )  # one round trip: nearly always, all is well
+    """Returns the jobs that cannot be read, which `fetch` of the worker's class has set aside."""
+    try:  # in one round trip: nearly always, all is well
+        queue.job_class.fetch_many(ids, queue.connection, queue.serializer)
         return []
     except (Unreadable, ResponseError):  # no hash, or Redis cannot answer now and will say so again
         return [job_id for job_id in ids if _is_unreadable(queue, job_id)]

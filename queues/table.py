@@ -1,4 +1,4 @@
-"""The queues, a row each. Imports nothing, so that bin/install can read it before there is a .venv.
+"""Lists the queues, a row each. Imports nothing, so that bin/install can read it before there is a .venv.
 
 A new queue is a row here and functions in tasks.py with `@task(queue=...)`; the installation, bin/dev, the doctor,
 readyz and the metrics follow. A worker takes from one queue only: with two or more, RQ loses the job that a killed
@@ -13,7 +13,7 @@ EMAIL, JOBS = "email", "jobs"
 
 
 class Row(NamedTuple):
-    """How one queue is worked."""
+    """A queue, and how its jobs are run."""
 
     name: str
     pooled: bool  # many RQ workers as threads of one process; else RQ's own worker, which forks for each job
@@ -24,7 +24,7 @@ class Row(NamedTuple):
 QUEUES = {
     row.name: row
     for row in (
-        # A mail is nearly all waiting, so WORKER_CONCURRENCY of them share a process.
+        # Sending a mail is nearly all waiting, so WORKER_CONCURRENCY of them share a process.
         Row(EMAIL, pooled=True, runs=("tasks.deliver",), needs=("smtp_host",)),
         # A task may hang or crash, so each has a process of its own that can be killed.
         Row(JOBS, pooled=False, runs=()),

@@ -1,4 +1,4 @@
-"""What is changed in RQ's workers. Expect an hour of careful reading here for each release of RQ.
+"""Changes RQ's workers. Expect an hour of careful reading here for each release of RQ.
 
 RQ imports whatever a job names, so without `Job` here anybody who can write to Redis could run `os.system`. A job that
 names a function which its queue does not offer fails at once; callbacks and webhooks in a job are ignored.
@@ -12,18 +12,18 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import rq
 import rq.intermediate_queue
 import rq.job
-from redis import Redis
 from redis.client import Pipeline
 from rq import SimpleWorker, Worker, worker_registration
 from rq.exceptions import StopRequested
 from rq.executions import Execution
 from rq.job import JobStatus
 from rq.registry import StartedJobRegistry
+from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 from rq.timeouts import BaseDeathPenalty
 from rq.utils import now, utcformat
@@ -31,10 +31,9 @@ from rq.worker.base import BaseWorker, WorkerStatus
 
 from process import sd_daemon
 from process.log import emit, where
-from queues.connection import impatient, why_unavailable
-from queues.heartbeat import BEAT, LOCKED_FOR, LOST_AFTER, MAINTENANCE_EVERY, WORKER_TTL, beating
+from queues.connection import Redis, fail_fast, why_unavailable
+from queues.heartbeat import HEARTBEAT_SECONDS, LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
 from queues.quarantine import StrictJob, Unreadable, set_aside, sift
-from queues.table import EMAIL
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -44,14 +43,13 @@ class RefusedTask(Exception):
 
 
 class Job(StrictJob):
-    """An RQ job that can only call what its queue offers; see `confined_to`."""
+    """An RQ job that can only call what its worker allows; see `make_worker`."""
 
     allowed: ClassVar[Functions] = {}
 
     @classmethod
     def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> StrictJob:
-        """Sets aside what cannot be read, wherever RQ comes upon it: it would end the worker, or the maintenance for
-        all others."""
+        """Sets an unreadable job aside, wherever RQ comes upon it: it would end the worker, or maintenance for all."""
         try:
             return super().fetch(id, connection, serializer)
         except Unreadable as error:
@@ -68,8 +66,8 @@ class Job(StrictJob):
         return function
 
     def set_status(self, status: JobStatus, pipeline: Any = None) -> None:
-        """RQ says `scheduled` before the transaction that schedules. A worker killed in between would leave a job that
-        is in no registry and that maintenance passes over; the transaction writes the status anyway."""
+        """Keeps `scheduled` out of Redis until the transaction that schedules, which writes it anyway. RQ writes it
+        before: a worker killed in between would leave a job that is in no registry and that maintenance ignores."""
         if status == JobStatus.SCHEDULED and pipeline is None:
             self._status = status
         else:
@@ -82,14 +80,9 @@ class Job(StrictJob):
         self.webhooks = []
 
 
-def confined_to(allowed: Functions) -> type[Job]:
-    """Returns the job class for a worker that may run these functions, by name, and no others."""
-    return type("Job", (Job,), {"allowed": allowed})
-
-
 class IntermediateQueue(rq.intermediate_queue.IntermediateQueue):
-    """Where a job is for the moment between its queue and the registry of those started. RQ takes it for stuck after a
-    minute; a worker that stood still longer than this and goes on finds its mail claimed."""
+    """Holds a job between its queue and the registry of those started. RQ takes it for stuck after a minute. A worker
+    that stood still for longer than ours and goes on finds its mail claimed."""
 
     def should_be_cleaned_up(self, job_id: str) -> bool:
         first_seen = self.get_first_seen(job_id)
@@ -97,8 +90,8 @@ class IntermediateQueue(rq.intermediate_queue.IntermediateQueue):
 
 
 class Queue(rq.Queue):
-    """RQ's queue. A worker killed while it does maintenance takes the lock along for seconds, not for a quarter of an
-    hour; two at once do no harm."""
+    """RQ's queue. A worker killed in its maintenance holds the lock for seconds, not for a quarter of an hour; two at
+    once do no harm."""
 
     @property
     def intermediate_queue(self) -> IntermediateQueue:
@@ -109,8 +102,8 @@ class Queue(rq.Queue):
 
 
 def register_again(worker: BaseWorker) -> None:
-    """RQ registers a worker at its birth alone. One that Redis has forgotten since (FLUSHALL; it stood still for
-    minutes) would work on, and whoever watches would see none."""
+    """Registers a worker that Redis has forgotten (FLUSHALL; it stood still for minutes). RQ does this at its birth
+    alone: it would work on, unseen by monitoring."""
     worker.last_heartbeat = now()
     with worker.connection.pipeline() as pipeline:
         pipeline.hset(worker.key, mapping=worker.serialize() | {"state": worker._state})
@@ -123,7 +116,7 @@ class JobsWorker(Worker):
     queue_class = Queue
 
     def run_maintenance_tasks(self) -> None:
-        """RQ's worker quits where its maintenance fails. This one goes on running jobs."""
+        """Goes on running jobs if maintenance fails, where RQ's worker quits."""
         try:
             sift(self.queues[0])
             super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
@@ -135,7 +128,8 @@ class JobsWorker(Worker):
             emit("crashed", logging.ERROR, where=where(error))
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
-        """RQ calls this around each job and each wait for one, and twice a minute while a job runs."""
+        """Registers again if need be, and feeds the watchdog. RQ calls this around each job and each wait for one, and
+        twice a minute while a job runs."""
         super().heartbeat(timeout, pipeline)
         if pipeline is None and not self.connection.sismember(self.redis_workers_keys, self.key):
             register_again(self)
@@ -143,8 +137,8 @@ class JobsWorker(Worker):
 
 
 class NoTimeout(BaseDeathPenalty):
-    """RQ's is an exception out of nowhere: between the relay's 250 and the mark it would make a mail of doubt. An
-    attempt at a mail ends by itself, as `smtp.session` sees to."""
+    """Disables RQ's time-out, an exception at any line: between the relay's 250 and its record it would leave the mail
+    in doubt. `smtp.session` ends an attempt in time."""
 
     def setup_death_penalty(self) -> None: ...
 
@@ -152,29 +146,26 @@ class NoTimeout(BaseDeathPenalty):
 
 
 class EmailWorker(SimpleWorker):
-    """One of a crew: an RQ worker that runs its jobs in its own thread.
+    """One of a pool: an RQ worker that runs its jobs in its own thread.
 
-    What RQ's worker does beside its job in some fifteen round trips, several of them to say that it is alive, is done
-    here in three, or by the crew's main thread. tests/test_worker.py notices when RQ changes what this leans on.
+    RQ's worker makes some fifteen round trips beside its job, several of them as heartbeats. This one makes three; the
+    pool's main thread does the rest.
     """
 
     queue_class = Queue
     death_penalty_class = NoTimeout
-    paused: Callable[[], float]  # seconds for which no job should be taken, beside `rq suspend`
-    suspended = False  # `rq suspend`; asked by the main thread for all
+    is_paused: Callable[[], object]  # whether no job should be taken now
     stopping = False
     forgotten = False  # by Redis, as the main thread has seen
-    told: tuple[str, float] = ("", 0)  # the state that Redis was told last, and when
+    published: tuple[str, float] = ("", 0)  # the state last written to Redis, and when
     busy_since: float | None = None  # time.monotonic(), while it makes an attempt
 
     @cached_property
-    def in_a_hurry(self) -> Redis:
-        return impatient(self.connection)
+    def fail_fast_redis(self) -> Redis:
+        return fail_fast(self.connection)
 
     def check_for_suspension(self, burst: bool) -> None:
-        """Beside `rq suspend` there is another reason not to take a job: the relay is in trouble. A mail taken now
-        would only be put off, and a long queue would go round and round."""
-        while not self.stopping and (self.suspended or self.paused()):
+        while not self.stopping and self.is_paused():
             time.sleep(0.5)
 
     @property
@@ -182,40 +173,41 @@ class EmailWorker(SimpleWorker):
         return False  # the main thread does, and is never busy with a mail
 
     def _install_signal_handlers(self) -> None:
-        """The main thread has them."""
+        """Does nothing: the main thread has them."""
 
     def subscribe(self) -> None:
-        """To RQ's remote commands: a thread and a connection more, to stop a work horse that there is not."""
+        """Does nothing: RQ's remote commands need a thread and a connection, and there is no work horse to stop."""
 
     def procline(self, message: str) -> None:
-        """The process has one title and many threads."""
+        """Does nothing: the process has one title and many threads."""
 
     def set_state(self, state: str, pipeline: Pipeline | None = None) -> None:
-        self._state = state  # `tell` writes it
+        self._state = state  # `add_heartbeat` writes it
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
-        """RQ calls this around each job and each wait for one, and nothing else there could end the loop."""
+        """Writes nothing: the pool does, with `add_heartbeat`. But RQ calls this around each job and each wait for one,
+        the only place from where its loop can be left: raises `StopRequested` there while the pool drains."""
         if self.stopping and not self.executions:
             raise StopRequested
         if self.forgotten:  # done in this thread, which alone knows that it is not about to end
             self.forgotten = False
             register_again(self)
 
-    def tell(self, pipeline: Pipeline) -> None:
-        """That this worker is alive, and its state, if that is news."""
-        if self.told[0] != self._state or time.monotonic() - self.told[1] >= BEAT:
-            self.told = (self._state, time.monotonic())
+    def add_heartbeat(self, pipeline: Pipeline) -> None:
+        """Adds this worker's heartbeat and state to `pipeline`, if either is due."""
+        if self.published[0] != self._state or time.monotonic() - self.published[1] >= HEARTBEAT_SECONDS:
+            self.published = (self._state, time.monotonic())
             pipeline.hset(self.key, mapping={"last_heartbeat": utcformat(now()), "state": self._state})
             pipeline.expire(self.key, self.worker_ttl + 60)
             pipeline.expire(self.executions_key, self.worker_ttl + 60)
 
     def get_heartbeat_ttl(self, job: rq.job.Job, working_time: float = 0.0) -> int:
-        return LOST_AFTER
+        return LEASE_SECONDS
 
     def prepare_execution(self, job: rq.job.Job) -> Execution:
-        """RQ's and `prepare_job_execution`, in one transaction."""
+        """Does what RQ's does, and `prepare_job_execution`, in one transaction."""
         with self.connection.pipeline() as pipeline:
-            execution = Execution.create(job, LOST_AFTER, pipeline=pipeline, worker_name=self.name)
+            execution = Execution.create(job, LEASE_SECONDS, pipeline=pipeline, worker_name=self.name)
             self.executions[execution.id] = execution
             job.prepare_for_execution(self.name, pipeline=pipeline)
             pipeline.persist(job.key)
@@ -224,33 +216,32 @@ class EmailWorker(SimpleWorker):
         return execution
 
     def prepare_job_execution(self, job: rq.job.Job, remove_from_intermediate_queue: bool = False) -> None:
-        """Done in `prepare_execution`."""
+        """Does nothing: `prepare_execution` did it."""
 
     def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
         self._state, self.busy_since = WorkerStatus.BUSY, time.monotonic()
         execution = self.prepare_execution(job)
-        with beating(lambda: self.show_life(job, execution)):
+        with on_heartbeat(lambda: self.publish_heartbeat(job, execution)):
             self.perform_job(job, queue, execution)
         self._state, self.busy_since = WorkerStatus.IDLE, None
 
-    def show_life(self, job: rq.job.Job, execution: Execution) -> None:
-        with self.in_a_hurry.pipeline() as pipeline:
-            execution.heartbeat(job.started_job_registry, LOST_AFTER, pipeline=pipeline)
+    def publish_heartbeat(self, job: rq.job.Job, execution: Execution) -> None:
+        with self.fail_fast_redis.pipeline() as pipeline:
+            execution.heartbeat(job.started_job_registry, LEASE_SECONDS, pipeline=pipeline)
             pipeline.execute()
 
     def handle_execution_ended(self, job: rq.job.Job, queue: rq.Queue, heartbeat_ttl: int) -> None:
-        job.ended_at = now()  # without another sign of life: the outcome is written next
+        job.ended_at = now()  # and no heartbeat: the outcome is written next
 
     def handle_job_success(
         self, job: rq.job.Job, queue: rq.Queue, started_job_registry: StartedJobRegistry, execution: Execution
     ) -> None:
-        """RQ's, without the jobs that depend on this one or repeat it: our jobs have none."""
+        """Does what RQ's does, without the jobs that depend on this one or repeat it: ours have none."""
         result_ttl = job.get_result_ttl(self.default_result_ttl)
-        assert job.started_at
-        assert job.ended_at
+        worked = job.ended_at - job.started_at  # type: ignore[operator]  # both are set when an attempt has ended
         with self.connection.pipeline() as pipeline:
             self.increment_successful_job_count(pipeline=pipeline)
-            self.increment_total_working_time(job.ended_at - job.started_at, pipeline)
+            self.increment_total_working_time(worked, pipeline)
             job._handle_success(
                 result_ttl,
                 pipeline=pipeline,
@@ -264,28 +255,31 @@ class EmailWorker(SimpleWorker):
             pipeline.execute()
 
 
-def email_worker(redis: Redis, allowed: Functions, paused: Callable[[], float]) -> EmailWorker:
-    """Returns a worker that runs `allowed` functions in its own thread, and takes no job while `paused()` is not 0."""
-    worker = EmailWorker(
-        [EMAIL],
-        connection=redis,
-        job_class=confined_to(allowed),
-        serializer=JSONSerializer,
-        worker_ttl=WORKER_TTL,
-        log_job_description=False,
-    )
-    worker.paused = paused
-    return worker
+AnyWorker = TypeVar("AnyWorker", EmailWorker, JobsWorker)
 
 
-def jobs_worker(queue: str, redis: Redis, allowed: Functions) -> JobsWorker:
-    """Returns RQ's own worker, which forks for each job, for `allowed` functions."""
-    return JobsWorker(
+def make_worker(kind: type[AnyWorker], queue: str, redis: Redis, allowed: Functions) -> AnyWorker:
+    """Returns a worker for one queue that may run the `allowed` functions, by name, and no others."""
+    return kind(
         [queue],
         connection=redis,
-        job_class=confined_to(allowed),
+        job_class=type("Job", (Job,), {"allowed": allowed}),
         serializer=JSONSerializer,
         worker_ttl=WORKER_TTL,
         maintenance_interval=MAINTENANCE_EVERY,
         log_job_description=False,
     )
+
+
+class Scheduler(RQScheduler):
+    """RQ's scheduler for one queue, run by its owner once a second rather than in a process of its own."""
+
+    def __init__(self, queue: str, redis: Redis) -> None:
+        # A dead scheduler's lock lasts for `interval` + 60 seconds, and `interval` has no other effect here.
+        super().__init__([queue], redis, interval=LOCKED_FOR - 60, serializer=JSONSerializer)
+
+    def tick(self) -> None:
+        """Queues the jobs whose time has come, unless another process has the lock."""
+        if self.acquired_locks or self.acquire_locks():  # type: ignore[no-untyped-call]
+            self.heartbeat()  # type: ignore[no-untyped-call]
+            self.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from redis import Redis
-
-from queues.connection import Script, unavailable
+from queues.connection import Redis, Script, translating_errors
 from settings import Rate
 
 TROUBLES = 3  # in a row, until the breaker opens
@@ -144,5 +142,5 @@ class Pacing:
 
 def in_trouble(redis: Redis, relay: str = "relay") -> bool:
     """Returns whether the relay's breaker is open. Raises `Unavailable`."""
-    with unavailable():
+    with translating_errors():
         return bool(redis.hexists(f"{relay}:breaker", "open_until"))

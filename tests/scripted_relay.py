@@ -88,8 +88,8 @@ class Line:
         self.say_raw(text.encode() + b"\r\n")
         return text
 
-    def say_raw(self, octets: bytes) -> None:
-        self.socket.sendall(octets)
+    def say_raw(self, data: bytes) -> None:
+        self.socket.sendall(data)
         self.spoke = True
 
     def hear_more(self) -> None:
@@ -103,11 +103,11 @@ class Line:
         self.unread += heard
         self.relay.heard += heard
 
-    def hear(self, octets: int) -> bytes:
-        while len(self.unread) < octets:
+    def hear(self, size: int) -> bytes:
+        while len(self.unread) < size:
             self.hear_more()
-        heard = bytes(self.unread[:octets])
-        del self.unread[:octets]
+        heard = bytes(self.unread[:size])
+        del self.unread[:size]
         return heard
 
     def hear_until(self, end: bytes) -> bytes:
@@ -175,35 +175,35 @@ def last_words(text: str) -> Act:
     return act
 
 
-def raw(octets: bytes) -> Act:
+def raw(data: bytes) -> Act:
     def act(line: Line) -> str:
-        line.say_raw(octets)
-        return octets.decode("latin-1")
+        line.say_raw(data)
+        return data.decode("latin-1")
 
     return act
 
 
-def drip(octets: bytes, pause: float = 0.05) -> Act:
+def drip(data: bytes, pause: float = 0.05) -> Act:
     """Four bytes at once, then one at a time; `pause` in seconds. Stops when the test is over."""
 
     def act(line: Line) -> str:
-        line.say_raw(octets[:4])
-        for octet in octets[4:]:
-            line.say_raw(bytes([octet]))
+        line.say_raw(data[:4])
+        for byte in data[4:]:
+            line.say_raw(bytes([byte]))
             if line.relay.over.wait(pause):
                 raise HungUp
-        return octets.decode("latin-1")
+        return data.decode("latin-1")
 
     return act
 
 
-def pieces(text: str, octets: int) -> Act:
-    """A whole reply, in packets of so many octets."""
+def pieces(text: str, size: int) -> Act:
+    """A whole reply, in packets of `size` bytes."""
 
     def act(line: Line) -> str:
         whole = text.encode() + b"\r\n"
-        for start in range(0, len(whole), octets):
-            line.say_raw(whole[start : start + octets])
+        for start in range(0, len(whole), size):
+            line.say_raw(whole[start : start + size])
         return text
 
     return act

@@ -137,15 +137,15 @@ def test_a_chunk_holds_the_mail_to_the_byte_with_crlf_line_ends_and_no_dot_doubl
 
 
 @WAYS
-@pytest.mark.parametrize("octets", [1, 7, 10_000])
-def test_replies_to_many_commands_may_come_in_any_number_of_packets(offers: list[str], octets: int) -> None:
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_replies_to_many_commands_may_come_in_any_number_of_packets(offers: list[str], size: int) -> None:
     together: list[str] = []
 
     def gathered(text: str, reply: str) -> Step:
         def act(line: Line) -> str:
             together.append(text)
             if offers == [] or text.startswith(("354", "250 2.0.0")):
-                pieces("\r\n".join(together), octets)(line)
+                pieces("\r\n".join(together), size)(line)
                 together.clear()
             return reply
 

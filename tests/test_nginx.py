@@ -57,7 +57,7 @@ class Front:
             connection.close()
 
     def send(self, head: str) -> Answer:
-        """Exactly these octets."""
+        """Exactly these bytes."""
         with socket.create_connection((OUTSIDE, self.port), timeout=20) as connection:
             connection.sendall(head.encode())
             response = http.client.HTTPResponse(connection)
@@ -256,11 +256,11 @@ def test_what_does_not_exist_is_not_found(front: Front, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "octets"),
+    ("path", "size"),
     [("/start-job", 70_000), ("/jobs", 70_000), (f"/jobs/{UNKNOWN_ID}/requeue", 70_000), ("/emails", 11 * 2**20)],
 )
-def test_a_body_over_the_limit_is_refused_before_it_is_sent(front: Front, path: str, octets: int) -> None:
-    answer = front.send(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {octets}\r\n\r\n")
+def test_a_body_over_the_limit_is_refused_before_it_is_sent(front: Front, path: str, size: int) -> None:
+    answer = front.send(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n")
     assert is_ours(answer, 413, "request_too_large")
 
 

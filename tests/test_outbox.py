@@ -13,7 +13,7 @@ from mail.claim import Busy, ClaimLost
 from mail.outbox import Outbox, jittered
 from mail.states import State, Status
 from queues import heartbeat
-from queues.heartbeat import LOST_AFTER
+from queues.heartbeat import LEASE_SECONDS
 from queues.jobs import Idempotency, IdempotencyConflict, NotFound, NotPossible
 from tests.mails import accept, claim, draft
 from tests.servers import eventually
@@ -58,13 +58,13 @@ def test_a_claimed_mail_is_busy_for_everybody_else(outbox: Outbox) -> None:
     claim(outbox, mail_id)
     with pytest.raises(Busy) as busy:
         outbox.claim(mail_id, time.time() + 1)
-    assert 40 < busy.value.seconds <= LOST_AFTER
+    assert 40 < busy.value.seconds <= LEASE_SECONDS
 
 
 def test_a_claim_is_kept_for_as_long_as_its_attempt_lasts(
     outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heartbeat, "BEAT", 0.02)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.02)
     mail_id = accept(outbox)
     taken = claim(outbox, mail_id)
     client.pexpire(f"mail:{mail_id}:claim", 10_000)
@@ -73,10 +73,10 @@ def test_a_claim_is_kept_for_as_long_as_its_attempt_lasts(
     assert not client.exists(f"mail:{mail_id}:claim")
 
 
-def test_a_lost_claim_is_not_taken_back_by_a_sign_of_life(
+def test_a_lost_claim_is_not_taken_back_by_a_heartbeat(
     outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heartbeat, "BEAT", 0.02)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.02)
     mail_id = accept(outbox)
     with claim(outbox, mail_id).held():
         client.set(f"mail:{mail_id}:claim", "somebody else", px=60_000)

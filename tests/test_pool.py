@@ -86,10 +86,10 @@ def test_threads_that_send_at_once_have_a_session_each_and_lend_it_to_the_next()
 
     with served() as there:
         for _ in range(2):
-            crew = [threading.Thread(target=mails, args=[there.port]) for _ in range(4)]
-            for one in crew:
+            threads = [threading.Thread(target=mails, args=[there.port]) for _ in range(4)]
+            for one in threads:
                 one.start()
-            for one in crew:
+            for one in threads:
                 one.join()
     assert there.connections == 4
     assert there.accepted == [MIME] * 24

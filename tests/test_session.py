@@ -105,15 +105,15 @@ def test_a_relay_that_refuses_ehlo_is_greeted_with_helo() -> None:
     assert [command.split()[0] for command in there.commands[:3]] == ["ehlo", "helo", "MAIL"]
 
 
-@pytest.mark.parametrize("octets", [1, 5])
-def test_replies_may_come_in_any_number_of_packets_and_lines(octets: int) -> None:
+@pytest.mark.parametrize("size", [1, 5])
+def test_replies_may_come_in_any_number_of_packets_and_lines(size: int) -> None:
     script: Script = {
-        "GREETING": pieces("220-relay.example\r\n220-welcomes\r\n220 you", octets),
-        "EHLO": pieces("250-relay.example\r\n250-SIZE 100000\r\n250 SMTPUTF8", octets),
-        "MAIL": pieces("250-2.1.0 fine\r\n250 2.1.0 go on", octets),
-        "RCPT": [pieces("250-2.1.5 known\r\n250 liked", octets), pieces("550-5.1.1 not\r\n550 5.1.1 here", octets)],
-        "DATA": pieces("354-end with\r\n354 a dot", octets),
-        ".": pieces("250-2.0.0 thanks\r\n250 2.0.0 4711", octets),
+        "GREETING": pieces("220-relay.example\r\n220-welcomes\r\n220 you", size),
+        "EHLO": pieces("250-relay.example\r\n250-SIZE 100000\r\n250 SMTPUTF8", size),
+        "MAIL": pieces("250-2.1.0 fine\r\n250 2.1.0 go on", size),
+        "RCPT": [pieces("250-2.1.5 known\r\n250 liked", size), pieces("550-5.1.1 not\r\n550 5.1.1 here", size)],
+        "DATA": pieces("354-end with\r\n354 a dot", size),
+        ".": pieces("250-2.0.0 thanks\r\n250 2.0.0 4711", size),
     }
     with ScriptedRelay(script) as there:
         outcome = attempt(at(there.port), ADA, BOB)
@@ -397,7 +397,7 @@ def test_a_reply_that_is_not_smtp_ends_the_conversation(
 
 
 @pytest.mark.parametrize(
-    ("octets", "text"),
+    ("data", "text"),
     [
         ("250 2.0.0 größe ✓\r\n".encode(), "2.0.0 größe ✓"),
         (b"250 2.0.0 gr\xf6\xdfe\r\n", "2.0.0 gr\ufffd\ufffde"),
@@ -405,7 +405,7 @@ def test_a_reply_that_is_not_smtp_ends_the_conversation(
         (b"250 " + b"long " * 1000 + b"\r\n", "long " * 100),
     ],
 )
-def test_any_octets_in_a_reply_are_kept_as_text(octets: bytes, text: str) -> None:
-    with ScriptedRelay({".": raw(octets)}) as there:
+def test_any_bytes_in_a_reply_are_kept_as_text(data: bytes, text: str) -> None:
+    with ScriptedRelay({".": raw(data)}) as there:
         outcome = attempt(at(there.port))
     assert outcome.reply == Reply(Phase.DOT, 250, text)

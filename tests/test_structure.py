@@ -27,11 +27,8 @@ HOMES = {  # an outside thing -> the only rooms or files that may import it
     "smtplib": {"smtp.session"},
     "email": {"mail.mime", "ops.catcher", "ops.mailparts"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard"},
-    "redis": {
-        *("queues", "mail.store", "mail.counters", "mail.sweep", "smtp.pacing", "worker"),
-        *("ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"),
-    },
-    "rq": {"queues", "mail.sweep", "mail.delivery", "tasks", "worker", "ops.dashboard"},
+    "redis": {"queues", "ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"},
+    "rq": {"queues", "ops.dashboard"},
     "bottle": {"web", "ops.catcher"},
     "prometheus_client": {"web.metrics"},
     "waitress": {"web.server", "web.grammar", "ops.catcher", "ops.dashboard"},

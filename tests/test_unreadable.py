@@ -203,11 +203,11 @@ def test_a_mail_beside_unreadable_jobs_is_sent(
         api = house.api()
         good = api.post("/emails", {"to": "ada@example.com", "subject": "s", "text": "t"}).body["id"]
         odd = place(client, EMAIL, where, good)
-        crew = house.worker()
+        pool = house.worker()
         api.wait_for(good, "sent", 60)
         assert_set_aside(house, client, EMAIL, where, odd)
         assert "quitting" not in house.log("worker-email")
-        assert crew.poll() is None
+        assert pool.poll() is None
 
 
 @pytest.mark.parametrize("where", PLACES)

@@ -28,7 +28,7 @@ from settings import Settings
 from tests.relay import Relay
 from tests.scripted_relay import Line, ScriptedRelay
 from tests.servers import Api, House, RedisServer, eventually, project_with
-from worker import Crew
+from worker import WorkerPool
 
 MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}
 
@@ -138,17 +138,17 @@ def test_a_task_that_hangs_is_killed_after_its_time(house: House, client: redis.
     assert "JobTimeoutException" in api.get(f"/jobs/{answer.body['job_id']}").body["error"]
 
 
-def test_each_of_the_crew_is_a_worker_that_rq_knows(house: House, client: redis.Redis) -> None:
+def test_each_of_the_pool_is_a_worker_that_rq_knows(house: House, client: redis.Redis) -> None:
     house.environment["WORKER_CONCURRENCY"] = "3"
     process = house.worker("email")
-    eventually(lambda: [worker.get_state() for worker in crew(client)] == ["idle"] * 3)
-    for one in crew(client):
+    eventually(lambda: [worker.get_state() for worker in registered(client)] == ["idle"] * 3)
+    for one in registered(client):
         assert (one.pid, one.queue_names()) == (process.pid, ["email"])
         assert 60 < int(client.ttl(one.key)) <= 95
     eventually(lambda: client.exists("rq:scheduler-lock:email"))
     process.terminate()
     assert process.wait(20) == 0
-    assert crew(client) == []
+    assert registered(client) == []
     assert not client.exists("rq:scheduler-lock:email")
 
 
@@ -157,17 +157,19 @@ def test_workers_that_redis_has_forgotten_are_registered_again(house: House, cli
     house.environment["WORKER_CONCURRENCY"] = "2"
     house.worker("email")
     house.worker("jobs")
-    eventually(lambda: Counter(worker.queue_names()[0] for worker in crew(client)) == {"email": 2, "jobs": 1})
-    before = {worker.name for worker in crew(client)}
+    eventually(lambda: Counter(worker.queue_names()[0] for worker in registered(client)) == {"email": 2, "jobs": 1})
+    before = {worker.name for worker in registered(client)}
     client.flushall()
-    eventually(lambda: {worker.name for worker in crew(client)} == before, 60)  # each says something every 20 seconds
-    eventually(lambda: {worker.get_state() for worker in crew(client)} == {"idle"})
+    eventually(
+        lambda: {worker.name for worker in registered(client)} == before, 60
+    )  # each says something every 20 seconds
+    eventually(lambda: {worker.get_state() for worker in registered(client)} == {"idle"})
     states = health.queue_states(Jobs(client))
     assert (states["email"].workers, states["jobs"].workers) == (2, 1)
-    assert all(worker.pid and worker.birth_date for worker in crew(client))
+    assert all(worker.pid and worker.birth_date for worker in registered(client))
 
 
-def test_a_crew_sends_as_many_mails_at_once_as_it_has_workers_and_drains_them(
+def test_a_pool_sends_as_many_mails_at_once_as_it_has_workers_and_drains_them(
     house: House, client: redis.Redis
 ) -> None:
     together = threading.Barrier(5)  # four attempts and the test
@@ -183,7 +185,7 @@ def test_a_crew_sends_as_many_mails_at_once_as_it_has_workers_and_drains_them(
         ids = [api.post("/emails", MAIL).body["id"] for _ in range(6)]
         process = house.worker("email")
         eventually(lambda: together.n_waiting == 4)
-        eventually(lambda: [worker.get_state() for worker in crew(client)] == ["busy"] * 4)
+        eventually(lambda: [worker.get_state() for worker in registered(client)] == ["busy"] * 4)
         process.terminate()
         time.sleep(0.5)
         together.wait(20)
@@ -197,30 +199,30 @@ def test_a_worker_whose_thread_ended_is_replaced(house: House, client: redis.Red
         house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "2"}
         api = house.api()
         house.worker("email")
-        eventually(lambda: len(crew(client)) == 2)
-        first = {worker.name for worker in crew(client)}
+        eventually(lambda: len(registered(client)) == 2)
+        first = {worker.name for worker in registered(client)}
         client.config_set("maxmemory", 1)
         client.client_kill_filter(_type="normal", skipme=True)  # the next command is refused, and RQ's worker quits
         eventually(lambda: house.log("worker-email").count("quitting") >= 2)
         client.config_set("maxmemory", 0)
         mail_id = eventually(lambda: api.post("/emails", MAIL).body.get("id"))
         api.wait_for(mail_id, "sent")
-        eventually(lambda: len({worker.name for worker in crew(client)} - first) == 2)
+        eventually(lambda: len({worker.name for worker in registered(client)} - first) == 2)
 
 
-def test_a_sign_of_life_from_a_future_that_the_clock_has_left_is_pulled_in(house: House, client: redis.Redis) -> None:
+def test_a_heartbeat_from_a_future_that_the_clock_has_left_is_clamped(house: House, client: redis.Redis) -> None:
     client.zadd("rq:wip:email", {"a-job:an-execution": time.time() + 3600})
     house.worker("email")
     eventually(lambda: float(client.zscore("rq:wip:email", "a-job:an-execution") or 0) < time.time() + 46)
 
 
-def test_a_suspended_crew_takes_no_mail(house: House, client: redis.Redis, tmp_path: Path) -> None:
+def test_a_suspended_pool_takes_no_mail(house: House, client: redis.Redis, tmp_path: Path) -> None:
     with Relay() as relay:
         house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "2"}
         api = house.api()
         client.set("rq:suspended", 1)  # as `rq suspend` does
         house.worker("email")
-        eventually(lambda: len(crew(client)) == 2)
+        eventually(lambda: len(registered(client)) == 2)
         mail_id = api.post("/emails", MAIL).body["id"]
         time.sleep(2)
         assert api.email(mail_id)["status"] == "queued"
@@ -340,13 +342,13 @@ LEANT_ON = {  # what we override in RQ, or call beyond its documentation -> its 
 
 
 @pytest.mark.parametrize("name", LEANT_ON)
-def test_what_the_crew_leans_on_in_rq_is_as_it_was(name: str) -> None:
+def test_what_the_workers_lean_on_in_rq_is_as_it_was(name: str) -> None:
     """If this fails after an upgrade: read what changed in RQ against what leans on it here, then write it anew."""
     source = inspect.getsource(pkgutil.resolve_name(name))
     assert hashlib.sha256(source.encode()).hexdigest()[:16] == LEANT_ON[name]
 
 
-OURS = ("EmailWorker", "JobsWorker", "NoTimeout", "Job", "Queue", "IntermediateQueue")
+OURS = ("EmailWorker", "JobsWorker", "NoTimeout", "Job", "Queue", "IntermediateQueue", "Scheduler")
 
 
 @pytest.mark.parametrize("which", [*(f"queues.workers:{name}" for name in OURS), "queues.quarantine:StrictJob"])
@@ -359,7 +361,7 @@ def test_whatever_we_override_in_rq_is_on_the_list(which: str) -> None:
             assert {theirs[0].__name__, f"{theirs[0].__name__}.{name}"} & listed, name
 
 
-def crew(client: redis.Redis) -> list[SimpleWorker]:
+def registered(client: redis.Redis) -> list[SimpleWorker]:
     return SimpleWorker.all(connection=client, serializer=JSONSerializer)  # type: ignore[return-value]
 
 
@@ -375,7 +377,7 @@ def test_the_worker_says_what_is_missing_and_does_not_start(tmp_path: Path, redi
 def test_a_duty_that_goes_wrong_keeps_the_main_thread_from_no_other(
     monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer, error: Exception
 ) -> None:
-    main = Crew(Settings(_env_file=None, redis_url=redis_server.url))
+    main = WorkerPool(Settings(_env_file=None, redis_url=redis_server.url))
     done: list[str] = []
 
     def wrong() -> None:
@@ -383,8 +385,8 @@ def test_a_duty_that_goes_wrong_keeps_the_main_thread_from_no_other(
         raise error
 
     monkeypatch.setattr(main, "schedule", wrong)
-    monkeypatch.setattr(main, "pull_in", lambda: done.append("pull_in"))
+    monkeypatch.setattr(main, "clamp_future_heartbeats", lambda: done.append("clamp_future_heartbeats"))
     monkeypatch.setattr(main.delivery, "sweep", lambda: done.append("sweep"))
-    monkeypatch.setattr(main, "man", lambda: done.append("man"))
-    main.look_after()
-    assert done == ["schedule", "pull_in", "sweep", "man"]
+    monkeypatch.setattr(main, "replenish", lambda: done.append("replenish"))
+    main.tick()
+    assert done == ["schedule", "clamp_future_heartbeats", "sweep", "replenish"]

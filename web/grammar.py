@@ -1,9 +1,9 @@
-"""The grammar of an HTTP/1.1 request, stricter than Waitress's own and bounded.
+"""Checks the grammar of an HTTP/1.1 request, stricter than Waitress itself and bounded.
 
 Refuses what a proxy before us may read differently (RFC 9112): two Hosts or none, lines that do not end in CRLF, folded
-fields, framing that is said in two ways. Every pattern can match in one way only and every repetition has a limit, so
-reading takes time in proportion to what is read; Waitress's own patterns take the square of it, and see only what these
-have matched. Leans on the inside of Waitress: tests/test_server.py has a digest of each piece.
+fields, framing given twice. Every pattern can match in one way only and every repetition has a limit, so the time grows
+with the size of the request; Waitress's own patterns take its square, and see only what these have matched. Depends on
+the inside of Waitress: tests/test_server.py has a digest of each piece.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST_IN_LINES = 1024  # bytes: the line that opens a chunk; all trailers togethe
 class Chunks(ChunkedReceiver):  # type: ignore[misc]
     """Receives a body in chunks (RFC 9112, 7.1). Checks extensions and trailers, and forgets them."""
 
-    line = b""  # as much of it as has come
+    line = b""  # what has come of it
     awaited = CHUNK
     in_lines = 0  # bytes
 
@@ -52,15 +52,15 @@ class Chunks(ChunkedReceiver):  # type: ignore[misc]
         self.in_lines += len(part)
         self.line += part[:MOST_IN_LINES]
         if self.in_lines > MOST_IN_LINES:
-            self.error = BadRequest("a line or the trailers are too long")
+            self.error = BadRequest("a chunk's first line and the trailers must not exceed 1024 bytes")
         elif part.endswith(b"\n"):
             found = self.awaited.fullmatch(self.line)
-            self.error = None if found else BadRequest("a chunk is not as RFC 9112 has it")
+            self.error = None if found else BadRequest("a chunk must be as in RFC 9112")
             if found:
-                self._obey(found)
+                self._apply(found)
             self.line = b""
 
-    def _obey(self, line: re.Match[bytes]) -> None:
+    def _apply(self, line: re.Match[bytes]) -> None:
         if self.awaited is CHUNK:
             self.chunk_remainder = int(line[1], 16)
             self.awaited, self.in_lines = CHUNK_END if self.chunk_remainder else TRAILER, 0
@@ -71,7 +71,7 @@ class Chunks(ChunkedReceiver):  # type: ignore[misc]
 
 
 class Parser(HTTPRequestParser):  # type: ignore[misc]
-    """Waitress's parser, refusing also what a proxy before us may read differently, or what would crash it."""
+    """Refuses also what a proxy before us may read differently, and what would crash Waitress's parser."""
 
     body_rcv: Any
     blank = 0  # bytes of the one empty line that may come first
@@ -82,7 +82,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
                 self.blank += 1
                 return 1
             if self.blank == 1 or not data[:1].isupper():  # Waitress would strip it
-                self.error, self.completed = BadRequest("it does not begin with a method"), True
+                self.error, self.completed = BadRequest("it must begin with a method"), True
                 return len(data)
         consumed: int = super().received(data)
         if self.completed:  # refused, or without a body. After "100 Continue" Waitress would go on with this parser
@@ -91,18 +91,18 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
 
     def parse_header(self, header_plus: bytes) -> None:
         if not HEAD.fullmatch(header_plus):
-            raise ParsingError("a line of it is not as RFC 9112 has it")
+            raise ParsingError("its lines must be as in RFC 9112")
         try:
             super().parse_header(header_plus)
         except ValueError:  # a Content-Length of 5000 digits, a URL that urllib cannot split
-            raise ParsingError("a number or URL in it cannot be read") from None
+            raise ParsingError("its numbers and its URL must be readable") from None
         # Waitress joins the values of fields of one name with a comma.
         if not HOST.fullmatch(self.headers.get("HOST", "" if self.version == "1.0" else ",")):
-            raise ParsingError("it does not have one Host")
-        # Waitress leaves Transfer-Encoding there if it did not obey it. RFC 9112, 6.1: the framing is faulty.
+            raise ParsingError("it must have exactly one Host")
+        # Waitress leaves a Transfer-Encoding that it ignores. RFC 9112, 6.1: the framing is faulty.
         if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
-            raise ParsingError("it says in two ways where its body ends")
+            raise ParsingError("its body must end in one way only")
         if self.chunked:
             if [coding.strip(b" \t\r").lower() for coding in CODINGS.findall(header_plus)] != [b"chunked"]:
-                raise ParsingError("it is chunked more than once")
+                raise ParsingError("it must be chunked once only")
             self.body_rcv = Chunks(self.body_rcv.getbuf())

@@ -23,7 +23,7 @@ from mail import counters, sweep
 from mail.counters import ACCEPT, RESULTS, SMTP, VERDICTS, Histogram
 from mail.outbox import Outbox
 from queues import health
-from queues.connection import Unavailable, unavailable, weaknesses
+from queues.connection import Unavailable, translating_errors, weaknesses
 
 Labelled = type[CounterMetricFamily] | type[GaugeMetricFamily]
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -84,7 +84,7 @@ class Scrape(Collector):
             yield labelled(GaugeMetricFamily, name, text, ["queue"], values)
 
     def store(self) -> Iterator[Metric]:
-        with unavailable():
+        with translating_errors():
             info: dict[str, Any] = self.outbox.jobs.redis.info()
         kept = not {name for name, _ in weaknesses(info)} & {"no_aof", "aof_failing"}
         in_trouble = self.outbox.relay_in_trouble()

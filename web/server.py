@@ -1,10 +1,10 @@
-"""HTTP/1.1 on sockets: Waitress, stricter, quicker, and drained before it ends.
+"""Serves HTTP/1.1 on sockets, with a Waitress that is stricter, quicker, and drained before it ends.
 
-Stricter: it refuses also what a proxy before us may read differently, in our own error shape (RFC 9112). Quicker: small
-requests are answered where they are read. Drained: `Server.run` ends when all who have sent a request have their answer
-and every connection is quiet, so that with a socket of systemd's a restart drops nothing; Waitress's own way cancels
-what waits for a thread and cuts what it has not read yet. Knows no route, no key, no mail. Leans on the inside of
-Waitress: tests/test_server.py notices when that changes.
+Stricter: it refuses what a proxy before us may read differently, in our own error shape (RFC 9112). Quicker: it answers
+small requests in the thread that reads them. Drained: `Server.run` ends when every request has its answer and every
+connection is quiet, so that with a socket of systemd's a restart drops nothing; Waitress itself cancels what waits for
+a thread and cuts what it has not read yet. Knows no route, no key, no mail. Depends on the inside of Waitress, of which
+tests/test_server.py has digests.
 
 Waitress: https://docs.pylonsproject.org/projects/waitress
 """
@@ -35,15 +35,15 @@ from web.middleware import common_headers
 
 QUICK_BODY = 16 * 1024  # bytes
 LONG = 0.1  # seconds for one request; less may be the machine being busy
-# Seconds. A process that is to end closes no connection on which a request may be under way: nginx gives up its own
-# after 2 seconds of silence (keepalive_timeout in nginx/async-email.conf).
+# Seconds. A draining process closes no connection on which a request may be under way: nginx closes an idle one after 2
+# (keepalive_timeout in nginx/async-email.conf).
 QUIET_AFTER, DRAINED_AFTER = 3, 20
 MOST_CONNECTIONS = 400  # of a process, on each socket; each needs a file descriptor, a large body one more
-UNREAD_FOR = 30  # seconds in which a client takes nothing of its answer, before the connection is closed
+UNREAD_FOR = 30  # seconds after which a client that reads nothing of its answer is cut off
 
 
 class Application(Protocol):
-    """WSGI, and how many requests were answered: to see that it goes on."""
+    """A WSGI application that counts the requests it has answered, which shows progress."""
 
     answered: int
 
@@ -51,18 +51,18 @@ class Application(Protocol):
 
 
 class JsonErrorTask(ErrorTask):  # type: ignore[misc]
-    """Waitress's own refusals (a body over the limit, a header it cannot parse) in our error shape."""
+    """Writes Waitress's own refusals (a body over the limit, a header it cannot parse) in our error shape."""
 
     WORDS: ClassVar = {
-        400: ("validation_error", "this is not an HTTP request as RFC 9112 has it"),
-        413: ("request_too_large", "the body is larger than is taken here"),
-        431: ("request_headers_too_large", "the headers are larger than is taken here"),
-        501: ("not_implemented", "of all transfer encodings, only chunked is taken"),
+        400: ("validation_error", "the request must be HTTP as in RFC 9112"),
+        413: ("request_too_large", "the body exceeds the limit"),
+        431: ("request_headers_too_large", "the headers exceed the limit"),
+        501: ("not_implemented", "the transfer encoding must be chunked"),
     }
 
     def execute(self) -> None:
         error, request_id = self.request.error, uuid.uuid4().hex
-        name, text = self.WORDS.get(error.code, ("application_error", "this is our fault"))
+        name, text = self.WORDS.get(error.code, ("application_error", "internal error"))
         body = json.dumps(error_shape(error.code, name, text, request_id)).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers += [("Content-Type", "application/json"), *common_headers(request_id)]
@@ -72,7 +72,7 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 
 
 class LastTask(WSGITask):  # type: ignore[misc]
-    """Of a process that is to end: the answer tells the caller to take a new connection for his next request."""
+    """Closes the connection after this response, so that the client reconnects elsewhere: used while draining."""
 
     def start(self) -> None:
         super().start()
@@ -90,8 +90,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self._make_room()
 
     def _make_room(self) -> None:
-        """Closes the connection that has kept us waiting longest for a whole request, or for its answer to be read. It
-        may send a byte now and then: that is no request."""
+        """Closes the connection that has waited longest for a whole request, or for its client to read. A byte now and
+        then is no request."""
         channels = [one for one in self.server.active_channels.values() if not one.will_close]
         idle = [one for one in channels if one.total_outbufs_len or not one.requests]
         min(idle, key=lambda one: one.waits_since).will_close = True
@@ -102,13 +102,13 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     @property
     def is_quiet(self) -> bool:
-        """Nobody would miss this connection."""
+        """Returns whether the connection can be closed without cutting off a request."""
         idle = time.time() - self.last_activity > QUIET_AFTER
         return idle and not (self.requests or self.request or self.total_outbufs_len)
 
 
 def listen_on(listen: Address) -> list[socket.socket]:
-    """What systemd has opened for us, or else the address; a name such as localhost has two. Raises OSError."""
+    """Returns the sockets that systemd has opened, else new ones; localhost has two addresses. Raises OSError."""
     given = sd_daemon.sockets()
     if given:
         return given
@@ -129,12 +129,12 @@ def bound(family: int, address: Any) -> socket.socket:
 
 
 class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
-    """Waitress's threads, for what may take long. A small request is answered by the thread that has read it, since
-    handing it over and back costs as much as answering it. Where that took long once (a disk that is slow to sync, a
-    Redis that hangs) the threads have the next second, so that requests wait side by side.
+    """Answers small requests in the thread that has read them, since handing one over and back costs as much as
+    answering it, and leaves others to Waitress's threads. After one that took long (a slow disk, a Redis that hangs)
+    the threads get all for a second, so that requests wait side by side.
 
-    A request waits here until the answer before it on its connection has been sent. So no thread waits for a client
-    that does not read, a connection holds one answer at most, and who pipelines has one turn in each round.
+    Keeps a request until the answer before it on its connection has been sent. So no thread waits for a client that
+    does not read, a connection holds one answer at most, and a client that pipelines has one turn in each round.
     """
 
     def __init__(self) -> None:
@@ -148,11 +148,11 @@ class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
 
     @property
     def is_behind(self) -> bool:
-        """Whether `answer` has something to do at once."""
+        """Returns whether `answer` has something to do now."""
         return any(not channel.total_outbufs_len for channel in self.waiting)
 
     def answer(self) -> None:
-        """Answers one request of each connection, or hands it to the threads. Called by the thread of the loop."""
+        """Answers one request of each connection, or hands it to the threads. Runs in the loop's thread."""
         for _ in range(len(self.waiting)):
             channel = self.waiting.popleft()
             if not channel.total_outbufs_len:
@@ -174,7 +174,7 @@ class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
 
 
 class Server:
-    """Waitress on some sockets, refusing a body over the limit when it sees Content-Length."""
+    """Runs Waitress on some sockets. Refuses a body over the limit when it reads Content-Length."""
 
     def __init__(self, app: Application, max_body: int, sockets: list[socket.socket]) -> None:
         self.app = app
@@ -189,8 +189,8 @@ class Server:
             max_request_body_size=max_body + 1,  # Waitress refuses what reaches it
             max_request_header_size=32 * 1024,
             channel_timeout=UNREAD_FOR,
-            connection_limit=2 * MOST_CONNECTIONS,  # there Waitress takes no other until one of these ends
-            outbuf_high_watermark=2**40,  # bytes; never reached: there Waitress would wait for the client
+            connection_limit=2 * MOST_CONNECTIONS,  # above, Waitress accepts none until one ends
+            outbuf_high_watermark=2**40,  # bytes, never reached: Waitress would wait for the client
             clear_untrusted_proxy_headers=True,
         )
         self.listeners = [one for one in self.map.values() if isinstance(one, BaseWSGIServer)]
@@ -201,17 +201,17 @@ class Server:
         self.loop = threading.get_ident()
 
     def stop(self, *_: object) -> None:
-        """Also from a signal handler or another thread."""
+        """Makes `run` drain and return. May be called by a signal handler or another thread."""
         self.stopping = True
         self.listeners[0].trigger.pull_trigger()
 
     def _wake(self) -> None:
-        """Wakes the loop for another thread. The loop itself looks at every connection before it waits again."""
+        """Wakes the loop for another thread; the loop itself looks at every connection before it waits."""
         if threading.get_ident() != self.loop:
             self.listeners[0].trigger.pull_trigger()
 
     def run(self, alive: Callable[[], None] = lambda: None) -> None:
-        """Until `stop`, and until whoever has sent a request by then has his answer. Calls `alive` once a second while
+        """Serves until `stop`, and until every request sent by then has its answer. Calls `alive` once a second while
         requests are answered."""
         answered, self.loop = -1, threading.get_ident()
         while not self.stopping:
@@ -222,12 +222,12 @@ class Server:
         self._drain(time.monotonic() + DRAINED_AFTER, alive)
 
     def _turn(self, seconds: float) -> None:
-        """Waits for so long at most, and does what there is to do."""
+        """Waits at most `seconds` for something to do, and does it."""
         wasyncore.loop(timeout=0 if self.dispatcher.is_behind else seconds, use_poll=True, map=self.map, count=1)
         self.dispatcher.answer()
 
     def _drain(self, deadline: float, alive: Callable[[], None]) -> None:
-        """Others go on accepting on these sockets, or will soon."""
+        """Answers what is under way and accepts nothing more: others do, on the same sockets, or will soon."""
         for one in self.listeners:
             one.accepting = False
         channels = [one for one in self.map.values() if isinstance(one, Channel)]

@@ -26,14 +26,14 @@ from ops.checks.findings import Findings, counted, fault, lasting, note, ok, war
 from ops.checks.store import client
 from ops.checks.target import Target
 from queues import health, keys
-from queues.heartbeat import LOST_AFTER
+from queues.heartbeat import LEASE_SECONDS
 from queues.jobs import Jobs
 from queues.quarantine import UNREADABLE, UNREADABLE_KEPT
 from queues.table import EMAIL, QUEUES
 from settings import Settings
 from smtp.verdict import Phase, Reply
 
-SILENT = 2 * LOST_AFTER  # seconds; RQ's own worker, of the queue jobs, has a heartbeat of 30 seconds
+SILENT = 2 * LEASE_SECONDS  # seconds; RQ's own worker, of the queue jobs, has a heartbeat of 30 seconds
 LATE = 300  # seconds that a mail may wait while nothing is wrong
 STUCK = 900  # seconds after the moment at which the sweep should have examined a mail
 CANARY_TIMEOUT = 60  # seconds

@@ -13,7 +13,7 @@ from ops.checks import configuration, flow, machine, names, relay, store, units
 from ops.checks.findings import Finding, Findings, note, warn
 from ops.checks.target import Target
 from process.log import where
-from queues.connection import Unavailable, unavailable
+from queues.connection import Unavailable, translating_errors
 from settings import Settings
 
 
@@ -63,7 +63,7 @@ def examine(target: Target) -> Iterator[tuple[str, Finding]]:
 
 def findings_of(check: Check, target: Target, settings: Settings | None) -> Findings:
     try:
-        with unavailable():
+        with translating_errors():
             yield from check.run(target, settings)
     except Unavailable as why:
         yield note(f"not checked: {why}")
