@@ -4,7 +4,7 @@
     queued, delayed, failed, unknown -> canceled
 
 Every script that changes a state is BECOME and a body: accept, claim, settle, cancel, sweep (mail.store puts them
-together). What shall happen whenever a mail fails, is sent, ... (a webhook, a chart, a suppression list) is added to
+together). Anything that must happen whenever a mail fails, is sent, ... (a webhook, a suppression list) is added to
 BECOME and to nothing else. Pure.
 """
 
@@ -39,9 +39,7 @@ class Status(str, Enum):
 
 
 FINAL = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED)  # nothing more happens unless a person asks
-EXPIRED = (
-    "expired"  # the reason of a mail that is not sent because its `expires_at` has passed; counted under this name
-)
+EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted under this name
 # `sent` follows all that is stored: an attempt that lost its claim may have sent the mail, and then it is the truth.
 FOLLOWS: Mapping[State | None, Set[State]] = {
     None: {State.QUEUED},
@@ -116,14 +114,10 @@ def _literal(value: object) -> str:
 
 
 def effective_state(state: str, job_status: str, reason: str, expired: bool = False) -> tuple[str, str]:
-    """Returns the (state, reason) that a mail is about to have. A preview, for those who read: a failed mail that was
-    queued again is written down by its next claim; one that has expired while it waited, or whose job is gone, by the
-    sweep."""
-    if (
-        state in (State.FAILED, State.UNKNOWN)
-        and reason != EXPIRED
-        and job_status in ("queued", "scheduled", "started")
-    ):
+    """Returns the (state, reason) that a mail is about to have, for those who read it: that a failed mail was queued
+    again is written by its next claim; that one has expired while it waited, or its job is gone, by the sweep."""
+    queued_again = job_status in ("queued", "scheduled", "started") and reason != EXPIRED
+    if state in (State.FAILED, State.UNKNOWN) and queued_again:
         return State.QUEUED, ""
     if state in FINAL:
         return state, reason
