@@ -48,7 +48,7 @@ def test_a_mail_with_starttls_and_login_is_counted_once(relay: RelayProcess) -> 
         client.sendmail("a@example.com", ["b@example.com"], MAIL % 1)
     seen = relay.ask("report")
     assert (seen["accepted"], seen["message_ids"], seen["recipients"], seen["doubled"]) == (2, 1, 2, 1)
-    assert seen["octets"] == 2 * len(MAIL % 1)
+    assert seen["size"] == 2 * len(MAIL % 1)
     assert 0 < seen["first"] <= seen["last"] <= time.monotonic()
 
 
@@ -82,7 +82,7 @@ def test_pipelined_commands_are_answered_in_their_order(clear_relay: RelayProces
     said = codes(clear_relay.port, ENVELOPE + b"DATA\r\n", stuffed + b".\r\nRSET\r\nQUIT\r\n")
     assert said == [220, 250, 250, 250, 354, 250, 250, 221]
     seen = clear_relay.ask("report")
-    assert (seen["accepted"], seen["octets"]) == (1, len(MAIL % 2))
+    assert (seen["accepted"], seen["size"]) == (1, len(MAIL % 2))
 
 
 def test_chunks_need_no_dots_doubled_and_may_come_in_any_pieces(clear_relay: RelayProcess) -> None:
@@ -91,7 +91,7 @@ def test_chunks_need_no_dots_doubled_and_may_come_in_any_pieces(clear_relay: Rel
     whole = ENVELOPE + chunks + b"BDAT 4 LAST\r\nQUITQUIT\r\n"  # the last chunk has no recipient
     assert codes(clear_relay.port, whole[:90], whole[90:140], whole[140:]) == [220, *[250] * 6, 503, 221]
     seen = clear_relay.ask("report")
-    assert (seen["accepted"], seen["octets"], seen["message_ids"]) == (1, len(mail), 1)
+    assert (seen["accepted"], seen["size"], seen["message_ids"]) == (1, len(mail), 1)
 
 
 def test_an_address_beyond_ascii_needs_smtputf8(clear_relay: RelayProcess) -> None:
