@@ -252,15 +252,13 @@ def explain(error: ValidationError, file: str) -> list[str]:
     """Returns one sentence per fault."""
     faults: list[str] = []
     for fault in error.errors(include_input=False, include_url=False):
-        text = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "default_factory_not_called":
-            continue  # another fault, reported as well, prevented this default from being computed
-        if not fault["loc"]:
+        text, name = fault["msg"].removeprefix("Value error, "), "".join(map(str, fault["loc"][:1])).upper()
+        if not name:
             faults += text.splitlines()
         elif fault["type"] == "extra_forbidden":
-            faults.append(f"{str(fault['loc'][0]).upper()} in {file} is not a setting; see .env.example for the names")
-        else:
-            faults.append(f"{str(fault['loc'][0]).upper()}: {text[0].lower()}{text[1:]}")
+            faults.append(f"{name} in {file} is not a setting; see .env.example for the names")
+        elif fault["type"] != "default_factory_not_called":  # that is due to another fault, which is reported as well
+            faults.append(f"{name}: {text[0].lower()}{text[1:]}")
     return faults
 
 

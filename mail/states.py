@@ -60,8 +60,8 @@ DROPS: Mapping[State, tuple[str, ...]] = {
 }
 # What mail.counters counts a state as.
 COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)} | {State.QUEUED: "accepted"}
-# Uses the constants above and these, which mail.store puts before it: MAIL (prefix), OPEN, TOTALS, LAST_SENT (keys),
-# KEPT (the lifetimes of final states, in seconds).
+# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT (keys) and KEPT (the
+# lifetimes of final states, in seconds).
 #
 # become(id, state, now, look_at, fields, counted): false where the state cannot follow the mail's. `look_at` is when
 # mail.sweep looks at a mail that is not final; `fields` are written with the state; `counted` goes before COUNTED.
@@ -97,9 +97,10 @@ LOST = {  # the status of a mail's job in RQ -> why the mail will not be sent al
 }
 
 
-def lua(constants: Mapping[str, object]) -> str:
-    """Writes constants as local variables of a script."""
-    return "".join(f"local {name} = {_literal(value)}\n" for name, value in constants.items())
+def transition(**constants: object) -> str:
+    """Returns BECOME behind all that it uses, as local variables of the script."""
+    tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED}
+    return "".join(f"local {name} = {_literal(value)}\n" for name, value in (constants | tables).items()) + BECOME
 
 
 def _literal(value: object) -> str:

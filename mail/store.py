@@ -11,8 +11,7 @@ from typing import Any
 
 from redis import Redis
 
-from mail import states
-from mail.states import FINAL, State
+from mail.states import FINAL, State, transition
 from queues.connection import Script, Unavailable, impatient, unavailable
 from queues.heartbeat import LOST_AFTER
 from settings import Settings
@@ -49,9 +48,7 @@ class Store:
         self.renew = Script(impatient(redis), RENEW)
         # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
         kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
-        names = {"MAIL": MAIL, "OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT, "KEPT": kept}
-        tables = {name: getattr(states, name) for name in ("FOLLOWS", "DROPS", "COUNTED", "LOST", "EXPIRED")}
-        self._become = states.lua(names | tables) + states.BECOME
+        self._become = transition(MAIL=MAIL, OPEN=OPEN, LAST_SENT=LAST_SENT, TOTALS=TOTALS, SWEPT=SWEPT, KEPT=kept)
         self._scripts: dict[str, Script] = {}
 
     def script(self, body: str) -> Script:

@@ -18,11 +18,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from redis import Redis
 from redis.exceptions import ResponseError
-from rq.utils import now as utc_now
 from rq.utils import utcformat
 
 from mail.claim import timestamp
@@ -122,7 +122,7 @@ def _look_at(outbox: Outbox, mail_id: str, now: float) -> Iterator[Finding]:
         expires_at = _expires_at(redis, mail_id)
         expired = 0 < expires_at <= now
         again = now + LOOK_AGAIN if expired else look_at(now + LOOK_AGAIN, expires_at)
-        args = [mail_id, now, again, utcformat(utc_now()), _first_since(redis), "1" if expired else ""]
+        args = [mail_id, now, again, utcformat(datetime.now(timezone.utc)), _first_since(redis), "1" if expired else ""]
         event, *why = (word.decode() for word in outbox.store.run(SWEEP, touched, args))
     except ResponseError as error:
         if why_unavailable(error):

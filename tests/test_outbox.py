@@ -96,7 +96,7 @@ def test_a_mail_that_is_no_longer_kept_cannot_be_claimed(outbox: Outbox, client:
     assert client.keys("*gone-mail*") == []
 
 
-def test_whoever_lost_his_claim_stops_before_the_final_dot(outbox: Outbox, client: Any) -> None:
+def test_an_attempt_that_lost_its_claim_stops_before_the_final_dot(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
     paused = claim(outbox, mail_id)
     client.delete(f"mail:{mail_id}:claim")
@@ -107,7 +107,7 @@ def test_whoever_lost_his_claim_stops_before_the_final_dot(outbox: Outbox, clien
     assert outbox.read(mail_id)["recipients"][0]["status"] == "in_doubt"
 
 
-def test_whoever_lost_his_claim_may_still_say_sent_and_nothing_else(outbox: Outbox, client: Any) -> None:
+def test_an_attempt_that_lost_its_claim_may_still_say_sent_and_nothing_else(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
     paused = claim(outbox, mail_id)
     client.delete(f"mail:{mail_id}:claim")

@@ -1,4 +1,4 @@
-"""What Prometheus is shown: `GET /metrics` of the API.
+"""`GET /metrics`: the figures for Prometheus.
 
 Everything comes from Redis, so each API process of each machine answers with the same figures: scrape one of them, or
 take the maximum, never the sum. Only reads, by commands whose time does not grow with the queues; RQ's own counting
