@@ -31,7 +31,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class SettingsError(Exception):
-    """Forbids the process to start. `faults` holds one sentence for each variable that is wrong."""
+    """The process cannot start. `faults` holds one sentence for each variable that is wrong."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__("\n".join(faults))
@@ -85,15 +85,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def can_be_read(url: str) -> bool:
-    """Returns False if the password in it holds what ends a host; the parser's own error would quote it."""
-    try:
-        _ = urlsplit(url).port
-    except ValueError:
-        return False
-    return True
 
 
 def parse_address(text: str) -> Address:
@@ -197,29 +188,23 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def check_combinations(self) -> Settings:
-        """Raises ValueError with a sentence for each pair of values that must not be together."""
+        """Raises ValueError with a sentence for each value that has its type and is wrong all the same."""
+        faults = []
+        if self.smtp_password and not self.smtp_password.get_secret_value().isascii():
+            faults.append("SMTP_PASSWORD must be ASCII: an SMTP login carries nothing else")
+        if self.smtp_username and self.smtp_security == "none" and not is_loopback(self.smtp_host or ""):
+            faults.append("SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls")
         dev_key = hashlib.sha256(DEV_KEY.encode()).hexdigest()
-        password = self.smtp_password.get_secret_value() if self.smtp_password else ""
-        combinations = (
-            (not password.isascii(), "SMTP_PASSWORD must be ASCII: an SMTP login carries nothing else"),
-            (
-                bool(self.smtp_username) and self.smtp_security == "none" and not is_loopback(self.smtp_host or ""),
-                "SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls",
-            ),
-            (
-                not is_loopback(self.listen.host) and any(key.sha256 == dev_key for key in self.api_keys),
-                f"API_KEYS holds the key '{DEV_KEY}', which everybody knows, and LISTEN is not loopback; make a key",
-            ),
-            (
-                not self.redis_url.get_secret_value().startswith(("redis://", "rediss://", "unix://")),
-                "REDIS_URL must start with redis://, rediss:// or unix://",
-            ),
-            (
-                not can_be_read(self.redis_url.get_secret_value()),
-                "REDIS_URL must be a URL: write / # ? : @ in its password as %2F %23 %3F %3A %40",
-            ),
-        )
-        faults = [sentence for wrong, sentence in combinations if wrong]
+        if not is_loopback(self.listen.host) and dev_key in (key.sha256 for key in self.api_keys):
+            faults.append(
+                f"API_KEYS holds the key '{DEV_KEY}', which everybody knows, and LISTEN is not loopback; make a key"
+            )
+        if not self.redis_url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            faults.append("REDIS_URL must start with redis://, rediss:// or unix://")
+        try:
+            _ = urlsplit(self.redis_url.get_secret_value()).port
+        except ValueError:  # its text would quote the password
+            faults.append("REDIS_URL must be a URL: write / # ? : @ in its password as %2F %23 %3F %3A %40")
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -267,15 +252,13 @@ def explain(error: ValidationError, file: str) -> list[str]:
     """Returns one sentence per fault."""
     faults: list[str] = []
     for fault in error.errors(include_input=False, include_url=False):
-        text = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "default_factory_not_called":
-            continue  # another fault, reported as well, prevented this default from being computed
-        if not fault["loc"]:
+        text, name = fault["msg"].removeprefix("Value error, "), "".join(map(str, fault["loc"][:1])).upper()
+        if not name:
             faults += text.splitlines()
         elif fault["type"] == "extra_forbidden":
-            faults.append(f"{str(fault['loc'][0]).upper()} in {file} is not a setting; see .env.example for the names")
-        else:
-            faults.append(f"{str(fault['loc'][0]).upper()}: {text[0].lower()}{text[1:]}")
+            faults.append(f"{name} in {file} is not a setting; see .env.example for the names")
+        elif fault["type"] != "default_factory_not_called":  # that is due to another fault, which is reported as well
+            faults.append(f"{name}: {text[0].lower()}{text[1:]}")
     return faults
 
 

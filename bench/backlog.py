@@ -1,4 +1,4 @@
-"""Our queue, filled without HTTP: by our own code, or where a million mails are wanted by copies made inside Redis.
+"""Fills our queue without HTTP: by our own code or, for a million mails, by copies made inside Redis.
 
 A copy has an id of its own and everything else of the mail it was made from, so it weighs the same and stands in the
 same sets. It names another mail in its job, and must never be run: what is to be sent stands in front of it.
@@ -45,7 +45,7 @@ def composed(body: dict[str, Any], rendered: tuple[str, str | None, str | None] 
 
 
 def fill(redis_url: str, mails: int) -> None:
-    """With what `POST /start-job` would store."""
+    """Fills the queue with the mails that `POST /start-job` would store."""
     outbox = outbox_at(redis_url)
     variables = {"name": "Ada"}
     for number in range(mails):
@@ -54,7 +54,7 @@ def fill(redis_url: str, mails: int) -> None:
 
 
 def copy(redis: Redis, mail_id: str, copies: int) -> float:
-    """Returns how many bytes Redis takes for each. Raises `NotMeasured` where a copy is not all of a mail."""
+    """Makes copies. Returns Redis' bytes for each. Raises `NotMeasured` where a copy is not all of a mail."""
     script = redis.register_script(COPY)
     before, keys = _memory(redis), len(_keys(redis, mail_id))
     size = _size(redis)

@@ -1,4 +1,4 @@
-"""SMTP as the relay of the measurements speaks it: it takes every mail from who has logged in, and counts.
+"""SMTP as the relay of the measurements speaks it: it takes every mail from a client that has logged in, and counts.
 
 STARTTLS, AUTH PLAIN and LOGIN (RFC 4954), PIPELINING (RFC 2920), CHUNKING (RFC 3030), 8BITMIME, SIZE and SMTPUTF8.
 Without a TLS context it offers neither STARTTLS nor AUTH and wants no login.
@@ -19,7 +19,7 @@ LONGEST_LINE = 4096
 
 
 class Conversation(Wire):
-    """One client's session. Replies to all that came together go out together (RFC 2920)."""
+    """Holds one client's session. Replies to all that came together go out together (RFC 2920)."""
 
     def __init__(self, rules: Rules) -> None:
         super().__init__(rules)
@@ -27,7 +27,7 @@ class Conversation(Wire):
         self.replies: list[str] = []
         self.read: Callable[[], bool] = self.read_command  # takes one thing from `unread`; False: it is not all there
         self.may_send = rules.tls is None
-        self.asked: Callable[[str], str] | None = None  # who takes the next line, in the middle of AUTH
+        self.asked: Callable[[str], str] | None = None  # takes the next line, in the middle of AUTH
         self.reset()
 
     def reset(self) -> None:
@@ -82,7 +82,7 @@ class Conversation(Wire):
     def starttls(self, _: str) -> str:
         if not self.rules.tls or self.is_secure:
             return "503 5.5.1 not now"
-        self.unread.clear()  # what was sent before the handshake is nobody's word
+        self.unread.clear()  # anybody may have sent what came before the handshake
         self.replies.append("220 2.0.0 go ahead")
         self.flush()
         self.begin_tls(self.rules.tls)
@@ -217,14 +217,14 @@ VERBS: dict[str, Callable[[Conversation, str], str]] = {
 
 
 def _decoded(line: str) -> str:
-    """Base64 as text; nothing that is a login where it cannot be read."""
+    """Returns base64 as text, and "", which is no login, where it cannot be read."""
     with suppress(binascii.Error, UnicodeDecodeError):
         return base64.b64decode(line, validate=True).decode()
     return ""
 
 
 def _path(rest: str, words: str) -> tuple[str | None, list[str]]:
-    """`FROM:<address> OPTION=...` -> address and options."""
+    """Returns address and options of `FROM:<address> OPTION=...`."""
     path, *options = rest[len(words) :].split() or [""]
     if rest[: len(words)].upper() != words or path[:1] + path[-1:] != "<>":
         return None, []

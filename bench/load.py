@@ -1,4 +1,4 @@
-"""Requests, one after the other on each of several connections: with wrk where there is one, else with our own.
+"""Sends requests, one after the other on each of several connections: with wrk where there is one, else by itself.
 
 Both take the time from the first byte sent to the last received, and keep connections open. The generator of ours is
 one process with asyncio; the report says how many requests a second it makes at most, so that nobody takes its ceiling
@@ -31,7 +31,7 @@ end
 
 
 class Load(NamedTuple):
-    """Requests a second, milliseconds, and requests without a 2xx."""
+    """Holds requests a second, milliseconds, and the number of requests without a 2xx."""
 
     rate: float
     p50: float

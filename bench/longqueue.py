@@ -1,4 +1,4 @@
-"""Whether a mail costs more while a million others wait: a short queue and a long one, measured at the same time.
+"""Measures whether a mail costs more while a million others wait: a short queue and a long one at the same time.
 
 Each has a Redis, a relay and a worker of its own. Mails are accepted by turns, and both workers send at once, so that
 what else the machine does meets both alike; the difference that is looked for is smaller than that.
@@ -22,7 +22,7 @@ PATIENCE = 300  # seconds until those in front are sent
 
 
 class Backlog:
-    """A queue with `run` mails in front that are really sent, and copies behind them."""
+    """Holds a queue with `run` mails in front that are really sent, and copies behind them."""
 
     def __init__(self, parts: ExitStack, directory: Path, queued: int, run: int) -> None:
         directory.mkdir()
@@ -37,7 +37,7 @@ class Backlog:
             self.weight = copy(redis, mail_id, queued - run)
 
     def accept(self, number: int) -> tuple[str, float]:
-        """A mail with a text of 1 KB: its id, and how many milliseconds it took."""
+        """Accepts a mail with a text of 1 KB. Returns its id, and how many milliseconds it took."""
         mail = composed({"to": f"m{number}@example.com", "subject": "A kilobyte", "text": "1234567 " * 128})
         began = time.monotonic()
         mail_id = self.outbox.accept([Draft(mail)]).id
@@ -47,7 +47,7 @@ class Backlog:
         SIDES["ours"].start_workers(self.rig, self.relay.environment())
 
     def sending(self) -> float:
-        """Milliseconds from one of those in front to the next."""
+        """Returns the milliseconds from one of those in front to the next."""
         self.rig.wait_until(self._is_sent, "the mails were not sent", PATIENCE)
         moments = sorted(self.relay.ask("moments").values())
         return float(1000 * (moments[self.run - 1] - moments[0]) / (self.run - 1))

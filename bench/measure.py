@@ -1,4 +1,4 @@
-"""Ours beside theirs: `bench/run` measures both sides in turn and writes docs/benchmarks.md and its plot.
+"""Measures ours beside theirs: `bench/run` takes the sides in turn and writes docs/benchmarks.md and its plot.
 
 Every trial (bench/trials.py) starts what it needs from nothing, on loopback and free ports, with a Redis and an SMTP
 relay of its own. The sides of a measurement take turns within each round, so that whatever else the machine does meets
@@ -62,7 +62,7 @@ def check_tools(chosen: Sequence[str]) -> None:
 
 
 def measure(chosen: Sequence[str], rounds: int, size: Size) -> Results:
-    """Round by round, and within each round side by side."""
+    """Measures round by round, and within each round side by side."""
     results = {name: {side: list[Figures]() for side in MEASUREMENTS[name].sides} for name in chosen}
     progress = Progress(rounds * sum(len(sides) for sides in results.values()))
     for number in range(1, rounds + 1):
@@ -78,7 +78,7 @@ def measure(chosen: Sequence[str], rounds: int, size: Size) -> Results:
 
 
 def attempt(name: str, side: str, size: Size) -> tuple[Figures, str]:
-    """One trial's figures, and a line about them."""
+    """Returns one trial's figures, and a line about them."""
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as place:
         try:
             figures = TRIALS[name](side, size, Path(place))
@@ -88,7 +88,7 @@ def attempt(name: str, side: str, size: Size) -> tuple[Figures, str]:
 
 
 def facts(options: argparse.Namespace) -> list[str]:
-    """On what it was measured, and with what."""
+    """Returns on what it was measured, and with what."""
     system = platform.freedesktop_os_release()["PRETTY_NAME"] if Path("/etc/os-release").exists() else platform.system()
     listed = {line.split("==")[0]: line.split()[0] for line in (PEERS / "requirements.txt").open() if "==" in line}
     peers = ", ".join(listed[name].replace("==", " ") for name in ("flask", "gunicorn", "celery", "dramatiq"))
@@ -106,7 +106,7 @@ def facts(options: argparse.Namespace) -> list[str]:
 
 
 def ceilings(chosen: Sequence[str]) -> list[str]:
-    """How much the instruments can do at most."""
+    """Returns how much the instruments can do at most."""
     said = []
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         if "accept" in chosen:

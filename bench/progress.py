@@ -1,4 +1,4 @@
-"""How far a long run has come: a bar on a terminal, a line for each step elsewhere.
+"""Shows how far a long run has come: a bar on a terminal, a line for each step elsewhere.
 
 On stderr, so that the report on stdout can be kept by itself.
 """
@@ -10,7 +10,7 @@ import threading
 
 
 class Progress:
-    """Steps may end in any thread."""
+    """Counts steps, which may end in any thread."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -18,7 +18,7 @@ class Progress:
         self.lock = threading.Lock()
 
     def step(self, line: str) -> None:
-        """One more is done; `line` says what came of it."""
+        """Counts one more step; `line` has its result."""
         with self.lock:
             self.done += 1
             if sys.stderr.isatty():

@@ -1,8 +1,7 @@
 """A relay that only counts, in a process of its own: `python -m bench.relay --latency 0.02 --ca-file ca.pem`.
 
 Its first line on stdout says where it listens; each line on its stdin (`report`, `moments`, `wait N`) is answered with
-a line of JSON. It ends with its stdin, so it does not outlive who started it. `RelayProcess` is the side that starts
-it.
+a line of JSON. It ends with its stdin, so it does not outlive its starter, `RelayProcess`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ async def obey(tally: Tally, order: str, mails: str = "0") -> dict[str, Any]:
 
 
 def certified(ca_file: str) -> ssl.SSLContext:
-    """A certificate for loopback, its authority written to `ca_file`."""
+    """Makes a certificate for loopback and writes its authority to `ca_file`."""
     authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     authority.cert_pem.write_to_path(ca_file)
@@ -86,7 +85,7 @@ class RelayProcess:
         return dict(json.loads(self.process.stdout.readline()))
 
     def environment(self) -> dict[str, str]:
-        """Where a worker finds it: settings of ours, which the peers read as well."""
+        """Returns the settings by which a worker finds it: ours, which the peers read as well."""
         return {
             "SMTP_HOST": "127.0.0.1",
             "SMTP_PORT": str(self.port),

@@ -1,4 +1,4 @@
-"""What a run found, as `benchmarks.md` and its plot: medians over the rounds, with the smallest and largest beside.
+"""Writes the results as `benchmarks.md` and its plot: medians over the rounds, with the smallest and largest beside.
 
 A ratio is taken within each round and then its median, so what the machine did meanwhile is in both its parts.
 """
@@ -17,7 +17,7 @@ BAR, ROW, LEFT, WIDTH = 18, 26, 250, 760  # of the plot, in pixels
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """`median (smallest–largest)`; `–` where there is none."""
+    """Returns `median (smallest–largest)`, and `–` where there is none."""
     if not values:
         return "–"
     middle, low, high = (format(value, form) for value in (median(values), min(values), max(values)))
@@ -60,7 +60,7 @@ def verdict(target: Target, sides: Mapping[str, Rounds]) -> list[str]:
 
 
 def document(results: Results, size: Mapping[str, object], facts: Sequence[str], notes: Sequence[str]) -> str:
-    """`facts` says on what it was measured and how, `notes` what was not."""
+    """Returns the page. `facts` says on what it was measured and how, `notes` what was not."""
     parts = [
         "# Measured beside what teams write themselves",
         "A Flask application that hands its mail to Celery, and the same with dramatiq: their code is in "
@@ -90,7 +90,7 @@ text { font: 13px system-ui, sans-serif; fill: #1f2933 } .title { font-weight: 6
 
 
 def plot(results: Results) -> str:
-    """Horizontal bars to the median, a line from the smallest to the largest. Each group has its own scale."""
+    """Draws bars to the median, and a line from the smallest to the largest. Each group has its own scale."""
     parts, y = list[str](), 0
     for key, sides in results.items():
         measurement = MEASUREMENTS[key]

@@ -57,7 +57,7 @@ REDIS = ("--hash-max-ziplist-value", "2048")  # as docs/settings.md says, for bo
 
 
 class NotMeasured(Exception):
-    """One sentence: why a trial has no figures."""
+    """A trial has no figures; the text says why, in a sentence."""
 
 
 class Rig:
@@ -80,7 +80,7 @@ class Rig:
     def start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], cwd: Path | None = None
     ) -> subprocess.Popen[bytes]:
-        """In a session of its own, so that Ctrl-C reaches us only and `__exit__` reaches its children, too."""
+        """Starts a process in a session of its own: Ctrl-C reaches us only, and `__exit__` its children, too."""
         with (self.directory / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 command,
@@ -95,7 +95,7 @@ class Rig:
         return process
 
     def nginx(self, api_port: int) -> int:
-        """In front of an API. Returns the port on which it listens."""
+        """Starts nginx in front of an API. Returns the port on which it listens."""
         port = free_port()
         config = self.directory / "nginx.conf"
         config.write_text(NGINX.format(place=self.directory, user=getpass.getuser(), api=api_port, port=port))
@@ -104,7 +104,7 @@ class Rig:
         return port
 
     def wait_until(self, what: Callable[[], bool], words: str, seconds: float = PATIENCE) -> None:
-        """Raises `NotMeasured` where it does not come about, or a process ends."""
+        """Waits for a condition. Raises `NotMeasured` where it does not come about, or a process ends."""
         deadline = time.monotonic() + seconds
         while not what():
             dead = [name for name, process in self.processes.items() if process.poll() is not None]
@@ -119,7 +119,7 @@ class Rig:
 
 
 def nginx_program() -> str | None:
-    """Also where Debian has it, which is not on everybody's PATH."""
+    """Finds nginx also where Debian has it, which is not on everybody's PATH."""
     return shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 
 
@@ -127,12 +127,12 @@ def nginx_program() -> str | None:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third on; the second is a name that may hold anything."""
+    """Returns the fields of /proc/PID/stat from the third on; the second is a name that may hold anything."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def descendants(pids: Sequence[int]) -> list[int]:
-    """These processes and all below them."""
+    """Returns these processes and all below them."""
     children: dict[int, list[int]] = defaultdict(list)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -145,7 +145,7 @@ def descendants(pids: Sequence[int]) -> list[int]:
 
 
 def cpu_seconds(processes: Processes) -> float:
-    """User and system time, with that of children that have ended and were waited for."""
+    """Returns user and system time, with that of children that have ended and were waited for."""
     total = 0
     for pid in descendants([process.pid for process in processes]):
         with suppress(OSError):
@@ -154,7 +154,7 @@ def cpu_seconds(processes: Processes) -> float:
 
 
 def pss(processes: Processes) -> float:
-    """Megabytes."""
+    """Returns megabytes."""
     kilobytes = 0
     for pid in descendants([process.pid for process in processes]):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Who is measured: our processes and the peers', as an operator would start each, and how each gets its queue filled.
+"""The sides of a measurement: our processes and the peers', as an operator would start each, and what fills its queue.
 
 All read the same variables (REDIS_URL, SMTP_*, MAIL_FROM). The peers live in bench/peers/ and run in an environment of
 their own, var/bench/venv, which `make_environment` makes from their pinned, hashed requirements.
@@ -30,7 +30,7 @@ COMMON = {
 
 @dataclass(frozen=True)
 class Side:
-    """`framework` is None for ours."""
+    """Describes one side. `framework` is None for ours."""
 
     framework: str | None
     worker: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ SIDES = {
 
 
 def make_environment() -> None:
-    """The peers' own, made once and again when their pins change."""
+    """Makes the peers' environment, once and again when their pins change."""
     requirements, stamp = PEERS / "requirements.txt", VENV / "made-from"
     wanted = f"{sys.version} {hashlib.sha256(requirements.read_bytes()).hexdigest()}"
     if stamp.exists() and stamp.read_text() == wanted:

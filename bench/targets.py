@@ -1,4 +1,4 @@
-"""What is measured and what is hoped for: each measurement's sides, figures and targets.
+"""The measurements and what is hoped for: each one's sides, figures and targets.
 
 A target compares one figure of ours with a peer's from the same round, or, where there is no peer, with a limit.
 """
@@ -15,7 +15,7 @@ class Figure(NamedTuple):
 
 
 class Target(NamedTuple):
-    """`figure` of `side` divided by `other`'s `against` (the same figure, if empty) is `relation` than `limit`."""
+    """Asks that `figure` of `side`, divided by `other`'s `against` (empty: the same), is `relation` than `limit`."""
 
     words: str
     side: str

@@ -35,7 +35,7 @@ PAUSE = 0.02  # seconds between mails of an idle system
 
 @dataclass
 class Size:
-    """How much is measured in one trial."""
+    """Says how much is measured in one trial."""
 
     seconds: float = 10  # of requests
     mails: int = 4000  # queued before the worker starts
@@ -63,7 +63,7 @@ def post(port: int, path: str, body: Any) -> Request:
 
 
 def status(request: Request) -> int:
-    """Of one answer; 0 where there is none."""
+    """Returns the status of one answer; 0 where there is none."""
     url = urlsplit(request.url)
     connection = http.client.HTTPConnection(str(url.hostname), url.port, timeout=10)
     with suppress(OSError, http.client.HTTPException):
@@ -75,7 +75,7 @@ def status(request: Request) -> int:
 
 
 def accept(name: str, size: Size, directory: Path) -> Figures:
-    """Requests a second behind nginx, and what the API processes weigh after them."""
+    """Measures requests a second behind nginx, and the memory of the API processes after them."""
     side = SIDES[name]
     with Rig(directory) as rig:
         api_port = free_port()
@@ -109,7 +109,7 @@ def accept_batches(port: int, size: Size, directory: Path) -> Figures:
 
 
 def load_ceiling(directory: Path) -> float:
-    """Requests a second that the load generator gets out of nginx alone."""
+    """Measures the requests a second that the load generator gets out of nginx alone."""
     with Rig(directory) as rig:
         request = Request(f"http://127.0.0.1:{rig.nginx(free_port())}/nothing")
         rig.wait_until(lambda: status(request) == 200, "nginx did not answer")
@@ -120,7 +120,7 @@ def load_ceiling(directory: Path) -> float:
 
 
 def send(name: str, size: Size, directory: Path, latency: float = 0) -> Figures:
-    """Mails a second from the first to the last acceptance; CPU and memory of the workers meanwhile."""
+    """Measures mails a second from the first to the last acceptance; CPU and memory of the workers meanwhile."""
     side = SIDES[name]
     with RelayProcess(directory, latency=latency) as relay, Rig(directory) as rig:
         side.fill(rig, size.mails)
@@ -148,7 +148,7 @@ def send_from_afar(name: str, size: Size, directory: Path) -> Figures:
 
 
 def idle(name: str, size: Size, directory: Path) -> Figures:
-    """Milliseconds from POST to the relay's 250, one mail at a time."""
+    """Measures milliseconds from POST to the relay's 250, one mail at a time."""
     side = SIDES[name]
     with RelayProcess(directory) as relay, Rig(directory) as rig:
         port = free_port()
@@ -178,12 +178,12 @@ def reached(relay: RelayProcess, mails: int) -> None:
 
 
 def queue(_: str, size: Size, directory: Path) -> Figures:
-    """What a mail costs to accept and to send while few or many others are queued."""
+    """Measures the cost of a mail to accept and to send while few or many others are queued."""
     return compare(directory, size.few, size.many, size.run)
 
 
 def relay_ceiling_kept(directory: Path) -> float:
-    """Mails a second that one core of the relay takes over one connection, with STARTTLS, each command by itself."""
+    """Measures the mails a second that one core of the relay takes over one connection, command by command."""
     with RelayProcess(directory) as relay, smtplib.SMTP("127.0.0.1", relay.port) as client:
         client.starttls(context=ssl.create_default_context(cafile=relay.ca_file))
         client.login(USERNAME, PASSWORD)
@@ -194,7 +194,7 @@ def relay_ceiling_kept(directory: Path) -> float:
 
 
 def relay_ceiling(directory: Path) -> float:
-    """The same, each in a session of its own with STARTTLS and AUTH."""
+    """Measures the same, each in a session of its own with STARTTLS and AUTH."""
     with RelayProcess(directory) as relay, Rig(directory) as rig:
         side = SIDES["dramatiq"]
         side.fill(rig, 300)

@@ -1,4 +1,4 @@
-"""Under the relay's conversation: bytes that lie half a round trip on the way, TLS, and what is written down of a mail.
+"""Below the relay's conversation: bytes that lie half a round trip on the way, TLS, and the tally of its mails.
 
 Whatever comes or goes is held for half of `Rules.latency`, so that a TLS handshake costs its round trips as well, and
 pipelined commands share one. The greeting comes after two, one of them for TCP's own handshake.
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass
 class Tally:
-    """What was accepted. Moments are of time.monotonic(), which all processes of a machine share."""
+    """Counts accepted mails. Moments are of time.monotonic(), which all processes of a machine share."""
 
     accepted: int = 0
     size: int = 0  # bytes
@@ -59,7 +59,7 @@ class Rules:
 
 
 class Wire(asyncio.Protocol):
-    """Bytes to and from one client, each way half a round trip long, under TLS from `begin_tls` on."""
+    """Carries bytes to and from one client, each way half a round trip long, under TLS from `begin_tls` on."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
@@ -86,7 +86,7 @@ class Wire(asyncio.Protocol):
         self._after_half_a_round_trip(self._depart)
 
     def _after_half_a_round_trip(self, then: Callable[[], None]) -> None:
-        """Timers may fire in any order; what they move comes from a queue."""
+        """Calls `then` half a round trip later. Timers may fire in any order, so what they move comes from a queue."""
         if self.rules.latency:
             asyncio.get_running_loop().call_later(self.rules.latency / 2, then)
         else:
@@ -113,7 +113,7 @@ class Wire(asyncio.Protocol):
             self.transport.close()
 
     def _decrypt(self, tls: ssl.SSLObject) -> None:
-        """All that has come. Raises SSLWantReadError when there is no more."""
+        """Returns all that has come. Raises SSLWantReadError when there is no more."""
         if not self.is_secure:
             tls.do_handshake()
             self.is_secure = True

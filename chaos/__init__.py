@@ -1,4 +1,4 @@
-"""Faults played on real processes, and the mail counted afterwards: `python -m chaos`.
+"""Plays faults on real processes and counts the mail afterwards: `python -m chaos`.
 
 scenes.py            the scenes by name: each a fault in one sentence
 faults.py            what is done to the processes, Redis, the relay or the clock

@@ -1,4 +1,4 @@
-"""Does it keep its promise when things die? `.venv/bin/python -m chaos` plays the faults of chaos/scenes.py.
+"""Shows whether the promise is kept when things die: `.venv/bin/python -m chaos` plays the scenes of chaos/scenes.py.
 
 Each scene has its own Redis or Valkey, API, workers and relay, and a client that submits mail while one fault happens.
 Then every 202 is held against the relay's log and the API: sent once, doubled (and whether that was allowed), lost, in
@@ -31,7 +31,7 @@ HEADINGS += ["failed", "disagree", "recovery", "promise"]
 def perform(
     scene: Scene, directory: Path, *, seed: int, mails: int, on_doubt: str = "retry", program: str | None = None
 ) -> Row:
-    """One scene, from an empty stage to its row. A scene that could not be played is a broken one."""
+    """Plays one scene, from an empty stage to its row. A scene that could not be played is a broken one."""
     stage = Stage(scene, directory, seed=seed, mails=mails, on_doubt=on_doubt, program=program)
     try:
         with stage.set_up():
@@ -43,7 +43,7 @@ def perform(
 
 
 def programs(choice: str) -> dict[str, str]:
-    """The servers asked for, by name. Raises SystemExit where one is missing."""
+    """Returns the servers asked for, by name. Raises SystemExit where one is missing."""
     found = {"redis": shutil.which("redis-server"), "valkey": bundled_server() or shutil.which("valkey-server")}
     wanted = ["valkey", "redis"] if choice == "both" else [choice]
     for name in wanted:
@@ -57,7 +57,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="chaos", description="Plays faults and counts what became of the mail.")
+    parser = argparse.ArgumentParser(prog="chaos", description="Plays faults and counts the mail.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--mails", type=int, default=40, help="per scene (default 40)")
     parser.add_argument("--server", choices=["valkey", "redis", "both"], default="valkey")

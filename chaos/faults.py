@@ -1,7 +1,7 @@
-"""What can go wrong, as functions that do it to a stage while mail is under way: `bench.scenes` says in which scene.
+"""The faults, as functions that do them to a stage while mail is under way; chaos/scenes.py says in which scene.
 
-A `Play` returns when its fault is over. Processes die or are told to stop, Redis is away, silent, full or loses a
-reply, the relay is away or says what no mail can help, clocks step. Every random choice comes from the stage's own
+A `Play` returns when its fault is over. Processes die or are stopped, Redis is away, silent, full or loses a reply, the
+relay is away or in trouble, clocks step. Every random choice comes from the stage's own
 generator, so that a seed makes the same choices again.
 """
 
@@ -45,7 +45,7 @@ def kill_api(stage: Stage) -> None:
 
 
 def kill_api_unheard(stage: Stage) -> None:
-    """The mail is stored, and the 202 never leaves."""
+    """Kills the API when a mail is stored and its 202 has not left."""
     stage.proxy.lose(ACCEPT, 3, then=lambda: stage.signal("api"))
     eventually(lambda: stage.proxy.lost == 3, 90)
 
@@ -70,19 +70,19 @@ def cut_power(stage: Stage) -> None:
 
 
 def wait_for_death(stage: Stage) -> None:
-    """The first worker dies at the point that the scene names. Where it must be put off for that, the relay does so;
-    what it refuses for good, it refuses to the end."""
+    """Waits until the first worker has died at the point that the scene names. The relay puts mail off or refuses it if
+    a worker gets to that point by this; a refusal lasts to the end."""
     steps = STEPS_TO.get(stage.scene.dies_at, dict)()
     if stage.scene.refuses:
         stage.relay.script |= {name: [step] for name, step in steps.items()}
     with stage.relay_says(**steps):
         stage.has_logged("worker-0", "killed at")
         stage.fault_over = time.monotonic()
-        stage.wait(10)  # until the relay has put off whatever it would
+        stage.wait(10)  # until the relay has put off all that it would
 
 
 def kill_in_maintenance(stage: Stage) -> None:
-    """Its lock stays behind, and beside it what it was about to find: a mail whose worker was killed."""
+    """Leaves the lock of a worker that died, and what it was about to find: a mail whose worker was killed."""
     stage.has_logged("worker-0", "killed at")
     stage.relay_has(1)
     with stage.relay_says(DOT=take_after(1)):
@@ -92,7 +92,7 @@ def kill_in_maintenance(stage: Stage) -> None:
 
 
 def poison(stage: Stage) -> None:
-    """Only the time after which a dead worker is given up is put forward here: four times a minute otherwise."""
+    """Lets one mail kill its worker each time. Each death is noticed at once, not after a minute as in life."""
     mail = stage.mails[0]
     stage.doomed.add(mail.key)
     eventually(lambda: mail.key in stage.accepted, 60)
@@ -108,7 +108,7 @@ def poison(stage: Stage) -> None:
 
 
 def give_up_the_dead(stage: Stage, mail_id: str = "") -> None:
-    """As if the dead worker's time had run out, for one mail or for all."""
+    """Ends the dead workers' leases, for one mail or for all."""
     started: list[bytes] = stage.client.zrange("rq:wip:email", 0, -1)
     for entry in started:
         held_id = entry.decode().partition(":")[0]
@@ -175,7 +175,7 @@ def flush_scripts(stage: Stage) -> None:
 
 
 def clean_at_once(stage: Stage) -> None:
-    """Two are killed with mail in hand, and four look for it at the same moment, each without RQ's lock."""
+    """Kills two workers with mail in hand, and lets four look for it at the same moment, each without RQ's lock."""
     with stage.relay_says(DOT=take_after(0.5)):
         stage.relay_has(2)
         for name in stage.workers():
@@ -204,7 +204,7 @@ def relay_says_for(seconds: float, **steps: Step) -> Play:
 
 
 def relay_does_to_some(step: Act, **rest: Step) -> Play:
-    """To every third mail of the first two thirds, at `step`'s place in the conversation."""
+    """Does `step` to every third mail of the first two thirds, at its place in the conversation."""
     [(name, good)] = rest.items()
 
     def play(stage: Stage) -> None:
@@ -217,7 +217,7 @@ def relay_does_to_some(step: Act, **rest: Step) -> Play:
 
 
 def greylist() -> dict[str, Step]:
-    """Puts everybody off at his first visit."""
+    """Puts each recipient off once."""
     seen: set[str] = set()
 
     def rcpt(line: Line) -> str:
@@ -262,7 +262,7 @@ def let_certificate_expire(stage: Stage) -> None:
     stage.relay.tls = good
 
 
-# As if a minute passed: all moments that Redis holds for us move back. KEYS: none. ARGV: seconds.
+# Moves all moments that Redis holds for us back. KEYS: none. ARGV: seconds.
 MAKE_TIME_PASS = """
 local seconds = tonumber(ARGV[1])
 for _, key in ipairs({'rq:scheduled:email', 'mail:open'}) do
@@ -284,7 +284,7 @@ end
 
 
 def take_relay_away_for_an_hour(stage: Stage) -> None:
-    """Time passes sixty times as fast: once a second, what Redis holds is made 59 s older."""
+    """Lets time pass sixty times as fast: once a second, all moments in Redis are made 59 s older."""
     with stage.relay_away():
         for _ in range(60):
             stage.wait(1)
@@ -324,7 +324,7 @@ def terminate_group(stage: Stage) -> None:
 
 
 def step_clock(*seconds: int, put_off: bool = False) -> Play:
-    """To each of these offsets, for a third of the scene, with mail in hand."""
+    """Sets the clock to each of these offsets, for a third of the scene, with mail in hand."""
 
     def play(stage: Stage) -> None:
         with stage.relay_says(DOT=take_after(1), **(greylist() if put_off else {})):
@@ -337,7 +337,7 @@ def step_clock(*seconds: int, put_off: bool = False) -> Play:
 
 
 def kill_and_step_clock_back(stage: Stage) -> None:
-    """What tells that the worker is dead was written before the step."""
+    """Kills a worker before the step: the lease that shows its death was written on the earlier clock."""
     with stage.relay_says(DOT=take_after(1)):
         stage.relay_hears_a_mail()
         stage.signal("worker-0")
@@ -345,7 +345,7 @@ def kill_and_step_clock_back(stage: Stage) -> None:
 
 
 def pause_machine(stage: Stage) -> None:
-    """The worker stands still with its mail accepted and the answer on its way; a second one goes on."""
+    """Stops a worker whose mail is accepted and the answer on its way; a second one goes on."""
     with stage.relay_says(DOT=take_after(1)):
         stage.relay_has(1)
         stage.has_stopped_a_worker = True
@@ -365,7 +365,7 @@ STEPS_TO: Mapping[str, Callable[[], dict[str, Step]]] = {  # what the relay must
 
 
 def play(stage: Stage) -> None:
-    """The client submits, the fault happens; returns when both are over."""
+    """Lets the client submit and the fault happen. Returns when both are over."""
     client = threading.Thread(target=stage.submit_all, name="submitting")
     client.start()
     try:

@@ -1,4 +1,4 @@
-"""What came of a scene: the client's 202s, the relay's log and `GET /emails/{id}`, held against each other.
+"""The account of a scene: the client's 202s, the relay's log and `GET /emails/{id}`, held against each other.
 
 A copy is doubled where the relay took responsibility for the same recipient's mail before. It is allowed only with
 ON_DOUBT=retry and only if nobody can have known of the earlier one: its answer did not reach the worker (the relay cut,
@@ -41,7 +41,7 @@ class Row:
 
 
 def account(stage: Stage) -> Row:
-    """Waits until every mail is final, and counts. To be called when the fault is over and the client is done."""
+    """Waits until every mail is final, and counts. Is called when the fault is over and the client is done."""
     row = Row(stage.scene.name, _version(stage), stage.on_doubt, accepted=len(stage.accepted))
     row.recovery = stage.wait_until_final()
     copies: dict[str, list[Acceptance]] = defaultdict(list)
@@ -65,20 +65,22 @@ def _version(stage: Stage) -> str:
 def _count(row: Row, stage: Stage, mail: Mail, copies: dict[str, list[Acceptance]]) -> None:
     mail_id = stage.accepted[mail.key]
     seen = stage.get(f"/emails/{mail_id}") or {"status": "not found", "recipients": [], "message_id": ""}
-    told = {one["address"]: one["status"] for one in seen["recipients"]}
+    reported = {one["address"]: one["status"] for one in seen["recipients"]}
     served = {address: copies[address] for address in mail.recipients}
     state = seen["status"]
     row.in_doubt += state == State.UNKNOWN
     row.failed += state == State.FAILED
     row.once += state == State.SENT and all(len(each) == 1 for each in served.values())
-    if state not in FINAL or any(not each and told.get(who) in (Status.ACCEPTED, None) for who, each in served.items()):
+    if state not in FINAL or any(
+        not each and reported.get(who) in (Status.ACCEPTED, None) for who, each in served.items()
+    ):
         row.lost += 1
         row.broken.append(f"{mail_id} is lost: it is {state}, the relay has {_counts(served)}")
     for address, each in served.items():
         _count_copies(row, stage, mail_id, each)
-        if not _agree(state, told.get(address, ""), each):
+        if not _agree(state, reported.get(address, ""), each):
             row.disagree += 1
-            row.broken.append(f"{mail_id}: {state} and {told.get(address)}, the relay has {_counts(served)}")
+            row.broken.append(f"{mail_id}: {state} and {reported.get(address)}, the relay has {_counts(served)}")
     if any(one.header("Message-ID") != seen["message_id"] for each in served.values() for one in each):
         row.broken.append(f"{mail_id} went out with another Message-ID")
     if stage.scene.uncounted and int(stage.client.hget(f"mail:{mail_id}", "counted") or 0):
@@ -98,11 +100,11 @@ def _count_copies(row: Row, stage: Stage, mail_id: str, copies: list[Acceptance]
         if stage.on_doubt == "retry" and all(_unknown_to_all(stage, one, copy.at) for one in earlier):
             row.allowed += 1
         else:
-            row.broken.append(f"{mail_id} was doubled: {'; '.join(_told(one, copy.at) for one in earlier)}")
+            row.broken.append(f"{mail_id} was doubled: {'; '.join(_steps(one, copy.at) for one in earlier)}")
 
 
 def _unknown_to_all(stage: Stage, acceptance: Acceptance, moment: float) -> bool:
-    """Whether at this moment no worker that was left could know that the relay had accepted."""
+    """Returns whether at this moment no worker that was left could know that the relay had accepted."""
     if _later(acceptance.answered_at, moment):
         return True
     hung_up = not _later(acceptance.hung_up_at, moment)
@@ -113,8 +115,8 @@ def _later(event: float | None, moment: float) -> bool:
     return event is None or event > moment
 
 
-def _told(acceptance: Acceptance, moment: float) -> str:
-    """How long before `moment` each step was."""
+def _steps(acceptance: Acceptance, moment: float) -> str:
+    """Returns how long before `moment` each step was."""
     steps = {
         "taken": acceptance.at,
         "answered": acceptance.answered_at,
@@ -124,12 +126,12 @@ def _told(acceptance: Acceptance, moment: float) -> str:
     return ", ".join(f"{name} {moment - at:.1f} s before" for name, at in steps.items() if at is not None)
 
 
-def _agree(state: str, told: str, copies: list[Acceptance]) -> bool:
+def _agree(state: str, reported: str, copies: list[Acceptance]) -> bool:
     if state == State.SENT:
-        return bool(told == Status.ACCEPTED and copies)
-    if told == Status.ACCEPTED:
+        return bool(reported == Status.ACCEPTED and copies)
+    if reported == Status.ACCEPTED:
         return bool(copies)
-    return told == Status.IN_DOUBT or state not in FINAL or not copies
+    return reported == Status.IN_DOUBT or state not in FINAL or not copies
 
 
 def _counts(served: dict[str, list[Acceptance]]) -> list[int]:

@@ -1,7 +1,7 @@
 """The scenes by name: each a fault in one sentence, who does it (chaos/faults.py), and what its stage needs.
 
-What differs by data only stands in tables: the points at which a worker dies, the replies of Redis that are lost, what
-a relay says. What a scene promises beyond the common is in its fields: a limit in seconds, attempts uncounted.
+Scenes that differ by data only are in tables: the points at which a worker dies, the replies of Redis that are lost,
+the words of a relay. A promise beyond the common one is in its fields: a limit in seconds, uncounted attempts.
 """
 
 from __future__ import annotations

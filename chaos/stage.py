@@ -1,6 +1,6 @@
 """One scene's stage: Redis, the API, e-mail workers and a relay of its own, a client that submits, a keeper.
 
-Everything is real but the relay, which writes down what it took responsibility for and can be told to misbehave. The
+Everything is real but the relay, which writes down each mail that it accepts and misbehaves on request. The
 processes run as an operator runs them, with default settings but for addresses, on loopback and free ports. The client
 is a good one: it sends each mail with an Idempotency-Key, and the same request again until it is answered 202. The
 keeper starts again whatever ends, as systemd does with Restart=always.
@@ -43,7 +43,7 @@ TESTS = ROOT / "tests"
 
 @dataclass(frozen=True)
 class Scene:
-    """A fault, and what it needs to be played."""
+    """Describes a fault, and what it needs to be played."""
 
     name: str
     fault: str  # one sentence
@@ -73,7 +73,7 @@ class Mail:
 
 
 class Keeper:
-    """Starts again whatever ends, by itself or by our hand; whoever holds its lock keeps it from that."""
+    """Starts each process again that ends, by itself or by our hand; not while somebody else holds its lock."""
 
     def __init__(self, house: House) -> None:
         self.house = house
@@ -85,7 +85,7 @@ class Keeper:
         self.thread = threading.Thread(target=self._watch, name="keeper")
 
     def keep(self, name: str, command: list[str], first: list[str] | None = None) -> None:
-        """`first` is what runs until it ends for the first time."""
+        """Starts a process, and again when it ends: `first` the first time, if it is given, then `command`."""
         with self.lock:
             self.commands[name] = command
             self.processes[name] = self.house.run(name, *(first or command))
@@ -113,7 +113,7 @@ class Keeper:
 
 
 class Stage:
-    """Set up by `set_up`. Scenes use what is public here."""
+    """Holds the processes and the client of a scene, from `set_up` on. Faults use its public part."""
 
     def __init__(
         self, scene: Scene, directory: Path, *, seed: int, mails: int, on_doubt: str, program: str | None
@@ -205,8 +205,8 @@ class Stage:
             self.has_logged(name, "worker_started")
 
     def _fatal_visit(self) -> int:
-        """Which time it dies there. Maintenance comes at the start and then every 20 s, and sessions are kept from one
-        mail to the next, so of these it is the first."""
+        """Returns at which visit to its point a worker dies. Maintenance comes at the start and then every 20 s, and
+        sessions are kept from one mail to the next, so of these it is the first."""
         if "maintenance" in self.scene.dies_at or "connect" in self.scene.dies_at:
             return 1
         return self.rng.randint(1, len(self.doomed) if self.scene.refuses else max(1, len(self.mails) // 4))
@@ -224,7 +224,7 @@ class Stage:
         return self.directory / "clock"
 
     def set_clock(self, seconds: int) -> None:
-        """In one step: a reader finds the old or the new, never an empty file."""
+        """Sets the clock in one step: a reader finds the old or the new, never an empty file."""
         (self.directory / "clock.new").write_text(str(seconds))
         (self.directory / "clock.new").rename(self.clock_file)
 
@@ -234,7 +234,7 @@ class Stage:
     # --- what happens on it ---
 
     def wait(self, low: float, high: float | None = None) -> None:
-        """So many seconds, or between `low` and `high`."""
+        """Waits so many seconds, or between `low` and `high`."""
         self.over.wait(self.rng.uniform(low, high or low))
 
     def relay_has(self, mails: int) -> None:
@@ -248,7 +248,7 @@ class Stage:
         eventually(lambda: self.house.log(name).count(words) >= times, 90)
 
     def signal(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
-        """To the process that goes by this name now."""
+        """Sends a signal to the process that has this name now."""
         with self.keeper.lock:
             self.keeper.processes[name].send_signal(number)
 
@@ -257,7 +257,7 @@ class Stage:
 
     @contextmanager
     def relay_says(self, **steps: Step | list[Step]) -> Iterator[None]:
-        """Instead of what it usually says. `DOT` is the final dot."""
+        """Changes the relay's replies while the body runs. `DOT` is the final dot."""
         changed = {"." if name == "DOT" else name: step for name, step in steps.items()}
         before = {name: self.relay.script.get(name) for name in changed}
         for name, step in changed.items():
@@ -275,7 +275,7 @@ class Stage:
 
     @contextmanager
     def relay_away(self) -> Iterator[None]:
-        """Connections are refused."""
+        """Lets the relay refuse connections while the body runs."""
         self.leave_relay()
         try:
             yield
@@ -285,7 +285,7 @@ class Stage:
     # --- the client ---
 
     def submit_all(self) -> None:
-        """Over `spread` seconds, four at a time."""
+        """Submits the mails over `spread` seconds, four at a time."""
         with ThreadPoolExecutor(4, thread_name_prefix="client") as callers:
             for mail, pause in zip(self.mails, self.pauses, strict=True):
                 callers.submit(self._submit, mail)
@@ -302,7 +302,7 @@ class Stage:
             self.over.wait(REPEAT_AFTER)
 
     def post(self, mail: Mail) -> str | None:
-        """The mail's id, if the answer is 202."""
+        """Returns the mail's id, if the answer is 202."""
         try:
             answer = self.api.post("/emails", mail.body, Idempotency_Key=mail.key)
         except (OSError, http.client.HTTPException, json.JSONDecodeError):
@@ -319,7 +319,7 @@ class Stage:
         return dict(answer.body) if answer.status == 200 else None
 
     def wait_until_final(self) -> float:
-        """Until every mail is final. Returns how many seconds the slowest took, from the fault's end or its 202."""
+        """Waits until every mail is final. Returns the slowest's seconds from the fault's end or its 202."""
         deadline = time.monotonic() + self.scene.limit + 30  # beyond the promise, to see by how much it was broken
         pending, slowest = dict(self.accepted), 0.0
         while pending and time.monotonic() < deadline:
@@ -337,7 +337,7 @@ class Stage:
         return seen is not None and seen["status"] in FINAL
 
     def _wait_until_quiet(self, deadline: float) -> None:
-        """Until RQ, too, has nothing in hand: what it still has may be run again."""
+        """Waits until RQ, too, has nothing in hand: a job that it still has may be run again."""
         while time.monotonic() < deadline:
             try:
                 if not any(self._in_hand()):

@@ -18,7 +18,7 @@ EXAMPLES = "ada@example.com or Ada Lovelace <ada@example.com>"
 
 
 def invalid(message: str) -> PydanticCustomError:
-    """Makes the error, a `ValueError`, that a validator raises to say what a field must be."""
+    """Returns the `ValueError` that says what a field must be."""
     return PydanticCustomError("invalid", "{message}", {"message": message})
 
 
@@ -43,10 +43,6 @@ class Mailbox(NamedTuple):
             raise invalid(f"must be one address such as {EXAMPLES}")
         name = (match["name"] or "").strip(" ")
         return cls(display_name(name), strict_address(match["named"] or match["bare"] or ""))
-
-    @property
-    def needs_smtputf8(self) -> bool:
-        return not self.address.isascii()
 
     def __str__(self) -> str:
         return f"{phrase(self.name)} <{self.address}>" if self.name else self.address

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
-from mail.counters import SMTP
 from mail.message import Message
 from mail.states import EXPIRED, State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
@@ -56,7 +55,6 @@ class Busy(Exception):
     """Another attempt holds the mail, for `seconds` more at most."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"claimed for {seconds:.0f} s more")
         self.seconds = seconds
 
 
@@ -77,9 +75,9 @@ class Recipient:
 
 @dataclass
 class Claim:
-    """One attempt's hold on one mail. `expires_at` is in seconds since 1970, 0 for a mail that does not expire;
-    `on_doubt` is what its sender chose, or ""; `in_line` says that SMTP_RATE has told it to come back now; `counts`
-    goes to mail.counters with the outcome."""
+    """One attempt's hold on one mail. `counted` is the number of attempts that count against it; `expires_at` is in
+    seconds since 1970, 0 for a mail that does not expire; `in_line` says that it has its turn under SMTP_RATE now;
+    `counts` goes into the totals with the outcome."""
 
     store: Store
     id: str
@@ -89,25 +87,21 @@ class Claim:
     created_at: datetime
     state_before: State
     recipients: list[Recipient]
+    on_doubt: str
     attempts: list[dict[str, Any]] = field(default_factory=list)
     counted: int = 0
     expires_at: float = 0
-    on_doubt: str = ""
     in_line: bool = False
     settled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
 
     def has_expired(self, within: float = 0) -> bool:
-        """Whether the mail may not be sent any more, now or `within` so many seconds."""
+        """Returns whether the mail may not be sent any more, now or `within` so many seconds."""
         return 0 < self.expires_at <= time.time() + within
 
     @property
     def keys(self) -> list[str]:
         return [mail_key(self.id), claim_key(self.id)]
-
-    def observe_conversation(self, seconds: float) -> None:
-        """Counts how long the conversation with the relay took."""
-        SMTP.note(seconds, self.counts)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -127,29 +121,24 @@ class Claim:
         if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, dump(marked)]):
             raise ClaimLost(self.id)
 
-    def settle(
-        self, state: State, *, reason: str = "", next_in: float = 0, in_line: bool = False, expired: bool = False
-    ) -> None:
-        """Writes the outcome: recipients, attempts, state. `expired` says that the mail's `expires_at` is the reason.
-
-        Raises `ClaimLost` where it is not this attempt's to write. That somebody was served is written however long
-        Redis takes: nobody else knows it.
-        """
-        now = datetime.now(timezone.utc)
+    def settle(self, state: State, *, reason: str = "", next_in: float = 0, in_line: bool = False) -> None:
+        """Writes the outcome: recipients, attempts, state. Raises `ClaimLost` where it is not this attempt's to write.
+        That somebody was served is written however long Redis takes: nobody else knows it."""
+        now = time.time()
         fields: dict[str, str | float] = {
             "recipients": dump(self.recipients),
             "attempts": json.dumps(self.attempts[-ATTEMPTS_KEPT:]),
             "counted": self.counted,
-            "reason": EXPIRED if expired else reason,
-            "settled_at": now.timestamp(),
+            "reason": reason,
+            "settled_at": now,
             "in_line": "1" if in_line else "",
-            "next_attempt_at": iso(datetime.fromtimestamp(now.timestamp() + next_in, timezone.utc)) if next_in else "",
+            "next_attempt_at": iso(now + next_in) if next_in else "",
         }
         words = [word for pair in fields.items() for word in pair]
         counts = [word for pair in self.counts.items() for word in pair]
-        again = look_at(now.timestamp() + next_in + LOOK_AFTER, self.expires_at)
-        result = EXPIRED if expired and state == State.FAILED else ""
-        args = [self.id, self.token, state, now.timestamp(), again, result, len(counts), *counts, *words]
+        again = look_at(now + next_in + LOOK_AFTER, self.expires_at)
+        result = EXPIRED if reason == EXPIRED and state == State.FAILED else ""
+        args = [self.id, self.token, state, now, again, result, len(counts), *counts, *words]
         served = any(recipient.status == Status.ACCEPTED for recipient in self.recipients)
         settle = self.store.insist if served else self.store.run
         if not settle(SETTLE, [*self.keys, keys.job(self.id)], args):
@@ -157,12 +146,12 @@ class Claim:
         self.settled = True
 
 
-def iso(moment: datetime) -> str:
-    return moment.isoformat(timespec="milliseconds")
+def iso(moment: float) -> str:
+    return datetime.fromtimestamp(moment, timezone.utc).isoformat(timespec="milliseconds")
 
 
 def timestamp(moment: str) -> float:
-    """Seconds since 1970; 0 for ""."""
+    """Returns seconds since 1970; 0 for ""."""
     return datetime.fromisoformat(moment).timestamp() if moment else 0
 
 

@@ -1,10 +1,10 @@
-"""What is counted for ever: mails accepted and what became of them, attempts, and how long SMTP and accepting took.
+"""The totals, counted for ever: mails accepted, how they ended, attempts, and how long SMTP and accepting took.
 
-All of it is one hash in Redis, `mail:totals`, so that any process of any machine tells the same; web.metrics shows it
-to Prometheus. Totals are counted by the scripts that make them true (accept, settle, cancel, sweep), behind the place
-where a second run after a lost reply turns back: they cost no round trip and are counted once. What the API took for
-its answers is gathered in the process and handed over every 15 seconds, so that no request waits for it; a kill loses
-the last of these figures, and of nothing else.
+All of it is one hash in Redis, `mail:totals`, the same for every process of every machine; web.metrics shows it to
+Prometheus. Totals are counted by the scripts that make them true (accept, settle, cancel, sweep), behind the place
+where a second run after a lost reply turns back: they cost no round trip and are counted once. The time that the API
+takes for its answers is gathered in the process and handed over every 15 seconds, so that no request waits for it; a
+kill loses the last of these figures, and of nothing else.
 
 Fields: `accepted`, RESULTS, `delayed`, `in_doubt`, `attempt:<verdict>`, and of a histogram `<name>:<bound in seconds>`
 (each observation in the first that holds it) and `<name>:us` (their sum in microseconds).
@@ -23,13 +23,15 @@ from mail.states import EXPIRED, FINAL
 from mail.store import TOTALS
 from queues.connection import Redis, RedisError, translating_errors
 from queues.heartbeat import on_heartbeat
+from smtp.verdict import Verdict
 
-RESULTS = (*FINAL, EXPIRED)  # what became of a mail; sent again, it has two
-VERDICTS = ("accepted", "try_again", "refused", "trouble", "in_doubt", "interrupted")  # what came of an attempt
+RESULTS = (*FINAL, EXPIRED)  # how a mail ended; sent again, it has two
+# How an attempt ended; `interrupted`: with its worker.
+VERDICTS = (*(verdict.value.replace(" ", "_") for verdict in Verdict), "interrupted")
 
 
 class Histogram(NamedTuple):
-    """`bounds` are in seconds; whatever is longer than the last is in one more, `inf`."""
+    """Names the fields of a histogram. `bounds` are in seconds; one more field, `inf`, has what exceeds the last."""
 
     name: str
     bounds: tuple[float, ...]
@@ -43,7 +45,7 @@ class Histogram(NamedTuple):
         return [f"{self.name}:{bound:g}" for bound in (*self.bounds, float("inf"))]
 
     def note(self, seconds: float, counts: Counter[str]) -> None:
-        counts[f"{self.name}:{(*self.bounds, float('inf'))[bisect_left(self.bounds, seconds)]:g}"] += 1
+        counts[self.fields[bisect_left(self.bounds, seconds)]] += 1
         counts[self.sum_field] += round(seconds * 1_000_000)
 
 
@@ -59,7 +61,7 @@ def totals(redis: Redis) -> Counter[str]:
 
 
 class Gathered:
-    """What a histogram has seen in this process and Redis has not been told yet."""
+    """Gathers a histogram's observations in this process until Redis has them."""
 
     def __init__(self, redis: Redis, histogram: Histogram) -> None:
         self.redis = redis
@@ -72,11 +74,9 @@ class Gathered:
             self.histogram.note(seconds, self.counts)
 
     def hand_over(self) -> None:
-        """Raises redis-py's errors; then it is tried again with the next."""
+        """Adds them to the totals. Raises redis-py's errors, and then keeps them for the next time."""
         with self.lock:
             counts, self.counts = self.counts, Counter()
-        if not counts:
-            return
         try:
             with self.redis.pipeline(transaction=False) as commands:
                 for field, number in counts.items():
@@ -89,7 +89,7 @@ class Gathered:
 
     @contextmanager
     def handed_over(self) -> Iterator[None]:
-        """Now and then while the body runs, and at its end."""
+        """Hands over now and then while the body runs, and at its end."""
         try:
             with on_heartbeat(self.hand_over):
                 yield

@@ -11,12 +11,12 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from functools import lru_cache
 from typing import NoReturn
 
 import settings
-from mail.claim import Busy, Claim
+from mail.claim import Busy, Claim, iso
+from mail.counters import SMTP
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
 from mail.states import EXPIRED, State, Status
@@ -29,7 +29,7 @@ from smtp.envelope import Envelope
 from smtp.pacing import Pacing
 from smtp.pool import SessionPool
 from smtp.relay import Relay
-from smtp.verdict import Outcome, Reply, Verdict
+from smtp.verdict import Outcome, Phase, Reply, Verdict
 
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
 AFTER = {  # the reply that decided -> what the recipient is after the attempt
@@ -48,35 +48,6 @@ class Failed(Exception):
 
 class Aborted(Exception):
     """The process is to end at once; the mail was not sent."""
-
-
-class Dots:
-    """Knows the mails of this process whose final dot waits for its answer, and ends it without a doubt about any."""
-
-    def __init__(self) -> None:
-        self._pending: set[str] = set()
-        self._lock = threading.Lock()
-        self._aborting = False
-
-    def expect(self, mail_id: str) -> None:
-        """Notes that the mail's final dot may go out now, so that its answer is waited for. Raises `Aborted`."""
-        with self._lock:
-            if self._aborting:
-                raise Aborted
-            self._pending.add(mail_id)
-
-    def settled(self, mail_id: str) -> None:
-        """Forgets a mail whose answer is written down, or that has had no dot."""
-        self._pending.discard(mail_id)
-
-    def abort_unsent(self) -> NoReturn:
-        """Ends the process as soon as no final dot is unanswered, and lets no other go out. The other mails in hand are
-        found like those of a killed worker, and sent by another."""
-        with self._lock:
-            self._aborting = True
-        while self._pending:
-            time.sleep(0.05)
-        os._exit(0)
 
 
 class Delivery:
@@ -109,7 +80,7 @@ class Delivery:
                 self.dots.settled(claim.id)
 
     def _attempt(self, claim: Claim) -> str | Retry:
-        take_up(claim, retry_doubt=self._on_doubt(claim) == "retry")
+        take_up(claim)
         todo = [one.address for one in claim.recipients if one.status == Status.PENDING]
         if not todo:
             return self._conclude(claim, [])
@@ -132,7 +103,7 @@ class Delivery:
                 self.dots.expect(claim.id)
                 claim.mark_in_doubt(at_dot(envelope.recipients, said))
                 said = talk.finish()
-            claim.observe_conversation(time.monotonic() - started)
+            SMTP.note(time.monotonic() - started, claim.counts)
             record(claim, said, self.relay)
             try:  # written down before a word more to the relay, and before anything else
                 return self._conclude(claim, list(said.recipients.values()))
@@ -140,14 +111,18 @@ class Delivery:
                 self._tell_breaker(said.reply)
 
     def _conclude(self, claim: Claim, replies: Sequence[Reply]) -> str | Retry:
-        """Writes down the state after this attempt, logs it, and tells RQ in its own way."""
-        state, pause = next_state(claim, replies, self.settings.retry_schedule, self._on_doubt(claim))
+        state, pause = next_state(claim, replies, self.settings.retry_schedule)
         return self._end(claim, state, reason(replies) if state != State.SENT else "", pause)
 
+    def _expire(self, claim: Claim) -> str | Retry:
+        doubtful = any(one.status == Status.IN_DOUBT for one in claim.recipients)
+        return self._end(claim, State.UNKNOWN if doubtful else State.FAILED, EXPIRED)
+
     def _end(self, claim: Claim, state: State, reason: str, pause: int = 0, reserved: bool = False) -> str | Retry:
+        """Writes down the state after this attempt, logs it, and says to RQ what is to become of the job."""
         if state == State.DELAYED and claim.has_expired(within=pause):
             return self._expire(claim)  # now rather than then: there will be no other attempt
-        claim.settle(state, reason=reason, next_in=pause, in_line=reserved, expired=reason == EXPIRED)
+        claim.settle(state, reason=reason, next_in=pause, in_line=reserved)
         emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
         if state == State.SENT:
             return state
@@ -155,13 +130,6 @@ class Delivery:
             _give_up(reason)
         allow_exceptions(len(AFTER_A_CRASH))  # this attempt ended well enough: crashes are counted from here
         return run_again_in(pause)
-
-    def _expire(self, claim: Claim) -> str | Retry:
-        doubtful = any(one.status == Status.IN_DOUBT for one in claim.recipients)
-        return self._end(claim, State.UNKNOWN if doubtful else State.FAILED, EXPIRED)
-
-    def _on_doubt(self, claim: Claim) -> str:
-        return claim.on_doubt or self.settings.on_doubt
 
     def _tell_breaker(self, reply: Reply) -> None:
         if reply.code is None or reply.verdict is Verdict.TROUBLE:
@@ -176,24 +144,19 @@ class Delivery:
             emit(found.event, id=found.mail_id, reason=found.why)
 
 
-@lru_cache(maxsize=1)
-def current() -> Delivery:
-    """Returns this process's. Its main thread must have asked for it before others do: there must not be two."""
-    chosen = settings.current()
-    return Delivery(chosen, Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), retrying=True)), chosen))
-
-
-def take_up(claim: Claim, *, retry_doubt: bool) -> None:
-    """Deals with what earlier attempts left behind, before this one."""
+def take_up(claim: Claim) -> None:
+    """Deals with the traces of earlier attempts, before this one."""
     asked_again = claim.state_before in (State.FAILED, State.UNKNOWN)
     if asked_again:
         claim.counted = 0
     if claim.state_before == State.SENDING:
-        claim.attempts.append({"at": _now(), "verdict": "interrupted", "text": "the worker died in this attempt"})
+        claim.attempts.append(
+            {"at": iso(time.time()), "verdict": "interrupted", "text": "the worker died in this attempt"}
+        )
         claim.counts["attempt:interrupted"] += 1
         if any(one.status == Status.IN_DOUBT for one in claim.recipients):
             claim.counts["in_doubt"] += 1
-    retry_doubt = (asked_again or retry_doubt) and not claim.has_expired()
+    retry_doubt = (asked_again or claim.on_doubt == "retry") and not claim.has_expired()
     for one in claim.recipients:
         if (one.status == Status.IN_DOUBT and retry_doubt) or (one.status == Status.REFUSED and asked_again):
             one.status = Status.PENDING
@@ -211,21 +174,22 @@ def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
         reply = outcome.recipients.get(one.address)
         if reply:
             one.status, one.code, one.text = AFTER[reply.verdict], reply.code, reply.text
-    reply = outcome.reply
-    claim.counts[f"attempt:{reply.verdict.value.replace(' ', '_')}"] += 1
-    if reply.verdict is Verdict.IN_DOUBT:
+    reply, verdict = outcome.reply, outcome.verdict
+    claim.counts[f"attempt:{verdict.value.replace(' ', '_')}"] += 1
+    if verdict is Verdict.IN_DOUBT:
         claim.counts["in_doubt"] += 1
-    said = {"phase": reply.phase.value, "code": reply.code, "text": reply.text, "verdict": reply.verdict.value}
-    claim.attempts.append({"at": _now(), "relay": str(relay), **said})
+    said = {"phase": reply.phase, "code": reply.code, "text": reply.text, "verdict": verdict}
+    claim.attempts.append({"at": iso(time.time()), "relay": str(relay), **said})
 
 
-def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int], on_doubt: str) -> tuple[State, int]:
+def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int]) -> tuple[State, int]:
     """Returns the state after an attempt, and the seconds until the next one. Only what the mail itself met with counts
     against its attempts."""
     statuses = {one.status for one in claim.recipients}
     asked_for = max((reply.pause + 1 for reply in replies if reply.pause), default=0)  # RQ drops a fraction of a second
-    if Status.PENDING in statuses or (Status.IN_DOUBT in statuses and on_doubt == "retry"):
-        if not {reply.verdict for reply in replies} & {Verdict.TRY_AGAIN, Verdict.IN_DOUBT} and not _silenced(claim):
+    if Status.PENDING in statuses or (Status.IN_DOUBT in statuses and claim.on_doubt == "retry"):
+        counts = any(reply.verdict in (Verdict.TRY_AGAIN, Verdict.IN_DOUBT) for reply in replies) or _silenced(claim)
+        if not counts:
             return State.DELAYED, max(asked_for, jittered(PAUSE_ON_TROUBLE))
         claim.counted += 1
         if claim.counted <= len(schedule):
@@ -239,8 +203,8 @@ def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int], 
 def _silenced(claim: Claim) -> bool:
     """Returns whether the relay has gone silent on this mail three times running, after it had let us in: then the mail
     itself may be the reason, and it counts."""
-    last = [(one.get("phase"), one.get("code")) for one in claim.attempts[-3:]]
-    return len(last) == 3 and all(phase in ("mail", "rcpt", "data") and code is None for phase, code in last)
+    last, inside = claim.attempts[-3:], (Phase.MAIL, Phase.RCPT, Phase.DATA)
+    return len(last) == 3 and all(one.get("phase") in inside and one["code"] is None for one in last)
 
 
 def reason(replies: Sequence[Reply]) -> str:
@@ -255,5 +219,37 @@ def _give_up(reason: str) -> NoReturn:
     raise Failed(reason)
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+class Dots:
+    """Knows the mails of this process whose final dot waits for its answer, and ends it with none of them in doubt."""
+
+    def __init__(self) -> None:
+        self._pending: set[str] = set()
+        self._lock = threading.Lock()
+        self._aborting = False
+
+    def expect(self, mail_id: str) -> None:
+        """Notes that the mail's final dot may go out now, so that its answer is waited for. Raises `Aborted`."""
+        with self._lock:
+            if self._aborting:
+                raise Aborted
+            self._pending.add(mail_id)
+
+    def settled(self, mail_id: str) -> None:
+        """Forgets a mail whose answer is written down, or that has had no dot."""
+        self._pending.discard(mail_id)
+
+    def abort_unsent(self) -> NoReturn:
+        """Ends the process as soon as no final dot is unanswered, and lets no other go out. The other mails in hand are
+        found like those of a killed worker, and sent by another."""
+        with self._lock:
+            self._aborting = True
+        while self._pending:
+            time.sleep(0.05)
+        os._exit(0)
+
+
+@lru_cache(maxsize=1)
+def current() -> Delivery:
+    """Returns this process's delivery. The main thread must ask for it before others do: there must not be two."""
+    chosen = settings.current()
+    return Delivery(chosen, Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), retrying=True)), chosen))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mail.address import Mailbox
-from mail.request import PIECE, Attachment, Invalid, Rendered, Request, content_errors, validate
+from mail.request import PIECE, Invalid, Rendered, Request, content_errors, validate
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Message:
     def needs_smtputf8(self) -> bool:
         """Returns whether an address is not ASCII: only servers that offer SMTPUTF8 take it (RFC 6531)."""
         boxes = (self.sender, *self.to, *self.cc, *self.bcc, *self.reply_to)
-        return any(box.needs_smtputf8 for box in boxes)
+        return not all(box.address.isascii() for box in boxes)
 
     def to_json(self) -> tuple[str, Iterator[str]]:
         """Returns (outline, content). The content may hold ten megabytes, so it comes in pieces."""
@@ -93,13 +93,8 @@ def compose(request: Request, rendered: tuple[str, str | None, str | None] | Non
         text=text,
         html=html,
         headers=request.headers,
-        attachments=[_attachment(one) for one in request.attachments],
+        attachments=[one.model_dump(exclude_none=True) | {"content_type": one.type} for one in request.attachments],
     )
-
-
-def _attachment(one: Attachment) -> dict[str, str]:
-    stored = {"filename": one.filename, "content": one.content, "content_type": one.type}
-    return stored | ({"content_id": one.content_id} if one.content_id else {})
 
 
 def message_id(mail_id: str, sender: Mailbox) -> str:

@@ -1,10 +1,8 @@
-"""The mails, seen from the side that submits, takes, cancels and looks: accept, claim, cancel, requeue, read.
+"""The mails together: accept, claim, cancel, requeue, read.
 
 A mail is a hash in Redis; its RQ job has the same id and holds nothing else. `accept` stores both in one atomic step.
 `claim` gives a mail to one attempt at a time, for a limited time, so that a job that RQ runs twice sends once; the
-attempt then marks and settles it (mail.claim). A sent or canceled mail's content is dropped and its outline kept.
-
-Every script may be run again after a lost reply.
+attempt then marks and settles it (mail.claim). Every script may be run again after a lost reply.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 from mail.claim import Busy, Claim, Recipient, dump, iso, load, timestamp
@@ -97,7 +95,7 @@ return {}
 def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
     outline, content = draft.message.to_json()
     return {
-        "created_at": iso(datetime.now(timezone.utc)),
+        "created_at": iso(time.time()),
         "message_id": message_id(mail_id, draft.message.sender),
         "outline": outline,
         "content": _compressed(content),
@@ -145,10 +143,8 @@ class Outbox:
     def claim(self, mail_id: str, queued_at: float) -> Claim | str:
         """Takes a mail for one attempt, or returns the state in which there is nothing to do. Raises `Busy`.
 
-        `queued_at` is when its job was queued, in seconds since 1970: for a mail that failed it tells whether somebody
-        has asked for it again since.
-
-        `Claim.held` keeps it, so a claim that ran out belongs to a worker that is dead or was stopped for long.
+        `queued_at` is when its job was queued, in seconds since 1970: it shows whether somebody has asked again for a
+        mail that failed. `Claim.held` keeps the claim; one that ran out is of a worker that is dead or stood still.
         """
         token = uuid.uuid4().hex
         touched = [mail_key(mail_id), claim_key(mail_id), keys.failed(EMAIL)]
@@ -173,12 +169,12 @@ class Outbox:
             attempts=json.loads(stored.get("attempts", b"[]")),
             counted=int(stored.get("counted", 0)),
             expires_at=timestamp(stored.get("expires_at", b"").decode()),
-            on_doubt=stored.get("on_doubt", b"").decode(),
+            on_doubt=stored.get("on_doubt", b"").decode() or self.settings.on_doubt,
             in_line=bool(stored.get("in_line")),
         )
 
     def read(self, mail_id: str) -> dict[str, Any]:
-        """A mail as `GET /emails/{id}` shows it. Raises `NotFound`, `Unavailable`."""
+        """Returns a mail as `GET /emails/{id}` shows it. Raises `NotFound`, `Unavailable`."""
         if not MAIL_ID.fullmatch(mail_id):
             raise NotFound
         with translating_errors():
@@ -247,7 +243,7 @@ class Outbox:
             self._queue([mail_id])
 
     def failures(self, since: float) -> Iterator[str]:
-        """The reason of each mail that failed after `since` (seconds since 1970) and was not queued again."""
+        """Yields the reason of each mail that failed after `since` (seconds since 1970) and was not queued again."""
         with translating_errors():
             ids: list[Any] = self.jobs.redis.zrange(keys.failed(EMAIL), 0, -1)
             for start in range(0, len(ids), 500):
@@ -269,5 +265,5 @@ class Outbox:
 
 
 def jittered(pause: int) -> int:
-    """±20 %, so that mails put off together do not come back together."""
+    """Changes a pause by up to 20 %, so that mails put off together do not come back together."""
     return max(1, round(pause * random.uniform(0.8, 1.2)))

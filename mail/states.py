@@ -4,7 +4,7 @@
     queued, delayed, failed, unknown -> canceled
 
 Every script that changes a state is BECOME and a body: accept, claim, settle, cancel, sweep (mail.store puts them
-together). What shall happen whenever a mail fails, is sent, ... (a webhook, a chart, a suppression list) is added to
+together). Anything that must happen whenever a mail fails, is sent, ... (a webhook, a suppression list) is added to
 BECOME and to nothing else. Pure.
 """
 
@@ -39,9 +39,7 @@ class Status(str, Enum):
 
 
 FINAL = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED)  # nothing more happens unless a person asks
-EXPIRED = (
-    "expired"  # the reason of a mail that is not sent because its `expires_at` has passed; counted under this name
-)
+EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted under this name
 # `sent` follows all that is stored: an attempt that lost its claim may have sent the mail, and then it is the truth.
 FOLLOWS: Mapping[State | None, Set[State]] = {
     None: {State.QUEUED},
@@ -62,8 +60,8 @@ DROPS: Mapping[State, tuple[str, ...]] = {
 }
 # What mail.counters counts a state as.
 COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)} | {State.QUEUED: "accepted"}
-# Uses the constants above and these, which mail.store puts before it: MAIL (prefix), OPEN, TOTALS, LAST_SENT (keys),
-# KEPT (the lifetimes of final states, in seconds).
+# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT (keys) and KEPT (the
+# lifetimes of final states, in seconds).
 #
 # become(id, state, now, look_at, fields, counted): false where the state cannot follow the mail's. `look_at` is when
 # mail.sweep looks at a mail that is not final; `fields` are written with the state; `counted` goes before COUNTED.
@@ -99,9 +97,10 @@ LOST = {  # the status of a mail's job in RQ -> why the mail will not be sent al
 }
 
 
-def lua(constants: Mapping[str, object]) -> str:
-    """Writes constants as local variables of a script."""
-    return "".join(f"local {name} = {_literal(value)}\n" for name, value in constants.items())
+def transition(**constants: object) -> str:
+    """Returns BECOME behind all that it uses, as local variables of the script."""
+    tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED}
+    return "".join(f"local {name} = {_literal(value)}\n" for name, value in (constants | tables).items()) + BECOME
 
 
 def _literal(value: object) -> str:
@@ -116,14 +115,10 @@ def _literal(value: object) -> str:
 
 
 def effective_state(state: str, job_status: str, reason: str, expired: bool = False) -> tuple[str, str]:
-    """Returns the (state, reason) that a mail is about to have. A preview, for those who read: a failed mail that was
-    queued again is written down by its next claim; one that has expired while it waited, or whose job is gone, by the
-    sweep."""
-    if (
-        state in (State.FAILED, State.UNKNOWN)
-        and reason != EXPIRED
-        and job_status in ("queued", "scheduled", "started")
-    ):
+    """Returns the (state, reason) that a mail is about to have, for those who read it: that a failed mail was queued
+    again is written by its next claim; that one has expired while it waited, or its job is gone, by the sweep."""
+    queued_again = job_status in ("queued", "scheduled", "started") and reason != EXPIRED
+    if state in (State.FAILED, State.UNKNOWN) and queued_again:
         return State.QUEUED, ""
     if state in FINAL:
         return state, reason

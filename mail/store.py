@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from mail import states
-from mail.states import FINAL, State
+from mail.states import FINAL, State, transition
 from queues.connection import Redis, Script, Unavailable, fail_fast, translating_errors
 from queues.heartbeat import LEASE_SECONDS
 from settings import Settings
@@ -47,9 +46,7 @@ class Store:
         self.renew = Script(fail_fast(redis), RENEW)
         # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
         kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
-        names = {"MAIL": MAIL, "OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT, "KEPT": kept}
-        tables = {name: getattr(states, name) for name in ("FOLLOWS", "DROPS", "COUNTED", "LOST", "EXPIRED")}
-        self._become = states.lua(names | tables) + states.BECOME
+        self._become = transition(MAIL=MAIL, OPEN=OPEN, LAST_SENT=LAST_SENT, TOTALS=TOTALS, SWEPT=SWEPT, KEPT=kept)
         self._scripts: dict[str, Script] = {}
 
     def script(self, body: str) -> Script:

@@ -94,14 +94,6 @@ class Finding(NamedTuple):
     why: str
 
 
-class Swept(NamedTuple):
-    """What the sweeps have done so far. `last_sweep_seconds_ago` is None if there was none."""
-
-    last_sweep_seconds_ago: float | None
-    mails_repaired: int
-    mails_given_up: int
-
-
 def sweep(outbox: Outbox) -> Iterator[Finding]:
     """Looks at the mails that are overdue. Yields those that were stuck or have expired, and what is no mail."""
     redis, now = outbox.jobs.redis, time.time()
@@ -111,53 +103,58 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
     overdue: list[Any] = redis.zrangebyscore(OPEN, 0, now, start=0, num=AT_ONCE)
     for entry in overdue:
         if MAIL_ID.fullmatch(entry):
-            yield from _look_at(outbox, entry.decode(), now, _first_since(redis))
+            yield from _look_at(outbox, entry.decode(), now)
         else:
             redis.zrem(OPEN, entry)
             yield Finding("", "unreadable", f"an entry of {OPEN} that names no mail")
     redis.hset(SWEPT, "at", now)
 
 
-def _look_at(outbox: Outbox, mail_id: str, now: float, first_since: Any) -> Iterator[Finding]:
+def _look_at(outbox: Outbox, mail_id: str, now: float) -> Iterator[Finding]:
+    redis = outbox.jobs.redis
     touched = [mail_key(mail_id), claim_key(mail_id), keys.job(mail_id), keys.queue(EMAIL), keys.intermediate(EMAIL)]
     touched += [keys.scheduled(EMAIL), keys.started(EMAIL)]
     try:
-        expires_at = _expires_at(outbox, mail_id)
+        expires_at = _expires_at(redis, mail_id)
         expired = 0 < expires_at <= now
         again = now + LOOK_AGAIN if expired else look_at(now + LOOK_AGAIN, expires_at)
-        args = [mail_id, now, again, rq_now(), first_since, "1" if expired else ""]
+        args = [mail_id, now, again, rq_now(), _first_since(redis), "1" if expired else ""]
         event, *why = (word.decode() for word in outbox.store.run(SWEEP, touched, args))
     except ResponseError as error:
         if why_unavailable(error):
             raise
-        outbox.jobs.redis.zadd(OPEN, {mail_id: now + LOOK_AGAIN})  # for later, and on to the others
+        redis.zadd(OPEN, {mail_id: now + LOOK_AGAIN})  # for later, and on to the others
         yield Finding(mail_id, "unreadable", type(error).__name__)
         return
     if why:
         yield Finding(mail_id, event, f"its job was {why[0]} and in no list" if event == "repaired" else why[0])
 
 
-def _expires_at(outbox: Outbox, mail_id: str) -> float:
+def _expires_at(redis: Redis, mail_id: str) -> float:
     """Returns a mail's `expires_at` in seconds since 1970; 0 for never, or if the script will say what is wrong."""
     try:
-        stored: Any = outbox.jobs.redis.hget(mail_key(mail_id), "expires_at")
+        stored: Any = redis.hget(mail_key(mail_id), "expires_at")
         return timestamp((stored or b"").decode())
     except (ResponseError, ValueError):
         return 0
 
 
 def _first_since(redis: Redis) -> Any:
-    """Returns when the first job in the queue was put there, "" if that cannot be told."""
+    """Returns when the first job in the queue was put there, or "" if it cannot be read."""
     head: Any = redis.lindex(keys.queue(EMAIL), 0)
     try:
         return (head and redis.hget(keys.job(head.decode()), "enqueued_at")) or ""
-    except (UnicodeDecodeError, ResponseError):  # it is no job; the worker that takes it will see to it
+    except (UnicodeDecodeError, ResponseError):  # it is no job; the worker that takes it sets it aside
         return ""
 
 
-def swept(outbox: Outbox) -> Swept:
-    """Raises `Unavailable`."""
+def swept(redis: Redis) -> dict[str, Any]:
+    """Returns what the sweeps have done so far, as `GET /readyz` shows it. Raises `Unavailable`."""
     with translating_errors():
-        at, repaired, given_up = outbox.jobs.redis.hmget(SWEPT, ["at", "repaired", "given_up"])
+        at, repaired, given_up = redis.hmget(SWEPT, ["at", "repaired", "given_up"])
     ago = round(max(0.0, time.time() - float(at)), 3) if at else None
-    return Swept(ago, int(repaired or 0), int(given_up or 0))
+    return {
+        "last_sweep_seconds_ago": ago,
+        "mails_repaired": int(repaired or 0),
+        "mails_given_up": int(given_up or 0),
+    }

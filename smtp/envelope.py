@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
-ADDRESS = re.compile(r"[^\x00-\x20\x7f<>]+")  # what fits between < and >
+ADDRESS = re.compile(r"[^\x00-\x20\x7f<>\ud800-\udfff]+")  # what fits between < and >
 
 
 class Envelope(NamedTuple):
-    """Who sends to whom, which need not be what the mail itself says."""
+    """Names who sends to whom, which need not be what the mail itself says."""
 
     sender: str
     recipients: Sequence[str]
@@ -31,11 +30,9 @@ class Envelope(NamedTuple):
 
     def _command(self, words: str, address: str, *options: str) -> bytes | None:
         """Writes the address to the letter: smtplib's own methods send what their parser makes of it."""
-        if not ADDRESS.fullmatch(address):
+        if not ADDRESS.fullmatch(address) or not (self.smtputf8 or address.isascii()):
             return None
-        with suppress(ValueError):
-            return (" ".join([f"{words}:<{address}>", *options]) + "\r\n").encode("utf-8" if self.smtputf8 else "ascii")
-        return None
+        return (" ".join([f"{words}:<{address}>", *options]) + "\r\n").encode()
 
 
 def crlf_lines(mime: bytes) -> bytes:

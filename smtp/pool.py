@@ -29,8 +29,8 @@ IDLE = 5
 
 
 class SessionPool:
-    """Keeps sessions for the next mail. One is in `running`, in `idle`, or of the thread that took it out, under the
-    lock: the watcher cannot abort a mail that is not late, nor a mail begin on a session that is being closed."""
+    """Keeps sessions for the next mail. Under the lock, each is in `running`, in `idle`, or with the thread that took
+    it out: so the watcher aborts no mail that is not late, and no mail begins on a session that is being closed."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -121,7 +121,7 @@ class SessionPool:
 
 
 class Conversation:
-    """Sends one mail, with one deadline, on whatever session it has.
+    """Sends one mail, with one deadline, on the session that it has.
 
     `begin` and `finish` return the outcome, or the known replies to RCPT if all but the final dot is out and `finish`
     comes next. That may be so once after `finish`: where a kept session died at the dot, the mail has begun again on a

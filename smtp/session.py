@@ -45,7 +45,7 @@ def own_name() -> str:
 
 
 class _Client(smtplib.SMTP):
-    """Raises for a reply that is not SMTP, which must be the last: nobody could tell what the next one answers."""
+    """Raises for a reply that is not SMTP, which must be the last: the next one might answer anything."""
 
     def getreply(self) -> tuple[int, bytes]:
         try:
@@ -94,14 +94,14 @@ class Session:
 
     @property
     def sock(self) -> socket.socket:
-        """Returns smtplib's socket, which is another one after STARTTLS, and none after some errors."""
+        """Returns smtplib's socket: another one after STARTTLS. Raises an `OSError` if there is none any more."""
         if not self.smtp.sock:
             raise smtplib.SMTPServerDisconnected("not connected")
         return self.smtp.sock
 
     @contextmanager
     def step(self, phase: Phase) -> Iterator[None]:
-        """Turns whatever goes wrong in one phase into `Stopped`, without the relay's words in an exception text."""
+        """Turns every failure in one phase into `Stopped`, without the relay's words in an exception text."""
         try:
             yield
         except BaseException as error:
@@ -311,14 +311,14 @@ class Session:
             self.sock.settimeout(self.relay.timeout)
 
     def abort(self) -> None:
-        """Ends whatever read or write the session is in, from another thread, at the deadline."""
+        """Ends a read or write that the session is in, from another thread, at the deadline."""
         self.aborted.set()
         if self.handle:
             with suppress(OSError):
                 self.handle.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Says QUIT where that may be said, and does not wait for the answer: a relay may well hang up instead."""
+        """Closes the connection, with QUIT where that may be said, and does not wait for the answer to it."""
         with suppress(OSError):
             if self.state not in (State.NEW, State.MID_DATA) and not self.pending_replies:
                 self.smtp.putcmd("QUIT")
@@ -338,7 +338,7 @@ def _text(reply: bytes | str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Says why there was no reply, in words of ours or of the system, never of the mail."""
+    """Returns why there was no reply, in words of ours or of the system, never of the mail."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the relay's certificate is not valid: {error.verify_message}"
     if isinstance(error, TimeoutError) or isinstance(error.__context__, TimeoutError):  # smtplib: closed, timed out

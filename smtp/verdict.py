@@ -131,7 +131,7 @@ class Reply(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of one attempt: the reply that decided it, and the one that decided about each recipient."""
+    """Holds the reply that decided an attempt, and the one that decided about each recipient."""
 
     reply: Reply
     recipients: dict[str, Reply]

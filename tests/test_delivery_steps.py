@@ -39,7 +39,7 @@ AWAY = Reply(Phase.CONNECT, None, "refused")
 RELAY = Relay("relay.example.com", 587, "none", None, None, None, timeout=5, deadline=10)
 
 
-def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "") -> Claim:
+def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "retry") -> Claim:
     a = Mailbox("", "a@example.com")
     return Claim(
         store=None,  # type: ignore[arg-type]
@@ -60,10 +60,10 @@ def made(current: Settings) -> delivery.Delivery:
     return delivery.Delivery(current, Outbox(Jobs(connect("redis://127.0.0.1:1/0")), current))
 
 
-def after(taken: Claim, *replies: Reply, on_doubt: str = "retry") -> tuple[str, int]:
+def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
     pending = [one.address for one in taken.recipients if one.status == "pending"]
     delivery.record(taken, Outcome(replies[-1], dict(zip(pending, replies, strict=True))), RELAY)
-    return delivery.next_state(taken, replies, (10, 100), on_doubt)
+    return delivery.next_state(taken, replies, (10, 100))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_state_after_an_attempt(replies: list[Reply], state: str) -> None:
     ("replies", "state"), [([SILENCE, OK], "unknown"), ([SILENCE, NEVER], "unknown"), ([SILENCE, LATER], "delayed")]
 )
 def test_what_is_in_doubt_is_held_where_that_was_chosen(replies: list[Reply], state: str) -> None:
-    assert after(claim("pending", "pending"), *replies, on_doubt="hold")[0] == state
+    assert after(claim("pending", "pending", on_doubt="hold"), *replies)[0] == state
 
 
 def test_the_pauses_follow_the_schedule_and_then_the_mail_fails() -> None:
@@ -125,29 +125,18 @@ def test_of_several_pauses_asked_for_the_longest_counts() -> None:
     assert after(claim("pending", "pending"), minutes, LATER) == ("delayed", 301)
 
 
-@pytest.mark.parametrize(
-    ("sender", "operator", "way"),
-    [("", "hold", "hold"), ("", "retry", "retry"), ("retry", "hold", "retry"), ("hold", "retry", "hold")],
-)
-def test_what_the_sender_chose_for_doubt_goes_before_what_the_operator_chose(
-    sender: str, operator: str, way: str
-) -> None:
-    current = Settings(_env_file=None, smtp_host="relay.example.com", on_doubt=operator)
-    assert made(current)._on_doubt(claim("in_doubt", on_doubt=sender)) == way
-
-
 def test_a_retry_goes_only_to_those_not_yet_served() -> None:
     taken = claim("accepted", "refused", "pending", "in_doubt")
-    delivery.take_up(taken, retry_doubt=True)
+    delivery.take_up(taken)
     assert [one.status for one in taken.recipients] == ["accepted", "refused", "pending", "pending"]
 
 
 def test_a_held_doubt_is_not_taken_up_by_a_retry_but_by_a_person() -> None:
-    taken = claim("in_doubt", before="sending")
-    delivery.take_up(taken, retry_doubt=False)
+    taken = claim("in_doubt", before="sending", on_doubt="hold")
+    delivery.take_up(taken)
     assert taken.recipients[0].status == "in_doubt"
-    asked = claim("in_doubt", "refused", "accepted", before="unknown", counted=2)
-    delivery.take_up(asked, retry_doubt=False)
+    asked = claim("in_doubt", "refused", "accepted", before="unknown", counted=2, on_doubt="hold")
+    delivery.take_up(asked)
     assert [one.status for one in asked.recipients] == ["pending", "pending", "accepted"]
     assert asked.counted == 0
 

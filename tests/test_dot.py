@@ -192,7 +192,7 @@ def test_with_too_few_replies_or_wrong_ones_a_mail_is_in_doubt_once_its_end_is_o
 
 
 @WAYS
-def test_whoever_was_refused_keeps_his_reply_when_the_rest_is_in_doubt(offers: list[str]) -> None:
+def test_a_refused_recipient_keeps_its_reply_when_the_rest_is_in_doubt(offers: list[str]) -> None:
     with ScriptedRelay({"RCPT": ["550 5.1.1 no", "250 ok"], ".": hang_up}, offers=offers) as there:
         outcome = attempt(at(there.port), ADA, BOB)
     assert [reply.verdict for reply in outcome.recipients.values()] == [REFUSED, IN_DOUBT]

@@ -96,7 +96,7 @@ def test_a_mail_that_is_no_longer_kept_cannot_be_claimed(outbox: Outbox, client:
     assert client.keys("*gone-mail*") == []
 
 
-def test_whoever_lost_his_claim_stops_before_the_final_dot(outbox: Outbox, client: Any) -> None:
+def test_an_attempt_that_lost_its_claim_stops_before_the_final_dot(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
     paused = claim(outbox, mail_id)
     client.delete(f"mail:{mail_id}:claim")
@@ -107,7 +107,7 @@ def test_whoever_lost_his_claim_stops_before_the_final_dot(outbox: Outbox, clien
     assert outbox.read(mail_id)["recipients"][0]["status"] == "in_doubt"
 
 
-def test_whoever_lost_his_claim_may_still_say_sent_and_nothing_else(outbox: Outbox, client: Any) -> None:
+def test_an_attempt_that_lost_its_claim_may_still_say_sent_and_nothing_else(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
     paused = claim(outbox, mail_id)
     client.delete(f"mail:{mail_id}:claim")
@@ -239,7 +239,7 @@ def test_reading_what_is_not_there_is_not_found(outbox: Outbox) -> None:
 
 def test_an_expired_mail_is_not_queued_again(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox, expires_in=-1)
-    claim(outbox, mail_id).settle(State.FAILED, expired=True)
+    claim(outbox, mail_id).settle(State.FAILED, reason="expired")
     client.hset(f"rq:job:{mail_id}", "status", "failed")
     with pytest.raises(NotPossible, match="expired"):
         outbox.requeue(mail_id)
@@ -257,7 +257,8 @@ def test_what_the_sender_chose_is_in_the_claim_and_shown(outbox: Outbox) -> None
     seen = outbox.read(mail_id)
     assert (seen["expires_at"], seen["on_doubt"]) == (one.expires_at.isoformat(), "hold")
     plain = accept(outbox)
-    assert not claim(outbox, plain).has_expired(within=1e9)
+    taken = claim(outbox, plain)
+    assert (taken.has_expired(within=1e9), taken.on_doubt) == (False, "retry")
     assert (outbox.read(plain)["expires_at"], outbox.read(plain)["on_doubt"]) == (None, "retry")
 
 

@@ -198,7 +198,7 @@ class Service:
         seen = {"status": "not ready" if reasons else "ready", "reasons": reasons, **state}
         seen["last_sent_seconds_ago"] = round(max(0.0, time.time() - last_sent), 3) if last_sent else None
         seen["relay_in_trouble"] = self.outbox.relay_in_trouble()
-        seen |= sweep.swept(self.outbox)._asdict()
+        seen |= sweep.swept(self.jobs.redis)
         if reasons:
             request_id = context.current.get().request_id
             return json_response(503, seen | error_shape(503, "not_ready", "; ".join(reasons), request_id))

@@ -1,4 +1,4 @@
-"""What the middleware, the routes and the errors share about the request that this thread answers."""
+"""The request that this thread answers, as the middleware, the routes and the errors share it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Context:
-    """The id of the request, and what its log line adds: the name of its API key, the id of its mail or job."""
+    """Holds the id of the request, and for its log line the name of its API key and the id of its mail or job."""
 
     request_id: str
     key: str = ""

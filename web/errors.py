@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bottle import HTTPError, HTTPResponse, response
+from bottle import HTTPError, HTTPResponse
 
 from mail.request import FieldError, Invalid
 from queues.connection import Unavailable
@@ -27,7 +27,7 @@ RETRY_AFTER = "5"  # seconds
 
 @dataclass(eq=False)
 class Refusal(Exception):
-    """An error answer. `headers` are further ones, beside those of every answer."""
+    """An answer with an error. `headers` are those that it has beside the common ones."""
 
     status: int
     name: str
@@ -78,13 +78,13 @@ def error_response(refusal: Refusal) -> HTTPResponse:
     return json_response(refusal.status, shape, refusal.headers)
 
 
-def routing_error(error: HTTPError) -> bytes:
+def routing_error(error: HTTPError) -> HTTPResponse:
     """Answers what Bottle refuses by itself: no such path, or not with this method."""
-    response.content_type = "application/json"
-    name, text = "not_found", "no such path"
-    if error.status_code == 405:
-        name, text = "method_not_allowed", f"the method must be one of {error.headers['Allow']}"
-    return json.dumps(error_shape(error.status_code, name, text, context.current.get().request_id)).encode()
+    allow = error.headers.get("Allow")
+    if not allow:
+        return error_response(Refusal(error.status_code, "not_found", "no such path"))
+    text = f"the method must be one of {allow}"
+    return error_response(Refusal(405, "method_not_allowed", text, headers={"Allow": allow}))
 
 
 def error_shape(status: int, name: str, text: str, request_id: str, errors: Sequence[FieldError] = ()) -> Json:

@@ -1,4 +1,4 @@
-"""What Prometheus is shown: `GET /metrics` of the API.
+"""`GET /metrics`: the figures for Prometheus.
 
 Everything comes from Redis, so each API process of each machine answers with the same figures: scrape one of them, or
 take the maximum, never the sum. Only reads, by commands whose time does not grow with the queues; RQ's own counting
@@ -60,14 +60,14 @@ class Scrape(Collector):
         yield from found
 
     def totals(self) -> Iterator[Metric]:
-        counts, swept = counters.totals(self.outbox.jobs.redis), sweep.swept(self.outbox)
+        counts, swept = counters.totals(self.outbox.jobs.redis), sweep.swept(self.outbox.jobs.redis)
         for name, field, text in COUNTERS:
             yield CounterMetricFamily(f"async_email_{name}", text, counts[field])
         ends = {(result,): counts[result] for result in RESULTS}
         yield labelled(CounterMetricFamily, "mails", "Mails by their final state.", ["result"], ends)
         attempts = {(verdict,): counts[f"attempt:{verdict}"] for verdict in VERDICTS}
         yield labelled(CounterMetricFamily, "attempts", "Attempts by their verdict.", ["verdict"], attempts)
-        stuck = {("repaired",): swept.mails_repaired, ("given_up",): swept.mails_given_up}
+        stuck = {("repaired",): swept["mails_repaired"], ("given_up",): swept["mails_given_up"]}
         text = "Mails that got stuck, by what the sweep did with them."
         yield labelled(CounterMetricFamily, "swept", text, ["outcome"], stuck)
         text = "When a mail was last sent; 0: never."

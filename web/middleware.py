@@ -1,4 +1,4 @@
-"""What is the same for every request: its id, common headers, one log line, no traceback to the caller."""
+"""The frame of every request: its id, common headers, one log line, no traceback to the caller."""
 
 from __future__ import annotations
 
