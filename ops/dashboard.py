@@ -24,7 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import rq_dashboard.web as upstream
 import waitress
@@ -55,24 +55,18 @@ CSP = (
 MAX_BODY = 64 * 1024  # bytes; the buttons send none at all
 
 
-class Patch(NamedTuple):
-    template: str  # of rq-dashboard 0.9.0
-    old: str
-    new: str
-    times: int  # that `old` must be in it
-
-
-# Underscore writes <%= x %> as it is and <%- x %> escaped. Two lines of jobs.html escape their value already.
+# A template of rq-dashboard 0.9.0, text of it, what comes in its place, and how often it must be there. Underscore
+# writes <%= x %> as it is and <%- x %> escaped. Two lines of jobs.html escape their value already.
 PATCHES = (
-    Patch("rq_dashboard/job.html", "<%=", "<%-", 13),
-    Patch("rq_dashboard/jobs.html", "<%= $('<div/>').text(d.description).html() %>", "<%- d.description %>", 1),
-    Patch("rq_dashboard/jobs.html", "<%= $('<div/>').text(d.exc_info).html() %>", "<%- d.exc_info %>", 1),
-    Patch("rq_dashboard/jobs.html", "<%=", "<%-", 12),
-    Patch("rq_dashboard/queues.html", "<%=", "<%-", 15),
-    Patch("rq_dashboard/workers.html", "<%=", "<%-", 9),
+    ("rq_dashboard/job.html", "<%=", "<%-", 13),
+    ("rq_dashboard/jobs.html", "<%= $('<div/>').text(d.description).html() %>", "<%- d.description %>", 1),
+    ("rq_dashboard/jobs.html", "<%= $('<div/>').text(d.exc_info).html() %>", "<%- d.exc_info %>", 1),
+    ("rq_dashboard/jobs.html", "<%=", "<%-", 12),
+    ("rq_dashboard/queues.html", "<%=", "<%-", 15),
+    ("rq_dashboard/workers.html", "<%=", "<%-", 9),
     # It is in a string of the page's script and comes from the page's URL: a link could put its own script there.
-    Patch("rq_dashboard/scripts/jobs.js", "'{{ queue.name }}'", "{{ queue.name|tojson }}", 1),
-    Patch("rq_dashboard/base.html", '<script type="text/javascript">', '<script nonce="{{ nonce() }}">', 1),
+    ("rq_dashboard/scripts/jobs.js", "'{{ queue.name }}'", "{{ queue.name|tojson }}", 1),
+    ("rq_dashboard/base.html", '<script type="text/javascript">', '<script nonce="{{ nonce() }}">', 1),
 )
 
 
@@ -81,12 +75,11 @@ class PatchedTemplates(FileSystemLoader):
 
     def get_source(self, environment: Environment, template: str) -> tuple[str, str, Callable[[], bool]]:
         source, path, is_current = super().get_source(environment, template)
-        for patch in PATCHES:
-            if patch.template != template:
-                continue
-            if source.count(patch.old) != patch.times:
-                raise RuntimeError(f"rq-dashboard's {template} no longer holds {patch.old} {patch.times} times")
-            source = source.replace(patch.old, patch.new)
+        for patched, old, new, times in PATCHES:
+            if patched == template:
+                if source.count(old) != times:
+                    raise RuntimeError(f"rq-dashboard's {template} no longer holds {old} {times} times")
+                source = source.replace(old, new)
         if "<%=" in source:
             raise RuntimeError(f"rq-dashboard's {template} prints something unescaped")
         return source, path, is_current
@@ -192,7 +185,7 @@ def make_app(settings: Settings, login: bool) -> Dashboard:
     app.register_blueprint(upstream.blueprint, url_prefix="/rq")
     app.add_url_rule("/", view_func=lambda: redirect(url_for("rq_dashboard.queues_overview")), endpoint="home")
     replace_views(app)
-    for template in {*TEMPLATES.list_templates(), *(patch.template for patch in PATCHES)}:
+    for template in {*TEMPLATES.list_templates(), *(patched for patched, *_ in PATCHES)}:
         app.jinja_env.get_template(template)
     return app
 

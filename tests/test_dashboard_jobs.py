@@ -94,7 +94,7 @@ def test_a_link_with_script_for_a_queue_name_runs_nothing(
 
 
 def test_an_rq_dashboard_whose_templates_have_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for patches in (dashboard.PATCHES[1:], [patch._replace(times=patch.times + 1) for patch in dashboard.PATCHES]):
+    for patches in (dashboard.PATCHES[1:], [(*patch, times + 1) for *patch, times in dashboard.PATCHES]):
         monkeypatch.setattr(dashboard, "PATCHES", patches)
         with pytest.raises(RuntimeError, match="rq-dashboard"):
             dashboard.make_app(SETTINGS, login=True)

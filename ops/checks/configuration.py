@@ -22,7 +22,7 @@ from dotenv import dotenv_values
 import settings
 from mail.address import Mailbox
 from ops.checks.findings import Findings, fault, note, ok, warn
-from ops.checks.system import denied_at, find_user, is_root, may_read, run
+from ops.checks.system import denied_at, find_user, is_root, run
 from ops.checks.target import Target
 from queues.table import QUEUES
 from settings import Settings, SettingsError
@@ -38,7 +38,7 @@ HIDDEN = ("/home", "/root", "/run/user")  # from a unit, by ProtectHome=
 
 
 def is_readable(target: Target) -> bool:
-    return not target.installed or is_root() or may_read(target.file)
+    return not target.installed or is_root() or os.access(target.file, os.R_OK)
 
 
 def load(target: Target) -> Settings | None:
@@ -117,18 +117,17 @@ def faults_of(credentials: list[tuple[str, Path]], needed: tuple[str, ...]) -> l
         return missing
     try:
         with as_a_unit(credentials):
-            return sender_faults(settings.load(*needed))
+            load_checked(*needed)
     except SettingsError as error:
         return error.faults
+    return []
 
 
 def in_a_checkout(target: Target) -> Findings:
     try:
-        wrong = sender_faults(current := settings.load())
+        current = load_checked()
     except SettingsError as error:
-        wrong = error.faults
-    yield from (fault(sentence, target.edit) for sentence in wrong)
-    if wrong:
+        yield from (fault(sentence, target.edit) for sentence in error.faults)
         return
     yield ok("the environment and .env can be read, and no value is wrong")
     missing = [name.upper() for names in SERVICES.values() for name in names if not getattr(current, name)]
@@ -136,19 +135,21 @@ def in_a_checkout(target: Target) -> Findings:
         yield note(f"not set: {', '.join(missing)}; bin/dev does without, a server does not", target.edit)
 
 
-def sender_faults(current: Settings) -> list[str]:
-    """Returns what service.py, too, checks before it starts."""
+def load_checked(*needed: str) -> Settings:
+    """Loads the settings, and checks MAIL_FROM as service.py does before it starts. Raises SettingsError."""
+    current = settings.load(*needed)
     try:
         if current.mail_from:
             Mailbox.parse(current.mail_from)
     except ValueError as error:
-        return [f"MAIL_FROM: {error}"]
-    return []
+        raise SettingsError([f"MAIL_FROM: {error}"]) from None
+    return current
 
 
 def shell(target: Target) -> Findings:
     """Finds what works by hand and not as a service: a variable that only this shell has."""
-    written = {name for name, value in dotenv_values(target.file).items() if value} if may_read(target.file) else set()
+    in_file = dotenv_values(target.file) if os.access(target.file, os.R_OK) else {}
+    written = {name for name, value in in_file.items() if value}
     only_here = sorted(exported() - written - stored(target))
     if only_here and not is_readable(target):
         yield note(f"set in this shell, which the services do not see: {', '.join(only_here)}", "sudo bin/doctor")
@@ -180,7 +181,7 @@ def before_sudo() -> set[str]:
 
 def stored(target: Target) -> set[str]:
     """Returns the settings that have a file of their own among the credentials."""
-    with_files = every_file(target)[1:] if target.installed and may_read(target.file) else []
+    with_files = every_file(target)[1:] if target.installed and os.access(target.file, os.R_OK) else []
     return {name.upper() for name, path in with_files if path.stat().st_size}
 
 

@@ -12,6 +12,7 @@ the doctor can say so when everything else is missing.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 OK, NOTE, WARN, FAULT = "ok", "note", "warn", "fault"
@@ -24,26 +25,11 @@ class Finding(NamedTuple):
 
 
 Findings = Iterator[Finding]
-
-
-def ok(found: str) -> Finding:
-    return Finding(OK, found)
-
-
-def note(found: str, fix: str = "") -> Finding:
-    return Finding(NOTE, found, fix)
-
-
-def warn(found: str, fix: str) -> Finding:
-    return Finding(WARN, found, fix)
-
-
-def fault(found: str, fix: str) -> Finding:
-    return Finding(FAULT, found, fix)
+ok, note, warn, fault = (partial(Finding, level) for level in (OK, NOTE, WARN, FAULT))
 
 
 def counted(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def lasting(seconds: float) -> str:

@@ -14,11 +14,10 @@ from typing import Any
 
 from redis import Redis
 
-from mail import message
 from mail.address import Mailbox
-from mail.draft import Draft
+from mail.draft import prepare
 from mail.outbox import Outbox
-from mail.request import Invalid, parse
+from mail.request import Invalid
 from mail.states import FINAL, State
 from mail.store import OPEN, mail_key
 from ops.checks import replies
@@ -37,6 +36,11 @@ SILENT = 2 * LEASE_SECONDS  # seconds; RQ's own worker, of the queue jobs, has a
 LATE = 300  # seconds that a mail may wait while nothing is wrong
 STUCK = 900  # seconds after the moment at which the sweep should have examined a mail
 CANARY_TIMEOUT = 60  # seconds
+TEST_MAIL = {
+    "subject": "async-email: a mail from the doctor",
+    "text": "This mail went from the queue through a worker and the relay. In its source, the line\n"
+    "Authentication-Results should say spf=pass, dkim=pass and dmarc=pass.\n",
+}
 
 Worker = dict[str, str]
 
@@ -52,7 +56,10 @@ def workers(target: Target, settings: Settings) -> Findings:
                 seen = f"; the last heartbeat was {lasting(last)} ago" if last else ""
                 yield fault(f"no worker takes from the queue {queue}{seen}", target.restart(f"worker@{queue}"))
                 continue
-            yield from with_several_queues(alive)
+            several = sum("," in one.get("queues", "") for one in alive)
+            if several:
+                found = f"{counted(several, 'worker')} with more than one queue: killed, it loses the job it just took"
+                yield fault(found, "start one `worker.py QUEUE` for each queue, and no `rq worker` with several")
             if not redis.exists(keys.scheduler_lock(queue)):
                 found = f"no scheduler for the queue {queue}: delayed mail is not tried again"
                 yield fault(found, target.restart(f"worker@{queue}"))
@@ -72,13 +79,6 @@ def silence(worker: Worker) -> float:
     except (KeyError, ValueError):
         return float("inf")
     return time.time() - moment.timestamp()
-
-
-def with_several_queues(alive: list[Worker]) -> Findings:
-    number = sum("," in one.get("queues", "") for one in alive)
-    if number:
-        found = f"{counted(number, 'worker')} with more than one queue: killed, it loses the job it has just taken"
-        yield fault(found, "start one `worker.py QUEUE` for each queue, and no `rq worker` with several")
 
 
 def waiting(target: Target, settings: Settings) -> Findings:
@@ -140,25 +140,16 @@ def explained(attempt: dict[str, Any], settings: Settings) -> tuple[str, str]:
 
 def canary(target: Target, settings: Settings) -> Findings:
     """Sends one mail, which is all that the doctor ever changes, and watches it for a minute."""
+    sender = Mailbox.parse(settings.mail_from) if settings.mail_from else None
     try:
-        asked_for = parse(
-            {
-                "to": [target.send_to],
-                "subject": "async-email: a mail from the doctor",
-                "text": "This mail went from the queue through a worker and the relay. In its source, the line\n"
-                "Authentication-Results should say spf=pass, dkim=pass and dmarc=pass.\n",
-            },
-            default_sender=Mailbox.parse(settings.mail_from) if settings.mail_from else None,
-            max_recipients=1,
-        )
+        draft = prepare({"to": [target.send_to], **TEST_MAIL}, default_sender=sender, max_recipients=1)
     except Invalid as invalid:
-        yield fault(
-            f"--send-to: {invalid.errors[0].field}: {invalid.errors[0].message}", "bin/doctor --send-to ada@example.com"
-        )
+        wrong = invalid.errors[0]
+        yield fault(f"--send-to: {wrong.field}: {wrong.message}", "bin/doctor --send-to ada@example.com")
         return
     with client(settings) as redis:
         outbox = Outbox(Jobs(redis), settings)
-        mail_id = outbox.accept([Draft(message.compose(asked_for, None))]).id
+        mail_id = outbox.accept([draft]).id
         seen = watched(outbox, mail_id)
     yield from what_became_of(mail_id, seen, target, settings)
 

@@ -11,7 +11,7 @@ import re
 import socket
 from pathlib import Path
 
-from ops.checks.findings import Finding, Findings, fault, note, ok, warn
+from ops.checks.findings import Findings, fault, note, ok, warn
 from ops.checks.store import address
 from ops.checks.system import is_root, run
 from ops.checks.target import Target
@@ -22,29 +22,22 @@ PUBLIC = {22, 80, 443}  # ssh and nginx
 
 
 def nginx(target: Target) -> Findings:
-    if not target.nginx.is_dir():
-        if target.installed:
-            yield warn("nginx is not installed, so nobody outside can call the API", "sudo bin/install, in your clone")
-        else:
-            yield note("no nginx here, skipped")
-        return
     if not target.installed:
-        yield note("nginx is here, and the service is not installed: skipped")
+        yield note("the service is not installed here: skipped")
         return
-    yield from tested()
-    site = target.nginx / "sites-enabled" / "async-email"
-    if not site.exists():
-        fix = f"sudo ln -s ../sites-available/async-email {site} && sudo systemctl reload nginx"
-        yield fault("the nginx site is not enabled", fix)
-    yield from through_nginx(target)
-
-
-def tested() -> Findings:
+    if not target.nginx.is_dir():
+        yield warn("nginx is not installed, so nobody outside can call the API", "sudo bin/install, in your clone")
+        return
     ran = run("nginx", "-t") if is_root() else None
     if ran and ran.returncode:
         error = re.search(r"\[emerg\] (?:\d+#\d+: )?(.*)", ran.stderr)
         found = f"nginx refuses its configuration: {error[1] if error else 'nginx -t'}"
         yield fault(found, "fix that line, then: sudo nginx -t")
+    site = target.nginx / "sites-enabled" / "async-email"
+    if not site.exists():
+        fix = f"sudo ln -s ../sites-available/async-email {site} && sudo systemctl reload nginx"
+        yield fault("the nginx site is not enabled", fix)
+    yield from through_nginx(target)
 
 
 def through_nginx(target: Target) -> Findings:
@@ -63,19 +56,15 @@ def through_nginx(target: Target) -> Findings:
     elif status in (301, 302, 307, 308) and onward.startswith("https://"):
         yield ok(f"nginx redirects port {target.http_port} to https")
     elif status in (502, 503, 504):
-        yield bad_gateway(status, target)
+        if target.selinux.exists() and target.selinux.read_text().strip() == "1":
+            fix = "sudo setsebool -P httpd_can_network_connect 1; if it stays: sudo ausearch -m avc -ts recent"
+            yield fault(f"nginx answers {status}: SELinux may keep it from the API", fix)
+        else:
+            fix = "sudo systemctl restart async-email-api.socket async-email-api; sudo tail /var/log/nginx/error.log"
+            yield fault(f"nginx answers {status}: the API does not answer it", fix)
     else:
         found = f"another site of nginx answers on port {target.http_port} (/healthz gives {status})"
         yield fault(found, "sudo rm /etc/nginx/sites-enabled/default && sudo systemctl reload nginx")
-
-
-def bad_gateway(status: int, target: Target) -> Finding:
-    enforcing = target.selinux.exists() and target.selinux.read_text().strip() == "1"
-    if enforcing:
-        fix = "sudo setsebool -P httpd_can_network_connect 1; if it stays: sudo ausearch -m avc -ts recent"
-        return fault(f"nginx answers {status}: SELinux may keep it from the API", fix)
-    fix = "sudo systemctl restart async-email-api.socket async-email-api; sudo tail /var/log/nginx/error.log"
-    return fault(f"nginx answers {status}: the API does not answer it", fix)
 
 
 def ports(target: Target, settings: Settings) -> Findings:

@@ -93,17 +93,13 @@ def about(domain: str, ask: Ask, relay: str) -> Findings:
 def spf(domain: str, ask: Ask, relay: str) -> Findings:
     records = spf_of(domain, ask)
     include = next((name for pattern, name in INCLUDES.items() if re.search(pattern, relay)), "NAME-THE-RELAY-GIVES")
+    lookups = count_lookups(records[0], ask, {domain}) if len(records) == 1 else 0
     if not records:
         fix = f'DNS: {domain} TXT "v=spf1 include:{include} ~all"'
         yield warn(f"{domain} has no SPF record: it does not say which servers may send for it", fix)
-        return
-    if len(records) > 1:
-        yield warn(
-            f"{domain} has {len(records)} SPF records, so receivers ignore all of them", "DNS: merge them into one"
-        )
-        return
-    lookups = count_lookups(records[0], ask, {domain})
-    if lookups > MOST_LOOKUPS:
+    elif len(records) > 1:
+        yield warn(f"{domain} has {len(records)} SPF records: receivers ignore all of them", "DNS: merge them into one")
+    elif lookups > MOST_LOOKUPS:
         found = f"the SPF record of {domain} takes {lookups} lookups; receivers stop at {MOST_LOOKUPS}"
         yield warn(found, "DNS: take out the includes that you no longer need")
     elif re.search(r"(^|\s)\+?all\b", records[0]):
@@ -141,15 +137,12 @@ def dmarc(domain: str, ask: Ask) -> Findings:
         name = "_dmarc." + ".".join(labels[start:])
         records = [text for text in or_none(ask, name, "TXT") if re.match(r"v=DMARC1\s*(;|$)", text)]
         if records:
-            yield from policy(name, records)
-            return
-    fix = f'DNS: _dmarc.{domain} TXT "v=DMARC1; p=none; rua=mailto:dmarc@{domain}"'
-    yield warn(f"{domain} has no DMARC record: Google, Yahoo and Microsoft require one of large senders", fix)
-
-
-def policy(name: str, records: list[str]) -> Findings:
-    found = re.search(r";\s*p\s*=\s*(none|quarantine|reject)\b", records[0])
-    if len(records) > 1:
+            break
+    found = re.search(r";\s*p\s*=\s*(none|quarantine|reject)\b", records[0]) if records else None
+    if not records:
+        fix = f'DNS: _dmarc.{domain} TXT "v=DMARC1; p=none; rua=mailto:dmarc@{domain}"'
+        yield warn(f"{domain} has no DMARC record: Google, Yahoo and Microsoft require one of large senders", fix)
+    elif len(records) > 1:
         yield warn(f"{name} has {len(records)} DMARC records, so receivers ignore them all", "DNS: keep one")
     elif not found:
         yield warn(f"{name} has a DMARC record without a policy", f'DNS: {name} TXT "v=DMARC1; p=none; ..."')

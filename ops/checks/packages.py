@@ -44,9 +44,8 @@ def pins(target: Target) -> Findings:
             wrong.append(f"{name} is missing")
         elif installed is not None and installed not in versions:
             wrong.append(f"{name} is {installed} and should be {' or '.join(sorted(versions))}")
-    yield from (fault(f"{one}, says requirements.txt", install(target)) for one in wrong)
-    if not wrong:
-        yield ok(f"{len(needed)} packages are as requirements.txt pins them")
+    faults = [fault(f"{one}, says requirements.txt", install(target)) for one in wrong]
+    yield from faults or [ok(f"{len(needed)} packages are as requirements.txt pins them")]
 
 
 def version_of(name: str) -> str | None:

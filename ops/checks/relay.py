@@ -12,12 +12,11 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 from ops.checks import replies
-from ops.checks.findings import FAULT, Finding, Findings, fault, note, ok, warn
+from ops.checks.findings import FAULT, Findings, fault, note, ok, warn
 from ops.checks.target import Target
 from settings import Settings, is_loopback
 from smtp.relay import Relay
@@ -30,8 +29,11 @@ IMPLICIT_TLS = (465, 2465)  # ports
 
 def login(target: Target, settings: Settings) -> Findings:
     host, number = settings.smtp_host, settings.smtp_port
+    if not host and target.installed:
+        yield fault("SMTP_HOST is not set, so no mail can go out", target.edit)
+    elif not host:
+        yield note("SMTP_HOST is not set; bin/dev has a mail catcher of its own")
     if not host:
-        yield not_set(target)
         return
     reached = list(port(host, number, target))
     yield from reached
@@ -49,19 +51,13 @@ def port(host: str, wanted: int, target: Target) -> Findings:
         return
     outcomes = {address: connect(address, wanted, target.timeout) for address in addresses}
     dead = {address: outcome for address, outcome in outcomes.items() if outcome != ANSWERS}
+    why = ", ".join(sorted(set(dead.values())))
     if len(dead) == len(outcomes):
-        outcome = ", ".join(sorted(set(dead.values())))
-        yield fault(f"{host} does not answer on port {wanted}: {outcome}", another_port(host, wanted, outcome, target))
+        yield fault(f"{host} does not answer on port {wanted}: {why}", another_port(host, wanted, why, target))
     elif dead:
-        yield note(f"{host}:{wanted} answers, but not at {', '.join(dead)} ({', '.join(sorted(set(dead.values())))})")
+        yield note(f"{host}:{wanted} answers, but not at {', '.join(dead)} ({why})")
     else:
         yield ok(f"{host}:{wanted} answers")
-
-
-def not_set(target: Target) -> Finding:
-    if target.installed:
-        return fault("SMTP_HOST is not set, so no mail can go out", target.edit)
-    return note("SMTP_HOST is not set; bin/dev has a mail catcher of its own")
 
 
 ANSWERS, SILENT, REFUSED = "answers", "silent, as behind a firewall", "refused, nothing listens there"
@@ -101,34 +97,21 @@ def answering(host: str, ports: Sequence[int], timeout: float) -> list[int]:
 
 def session(to: Relay, target: Target, settings: Settings) -> Findings:
     """Opens a session as the worker does: greeting, EHLO, TLS, AUTH; then QUIT."""
-    with bounded_session(to, target.timeout) as one:
-        try:
-            one.open()
-        except Stopped as stopped:
-            meaning, fix = replies.explain(to.host, stopped.reply)
-            yield fault(f"{to}: {summary(stopped)}: {meaning}", f"{fix}; {target.edit}")
-            yield from likely_mistakes(settings)
-            return
-        yield from encryption_and_login(one, target, settings)
-
-
-@contextmanager
-def bounded_session(to: Relay, timeout: float) -> Iterator[Session]:
-    """Limits the whole session, too: a relay that sends a byte a second must not hold up the doctor."""
-    one = Session(to._replace(timeout=min(to.timeout, timeout)))
-    limit = threading.Timer(SESSION * timeout, one.abort)
+    one = Session(to._replace(timeout=min(to.timeout, target.timeout)))
+    limit = threading.Timer(SESSION * target.timeout, one.abort)  # a relay may send a byte a second
     limit.start()
     try:
-        yield one
+        one.open()
+        yield from encryption_and_login(one, target, settings)
+    except Stopped as stopped:
+        meaning, fix = replies.explain(to.host, stopped.reply)
+        enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", stopped.reply.text)  # RFC 3463
+        summary = stopped.reply.summary + (f" ({enhanced[0]})" if enhanced else "")  # none of the relay's words
+        yield fault(f"{to}: {summary}: {meaning}", f"{fix}; {target.edit}")
+        yield from likely_mistakes(settings)
     finally:
         limit.cancel()
         one.close()
-
-
-def summary(stopped: Stopped) -> str:
-    """Returns code and phase, with the enhanced code (RFC 3463) if there is one, and none of the relay's words."""
-    enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", stopped.reply.text)
-    return f"{stopped.reply.summary} ({enhanced[0]})" if enhanced else stopped.reply.summary
 
 
 def encryption_and_login(one: Session, target: Target, settings: Settings) -> Findings:

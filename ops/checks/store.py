@@ -7,6 +7,7 @@ https://redis.io/docs/latest/operate/oss_and_stack/management/persistence/
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import socket
 import stat
@@ -20,13 +21,14 @@ from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermission
 from ops.checks.findings import FAULT, Finding, Findings, fault, lasting, note, ok, sized, warn
 from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
-from queues.connection import connect
+from queues.connection import connect, weaknesses
 from settings import Settings, is_loopback
 
 OUR_CONF, OUR_SOCKETS = "/etc/redis/redis-async-email.conf", "/run/redis-async-email"
 OLDEST = (6, 2)  # has BLMOVE, without which a killed worker loses the job it has just popped
 OUR_UNIT = "redis-server@async-email.service"
 LITTLE = 512 * 2**20  # bytes of disk
+LOOK = "df -h; journalctl -u 'redis*' -n 20 says why"
 MAX_SKEW = 5  # seconds between two clocks
 
 
@@ -69,9 +71,9 @@ def client(settings: Settings) -> Redis:
 def reachable(target: Target, settings: Settings) -> Findings:
     """Checks the connection, then the password, then the version, each with a fix of its own."""
     at = address(settings)
-    refusals = list(socket_trouble(at, target) if at.path else network_trouble(at, target))
-    yield from refusals
-    if any(one.level == FAULT for one in refusals):
+    troubles = list(connection_trouble(at, target))
+    yield from troubles
+    if any(one.level == FAULT for one in troubles):
         return
     with client(settings) as redis:
         trouble = refused(redis, at, target)
@@ -80,20 +82,39 @@ def reachable(target: Target, settings: Settings) -> Findings:
             return
         info: dict[str, Any] = redis.info()
     yield ok(f"{program(info)} answers at {at}")
-    yield from suitable(info, target)
+    numbers = tuple(int(number) for number in info["redis_version"].split(".")[:2])
+    if numbers < OLDEST:
+        found = f"{program(info)} is too old: 6.2 is needed, or a killed worker loses a mail"
+        yield fault(found, "upgrade it: https://redis.io/docs/latest/operate/oss_and_stack/install/")
+    yield from weak(info, at, target, "replica")
 
 
-def socket_trouble(at: Address, target: Target) -> Findings:
-    path = Path(at.path)
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(target.timeout)
+def connection_trouble(at: Address, target: Target) -> Findings:
+    """Tries the socket, or every address of the name as clients do, one after the other."""
+    places: list[tuple[int, Any]] = [(socket.AF_UNIX, (at.path,))]
+    if not at.path:
         try:
-            sock.connect(at.path)
-        except OSError as error:
-            yield fault(f"Redis does not answer at {at}: {reason(error)}", hint(error, at, target))
+            places = [(one[0], one[4]) for one in socket.getaddrinfo(at.host, at.port, type=socket.SOCK_STREAM)]
+        except OSError:
+            yield fault(f"REDIS_URL: the name {at.host} cannot be resolved", f"correct it in {target.file}")
             return
-    user = find_user(target.user) if target.installed else None
-    closed = denied_at(user, path, 2) if user else None
+    answering, refusing = [], {}
+    for family, place in places:
+        with socket.socket(family) as sock:
+            sock.settimeout(target.timeout / len(places))
+            try:
+                sock.connect(at.path or place)
+                answering.append(place[0])
+            except OSError as error:
+                refusing[place[0]] = error
+    if not answering:
+        yield no_answer(next(iter(refusing.values())), at, target)
+        return
+    if refusing:
+        found = f"{at.host} means {', '.join([*answering, *refusing])}, and Redis answers only at {answering[0]}"
+        yield warn(found, f"write {answering[0]} in REDIS_URL instead of {at.host}: {target.file}")
+    user = find_user(target.user) if at.path and target.installed else None
+    closed = denied_at(user, Path(at.path), 2) if user else None
     if closed:
         is_socket = stat.S_ISSOCK(closed.stat().st_mode)
         fix = f"write unixsocketperm 777 into {OUR_CONF} (its password guards it), and restart it"
@@ -101,35 +122,13 @@ def socket_trouble(at: Address, target: Target) -> Findings:
         yield fault(found, fix if is_socket else f"sudo chmod o+x {closed}")
 
 
-def network_trouble(at: Address, target: Target) -> Findings:
-    """Tries every address of the name, as clients do, one after the other."""
-    try:
-        addresses = socket.getaddrinfo(at.host, at.port, type=socket.SOCK_STREAM)
-    except OSError:
-        yield fault(f"REDIS_URL: the name {at.host} cannot be resolved", f"correct it in {target.file}")
-        return
-    answering, refusing = [], {}
-    for family, _, _, _, sockaddr in addresses:
-        with socket.socket(family) as sock:
-            sock.settimeout(target.timeout / len(addresses))
-            try:
-                sock.connect(sockaddr)
-                answering.append(str(sockaddr[0]))
-            except OSError as error:
-                refusing[str(sockaddr[0])] = error
-    if not answering:
-        first = next(iter(refusing.values()))
-        yield fault(f"Redis does not answer at {at}: {reason(first)}", hint(first, at, target))
-    elif refusing:
-        found = f"{at.host} means {', '.join([*answering, *refusing])}, and Redis answers only at {answering[0]}"
-        yield warn(found, f"write {answering[0]} in REDIS_URL instead of {at.host}: {target.file}")
+def no_answer(error: OSError, at: Address, target: Target) -> Finding:
+    silent = isinstance(error, TimeoutError)
+    why = "it is silent" if silent else (error.strerror or type(error).__name__).lower()
+    return fault(f"Redis does not answer at {at}: {why}", how_to_reach(error, at, target))
 
 
-def reason(error: OSError) -> str:
-    return "it is silent" if isinstance(error, TimeoutError) else (error.strerror or type(error).__name__).lower()
-
-
-def hint(error: OSError, at: Address, target: Target) -> str:
+def how_to_reach(error: OSError, at: Address, target: Target) -> str:
     if error.errno == errno.EACCES:
         return f"run as root: sudo bin/doctor (or open {at} to this user)"
     if isinstance(error, TimeoutError):
@@ -179,13 +178,11 @@ def program(info: dict[str, Any]) -> str:
     return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
 
 
-def suitable(info: dict[str, Any], target: Target) -> Findings:
-    numbers = tuple(int(number) for number in info["redis_version"].split(".")[:2])
-    if numbers < OLDEST:
-        found = f"{program(info)} is too old: 6.2 is needed, or a killed worker loses a mail"
-        yield fault(found, "upgrade it: https://redis.io/docs/latest/operate/oss_and_stack/install/")
-    if info.get("role", "master") != "master":
-        yield fault("Redis here is a replica and accepts no writes", f"name the primary in REDIS_URL: {target.file}")
+def weak(info: dict[str, Any], at: Address, target: Target, *names: str) -> Findings:
+    """Yields those of `weaknesses` that have one of these names, each with its fix here."""
+    for name, sentence in weaknesses(info):
+        if name in names:
+            yield fault(re.split("[:;] ", sentence)[0], fix_of(name, at, target))
 
 
 def append_only_file(target: Target, settings: Settings) -> Findings:
@@ -193,16 +190,13 @@ def append_only_file(target: Target, settings: Settings) -> Findings:
     at = address(settings)
     with client(settings) as redis:
         info: dict[str, Any] = redis.info()
-        if not info.get("aof_enabled"):
-            found = "it keeps no append-only file, so a crash loses up to an hour of accepted mail"
-            yield fault(found, switch_on(at))
-        elif info.get("aof_last_write_status") != "ok" or info.get("aof_last_bgrewrite_status") == "err":
-            yield fault("it cannot write its append-only file", "df -h; journalctl -u 'redis*' -n 20 says why")
-        else:
-            yield ok(f"the append-only file is on and written, {sized(info.get('aof_current_size', 0))}")
+        wrong = list(weak(info, at, target, "no_aof", "aof_failing"))
+        if not wrong and info.get("aof_last_bgrewrite_status") == "err":
+            wrong = [fault("Redis cannot rewrite its append-only file", LOOK)]
+        yield from wrong or [ok(f"the append-only file is on and written, {sized(info.get('aof_current_size', 0))}")]
+        if not wrong:
             yield from half_run(info, at, target)
-        if info.get("rdb_last_bgsave_status") != "ok":
-            yield fault("it cannot write its snapshot, and may refuse writes", "df -h; journalctl -u 'redis*' -n 20")
+        yield from weak(info, at, target, "snapshot_failing")
         if at.is_here:
             yield from disk(folder(redis, target), info.get("aof_current_size", 0))
 
@@ -221,18 +215,22 @@ def half_run(info: dict[str, Any], at: Address, target: Target) -> Findings:
         yield warn(f"{found}, and mail goes out twice", "sudo bin/install, in your clone: it has that cut off first")
 
 
-def switch_on(at: Address) -> str:
-    """Returns a command without a restart: Redis, started with the file on, reads the file and nothing else."""
-    if at.is_our_own:
-        return "sudo bin/install, in your clone: it switches it on without losing what is there; do not restart Redis"
-    return f"{at.cli} CONFIG SET appendonly yes, and the same in its file; never only in the file"
-
-
-def no_eviction(at: Address) -> str:
+def fix_of(weakness: str, at: Address, target: Target) -> str:
+    # Without a restart: Redis, started with the file on, reads the file and nothing else.
+    switch_on = f"{at.cli} CONFIG SET appendonly yes, and the same in its file; never only in the file"
+    no_eviction = f"{at.cli} CONFIG SET maxmemory-policy noeviction, and the same in its file"
     if at.is_our_own:  # its ACL forbids CONFIG SET
+        switch_on = "sudo bin/install, in your clone: it switches it on and loses nothing; do not restart Redis"
         line = "s/^maxmemory-policy .*/maxmemory-policy noeviction/"
-        return f"sudo sed -i '{line}' {OUR_CONF} && sudo systemctl restart redis-server@async-email"
-    return f"{at.cli} CONFIG SET maxmemory-policy noeviction, and the same in its file"
+        no_eviction = f"sudo sed -i '{line}' {OUR_CONF} && sudo systemctl restart redis-server@async-email"
+    return {
+        "no_aof": switch_on,
+        "aof_failing": LOOK,
+        "snapshot_failing": LOOK,
+        "evicting": no_eviction,
+        "full": "let the workers drain the queue, or raise maxmemory",
+        "replica": f"name the primary in REDIS_URL: {target.file}",
+    }[weakness]
 
 
 def folder(redis: Redis, target: Target) -> Path | None:
@@ -261,17 +259,15 @@ def disk(path: Path | None, file: int) -> Findings:
 def memory(target: Target, settings: Settings) -> Findings:
     with client(settings) as redis:
         info: dict[str, Any] = redis.info()
-    used, most, policy = info["used_memory"], info.get("maxmemory", 0), info.get("maxmemory_policy", "")
-    machine = info.get("total_system_memory", 0)
-    if policy != "noeviction":
-        level = fault if most else warn
-        yield level(
-            f"maxmemory-policy is {policy}: when memory is short it drops mail silently", no_eviction(address(settings))
-        )
+    at, used, most = address(settings), info["used_memory"], info.get("maxmemory", 0)
+    policy, machine = info.get("maxmemory_policy", ""), info.get("total_system_memory", 0)
+    yield from weak(info, at, target, "evicting", "full")
+    if not most and policy != "noeviction":
+        found = f"maxmemory-policy is {policy}: as soon as there is a limit, Redis drops mail silently"
+        yield warn(found, fix_of("evicting", at, target))
     if most and used >= most:
-        found = f"it is full: {sized(used)} of {sized(most)}"
-        yield fault(found, "let the workers drain the queue, or raise maxmemory")
-    elif most and used > 0.8 * most:
+        return
+    if most and used > 0.8 * most:
         yield warn(f"it is nearly full: {sized(used)} of {sized(most)}", "see why the queue grows, or raise maxmemory")
     elif machine and (most or used) > 0.75 * machine:
         found = f"it may use {sized(most or used)} of this machine's {sized(machine)}, and needs more while it saves"

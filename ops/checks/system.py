@@ -57,13 +57,5 @@ def denied_at(user: User, path: Path, bits: int) -> Path | None:
     return None
 
 
-def may_read(path: Path) -> bool:
-    try:
-        path.open("rb").close()
-    except OSError:
-        return False
-    return True
-
-
 def is_root() -> bool:
     return os.geteuid() == 0

@@ -27,12 +27,8 @@ def alone(check: Callable[[Target], Findings]) -> Callable[[Target, Settings | N
 
 
 def with_settings(check: Callable[[Target, Settings], Findings]) -> Callable[[Target, Settings | None], Findings]:
-    def run(target: Target, settings: Settings | None) -> Findings:
-        if settings is None:
-            return iter([note("not checked: the settings cannot be read")])
-        return check(target, settings)
-
-    return run
+    unread = note("not checked: the settings cannot be read")
+    return lambda target, settings: check(target, settings) if settings else iter([unread])
 
 
 CHECKS = (
@@ -57,7 +53,7 @@ CANARY = Check("canary", with_settings(flow.canary))  # if --send-to asks for it
 
 def examine(target: Target) -> Iterator[tuple[str, Finding]]:
     settings = configuration.load(target)
-    for check in (*CHECKS, *([CANARY] if target.send_to else [])):
+    for check in (*CHECKS, CANARY) if target.send_to else CHECKS:
         yield from ((check.name, finding) for finding in findings_of(check, target, settings))
 
 

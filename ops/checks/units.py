@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from ops.checks import configuration, store
 from ops.checks.findings import FAULT, WARN, Finding, Findings, fault, lasting, note, ok, warn
@@ -88,39 +86,27 @@ def running(target: Target) -> Findings:
     yield from wrong or [ok(f"{len(found)} units are enabled and running, from the current release")]
 
 
-class Condition(NamedTuple):
-    """What is often true of several units, and then is one finding."""
-
-    holds: Callable[[Unit], bool]
-    level: str
-    found: str
-    fix: str
-
-
-def has(**properties: str) -> Callable[[Unit], bool]:
-    return lambda unit: all(unit.get(name) == value for name, value in properties.items())
-
-
+# What is often true of several units, and then is one finding: properties, level, found, fix.
 # fmt: off
-CONDITIONS = (
-    Condition(has(LoadState="not-found"), FAULT, "not installed: {units}", "sudo bin/install, in your clone"),
-    Condition(has(LoadState="masked"), FAULT, "masked, so nothing can start it: {units}",
-              "sudo systemctl unmask {units} && sudo systemctl start {units}"),
-    Condition(has(LoadState="loaded", ActiveState="inactive"), FAULT, "not started, or stopped by hand: {units}",
-              "sudo systemctl start {units}"),
-    Condition(has(UnitFileState="disabled"), WARN, "not enabled, so gone after the next reboot: {units}",
-              "sudo systemctl enable {units}"),
-    Condition(has(NeedDaemonReload="yes"), WARN, "changed on disk since systemd read it: {units}",
-              "sudo systemctl daemon-reload"),
+OFTEN_SHARED = (
+    ({"LoadState": "not-found"}, FAULT, "not installed: {units}", "sudo bin/install, in your clone"),
+    ({"LoadState": "masked"}, FAULT, "masked, so nothing can start it: {units}",
+     "sudo systemctl unmask {units} && sudo systemctl start {units}"),
+    ({"LoadState": "loaded", "ActiveState": "inactive"}, FAULT, "not started, or stopped by hand: {units}",
+     "sudo systemctl start {units}"),
+    ({"UnitFileState": "disabled"}, WARN, "not enabled, so gone after the next reboot: {units}",
+     "sudo systemctl enable {units}"),
+    ({"NeedDaemonReload": "yes"}, WARN, "changed on disk since systemd read it: {units}",
+     "sudo systemctl daemon-reload"),
 )
 # fmt: on
 
 
 def all_together(found: list[Unit]) -> Findings:
-    for condition in CONDITIONS:
-        units = " ".join(unit.get("Id", "?") for unit in found if condition.holds(unit))
+    for properties, level, text, fix in OFTEN_SHARED:
+        units = " ".join(unit.get("Id", "?") for unit in found if properties.items() <= unit.items())
         if units:
-            yield Finding(condition.level, condition.found.format(units=units), condition.fix.format(units=units))
+            yield Finding(level, text.format(units=units), fix.format(units=units))
 
 
 def expected(target: Target) -> list[str]:
@@ -160,11 +146,9 @@ def up_for(unit: Unit) -> float:
 def why_not(unit: Unit) -> Finding:
     name, code, result = unit["Id"], unit.get("ExecMainStatus", "0"), unit.get("Result", "success")
     state = f"{name} is {unit.get('ActiveState')} ({unit.get('SubState')})"
-    causes = []
     if result == "exit-code" and unit.get("ActiveState") == "failed" and unit.get("Restart") == "always":
         result = "start-limit-hit"  # systemd 252 still names the last exit
-    if result in RESULTS:
-        causes.append(RESULTS[result])
+    causes = [RESULTS[result]] if result in RESULTS else []
     if code in EXITS and result not in ("signal", "oom-kill", "watchdog", "core-dump"):
         causes.append(EXITS[code])
     if causes:

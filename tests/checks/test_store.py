@@ -74,16 +74,16 @@ def test_a_socket_that_the_service_may_not_use_is_named(server: Server) -> None:
 @pytest.mark.parametrize(
     ("options", "check", "level", "found", "fix"),
     [
-        (
-            ("--appendonly", "no"),
-            store.append_only_file,
-            FAULT,
-            "keeps no append-only file",
-            "CONFIG SET appendonly yes",
-        ),
+        (("--appendonly", "no"), store.append_only_file, FAULT, "keeps no append-only file", "CONFIG SET appendonly"),
         (("--maxmemory-policy", "allkeys-lru"), store.memory, WARN, "drops mail silently", "noeviction"),
-        (("--maxmemory-policy", "allkeys-lru", "--maxmemory", "64mb"), store.memory, FAULT, "silently", "noeviction"),
-        (("--maxmemory", "1000"), store.memory, FAULT, "it is full", "raise maxmemory"),
+        (
+            ("--maxmemory-policy", "allkeys-lru", "--maxmemory", "64mb"),
+            store.memory,
+            FAULT,
+            "evicts mail",
+            "noeviction",
+        ),
+        (("--maxmemory", "1000"), store.memory, FAULT, "out of memory", "raise maxmemory"),
         (("--maxmemory", "1000gb"), store.memory, WARN, "of this machine's", "lower maxmemory"),
         (("--replicaof", "127.0.0.1 1"), store.reachable, FAULT, "a replica", "name the primary"),
     ],
@@ -139,7 +139,7 @@ def test_a_redis_that_cannot_write_its_files_is_named(target: Target, tmp_path: 
         with pytest.raises(ResponseError, match="server logs"):
             client.bgrewriteaof()
         eventually(lambda: client.info()["aof_last_bgrewrite_status"] == "err")
-        assert_finds(store.append_only_file(target, settings), FAULT, "cannot write its append-only file", "df -h")
+        assert_finds(store.append_only_file(target, settings), FAULT, "cannot rewrite its append-only file", "df -h")
 
 
 def test_a_redis_that_takes_no_more_is_named(target: Target, tmp_path: Path) -> None:
