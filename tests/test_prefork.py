@@ -65,9 +65,9 @@ def test_all_end_with_the_parent(house: House, number: signal.Signals) -> None:
 
 
 def short_timeout_api(house: House) -> subprocess.Popen[bytes]:
-    """The API, whose processes may be silent for two seconds."""
+    """The API, whose processes may be silent for five seconds."""
     source = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import service; from process import prefork; "
-    source += "prefork.STUCK_AFTER = 2; "
+    source += "prefork.STUCK_AFTER = 5; "
     house.environment["LISTEN"] = f"127.0.0.1:{free_port()}"
     return house.run("api", "-c", source + "sys.exit(service.main())")
 
@@ -93,7 +93,7 @@ def test_after_all_of_them_stood_still_together_nobody_is_killed(house: House) -
     parent = short_timeout_api(house)
     before = both(parent)
     os.killpg(parent.pid, signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(8)
     os.killpg(parent.pid, signal.SIGCONT)
     time.sleep(3)
     assert children(parent.pid) == before
