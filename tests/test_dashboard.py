@@ -102,7 +102,7 @@ def start(output: Path, *options: str, **environment: str) -> subprocess.Popen[b
         return subprocess.Popen(command, cwd=output.parent, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
-def wait_until(happened: Callable[[], object], seconds: float = 10) -> None:
+def wait_until(happened: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -124,7 +124,7 @@ def running(directory: Path, redis_url: str, *options: str, **environment: str) 
         yield Running(process, port, directory / "output")
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=20)
 
 
 @pytest.fixture(scope="module")
@@ -687,7 +687,7 @@ def refusal(output: Path, *options: str, **environment: str) -> str:
     """Everything that a dashboard prints which does not want to start."""
     with start(output, *options, **environment) as process:
         try:
-            assert process.wait(timeout=10) == 2
+            assert process.wait(timeout=20) == 2
         finally:
             process.kill()
     return output.read_text()
