@@ -76,7 +76,7 @@ class Recipient:
 @dataclass
 class Claim:
     """One attempt's hold on one mail. `counted` is the number of attempts that count against it; `expires_at` is in
-    seconds since 1970, 0 for a mail that does not expire; `in_line` says that it has its turn under SMTP_RATE now;
+    seconds since 1970, 0 for a mail that does not expire; `reserved` says that it has its turn under SMTP_RATE now;
     `counts` goes into the totals with the outcome."""
 
     store: Store
@@ -91,7 +91,7 @@ class Claim:
     attempts: list[dict[str, Any]] = field(default_factory=list)
     counted: int = 0
     expires_at: float = 0
-    in_line: bool = False
+    reserved: bool = False
     settled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -118,20 +118,20 @@ class Claim:
         """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt. The claim
         itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
         marked = [replace(one, status=statuses.get(one.address, one.status)) for one in self.recipients]
-        if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, dump(marked)]):
+        if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, recipients_to_json(marked)]):
             raise ClaimLost(self.id)
 
-    def settle(self, state: State, *, reason: str = "", next_in: float = 0, in_line: bool = False) -> None:
+    def settle(self, state: State, *, reason: str = "", next_in: float = 0, reserved: bool = False) -> None:
         """Writes the outcome: recipients, attempts, state. Raises `ClaimLost` where it is not this attempt's to write.
         That somebody was served is written however long Redis takes: nobody else knows it."""
         now = time.time()
         fields: dict[str, str | float] = {
-            "recipients": dump(self.recipients),
+            "recipients": recipients_to_json(self.recipients),
             "attempts": json.dumps(self.attempts[-ATTEMPTS_KEPT:]),
             "counted": self.counted,
             "reason": reason,
             "settled_at": now,
-            "in_line": "1" if in_line else "",
+            "in_line": "1" if reserved else "",
             "next_attempt_at": iso(now + next_in) if next_in else "",
         }
         words = [word for pair in fields.items() for word in pair]
@@ -155,9 +155,9 @@ def timestamp(moment: str) -> float:
     return datetime.fromisoformat(moment).timestamp() if moment else 0
 
 
-def dump(recipients: list[Recipient]) -> str:
+def recipients_to_json(recipients: list[Recipient]) -> str:
     return json.dumps([vars(one) for one in recipients], ensure_ascii=False)
 
 
-def load(recipients: str | bytes) -> list[Recipient]:
+def recipients_from_json(recipients: str | bytes) -> list[Recipient]:
     return [Recipient(**one | {"status": Status(one["status"])}) for one in json.loads(recipients)]

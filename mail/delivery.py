@@ -86,7 +86,7 @@ class Delivery:
             return self._conclude(claim, [])
         if claim.has_expired():
             return self._expire(claim)
-        wait = self.pacing.admit(returning=claim.in_line)
+        wait = self.pacing.admit(claim.reserved)
         if wait:
             return self._end(claim, State.DELAYED, wait.reason, math.ceil(wait.seconds), wait.reserved)
         envelope = Envelope(claim.message.sender.address, todo, claim.message.needs_smtputf8)
@@ -122,7 +122,7 @@ class Delivery:
         """Writes down the state after this attempt, logs it, and says to RQ what is to become of the job."""
         if state == State.DELAYED and claim.has_expired(within=pause):
             return self._expire(claim)  # now rather than then: there will be no other attempt
-        claim.settle(state, reason=reason, next_in=pause, in_line=reserved)
+        claim.settle(state, reason=reason, next_in=pause, reserved=reserved)
         emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
         if state == State.SENT:
             return state

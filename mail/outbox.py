@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from mail.claim import Busy, Claim, Recipient, dump, iso, load, timestamp
+from mail.claim import Busy, Claim, Recipient, iso, recipients_from_json, recipients_to_json, timestamp
 from mail.draft import Draft
 from mail.message import Message, message_id
 from mail.states import State, effective_state
@@ -99,7 +99,7 @@ def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
         "message_id": message_id(mail_id, draft.message.sender),
         "outline": outline,
         "content": _compressed(content),
-        "recipients": dump([Recipient(address) for address in draft.message.recipients]),
+        "recipients": recipients_to_json([Recipient(address) for address in draft.message.recipients]),
         **({"expires_at": draft.expires_at.isoformat()} if draft.expires_at else {}),
         **({"on_doubt": draft.on_doubt} if draft.on_doubt else {}),
     }
@@ -165,12 +165,12 @@ class Outbox:
             message_id=stored["message_id"].decode(),
             created_at=datetime.fromisoformat(stored["created_at"].decode()),
             state_before=State(stored["state_before"].decode()),
-            recipients=load(stored["recipients"]),
+            recipients=recipients_from_json(stored["recipients"]),
             attempts=json.loads(stored.get("attempts", b"[]")),
             counted=int(stored.get("counted", 0)),
             expires_at=timestamp(stored.get("expires_at", b"").decode()),
             on_doubt=stored.get("on_doubt", b"").decode() or self.settings.on_doubt,
-            in_line=bool(stored.get("in_line")),
+            reserved=bool(stored.get("in_line")),
         )
 
     def read(self, mail_id: str) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def media_type(text: str) -> str:
     return text
 
 
-def timestamp(text: object) -> datetime:
+def time_with_zone(text: object) -> datetime:
     """Reads a time with its zone (RFC 3339)."""
     try:
         if isinstance(text, str) and TIME.fullmatch(text):
@@ -134,9 +134,9 @@ def header_name(name: str) -> str:
     return name
 
 
-Recipient = Annotated[Mailbox, BeforeValidator(Mailbox.parse)]
+OneMailbox = Annotated[Mailbox, BeforeValidator(Mailbox.parse)]
 # 1000 is the highest MAX_RECIPIENTS. A longer list is refused before its addresses are looked at one by one.
-Recipients = Annotated[list[Recipient], Field(max_length=1000), BeforeValidator(one_or_list)]
+Mailboxes = Annotated[list[OneMailbox], Field(max_length=1000), BeforeValidator(one_or_list)]
 HeaderName = Annotated[str, AfterValidator(header_name)]
 HeaderText = Annotated[str, Field(max_length=998), AfterValidator(header_text)]
 BodyText = Annotated[str, AfterValidator(body_text)]
@@ -163,8 +163,9 @@ class Attachment(StrictModel):
     def type(self) -> str:
         # guess_type takes URLs, and "Re: notes#1.pdf" looks like one; so it sees the ending alone
         guessed, encoding = mimetypes.guess_type("file" + PurePosixPath(self.filename).suffix)
-        usable = guessed and not encoding and not guessed.startswith(COMPOSITE)
-        return self.content_type or (guessed if usable else None) or "application/octet-stream"
+        if not guessed or encoding or guessed.startswith(COMPOSITE):
+            guessed = "application/octet-stream"
+        return self.content_type or guessed
 
 
 class Tag(StrictModel):
@@ -180,11 +181,11 @@ class TemplateUse(StrictModel):
 class Request(StrictModel):
     """The body of `POST /emails`, with the field names of Resend's API."""
 
-    sender: Recipient = Field(alias="from")
-    to: Annotated[Recipients, Field(min_length=1)]
-    cc: Recipients = Field(default_factory=list)
-    bcc: Recipients = Field(default_factory=list)
-    reply_to: Recipients = Field(default_factory=list)
+    sender: OneMailbox = Field(alias="from")
+    to: Annotated[Mailboxes, Field(min_length=1)]
+    cc: Mailboxes = Field(default_factory=list)
+    bcc: Mailboxes = Field(default_factory=list)
+    reply_to: Mailboxes = Field(default_factory=list)
     subject: HeaderText | None = None
     html: BodyText | None = None
     text: BodyText | None = None
@@ -193,7 +194,7 @@ class Request(StrictModel):
     tags: Annotated[list[Tag], Field(max_length=50, default_factory=list)]
     template: TemplateUse | None = None
     # Not in Resend's API: how this mail is to be treated, not what it says.
-    expires_at: Annotated[datetime, BeforeValidator(timestamp)] | None = None
+    expires_at: Annotated[datetime, BeforeValidator(time_with_zone)] | None = None
     on_doubt: Literal["retry", "hold"] | None = None
 
 

@@ -105,10 +105,10 @@ class Pacing:
         )
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
-    def admit(self, returning: bool = False) -> Wait | None:
-        """Returns None for go, now. A go is counted, and wasted if the mail does not go. `returning`: the mail had a
+    def admit(self, reserved: bool = False) -> Wait | None:
+        """Returns None for go, now. A go is counted, and wasted if the mail does not go. `reserved`: the mail had a
         reservation."""
-        args = [int(PAUSE * 1000), int(PROBE * 1000), int(returning), *self.rates]
+        args = [int(PAUSE * 1000), int(PROBE * 1000), int(reserved), *self.rates]
         verdict, number = self._admit(keys=self.breaker + self.moments, args=args)
         self._troubled = verdict == b"breaker" or (verdict == b"go" and number == 1)
         if verdict == b"go":

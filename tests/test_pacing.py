@@ -41,7 +41,7 @@ def test_a_window_is_never_exceeded_however_many_ask_at_once(client: redis.Redis
         """Returns when mails went, by the clock that counts."""
         went: list[int] = []
         while time.monotonic() < deadline:
-            if shared.admit(returning=bool(went)) is None:
+            if shared.admit(reserved=bool(went)) is None:
                 went.append(max(gone(client)))
             time.sleep(0.005)
         return went
@@ -81,7 +81,7 @@ def test_a_new_mail_does_not_overtake_those_with_a_reservation(client: redis.Red
     assert new
     assert new.seconds > 1
     assert new.reserved
-    assert [shared.admit(returning=True) for _ in range(2)] == [None, None]
+    assert [shared.admit(reserved=True) for _ in range(2)] == [None, None]
 
 
 def test_a_returning_mail_that_finds_it_full_gets_a_moment_soon_and_not_the_end_of_the_line(
@@ -90,7 +90,7 @@ def test_a_returning_mail_that_finds_it_full_gets_a_moment_soon_and_not_the_end_
     shared = Pacing(client, (Rate(2, 1),))
     for _ in range(40):
         shared.admit()  # the line is 19 seconds long
-    waits = [shared.admit(returning=True) for _ in range(4)]
+    waits = [shared.admit(reserved=True) for _ in range(4)]
     assert [round(wait.seconds) for wait in waits if wait] == [1, 1, 2, 2]
 
 
@@ -99,7 +99,7 @@ def test_a_late_worker_does_not_send_all_that_has_piled_up_at_once(client: redis
     for _ in range(9):
         shared.admit()  # six of them have a reservation
     time.sleep(2.2)  # all those moments have passed
-    assert [shared.admit(returning=True) is None for _ in range(6)] == [True] * 3 + [False] * 3
+    assert [shared.admit(reserved=True) is None for _ in range(6)] == [True] * 3 + [False] * 3
 
 
 def test_the_breaker_opens_after_some_troubles_in_a_row(client: redis.Redis) -> None:

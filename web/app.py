@@ -26,7 +26,8 @@ from mail import counters, sweep
 from mail.address import Mailbox
 from mail.draft import Draft, Expired, prepare
 from mail.outbox import Outbox
-from mail.request import FieldError, HeaderText, Invalid, Recipient, StrictModel, field_errors, validate
+from mail.request import FieldError, HeaderText, Invalid, OneMailbox, StrictModel, field_errors, validate
+from mail.states import State
 from queues import health
 from queues.connection import weaknesses
 from queues.jobs import Accepted, Idempotency, Jobs, Policy
@@ -77,7 +78,7 @@ class StartJob(StrictModel):
     """The body of the home-grown services that this one replaces."""
 
     name: Annotated[HeaderText, Field(min_length=1, max_length=200)]
-    email: Recipient
+    email: OneMailbox
 
 
 class JobRequest(StrictModel):
@@ -99,10 +100,8 @@ class Service:
     def start_job(self) -> HTTPResponse:
         body = read_json(SMALL_BODY)
         asked = validate(StartJob, body)
-        mail = {
-            "to": [Mailbox(asked.name, asked.email.address)],
-            "template": {"id": "welcome", "variables": {"name": asked.name}},
-        }
+        template = {"id": "welcome", "variables": {"name": asked.name}}
+        mail = {"to": [Mailbox(asked.name, asked.email.address)], "template": template}
         return accepted(self._submit(mail, idempotency(body)), "job_id")
 
     def post_email(self) -> HTTPResponse:
@@ -178,12 +177,12 @@ class Service:
     def requeue_job(self, job_id: str) -> HTTPResponse:
         self._keeper(job_id).requeue(job_id)
         context.current.get().id = job_id
-        return json_response(202, {"job_id": job_id, "status": "queued"})
+        return json_response(202, {"job_id": job_id, "status": State.QUEUED})
 
     def delete_job(self, job_id: str) -> HTTPResponse:
         self._keeper(job_id).cancel(job_id)
         context.current.get().id = job_id
-        return json_response(200, {"job_id": job_id, "status": "canceled"})
+        return json_response(200, {"job_id": job_id, "status": State.CANCELED})
 
     def _keeper(self, job_id: str) -> Outbox | Jobs:
         return self.outbox if self.outbox.exists(job_id) else self.jobs
@@ -213,7 +212,7 @@ class Service:
 
 def accepted(job: Accepted, name: str) -> HTTPResponse:
     context.current.get().id = job.id
-    return json_response(202, {name: job.id, "status": "queued"}, replay(job))
+    return json_response(202, {name: job.id, "status": State.QUEUED}, replay(job))
 
 
 def replay(job: Accepted) -> dict[str, str]:
