@@ -224,9 +224,6 @@ class Site:
             tab = "text" if mail.content.html is None else "html"
         return render("catcher_page.html", version=version, mails=mails, mail=mail, tab=tab, tabs=TABS, kept=KEPT)
 
-    def messages(self) -> Any:
-        return {"messages": [mail.summary() for mail in self.inbox.mails()]}
-
     def html(self, n: int) -> str:
         mail = self.find(n)
         if mail.content.html is None:
@@ -257,16 +254,12 @@ def download(name: str, content_type: str, data: bytes) -> bytes:
     return data
 
 
-def show_error(error: Any) -> str:
-    return render("catcher_error.html", status=error.status_line, sentence=error.body)
-
-
 def make_app(inbox: Inbox) -> Any:
     site, app = Site(inbox), bottle.Bottle()
     for path, answer in (
         ("/", site.page),
         ("/healthz", lambda: "ok\n"),
-        ("/messages", site.messages),
+        ("/messages", lambda: {"messages": [mail.summary() for mail in inbox.mails()]}),
         ("/messages/<n:int>", site.page),
         ("/messages/<n:int>.eml", site.eml),
         ("/messages/<n:int>/html", site.html),
@@ -276,7 +269,9 @@ def make_app(inbox: Inbox) -> Any:
     app.route("/clear", "POST", site.clear)
     app.add_hook("before_request", guard)
     app.add_hook("after_request", add_headers)
-    app.default_error_handler = show_error
+    app.default_error_handler = lambda error: render(
+        "catcher_error.html", status=error.status_line, sentence=error.body
+    )
     return app
 
 

@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from redis import Redis
@@ -142,22 +141,18 @@ class Stack:
             for part in group:
                 part.process.terminate()
             for part in group:
-                self._end(part)
-
-    @staticmethod
-    def _end(part: Part) -> None:
-        try:
-            part.process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            print(f"{part.name} did not finish within {STOP_TIMEOUT} seconds and was killed.", file=sys.stderr)
-        with suppress(ProcessLookupError):
-            os.killpg(part.process.pid, signal.SIGKILL)  # also what it may have left: its scheduler, a task
-        part.process.wait()
+                try:
+                    part.process.wait(STOP_TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    print(f"{part.name} did not finish within {STOP_TIMEOUT} seconds and was killed.", file=sys.stderr)
+                with suppress(ProcessLookupError):
+                    os.killpg(part.process.pid, signal.SIGKILL)  # also what it may have left: its scheduler, a task
+                part.process.wait()
 
 
-def http_answers(url: str) -> bool:
+def http_answers(port: int, path: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=1):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1):
             return True
     except urllib.error.HTTPError as error:
         error.close()
@@ -194,28 +189,24 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
         if getattr(configured, brought):
             raise CannotStart(f"bin/dev brings its own Redis and API key: take {brought.upper()} out of .env for it.")
     catcher = configured.smtp_host is None
-    flags = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
-    check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in flags})
+    names = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
+    check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in names})
     data = DATA / ("catcher" if catcher else "relay")
     data.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **child_settings(ports, configured, catcher)}
     redis = Redis(port=ports.redis_port, socket_timeout=2)
 
+    def start(name: str, answers: Callable[[], bool], *program: str) -> None:
+        stack.start(name, [sys.executable, *program], environment, answers)
+
     stack.start("redis", redis_command(server, ports.redis_port, data), environment, partial(redis_answers, redis))
     if catcher:
-        arguments = ["--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port)]
-        url = f"http://127.0.0.1:{ports.mail_port}/healthz"
-        stack.start(
-            "catcher", [sys.executable, "-m", "ops.catcher", *arguments], environment, partial(http_answers, url)
-        )
-    url = f"http://127.0.0.1:{ports.api_port}/readyz"
-    stack.start("api", [sys.executable, "service.py"], environment, partial(http_answers, url))
+        flags = ("--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port))
+        start("catcher", partial(http_answers, ports.mail_port, "/healthz"), "-m", "ops.catcher", *flags)
+    start("api", partial(http_answers, ports.api_port, "/readyz"), "service.py")
     for queue in QUEUES:
-        command = [sys.executable, "worker.py", queue]
-        stack.start(queue, command, environment, partial(worker_answers, redis, queue, stack))
-    url = f"http://127.0.0.1:{ports.dashboard_port}/rq/"
-    dashboard = [sys.executable, "-m", "ops.dashboard", "--no-login"]
-    stack.start("dashboard", dashboard, environment, partial(http_answers, url))
+        start(queue, partial(worker_answers, redis, queue, stack), "worker.py", queue)
+    start("dashboard", partial(http_answers, ports.dashboard_port, "/rq/"), "-m", "ops.dashboard", "--no-login")
     print(welcome(ports, None if catcher else f"{configured.smtp_host}:{configured.smtp_port}"), flush=True)
 
 
@@ -263,12 +254,8 @@ Send a mail:
 def main() -> int:
     ports = parse_arguments()
     stack = Stack()
-
-    def stop(_: int, __: FrameType | None) -> None:
-        stack.stopping.set()
-
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+        signal.signal(number, lambda *_: stack.stopping.set())
     try:
         run(stack, ports)
         dead = stack.wait()
