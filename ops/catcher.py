@@ -84,19 +84,19 @@ class Mail:
 
     @property
     def sender(self) -> str:
-        """The sender as a person would name it."""
+        """Returns the sender as a person would name it."""
         name, address = parseaddr(self.header("from") or "")
         return name or address or self.header("from") or self.envelope_from or "(no sender)"
 
     @property
     def clock(self) -> str:
-        """The time of day, or the day if that is not today."""
+        """Returns the time of day, or the day if that is not today."""
         here, now = self.received_at.astimezone(), datetime.now().astimezone()
         return f"{here:%H:%M}" if here.date() == now.date() else f"{here:%d %b}"
 
     @property
     def blind(self) -> set[str]:
-        """The recipients that no header names: Bcc."""
+        """Returns the recipients that no header names: Bcc."""
         named = {address.lower() for _, address in getaddresses([self.header("to") or "", self.header("cc") or ""])}
         return {address for address in self.envelope_to if address.lower() not in named}
 
@@ -106,7 +106,7 @@ class Mail:
 
     @property
     def framed_html(self) -> str:
-        """The HTML with its inline images, for the sandbox of `MAIL_CSP`; its links open outside the frame."""
+        """Returns the HTML with its inline images, for the sandbox of `MAIL_CSP`; links open outside the frame."""
 
         def inline(match: re.Match[str]) -> str:
             image = self.content.images.get(unquote(match[1]))
@@ -161,7 +161,7 @@ class Inbox:
 
     @property
     def version(self) -> str:
-        """An ETag that changes whenever the list does, also by a restart."""
+        """Returns an ETag that changes whenever the list does, also by a restart."""
         with self._lock:
             return f'"{self._born}-{self._caught}-{len(self._mails)}"'
 

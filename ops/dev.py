@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -42,12 +42,7 @@ COLOURS = {"redis": 31, "catcher": 35, "api": 32, "email": 36, "dashboard": 33} 
 
 
 class CannotStart(Exception):
-    """The text is one sentence for the person at the terminal."""
-
-
-class Part(NamedTuple):
-    name: str
-    process: subprocess.Popen[str]
+    """Raised if a part cannot start. The text is one sentence for the person at the terminal."""
 
 
 def find_redis_server() -> str | None:
@@ -91,12 +86,12 @@ class Stack:
     """The processes, in the order in which they start."""
 
     def __init__(self) -> None:
-        self.parts: list[Part] = []
+        self.parts: dict[str, subprocess.Popen[str]] = {}
         self.stopping = threading.Event()
 
     def start(self, name: str, command: list[str], environment: dict[str, str], answers: Callable[[], bool]) -> None:
         """Starts one part and waits until it answers. Raises `CannotStart` if it does not."""
-        process = subprocess.Popen(
+        process = self.parts[name] = subprocess.Popen(
             command,
             cwd=ROOT,
             env=environment,
@@ -106,9 +101,7 @@ class Stack:
             text=True,
             start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which stops them in order
         )
-        part = Part(name, process)
-        self.parts.append(part)
-        threading.Thread(target=self._show, args=[part], daemon=True).start()
+        threading.Thread(target=self._show, args=[name, process], daemon=True).start()
         deadline = time.monotonic() + START_TIMEOUT
         while not answers():
             if process.poll() is not None:
@@ -119,35 +112,35 @@ class Stack:
                 raise CannotStart(f"{name} did not answer within {START_TIMEOUT} seconds.")
             time.sleep(0.05)
 
-    def _show(self, part: Part) -> None:
-        label = f"{part.name:<10}"
+    def _show(self, name: str, process: subprocess.Popen[str]) -> None:
+        label = f"{name:<10}"
         if sys.stdout.isatty():
-            label = f"\033[{COLOURS.get(part.name, 34)}m{label}\033[0m"
-        for line in part.process.stdout or ():
+            label = f"\033[{COLOURS.get(name, 34)}m{label}\033[0m"
+        for line in process.stdout or ():
             print(label, re.sub(r"^\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+ INFO ", r"\1 ", line.rstrip()), flush=True)
 
     def wait(self) -> str | None:
         """Waits until Ctrl-C, or until a part ends; then returns its name."""
         while not self.stopping.wait(0.2):
-            for part in self.parts:
-                if part.process.poll() is not None:
-                    return part.name
+            for name, process in self.parts.items():
+                if process.poll() is not None:
+                    return name
         return None
 
     def stop(self) -> None:
         """Stops all parts together; last what the others need while they finish: the catcher, then Redis."""
-        needed = [part for name in ("catcher", "redis") for part in self.parts if part.name == name]
-        for group in ([part for part in self.parts if part not in needed], *([part] for part in needed)):
-            for part in group:
-                part.process.terminate()
-            for part in group:
+        for group in (self.parts.keys() - {"catcher", "redis"}, {"catcher"}, {"redis"}):
+            parts = {name: process for name, process in self.parts.items() if name in group}
+            for process in parts.values():
+                process.terminate()
+            for name, process in parts.items():
                 try:
-                    part.process.wait(STOP_TIMEOUT)
+                    process.wait(STOP_TIMEOUT)
                 except subprocess.TimeoutExpired:
-                    print(f"{part.name} did not finish within {STOP_TIMEOUT} seconds and was killed.", file=sys.stderr)
+                    print(f"{name} did not finish within {STOP_TIMEOUT} seconds and was killed.", file=sys.stderr)
                 with suppress(ProcessLookupError):
-                    os.killpg(part.process.pid, signal.SIGKILL)  # also what it may have left: its scheduler, a task
-                part.process.wait()
+                    os.killpg(process.pid, signal.SIGKILL)  # also what it may have left: its scheduler, a task
+                process.wait()
 
 
 def http_answers(port: int, path: str) -> bool:
@@ -169,8 +162,8 @@ def redis_answers(redis: Redis) -> bool:
 
 
 def worker_answers(redis: Redis, queue: str, stack: Stack) -> bool:
-    """Returns whether the worker that was started last has registered itself."""
-    pid = str(stack.parts[-1].process.pid).encode()
+    """Returns whether the queue's worker has registered itself."""
+    pid = str(stack.parts[queue].pid).encode()
     names: Any = redis.smembers(keys.workers(queue))
     return any(redis.hget(name.decode(), "pid") == pid for name in names)
 

@@ -176,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             elif given.command == "revoke":
                 revoke(file, given.name)
             else:
-                print(*(f"{key.name:<24} {key.scope}\n" for key in file.read()), sep="", end="")
+                for key in file.read():
+                    print(f"{key.name:<24} {key.scope}")
     except Refused as error:
         say(f"{error}.")
         return 1
