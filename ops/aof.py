@@ -25,7 +25,7 @@ PART_OF_LINE = re.compile(rb"[*$]?\d{0,20}\r?")
 
 
 class Damaged(Exception):
-    """The file is not as Redis writes it, elsewhere than at its end."""
+    """Raised if the file is not as Redis writes it, elsewhere than at its end."""
 
 
 def last_file(directory: Path) -> Path:
@@ -70,7 +70,7 @@ def end_of_command(data: mmap.mmap, at: int) -> int:
 
 
 def is_unfinished(data: mmap.mmap, at: int) -> bool:
-    """Whether the file ends within the transaction that begins here, and nothing else is wrong with it."""
+    """Returns whether the file ends within the transaction that begins here, and nothing else is wrong with it."""
     if data[at : at + len(MULTI)] != MULTI:
         return False
     try:

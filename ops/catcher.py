@@ -84,19 +84,19 @@ class Mail:
 
     @property
     def sender(self) -> str:
-        """The sender as a person would name it."""
+        """Returns the sender as a person would name it."""
         name, address = parseaddr(self.header("from") or "")
         return name or address or self.header("from") or self.envelope_from or "(no sender)"
 
     @property
     def clock(self) -> str:
-        """The time of day, or the day if that is not today."""
+        """Returns the time of day, or the day if that is not today."""
         here, now = self.received_at.astimezone(), datetime.now().astimezone()
         return f"{here:%H:%M}" if here.date() == now.date() else f"{here:%d %b}"
 
     @property
     def blind(self) -> set[str]:
-        """The recipients that no header names: Bcc."""
+        """Returns the recipients that no header names: Bcc."""
         named = {address.lower() for _, address in getaddresses([self.header("to") or "", self.header("cc") or ""])}
         return {address for address in self.envelope_to if address.lower() not in named}
 
@@ -106,7 +106,7 @@ class Mail:
 
     @property
     def framed_html(self) -> str:
-        """The HTML with its inline images, for the sandbox of `MAIL_CSP`; its links open outside the frame."""
+        """Returns the HTML with its inline images, for the sandbox of `MAIL_CSP`; links open outside the frame."""
 
         def inline(match: re.Match[str]) -> str:
             image = self.content.images.get(unquote(match[1]))
@@ -161,7 +161,7 @@ class Inbox:
 
     @property
     def version(self) -> str:
-        """An ETag that changes whenever the list does, also by a restart."""
+        """Returns an ETag that changes whenever the list does, also by a restart."""
         with self._lock:
             return f'"{self._born}-{self._caught}-{len(self._mails)}"'
 
@@ -224,9 +224,6 @@ class Site:
             tab = "text" if mail.content.html is None else "html"
         return render("catcher_page.html", version=version, mails=mails, mail=mail, tab=tab, tabs=TABS, kept=KEPT)
 
-    def messages(self) -> Any:
-        return {"messages": [mail.summary() for mail in self.inbox.mails()]}
-
     def html(self, n: int) -> str:
         mail = self.find(n)
         if mail.content.html is None:
@@ -257,16 +254,12 @@ def download(name: str, content_type: str, data: bytes) -> bytes:
     return data
 
 
-def show_error(error: Any) -> str:
-    return render("catcher_error.html", status=error.status_line, sentence=error.body)
-
-
 def make_app(inbox: Inbox) -> Any:
     site, app = Site(inbox), bottle.Bottle()
     for path, answer in (
         ("/", site.page),
         ("/healthz", lambda: "ok\n"),
-        ("/messages", site.messages),
+        ("/messages", lambda: {"messages": [mail.summary() for mail in inbox.mails()]}),
         ("/messages/<n:int>", site.page),
         ("/messages/<n:int>.eml", site.eml),
         ("/messages/<n:int>/html", site.html),
@@ -276,7 +269,9 @@ def make_app(inbox: Inbox) -> Any:
     app.route("/clear", "POST", site.clear)
     app.add_hook("before_request", guard)
     app.add_hook("after_request", add_headers)
-    app.default_error_handler = show_error
+    app.default_error_handler = lambda error: render(
+        "catcher_error.html", status=error.status_line, sentence=error.body
+    )
     return app
 
 

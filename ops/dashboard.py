@@ -161,7 +161,7 @@ class Dashboard(Flask):
 
     @property
     def redis_conn(self) -> Redis:
-        """The client of the blueprint's views."""
+        """Returns the client of the blueprint's views."""
         return self.reader if request.method in READING else self.writer
 
     def log_exception(self, exc_info: Any) -> None:

@@ -24,8 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -43,12 +42,7 @@ COLOURS = {"redis": 31, "catcher": 35, "api": 32, "email": 36, "dashboard": 33} 
 
 
 class CannotStart(Exception):
-    """The text is one sentence for the person at the terminal."""
-
-
-class Part(NamedTuple):
-    name: str
-    process: subprocess.Popen[str]
+    """Raised if a part cannot start. The text is one sentence for the person at the terminal."""
 
 
 def find_redis_server() -> str | None:
@@ -92,12 +86,12 @@ class Stack:
     """The processes, in the order in which they start."""
 
     def __init__(self) -> None:
-        self.parts: list[Part] = []
+        self.parts: dict[str, subprocess.Popen[str]] = {}
         self.stopping = threading.Event()
 
     def start(self, name: str, command: list[str], environment: dict[str, str], answers: Callable[[], bool]) -> None:
         """Starts one part and waits until it answers. Raises `CannotStart` if it does not."""
-        process = subprocess.Popen(
+        process = self.parts[name] = subprocess.Popen(
             command,
             cwd=ROOT,
             env=environment,
@@ -107,9 +101,7 @@ class Stack:
             text=True,
             start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which stops them in order
         )
-        part = Part(name, process)
-        self.parts.append(part)
-        threading.Thread(target=self._show, args=[part], daemon=True).start()
+        threading.Thread(target=self._show, args=[name, process], daemon=True).start()
         deadline = time.monotonic() + START_TIMEOUT
         while not answers():
             if process.poll() is not None:
@@ -120,44 +112,40 @@ class Stack:
                 raise CannotStart(f"{name} did not answer within {START_TIMEOUT} seconds.")
             time.sleep(0.05)
 
-    def _show(self, part: Part) -> None:
-        label = f"{part.name:<10}"
+    def _show(self, name: str, process: subprocess.Popen[str]) -> None:
+        label = f"{name:<10}"
         if sys.stdout.isatty():
-            label = f"\033[{COLOURS.get(part.name, 34)}m{label}\033[0m"
-        for line in part.process.stdout or ():
+            label = f"\033[{COLOURS.get(name, 34)}m{label}\033[0m"
+        for line in process.stdout or ():
             print(label, re.sub(r"^\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+ INFO ", r"\1 ", line.rstrip()), flush=True)
 
     def wait(self) -> str | None:
         """Waits until Ctrl-C, or until a part ends; then returns its name."""
         while not self.stopping.wait(0.2):
-            for part in self.parts:
-                if part.process.poll() is not None:
-                    return part.name
+            for name, process in self.parts.items():
+                if process.poll() is not None:
+                    return name
         return None
 
     def stop(self) -> None:
         """Stops all parts together; last what the others need while they finish: the catcher, then Redis."""
-        needed = [part for name in ("catcher", "redis") for part in self.parts if part.name == name]
-        for group in ([part for part in self.parts if part not in needed], *([part] for part in needed)):
-            for part in group:
-                part.process.terminate()
-            for part in group:
-                self._end(part)
-
-    @staticmethod
-    def _end(part: Part) -> None:
-        try:
-            part.process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            print(f"{part.name} did not finish within {STOP_TIMEOUT} seconds and was killed.", file=sys.stderr)
-        with suppress(ProcessLookupError):
-            os.killpg(part.process.pid, signal.SIGKILL)  # also what it may have left: its scheduler, a task
-        part.process.wait()
+        for group in (self.parts.keys() - {"catcher", "redis"}, {"catcher"}, {"redis"}):
+            parts = {name: process for name, process in self.parts.items() if name in group}
+            for process in parts.values():
+                process.terminate()
+            for name, process in parts.items():
+                try:
+                    process.wait(STOP_TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    print(f"{name} did not finish within {STOP_TIMEOUT} seconds and was killed.", file=sys.stderr)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # also what it may have left: its scheduler, a task
+                process.wait()
 
 
-def http_answers(url: str) -> bool:
+def http_answers(port: int, path: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=1):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1):
             return True
     except urllib.error.HTTPError as error:
         error.close()
@@ -174,8 +162,8 @@ def redis_answers(redis: Redis) -> bool:
 
 
 def worker_answers(redis: Redis, queue: str, stack: Stack) -> bool:
-    """Returns whether the worker that was started last has registered itself."""
-    pid = str(stack.parts[-1].process.pid).encode()
+    """Returns whether the queue's worker has registered itself."""
+    pid = str(stack.parts[queue].pid).encode()
     names: Any = redis.smembers(keys.workers(queue))
     return any(redis.hget(name.decode(), "pid") == pid for name in names)
 
@@ -194,28 +182,24 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
         if getattr(configured, brought):
             raise CannotStart(f"bin/dev brings its own Redis and API key: take {brought.upper()} out of .env for it.")
     catcher = configured.smtp_host is None
-    flags = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
-    check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in flags})
+    names = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
+    check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in names})
     data = DATA / ("catcher" if catcher else "relay")
     data.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **child_settings(ports, configured, catcher)}
     redis = Redis(port=ports.redis_port, socket_timeout=2)
 
+    def start(name: str, answers: Callable[[], bool], *program: str) -> None:
+        stack.start(name, [sys.executable, *program], environment, answers)
+
     stack.start("redis", redis_command(server, ports.redis_port, data), environment, partial(redis_answers, redis))
     if catcher:
-        arguments = ["--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port)]
-        url = f"http://127.0.0.1:{ports.mail_port}/healthz"
-        stack.start(
-            "catcher", [sys.executable, "-m", "ops.catcher", *arguments], environment, partial(http_answers, url)
-        )
-    url = f"http://127.0.0.1:{ports.api_port}/readyz"
-    stack.start("api", [sys.executable, "service.py"], environment, partial(http_answers, url))
+        flags = ("--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port))
+        start("catcher", partial(http_answers, ports.mail_port, "/healthz"), "-m", "ops.catcher", *flags)
+    start("api", partial(http_answers, ports.api_port, "/readyz"), "service.py")
     for queue in QUEUES:
-        command = [sys.executable, "worker.py", queue]
-        stack.start(queue, command, environment, partial(worker_answers, redis, queue, stack))
-    url = f"http://127.0.0.1:{ports.dashboard_port}/rq/"
-    dashboard = [sys.executable, "-m", "ops.dashboard", "--no-login"]
-    stack.start("dashboard", dashboard, environment, partial(http_answers, url))
+        start(queue, partial(worker_answers, redis, queue, stack), "worker.py", queue)
+    start("dashboard", partial(http_answers, ports.dashboard_port, "/rq/"), "-m", "ops.dashboard", "--no-login")
     print(welcome(ports, None if catcher else f"{configured.smtp_host}:{configured.smtp_port}"), flush=True)
 
 
@@ -263,12 +247,8 @@ Send a mail:
 def main() -> int:
     ports = parse_arguments()
     stack = Stack()
-
-    def stop(_: int, __: FrameType | None) -> None:
-        stack.stopping.set()
-
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+        signal.signal(number, lambda *_: stack.stopping.set())
     try:
         run(stack, ports)
         dead = stack.wait()

@@ -66,12 +66,6 @@ def verdict(findings: Sequence[Finding]) -> int:
     return 2 if FAULT in levels else 1 if WARN in levels else 0
 
 
-def heading(target: Target) -> str:
-    if target.installed:
-        return f"The service on this machine: {target.opt / 'current'}, {target.file}\n"
-    return f"This checkout, {target.code}: no service is installed on this machine\n"
-
-
 def summary(findings: Sequence[Finding]) -> str:
     faults, warnings = ([one for one in findings if one.level == level] for level in (FAULT, WARN))
     if not faults and not warnings:
@@ -86,8 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--send-to", default="", metavar="ADDRESS", help="send one mail there, through queue and relay")
     asked = parser.parse_args(arguments)
     target = Target(ROOT, send_to=asked.send_to)
+    installed = f"The service on this machine: {target.opt / 'current'}, {target.file}\n"
+    checkout = f"This checkout, {target.code}: no service is installed on this machine\n"
     if not asked.json:
-        print(heading(target), flush=True)
+        print(installed if target.installed else checkout, flush=True)
     findings = report(examine(target), asked.json)
     if not asked.json:
         print(summary(findings))

@@ -71,8 +71,13 @@ def install_packages(server: Server) -> None:
         apt_get_install(server, *missing)
     if "redis-server" in missing:  # nobody uses the instance that the package brings; ours has no port
         server.run("systemctl", "disable", "--now", "redis-server.service")
-    if own_redis and not server.dry:
-        check_redis_version(server)
+    found = re.search(r"v=(\d+)\.(\d+)", server.ask("redis-server", "--version"))
+    if own_redis and not server.dry and found and (int(found[1]), int(found[2])) < (6, 2):
+        raise Fault(
+            f"Redis {found[1]}.{found[2]} is too old: RQ needs 6.2 to keep the jobs of a worker that is killed. Ubuntu "
+            "22.04 has nothing newer.\nFollow 'Install Redis on Linux' at redis.io for Redis' own packages, or set "
+            "REDIS_URL in /etc/async-email/async-email.env to a Redis elsewhere; then: sudo bin/install"
+        )
 
 
 def apt_get_install(server: Server, *packages: str) -> None:
@@ -83,16 +88,6 @@ def apt_get_install(server: Server, *packages: str) -> None:
         time.sleep(15)
     how = ("--yes", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300")
     server.run("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", *how, *packages)
-
-
-def check_redis_version(server: Server) -> None:
-    found = re.search(r"v=(\d+)\.(\d+)", server.ask("redis-server", "--version"))
-    if found and (int(found[1]), int(found[2])) < (6, 2):
-        raise Fault(
-            f"Redis {found[1]}.{found[2]} is too old: RQ needs 6.2 to keep the jobs of a worker that is killed. Ubuntu "
-            "22.04 has nothing newer.\nFollow 'Install Redis on Linux' at redis.io for Redis' own packages, or set "
-            "REDIS_URL in /etc/async-email/async-email.env to a Redis elsewhere; then: sudo bin/install"
-        )
 
 
 def make_user(server: Server) -> None:
@@ -152,10 +147,16 @@ def start_redis(server: Server) -> None:
     if is_new or not server.is_on(REDIS):
         server.run("systemctl", "enable", REDIS)
         server.run("systemctl", "restart", REDIS)
-    if not server.dry and "aof_enabled:0" in ask_redis(server, "info", "persistence"):
+    if server.dry:
+        return
+    if "aof_enabled:0" in ask_redis(server, "info", "persistence"):
         switch_on_file(server)
-    if not server.dry:
-        check_redis(server)
+    if "aof_enabled:1" not in ask_redis(server, "info", "persistence"):
+        raise Fault(
+            f"{REDIS} does not answer as it should: it is not running (journalctl -u {REDIS}), has no append-only "
+            f"file, or knows another password than the one in {server.credentials / 'redis_url'}.\nIf you changed "
+            f"{server.redis_conf}, put it right; or move it away, and the next run makes a new one. The queue stays."
+        )
 
 
 def copy_redis_unit(server: Server) -> None:
@@ -173,21 +174,17 @@ def switch_on_file(server: Server) -> None:
             f"is empty (bin/doctor), put `appendonly yes` and `save 3600 1` into {server.redis_conf}, and restart it."
         )
     server.run("systemctl", "stop", REDIS)
-    for old in ("appendonlydir", "appendonly.aof"):
-        if (server.redis_data / old).exists():
-            (server.redis_data / old).rename(server.redis_data / f"{old}.{time.strftime('%Y%m%d-%H%M%S')}")
+    file = server.redis_data / "appendonly.aof"  # the one file of Redis before 7, of which Redis 7 makes its folder
+    for old in (server.redis_data / "appendonlydir", file):
+        if old.exists():
+            old.rename(f"{old}.{time.strftime('%Y%m%d-%H%M%S')}")
     server.say("begin the append-only file with what is there")
-    copy_snapshot(server.redis_data)
+    shutil.copyfile(server.redis_data / "dump.rdb", file)
+    shutil.chown(file, "redis", "redis")
+    file.chmod(0o640)
     text = re.sub(r"^appendonly .*\n", "", text_of(server.redis_conf) or "", flags=re.MULTILINE)
     server.write(server.redis_conf, f"{text}appendonly yes\n", 0o640, group="redis")
     server.run("systemctl", "start", REDIS)
-
-
-def copy_snapshot(data: Path) -> None:
-    """Copies it to the one file of Redis before 7, of which Redis 7 makes its folder of files."""
-    shutil.copyfile(data / "dump.rdb", data / "appendonly.aof")
-    shutil.chown(data / "appendonly.aof", "redis", "redis")
-    (data / "appendonly.aof").chmod(0o640)
 
 
 def redis_password(server: Server) -> str:
@@ -204,15 +201,6 @@ def redis_configuration(server: Server) -> str:
 def ask_redis(server: Server, *words: str) -> str:
     command = ("redis-cli", "-s", REDIS_SOCKET, "--user", "async-email", *words)
     return server.ask(*command, env={**CLEAN_ENVIRONMENT, "REDISCLI_AUTH": redis_password(server)})
-
-
-def check_redis(server: Server) -> None:
-    if "aof_enabled:1" not in ask_redis(server, "info", "persistence"):
-        raise Fault(
-            f"{REDIS} does not answer as it should: it is not running (journalctl -u {REDIS}), has no append-only "
-            f"file, or knows another password than the one in {server.credentials / 'redis_url'}.\nIf you changed "
-            f"{server.redis_conf}, put it right; or move it away, and the next run makes a new one. The queue stays."
-        )
 
 
 def install_units(server: Server) -> None:
@@ -271,9 +259,7 @@ def state_of(server: Server, unit: str) -> str:
 
 def run_doctor(server: Server) -> None:
     doctor = server.current / "bin/doctor"
-    if server.dry or doctor.exists():
-        server.say(f"$ {doctor}")
-    if not server.dry and doctor.exists():
+    if (server.dry or doctor.exists()) and server.announce(f"$ {doctor}"):
         subprocess.run([doctor], stdin=subprocess.DEVNULL)
 
 

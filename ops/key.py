@@ -142,11 +142,6 @@ def revoke(file: KeyFile, name: str) -> None:
     changed(file)
 
 
-def show(file: KeyFile) -> None:
-    for key in file.read():
-        print(f"{key.name:<24} {key.scope}")
-
-
 def changed(file: KeyFile) -> None:
     say(f"Written to {file.path}. The API uses it after: {RESTART[file.is_the_servers]}")
 
@@ -181,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             elif given.command == "revoke":
                 revoke(file, given.name)
             else:
-                show(file)
+                for key in file.read():
+                    print(f"{key.name:<24} {key.scope}")
     except Refused as error:
         say(f"{error}.")
         return 1

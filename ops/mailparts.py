@@ -82,7 +82,9 @@ def read_part(number: int, leaf: Any) -> Part:
     if content_type.startswith("multipart/"):  # in name only: it has no boundary
         content_type = "text/plain"
     name = readable(leaf.get_filename() or "")
-    data = leaf_bytes(leaf)
+    data = bytes(leaf.get_payload(decode=True) or b"")  # None: a mail within the mail
+    if leaf.is_multipart():
+        data = b"".join(child.as_bytes() for child in leaf.get_payload())
     return Part(
         name=name or f"part-{number}{mimetypes.guess_extension(content_type) or ''}",
         content_type=content_type,
@@ -91,12 +93,6 @@ def read_part(number: int, leaf: Any) -> Part:
         data=data,
         text=decode(data, leaf) if content_type in ("text/plain", "text/html") else "",
     )
-
-
-def leaf_bytes(leaf: Any) -> bytes:
-    if leaf.is_multipart():
-        return b"".join(child.as_bytes() for child in leaf.get_payload())
-    return bytes(leaf.get_payload(decode=True))
 
 
 def decode(data: bytes, leaf: Any) -> str:

@@ -60,7 +60,7 @@ def files_of(source: Path) -> list[Path]:
 def release_id(source: Path, say: Callable[[str], None] = print) -> str:
     """Returns `0.1.0-1a2b3c4`: the version and git's short hash; without git, or with changes, a hash of the content.
 
-    `say` is told what may surprise the operator.
+    Calls `say` with what may surprise the operator.
     """
     heading = re.search(r"^## (\S+)", text_of(source / "CHANGELOG.md") or "", re.MULTILINE)
     if not heading:

@@ -21,8 +21,15 @@ def set_up_nginx(server: Server) -> None:
     server.copy_units("nginx.service.d/async-email.conf")
     if before is None:
         welcome_page = remove_welcome_page(server)
+
+        def take_out() -> None:
+            site.unlink()
+            (enabled / "async-email").unlink()
+            if welcome_page:
+                (enabled / "default").symlink_to(welcome_page)
+
         server.link(enabled / "async-email", site)  # before the site: a run that fails in between begins here again
-        put_site(server, site, ours, undo=lambda: take_out(site, welcome_page))
+        put_site(server, site, ours, undo=take_out)
     elif before != ours and any(before == text_of(old) for old in server.releases.glob("*/nginx/async-email.conf")):
         put_site(server, site, ours, undo=lambda: site.write_text(before))
     elif before != ours:
@@ -53,14 +60,6 @@ def remove_welcome_page(server: Server) -> str:
     if server.announce(f"remove the link {default}: it is the system's welcome page"):
         default.unlink()
     return to
-
-
-def take_out(site: Path, welcome_page: str) -> None:
-    enabled = site.parent.parent / "sites-enabled"
-    site.unlink()
-    (enabled / "async-email").unlink()
-    if welcome_page:
-        (enabled / "default").symlink_to(welcome_page)
 
 
 def is_as_packaged(server: Server, path: Path) -> bool:

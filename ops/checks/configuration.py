@@ -228,7 +228,7 @@ def code_is_roots(target: Target) -> Findings:
 
 
 def files_named_in_settings(target: Target) -> Findings:
-    """root can read them all; the service may not."""
+    """Finds those that root can read and the service cannot."""
     user, current = find_user(target.user), load(target)
     for name in Settings.model_fields:
         path: Path | None = getattr(current, name, None) if name.endswith("_file") else None

@@ -42,21 +42,20 @@ TEST_MAIL = {
     "Authentication-Results should say spf=pass, dkim=pass and dmarc=pass.\n",
 }
 
-Worker = dict[str, str]
-
 
 def workers(target: Target, settings: Settings) -> Findings:
     """Checks that each queue has workers with a recent heartbeat, and a scheduler, without which no mail is retried."""
     with client(settings) as redis:
         for queue in QUEUES:
-            known = [read(redis, key) for key in sorted(redis.smembers(keys.workers(queue)))]
-            alive = [one for one in known if one and silence(one) < SILENT]
+            keys_of_workers: Any = redis.smembers(keys.workers(queue))
+            known = [redis.hmget(key, "last_heartbeat", "queues") for key in keys_of_workers]
+            alive = [queues or b"" for heartbeat, queues in known if silence(heartbeat) < SILENT]
             if not alive:
-                last = min((silence(one) for one in known if one), default=None)
-                seen = f"; the last heartbeat was {lasting(last)} ago" if last else ""
+                last = min((silence(heartbeat) for heartbeat, _ in known), default=float("inf"))
+                seen = f"; the last heartbeat was {lasting(last)} ago" if last < float("inf") else ""
                 yield fault(f"no worker takes from the queue {queue}{seen}", target.restart(f"worker@{queue}"))
                 continue
-            several = sum("," in one.get("queues", "") for one in alive)
+            several = sum(b"," in queues for queues in alive)
             if several:
                 found = f"{counted(several, 'worker')} with more than one queue: killed, it loses the job it just took"
                 yield fault(found, "start one `worker.py QUEUE` for each queue, and no `rq worker` with several")
@@ -67,16 +66,11 @@ def workers(target: Target, settings: Settings) -> Findings:
                 yield ok(f"queue {queue}: {counted(len(alive), 'worker')} and a scheduler, with recent heartbeats")
 
 
-def read(redis: Redis, key: Any) -> Worker:
-    stored: dict[Any, Any] = redis.hgetall(key)
-    return {name.decode(): value.decode("utf-8", "replace") for name, value in stored.items()}
-
-
-def silence(worker: Worker) -> float:
-    """Returns the seconds since its last heartbeat."""
+def silence(heartbeat: bytes | None) -> float:
+    """Returns the seconds since then; infinity if there was none."""
     try:
-        moment = datetime.fromisoformat(worker["last_heartbeat"].replace("Z", "+00:00"))
-    except (KeyError, ValueError):
+        moment = datetime.fromisoformat((heartbeat or b"").decode().replace("Z", "+00:00"))
+    except ValueError:
         return float("inf")
     return time.time() - moment.timestamp()
 
@@ -150,17 +144,10 @@ def canary(target: Target, settings: Settings) -> Findings:
     with client(settings) as redis:
         outbox = Outbox(Jobs(redis), settings)
         mail_id = outbox.accept([draft]).id
-        seen = watched(outbox, mail_id)
+        deadline = time.monotonic() + CANARY_TIMEOUT
+        while (seen := outbox.read(mail_id))["status"] not in (*FINAL, State.DELAYED) and time.monotonic() < deadline:
+            time.sleep(0.25)
     yield from what_became_of(mail_id, seen, target, settings)
-
-
-def watched(outbox: Outbox, mail_id: str) -> dict[str, Any]:
-    deadline = time.monotonic() + CANARY_TIMEOUT
-    while True:
-        seen = outbox.read(mail_id)
-        if seen["status"] in (*FINAL, State.DELAYED) or time.monotonic() > deadline:
-            return seen
-        time.sleep(0.25)
 
 
 def what_became_of(mail_id: str, seen: dict[str, Any], target: Target, settings: Settings) -> Findings:

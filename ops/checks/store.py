@@ -49,7 +49,7 @@ class Address(NamedTuple):
 
     @property
     def is_our_own(self) -> bool:
-        """Whether it is the instance that bin/install makes."""
+        """Returns whether it is the instance that bin/install makes."""
         return self.path.startswith(OUR_SOCKETS)
 
     @property
@@ -108,7 +108,10 @@ def connection_trouble(at: Address, target: Target) -> Findings:
             except OSError as error:
                 refusing[place[0]] = error
     if not answering:
-        yield no_answer(next(iter(refusing.values())), at, target)
+        first = next(iter(refusing.values()))
+        silent = isinstance(first, TimeoutError)
+        why = "it is silent" if silent else (first.strerror or type(first).__name__).lower()
+        yield fault(f"Redis does not answer at {at}: {why}", how_to_reach(first, at, target))
         return
     if refusing:
         found = f"{at.host} means {', '.join([*answering, *refusing])}, and Redis answers only at {answering[0]}"
@@ -120,12 +123,6 @@ def connection_trouble(at: Address, target: Target) -> Findings:
         fix = f"write unixsocketperm 777 into {OUR_CONF} (its password guards it), and restart it"
         found = f"the user {target.user} may not use {at}: {closed} denies it"
         yield fault(found, fix if is_socket else f"sudo chmod o+x {closed}")
-
-
-def no_answer(error: OSError, at: Address, target: Target) -> Finding:
-    silent = isinstance(error, TimeoutError)
-    why = "it is silent" if silent else (error.strerror or type(error).__name__).lower()
-    return fault(f"Redis does not answer at {at}: {why}", how_to_reach(error, at, target))
 
 
 def how_to_reach(error: OSError, at: Address, target: Target) -> str:
@@ -266,8 +263,8 @@ def memory(target: Target, settings: Settings) -> Findings:
         found = f"maxmemory-policy is {policy}: as soon as there is a limit, Redis drops mail silently"
         yield warn(found, fix_of("evicting", at, target))
     if most and used >= most:
-        return
-    if most and used > 0.8 * most:
+        yield note(f"uses {sized(used)} of {sized(most)}")
+    elif most and used > 0.8 * most:
         yield warn(f"it is nearly full: {sized(used)} of {sized(most)}", "see why the queue grows, or raise maxmemory")
     elif machine and (most or used) > 0.75 * machine:
         found = f"it may use {sized(most or used)} of this machine's {sized(machine)}, and needs more while it saves"

@@ -29,7 +29,7 @@ class Target:
 
     @property
     def file(self) -> Path:
-        """The file that the operator edits."""
+        """Returns the file that the operator edits."""
         return self.etc / "async-email.env" if self.installed else self.code / ".env"
 
     @property

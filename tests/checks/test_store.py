@@ -15,8 +15,9 @@ from redis.exceptions import ResponseError
 from ops.checks import flow, store
 from ops.checks.findings import FAULT, NOTE, OK, WARN, Findings
 from ops.checks.target import Target
+from queues.connection import weaknesses
 from settings import Settings
-from tests.checks.support import PASSWORD, Server, assert_finds, of, worst
+from tests.checks.support import PASSWORD, Server, assert_finds, listed, of, worst
 from tests.scripted_relay import ScriptedRelay, raw
 from tests.servers import RedisServer, eventually, free_port
 
@@ -93,6 +94,15 @@ def test_a_redis_that_would_lose_mail_is_named(
 ) -> None:
     with RedisServer(tmp_path, *options) as redis:
         assert_finds(check(target, of(redis_url=redis.url)), level, found, fix)
+
+
+def test_every_weakness_of_redis_has_a_fix(target: Target) -> None:
+    failing = {"aof_last_write_status": "err", "rdb_last_bgsave_status": "err"}
+    info = {"maxmemory": 1, "used_memory": 1, "role": "slave", **failing}
+    names = [name for name, _ in weaknesses(info)]
+    assert len(names) == 6
+    for url in ("redis://10.0.0.5/0", "unix:///run/redis-async-email/redis.sock"):
+        assert len(listed(store.weak(info, store.address(of(redis_url=url)), target, *names))) == 6
 
 
 def test_a_redis_that_runs_half_a_transaction_is_named(server: Server) -> None:
