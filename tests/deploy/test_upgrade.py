@@ -36,7 +36,7 @@ def subject(server: Server) -> str:
 def test_an_upgrade_and_a_rollback_under_load(server: Server) -> None:
     first = server.machine.says(CURRENT)
     new_release(server)
-    with server.machine.figures.timed("upgrade under load"), Load(server) as load:
+    with Load(server) as load:
         server.install()
     second = server.machine.says(CURRENT)
     assert second != first
@@ -44,7 +44,7 @@ def test_an_upgrade_and_a_rollback_under_load(server: Server) -> None:
     assert subject(server) == "Subject: Welcome back, Ada"
 
     server.relay.accepted.clear()
-    with server.machine.figures.timed("rollback under load"), Load(server) as load:
+    with Load(server) as load:
         server.install("--rollback")
     assert server.machine.says(CURRENT) == first
     sent_once(server, load)
