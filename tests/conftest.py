@@ -18,9 +18,6 @@ from queues.jobs import Jobs
 from settings import load
 from tests.browser import browser as browser
 from tests.conversations import POOL, write_ca
-from tests.deploy.figures import pytest_sessionfinish as pytest_sessionfinish
-from tests.deploy.figures import pytest_terminal_summary as pytest_terminal_summary
-from tests.deploy.figures import pytest_testnodedown as pytest_testnodedown
 from tests.servers import Api, House, RedisServer, eventually
 from tests.side_by_side import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 

@@ -1,4 +1,4 @@
-"""What the tests of smtp/ share: a mail, relays to send it to, and one conversation from begin to finish."""
+"""What the tests of smtp/ share: relays to send a mail to, and one conversation from begin to finish."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trustme
 
 from smtp.envelope import Envelope
@@ -18,19 +17,8 @@ from smtp.relay import Relay
 from smtp.session import Session
 from smtp.verdict import Outcome, Phase, Reply, Verdict
 from tests.scripted_relay import Script, ScriptedRelay
+from tests.smtp_samples import ADA, MIME, SENDER
 
-ADA, BOB, CAY = "ada@example.com", "bob@example.com", "cay@example.com"
-SENDER = "sender@example.com"
-MIME = b"Subject: Hello\r\nTo: ada@example.com\r\n\r\nHello, Ada.\r\n"
-LARGE = MIME + (b"x" * 70 + b"\r\n") * 100_000 + b"The end.\r\n"  # 7 MB: more than sockets buffer
-LOGIN = ("mailer", "planted-password")
-ACCEPTED, TRY_AGAIN, REFUSED = Verdict.ACCEPTED, Verdict.TRY_AGAIN, Verdict.REFUSED
-IN_DOUBT, TROUBLE = Verdict.IN_DOUBT, Verdict.TROUBLE
-
-
-PIPES = ["PIPELINING"]
-CHUNKS = ["PIPELINING", "CHUNKING"]
-WAYS = pytest.mark.parametrize("offers", [[], PIPES, CHUNKS], ids=["plain", "pipelined", "chunked"])
 POOL = SessionPool()
 
 

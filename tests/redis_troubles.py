@@ -77,10 +77,8 @@ def lonely_replica(server: RedisServer) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def without_replicas(server: RedisServer) -> Iterator[None]:
-    with configured(server, min_replicas_to_write=1):
-        yield
+def without_replicas(server: RedisServer) -> AbstractContextManager[object]:
+    return configured(server, min_replicas_to_write=1)
 
 
 @contextmanager
@@ -100,14 +98,14 @@ def disk_refuses(server: RedisServer) -> Iterator[None]:
 @contextmanager
 def access_forbidden(server: RedisServer) -> Iterator[None]:
     with server.client() as client:
-        client.acl_setuser("default", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-hset"])
+        client.acl_setuser("default", enabled=True, nopass=True, commands=["-hset"])
         try:
             yield
         finally:
-            client.acl_setuser("default", enabled=True, nopass=True, keys=["*"], commands=["+@all"])
+            client.acl_setuser("default", enabled=True, nopass=True, commands=["+@all"])
 
 
-Trouble = Callable[[RedisServer], AbstractContextManager[None]]
+Trouble = Callable[[RedisServer], AbstractContextManager[object]]
 TROUBLES: list[tuple[Trouble, str]] = [
     (killed, "does not answer"),
     (stopped, "does not answer"),

@@ -141,11 +141,6 @@ def reset(line: Line) -> str:
     raise HungUp
 
 
-def take(line: Line) -> str:
-    """Accepts, then says so."""
-    return take_after(0)(line)
-
-
 def take_after(pause: float) -> Act:
     """Accepts at once and answers after `pause` seconds."""
 
@@ -159,6 +154,9 @@ def take_after(pause: float) -> Act:
         return OBLIGING["."]
 
     return act
+
+
+take = take_after(0)
 
 
 def swallow(line: Line) -> str:

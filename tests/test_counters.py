@@ -6,16 +6,15 @@ A reply is lost in bench.proxy, behind the script: what was asked for is done, w
 from __future__ import annotations
 
 import signal
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import redis
-from prometheus_client.parser import text_string_to_metric_families
 from redis.exceptions import ConnectionError
 
 from chaos.proxy import Proxy
@@ -23,12 +22,13 @@ from mail.counters import ACCEPT, SMTP, Gathered
 from mail.outbox import Outbox
 from mail.states import State
 from mail.store import TOTALS
+from tests.http_api import MAIL
 from tests.mails import accept, claim
 from tests.relay import CUT, Relay
 from tests.servers import Api, House, RedisServer, eventually
-from tests.test_delivery import put_the_clock_forward
+from tests.test_delivery import replaced
+from tests.test_metrics import figures
 
-MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}
 CONVERSATIONS = "smtp_duration_seconds_count"
 
 
@@ -52,31 +52,18 @@ def house(client: redis.Redis, the_relay: Relay, proxy: Proxy, tmp_path: Path) -
 
 def scraped(api: Api) -> dict[str, float]:
     """Counters by name and label, and of each histogram how much it has counted."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{api.port}/metrics", timeout=15) as answer:
-        families = list(text_string_to_metric_families(answer.read().decode()))
-    return {
-        " ".join([sample.name.removeprefix("async_email_"), *sample.labels.values()]): sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name.endswith(("_total", "_count"))
-    }
+    return {name: value for name, value in figures(api).items() if name.split()[0].endswith(("_total", "_count"))}
 
 
 def since(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
     return {name: value - before[name] for name, value in now.items() if value != before[name]}
 
 
-def submit(api: Api, body: Any = MAIL) -> str:
-    answer = api.post("/emails", body)
-    assert answer.status == 202, answer
-    return str(answer.body["id"])
-
-
 def warmed_up(house: House) -> Api:
     """A mail has gone the whole way, so Redis knows the scripts: else the reply that gets lost is that it does not."""
     api = house.api()
     house.worker()
-    api.wait_for(submit(api), "sent")
+    api.wait_for(api.submit(MAIL), "sent")
     return api
 
 
@@ -102,7 +89,7 @@ def test_each_outcome_is_counted_once_however_often_it_is_written(
     before = scraped(api)
     the_relay.data = list(replies)
     proxy.lose((b"settled_at",), lost)
-    api.wait_for(submit(api), state)
+    api.wait_for(api.submit(MAIL), state)
     eventually(lambda: proxy.left == 0)
     assert proxy.lost == lost
     changed = since(before, scraped(api))
@@ -112,9 +99,9 @@ def test_each_outcome_is_counted_once_however_often_it_is_written(
 
 def test_a_mail_whose_acceptance_was_asked_for_twice_is_counted_once(house: House, proxy: Proxy) -> None:
     api = house.api()
-    submit(api)
+    api.submit(MAIL)
     proxy.lose((b"tasks.deliver",), 1)
-    submit(api)
+    api.submit(MAIL)
     assert proxy.lost == 1
     assert scraped(api)["mails_accepted_total"] == 2
 
@@ -132,11 +119,10 @@ def test_a_worker_killed_at_the_final_dot_is_an_attempt_in_doubt(
     api = house.api()
     worker = house.worker()
     the_relay.on_data = worker.kill
-    mail_id = submit(api)
+    mail_id = api.submit(MAIL)
     worker.wait(20)
     the_relay.on_data = lambda: None
-    put_the_clock_forward(client, mail_id)
-    house.worker()
+    replaced(house, client, mail_id)
     api.wait_for(mail_id, "sent", 60)
     seen = scraped(api)
     assert (seen["attempts_total interrupted"], seen["in_doubt_total"], seen["attempts_total accepted"]) == (1, 1, 1)
@@ -146,41 +132,37 @@ def test_a_worker_killed_at_the_final_dot_is_an_attempt_in_doubt(
 def test_what_is_held_expires_or_is_canceled_is_counted_as_such(house: House, the_relay: Relay) -> None:
     house.environment["ON_DOUBT"] = "hold"
     api = house.api()
-    canceled = submit(api)
+    canceled = api.submit(MAIL)
     for _ in range(2):
         assert api.call("DELETE", f"/jobs/{canceled}").status == 200
     soon = datetime.now(timezone.utc) + timedelta(seconds=1)
-    expired = submit(api, MAIL | {"expires_at": soon.isoformat()})
+    expired = api.submit(MAIL | {"expires_at": soon.isoformat()})
     eventually(lambda: datetime.now(timezone.utc) > soon)
     the_relay.data = [CUT]
-    unknown = submit(api)
+    unknown = api.submit(MAIL)
     house.worker()
     api.wait_for(unknown, "unknown")
     api.wait_for(expired, "failed")
     eventually(lambda: scraped(api)["mails_total expired"])
     changed = {name: value for name, value in scraped(api).items() if name.startswith("mails_") and value}
-    assert changed == {
-        "mails_accepted_total": 3,
-        "mails_total canceled": 1,
-        "mails_total expired": 1,
-        "mails_total unknown": 1,
-    }
+    ends = dict.fromkeys(("mails_total canceled", "mails_total expired", "mails_total unknown"), 1)
+    assert changed == {"mails_accepted_total": 3, **ends}
+
+
+def totals(client: Any) -> dict[str, int]:
+    return {name.decode(): int(value) for name, value in client.hgetall(TOTALS).items()}
 
 
 def test_how_long_the_api_took_is_handed_over_when_it_ends_at_the_latest(house: House, client: Any) -> None:
     api = house.api()
     for _ in range(3):
-        submit(api)
+        api.submit(MAIL)
     assert api.post("/emails", {}).status == 422
     house.processes[0].send_signal(signal.SIGTERM)
     assert house.processes[0].wait(20) == 0
-    counts = {name.decode(): int(value) for name, value in client.hgetall(TOTALS).items()}
+    counts = totals(client)
     assert sum(counts.get(field, 0) for field in ACCEPT.fields) == 3
     assert counts[ACCEPT.sum_field] > 0
-
-
-def totals(client: Any) -> dict[str, int]:
-    return {name.decode(): int(value) for name, value in client.hgetall(TOTALS).items()}
 
 
 def test_a_mail_that_two_attempts_have_sent_is_one_mail_and_two_attempts(outbox: Outbox, client: Any) -> None:
@@ -213,17 +195,13 @@ def test_figures_that_redis_does_not_take_are_kept_for_the_next_time(
     gathered = Gathered(client, ACCEPT)
     gathered.add(0.02)
     with monkeypatch.context() as patched:
-        patched.setattr(client, "pipeline", _away)
+        patched.setattr(client, "pipeline", Mock(side_effect=ConnectionError))
         with pytest.raises(ConnectionError):
             gathered.hand_over()
     gathered.add(3)
     gathered.hand_over()
     gathered.hand_over()
     assert totals(client) == {"accept:0.025": 1, "accept:inf": 1, "accept:us": 3_020_000}
-
-
-def _away(**_: object) -> None:
-    raise ConnectionError
 
 
 def test_each_observation_is_in_the_first_bucket_that_holds_it() -> None:

@@ -24,8 +24,9 @@ from settings import Settings
 from smtp.envelope import Envelope
 from smtp.relay import Relay
 from smtp.verdict import Outcome, Phase, Reply, Verdict
-from tests.conversations import MIME, POOL, SENDER, WAYS, at, served
+from tests.conversations import POOL, at, served
 from tests.scripted_relay import Line, ScriptedRelay, reset
+from tests.smtp_samples import MIME, SENDER, WAYS
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
 

@@ -13,46 +13,18 @@ import pytest
 from smtp import relay, session
 from smtp.relay import Relay
 from smtp.verdict import Phase, Reply, Verdict
-from tests.conversations import (
-    ACCEPTED,
-    ADA,
-    BOB,
-    CAY,
-    CHUNKS,
-    IN_DOUBT,
-    LARGE,
-    MIME,
-    PIPES,
-    REFUSED,
-    SENDER,
-    TROUBLE,
-    TRY_AGAIN,
-    WAYS,
-    another,
-    at,
-    attempt,
-    fate,
-    opened,
-    served,
-)
-from tests.scripted_relay import (
-    Line,
-    Script,
-    ScriptedRelay,
-    Step,
-    hang_up,
-    pieces,
-    raw,
-    reset,
-)
+from tests.conversations import another, at, attempt, fate, opened, served
+from tests.scripted_relay import Line, Script, ScriptedRelay, Step, hang_up, pieces, raw, reset
 from tests.servers import eventually
+from tests.smtp_samples import ADA, BOB, CAY, CHUNKS, LARGE, MIME, PIPES, SENDER, WAYS
+from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
 
 
 @pytest.mark.parametrize("mime", [MIME, LARGE], ids=["small", "large"])
 def test_begin_sends_all_but_the_dot_and_knows_the_replies_about_recipients(mime: bytes) -> None:
-    calls: list[Mapping[str, Reply]] = []
+    calls: list[dict[str, Reply]] = []
 
     def look(replies: Mapping[str, Reply]) -> None:
         calls.append(dict(replies))
@@ -72,6 +44,7 @@ def test_begin_sends_all_but_the_dot_and_knows_the_replies_about_recipients(mime
         }
     ]
     assert outcome.verdict is ACCEPTED
+    assert outcome.recipients == calls[0] | {ADA: Reply(Phase.DOT, 250, "2.0.0 queued as 4711")}
     assert there.accepted == [mime]
 
 
@@ -144,7 +117,7 @@ def test_replies_to_many_commands_may_come_in_any_number_of_packets(offers: list
     def gathered(text: str, reply: str) -> Step:
         def act(line: Line) -> str:
             together.append(text)
-            if offers == [] or text.startswith(("354", "250 2.0.0")):
+            if offers == [] or text.startswith(("354", "250-2.0.0")):
                 pieces("\r\n".join(together), size)(line)
                 together.clear()
             return reply
@@ -152,16 +125,18 @@ def test_replies_to_many_commands_may_come_in_any_number_of_packets(offers: list
         return act
 
     script: Script = {
+        "GREETING": pieces("220-relay.example\r\n220-welcomes\r\n220 you", size),
+        "EHLO": pieces("\r\n".join(["250-relay.example", *(f"250-{offer}" for offer in offers), "250 HELP"]), size),
         "MAIL": gathered("250-2.1.0 fine\r\n250 go on", "250"),
         "RCPT": [gathered("250 2.1.5 liked", "250"), gathered("550-5.1.1 not\r\n550 5.1.1 here", "550")],
-        "DATA": gathered("354 go", "354"),
-        ".": gathered("250 2.0.0 4711", "250"),
+        "DATA": gathered("354-end with\r\n354 a dot", "354"),
+        ".": gathered("250-2.0.0 thanks\r\n250 2.0.0 4711", "250"),
     }
-    with ScriptedRelay(script, offers=offers) as there:
+    with ScriptedRelay(script) as there:
         outcome = attempt(at(there.port), ADA, BOB)
     assert there.accepted == [MIME]
     assert outcome.recipients == {
-        ADA: Reply(Phase.DOT, 250, "2.0.0 4711"),
+        ADA: Reply(Phase.DOT, 250, "2.0.0 thanks 2.0.0 4711"),
         BOB: Reply(Phase.RCPT, 550, "5.1.1 not 5.1.1 here"),
     }
 

@@ -283,18 +283,6 @@ def test_a_body_of_exactly_the_limit_is_read(api: Api, client: redis.Redis) -> N
     held_to_the_shape(api.call("POST", "/emails", raw=whole + b" "), 413, "request_too_large")
 
 
-def test_a_chunked_body_is_read(api: Api, client: redis.Redis) -> None:
-    sent = post("/emails", CHUNKED, "Connection: close", body=b"%x\r\n%b\r\n" % (len(BODY), BODY) + EMPTY_CHUNK)
-    [answer] = answers_in(spoken(api.port, sent))
-    assert answer.status == 202
-
-
-def test_two_requests_in_one_packet_have_their_answers_in_order(api: Api) -> None:
-    sent = b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-Id: %b\r\n%b\r\n"
-    heard = answers_in(spoken(api.port, sent % (b"one", b"") + sent % (b"two", b"Connection: close\r\n")))
-    assert [answer.headers["X-Request-Id"] for answer in heard] == ["one", "two"]
-
-
 def test_a_name_with_two_addresses_is_served_alike_on_both(monkeypatch: pytest.MonkeyPatch) -> None:
     real, both = socket.getaddrinfo, ("127.0.0.1", "127.0.0.2")
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from process.log import EVENTS
+from tests.http_api import MAIL
 from tests.relay import Relay
 from tests.servers import House, RedisServer, eventually
 
@@ -30,8 +31,7 @@ def happen(house: House) -> None:
     api = house.api()
     house.worker()
     for to, state in (("ada@example.com", "sent"), ("gone@example.com", "failed")):
-        mail_id = api.post("/emails", {"to": to, "subject": "s", "text": "t"}).body["id"]
-        api.wait_for(mail_id, state)
+        api.wait_for(api.submit(MAIL | {"to": to}), state)
     eventually(lambda: "Traceback" in house.log("worker-email"))  # RQ tells of each job that failed
 
 

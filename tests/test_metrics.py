@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,14 @@ def house(redis_server: RedisServer, tmp_path: Path) -> Iterator[House]:
 
 
 @pytest.fixture
-def client(house: House, redis_server: RedisServer) -> Iterator[Any]:
-    with redis_server.client() as client:
-        yield client
+def api(house: House) -> Api:
+    return house.api()
 
 
 def scrape(api: Api) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{api.port}/metrics", timeout=15) as answer:
-        assert answer.status == 200
-        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-        return str(answer.read().decode())
+    answer = api.get("/metrics")
+    assert (answer.status, answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")) == (200, True)
+    return str(answer.body)
 
 
 def figures(api: Api) -> dict[str, float]:
@@ -52,10 +49,9 @@ def figures(api: Api) -> dict[str, float]:
     }
 
 
-def test_jobs_are_counted_where_they_wait(house: House, client: Any) -> None:
-    api = house.api()
+def test_jobs_are_counted_where_they_wait(api: Api, client: Any) -> None:
     for _ in range(2):
-        assert api.post("/emails", MAIL).status == 202
+        api.submit(MAIL)
     client.zadd("rq:scheduled:email", {"a": time.time() - 100, "b": time.time() + 100})
     client.zadd("rq:failed:jobs", {"c": 1, "d": 1, "e": 1})
     client.zadd("rq:wip:email", {"f:1": 1})
@@ -73,30 +69,27 @@ def test_jobs_are_counted_where_they_wait(house: House, client: Any) -> None:
     assert seen["overdue_seconds jobs"] == 0
 
 
-def test_the_oldest_in_the_queue_grows_older(house: House, client: Any) -> None:
-    api = house.api()
+def test_the_oldest_in_the_queue_grows_older(api: Api, client: Any) -> None:
     assert figures(api)["oldest_queued_seconds email"] == 0
-    mail_id = api.post("/emails", MAIL).body["id"]
+    mail_id = api.submit(MAIL)
     client.hset(f"rq:job:{mail_id}", "enqueued_at", utcformat(now()).replace("20", "19", 1))  # a century ago
     assert figures(api)["oldest_queued_seconds email"] > 1e9
 
 
-def test_a_worker_counts_as_long_as_it_gives_signs_of_life(house: House, client: Any) -> None:
-    api = house.api()
+def test_a_worker_counts_as_long_as_it_gives_signs_of_life(house: House, api: Api, client: Any) -> None:
     assert figures(api)["workers email"] == 0
     house.environment["WORKER_CONCURRENCY"] = "3"
     house.worker()
     house.worker("jobs")
     eventually(lambda: (figures(api)["workers email"], figures(api)["workers jobs"]) == (3, 1))
     [silent, *_] = client.smembers("rq:workers:jobs")
-    house.processes[2].kill()
-    house.processes[2].wait()
+    house.processes[-1].kill()
+    house.processes[-1].wait()
     client.hset(silent, "last_heartbeat", "2026-01-01T00:00:00.000000Z")
     assert figures(api)["workers jobs"] == 0
 
 
-def test_the_relay_the_store_and_the_sweep_are_seen(house: House, client: Any, redis_server: RedisServer) -> None:
-    api = house.api()
+def test_the_relay_the_store_and_the_sweep_are_seen(api: Api, client: Any, redis_server: RedisServer) -> None:
     seen = figures(api)
     assert (seen["breaker_open"], seen["last_sent_timestamp_seconds"], seen["redis_up"]) == (0, 0, 1)
     assert (seen["redis_append_only"], seen["redis_memory_max_bytes"]) == (1, 0)
@@ -111,19 +104,19 @@ def test_the_relay_the_store_and_the_sweep_are_seen(house: House, client: Any, r
     assert (seen["swept_total repaired"], seen["swept_total given_up"]) == (2, 1)
 
 
-def test_a_histogram_adds_up(house: House, client: Any) -> None:
+def test_a_histogram_adds_up(api: Api, client: Any) -> None:
     client.hset(TOTALS, mapping={"accept:0.005": 3, "accept:0.01": 1, "accept:inf": 1, "accept:us": 2_500_000})
-    seen = figures(house.api())
+    seen = figures(api)
     name = "accept_duration_seconds"
     assert [seen[f"{name}_bucket {bound}"] for bound in ("0.0025", "0.005", "0.01", "2.5", "+Inf")] == [0, 3, 4, 4, 5]
     assert (seen[f"{name}_count"], seen[f"{name}_sum"]) == (5, 2.5)
 
 
-def test_every_process_answers_with_the_same_figures(house: House) -> None:
-    first, second = house.api(), house.api()
+def test_every_process_answers_with_the_same_figures(house: House, api: Api) -> None:
+    first, second = api, house.api()
     house.worker()
-    first.wait_for(first.post("/emails", MAIL).body["id"], "sent")
-    second.wait_for(second.post("/emails", MAIL).body["id"], "sent")
+    first.wait_for(first.submit(MAIL), "sent")
+    second.wait_for(second.submit(MAIL), "sent")
 
     def counters(api: Api) -> dict[str, float]:
         return {name: value for name, value in figures(api).items() if "_total" in name or "_bucket" in name}
@@ -134,9 +127,8 @@ def test_every_process_answers_with_the_same_figures(house: House) -> None:
 
 
 @pytest.mark.parametrize("queued", [0, 3000])
-def test_a_scrape_reads_a_few_keys_and_writes_none(house: House, client: Any, queued: int) -> None:
+def test_a_scrape_reads_a_few_keys_and_writes_none(api: Api, client: Any, queued: int) -> None:
     """Whatever is queued, the commands are these; none of them takes longer for a longer queue."""
-    api = house.api()
     with client.pipeline() as pipe:
         for number in range(queued):
             pipe.rpush("rq:queue:email", f"id-{number}")
@@ -162,7 +154,7 @@ def test_a_scrape_reads_a_few_keys_and_writes_none(house: House, client: Any, qu
     ]
 
 
-def test_while_redis_is_away_the_answer_says_so(tmp_path: Path) -> None:
+def test_while_redis_is_away_the_answer_says_so(tmp_path: Path, api: Api) -> None:
     (tmp_path / "redis").mkdir()
     with RedisServer(tmp_path / "redis") as server, House(tmp_path, server.url) as house:
         api = house.api()
@@ -186,9 +178,8 @@ def names(text: str) -> set[str]:
     return {re.sub("_(bucket|sum|count)$", "", name) for name in found}
 
 
-def test_every_series_is_there_from_the_beginning_and_on_the_page_for_operators(house: House) -> None:
+def test_every_series_is_there_from_the_beginning_and_on_the_page_for_operators(api: Api) -> None:
     """One that begins with 1 has no increase that an alert could see."""
-    api = house.api()
     seen = set(figures(api))
     assert {f"accept_duration_seconds_bucket {float(bound)}" for bound in ACCEPT.bounds} <= seen
     assert {f"smtp_duration_seconds_bucket {float(bound)}" for bound in SMTP.bounds} <= seen

@@ -8,7 +8,6 @@ REQUIRE_PROMTOOL=1 (as in CI) they fail.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.http_api import MAIL
+from tests.programs import program
 from tests.relay import Relay
 from tests.servers import ROOT, House, RedisServer, eventually
 from tests.test_metrics import figures, names, scrape
@@ -35,20 +36,14 @@ def scraped(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory)
         api = house.api()
         house.worker()
         house.worker("jobs")
-        api.wait_for(api.post("/emails", {"to": "ada@example.com", "subject": "s", "text": "t"}).body["id"], "sent")
+        api.wait_for(api.submit(MAIL), "sent")
         eventually(lambda: figures(api)["workers jobs"] and figures(api)["workers email"])
         yield scrape(api)
 
 
 @pytest.fixture(scope="module")
 def promtool() -> str:
-    path = shutil.which("promtool")
-    if path:
-        return path
-    reason = "there is no promtool on PATH (Debian has it in the package prometheus)"
-    if os.environ.get("REQUIRE_PROMTOOL") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
+    return program("REQUIRE_PROMTOOL", "promtool")  # Debian has it in the package prometheus
 
 
 def expressions() -> list[str]:
@@ -136,8 +131,7 @@ def grows(a_minute: float) -> str:
     return f"0+{a_minute:f}x{MINUTES}"
 
 
-def happens_once() -> str:
-    return f"0+0x{MINUTES - 20} 1+0x19"
+HAPPENS_ONCE = f"0+0x{MINUTES - 20} 1+0x19"
 
 
 def a_day_when_all_is_well(scraped: str) -> dict[str, str]:
@@ -171,9 +165,9 @@ BROKEN: dict[str, dict[str, str]] = {  # alert -> what is different on that day;
     "RedisKeepsNothing": {"async_email_redis_append_only": stays(0)},
     "RedisNearlyFull": {"async_email_redis_memory_bytes": stays(801)},
     "ManyMailsFail": {'async_email_mails_total{result="failed"}': grows(6)},
-    "MailsInDoubt": {"async_email_in_doubt_total": happens_once()},
-    "MailsExpire": {'async_email_mails_total{result="expired"}': happens_once()},
-    "MailsGivenUp": {'async_email_swept_total{outcome="given_up"}': happens_once()},
+    "MailsInDoubt": {"async_email_in_doubt_total": HAPPENS_ONCE},
+    "MailsExpire": {'async_email_mails_total{result="expired"}': HAPPENS_ONCE},
+    "MailsGivenUp": {'async_email_swept_total{outcome="given_up"}': HAPPENS_ONCE},
     "AcceptingIsSlow": dict.fromkeys(TO_A_SECOND, grows(98)),
 }
 STILL_WELL: dict[str, dict[str, str]] = {  # what looks like trouble and is none
@@ -181,7 +175,7 @@ STILL_WELL: dict[str, dict[str, str]] = {  # what looks like trouble and is none
     "a quiet night, one mail put off": {
         **dict.fromkeys(GROW, stays(7)),
         'async_email_queue_jobs{queue="email", state="scheduled"}': stays(1),
-        TRY_AGAIN: f"0+0x{MINUTES - 20} 1+0x19",
+        TRY_AGAIN: HAPPENS_ONCE,
     },
     "no maxmemory": {"async_email_redis_memory_max_bytes": stays(0)},
     "the only two mails of the day were refused": {

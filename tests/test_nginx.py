@@ -17,55 +17,32 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 from settings import Settings
+from tests.http_api import MAIL, UNKNOWN_ID, WELCOME
 from tests.programs import program
-from tests.servers import ROOT, House, RedisServer, eventually, free_port
+from tests.servers import ROOT, Answer, Api, House, eventually, free_port, heard
 from web import app, body
 
 SITE = (ROOT / "nginx" / "async-email.conf").read_text()
-MAIL = {"to": "ada@example.com", "subject": "Hello", "text": "Hello there."}
-UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
 HERE, OUTSIDE = "127.0.0.1", "127.0.0.2"
+SETTINGS = {"DASHBOARD_PASSWORD": "open"}
 
 
-class Answer(NamedTuple):
-    status: int
-    body: Any
-    headers: dict[str, str]
+def at_home(front: Api) -> Api:
+    """The site, as this machine itself reaches it."""
+    return Api(front.port, front.key, HERE)
 
 
-class Front:
-    """A client of the site."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-
-    def call(self, method: str, path: str, body: bytes | None = None, *, at: str = OUTSIDE, **headers: str) -> Answer:
-        sent = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection = http.client.HTTPConnection(at, self.port, timeout=20)
-        try:
-            connection.request(method, path, body, ({"Content-Type": "application/json"} if body else {}) | sent)
-            response = connection.getresponse()
-            text = response.read().decode()
-            is_json = response.headers.get_content_type() == "application/json"
-            return Answer(response.status, json.loads(text) if is_json else text, dict(response.getheaders()))
-        finally:
-            connection.close()
-
-    def send(self, head: str) -> Answer:
-        """Exactly these bytes."""
-        with socket.create_connection((OUTSIDE, self.port), timeout=20) as connection:
-            connection.sendall(head.encode())
-            response = http.client.HTTPResponse(connection)
-            response.begin()
-            return Answer(response.status, json.loads(response.read()), dict(response.getheaders()))
-
-    def post(self, path: str, body: Any, **headers: str) -> Answer:
-        return self.call("POST", path, json.dumps(body).encode(), Authorization="Bearer full-key", **headers)
+def send(front: Api, head: str) -> Answer:
+    """Exactly these bytes."""
+    with socket.create_connection((OUTSIDE, front.port), timeout=20) as connection:
+        connection.sendall(head.encode())
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return heard(response)
 
 
 def place(text: str, **places: str) -> str:
@@ -101,35 +78,22 @@ def nginx(directory: Path, *arguments: str) -> list[str]:
 
 
 @contextmanager
-def serving(directory: Path, **places: str) -> Iterator[Front]:
+def serving(directory: Path, **places: str) -> Iterator[Api]:
     directory.mkdir(exist_ok=True)
     port = free_port()
     written(directory, port=str(port), **places)
     process = subprocess.Popen(nginx(directory), stderr=subprocess.DEVNULL)
     try:
-        front = Front(port)
-        eventually(lambda: answers(front))
+        front = Api(port, host=OUTSIDE)
+        eventually(lambda: front.answers("/nothing", 404))
         yield front
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
 
 
-def answers(front: Front) -> bool:
-    try:
-        return front.call("GET", "/nothing").status == 404
-    except OSError:
-        return False
-
-
 @pytest.fixture(scope="module")
-def house(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with House(tmp_path_factory.mktemp("house"), redis_server.url, DASHBOARD_PASSWORD="open") as house:
-        yield house
-
-
-@pytest.fixture(scope="module")
-def front(house: House, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+def front(house: House, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     program("REQUIRE_NGINX", "nginx")
     dashboard = free_port()
     house.environment |= {"DASHBOARD_LISTEN": f"127.0.0.1:{dashboard}", "PYTHONPATH": str(ROOT)}
@@ -181,14 +145,13 @@ def test_its_limits_are_the_services_own() -> None:
 # --- what passes ------------------------------------------------------------------------------------------------------
 
 
-def test_a_mail_is_accepted(front: Front) -> None:
-    assert front.post("/start-job", {"name": "Ada", "email": "ada@example.com"}).status == 202
-    assert front.post("/emails", MAIL).status == 202
-    assert front.post("/emails/batch", [MAIL, MAIL]).status == 202
+def test_a_mail_is_accepted(front: Api) -> None:
+    for path, mail in (("/start-job", WELCOME), ("/emails", MAIL), ("/emails/batch", [MAIL, MAIL])):
+        assert front.post(path, mail).status == 202
 
 
 @pytest.mark.parametrize("path", ["/emails", "/emails/batch"])
-def test_attachments_pass_where_they_may_come(front: Front, path: str) -> None:
+def test_attachments_pass_where_they_may_come(front: Api, path: str) -> None:
     content = base64.b64encode(bytes(2**20)).decode()
     mail = MAIL | {"attachments": [{"filename": "zeros", "content": content}]}
     assert front.post(path, [mail] if path.endswith("batch") else mail).status == 202
@@ -196,10 +159,10 @@ def test_attachments_pass_where_they_may_come(front: Front, path: str) -> None:
 
 @pytest.mark.parametrize(("method", "rule", "scope"), [(route[0], route[1], route[3]) for route in app.ROUTES])
 def test_each_route_is_public_and_wants_a_key_or_is_for_this_machine(
-    front: Front, method: str, rule: str, scope: str | None
+    front: Api, method: str, rule: str, scope: str | None
 ) -> None:
     path = re.sub(r"<\w+>", UNKNOWN_ID, rule)
-    outside, here = front.call(method, path), front.call(method, path, at=HERE)
+    outside, here = (one.call(method, path, headers={"Authorization": ""}) for one in (front, at_home(front)))
     assert here.status == outside.status or not scope
     if scope:
         assert (outside.status, outside.body["name"]) == (401, "missing_api_key")
@@ -212,44 +175,43 @@ def test_each_route_is_public_and_wants_a_key_or_is_for_this_machine(
 
 @pytest.mark.parametrize("path", ["/metrics", "/readyz", "/rq/", "/rq/static/css/main.css"])
 @pytest.mark.parametrize("claim", ["X-Forwarded-For", "X-Real-IP", "Forwarded"])
-def test_what_is_for_this_machine_is_refused_whatever_a_client_claims(front: Front, path: str, claim: str) -> None:
-    headers: dict[str, Any] = {claim.replace("-", "_"): "127.0.0.1"}
-    assert is_ours(front.call("GET", path, Host="localhost", **headers), 404, "not_found")
+def test_what_is_for_this_machine_is_refused_whatever_a_client_claims(front: Api, path: str, claim: str) -> None:
+    assert is_ours(front.call("GET", path, headers={"Host": "localhost", claim: "127.0.0.1"}), 404, "not_found")
 
 
-def test_the_dashboard_is_there_for_this_machine_and_asks_who_it_is(front: Front) -> None:
-    login = "Basic " + base64.b64encode(b"admin:open").decode()
-    eventually(lambda: front.call("GET", "/rq/", at=HERE).status == 401)
-    assert front.call("GET", "/rq", at=HERE).headers["Location"] == "/rq/"
-    answer = front.call("GET", "/rq/", at=HERE, Authorization=login)
+def test_the_dashboard_is_there_for_this_machine_and_asks_who_it_is(front: Api) -> None:
+    here, login = at_home(front), "Basic " + base64.b64encode(b"admin:open").decode()
+    eventually(lambda: here.get("/rq/").status == 401)
+    assert here.get("/rq").headers["Location"] == "/rq/"
+    answer = here.call("GET", "/rq/", headers={"Authorization": login})
     assert answer.status == 200
     assert "/rq/static/" in answer.body
 
 
-def test_the_services_own_errors_pass_as_they_are(front: Front) -> None:
+def test_the_services_own_errors_pass_as_they_are(front: Api) -> None:
     invalid = front.post("/emails", {"to": "nobody", "subject": "s", "text": "t"})
     assert (invalid.status, invalid.body["errors"][0]["field"]) == (422, "to[0]")
-    method = front.call("GET", "/start-job")
+    method = front.get("/start-job")
     assert (method.status, method.body["message"]) == (405, "the method must be one of POST")
-    unknown = front.call("GET", f"/emails/{UNKNOWN_ID}", Authorization="Bearer full-key")
+    unknown = front.get(f"/emails/{UNKNOWN_ID}")
     assert (unknown.status, unknown.body["name"]) == (404, "not_found")
 
 
-def test_one_request_id_goes_all_the_way(front: Front, house: House) -> None:
-    answer = front.post("/start-job", {"name": "Ada", "email": "ada@example.com"}, X_Request_Id="shop.4711")
+def test_one_request_id_goes_all_the_way(front: Api, house: House) -> None:
+    answer = front.post("/start-job", WELCOME, X_Request_Id="shop.4711")
     assert answer.headers["X-Request-Id"] == "shop.4711"
     assert "request_id=shop.4711" in house.log("api")
-    made = front.post("/start-job", {"name": "Ada", "email": "ada@example.com"}, X_Request_Id="not an id")
+    made = front.post("/start-job", WELCOME, X_Request_Id="not an id")
     assert re.fullmatch("[0-9a-f]{32}", made.headers["X-Request-Id"])
-    assert front.call("GET", "/nothing", X_Request_Id="shop.4712").body["request_id"] == "shop.4712"
+    assert front.call("GET", "/nothing", headers={"X-Request-Id": "shop.4712"}).body["request_id"] == "shop.4712"
 
 
 # --- what nginx refuses -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/", "/index.php", "/emailsx", "/start-job/", "/.env"])
-def test_what_does_not_exist_is_not_found(front: Front, path: str) -> None:
-    answer = front.call("GET", path)
+def test_what_does_not_exist_is_not_found(front: Api, path: str) -> None:
+    answer = front.get(path)
     assert is_ours(answer, 404, "not_found")
     assert answer.headers["Server"] == "nginx"  # without its version
     assert "Strict-Transport-Security" not in answer.headers  # this is plain HTTP
@@ -259,18 +221,18 @@ def test_what_does_not_exist_is_not_found(front: Front, path: str) -> None:
     ("path", "size"),
     [("/start-job", 70_000), ("/jobs", 70_000), (f"/jobs/{UNKNOWN_ID}/requeue", 70_000), ("/emails", 11 * 2**20)],
 )
-def test_a_body_over_the_limit_is_refused_before_it_is_sent(front: Front, path: str, size: int) -> None:
-    answer = front.send(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n")
+def test_a_body_over_the_limit_is_refused_before_it_is_sent(front: Api, path: str, size: int) -> None:
+    answer = send(front, f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n")
     assert is_ours(answer, 413, "request_too_large")
 
 
-def test_what_is_no_request_is_refused_in_the_same_shape(front: Front) -> None:
-    assert is_ours(front.send("GET / HTTP/1.1\r\nHost: a b\r\n\r\n"), 400, "validation_error")
+def test_what_is_no_request_is_refused_in_the_same_shape(front: Api) -> None:
+    assert is_ours(send(front, "GET / HTTP/1.1\r\nHost: a b\r\n\r\n"), 400, "validation_error")
 
 
 def test_too_many_requests_are_told_when_to_come_again(tmp_path: Path) -> None:
     with serving(tmp_path, api=f"{HERE}:1", rate="1r/m", burst="5") as front:
-        seen = [front.call("GET", "/healthz") for _ in range(10)]
+        seen = [front.get("/healthz") for _ in range(10)]
     assert is_ours(seen[-1], 429, "rate_limit_exceeded")
     assert seen[-1].headers["Retry-After"] == "1"
 
@@ -278,7 +240,7 @@ def test_too_many_requests_are_told_when_to_come_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [HERE, OUTSIDE])
 def test_a_service_that_is_away_is_said_in_the_same_shape(tmp_path: Path, at: str) -> None:
     with serving(tmp_path, api=f"unix:{tmp_path}/nobody.sock") as front:
-        answer = front.call("POST", "/emails", b"{}", at=at)
+        answer = Api(front.port, host=at).post("/emails", {})
     assert is_ours(answer, 502, "service_unavailable")
     assert answer.headers["Retry-After"] == "5"
 

@@ -9,12 +9,12 @@ import fakeredis
 import pytest
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
-from mail.claim import Busy, ClaimLost
+from mail.claim import Busy, Claim, ClaimLost
 from mail.outbox import Outbox, jittered
 from mail.states import State, Status
 from queues import heartbeat
 from queues.heartbeat import LEASE_SECONDS
-from queues.jobs import Idempotency, IdempotencyConflict, NotFound, NotPossible
+from queues.jobs import NotPossible
 from tests.mails import accept, claim, draft
 from tests.servers import eventually
 
@@ -24,37 +24,25 @@ def client() -> fakeredis.FakeRedis:
     return fakeredis.FakeRedis()
 
 
-def test_an_accepted_mail_is_stored_with_its_job_and_queued(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox)
+@pytest.fixture
+def mail_id(outbox: Outbox) -> str:
+    return accept(outbox)
+
+
+@pytest.fixture
+def taken(outbox: Outbox, mail_id: str) -> Claim:
+    """The claim of an attempt at that mail."""
+    return claim(outbox, mail_id)
+
+
+def test_an_accepted_mail_is_stored_with_its_job_and_queued(client: Any, mail_id: str) -> None:
     assert client.hget(f"mail:{mail_id}", "state") == b"queued"
     assert client.hget(f"rq:job:{mail_id}", "status") == b"queued"
     assert client.lrange("rq:queue:email", 0, -1) == [mail_id.encode()]
     assert client.ttl(f"mail:{mail_id}") == client.ttl(f"rq:job:{mail_id}") == -1
 
 
-def test_the_same_key_and_fingerprint_is_a_replay_and_another_fingerprint_a_conflict(
-    outbox: Outbox, client: Any
-) -> None:
-    key = Idempotency.of("shop", "/emails", "k", {"a": 1, "b": 2})
-    first = outbox.accept([draft()], key)
-    again = outbox.accept([draft()], Idempotency.of("shop", "/emails", "k", {"b": 2, "a": 1}))
-    assert (first.replayed, again.replayed) == (False, True)
-    assert again.id == first.id
-    with pytest.raises(IdempotencyConflict):
-        outbox.accept([draft()], Idempotency.of("shop", "/emails", "k", {"a": 1}))
-    assert client.llen("rq:queue:email") == 1
-    assert client.zrange("mail:open", 0, -1) == [first.id.encode()]
-    assert 86000 < client.ttl(key.key) <= 86400
-
-
-def test_a_key_belongs_to_its_caller_and_endpoint(outbox: Outbox) -> None:
-    ways = [("shop", "/emails"), ("blog", "/emails"), ("shop", "/start-job")]
-    ids = {outbox.accept([draft()], Idempotency.of(*way, "k", {})).id for way in ways}
-    assert len(ids) == 3
-
-
-def test_a_claimed_mail_is_busy_for_everybody_else(outbox: Outbox) -> None:
-    mail_id = accept(outbox)
+def test_a_claimed_mail_is_busy_for_everybody_else(outbox: Outbox, mail_id: str) -> None:
     claim(outbox, mail_id)
     with pytest.raises(Busy) as busy:
         outbox.claim(mail_id, time.time() + 1)
@@ -62,11 +50,9 @@ def test_a_claimed_mail_is_busy_for_everybody_else(outbox: Outbox) -> None:
 
 
 def test_a_claim_is_kept_for_as_long_as_its_attempt_lasts(
-    outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch
+    client: Any, monkeypatch: pytest.MonkeyPatch, taken: Claim, mail_id: str
 ) -> None:
     monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.02)
-    mail_id = accept(outbox)
-    taken = claim(outbox, mail_id)
     client.pexpire(f"mail:{mail_id}:claim", 10_000)
     with taken.held():
         eventually(lambda: client.ttl(f"mail:{mail_id}:claim") > 20)
@@ -74,18 +60,16 @@ def test_a_claim_is_kept_for_as_long_as_its_attempt_lasts(
 
 
 def test_a_lost_claim_is_not_taken_back_by_a_heartbeat(
-    outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch
+    outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch, mail_id: str
 ) -> None:
     monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.02)
-    mail_id = accept(outbox)
     with claim(outbox, mail_id).held():
         client.set(f"mail:{mail_id}:claim", "somebody else", px=60_000)
         time.sleep(0.2)
     assert client.get(f"mail:{mail_id}:claim") == b"somebody else"
 
 
-def test_an_attempt_that_raises_gives_its_claim_back(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox)
+def test_an_attempt_that_raises_gives_its_claim_back(outbox: Outbox, mail_id: str) -> None:
     with pytest.raises(ZeroDivisionError), claim(outbox, mail_id).held():
         raise ZeroDivisionError
     assert claim(outbox, mail_id).state_before == "sending"
@@ -96,42 +80,38 @@ def test_a_mail_that_is_no_longer_kept_cannot_be_claimed(outbox: Outbox, client:
     assert client.keys("*gone-mail*") == []
 
 
-def test_an_attempt_that_lost_its_claim_stops_before_the_final_dot(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox)
-    paused = claim(outbox, mail_id)
+def test_an_attempt_that_lost_its_claim_stops_before_the_final_dot(
+    outbox: Outbox, client: Any, taken: Claim, mail_id: str
+) -> None:
     client.delete(f"mail:{mail_id}:claim")
     other = claim(outbox, mail_id)
     with pytest.raises(ClaimLost):
-        paused.mark_in_doubt({"b@example.com": Status.IN_DOUBT})
+        taken.mark_in_doubt({"b@example.com": Status.IN_DOUBT})
     other.mark_in_doubt({"b@example.com": Status.IN_DOUBT})
     assert outbox.read(mail_id)["recipients"][0]["status"] == "in_doubt"
 
 
-def test_an_attempt_that_lost_its_claim_may_still_say_sent_and_nothing_else(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox)
-    paused = claim(outbox, mail_id)
+def test_an_attempt_that_lost_its_claim_may_still_say_sent_and_nothing_else(
+    outbox: Outbox, client: Any, taken: Claim, mail_id: str
+) -> None:
     client.delete(f"mail:{mail_id}:claim")
     claim(outbox, mail_id)
     with pytest.raises(ClaimLost):
-        paused.settle(State.FAILED, reason="stale")
+        taken.settle(State.FAILED, reason="stale")
     assert client.hget(f"mail:{mail_id}", "state") == b"sending"
-    paused.settle(State.SENT)
+    taken.settle(State.SENT)
     assert outbox.read(mail_id)["status"] == "sent"
 
 
-def test_settling_twice_is_settling_once(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox)
-    done = claim(outbox, mail_id)
-    done.attempts.append({"verdict": "accepted"})
-    done.settle(State.SENT)
+def test_settling_twice_is_settling_once(client: Any, taken: Claim, mail_id: str) -> None:
+    taken.attempts.append({"verdict": "accepted"})
+    taken.settle(State.SENT)
     before = client.hgetall(f"mail:{mail_id}")
-    done.settle(State.SENT)
-    after = client.hgetall(f"mail:{mail_id}")
-    assert before == after
+    taken.settle(State.SENT)
+    assert client.hgetall(f"mail:{mail_id}") == before
 
 
-def test_an_interrupted_claim_is_taken_over_with_what_it_noted(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox)
+def test_an_interrupted_claim_is_taken_over_with_what_it_noted(outbox: Outbox, client: Any, mail_id: str) -> None:
     claim(outbox, mail_id).mark_in_doubt({"b@example.com": Status.IN_DOUBT, "c@example.com": Status.REFUSED})
     client.delete(f"mail:{mail_id}:claim")
     taken = claim(outbox, mail_id)
@@ -139,8 +119,7 @@ def test_an_interrupted_claim_is_taken_over_with_what_it_noted(outbox: Outbox, c
     assert [one.status for one in taken.recipients] == [Status.IN_DOUBT, "refused"]
 
 
-def test_the_list_of_attempts_does_not_grow_without_end(outbox: Outbox) -> None:
-    mail_id = accept(outbox)
+def test_the_list_of_attempts_does_not_grow_without_end(outbox: Outbox, mail_id: str) -> None:
     for _ in range(60):
         attempt = claim(outbox, mail_id)
         attempt.attempts.append({"at": "then", "verdict": "trouble"})
@@ -148,16 +127,9 @@ def test_the_list_of_attempts_does_not_grow_without_end(outbox: Outbox) -> None:
     assert len(outbox.read(mail_id)["attempts"]) == 50
 
 
-def test_a_canceled_mail_is_not_claimed_and_its_job_is_gone(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox)
-    outbox.cancel(mail_id)
-    assert outbox.claim(mail_id, time.time() + 1) == "canceled"
-    assert client.keys("rq:job:*") == client.lrange("rq:queue:email", 0, -1) == []
-    assert outbox.read(mail_id)["status"] == "canceled"
-
-
-def test_a_failed_mail_is_claimed_again_only_if_it_was_queued_again_since(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox)
+def test_a_failed_mail_is_claimed_again_only_if_it_was_queued_again_since(
+    outbox: Outbox, client: Any, mail_id: str
+) -> None:
     accepted_at = time.time()
     claim(outbox, mail_id).settle(State.UNKNOWN, reason="x")
     assert outbox.claim(mail_id, queued_at=accepted_at) == "unknown"
@@ -168,23 +140,19 @@ def test_a_failed_mail_is_claimed_again_only_if_it_was_queued_again_since(outbox
 
 
 @pytest.mark.parametrize("state", ["failed", "unknown"])
-def test_rq_does_not_try_a_mail_again_that_was_given_up(outbox: Outbox, client: Any, state: str) -> None:
-    mail_id = accept(outbox)
+def test_rq_does_not_try_a_mail_again_that_was_given_up(outbox: Outbox, client: Any, state: str, mail_id: str) -> None:
     claim(outbox, mail_id).settle(State(state), reason="x")
     assert client.hget(f"rq:job:{mail_id}", "retries_left") == b"0"
     assert client.hexists(f"rq:job:{mail_id}", "data")
 
 
-def test_giving_up_a_mail_without_a_job_makes_none(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox)
-    taken = claim(outbox, mail_id)
+def test_giving_up_a_mail_without_a_job_makes_none(client: Any, taken: Claim, mail_id: str) -> None:
     client.delete(f"rq:job:{mail_id}")
     taken.settle(State.FAILED, reason="x")
     assert not client.exists(f"rq:job:{mail_id}")
 
 
-def test_a_mail_that_an_attempt_holds_is_not_canceled(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox)
+def test_a_mail_that_an_attempt_holds_is_not_canceled(outbox: Outbox, client: Any, mail_id: str) -> None:
     claim(outbox, mail_id)
     with pytest.raises(NotPossible, match="being sent"):
         outbox.cancel(mail_id)
@@ -193,19 +161,9 @@ def test_a_mail_that_an_attempt_holds_is_not_canceled(outbox: Outbox, client: An
     assert client.hget(f"mail:{mail_id}", "state") == b"canceled"
 
 
-def test_a_mail_whose_job_runs_is_not_canceled(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox)
-    client.hset(f"rq:job:{mail_id}", "status", "started")
-    with pytest.raises(NotPossible, match="a job that is started"):
-        outbox.cancel(mail_id)
-    assert client.hget(f"mail:{mail_id}", "state") == b"queued"
-
-
 def test_an_attempt_at_a_mail_that_was_canceled_meanwhile_stops_before_the_final_dot(
-    outbox: Outbox, client: Any
+    client: Any, taken: Claim, mail_id: str
 ) -> None:
-    mail_id = accept(outbox)
-    taken = claim(outbox, mail_id)
     client.hset(f"mail:{mail_id}", "state", "canceled")
     with pytest.raises(ClaimLost):
         taken.mark_in_doubt({})
@@ -213,10 +171,8 @@ def test_an_attempt_at_a_mail_that_was_canceled_meanwhile_stops_before_the_final
 
 @pytest.mark.parametrize("state", ["sent", "delayed", "failed"])
 def test_that_somebody_was_served_is_written_as_soon_as_redis_takes_it(
-    outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch, state: str
+    outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch, state: str, taken: Claim, mail_id: str
 ) -> None:
-    mail_id = accept(outbox)
-    taken = claim(outbox, mail_id)
     taken.recipients[0].status = Status.ACCEPTED
     run, refusals = outbox.store.run, [ConnectionError(), TimeoutError(), ResponseError("MISCONF the disk is full")]
 
@@ -230,20 +186,6 @@ def test_that_somebody_was_served_is_written_as_soon_as_redis_takes_it(
     taken.settle(State(state), reason="x")
     assert client.hget(f"mail:{mail_id}", "state") == state.encode()
     assert outbox.read(mail_id)["recipients"][0]["status"] == "accepted"
-
-
-def test_reading_what_is_not_there_is_not_found(outbox: Outbox) -> None:
-    with pytest.raises(NotFound):
-        outbox.read("nothing")
-
-
-def test_an_expired_mail_is_not_queued_again(outbox: Outbox, client: Any) -> None:
-    mail_id = accept(outbox, expires_in=-1)
-    claim(outbox, mail_id).settle(State.FAILED, reason="expired")
-    client.hset(f"rq:job:{mail_id}", "status", "failed")
-    with pytest.raises(NotPossible, match="expired"):
-        outbox.requeue(mail_id)
-    assert outbox.read(mail_id)["reason"] == "expired"
 
 
 def test_what_the_sender_chose_is_in_the_claim_and_shown(outbox: Outbox) -> None:

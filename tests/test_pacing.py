@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,14 +11,14 @@ import redis
 from settings import Rate
 from smtp import pacing
 from smtp.pacing import Pacing, in_trouble
-from tests.servers import RedisServer
 
 
-@pytest.fixture
-def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
-    redis_server.reset()
-    with redis_server.client() as client:
-        yield client
+def opened(client: redis.Redis) -> Pacing:
+    """A relay that was in trouble often enough."""
+    relay = Pacing(client, ())
+    for _ in range(pacing.TROUBLES):
+        relay.trouble()
+    return relay
 
 
 def gone(client: redis.Redis) -> list[int]:
@@ -129,10 +128,9 @@ def test_a_worker_that_met_with_trouble_knows_how_long_to_take_no_mail(
     client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pacing, "PAUSE", 0.3)
-    unlucky, other = Pacing(client, ()), Pacing(client, ())
-    assert unlucky.closed_for() == 0
-    for _ in range(pacing.TROUBLES):
-        unlucky.trouble()
+    other = Pacing(client, ())
+    assert other.closed_for() == 0
+    unlucky = opened(client)
     assert 0 < unlucky.closed_for() <= 0.3
     time.sleep(0.35)
     assert unlucky.closed_for() == 0  # it may probe
@@ -153,46 +151,25 @@ def test_a_success_in_between_starts_the_count_anew(client: redis.Redis) -> None
     assert not in_trouble(client)
 
 
-def test_one_mail_probes_and_its_success_lets_everybody_go(
-    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("then", ["succeeds", "fails", "dies"])
+def test_one_mail_probes_and_what_becomes_of_it_decides_for_the_others(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     monkeypatch.setattr(pacing, "PAUSE", 0.3)
-    relay = Pacing(client, ())
-    for _ in range(pacing.TROUBLES):
-        relay.trouble()
+    monkeypatch.setattr(pacing, "PROBE", 0.3)
+    relay = opened(client)
     assert relay.admit()
     time.sleep(0.35)
     assert [relay.admit() is None for _ in range(5)] == [True, False, False, False, False]
-    relay.well()
-    assert [relay.admit() for _ in range(3)] == [None] * 3
-
-
-def test_a_probe_that_fails_keeps_the_breaker_open(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pacing, "PAUSE", 0.3)
-    relay = Pacing(client, ())
-    for _ in range(pacing.TROUBLES):
+    if then == "succeeds":
+        relay.well()
+        assert [relay.admit() for _ in range(3)] == [None] * 3
+        return
+    if then == "fails":
         relay.trouble()
-    time.sleep(0.35)
-    assert relay.admit() is None
-    relay.trouble()
     assert relay.admit()
     time.sleep(0.35)
-    assert relay.admit() is None  # and the next may probe again
-
-
-def test_a_probe_whose_worker_died_does_not_keep_the_breaker_open_for_ever(
-    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pacing, "PAUSE", 0.1)
-    monkeypatch.setattr(pacing, "PROBE", 0.3)
-    relay = Pacing(client, ())
-    for _ in range(pacing.TROUBLES):
-        relay.trouble()
-    time.sleep(0.15)
-    assert relay.admit() is None  # its worker dies here
-    assert relay.admit()
-    time.sleep(0.35)
-    assert relay.admit() is None
+    assert relay.admit() is None  # and the next may probe again, also for a worker that died
 
 
 def test_each_relay_has_a_breaker_and_a_rate_of_its_own(client: redis.Redis) -> None:

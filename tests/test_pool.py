@@ -13,45 +13,11 @@ import trustme
 from smtp import pool, session
 from smtp.envelope import Envelope
 from smtp.verdict import Outcome, Phase, Verdict
-from tests.conversations import (
-    ACCEPTED,
-    ADA,
-    BOB,
-    CAY,
-    CHUNKS,
-    IN_DOUBT,
-    LARGE,
-    LOGIN,
-    MIME,
-    PIPES,
-    POOL,
-    REFUSED,
-    SENDER,
-    TROUBLE,
-    TRY_AGAIN,
-    WAYS,
-    another,
-    at,
-    attempt,
-    fate,
-    opened,
-    served,
-    server_context,
-    took_less_than,
-)
-from tests.scripted_relay import (
-    OBLIGING,
-    Line,
-    Script,
-    Step,
-    drip,
-    hang,
-    hang_up,
-    last_words,
-    raw,
-    reset,
-)
+from tests.conversations import POOL, another, at, fate, opened, served, server_context, took_less_than
+from tests.scripted_relay import OBLIGING, Line, Script, Step, drip, hang, hang_up, last_words, raw, reset
 from tests.servers import eventually
+from tests.smtp_samples import ADA, BOB, CAY, CHUNKS, LARGE, LOGIN, MIME, PIPES, SENDER, WAYS
+from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
 
@@ -254,12 +220,6 @@ def test_after_the_final_dot_nothing_is_repeated(offers: list[str], death: Step)
     assert len(there.bodies) == 2
 
 
-def test_a_new_session_is_not_replaced_when_it_dies() -> None:
-    with served({"MAIL": hang_up}) as there:
-        assert fate(attempt(at(there.port))) == (Phase.MAIL, None, TROUBLE)
-    assert there.connections == 1
-
-
 def test_the_session_that_replaces_a_dead_one_decides() -> None:
     with served({"MAIL": ["250 ok", hang_up, "550 5.7.1 not you"]}) as there:
         another(at(there.port))
@@ -324,23 +284,18 @@ def test_the_deadline_ends_a_mail_on_a_warm_session(offers: list[str]) -> None:
     assert there.connections == 2
 
 
-def test_a_session_and_the_one_that_replaces_it_share_one_deadline() -> None:
+@pytest.mark.parametrize(("timeout", "deadline", "connections"), [(0.7, 1, 2), (5, 0.4, 1)])
+def test_a_session_and_the_one_that_replaces_it_share_one_deadline(
+    timeout: float, deadline: float, connections: int
+) -> None:
+    """Once it has passed none is opened."""
     with served({"MAIL": ["250 ok", hang]}) as there, took_less_than(1.5):
-        to = at(there.port, timeout=0.7, deadline=1)
-        another(to)
-        outcome = another(to)
-    assert fate(outcome) == (Phase.MAIL, None, TROUBLE)
-    assert outcome.reply.text == "the conversation took too long"
-    assert there.connections == 2
-
-
-def test_a_deadline_that_has_passed_is_not_followed_by_another_session() -> None:
-    with served({"MAIL": ["250 ok", hang]}) as there, took_less_than(1.5):
-        to = at(there.port, timeout=5, deadline=0.4)
+        to = at(there.port, timeout=timeout, deadline=deadline)
         another(to)
         outcome = another(to)
         time.sleep(0.1)
-        assert there.connections == 1
+        assert there.connections == connections
+    assert fate(outcome) == (Phase.MAIL, None, TROUBLE)
     assert outcome.reply.text == "the conversation took too long"
 
 

@@ -1,6 +1,6 @@
 """What goes over the wire to a relay that answers, over a real socket: commands, addresses, bodies, refusals.
 
-An aiosmtpd (tests/relay.py) is for getting along, a scripted relay for all that a good server does not do.
+The relay of tests/relay.py is for getting along, a scripted one for all that a good server does not do.
 """
 
 from __future__ import annotations
@@ -21,41 +21,12 @@ from mail.message import compose
 from mail.mime import to_mime
 from mail.request import parse
 from smtp.verdict import Phase, Reply, Verdict
-from tests.conversations import (
-    ACCEPTED,
-    ADA,
-    BOB,
-    CAY,
-    IN_DOUBT,
-    LARGE,
-    LOGIN,
-    MIME,
-    REFUSED,
-    SENDER,
-    TROUBLE,
-    TRY_AGAIN,
-    at,
-    attempt,
-    fate,
-    opened,
-    took_less_than,
-    write_ca,
-)
+from tests.conversations import at, attempt, fate, opened, took_less_than, write_ca
 from tests.relay import Relay as HonestRelay
-from tests.scripted_relay import (
-    Script,
-    ScriptedRelay,
-    Step,
-    drip,
-    hang,
-    hang_up,
-    last_words,
-    pieces,
-    raw,
-    read_slowly,
-    reset,
-)
+from tests.scripted_relay import Script, ScriptedRelay, Step, drip, hang, hang_up, last_words, raw, read_slowly, reset
 from tests.servers import eventually
+from tests.smtp_samples import ADA, BOB, CAY, LARGE, LOGIN, MIME, SENDER
+from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
 
@@ -69,7 +40,9 @@ def test_a_mail_goes_over_a_plain_connection() -> None:
     assert list(outcome.recipients) == [ADA, BOB]
 
 
-@pytest.mark.parametrize(("security", "login"), [("starttls", None), ("starttls", LOGIN), ("tls", None)])
+@pytest.mark.parametrize(
+    ("security", "login"), [("starttls", None), ("starttls", LOGIN), ("tls", None), ("tls", LOGIN)]
+)
 def test_a_mail_goes_over_tls(security: str, login: tuple[str, str] | None, tmp_path: Path) -> None:
     with HonestRelay(login=login, tls=security) as there:
         ca_file = write_ca(there.authority, tmp_path)
@@ -83,13 +56,8 @@ def test_the_commands_are_those_of_rfc_5321_and_no_more() -> None:
         attempt(at(there.port), ADA, BOB)
     hello, *rest = there.commands
     assert re.fullmatch(r"ehlo \S+", hello)
-    assert rest == [
-        f"MAIL FROM:<{SENDER}> SIZE={len(MIME)}",
-        f"RCPT TO:<{ADA}>",
-        f"RCPT TO:<{BOB}>",
-        "DATA",
-        "QUIT",
-    ]
+    envelope = [f"MAIL FROM:<{SENDER}> SIZE={len(MIME)}", f"RCPT TO:<{ADA}>", f"RCPT TO:<{BOB}>"]
+    assert rest == [*envelope, "DATA", "QUIT"]
     assert there.accepted == [MIME]
 
 
@@ -103,23 +71,6 @@ def test_a_relay_that_refuses_ehlo_is_greeted_with_helo() -> None:
     with ScriptedRelay({"EHLO": "502 5.5.1 what?"}) as there:
         assert attempt(at(there.port)).verdict is ACCEPTED
     assert [command.split()[0] for command in there.commands[:3]] == ["ehlo", "helo", "MAIL"]
-
-
-@pytest.mark.parametrize("size", [1, 5])
-def test_replies_may_come_in_any_number_of_packets_and_lines(size: int) -> None:
-    script: Script = {
-        "GREETING": pieces("220-relay.example\r\n220-welcomes\r\n220 you", size),
-        "EHLO": pieces("250-relay.example\r\n250-SIZE 100000\r\n250 SMTPUTF8", size),
-        "MAIL": pieces("250-2.1.0 fine\r\n250 2.1.0 go on", size),
-        "RCPT": [pieces("250-2.1.5 known\r\n250 liked", size), pieces("550-5.1.1 not\r\n550 5.1.1 here", size)],
-        "DATA": pieces("354-end with\r\n354 a dot", size),
-        ".": pieces("250-2.0.0 thanks\r\n250 2.0.0 4711", size),
-    }
-    with ScriptedRelay(script) as there:
-        outcome = attempt(at(there.port), ADA, BOB)
-    assert there.accepted == [MIME]
-    assert outcome.reply == Reply(Phase.DOT, 250, "2.0.0 thanks 2.0.0 4711")
-    assert outcome.recipients == {ADA: outcome.reply, BOB: Reply(Phase.RCPT, 550, "5.1.1 not 5.1.1 here")}
 
 
 @pytest.mark.parametrize("parting", ["421 closing", "500 what?", hang_up, reset, hang, drip(b"221 " + b"x" * 1000)])
@@ -203,19 +154,6 @@ def test_any_body_arrives_to_the_byte() -> None:
 # Whom the relay refuses, and how
 
 
-def test_of_three_recipients_the_mail_goes_to_the_one_accepted() -> None:
-    refusals: list[Step] = ["250 ok", "550 5.1.1 no such user", "450 4.2.1 mailbox busy"]
-    with ScriptedRelay({"RCPT": refusals}) as there:
-        outcome = attempt(at(there.port), ADA, BOB, CAY)
-    assert there.accepted == [MIME]
-    assert outcome.verdict is ACCEPTED
-    assert outcome.recipients == {
-        ADA: Reply(Phase.DOT, 250, "2.0.0 queued as 4711"),
-        BOB: Reply(Phase.RCPT, 550, "5.1.1 no such user"),
-        CAY: Reply(Phase.RCPT, 450, "4.2.1 mailbox busy"),
-    }
-
-
 @pytest.mark.parametrize(
     ("replies", "code", "verdict"),
     [
@@ -265,21 +203,17 @@ def test_a_refusal_outlives_the_connection(script: Script, phase: Phase) -> None
 @pytest.mark.parametrize(
     ("step", "reply", "phase", "verdict"),
     [
-        ("GREETING", "421 4.3.2 too many connections", Phase.GREETING, TROUBLE),
         ("GREETING", "554 5.7.1 go away", Phase.GREETING, TROUBLE),
         ("MAIL", "451 4.3.0 not now", Phase.MAIL, TRY_AGAIN),
         ("MAIL", "550 5.7.1 not you", Phase.MAIL, REFUSED),
-        ("MAIL", "552 5.3.4 too large", Phase.MAIL, REFUSED),
         ("MAIL", "530 5.7.0 Must issue a STARTTLS command first", Phase.MAIL, TROUBLE),
         ("DATA", "554 5.5.1 no valid recipients", Phase.DATA, REFUSED),
         ("DATA", "451 4.3.0 not now", Phase.DATA, TRY_AGAIN),
         ("DATA", "250 2.0.0 ok", Phase.DATA, TROUBLE),
         (".", "451 4.3.0 queue file write error", Phase.DOT, TRY_AGAIN),
-        (".", "452 4.3.1 disk full", Phase.DOT, TRY_AGAIN),
         (".", "554 5.7.1 spam", Phase.DOT, REFUSED),
         (".", "454 Throttling failure: Maximum sending rate exceeded.", Phase.DOT, TROUBLE),
         (".", "354 go on", Phase.DOT, IN_DOUBT),
-        (".", "150 wait", Phase.DOT, IN_DOUBT),
     ],
 )
 def test_an_answer_decides_for_all_who_were_not_refused(step: str, reply: str, phase: Phase, verdict: Verdict) -> None:

@@ -22,39 +22,11 @@ import trustme
 from smtp.envelope import Envelope
 from smtp.session import Stopped
 from smtp.verdict import Phase, Reply, Verdict, judge
-from tests.conversations import (
-    ACCEPTED,
-    ADA,
-    BOB,
-    IN_DOUBT,
-    LARGE,
-    LOGIN,
-    MIME,
-    REFUSED,
-    SENDER,
-    TROUBLE,
-    TRY_AGAIN,
-    at,
-    attempt,
-    fate,
-    opened,
-    server_context,
-    took_less_than,
-    write_ca,
-)
-from tests.relay import Relay as HonestRelay
-from tests.scripted_relay import (
-    Line,
-    Script,
-    ScriptedRelay,
-    Step,
-    drip,
-    hang,
-    hang_up,
-    last_words,
-    pieces,
-)
+from tests.conversations import at, attempt, fate, opened, server_context, took_less_than
+from tests.scripted_relay import Line, Script, ScriptedRelay, Step, drip, hang, hang_up, last_words, pieces
 from tests.servers import eventually, free_port
+from tests.smtp_samples import ADA, BOB, LARGE, LOGIN, MIME, SENDER
+from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
 
@@ -147,14 +119,6 @@ def test_a_reply_slipped_in_before_tls_is_not_taken_for_one_after_it(authority: 
 # The login
 
 
-def test_a_wrong_password_is_trouble_and_is_tried_once(tmp_path: Path) -> None:
-    with HonestRelay(login=("mailer", "right"), tls="starttls") as there:
-        ca_file = write_ca(there.authority, tmp_path)
-        outcome = attempt(at(there.port, security="starttls", login=("mailer", "wrong"), ca_file=ca_file))
-    assert fate(outcome) == (Phase.AUTH, 535, TROUBLE)
-    assert not there.accepted
-
-
 @pytest.mark.parametrize(
     ("reply", "code"),
     [
@@ -205,15 +169,6 @@ def check(line: Line, right: bool) -> str:
     reply = "235 2.7.0 welcome" if right else "535 5.7.8 no"
     line.say(reply)
     return reply
-
-
-def test_a_login_goes_over_implicit_tls(authority: trustme.CA, ca_file: str) -> None:
-    with ScriptedRelay(
-        {"AUTH": expect_plain}, offers=["AUTH PLAIN"], tls=server_context(authority), implicit=True
-    ) as there:
-        outcome = attempt(at(there.port, security="tls", login=LOGIN, ca_file=ca_file))
-    assert outcome.verdict is ACCEPTED
-    assert there.accepted == [MIME]
 
 
 @pytest.mark.parametrize(
@@ -447,11 +402,16 @@ def test_the_deadline_ends_a_conversation_inside_tls(step: str, authority: trust
     assert outcome.reply.text == "the conversation took too long"
 
 
-def test_the_deadline_ends_a_body_that_the_relay_does_not_read() -> None:
-    with ScriptedRelay({"BODY": hang}) as there, took_less_than(3):
-        outcome = attempt(at(there.port, timeout=5, deadline=0.5), mime=LARGE)
+@pytest.mark.parametrize(
+    ("timeout", "deadline", "text"), [(2, 10, "timed out"), (5, 0.5, "the conversation took too long")]
+)
+def test_a_relay_that_neither_reads_a_body_nor_speaks_costs_one_timeout_and_no_more_than_the_deadline(
+    timeout: float, deadline: float, text: str
+) -> None:
+    with ScriptedRelay({"BODY": hang}) as there, took_less_than(3.5):
+        outcome = attempt(at(there.port, timeout=timeout, deadline=deadline), mime=LARGE)
     assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
-    assert outcome.reply.text == "the conversation took too long"
+    assert outcome.reply.text == text
 
 
 def test_the_answer_to_the_final_dot_may_take_the_rest_of_the_conversation() -> None:
@@ -463,12 +423,6 @@ def test_the_answer_to_the_final_dot_may_take_the_rest_of_the_conversation() -> 
 
     with ScriptedRelay({".": answer_late}) as there:
         assert attempt(at(there.port, timeout=0.3, deadline=10)).verdict is ACCEPTED
-
-
-def test_a_relay_that_neither_reads_nor_speaks_costs_one_timeout() -> None:
-    with ScriptedRelay({"BODY": hang}) as there, took_less_than(3.5):
-        outcome = attempt(at(there.port, timeout=2), mime=LARGE)
-    assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
 
 
 def test_a_reply_that_came_before_the_deadline_counts_after_it(monkeypatch: pytest.MonkeyPatch) -> None:

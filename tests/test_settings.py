@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import settings
-from settings import Address, ApiKey, SettingsError, load
+from settings import Address, ApiKey, Settings, SettingsError, load
 
 ROOT = Path(__file__).parent.parent
 DIGEST = hashlib.sha256(b"a key").hexdigest()
@@ -17,9 +16,15 @@ DIGEST = hashlib.sha256(b"a key").hexdigest()
 
 @pytest.fixture(autouse=True)
 def _empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in settings.Settings.model_fields:
+    for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.chdir(tmp_path)
+
+
+def given(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return load()
 
 
 def faults(monkeypatch: pytest.MonkeyPatch, *needed: str, **variables: str) -> list[str]:
@@ -77,12 +82,8 @@ def test_half_a_login_is_refused_by_who_speaks_to_the_relay(monkeypatch: pytest.
 
 def test_what_a_process_cannot_do_without_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = faults(monkeypatch, "smtp_host", "mail_from", "api_keys", "dashboard_password")
-    assert [fault.split(":")[0] for fault in found] == [
-        "SMTP_HOST is not set",
-        "MAIL_FROM is not set",
-        "API_KEYS is not set",
-        "DASHBOARD_PASSWORD is not set",
-    ]
+    missing = ("SMTP_HOST", "MAIL_FROM", "API_KEYS", "DASHBOARD_PASSWORD")
+    assert [fault.split(":")[0] for fault in found] == [f"{name} is not set" for name in missing]
 
 
 @pytest.mark.parametrize(
@@ -105,18 +106,14 @@ def test_no_fault_shows_a_secret(monkeypatch: pytest.MonkeyPatch, variables: dic
 
 
 def test_secrets_do_not_show_when_settings_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMTP_USERNAME", "ada")
-    monkeypatch.setenv("SMTP_PASSWORD", "hunter2")
-    monkeypatch.setenv("REDIS_URL", "redis://:hunter2@127.0.0.1/0")
-    assert "hunter2" not in repr(load()) + str(load())
+    url = "redis://:hunter2@127.0.0.1/0"
+    current = given(monkeypatch, SMTP_USERNAME="ada", SMTP_PASSWORD="hunter2", REDIS_URL=url)
+    assert "hunter2" not in repr(current) + str(current)
 
 
 def test_a_password_goes_to_another_machine_only_encrypted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMTP_USERNAME", "ada")
-    monkeypatch.setenv("SMTP_PASSWORD", "x")
-    monkeypatch.setenv("SMTP_SECURITY", "none")
-    monkeypatch.setenv("SMTP_HOST", "127.0.0.1")
-    assert load().smtp_security == "none"
+    plain = {"SMTP_USERNAME": "ada", "SMTP_PASSWORD": "x", "SMTP_SECURITY": "none"}
+    assert given(monkeypatch, SMTP_HOST="127.0.0.1", **plain).smtp_security == "none"
     assert faults(monkeypatch, SMTP_HOST="relay.example.com") == [
         "SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls"
     ]
@@ -126,18 +123,16 @@ def test_a_password_goes_to_another_machine_only_encrypted(monkeypatch: pytest.M
 def test_the_key_that_everybody_knows_is_served_on_loopback_only(monkeypatch: pytest.MonkeyPatch, listen: str) -> None:
     monkeypatch.setenv("API_KEYS", f"dev:{hashlib.sha256(b'dev').hexdigest()}")
     for local in ("127.0.0.1:8000", "[::1]:8000", "localhost:8000"):
-        monkeypatch.setenv("LISTEN", local)
-        load()
+        given(monkeypatch, LISTEN=local)
     assert "the key 'dev', which everybody knows" in faults(monkeypatch, LISTEN=listen)[0]
 
 
 def test_a_secret_can_stand_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"shop:{DIGEST}:send\n")
     (tmp_path / "redis").write_text("redis://:pw@127.0.0.1/3\n")
-    monkeypatch.setenv("API_KEYS_FILE", str(tmp_path / "keys"))
-    monkeypatch.setenv("REDIS_URL_FILE", str(tmp_path / "redis"))
-    assert load().api_keys == (ApiKey("shop", DIGEST, "send"),)
-    assert load().redis_url.get_secret_value() == "redis://:pw@127.0.0.1/3"
+    current = given(monkeypatch, API_KEYS_FILE=str(tmp_path / "keys"), REDIS_URL_FILE=str(tmp_path / "redis"))
+    assert current.api_keys == (ApiKey("shop", DIGEST, "send"),)
+    assert current.redis_url.get_secret_value() == "redis://:pw@127.0.0.1/3"
 
 
 def test_an_unknown_name_in_dotenv_is_a_fault(tmp_path: Path) -> None:
@@ -156,8 +151,7 @@ def test_a_service_of_systemd_finds_its_settings_in_credentials(
     (credentials / "async-email.env").write_text("SMTP_HOST=smtp.example.com\nSMTP_USERNAME=ada\n")
     (credentials / "smtp_password").write_text("hunter2\n")
     (credentials / "redis_url").write_text("")
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
-    current = load()
+    current = given(monkeypatch, CREDENTIALS_DIRECTORY=str(credentials))
     assert (current.smtp_host, current.smtp_username, current.mail_from) == ("smtp.example.com", "ada", None)
     assert current.smtp_password is not None
     assert current.smtp_password.get_secret_value() == "hunter2"
@@ -169,28 +163,26 @@ def test_a_service_of_systemd_finds_its_settings_in_credentials(
 
 def test_the_environment_wins_over_dotenv_and_empty_is_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("SMTP_HOST=from-file\nMAIL_FROM=a@example.com\nSMTP_PORT=\n")
-    monkeypatch.setenv("SMTP_HOST", "from-environment")
-    current = load()
+    current = given(monkeypatch, SMTP_HOST="from-environment")
     assert (current.smtp_host, current.mail_from, current.smtp_port) == ("from-environment", "a@example.com", 587)
 
 
 def test_port_465_means_implicit_tls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load().smtp_security == "starttls"
-    monkeypatch.setenv("SMTP_PORT", "465")
-    assert load().smtp_security == "tls"
+    assert given(monkeypatch, SMTP_PORT="465").smtp_security == "tls"
 
 
-def test_durations_lists_and_addresses_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RETRY_SCHEDULE", "90s, 5m,2h,1d")
-    monkeypatch.setenv("LISTEN", "[::1]:8080")
-    current = load()
+def test_durations_lists_addresses_and_rates_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RETRY_SCHEDULE": "90s, 5m,2h,1d", "LISTEN": "[::1]:8080", "SMTP_RATE": "14/s, 30/m,2000/d"}
+    current = given(monkeypatch, **variables)
+    assert current.smtp_rate == ((14, 1), (30, 60), (2000, 86400))
     assert current.retry_schedule == (90, 300, 7200, 86400)
     assert current.listen == Address("::1", 8080)
     assert str(current.listen) == "[::1]:8080"
 
 
 def test_env_example_the_documentation_and_the_code_list_the_same_settings_and_defaults() -> None:
-    defaults = {name.upper(): written_default(name) for name in settings.Settings.model_fields}
+    defaults = {name.upper(): written_default(name) for name in Settings.model_fields}
     example = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
     assert example == defaults
     rows = re.findall(r"^\| (`[A-Z_`, ]+`) \|(.*?)\|", (ROOT / "docs/settings.md").read_text(), re.MULTILINE)
@@ -213,7 +205,7 @@ def written_default(name: str) -> str:
     if name == "redis_url":
         return str(value.get_secret_value())
     if name == "retry_schedule":
-        return ",".join(written_duration(one) for one in value)
+        return ",".join(map(written_duration, value))
     if name in ("smtp_timeout", "retain_sent", "retain_failed"):
         return written_duration(value)
     return "24h" if name == "idempotency_ttl" else str(value)
@@ -224,8 +216,3 @@ def written_duration(seconds: int) -> str:
         if seconds % size == 0:
             return f"{seconds // size}{unit}"
     return f"{seconds}s"
-
-
-def test_several_rates_hold_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMTP_RATE", "14/s, 30/m,2000/d")
-    assert load().smtp_rate == ((14, 1), (30, 60), (2000, 86400))

@@ -10,13 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from smtp.verdict import Phase, Reply, Verdict, judge
-from tests.conversations import (
-    ACCEPTED,
-    IN_DOUBT,
-    REFUSED,
-    TROUBLE,
-    TRY_AGAIN,
-)
+from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
 
 # What relays say, as they word it, where the matrix below does not decide by itself.
 QUOTED = [

@@ -5,8 +5,9 @@
     server     the same after its one file was edited: it sends mail
 
 Booting one needs root, and all of this takes minutes, so it is done only when it is asked for with REQUIRE_DEPLOY=1, as
-CI does: REQUIRE_DEPLOY=1 bin/test tests/deploy. How long each step took is printed at the end of the run. All tests
-here run in one process, which has the machine, beside all other tests (tests/side_by_side.py).
+CI does: REQUIRE_DEPLOY=1 bin/test tests/deploy. pytest's `--durations=0` says how long each step took: booting,
+installing and configuring are the setup of the first test that needs it. All tests here run in one process, which has
+the machine, beside all other tests (tests/side_by_side.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deploy.figures import FIGURES
 from tests.deploy.machine import Machine, missing
 from tests.deploy.server import Bare, Installed, Server
 from tests.relay import Relay
@@ -36,7 +36,7 @@ def bare() -> Iterator[Bare]:
         pytest.skip("it boots a machine and takes minutes; REQUIRE_DEPLOY=1 asks for it")
     if reason := missing():
         pytest.fail(reason)
-    with Machine(FIGURES) as machine, relay_at(machine) as relay:
+    with Machine() as machine, relay_at(machine) as relay:
         yield Bare(machine, relay)
 
 

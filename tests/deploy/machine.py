@@ -22,7 +22,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tests.deploy.figures import Figures
 from tests.deploy.network import Network, sh
 from tests.servers import ROOT, eventually
 
@@ -46,8 +45,7 @@ def missing() -> str:
 
 
 class Machine:
-    def __init__(self, figures: Figures) -> None:
-        self.figures = figures
+    def __init__(self) -> None:
         self.undo = ExitStack()
 
     def __enter__(self) -> Machine:
@@ -56,14 +54,12 @@ class Machine:
             self.directory = Path(tempfile.mkdtemp(prefix="async-email-deploy-", dir="/var/tmp"))
             self.undo.callback(shutil.rmtree, self.directory)
             self.root = self.directory / "root"
-            with self.figures.timed("debootstrap"):
-                bare_debian(self.root)
+            sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(self.root))
             furnish(self.root, self.network.host)
             sh("chroot", str(self.root), "useradd", "--create-home", "--shell=/bin/bash", "--groups=sudo", "admin")
             self.groups = self.undo.enter_context(control_groups(self.network.name))
             self.undo.callback(self.kill)
-            with self.figures.timed("boot"):
-                self.boot()
+            self.boot()
             self.undo = self.undo.pop_all()
         return self
 
@@ -190,10 +186,6 @@ def removed(group: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def bare_debian(root: Path) -> None:
-    sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root))
 
 
 def furnish(root: Path, name_server: str) -> None:

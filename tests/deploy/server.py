@@ -65,8 +65,7 @@ class Bare:
         before = self.machine.files()
         dry_run = self.machine.admin(f"cd {CLONE} && sudo bin/install --dry-run")
         touched = before ^ self.machine.files()
-        with self.machine.figures.timed("bin/install"):
-            install = self.machine.admin(f"cd {CLONE} && sudo bin/install")
+        install = self.machine.admin(f"cd {CLONE} && sudo bin/install")
         doctor = diagnose(self.machine)
         return Installed(self.machine, self.relay, dry_run, touched, install, doctor)
 
@@ -101,8 +100,7 @@ class Installed:
             SMTP_CA_FILE=CA_FILE,
             MAIL_FROM="Shop <hello@shop.internal>",
         )
-        with self.machine.figures.timed("from the saved file to all services running"):
-            eventually(server.is_up, 60)
+        eventually(server.is_up, 60)
         return server
 
 

@@ -37,7 +37,7 @@ def subject(server: Server) -> str:
 def test_an_upgrade_and_a_rollback_under_load(server: Server) -> None:
     first = server.machine.says(CURRENT)
     new_release(server)
-    with server.machine.figures.timed("upgrade under load"), Load(server) as load:
+    with Load(server) as load:
         server.install()
     second = server.machine.says(CURRENT)
     assert second != first
@@ -45,7 +45,7 @@ def test_an_upgrade_and_a_rollback_under_load(server: Server) -> None:
     assert subject(server) == "Subject: Welcome back, Ada"
 
     server.relay.accepted.clear()
-    with server.machine.figures.timed("rollback under load"), Load(server) as load:
+    with Load(server) as load:
         server.install("--rollback")
     assert server.machine.says(CURRENT) == first
     sent_once(server, load)
@@ -58,7 +58,7 @@ def test_an_upgrade_from_the_first_layout_under_load(server: Server) -> None:
     """Old and new processes work side by side on the same Redis, on the way there and back."""
     for commit in (FIRST_LAYOUT, "-"):
         server.machine.admin(f"cd {CLONE} && git checkout -q {commit}")
-        with server.machine.figures.timed(f"install of {commit} under load"), Load(server) as load:
+        with Load(server) as load:
             server.install()
         sent_once(server, load)
         server.relay.accepted.clear()

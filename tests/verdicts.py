@@ -1,0 +1,8 @@
+"""The verdicts by their short names, as tables of many rows need them."""
+
+from __future__ import annotations
+
+from smtp.verdict import Verdict
+
+ACCEPTED, TRY_AGAIN, REFUSED = Verdict.ACCEPTED, Verdict.TRY_AGAIN, Verdict.REFUSED
+IN_DOUBT, TROUBLE = Verdict.IN_DOUBT, Verdict.TROUBLE
