@@ -211,12 +211,12 @@ class Settings(BaseSettings):
 
     @property
     def deliver_timeout(self) -> int:
-        """Seconds that one whole SMTP session may take; the reply to the final dot may take what is left of them."""
+        """Returns how many seconds one whole SMTP session may take; the reply to the dot may take what is left."""
         return 4 * self.smtp_timeout
 
     @property
     def job_timeout(self) -> int:
-        """Seconds until RQ ends an attempt: later than the session's own deadline, which leaves a verdict."""
+        """Returns the seconds after which RQ ends an attempt: later than the session does, which leaves a verdict."""
         return self.deliver_timeout + 30
 
 
