@@ -114,7 +114,8 @@ def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
     return tuple(keys)
 
 
-Duration = Annotated[int, parsed_by(parse_duration), Field(gt=0)]
+LONGEST_DURATION = 100 * 366 * 86400  # seconds; what is longer, Redis or Python may refuse
+Duration = Annotated[int, parsed_by(parse_duration), Field(gt=0, le=LONGEST_DURATION)]
 Listen = Annotated[Address, parsed_by(parse_address), NoDecode]
 Port = Annotated[int, Field(ge=1, le=65535)]
 

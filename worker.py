@@ -43,13 +43,14 @@ class WorkerPool:
     minutes, a fault of ours.
     """
 
-    def __init__(self, current: settings.Settings) -> None:
+    def __init__(self, queue: str, current: settings.Settings) -> None:
+        self.name = queue
         self.settings = current
         self.delivery = delivery.current()
         self.redis = connect(current.redis_url.get_secret_value())  # fails fast: each second is another try
-        self.maintenance_worker = make_worker(EmailWorker, EMAIL, self.redis, ALLOWED[EMAIL])  # takes no jobs
+        self.maintenance_worker = make_worker(EmailWorker, queue, self.redis, ALLOWED[queue])  # takes no jobs
         self.queue = self.maintenance_worker.queues[0]
-        self.scheduler = Scheduler(EMAIL, self.redis)
+        self.scheduler = Scheduler(queue, self.redis)
         self.workers: dict[threading.Thread, EmailWorker] = {}
         self.suspended = False  # by `rq suspend`
         self.asked_to_stop = threading.Event()
@@ -89,7 +90,7 @@ class WorkerPool:
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
         while len(self.workers) < self.settings.worker_concurrency and not self.asked_to_stop.is_set():
             redis = connect(self.settings.redis_url.get_secret_value(), retrying=True)
-            worker = make_worker(EmailWorker, EMAIL, redis, ALLOWED[EMAIL])
+            worker = make_worker(EmailWorker, self.name, redis, ALLOWED[self.name])
             worker.is_paused = self.is_paused
             thread = threading.Thread(target=worker.work, kwargs={"logging_level": None}, name=worker.name)
             self.workers[thread] = worker
@@ -173,7 +174,7 @@ def main() -> int:
         with translating_errors():
             redis = connect(current.redis_url.get_secret_value(), retrying=True)
             pooled = QUEUES[queue].pooled
-            worker = WorkerPool(current) if pooled else make_worker(JobsWorker, queue, redis, ALLOWED[queue])
+            worker = WorkerPool(queue, current) if pooled else make_worker(JobsWorker, queue, redis, ALLOWED[queue])
     except Unavailable as error:
         print(f"REDIS_URL: {error}", file=sys.stderr)
         return 1

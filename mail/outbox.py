@@ -63,15 +63,15 @@ end
 # KEYS: mail, claim, RQ's failed registry. ARGV: mail id, token, lease in ms, when the job was queued (seconds), when to
 # look at the mail if this attempt does not end.
 # A failed or unknown mail is claimed only if a person has queued it again since: RQ may run a job twice, and then the
-# second run must not be taken for a wish. Nor is one claimed that has expired: the scheduler may queue its job later. A
-# second call with the same token (a lost reply) finds its own claim.
+# second run must not be taken for a wish. Nor is one that the sweep found expired: the scheduler may queue its job
+# later on. A second call with the same token (a lost reply) finds its own claim.
 CLAIM = """
 local state = redis.call('HGET', KEYS[1], 'state')
 if not may(state, 'sending') then return {state or 'gone'} end
 if state == 'failed' or state == 'unknown' then
-  local settled_at, reason = unpack(redis.call('HMGET', KEYS[1], 'settled_at', 'reason'))
+  local settled_at, lapsed = unpack(redis.call('HMGET', KEYS[1], 'settled_at', 'lapsed'))
   local asked = tonumber(ARGV[4]) > tonumber(settled_at) and not redis.call('ZSCORE', KEYS[3], ARGV[1])
-  if reason == EXPIRED or not asked then return {state} end
+  if lapsed == '1' or not asked then return {state} end
 end
 local holder = redis.call('GET', KEYS[2])
 if holder and holder ~= ARGV[2] then return {'busy', redis.call('PTTL', KEYS[2])} end

@@ -117,7 +117,8 @@ def _literal(value: object) -> str:
 def effective_state(state: str, job_status: str, reason: str, expired: bool = False) -> tuple[str, str]:
     """Returns the (state, reason) that a mail is about to have, for those who read it: that a failed mail was queued
     again is written by its next claim; that one has expired while it waited, or its job is gone, by the sweep."""
-    queued_again = job_status in ("queued", "scheduled", "started") and reason != EXPIRED
+    over = expired and reason == EXPIRED
+    queued_again = job_status in ("queued", "scheduled", "started") and not over
     if state in (State.FAILED, State.UNKNOWN) and queued_again:
         return State.QUEUED, ""
     if state in FINAL:

@@ -60,7 +60,7 @@ if reason then
     if one.status == 'in_doubt' then over = 'unknown' end
   end
   local counted = expired and over == 'failed' and EXPIRED or nil
-  become(id, over, ARGV[2], nil, {'reason', reason, 'settled_at', ARGV[2]}, counted)
+  become(id, over, ARGV[2], nil, {'reason', reason, 'settled_at', ARGV[2], 'lapsed', expired and '1' or ''}, counted)
   if expired then return {over, reason} end
   redis.call('HINCRBY', SWEPT, 'given_up', 1)
   return {'given_up', reason}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from rq import get_current_job
 
 from process.log import emit
-from queues.table import JOBS
+from queues.table import JOBS, QUEUES
 
 
 class Task(NamedTuple):
@@ -43,8 +43,10 @@ def task(
 
     RQ raises JobTimeoutException in it after `timeout`, and kills its process a minute later. After an exception it is
     tried again after each pause in `retry_in`, which must have at least one: else a worker killed at the wrong moment
-    fails a job that never ran.
+    fails a job that never ran. Raises `ValueError` for a pooled queue: nothing could interrupt a task there.
     """
+    if QUEUES[queue].pooled:
+        raise ValueError(f"a task must run on a queue that is not pooled, and {queue} is")
 
     def offer(function: Callable[..., Any]) -> Callable[..., Any]:
         hints = get_type_hints(function, include_extras=True)

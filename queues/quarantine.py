@@ -26,10 +26,10 @@ from rq.job import JOB_ID_PATTERN, parse_job_id
 from process.log import emit
 from queues import keys
 from queues.connection import Script
+from settings import LONGEST_DURATION
 
 UNREADABLE = "jobs:unreadable"  # sorted set: ids of jobs that were set aside, by when; the hashes are at <this>:<id>
 UNREADABLE_KEPT = 14 * 86400  # seconds
-TEN_YEARS = 10 * 365 * 86400  # seconds; Redis or Python may refuse more
 
 # KEYS: job, its new key, UNREADABLE. ARGV: job id, now, lifetime in seconds, how many ids are kept. Returns 0 if
 # another was quicker.
@@ -86,7 +86,7 @@ class StrictJob(rq.job.Job):
     def _refuse_what_rq_fails_at(self) -> None:
         pauses = [0] if self.retry_intervals is None else self.retry_intervals
         numbers = (self.timeout, self.result_ttl, self.failure_ttl, self.ttl, *pauses)
-        if not all(number is None or -1 <= number <= TEN_YEARS for number in numbers):
+        if not all(number is None or -1 <= number <= LONGEST_DURATION for number in numbers):
             raise ValueError
         if not pauses or not isinstance(self._dependency_ids, list):
             raise ValueError

@@ -24,3 +24,8 @@ def test_a_tasks_arguments_are_made_from_its_type_hints(monkeypatch: pytest.Monk
     for wrong in ({}, {"day": "soon"}, {"day": "2026-11-21", "times": 0}, {"day": "2026-11-21", "more": 1}):
         with pytest.raises(ValidationError):
             plan(**wrong)
+
+
+def test_a_task_is_not_offered_on_a_pooled_queue_where_nothing_could_interrupt_it() -> None:
+    with pytest.raises(ValueError, match="must run on a queue that is not pooled"):
+        offer.task(queue="email")

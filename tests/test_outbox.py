@@ -210,3 +210,10 @@ def test_jitter_stays_within_a_fifth() -> None:
     assert max(values) <= 1200
     assert len(values) > 100
     assert jittered(1) == 1
+
+
+def test_a_mail_given_up_before_it_expires_can_be_queued_again_in_time(outbox: Outbox) -> None:
+    """Its next attempt would have come too late."""
+    mail_id = accept(outbox, expires_in=60)
+    claim(outbox, mail_id).settle(State.FAILED, reason="expired")
+    assert claim(outbox, mail_id).state_before == State.FAILED

@@ -43,6 +43,7 @@ def faults(monkeypatch: pytest.MonkeyPatch, *needed: str, **variables: str) -> l
         ({"SMTP_SECURITY": "ssl"}, "SMTP_SECURITY: input should be 'starttls', 'tls' or 'none'"),
         ({"SMTP_TIMEOUT": "30"}, "SMTP_TIMEOUT: must be a number and a unit: 30s, 5m, 24h or 3d"),
         ({"SMTP_TIMEOUT": "0s"}, "SMTP_TIMEOUT: input should be greater than 0"),
+        ({"RETAIN_FAILED": "36601d"}, "RETAIN_FAILED: input should be less than or equal to 3162240000"),
         ({"SMTP_RATE": "14"}, "SMTP_RATE: must be a rate per second, minute, hour or day"),
         ({"SMTP_RATE": "14/s,0/d"}, "SMTP_RATE: must be a rate per second, minute, hour or day"),
         ({"SMTP_RATE": "100000/d"}, "SMTP_RATE: must be a rate per second, minute, hour or day"),

@@ -125,3 +125,5 @@ def test_a_mail_that_still_waits_when_it_expires_has_failed_and_one_in_mid_air_h
 
 def test_an_expired_mail_has_failed_although_its_job_still_waits() -> None:
     assert effective_state("failed", "queued", "expired", expired=True) == ("failed", "expired")
+    # Given up before its time, because the next attempt would have come after it; and queued again in time.
+    assert effective_state("failed", "queued", "expired", expired=False) == ("queued", "")
