@@ -112,7 +112,7 @@ TROUBLES: list[tuple[Trouble, str]] = [
     (full, "out of memory"),
     (replica_of_the_dead, "read-only replica"),
     (lonely_replica, "replica without its master"),
-    (without_replicas, "misses replicas"),
+    (without_replicas, "lacks replicas"),
     (disk_refuses, "cannot write to its disk"),
     (access_forbidden, "ACL"),
 ]

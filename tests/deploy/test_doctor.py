@@ -69,7 +69,7 @@ FAILURES = (
     Failure(
         "Redis evicts",
         f"sed -i 's/^maxmemory-policy .*/maxmemory-policy allkeys-lru/' {REDIS_CONF} && systemctl restart {REDIS}",
-        "maxmemory-policy is allkeys-lru",
+        "evicts mail when memory is short",
         REDIS_CONF,
     ),
     # settings
