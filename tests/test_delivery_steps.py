@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
+from queue import Queue
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +28,7 @@ from smtp.relay import Relay
 from smtp.verdict import Outcome, Phase, Reply, Verdict
 from tests.conversations import POOL, at, served
 from tests.scripted_relay import Line, ScriptedRelay, reset
+from tests.servers import eventually
 from tests.smtp_samples import MIME, SENDER, WAYS
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
@@ -142,6 +145,18 @@ def test_a_held_doubt_is_not_taken_up_by_a_retry_but_by_a_person() -> None:
     assert asked.counted == 0
 
 
+def test_a_worker_that_died_after_the_mark_has_left_an_attempt_and_a_doubt() -> None:
+    for statuses, doubts in ((["in_doubt", "in_doubt"], 1), (["pending"], 0)):
+        taken = claim(*statuses, before="sending")
+        delivery.take_up(taken)
+        assert [one["verdict"] for one in taken.attempts] == ["interrupted"]
+        assert (taken.counts["attempt:interrupted"], taken.counts["in_doubt"]) == (1, doubts)
+    fresh = claim("pending")
+    delivery.take_up(fresh)
+    assert not fresh.attempts
+    assert not fresh.counts
+
+
 def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -> None:
     silent = Reply(Phase.RCPT, None, "timed out")
     taken = claim("pending")
@@ -168,12 +183,41 @@ def test_an_attempt_is_recorded_with_what_the_relay_said() -> None:
     assert attempt["relay"] == "relay.example.com:587"
     assert (attempt["phase"], attempt["code"], attempt["verdict"]) == ("rcpt", 550, "refused")
     assert attempt["text"] == "5.1.1 no such user"
+    assert timedelta(0) <= datetime.now(timezone.utc) - datetime.fromisoformat(attempt["at"]) < timedelta(minutes=5)
     assert (taken.recipients[0].code, taken.recipients[0].text) == (550, "5.1.1 no such user")
+
+
+@pytest.mark.parametrize(
+    ("reply", "counts"),
+    [
+        (OK, {"attempt:accepted": 1}),
+        (LATER, {"attempt:try_again": 1}),
+        (SILENCE, {"attempt:in_doubt": 1, "in_doubt": 1}),
+    ],
+)
+def test_an_attempt_is_counted_once_and_a_doubt_also_as_one(reply: Reply, counts: dict[str, int]) -> None:
+    taken = claim("pending", "pending")
+    after(taken, reply, reply)
+    assert taken.counts == counts
 
 
 def test_every_verdict_has_its_consequence() -> None:
     assert set(delivery.AFTER) == set(Verdict)
     assert delivery.AT_DOT[Verdict.ACCEPTED] == delivery.AFTER[Verdict.IN_DOUBT] == "in_doubt"
+
+
+def test_a_process_that_aborts_waits_for_its_dots_and_lets_no_other_go_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    dots, exits = delivery.Dots(), Queue[int]()
+    monkeypatch.setattr(os, "_exit", exits.put)
+    dots.expect("one")
+    aborting = threading.Thread(target=dots.abort_unsent, daemon=True)
+    aborting.start()
+    with pytest.raises(delivery.Aborted):
+        eventually(lambda: dots.expect("one"), seconds=10)
+    assert exits.empty()
+    dots.settled("one")
+    aborting.join(10)
+    assert exits.get_nowait() == 0
 
 
 LOST = object()

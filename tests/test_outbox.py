@@ -169,11 +169,12 @@ def test_an_attempt_at_a_mail_that_was_canceled_meanwhile_stops_before_the_final
         taken.mark_in_doubt({})
 
 
-@pytest.mark.parametrize("state", ["sent", "delayed", "failed"])
+@pytest.mark.parametrize(("state", "served"), [("sent", 2), ("delayed", 1), ("failed", 1)])
 def test_that_somebody_was_served_is_written_as_soon_as_redis_takes_it(
-    outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch, state: str, taken: Claim, mail_id: str
+    outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch, state: str, served: int, taken: Claim, mail_id: str
 ) -> None:
-    taken.recipients[0].status = Status.ACCEPTED
+    for one in taken.recipients[:served]:
+        one.status = Status.ACCEPTED
     run, refusals = outbox.store.run, [ConnectionError(), TimeoutError(), ResponseError("MISCONF the disk is full")]
 
     def sometimes(*args: Any) -> Any:
@@ -186,6 +187,31 @@ def test_that_somebody_was_served_is_written_as_soon_as_redis_takes_it(
     taken.settle(State(state), reason="x")
     assert client.hget(f"mail:{mail_id}", "state") == state.encode()
     assert outbox.read(mail_id)["recipients"][0]["status"] == "accepted"
+
+
+def test_that_nobody_was_served_is_not_waited_for(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, taken: Claim
+) -> None:
+    taken.recipients[0].status = Status.REFUSED
+    monkeypatch.setattr(outbox.store, "insist", lambda *_: pytest.fail("waited"))
+    taken.settle(State.DELAYED, next_in=1)
+
+
+def test_the_reasons_of_failures_are_those_of_the_mails_that_failed_since(outbox: Outbox, client: Any) -> None:
+    for name, reason, settled_at in (("old", "550 at rcpt", 99), ("new", "554 at dot", 100), ("late", "x", 101)):
+        client.hset(f"mail:{name}", mapping={"reason": reason, "settled_at": settled_at})
+    client.hset("mail:not-settled", "state", "queued")
+    client.zadd("rq:failed:email", dict.fromkeys(("old", "new", "late", "not-settled", "not-there"), 1))
+    assert sorted(outbox.failures(since=100)) == ["554 at dot", "x"]
+    assert sorted(outbox.failures(since=0)) == ["550 at rcpt", "554 at dot", "x"]
+
+
+def test_each_of_many_failures_is_named_once(outbox: Outbox, client: Any) -> None:
+    names = [f"mail-{number}" for number in range(1001)]
+    for name in names:
+        client.hset(f"mail:{name}", mapping={"reason": name, "settled_at": 1})
+    client.zadd("rq:failed:email", dict.fromkeys(names, 1))
+    assert sorted(outbox.failures(since=0)) == sorted(names)
 
 
 def test_what_the_sender_chose_is_in_the_claim_and_shown(outbox: Outbox) -> None:

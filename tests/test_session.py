@@ -6,6 +6,7 @@ The relay of tests/relay.py is for getting along, a scripted one for all that a 
 from __future__ import annotations
 
 import re
+import select
 import socket
 import time
 from datetime import datetime, timezone
@@ -343,3 +344,20 @@ def test_any_bytes_in_a_reply_are_kept_as_text(data: bytes, text: str) -> None:
     with ScriptedRelay({".": raw(data)}) as there:
         outcome = attempt(at(there.port))
     assert outcome.reply == Reply(Phase.DOT, 250, text)
+
+
+@pytest.mark.parametrize("code", [200, 599])
+def test_the_lowest_and_the_highest_code_of_smtp_are_replies(code: int) -> None:
+    with ScriptedRelay({"RCPT": f"{code} said"}) as there:
+        outcome = attempt(at(there.port), ADA, BOB)
+    assert outcome.verdict is (ACCEPTED if code == 200 else REFUSED)
+    assert [command for command in there.commands if BOB in command]
+
+
+@pytest.mark.parametrize("death", [hang_up, reset, "421 4.4.2 closing"])
+def test_a_session_is_quiet_until_the_relay_says_or_does_something(death: Step) -> None:
+    with ScriptedRelay({"500": death}) as there, opened(at(there.port)) as session:
+        assert session.is_quiet()
+        session.smtp.putcmd("NONSENSE")
+        assert select.select([session.sock], [], [], 10)[0]
+        assert not session.is_quiet()
