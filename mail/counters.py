@@ -45,7 +45,8 @@ class Histogram(NamedTuple):
         return [f"{self.name}:{bound:g}" for bound in (*self.bounds, float("inf"))]
 
     def note(self, seconds: float, counts: Counter[str]) -> None:
-        counts[self.fields[bisect_left(self.bounds, seconds)]] += 1
+        bound = (*self.bounds, float("inf"))[bisect_left(self.bounds, seconds)]
+        counts[f"{self.name}:{bound:g}"] += 1
         counts[self.sum_field] += round(seconds * 1_000_000)
 
 
