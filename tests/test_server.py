@@ -42,16 +42,39 @@ def app() -> Naming:
 
 
 @pytest.fixture
-def api(app: Naming, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
-    monkeypatch.setattr(connection, "_silent", threading.Event())  # other tests leave it set
-    port = free_port()
-    running = server.Server(app, 2**20, server.listen_on(Address("127.0.0.1", port)))
-    loop = threading.Thread(target=running.run, name="loop", daemon=True)
+def running(app: Naming) -> Iterator[tuple[server.Server, threading.Thread]]:
+    made = server.Server(app, 2**20, server.listen_on(Address("127.0.0.1", free_port())))
+    loop = threading.Thread(target=made.run, name="loop", daemon=True)
     loop.start()
-    yield Api(port)
-    running.stop()
+    yield made, loop
+    made.stop()
     loop.join(30)
     assert not loop.is_alive()
+
+
+@pytest.fixture
+def api(running: tuple[server.Server, threading.Thread], monkeypatch: pytest.MonkeyPatch) -> Api:
+    monkeypatch.setattr(connection, "_silent", threading.Event())  # other tests leave it set
+    return Api(running[0].listeners[0].effective_port)
+
+
+def test_stop_writes_nothing_into_a_trigger_that_the_loop_has_closed(
+    running: tuple[server.Server, threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, loop = running
+    trigger = made.listeners[0].trigger
+    pull, pulled = trigger.pull_trigger, []
+
+    def late() -> None:
+        loop.join(1.5)  # long enough for the loop to look whether it shall stop
+        pulled.append(loop.is_alive())
+        pull()
+
+    monkeypatch.setattr(trigger, "pull_trigger", late)
+    made.stop()
+    loop.join(30)
+    made.stop()
+    assert pulled == [True]
 
 
 def test_a_small_request_is_answered_where_it_is_read(api: Api) -> None:

@@ -202,8 +202,9 @@ class Server:
 
     def stop(self, *_: object) -> None:
         """Makes `run` drain and return. May be called by a signal handler or another thread."""
-        self.stopping = True
-        self.listeners[0].trigger.pull_trigger()
+        if not self.stopping:
+            self.listeners[0].trigger.pull_trigger()  # first: once `stopping` is set, the loop may close the trigger
+            self.stopping = True
 
     def _wake(self) -> None:
         """Wakes the loop for another thread; the loop itself looks at every connection before it waits."""
