@@ -12,11 +12,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
-from bench.backlog import composed, copy, outbox_at
+from bench.backlog import copy, drafted, outbox_at
 from bench.relay import RelayProcess
 from bench.rig import Rig
 from bench.sides import SIDES
-from mail.draft import Draft
 
 PATIENCE = 300  # seconds until those in front are sent
 
@@ -38,9 +37,9 @@ class Backlog:
 
     def accept(self, number: int) -> tuple[str, float]:
         """Accepts a mail with a text of 1 KB. Returns its id, and how many milliseconds it took."""
-        mail = composed({"to": f"m{number}@example.com", "subject": "A kilobyte", "text": "1234567 " * 128})
+        mail = drafted({"to": f"m{number}@example.com", "subject": "A kilobyte", "text": "1234567 " * 128})
         began = time.monotonic()
-        mail_id = self.outbox.accept([Draft(mail)]).id
+        mail_id = self.outbox.accept([mail]).id
         return mail_id, 1000 * (time.monotonic() - began)
 
     def start_worker(self) -> None:

@@ -3,8 +3,8 @@
 address.py   a mailbox, checked
 request.py   what a caller may ask for: the fields of POST /emails
 templates.py templates on disk -> subject, text, html
-message.py   Message, its stored form, and how a request becomes one
-draft.py     a request's body -> a draft that the outbox can accept
+message.py   Message, its stored form, and the draft that the outbox accepts
+draft.py     a request's body -> a draft: checked, its template rendered, composed
 mime.py      Message -> bytes
 store.py     the mails in Redis: names of keys, how scripts are run
 states.py    the states, what follows what, and BECOME: the one place where a state changes

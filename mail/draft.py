@@ -1,14 +1,12 @@
-"""A request's body -> a `Draft` that the outbox can accept: checked, its template rendered, composed."""
+"""A request's body -> a `Draft` that the outbox accepts: checked, its template rendered, composed."""
 
 from __future__ import annotations
 
 import time
-from datetime import datetime
-from typing import NamedTuple
 
 from mail.address import Mailbox
-from mail.message import Message, compose
-from mail.request import FieldError, Invalid, parse
+from mail.message import Draft, Message
+from mail.request import FieldError, Invalid, Rendered, Request, content_errors, parse, validate
 from mail.templates import render
 
 
@@ -16,12 +14,29 @@ class Expired(Invalid):
     """Nothing is wrong with the request except that its `expires_at` has passed."""
 
 
-class Draft(NamedTuple):
-    """A mail to accept. After `expires_at` it is not sent any more, but fails; `on_doubt` overrides ON_DOUBT."""
+def compose(request: Request, rendered: tuple[str, str | None, str | None] | None = None) -> Message:
+    """Returns the message of a checked request; `rendered` is the (subject, text, html) of its template.
 
-    message: Message
-    expires_at: datetime | None = None
-    on_doubt: str | None = None
+    Raises `Invalid` if what was rendered cannot be sent: a variable may have put a line break into the subject.
+    """
+    subject, text, html = request.subject, request.text, request.html
+    if rendered:
+        made = validate(Rendered, dict(zip(("subject", "text", "html"), rendered, strict=True)), "template")
+        Invalid.raise_if(content_errors(request, made.text, made.html))
+        subject, text, html = made.subject if subject is None else subject, made.text, made.html
+    return Message(
+        sender=request.sender,
+        to=request.to,
+        cc=request.cc,
+        bcc=request.bcc,
+        reply_to=request.reply_to,
+        subject=subject or "",
+        tags=[tag.model_dump() for tag in request.tags],
+        text=text,
+        html=html,
+        headers=request.headers,
+        attachments=[one.model_dump(exclude_none=True) | {"content_type": one.type} for one in request.attachments],
+    )
 
 
 def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int) -> Draft:

@@ -1,14 +1,16 @@
-"""A mail that can be sent: `Message`, its stored form, and how a checked request becomes one. Pure."""
+"""A mail that can be sent: `Message`, its stored form, and the `Draft` that the outbox accepts. Pure."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from mail.address import Mailbox
-from mail.request import PIECE, Invalid, Rendered, Request, content_errors, validate
+
+PIECE = 64 * 1024  # characters; of base64, a multiple of 4
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ class Message:
         return cls(**whole)
 
 
+class Draft(NamedTuple):
+    """A mail to accept. After `expires_at` it is not sent any more, but fails; `on_doubt` overrides ON_DOUBT."""
+
+    message: Message
+    expires_at: datetime | None = None
+    on_doubt: str | None = None
+
+
 def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
@@ -70,31 +80,6 @@ def _pieces(content: dict[str, Any]) -> Iterator[str]:
         yield from (file["content"][start : start + PIECE] for start in range(0, len(file["content"]), PIECE))
         yield '"}'
     yield "]}"
-
-
-def compose(request: Request, rendered: tuple[str, str | None, str | None] | None = None) -> Message:
-    """Returns the message of a checked request; `rendered` is the (subject, text, html) of its template.
-
-    Raises `Invalid` if what was rendered cannot be sent: a variable may have put a line break into the subject.
-    """
-    subject, text, html = request.subject, request.text, request.html
-    if rendered:
-        made = validate(Rendered, dict(zip(("subject", "text", "html"), rendered, strict=True)), "template")
-        Invalid.raise_if(content_errors(request, made.text, made.html))
-        subject, text, html = made.subject if subject is None else subject, made.text, made.html
-    return Message(
-        sender=request.sender,
-        to=request.to,
-        cc=request.cc,
-        bcc=request.bcc,
-        reply_to=request.reply_to,
-        subject=subject or "",
-        tags=[tag.model_dump() for tag in request.tags],
-        text=text,
-        html=html,
-        headers=request.headers,
-        attachments=[one.model_dump(exclude_none=True) | {"content_type": one.type} for one in request.attachments],
-    )
 
 
 def message_id(mail_id: str, sender: Mailbox) -> str:

@@ -19,8 +19,7 @@ from datetime import datetime
 from typing import Any
 
 from mail.claim import Busy, Claim, Recipient, iso, recipients_from_json, recipients_to_json, timestamp
-from mail.draft import Draft
-from mail.message import Message, message_id
+from mail.message import Draft, Message, message_id
 from mail.states import State, effective_state
 from mail.store import LAST_SENT, LOOK_AFTER, Store, claim_key, look_at, mail_key
 from queues import keys

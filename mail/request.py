@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mail.address import Mailbox, header_text, invalid
+from mail.message import PIECE
 
 CONTROL_IN_BODY = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 OURS = re.compile(  # headers that this service writes or the relay adds; a caller's would contradict them
@@ -29,7 +30,6 @@ OURS = re.compile(  # headers that this service writes or the relay adds; a call
 TOKEN = r"[A-Za-z0-9!#$&^_.+-]+"
 CONTENT_TYPE = re.compile(rf"{TOKEN}/{TOKEN}(?:; ?{TOKEN}={TOKEN})*")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3}|\.\d{6})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
-PIECE = 64 * 1024  # characters; of base64, a multiple of 4
 COMPOSITE = ("multipart/", "message/")  # RFC 2046 5: these hold mail as it is, and never base64
 REQUIRED = "is required"
 MESSAGES = {  # pydantic's name of an error -> what it says to a caller who knows no Python

@@ -6,8 +6,8 @@ import time
 from datetime import datetime, timedelta, timezone
 
 from mail.claim import Claim
-from mail.draft import Draft
-from mail.message import compose
+from mail.draft import compose
+from mail.message import Draft
 from mail.outbox import Outbox
 from mail.request import parse
 

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from mail.address import Mailbox
-from mail.message import Message, compose
+from mail.draft import compose
+from mail.message import Message
 from mail.request import Invalid, parse
 
 DATE = datetime(2025, 1, 31, 12, 30, 15, 999999, tzinfo=timezone.utc)

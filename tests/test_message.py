@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mail.address import Mailbox
-from mail.draft import Expired, prepare
-from mail.message import Message, compose, message_id
+from mail.draft import Expired, compose, prepare
+from mail.message import Message, message_id
 from mail.request import parse
 from tests.sample_mails import CONTROLS, Rendered, accepted, mail, refusal
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mail.message import compose
+from mail.draft import compose
 from mail.mime import to_mime
 from mail.request import Invalid, parse
 from tests import sample_mails as samples

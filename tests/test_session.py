@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mail.address import Mailbox
-from mail.message import compose
+from mail.draft import compose
 from mail.mime import to_mime
 from mail.request import parse
 from smtp.verdict import Phase, Reply, Verdict

@@ -24,7 +24,8 @@ from pydantic import Field, ValidationError
 
 from mail import counters, sweep
 from mail.address import Mailbox
-from mail.draft import Draft, Expired, prepare
+from mail.draft import Expired, prepare
+from mail.message import Draft
 from mail.outbox import Outbox
 from mail.request import FieldError, HeaderText, Invalid, OneMailbox, StrictModel, field_errors, validate
 from mail.states import State

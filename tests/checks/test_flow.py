@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mail.draft import Draft
-from mail.message import compose
+from mail.draft import compose
+from mail.message import Draft
 from mail.outbox import Outbox
 from mail.request import parse
 from mail.store import OPEN
