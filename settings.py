@@ -17,15 +17,26 @@ import ipaddress
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, FilePath, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from process import env_file
 
 SECRETS = ("redis_url", "smtp_password", "api_keys", "dashboard_password")
+VERBATIM = ("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url")  # any text, so `#` too
+CUT = "{} would end before its #: put the whole value in single quotes, or the comment on a line of its own"
 DEV_KEY = "dev"  # bin/dev's API key; everybody knows it, so it may be served on loopback only
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -114,6 +125,16 @@ def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
     return tuple(keys)
 
 
+def parse_host(text: str) -> str:
+    """Returns a host's name or address as it stands. A port, a scheme or a login beside it is no part of it."""
+    host = text.strip()
+    with suppress(ValueError):
+        return str(ipaddress.ip_address(host))
+    if not re.fullmatch(r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*\.?", host) or len(host) > 253:
+        raise ValueError("must be a host's name or address alone, such as smtp.example.com; its port is SMTP_PORT")
+    return host
+
+
 LONGEST_DURATION = 100 * 366 * 86400  # seconds; what is longer, Redis or Python may refuse
 Duration = Annotated[int, parsed_by(parse_duration), Field(gt=0, le=LONGEST_DURATION)]
 Listen = Annotated[Address, parsed_by(parse_address), NoDecode]
@@ -128,7 +149,7 @@ class Settings(BaseSettings):
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     redis_url_file: FilePath | None = None
 
-    smtp_host: str | None = None
+    smtp_host: Annotated[str, parsed_by(parse_host)] | None = None
     smtp_port: Port = 587
     smtp_security: Literal["starttls", "tls", "none"] = Field(
         default_factory=lambda given: "tls" if given.get("smtp_port") == 465 else "starttls"
@@ -169,6 +190,19 @@ class Settings(BaseSettings):
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["plain", "json"] = "plain"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Puts `from_file` in the place of pydantic's own reader, which drops the lines that it cannot read."""
+        written = cast(InitSettingsSource, init_settings).init_kwargs.pop("from_file", {})
+        return init_settings, env_settings, InitSettingsSource(settings_cls, written), file_secret_settings
 
     @model_validator(mode="before")
     @classmethod
@@ -221,6 +255,20 @@ class Settings(BaseSettings):
         return self.deliver_timeout + 30
 
 
+def from_file(path: Path) -> dict[str, str]:
+    """Returns what an env file sets, by the names of fields. Raises `SettingsError`."""
+    try:
+        assignments = env_file.read(path)
+    except env_file.Unreadable as error:
+        raise SettingsError(error.faults) from None
+    except OSError as error:
+        raise SettingsError([f"{path} cannot be read: {error.strerror}"]) from None
+    cut = [one for one in assignments if one.comment and one.name.lower() in VERBATIM]
+    if cut:
+        raise SettingsError([f"{path.name} line {one.line}: {CUT.format(one.name)}" for one in cut])
+    return {one.name.lower(): one.value for one in assignments if one.value}
+
+
 NEEDED = {  # a setting that a process cannot run without -> what to write there
     "smtp_host": "name the relay to send through, such as smtp.example.com",
     "mail_from": "name the sender of mail that names none, such as 'Acme <hello@example.com>'",
@@ -237,7 +285,7 @@ def load(*needed: str, **overrides: Any) -> Settings:
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     file = Path(directory, "async-email.env") if directory else Path(".env")
     try:
-        settings = Settings(**{"_env_file": file, "_secrets_dir": directory, **overrides})
+        settings = Settings(**{"from_file": from_file(file), "_secrets_dir": directory, **overrides})
     except ValidationError as error:
         raise SettingsError(explain(error, file.name)) from None
     missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not getattr(settings, name)]

@@ -36,7 +36,7 @@ end
 
 
 def outbox_at(redis_url: str) -> Outbox:
-    return Outbox(Jobs(connect(redis_url, retrying=True)), Settings(_env_file=None))
+    return Outbox(Jobs(connect(redis_url, retrying=True)), Settings())
 
 
 def drafted(body: dict[str, Any]) -> Draft:

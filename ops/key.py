@@ -22,8 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dotenv import dotenv_values
-
+from process import env_file
 from settings import ApiKey, parse_api_keys
 
 SERVER = Path("/etc/async-email")
@@ -52,16 +51,22 @@ class KeyFile:
     def read(self) -> tuple[ApiKey, ...]:
         text = self._text()
         if self.is_env:
-            values = dotenv_values(self.path) if text else {}
+            values = self._assigned()
             if values.get("API_KEYS_FILE"):
                 raise Refused(
                     f"{self.path} names another file for the keys (API_KEYS_FILE): name that file with --file"
                 )
-            text = values.get("API_KEYS") or ""
+            text = values.get("API_KEYS", "")
         try:
             return parse_api_keys(text.strip())
         except ValueError as error:
             raise Refused(f"{self.path} cannot be read as API keys: {error}") from None
+
+    def _assigned(self) -> dict[str, str]:
+        try:
+            return {one.name: one.value for one in env_file.read(self.path)}
+        except env_file.Unreadable as error:
+            raise Refused(f"{self.path} cannot be read: {'; '.join(error.faults)}") from None
 
     def write(self, keys: Sequence[ApiKey]) -> None:
         text = ",".join(":".join(key) for key in keys)

@@ -55,8 +55,8 @@ def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
 @pytest.fixture
 def outbox(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Outbox:
     """What tasks that run in this process use."""
-    made = Outbox(Jobs(client), load(_env_file=None))
-    monkeypatch.setattr(delivery, "current", lambda: delivery.Delivery(load(_env_file=None), made))
+    made = Outbox(Jobs(client), load(from_file={}))
+    monkeypatch.setattr(delivery, "current", lambda: delivery.Delivery(load(from_file={}), made))
     return made
 
 

@@ -32,7 +32,7 @@ from settings import load
 from tests.servers import ROOT, RedisServer, eventually, free_port
 
 PASSWORD, REDIS_PASSWORD = "dashboard-secret", "redis-secret"
-SETTINGS = load(_env_file=None, dashboard_password=PASSWORD)
+SETTINGS = load(from_file={}, dashboard_password=PASSWORD)
 SAME_ORIGIN = {"Sec-Fetch-Site": "same-origin"}
 MARKUP = "<img src=x onerror=\"document.title='pwned'\">"
 SAMPLES = {  # one value for each variable in a route

@@ -100,7 +100,7 @@ def work(client: redis.Redis, queue: str) -> None:
 
 def app_with(redis_url: str, **settings: Any) -> middleware.Middleware:
     given = {"api_keys": f"full:{sha256(b'full-key').hexdigest()}", "mail_from": "sender@example.com", **settings}
-    made = load(_env_file=None, redis_url=redis_url, **given)
+    made = load(from_file={}, redis_url=redis_url, **given)
     return web_app.make_app(made, Jobs(connect(redis_url)), tasks.OFFERED)
 
 
@@ -121,7 +121,7 @@ def ask(app: middleware.Middleware, method: str, path: str, body: object = None,
 def served(app: middleware.Middleware, host: str = "127.0.0.1") -> Iterator[Api]:
     """An application in this process, behind the real Waitress, for what must be looked at from inside."""
     port = free_port()
-    running = server.Server(app, load(_env_file=None).max_message_bytes, server.listen_on(Address(host, port)))
+    running = server.Server(app, load(from_file={}).max_message_bytes, server.listen_on(Address(host, port)))
     thread = threading.Thread(target=running.run)
     thread.start()
     try:

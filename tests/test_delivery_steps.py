@@ -231,7 +231,7 @@ class Attempt:
         self.events: list[tuple[str, int]] = []  # with the number of mails that the relay had then
         self.claim = claim("pending")
         self.at_mark: Callable[[], object] = lambda: None
-        self.delivery = made(Settings(_env_file=None))
+        self.delivery = made(Settings())
         self.delivery.relay, self.delivery.pool = at(there.port), POOL
         self.claim.store = SimpleNamespace(run=self.mark)  # type: ignore[assignment]  # all that is asked of it here
         monkeypatch.setattr(self.claim, "settle", lambda state, **_: self.note(state))

@@ -22,7 +22,7 @@ from ops import install, release, site
 from ops.dev import find_redis_server
 from ops.install import Step
 from ops.server import Fault, Server
-from settings import Settings
+from settings import from_file, load
 from tests.relay import Relay
 from tests.servers import ROOT, House, eventually, project_files
 
@@ -192,7 +192,7 @@ def test_secrets_are_made_once_and_only_root_reads_them(server: Server) -> None:
     install.configure(server)
     key = server.new_key
     assert key
-    settings = Settings(_env_file=server.env, _secrets_dir=server.credentials)  # as the service reads it
+    settings = load(from_file=from_file(server.env), _secrets_dir=server.credentials)  # as the service reads it
     assert settings.api_keys == (("default", hashlib.sha256(key.encode()).hexdigest(), "full"),)
     assert settings.redis_url.get_secret_value().startswith("unix://async-email:")
     assert settings.dashboard_password

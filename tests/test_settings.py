@@ -55,6 +55,18 @@ def faults(monkeypatch: pytest.MonkeyPatch, *needed: str, **variables: str) -> l
         ({"LOG_LEVEL": "loud"}, "LOG_LEVEL: input should be"),
         ({"SMTP_CA_FILE": "/nowhere.pem"}, "SMTP_CA_FILE: path does not point to a file"),
         ({"SMTP_PASSWORD_FILE": "/nowhere"}, "SMTP_PASSWORD_FILE cannot be read: No such file or directory"),
+        *(
+            ({"SMTP_HOST": host}, "SMTP_HOST: must be a host's name or address alone")
+            for host in (  # what other projects were asked about: gitea#22127, ghost#13047, nextcloud/server#1803
+                "smtp.example.com:587",
+                "smtp://smtp.example.com",
+                "https://smtp.example.com/",
+                "smtp.example.com ssl",
+                "user@smtp.example.com",
+                "[smtp.example.com]",
+                "-relay",
+            )
+        ),
         ({"REDIS_URL": "http://x"}, "REDIS_URL must start with redis://"),
         ({"REDIS_URL": "redis://:hunter2/x@host"}, "REDIS_URL must be a URL: write / # ? : @ in its password as"),
         ({"API_KEYS": f"a:{DIGEST},a:{DIGEST}"}, "API_KEYS: each name must be unique"),
@@ -79,6 +91,11 @@ def test_half_a_login_is_refused_by_who_speaks_to_the_relay(monkeypatch: pytest.
     found = faults(monkeypatch, "smtp_host", **{"SMTP_HOST": "smtp.example.com", variable: "ada"})
     assert [fault.split(":")[0] for fault in found] == ["SMTP_USERNAME and SMTP_PASSWORD go together"]
     load("mail_from", mail_from="a@example.com")  # the API, which has no business with the password
+
+
+@pytest.mark.parametrize("host", ["smtp.example.com", "relay", "mail_relay", "10.0.0.1", "::1", "smtp.müller.example."])
+def test_every_host_is_taken(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    assert given(monkeypatch, SMTP_HOST=host).smtp_host == host
 
 
 def test_what_a_process_cannot_do_without_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from tests.servers import ROOT, project_files
 TOP = {"service", "worker", "tasks", "settings"}
 ANYTHING = {"ops", "chaos", "bench", "tests"}  # what people run beside it; nobody imports them
 MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import beside itself
-    "settings": set[str](),
+    "settings": {"process.env_file"},
     "process": set[str](),
     "queues": {"settings", "process"},
     "smtp": {"queues.connection", "settings"},
@@ -25,6 +25,7 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
 }
 HOMES = {  # an outside thing -> the only rooms or files that may import it
     "smtplib": {"smtp.session"},
+    "dotenv": {"process.env_file"},
     "email": {"mail.mime", "ops.catcher", "ops.mailparts"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard"},
     "redis": {"queues", "ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"},

@@ -88,7 +88,7 @@ def test_a_service_comes_back_whatever_ended_it(unit: Path) -> None:
 def test_a_stop_lets_what_is_in_hand_finish(unit: Path) -> None:
     service = directives(unit, "Service")
     assert service["KillMode"] == ["mixed"]  # by default RQ's work horse gets SIGTERM too, and dies at once
-    needed = Settings(_env_file=None).job_timeout if "worker" in unit.name else 10
+    needed = Settings().job_timeout if "worker" in unit.name else 10
     assert int(service["TimeoutStopSec"][0]) > needed
     assert "ExecStop" not in service  # a second SIGTERM makes RQ kill the job
 

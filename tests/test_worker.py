@@ -377,7 +377,7 @@ def test_the_worker_says_what_is_missing_and_does_not_start(tmp_path: Path, redi
 def test_a_duty_that_goes_wrong_keeps_the_main_thread_from_no_other(
     monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer, error: Exception
 ) -> None:
-    main = WorkerPool("email", Settings(_env_file=None, redis_url=redis_server.url))
+    main = WorkerPool("email", Settings(redis_url=redis_server.url))
     done: list[str] = []
 
     def wrong() -> None:

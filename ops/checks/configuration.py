@@ -17,13 +17,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dotenv import dotenv_values
-
 import settings
 from mail.address import Mailbox
 from ops.checks.findings import Findings, fault, note, ok, warn
 from ops.checks.system import denied_at, find_user, is_root, run
 from ops.checks.target import Target
+from process import env_file
 from queues.table import QUEUES
 from settings import Settings, SettingsError
 
@@ -148,8 +147,9 @@ def load_checked(*needed: str) -> Settings:
 
 def shell(target: Target) -> Findings:
     """Finds what works by hand and not as a service: a variable that only this shell has."""
-    in_file = dotenv_values(target.file) if os.access(target.file, os.R_OK) else {}
-    written = {name for name, value in in_file.items() if value}
+    written = set[str]()
+    with suppress(env_file.Unreadable, OSError):
+        written = {one.name for one in env_file.read(target.file) if one.value}
     only_here = sorted(exported() - written - stored(target))
     if only_here and not is_readable(target):
         yield note(f"set in this shell, which the services do not see: {', '.join(only_here)}", "sudo bin/doctor")

@@ -43,7 +43,7 @@ HEALTHY = {
 
 
 def of(**given: Any) -> Settings:
-    return Settings(_env_file=None, **given)
+    return Settings(**given)
 
 
 def listed(findings: Findings) -> list[Finding]:
