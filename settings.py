@@ -135,6 +135,14 @@ def parse_host(text: str) -> str:
     return host
 
 
+def parse_ehlo_name(text: str) -> str:
+    """Returns a domain, or an address in brackets (RFC 5321 4.1.3)."""
+    name = text.strip()
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Za-z.:]+\]", name) or len(name) > 255:
+        raise ValueError("must be a full name, such as mail.example.com, or an address in brackets: [192.0.2.1]")
+    return name
+
+
 LONGEST_DURATION = 100 * 366 * 86400  # seconds; what is longer, Redis or Python may refuse
 Duration = Annotated[int, parsed_by(parse_duration), Field(gt=0, le=LONGEST_DURATION)]
 Listen = Annotated[Address, parsed_by(parse_address), NoDecode]
@@ -159,6 +167,7 @@ class Settings(BaseSettings):
     smtp_password_file: FilePath | None = None
     smtp_ca_file: FilePath | None = None
     smtp_timeout: Duration = 30
+    ehlo_name: Annotated[str, parsed_by(parse_ehlo_name)] | None = None
     smtp_rate: Annotated[tuple[Rate, ...], parsed_by(parse_rates), NoDecode] = ()
 
     mail_from: str | None = None
@@ -225,8 +234,6 @@ class Settings(BaseSettings):
     def check_combinations(self) -> Settings:
         """Raises ValueError with a sentence for each value that has its type and is wrong all the same."""
         faults = []
-        if self.smtp_password and not self.smtp_password.get_secret_value().isascii():
-            faults.append("SMTP_PASSWORD must be ASCII: an SMTP login carries nothing else")
         if self.smtp_username and self.smtp_security == "none" and not is_loopback(self.smtp_host or ""):
             faults.append("SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls")
         dev_key = hashlib.sha256(DEV_KEY.encode()).hexdigest()

@@ -26,6 +26,7 @@ class Relay(NamedTuple):
     ca_file: str | None
     timeout: float  # for a connection, for one reply (but that to the final dot), for the next CHUNK of the body
     deadline: float  # for one conversation
+    ehlo_name: str  # what we call ourselves
 
     @classmethod
     def of(cls, current: Settings) -> Relay:
@@ -39,6 +40,7 @@ class Relay(NamedTuple):
             ca_file=str(current.smtp_ca_file) if current.smtp_ca_file else None,
             timeout=current.smtp_timeout,
             deadline=current.deliver_timeout,
+            ehlo_name=current.ehlo_name or own_name(),
         )
 
     def __str__(self) -> str:
@@ -47,6 +49,22 @@ class Relay(NamedTuple):
     def __repr__(self) -> str:
         """Hides the password, which a tuple's own would show to a program that prints a traceback's variables."""
         return str(self)
+
+
+@lru_cache(maxsize=1)
+def own_name() -> str:
+    """Returns this machine's full name, or the address from which it reaches others in RFC 5321 4.1.3's form; never
+    `localhost` or a loopback address if it has another. Asked once: a resolver that is silent would cost seconds each
+    time."""
+    name = socket.getfqdn()
+    if "." in name and not name.startswith("localhost"):
+        return name
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # RFC 5737: an address of nobody; a datagram socket sends nothing by this
+            return f"[{probe.getsockname()[0]}]"
+        except OSError:
+            return "[127.0.0.1]"
 
 
 @lru_cache(maxsize=4)

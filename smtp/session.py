@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
-from functools import lru_cache
 
+from smtp import auth
 from smtp.envelope import Envelope, crlf_lines, dot_stuffed
 from smtp.relay import SEND_BUFFER, Relay, connect_any, tls_context
 from smtp.verdict import Phase, Reply, Verdict
@@ -36,12 +36,6 @@ class Stopped(Exception):
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply.summary)
         self.reply = reply
-
-
-@lru_cache(maxsize=1)
-def own_name() -> str:
-    """Returns our name for EHLO. Asked once: a resolver that does not answer would cost seconds each time."""
-    return str(smtplib.SMTP().local_hostname)
 
 
 class _Client(smtplib.SMTP):
@@ -88,7 +82,7 @@ class Session:
         self.opened_at = self.heard_at = time.monotonic()
         self.aborted = threading.Event()
         self.handle: socket.socket | None = None
-        self.smtp = _Client(local_hostname=own_name(), timeout=relay.timeout)
+        self.smtp = _Client(local_hostname=relay.ehlo_name, timeout=relay.timeout)
         # starttls() checks the certificate against this name, which smtplib knows only when it connects by itself.
         self.smtp._host = relay.host  # type: ignore[attr-defined]
 
@@ -125,12 +119,11 @@ class Session:
         with self.step(Phase.GREETING):
             code, text = self.smtp.getreply()
         self.expect(Reply(Phase.GREETING, code, _text(text)))
-        with self.step(Phase.HELLO):
-            self.smtp.ehlo_or_helo_if_needed()
+        self.say_hello()
         if self.relay.security == "starttls":
             with self.step(Phase.STARTTLS):
                 self.smtp.starttls(context=tls_context(self.relay.ca_file))
-                self.smtp.ehlo_or_helo_if_needed()
+            self.say_hello()
         if self.relay.username:
             with self.step(Phase.AUTH):
                 self.login(self.relay.username, self.relay.password or "")
@@ -147,14 +140,18 @@ class Session:
         if self.relay.security == "tls":
             self.smtp.sock = tls_context(self.relay.ca_file).wrap_socket(sock, server_hostname=self.relay.host)
 
+    def say_hello(self) -> None:
+        """Sends EHLO, and HELO only to a relay that does not know it (RFC 5321 3.2): another refusal stands."""
+        with self.step(Phase.HELLO):
+            code, text = self.smtp.ehlo()
+            if code in (500, 502):
+                code, text = self.smtp.helo()
+        self.expect(Reply(Phase.HELLO, code, _text(text)))
+
     def login(self, username: str, password: str) -> None:
-        """Tries one mechanism: smtplib's login() tries all, and a wrong password then counts as three break-ins."""
         offered = self.smtp.esmtp_features.get("auth", "").upper().split()
-        mechanism = next((name for name in ("PLAIN", "LOGIN", "CRAM-MD5") if name in offered), None)
-        if not mechanism:
-            raise smtplib.SMTPNotSupportedError("the relay offers no AUTH PLAIN, LOGIN or CRAM-MD5")
-        self.smtp.user, self.smtp.password = username, password
-        self.smtp.auth(mechanism, getattr(self.smtp, "auth_" + mechanism.lower().replace("-", "_")))
+        code, text = auth.log_in(self.smtp.docmd, offered, username, password)
+        self.expect(Reply(Phase.AUTH, code, _text(text)))
 
     def begin(self, envelope: Envelope, mime: bytes) -> Replies:
         """Sends a mail but for its final dot, or the last bytes of its chunk, in as few round trips as the relay
@@ -345,6 +342,6 @@ def _reason(error: Exception) -> str:
         return "timed out"
     if isinstance(error, smtplib.SMTPServerDisconnected):
         return "the relay closed the connection"
-    if isinstance(error, smtplib.SMTPNotSupportedError):
+    if isinstance(error, (smtplib.SMTPNotSupportedError, auth.NotOffered)):
         return str(error)
     return getattr(error, "strerror", None) or type(error).__name__

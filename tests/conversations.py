@@ -35,7 +35,7 @@ def server_context(authority: trustme.CA, name: str = "127.0.0.1", **options: An
 
 
 def at(port: int, **changes: Any) -> Relay:
-    plain = Relay("127.0.0.1", port, "none", None, None, None, timeout=5, deadline=10)
+    plain = Relay("127.0.0.1", port, "none", None, None, None, timeout=5, deadline=10, ehlo_name="client.example")
     if "login" in changes:
         changes["username"], changes["password"] = changes.pop("login")
     return plain._replace(**changes)

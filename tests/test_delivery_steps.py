@@ -40,7 +40,7 @@ SILENCE = Reply(Phase.DOT, None, "the relay closed the connection")
 AWAY = Reply(Phase.CONNECT, None, "refused")
 
 
-RELAY = Relay("relay.example.com", 587, "none", None, None, None, timeout=5, deadline=10)
+RELAY = Relay("relay.example.com", 587, "none", None, None, None, timeout=5, deadline=10, ehlo_name="client.example")
 
 
 def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "retry") -> Claim:

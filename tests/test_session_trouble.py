@@ -153,7 +153,8 @@ def expect_plain(line: Line) -> str:
 
 
 def expect_login(line: Line) -> str:
-    username = base64.b64decode(line.relay.commands[-1].split()[2])
+    line.say("334 VXNlcm5hbWU6")
+    username = base64.b64decode(line.hear_until(b"\r\n"))
     line.say("334 UGFzc3dvcmQ6")
     return check(line, (username, base64.b64decode(line.hear_until(b"\r\n"))) == tuple(one.encode() for one in LOGIN))
 

@@ -67,6 +67,7 @@ def faults(monkeypatch: pytest.MonkeyPatch, *needed: str, **variables: str) -> l
                 "-relay",
             )
         ),
+        ({"EHLO_NAME": "web 1"}, "EHLO_NAME: must be a full name, such as mail.example.com"),
         ({"REDIS_URL": "http://x"}, "REDIS_URL must start with redis://"),
         ({"REDIS_URL": "redis://:hunter2/x@host"}, "REDIS_URL must be a URL: write / # ? : @ in its password as"),
         ({"API_KEYS": f"a:{DIGEST},a:{DIGEST}"}, "API_KEYS: each name must be unique"),
@@ -107,7 +108,7 @@ def test_what_a_process_cannot_do_without_is_named(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "variables",
     [
-        {"SMTP_PASSWORD": "hunter2-é", "SMTP_USERNAME": "ada"},
+        {"SMTP_PASSWORD": "hunter2-é", "EHLO_NAME": "it is"},
         {"SMTP_PASSWORD": "hunter2", "SMTP_PORT": "x"},
         {"SMTP_PASSWORD": "hunter2", "SMTP_USERNAME": "a", "SMTP_SECURITY": "none", "SMTP_HOST": "mx.example"},
         {"API_KEYS": "hunter2"},
