@@ -2,69 +2,93 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from smtp.verdict import Phase, Reply, Verdict, judge
+from smtp import policy
+from smtp.policy import TABLE, Phase, Row, Verdict, row_for
+from smtp.verdict import LONGEST_HINT, Reply, judge
 from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
 
-# What relays say, as they word it, where the matrix below does not decide by itself.
-QUOTED = [
-    # 451, 452 on RCPT or DATA; too many recipients; 432
-    (Phase.RCPT, 451, "4.7.1 Greylisting in action, please come back later", TRY_AGAIN),
-    (Phase.RCPT, 452, "4.5.3 Your message has too many recipients", TRY_AGAIN),
-    (Phase.RCPT, 552, "5.5.3 too many recipients", TRY_AGAIN),
-    (Phase.DATA, 451, "4.3.0 Mail server temporarily rejected message.", TRY_AGAIN),
-    (Phase.DATA, 452, "4.3.1 Insufficient system storage", TRY_AGAIN),
-    (Phase.DOT, 451, "4.3.0 queue file write error", TRY_AGAIN),
-    (Phase.RCPT, 432, "4.3.2 Concurrent connections limit exceeded.", TROUBLE),
-    (Phase.DOT, 432, "4.3.2 STOREDRV.ClientSubmit; sender thread limit exceeded", TROUBLE),
-    # 454: on AUTH, and the throttle of SES
-    (Phase.AUTH, 454, "4.7.0 Too many login attempts, please try again later.", TROUBLE),
-    (Phase.AUTH, 454, "Temporary authentication failure", TROUBLE),
-    (Phase.MAIL, 454, "Throttling failure: Maximum sending rate exceeded.", TROUBLE),
-    (Phase.DOT, 454, "Throttling failure: Maximum sending rate exceeded.", TROUBLE),
-    (Phase.DOT, 454, "Throttling failure: Daily message quota exceeded.", TROUBLE),
-    # 535, 534, 538: the login
-    (Phase.AUTH, 535, "5.7.8 Username and Password not accepted.", TROUBLE),
-    (Phase.AUTH, 535, "5.7.139 Authentication unsuccessful, SmtpClientAuthentication is disabled", TROUBLE),
-    (Phase.AUTH, 534, "5.7.9 Application-specific password required.", TROUBLE),
-    (Phase.MAIL, 535, "Authentication Credentials Invalid", TROUBLE),
-    (Phase.MAIL, 534, "5.7.9 Authentication mechanism is too weak", TROUBLE),
-    (Phase.MAIL, 538, "5.7.11 Encryption required for requested authentication mechanism", TROUBLE),
-    # 550 5.4.5: Gmail's quota
-    (Phase.MAIL, 550, "5.4.5 Daily user sending limit exceeded.", TROUBLE),
-    (Phase.DATA, 550, "5.4.5 Daily user sending limit exceeded.", TROUBLE),
-    (Phase.DOT, 550, "5.4.5 Daily SMTP relay limit exceeded for customer.", TROUBLE),
-    # 550 5.7.30 and 5.2.251-255: Microsoft 365
-    (Phase.MAIL, 550, "5.7.30 Basic authentication is not supported for Client Submission.", TROUBLE),
-    (Phase.MAIL, 550, "5.2.251 Sender throttled due to continuous mailbox full errors.", TROUBLE),
-    (Phase.DATA, 550, "5.2.252 Sender throttled due to continuous send as denied errors.", TROUBLE),
-    (Phase.DOT, 550, "5.2.253 Sender throttled due to continuous invalid license errors.", TROUBLE),
-    (Phase.DOT, 550, "5.2.254 Sender throttled due to continuous too many recipients errors.", TROUBLE),
-    (Phase.DOT, 550, "5.2.255 Sender throttled due to continuous invalid recipients errors.", TROUBLE),
-    # 5xx on RCPT or MAIL, 552 size, 554 content
-    (Phase.MAIL, 550, "5.7.60 SMTP; Client does not have permissions to send as this sender", REFUSED),
-    (Phase.MAIL, 552, "5.2.3 Your message exceeded Google's message size limits.", REFUSED),
-    (Phase.MAIL, 553, "5.7.1 Sender address rejected: not owned by user", REFUSED),
-    (Phase.RCPT, 550, "5.1.1 The email account that you tried to reach does not exist.", REFUSED),
-    (Phase.RCPT, 551, "5.1.6 User has moved", REFUSED),
-    (Phase.RCPT, 553, "5.1.3 The recipient address is not a valid address.", REFUSED),
-    (Phase.TRANSFER, 552, "5.3.4 Message size exceeds fixed limit", REFUSED),
-    (Phase.DOT, 552, "5.3.4 Message size exceeds fixed limit", REFUSED),
-    (Phase.DATA, 554, "5.5.1 Error: no valid recipients", REFUSED),
-    (Phase.DOT, 554, "Message rejected: Email address is not verified.", REFUSED),
-    (Phase.DOT, 554, "5.7.1 Spam message rejected", REFUSED),
-    (Phase.DOT, 554, "5.2.252 SendAsDenied; this login may not send as that sender", REFUSED),
-    # not supported: STARTTLS, AUTH, SMTPUTF8
-    (Phase.STARTTLS, 454, "4.7.0 TLS not available due to local problem", TROUBLE),
-    (Phase.MAIL, 550, "5.6.7 the relay does not offer SMTPUTF8", REFUSED),
-    # 5xx greeting
-    (Phase.GREETING, 554, "5.7.1 Your access to this mail system has been rejected", TROUBLE),
+# 257 replies of relays, as they word them, with the right judgement, the pause they ask for (seconds), and the source.
+with (Path(__file__).parent / "relay_replies.tsv").open(encoding="utf-8") as table:
+    REPLIES = list(csv.DictReader(table, delimiter="\t", quoting=csv.QUOTE_NONE))
+# Samples that the policy was not made from.
+OTHERS: list[tuple[Phase, int | None, str, Verdict]] = [
+    (Phase.DOT, 454, "4.7.0 not now", TROUBLE),
+    (Phase.RCPT, 552, "Requested mail action aborted", TRY_AGAIN),
+    (
+        Phase.RCPT,
+        550,
+        "5.2.1 The email account that you tried to reach is disabled. Learn more at https://support.google.com/mail/?p=DisabledUser",
+        REFUSED,
+    ),
+    (Phase.RCPT, 550, "5.1.1 Mailbox disabled for this recipient", REFUSED),
+    (Phase.RCPT, 550, "User account is disabled", REFUSED),
+    (Phase.RCPT, 554, "delivery error: dd This user doesn't have a yahoo.com account (x@yahoo.com) [-5]", REFUSED),
+    (Phase.RCPT, 550, "5.7.1 This account is currently blocked", REFUSED),
+    (Phase.DOT, 550, "5.7.1 Your message was rejected because your account has been blocked for sending spam", TROUBLE),
+    (Phase.DOT, 554, "5.7.1 Your account has exceeded its daily sending limit", TROUBLE),
+    (Phase.DOT, 550, "5.7.1 Message contains spam or virus or sender is blocked", REFUSED),
+    (Phase.RCPT, 450, "4.2.2 mailbox full", TRY_AGAIN),
+    (Phase.RCPT, 452, "4.2.2 user over quota", TRY_AGAIN),
+    (Phase.RCPT, 552, "5.2.2 mailbox quota exceeded", REFUSED),
+    (Phase.DOT, 421, "4.7.0 Try again later, closing connection", TROUBLE),
+    (Phase.MAIL, 451, "4.7.1 Greylisting in action, please come back in 00:04:59", TRY_AGAIN),
+    (Phase.RCPT, 451, "4.7.1 Greylisting in action, please come back in 00:04:59", TRY_AGAIN),
+    (Phase.RCPT, 450, "4.7.1 Recipient address rejected: Policy restrictions; try later", TRY_AGAIN),
+    (Phase.DOT, 451, "4.7.0 Temporary local problem, please try again", TRY_AGAIN),
+    (
+        Phase.DOT,
+        554,
+        "5.7.1 The message from (<a@example.com>) with the subject of (rate limit) matches spam",
+        REFUSED,
+    ),
+    (Phase.DOT, 550, "5.7.350 Remote server returned message detected as spam", REFUSED),
+    (Phase.DOT, 550, "High probability of spam", REFUSED),
+    (Phase.RCPT, 550, "5.4.1 Recipient address rejected: Access denied", REFUSED),
+    (Phase.MAIL, 550, "5.7.1 Sending limit exceeded for this domain", TROUBLE),
+    (Phase.MAIL, 451, "4.7.1 You have exceeded your hourly sending limit of 200", TROUBLE),
+    (Phase.MAIL, 450, "4.7.1 Error: too many connections", TROUBLE),
+    (Phase.DOT, 452, "4.3.1 Out of memory", TROUBLE),
+    (Phase.MAIL, 452, "4.3.1 Insufficient system storage", TROUBLE),
+    (
+        Phase.RCPT,
+        550,
+        "5.7.133 RESOLVER.RST.SenderNotAuthenticatedForGroup; authentication required; not authenticated",
+        REFUSED,
+    ),
+    (Phase.RCPT, 550, "5.7.1 RESOLVER.RST.AuthRequired; authentication required", REFUSED),
+    (
+        Phase.DOT,
+        554,
+        "5.2.0 STOREDRV.Submission.Exception:OutboundSpamException; Failed to process",
+        TROUBLE,
+    ),
+    (Phase.MAIL, 501, "5.1.7 Invalid address", REFUSED),
+    (Phase.MAIL, 553, "5.1.8 Domain of sender address does not exist", REFUSED),
+    (Phase.DOT, 554, "5.3.4 message too big", REFUSED),
+    (Phase.MAIL, 535, "5.7.0 auth", TROUBLE),
+    (Phase.RCPT, 550, "This message was not accepted due to domain (example.com) owner DMARC policy", REFUSED),
+    (Phase.RCPT, 421, "4.2.1 mailbox busy", TRY_AGAIN),
+    (Phase.RCPT, 550, "5.7.23 The message was rejected because of Sender Policy Framework violation", REFUSED),
+    (Phase.RCPT, 451, "4.3.0 <rcpt>: Temporary lookup failure", TROUBLE),
+    (Phase.DOT, 250, "ok", ACCEPTED),
+    (Phase.RCPT, 550, "sorry, no mailbox here by that name (#5.1.1)", REFUSED),
+    (Phase.RCPT, 553, "sorry, your mail was administratively denied. (#5.7.1)", REFUSED),
+    (Phase.DOT, 554, "Transaction failed: Address blacklisted", REFUSED),
+    (Phase.RCPT, 550, "5.7.1 Recipient's mailbox has exceeded the limit of incoming messages", REFUSED),
+    (Phase.RCPT, 450, "4.2.1 Mailbox has exceeded the limit", TRY_AGAIN),
+    (Phase.RCPT, 554, "5.7.1 : Recipient address rejected: You have exceeded the daily message limit", TROUBLE),
+    (Phase.DOT, 554, "Message rejected: Account is in the sandbox; email address not verified", REFUSED),
+    (Phase.DOT, 450, "4.7.1 Message throttled: too many messages sent by user", TROUBLE),
 ]
 
 # A: accepted, which before DOT means go on. t: try again, r: refused, d: in doubt, !: trouble.
@@ -75,11 +99,11 @@ greeting   !    !   A   A   A   A   A   !   !   !   !   !   !   !   !   !   !   
 hello      !    !   A   A   A   A   A   !   !   !   !   !   !   !   !   !   !    !   !  !
 starttls   !    !   !   A   !   !   !   !   !   !   !   !   !   !   !   !   !    !   !  !
 auth       !    !   !   !   A   !   !   !   !   !   !   !   !   !   !   !   !    !   !  !
-mail       !    !   A   A   A   A   A   !   !   !   t   t   t   t   !   r   r    !   !  !
-rcpt       !    !   A   A   A   A   A   !   !   !   t   t   t   t   !   r   r    !   !  !
-data       !    !   !   !   !   !   !   !   A   !   t   t   t   t   !   r   r    !   !  !
-transfer   t    !   !   !   !   !   !   !   !   !   t   t   t   t   !   r   r    !   !  !
-dot        d    d   A   A   A   A   A   d   d   d   t   t   t   t   !   r   r    d   d  d
+mail       !    !   A   A   A   A   A   !   !   !   !   t   t   t   !   r   r    !   !  !
+rcpt       !    !   A   A   A   A   A   !   !   !   !   t   t   t   !   r   r    !   !  !
+data       !    !   !   !   !   !   !   !   A   !   !   t   t   t   !   r   r    !   !  !
+transfer   t    !   !   !   !   !   !   !   !   !   !   t   t   t   !   r   r    !   !  !
+dot        d    d   A   A   A   A   A   d   d   d   !   t   t   t   !   r   r    d   d  d
 """
 LETTERS = {"A": ACCEPTED, "t": TRY_AGAIN, "r": REFUSED, "d": IN_DOUBT, "!": TROUBLE}
 
@@ -91,9 +115,27 @@ def cells() -> Iterator[tuple[Phase, int | None, Verdict]]:
             yield Phase(name), None if code == "none" else int(code), LETTERS[letter]
 
 
-@pytest.mark.parametrize(("phase", "code", "text", "verdict"), QUOTED)
-def test_a_relays_own_words_mean_what_they_say(phase: Phase, code: int | None, text: str, verdict: Verdict) -> None:
+@pytest.mark.parametrize("row", REPLIES, ids=lambda row: f"{row['who']} {row['code']} {row['text'][:40]}")
+def test_a_relays_own_words_mean_what_they_say(row: dict[str, str]) -> None:
+    reply = Reply(Phase(row["phase"]), int(row["code"]), row["text"])
+    assert reply.verdict.value == row["verdict"]
+    assert reply.pause == min(int(row["pause"]), LONGEST_HINT)
+
+
+@pytest.mark.parametrize(("phase", "code", "text", "verdict"), OTHERS)
+def test_other_words_are_judged_by_the_same_rules(phase: Phase, code: int, text: str, verdict: Verdict) -> None:
     assert judge(phase, code, text) is verdict
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.meaning)
+def test_each_row_of_the_policy_is_needed(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Phase, int | None, str]] = [(phase, code, "") for phase, code, _ in cells()]
+    asked += [(Phase(one["phase"]), int(one["code"]), one["text"]) for one in REPLIES]
+    asked += [one[:3] for one in OTHERS]
+    before = [row_for(*one) for one in asked]
+    monkeypatch.setattr(policy, "TABLE", tuple(one for one in TABLE if one is not row))
+    with suppress(LookupError):
+        assert [one[4:6] for one in before] != [row_for(*one)[4:6] for one in asked]
 
 
 @pytest.mark.parametrize(("phase", "code", "verdict"), list(cells()))
@@ -115,6 +157,11 @@ def test_every_class_of_code_has_one_meaning_in_each_phase(phase: Phase, code: i
         (451, "4.3.2 5 messages in 1 month", 0),
         (550, "5.7.1 blocked for 24 hours", 0),  # refused is refused
         (250, "2.0.0 queued, will be sent in 5 minutes", 0),
+        (421, "4.7.0 blocked for 24 hours", 12 * 3600),
+        (450, "4.7.1 the limit of 200 mails in 24 hours is reached", 0),
+        (450, "4.7.1 policy allows 100 recipients for 1 hour", 0),
+        (451, "4.7.1 please retry after at least 10 minutes", 600),
+        (450, "4.7.1 quota will reset in 1.5 hours", 5400),
     ],
 )
 def test_how_long_a_relay_asks_to_be_left_alone(code: int, text: str, seconds: int) -> None:
