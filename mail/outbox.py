@@ -26,18 +26,7 @@ from mail.store import LAST_SENT, LOOK_AFTER, Store, claim_key, look_at, mail_ke
 from queues import keys
 from queues.connection import translating_errors
 from queues.heartbeat import LEASE_SECONDS
-from queues.jobs import (
-    NOTHING,
-    REMOVE_JOB,
-    Accepted,
-    Beside,
-    Idempotency,
-    Jobs,
-    NotFound,
-    NotPossible,
-    Policy,
-    not_removed,
-)
+from queues.jobs import REMOVE_JOB, Accepted, Beside, Idempotency, Jobs, NotFound, NotPossible, Policy, not_removed
 from queues.table import EMAIL
 from settings import Settings
 from smtp.pacing import in_trouble
@@ -129,7 +118,7 @@ class Outbox:
             words += [mail_id, look_at(now + LOOK_AFTER, expires_at), len(fields), *fields]
         return self._queue(list(mails), Beside(self.store.script(ACCEPT).source, words), idempotency)
 
-    def _queue(self, ids: Sequence[str], beside: Beside = NOTHING, idempotency: Idempotency | None = None) -> Accepted:
+    def _queue(self, ids: Sequence[str], beside: Beside, idempotency: Idempotency | None = None) -> Accepted:
         return self.jobs.accept(
             EMAIL,
             "tasks.deliver",
@@ -240,7 +229,7 @@ class Outbox:
         except NotFound:
             if self.read(mail_id)["status"] not in (State.FAILED, State.UNKNOWN):
                 raise NotPossible("only a failed mail can be queued again") from None
-            self._queue([mail_id])
+            self._queue([mail_id], Beside())
 
     def failures(self, since: float) -> Iterator[str]:
         """Yields the reason of each mail that failed after `since` (seconds since 1970) and was not queued again."""
