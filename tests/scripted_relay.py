@@ -54,9 +54,10 @@ class Acceptance:
     acknowledged_at: float | None = None  # the client spoke again after it, so it has written down what it heard
     hung_up_at: float | None = None
 
-    def header(self, name: str) -> str:
-        line = next(line for line in self.body.splitlines() if line.lower().startswith(f"{name}:".lower().encode()))
-        return line.split(b":", 1)[1].strip().decode()
+
+def header(content: bytes, name: str) -> str:
+    line = next(line for line in content.splitlines() if line.lower().startswith(f"{name}:".lower().encode()))
+    return line.split(b":", 1)[1].strip().decode()
 
 
 class Line:
@@ -165,46 +166,35 @@ def swallow(line: Line) -> str:
     raise HungUp
 
 
-def last_words(text: str) -> Act:
-    def act(line: Line) -> str:
+def then(text: str, act: Act) -> Act:
+    """A reply, and what the relay does right after it."""
+
+    def both(line: Line) -> str:
         line.say(text)
-        raise HungUp
+        return act(line)
 
-    return act
-
-
-def raw(data: bytes) -> Act:
-    def act(line: Line) -> str:
-        line.say_raw(data)
-        return data.decode("latin-1")
-
-    return act
+    return both
 
 
-def drip(data: bytes, pause: float = 0.05) -> Act:
-    """Four bytes at once, then one at a time; `pause` in seconds. Stops when the test is over."""
+def last_words(text: str) -> Act:
+    return then(text, hang_up)
+
+
+def raw(data: bytes, size: int = 1 << 20, pause: float = 0) -> Act:
+    """Any bytes, in packets of `size` with `pause` seconds after each. Stops when the test is over."""
 
     def act(line: Line) -> str:
-        line.say_raw(data[:4])
-        for byte in data[4:]:
-            line.say_raw(bytes([byte]))
-            if line.relay.over.wait(pause):
+        for start in range(0, len(data), size):
+            line.say_raw(data[start : start + size])
+            if pause and line.relay.over.wait(pause):
                 raise HungUp
         return data.decode("latin-1")
 
     return act
 
 
-def pieces(text: str, size: int) -> Act:
-    """A whole reply, in packets of `size` bytes."""
-
-    def act(line: Line) -> str:
-        whole = text.encode() + b"\r\n"
-        for start in range(0, len(whole), size):
-            line.say_raw(whole[start : start + size])
-        return text
-
-    return act
+def drip(data: bytes, pause: float = 0.05) -> Act:
+    return raw(data, size=1, pause=pause)
 
 
 def read_slowly(pause: float) -> Act:

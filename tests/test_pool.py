@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
@@ -14,7 +13,7 @@ from smtp import pool, session
 from smtp.envelope import Envelope
 from smtp.verdict import Outcome, Phase, Verdict
 from tests.conversations import POOL, another, at, fate, opened, served, server_context, took_less_than
-from tests.scripted_relay import OBLIGING, Line, Script, Step, drip, hang, hang_up, last_words, raw, reset
+from tests.scripted_relay import OBLIGING, Act, Script, Step, drip, hang, hang_up, last_words, raw, reset, then
 from tests.servers import eventually
 from tests.smtp_samples import ADA, BOB, CAY, CHUNKS, LARGE, LOGIN, MIME, PIPES, SENDER, WAYS
 from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
@@ -133,17 +132,7 @@ def test_the_outcome_is_written_down_before_a_word_more_is_said() -> None:
         eventually(lambda: there.commands[-1] == "RSET")
 
 
-def then(text: str, act: Callable[[Line], str]) -> Step:
-    """A reply, and what the relay does right after it."""
-
-    def both(line: Line) -> str:
-        line.say(text)
-        return act(line)
-
-    return both
-
-
-DEATHS: dict[str, Callable[[Line], str]] = {
+DEATHS: dict[str, Act] = {
     "FIN": hang_up,
     "RST": reset,
     "421 and FIN": last_words("421 4.4.2 idle for too long"),
@@ -259,9 +248,7 @@ def test_a_session_that_nobody_uses_is_closed_and_its_watcher_goes(monkeypatch: 
 
 
 def test_one_thread_watches_all_conversations() -> None:
-    with ExitStack() as stack:
-        there = stack.enter_context(served())
-        stack.callback(POOL.close_all)
+    with served() as there, ExitStack() as stack:
         for _ in range(5):
             stack.enter_context(opened(at(there.port, deadline=60)))
         assert [thread.name for thread in threading.enumerate()].count("sessions") == 1
