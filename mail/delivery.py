@@ -150,9 +150,8 @@ def take_up(claim: Claim) -> None:
     if asked_again:
         claim.counted = 0
     if claim.state_before == State.SENDING:
-        claim.attempts.append(
-            {"at": iso(time.time()), "verdict": "interrupted", "text": "the worker died in this attempt"}
-        )
+        died = {"verdict": "interrupted", "text": "the worker died in this attempt"}
+        claim.attempts.append({"at": iso(time.time()), **died})
         claim.counts["attempt:interrupted"] += 1
         if any(one.status == Status.IN_DOUBT for one in claim.recipients):
             claim.counts["in_doubt"] += 1

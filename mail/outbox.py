@@ -137,9 +137,8 @@ class Outbox:
         """
         token = uuid.uuid4().hex
         touched = [mail_key(mail_id), claim_key(mail_id), keys.failed(EMAIL)]
-        reply = self.store.run(
-            CLAIM, touched, [mail_id, token, LEASE_SECONDS * 1000, queued_at, time.time() + LOOK_AFTER]
-        )
+        args = [mail_id, token, LEASE_SECONDS * 1000, queued_at, time.time() + LOOK_AFTER]
+        reply = self.store.run(CLAIM, touched, args)
         verdict = reply[0].decode()
         if verdict == "busy":
             raise Busy(reply[1] / 1000)
