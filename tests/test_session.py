@@ -27,24 +27,18 @@ from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
 
 
-def test_a_mail_goes_over_a_plain_connection() -> None:
-    with HonestRelay() as there:
-        outcome = attempt(at(there.port), ADA, BOB)
-    [delivery] = there.accepted
-    assert (delivery.sender, delivery.recipients, delivery.content) == (SENDER, [ADA, BOB], MIME)
+@pytest.mark.parametrize(
+    ("security", "login"), [("none", None), ("starttls", None), ("starttls", LOGIN), ("tls", None), ("tls", LOGIN)]
+)
+def test_a_mail_goes_over_a_plain_connection_and_over_tls(
+    security: str, login: tuple[str, str] | None, tmp_path: Path
+) -> None:
+    with HonestRelay(login=login, tls=security) as there:
+        to = at(there.port, security=security, login=login or (None, None), ca_file=write_ca(there.authority, tmp_path))
+        outcome = attempt(to, ADA, BOB)
+    assert there.accepted == [(SENDER, [ADA, BOB], MIME)]
     assert fate(outcome) == (Phase.DOT, 250, ACCEPTED)
     assert list(outcome.recipients) == [ADA, BOB]
-
-
-@pytest.mark.parametrize(
-    ("security", "login"), [("starttls", None), ("starttls", LOGIN), ("tls", None), ("tls", LOGIN)]
-)
-def test_a_mail_goes_over_tls(security: str, login: tuple[str, str] | None, tmp_path: Path) -> None:
-    with HonestRelay(login=login, tls=security) as there:
-        ca_file = write_ca(there.authority, tmp_path)
-        outcome = attempt(at(there.port, security=security, login=login or (None, None), ca_file=ca_file))
-    assert [delivery.content for delivery in there.accepted] == [MIME]
-    assert fate(outcome) == (Phase.DOT, 250, ACCEPTED)
 
 
 def test_the_commands_are_those_of_rfc_5321_and_no_more() -> None:
@@ -128,20 +122,7 @@ def test_no_second_mail_can_be_smuggled_in_a_body(before: str, after: str) -> No
 
 
 def test_any_body_arrives_to_the_byte() -> None:
-    words = [
-        b"\n",
-        b"\r",
-        b"\r\n",
-        b"\x85",
-        b".",
-        b"..",
-        b"x",
-        b" ",
-        b"=2E",
-        "é\u2028😀".encode(),
-        b"From ",
-        b"y" * 990,
-    ]
+    words = [b"\n", b"\r", b"\r\n", b".", b"..", b"x", b" ", b"=2E", "é\u2028😀".encode(), b"\x85", b"y" * 990]
     with ScriptedRelay() as there:
 
         @given(st.lists(st.sampled_from(words), max_size=24).map(b"".join))
@@ -250,27 +231,20 @@ def test_an_address_that_would_be_another_command_is_refused_unsent(evil: str) -
     assert there.accepted == [MIME]
 
 
-@pytest.mark.parametrize("address", ["o'neil+x@example.com", "a(b)@example.com", "a,b@example.com", "a@b@example.com"])
+@pytest.mark.parametrize(
+    "address", ["o'neil+x@example.com", "a(b)@example.com", "a,b@example.com", "a@b@example.com", "þór@example.com"]
+)
 def test_an_address_goes_out_to_the_letter(address: str) -> None:
     """smtplib would send what a header parser makes of it: `a@example.com`, which is somebody else."""
-    there, _ = meet({}, address, sender=address)
-    assert there.commands[1:3] == [f"MAIL FROM:<{address}>", f"RCPT TO:<{address}>"]
-
-
-def test_a_utf8_address_goes_to_a_relay_that_takes_it() -> None:
-    with HonestRelay() as there:
-        outcome = attempt(at(there.port), "jürgen@example.com", sender="þór@example.com", smtputf8=True)
+    there, outcome = meet({}, address, sender=address, offers=["SMTPUTF8"], smtputf8=True)
+    assert there.commands[1:3] == [f"MAIL FROM:<{address}> SMTPUTF8", f"RCPT TO:<{address}>"]
     assert fate(outcome) == (Phase.DOT, 250, ACCEPTED)
-    [delivery] = there.accepted
-    assert (delivery.sender, delivery.recipients) == ("þór@example.com", ["jürgen@example.com"])
 
 
-def test_smtputf8_is_asked_for_only_where_it_is_needed() -> None:
-    with ScriptedRelay(offers=["SMTPUTF8"]) as there:
-        attempt(at(there.port))
-        attempt(at(there.port), smtputf8=True)
-    plain = f"MAIL FROM:<{SENDER}>"
-    assert [one for one in there.commands if "MAIL" in one] == [plain, f"{plain} SMTPUTF8"]
+@pytest.mark.parametrize(("needed", "option"), [(False, ""), (True, " SMTPUTF8")])
+def test_smtputf8_is_asked_for_only_where_it_is_needed(needed: bool, option: str) -> None:
+    there, _ = meet(offers=["SMTPUTF8"], smtputf8=needed)
+    assert there.commands[1] == f"MAIL FROM:<{SENDER}>{option}"
 
 
 def test_a_utf8_address_is_refused_where_the_relay_cannot_take_it() -> None:
@@ -291,23 +265,16 @@ def test_a_utf8_address_never_goes_out_unannounced() -> None:
 # Replies that are not SMTP
 
 
-@pytest.mark.parametrize(
-    "banner",
-    [b"+OK Dovecot ready\r\n", b"* OK IMAP4\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 400 Bad Request\r\n", b"\r\n"],
-)
-def test_another_protocols_greeting_is_trouble(banner: bytes) -> None:
-    there, outcome = meet({"GREETING": raw(banner)})
-    assert fate(outcome) == (Phase.GREETING, -1, TROUBLE)
-    assert outcome.reply.summary == "-1 at greeting"
-    assert not any(command.startswith("MAIL") for command in there.commands)
-
-
 @pytest.mark.parametrize("step", ["GREETING", "EHLO", "MAIL", "RCPT", "DATA", "."])
-@pytest.mark.parametrize("reply", [b"2" * 20_000, b"250 " + b"x" * 9_000, b"what?", b"120 x", b"-250 x", b"999 x"])
+@pytest.mark.parametrize(
+    "reply",
+    [b"2" * 20_000, b"250 " + b"x" * 9_000, b"+OK Dovecot ready", b"SSH-2.0", b"", b"120 x", b"-250 x", b"999 x"],
+)
 def test_a_reply_that_is_not_smtp_ends_the_conversation(step: str, reply: bytes) -> None:
     """After it nobody could say which reply belongs to which recipient."""
     there, outcome = meet({step: raw(reply + b"\r\n")}, ADA, BOB)
     assert fate(outcome)[::2] == ANSWERS[step]
+    assert outcome.reply.code not in range(200, 600)
     assert not any(BOB in command for command in there.commands) or step in ("DATA", ".")
 
 
