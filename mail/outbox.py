@@ -32,7 +32,7 @@ from settings import Settings
 from smtp.pacing import in_trouble
 
 # Seconds. RQ's own retries, for an attempt whose worker died or that raised what nobody expected; a mail whose every
-# attempt kills its worker is parked as failed after four. Pauses that the relay asks for are in `settle`, not here.
+# attempt kills its worker is parked as failed after four.
 AFTER_A_CRASH = (1, 5, 30)
 MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # other keys of ours begin with mail:, too
 # fmt: off

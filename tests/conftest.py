@@ -57,7 +57,7 @@ def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
 def outbox(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Outbox:
     """What tasks that run in this process use."""
     made = Outbox(Jobs(client), load(_env_file=None))
-    monkeypatch.setattr(delivery, "current", lambda: delivery.Delivery(load(_env_file=None), made))
+    monkeypatch.setattr(delivery, "current", lambda: delivery.Delivery(made))
     return made
 
 

@@ -26,7 +26,7 @@ def client() -> fakeredis.FakeRedis:
 
 
 def delivers(outbox: Outbox, there: ScriptedRelay) -> delivery.Delivery:
-    made = delivery.Delivery(outbox.settings, outbox)
+    made = delivery.Delivery(outbox)
     made.relay, made.pool = at(there.port), POOL
     return made
 

@@ -213,8 +213,7 @@ class Attempt:
         self.events: list[tuple[str, int]] = []  # with the number of mails that the relay had then
         self.claim = claim("pending")
         self.at_mark: Callable[[], object] = lambda: None
-        current = Settings(_env_file=None)
-        self.delivery = delivery.Delivery(current, Outbox(Jobs(connect("redis://127.0.0.1:1/0")), current))
+        self.delivery = delivery.Delivery(Outbox(Jobs(connect("redis://127.0.0.1:1/0")), Settings(_env_file=None)))
         self.delivery.relay, self.delivery.pool = at(there.port), POOL
         self.claim.store = SimpleNamespace(run=self.mark)  # type: ignore[assignment]  # all that is asked of it here
         monkeypatch.setattr(self.claim, "settle", lambda state, **_: self.note(state))
