@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 
 OBLIGING = {
     "GREETING": "220 relay.example ESMTP",
@@ -80,10 +80,6 @@ class Line:
         self.acceptance = Acceptance(self.body, self.recipients, time.monotonic())
         self.relay.log.append(self.acceptance)
         return self.acceptance
-
-    def is_given_up(self) -> bool:
-        """The client has said something or left, though it is the relay's turn to speak."""
-        return bool(self.unread or select.select([self.socket], [], [], 0)[0])
 
     def say(self, text: str) -> str:
         self.say_raw(text.encode() + b"\r\n")
@@ -148,9 +144,9 @@ def take_after(pause: float) -> Act:
     def act(line: Line) -> str:
         acceptance = line.accept()
         line.relay.over.wait(pause)
-        heard = not line.is_given_up()
+        has_given_up = line.unread or select.select([line.socket], [], [], 0)[0]  # it speaks or leaves out of turn
         line.say(OBLIGING["."])
-        if heard:
+        if not has_given_up:
             acceptance.answered_at = time.monotonic()
         return OBLIGING["."]
 
@@ -211,32 +207,25 @@ def command_address(command: str) -> str:
     return command.partition("<")[2].partition(">")[0]
 
 
+@dataclass(eq=False)
 class ScriptedRelay:
     """A context manager. After it, `commands`, `heard`, `bodies` and `accepted` are complete."""
 
-    def __init__(
-        self,
-        script: Script | None = None,
-        *,
-        offers: Sequence[str] = (),
-        tls: ssl.SSLContext | None = None,
-        implicit: bool = False,
-        receive_buffer: int = 64 * 1024,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        patience: float = 10,  # seconds of the client's silence
-        latency: float = 0,  # seconds of a round trip
-    ) -> None:
-        ehlo = "\r\n".join([*(f"250-{line}" for line in ("relay.example", *offers)), "250 HELP"])
-        steps: Script = {"EHLO": ehlo, **OBLIGING, **(script or {})}
+    given: InitVar[Script | None] = None
+    _: KW_ONLY
+    offers: Sequence[str] = ()
+    tls: ssl.SSLContext | None = None
+    implicit: bool = False
+    receive_buffer: int = 64 * 1024
+    host: str = "127.0.0.1"
+    port: int = 0
+    patience: float = 10  # seconds of the client's silence
+    latency: float = 0  # seconds of a round trip
+
+    def __post_init__(self, given: Script | None) -> None:
+        ehlo = "\r\n".join([*(f"250-{line}" for line in ("relay.example", *self.offers)), "250 HELP"])
+        steps: Script = {"EHLO": ehlo, **OBLIGING, **(given or {})}
         self.script = {name: [one] if isinstance(one, str) or callable(one) else [*one] for name, one in steps.items()}
-        self.tls = tls
-        self.implicit = implicit
-        self.receive_buffer = receive_buffer
-        self.host = host
-        self.port = port
-        self.patience = patience
-        self.latency = latency
         self.turns = 0  # how often the client spoke when all it had said was answered
         self.commands: list[str] = []
         self.heard = bytearray()  # everything, as it came out of TLS if there was any
