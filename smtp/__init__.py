@@ -1,6 +1,7 @@
 """How a mail leaves. Knows no mail: it carries an envelope and bytes to the relay.
 
-verdict.py   phase + reply -> what it means; the one judgement
+policy.py    what replies mean: the one table, with its sources
+verdict.py   one reply, judged: verdict, pause, what it leaves of a session
 envelope.py  a mail as SMTP writes it: commands, lines
 relay.py     where the relay is, and the way to it
 session.py   one connection to the relay and the mails that go over it: begin, finish

@@ -7,8 +7,8 @@ come back at once. The breaker opens after some troubles in a row (no connection
 smtp.verdict), lets one mail probe every half minute, and closes when one gets through. While it is open, workers take
 no mail from the queue: a long queue waits where it is.
 
-Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), and lists of moments in
-ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails), `relay:told_again` (of returning ones).
+Keys: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), and lists of moments in ms: `relay:gone`
+(mails sent), `relay:told` (reservations of new mails), `relay:told_again` (of returning ones).
 """
 
 from __future__ import annotations
@@ -92,17 +92,15 @@ WAITS = {"breaker": "the relay is in trouble", "rate": "SMTP_RATE is reached"}
 
 
 class Pacing:
-    """Paces the mail to one relay, by its name, together with all workers. Raises redis-py's errors: a worker that
-    cannot ask does not send."""
+    """Paces the mail together with all workers. Raises redis-py's errors: a worker that cannot ask does not send."""
 
-    def __init__(self, redis: Redis, rates: tuple[Rate, ...], relay: str = "relay") -> None:
+    breaker = ("relay:breaker", "relay:probe")
+    moments = ("relay:gone", "relay:told", "relay:told_again")
+
+    def __init__(self, redis: Redis, rates: tuple[Rate, ...]) -> None:
         self.redis = redis
         self.rates = [number for rate in rates for number in (rate.mails, rate.seconds * 1000)]
-        self.breaker = [f"{relay}:breaker", f"{relay}:probe"]
-        self.moments = [f"{relay}:gone", f"{relay}:told", f"{relay}:told_again"]
-        self._admit, self._trouble, self._closed_for = (
-            Script(redis, NOW + one) for one in (ADMIT, TROUBLE, CLOSED_FOR)
-        )
+        self._admit, self._trouble, self._closed_for = (Script(redis, NOW + it) for it in (ADMIT, TROUBLE, CLOSED_FOR))
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
     def admit(self, reserved: bool = False) -> Wait | None:
@@ -116,10 +114,8 @@ class Pacing:
         return Wait(number / 1000, WAITS[verdict.decode()], reserved=verdict == b"rate")
 
     def trouble(self, pause: float = 0) -> bool:
-        """Counts trouble that no mail can be blamed for. Returns whether this opened the breaker.
-
-        `pause` is for how many seconds the relay has asked to be left alone; then it opens at once, for that long.
-        """
+        """Counts trouble that no mail can be blamed for. Returns whether this opened the breaker. `pause` is for how
+        many seconds the relay has asked to be left alone; then it opens at once, for that long."""
         self._troubled = True
         args = [int(max(PAUSE, pause) * 1000), 1 if pause else TROUBLES]
         return bool(self._trouble(keys=self.breaker, args=args))
@@ -140,7 +136,7 @@ class Pacing:
         return self._closed_for(keys=self.breaker) / 1000 if self._troubled else 0.0
 
 
-def in_trouble(redis: Redis, relay: str = "relay") -> bool:
+def in_trouble(redis: Redis) -> bool:
     """Returns whether the relay's breaker is open. Raises `Unavailable`."""
     with translating_errors():
-        return bool(redis.hexists(f"{relay}:breaker", "open_until"))
+        return bool(redis.hexists(Pacing.breaker[0], "open_until"))

@@ -116,9 +116,8 @@ class Session:
         with self.step(Phase.CONNECT):
             self.connect()
         self.state = State.OPENING
-        with self.step(Phase.GREETING):
-            code, text = self.smtp.getreply()
-        self.expect(Reply(Phase.GREETING, code, _text(text)))
+        self.pending_replies = 1  # the greeting
+        self.expect(self.answer(Phase.GREETING))
         self.say_hello()
         if self.relay.security == "starttls":
             with self.step(Phase.STARTTLS):

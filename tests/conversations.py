@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,17 @@ from tests.scripted_relay import Script, ScriptedRelay
 from tests.smtp_samples import ADA, MIME, SENDER
 
 POOL = SessionPool()
+ANSWERS = {  # a step of a scripted relay -> the phase that its answer belongs to, and the verdict if it is missing
+    "GREETING": (Phase.GREETING, Verdict.TROUBLE),
+    "EHLO": (Phase.HELLO, Verdict.TROUBLE),
+    "STARTTLS": (Phase.STARTTLS, Verdict.TROUBLE),
+    "AUTH": (Phase.AUTH, Verdict.TROUBLE),
+    "MAIL": (Phase.MAIL, Verdict.TROUBLE),
+    "RCPT": (Phase.RCPT, Verdict.TROUBLE),
+    "DATA": (Phase.DATA, Verdict.TROUBLE),
+    "BODY": (Phase.TRANSFER, Verdict.TRY_AGAIN),
+    ".": (Phase.DOT, Verdict.IN_DOUBT),
+}
 
 
 def write_ca(authority: trustme.CA, directory: Path) -> str:
@@ -64,6 +75,20 @@ def another(
             before_dot(said)
             said = talk.finish()
         return said
+
+
+def meet(
+    script: Script | None = None,
+    *recipients: str,
+    offers: Sequence[str] = (),
+    tls: ssl.SSLContext | None = None,
+    **options: Any,
+) -> tuple[ScriptedRelay, Outcome]:
+    """Sends a mail to a relay of this script, with the options of `at` and `another`. Returns the relay, with all that
+    it has heard, and the outcome."""
+    changes = {name: options.pop(name) for name in (*Relay._fields, "login") if name in options}
+    with ScriptedRelay(script, offers=offers, tls=tls, implicit=changes.get("security") == "tls") as there:
+        return there, attempt(at(there.port, **changes), *recipients, **options)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def client() -> fakeredis.FakeRedis:
 
 
 def delivers(outbox: Outbox, there: ScriptedRelay) -> delivery.Delivery:
-    made = delivery.Delivery(outbox.settings, outbox)
+    made = delivery.Delivery(outbox)
     made.relay, made.pool = at(there.port), POOL
     return made
 
@@ -58,13 +58,16 @@ def test_a_mail_with_nobody_left_to_serve_is_settled_without_the_relay(outbox: O
     assert client.hget(f"mail:{mail_id}", "state") == b"unknown"
 
 
-def test_a_mail_that_has_expired_is_not_sent(outbox: Outbox) -> None:
-    mail_id = accept(outbox, expires_in=-1)
-    with served() as there, pytest.raises(delivery.Failed, match="expired"):
+@pytest.mark.parametrize(("expires_in", "codes"), [(-1, []), (60, [451])])
+def test_a_mail_that_has_expired_or_will_before_its_next_attempt_fails_at_once(
+    outbox: Outbox, client: Any, expires_in: int, codes: list[int]
+) -> None:
+    mail_id = accept(outbox, expires_in=expires_in)
+    with served({"RCPT": "451 4.7.1 try again in 5 minutes"}) as there, pytest.raises(delivery.Failed, match="expired"):
         delivers(outbox, there).deliver(mail_id)
-    assert there.connections == 0
-    seen = outbox.read(mail_id)
-    assert (seen["status"], seen["reason"], seen["next_attempt_at"]) == ("failed", "expired", None)
+    assert there.connections == len(codes)
+    assert client.hmget(f"mail:{mail_id}", "state", "reason", "next_attempt_at") == [b"failed", b"expired", b""]
+    assert [one["code"] for one in outbox.read(mail_id)["attempts"]] == codes
 
 
 def test_a_refused_mail_fails_with_code_and_phase(outbox: Outbox, client: Any) -> None:
@@ -123,9 +126,10 @@ def test_the_breaker_hears_of_each_conversation(outbox: Outbox, client: Any) -> 
         assert not outbox.relay_in_trouble()
 
 
-def test_a_mail_that_expires_while_its_body_goes_out_has_shown_that_the_relay_is_well(
+def test_a_mail_that_expires_while_its_body_goes_out_gets_no_final_dot(
     outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But it has shown that the relay is well."""
     mail_id = accept(outbox)
     client.hset("relay:breaker", "open_until", 1)
     with served() as there:

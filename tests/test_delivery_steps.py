@@ -38,8 +38,6 @@ LATER = Reply(Phase.RCPT, 450, "busy")
 NEVER = Reply(Phase.RCPT, 550, "5.1.1 no such user")
 SILENCE = Reply(Phase.DOT, None, "the relay closed the connection")
 AWAY = Reply(Phase.CONNECT, None, "refused")
-
-
 RELAY = Relay("relay.example.com", 587, "none", None, None, None, timeout=5, deadline=10, ehlo_name="client.example")
 
 
@@ -59,11 +57,6 @@ def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: st
     )
 
 
-def made(current: Settings) -> delivery.Delivery:
-    """Returns a delivery whose Redis is never there."""
-    return delivery.Delivery(current, Outbox(Jobs(connect("redis://127.0.0.1:1/0")), current))
-
-
 def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
     pending = [one.address for one in taken.recipients if one.status == "pending"]
     delivery.record(taken, Outcome(replies[-1], dict(zip(pending, replies, strict=True))), RELAY)
@@ -71,27 +64,23 @@ def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("replies", "state"),
+    ("on_doubt", "replies", "state"),
     [
-        ([OK, OK], "sent"),
-        ([OK, NEVER], "failed"),
-        ([NEVER, NEVER], "failed"),
-        ([OK, LATER], "delayed"),
-        ([NEVER, LATER], "delayed"),
-        ([AWAY, AWAY], "delayed"),
-        ([SILENCE, SILENCE], "delayed"),
-        ([SILENCE, NEVER], "delayed"),
+        ("retry", [OK, OK], "sent"),
+        ("retry", [OK, NEVER], "failed"),
+        ("retry", [NEVER, NEVER], "failed"),
+        ("retry", [OK, LATER], "delayed"),
+        ("retry", [NEVER, LATER], "delayed"),
+        ("retry", [AWAY, AWAY], "delayed"),
+        ("retry", [SILENCE, SILENCE], "delayed"),
+        ("retry", [SILENCE, NEVER], "delayed"),
+        ("hold", [SILENCE, OK], "unknown"),
+        ("hold", [SILENCE, NEVER], "unknown"),
+        ("hold", [SILENCE, LATER], "delayed"),
     ],
 )
-def test_the_state_after_an_attempt(replies: list[Reply], state: str) -> None:
-    assert after(claim("pending", "pending"), *replies)[0] == state
-
-
-@pytest.mark.parametrize(
-    ("replies", "state"), [([SILENCE, OK], "unknown"), ([SILENCE, NEVER], "unknown"), ([SILENCE, LATER], "delayed")]
-)
-def test_what_is_in_doubt_is_held_where_that_was_chosen(replies: list[Reply], state: str) -> None:
-    assert after(claim("pending", "pending", on_doubt="hold"), *replies)[0] == state
+def test_the_state_after_an_attempt(on_doubt: str, replies: list[Reply], state: str) -> None:
+    assert after(claim("pending", "pending", on_doubt=on_doubt), *replies)[0] == state
 
 
 def test_the_pauses_follow_the_schedule_and_then_the_mail_fails() -> None:
@@ -125,36 +114,29 @@ def test_a_relay_that_says_when_is_obeyed(phase: Phase, code: int, text: str, at
 
 
 def test_of_several_pauses_asked_for_the_longest_counts() -> None:
-    minutes = Reply(Phase.RCPT, 450, "4.2.1 in 5 minutes")
+    minutes = Reply(Phase.RCPT, 450, "4.2.1 try again in 5 minutes")
     assert after(claim("pending", "pending"), minutes, LATER) == ("delayed", 301)
 
 
-def test_a_retry_goes_only_to_those_not_yet_served() -> None:
-    taken = claim("accepted", "refused", "pending", "in_doubt")
+@pytest.mark.parametrize(
+    ("before", "on_doubt", "were", "are"),
+    [
+        ("delayed", "retry", "accepted refused pending in_doubt", "accepted refused pending pending"),
+        ("sending", "retry", "in_doubt in_doubt", "pending pending"),
+        ("sending", "retry", "pending", "pending"),
+        ("sending", "hold", "in_doubt", "in_doubt"),
+        ("failed", "retry", "accepted refused", "accepted pending"),  # a person has asked again
+        ("unknown", "hold", "in_doubt refused accepted", "pending pending accepted"),
+    ],
+)
+def test_what_earlier_attempts_have_left_is_taken_up(before: str, on_doubt: str, were: str, are: str) -> None:
+    taken = claim(*were.split(), before=before, counted=2, on_doubt=on_doubt)
     delivery.take_up(taken)
-    assert [one.status for one in taken.recipients] == ["accepted", "refused", "pending", "pending"]
-
-
-def test_a_held_doubt_is_not_taken_up_by_a_retry_but_by_a_person() -> None:
-    taken = claim("in_doubt", before="sending", on_doubt="hold")
-    delivery.take_up(taken)
-    assert taken.recipients[0].status == "in_doubt"
-    asked = claim("in_doubt", "refused", "accepted", before="unknown", counted=2, on_doubt="hold")
-    delivery.take_up(asked)
-    assert [one.status for one in asked.recipients] == ["pending", "pending", "accepted"]
-    assert asked.counted == 0
-
-
-def test_a_worker_that_died_after_the_mark_has_left_an_attempt_and_a_doubt() -> None:
-    for statuses, doubts in ((["in_doubt", "in_doubt"], 1), (["pending"], 0)):
-        taken = claim(*statuses, before="sending")
-        delivery.take_up(taken)
-        assert [one["verdict"] for one in taken.attempts] == ["interrupted"]
-        assert (taken.counts["attempt:interrupted"], taken.counts["in_doubt"]) == (1, doubts)
-    fresh = claim("pending")
-    delivery.take_up(fresh)
-    assert not fresh.attempts
-    assert not fresh.counts
+    assert [one.status for one in taken.recipients] == are.split()
+    assert taken.counted == (0 if before in ("failed", "unknown") else 2)
+    died = before == "sending"
+    assert [one["verdict"] for one in taken.attempts] == ["interrupted"] * died
+    assert (taken.counts["attempt:interrupted"], taken.counts["in_doubt"]) == (died, died and "in_doubt" in were)
 
 
 def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -> None:
@@ -231,7 +213,7 @@ class Attempt:
         self.events: list[tuple[str, int]] = []  # with the number of mails that the relay had then
         self.claim = claim("pending")
         self.at_mark: Callable[[], object] = lambda: None
-        self.delivery = made(Settings())
+        self.delivery = delivery.Delivery(Outbox(Jobs(connect("redis://127.0.0.1:1/0")), Settings()))
         self.delivery.relay, self.delivery.pool = at(there.port), POOL
         self.claim.store = SimpleNamespace(run=self.mark)  # type: ignore[assignment]  # all that is asked of it here
         monkeypatch.setattr(self.claim, "settle", lambda state, **_: self.note(state))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
@@ -14,7 +13,7 @@ from smtp import pool, session
 from smtp.envelope import Envelope
 from smtp.verdict import Outcome, Phase, Verdict
 from tests.conversations import POOL, another, at, fate, opened, served, server_context, took_less_than
-from tests.scripted_relay import OBLIGING, Line, Script, Step, drip, hang, hang_up, last_words, raw, reset
+from tests.scripted_relay import OBLIGING, Act, Script, Step, drip, hang, hang_up, last_words, raw, reset, then
 from tests.servers import eventually
 from tests.smtp_samples import ADA, BOB, CAY, CHUNKS, LARGE, LOGIN, MIME, PIPES, SENDER, WAYS
 from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
@@ -64,16 +63,16 @@ def test_threads_that_send_at_once_have_a_session_each_and_lend_it_to_the_next()
 AFTER_MAIL: Script = {"RCPT": "503 5.5.1 MAIL first", "DATA": "503 5.5.1 MAIL first", ".": "503 5.5.1 MAIL first"}
 NOBODY: Script = {"DATA": "554 5.5.1 no valid recipients", ".": "554 5.5.1 no valid recipients"}
 FATES: list[tuple[Script, Phase, int | None, Verdict]] = [
-    ({"MAIL": "451 4.3.0 not now", **AFTER_MAIL}, Phase.MAIL, 451, TRY_AGAIN),
+    ({"MAIL": "451 4.3.0 not now", **AFTER_MAIL}, Phase.MAIL, 451, TROUBLE),
     ({"MAIL": "550 5.7.1 not you", **AFTER_MAIL}, Phase.MAIL, 550, REFUSED),
     ({"MAIL": "530 5.7.0 STARTTLS first", **AFTER_MAIL}, Phase.MAIL, 530, TROUBLE),
-    ({"MAIL": last_words("421 4.3.2 closing")}, Phase.MAIL, 421, TRY_AGAIN),
+    ({"MAIL": last_words("421 4.3.2 closing")}, Phase.MAIL, 421, TROUBLE),
     ({"RCPT": "550 5.1.1 no", **NOBODY}, Phase.RCPT, 550, REFUSED),
     ({"RCPT": "450 4.2.0 busy", **NOBODY}, Phase.RCPT, 450, TRY_AGAIN),
-    ({"RCPT": last_words("421 4.3.2 closing")}, Phase.RCPT, 421, TRY_AGAIN),
-    ({"RCPT": ["250 ok", last_words("421 4.3.2 closing")]}, Phase.RCPT, 421, TRY_AGAIN),
+    ({"RCPT": last_words("421 4.3.2 closing")}, Phase.RCPT, 421, TROUBLE),
+    ({"RCPT": ["250 ok", last_words("421 4.3.2 closing")]}, Phase.RCPT, 421, TROUBLE),
     ({".": "554 5.7.1 spam"}, Phase.DOT, 554, REFUSED),
-    ({".": "452 4.3.1 disk full"}, Phase.DOT, 452, TRY_AGAIN),
+    ({".": "452 4.3.1 disk full"}, Phase.DOT, 452, TROUBLE),
     ({".": hang_up}, Phase.DOT, None, IN_DOUBT),
 ]
 
@@ -133,17 +132,7 @@ def test_the_outcome_is_written_down_before_a_word_more_is_said() -> None:
         eventually(lambda: there.commands[-1] == "RSET")
 
 
-def then(text: str, act: Callable[[Line], str]) -> Step:
-    """A reply, and what the relay does right after it."""
-
-    def both(line: Line) -> str:
-        line.say(text)
-        return act(line)
-
-    return both
-
-
-DEATHS: dict[str, Callable[[Line], str]] = {
+DEATHS: dict[str, Act] = {
     "FIN": hang_up,
     "RST": reset,
     "421 and FIN": last_words("421 4.4.2 idle for too long"),
@@ -259,9 +248,7 @@ def test_a_session_that_nobody_uses_is_closed_and_its_watcher_goes(monkeypatch: 
 
 
 def test_one_thread_watches_all_conversations() -> None:
-    with ExitStack() as stack:
-        there = stack.enter_context(served())
-        stack.callback(POOL.close_all)
+    with served() as there, ExitStack() as stack:
         for _ in range(5):
             stack.enter_context(opened(at(there.port, deadline=60)))
         assert [thread.name for thread in threading.enumerate()].count("sessions") == 1

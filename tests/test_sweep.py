@@ -13,6 +13,7 @@ from mail import sweep as sweeping
 from mail.outbox import Outbox
 from mail.states import State, Status
 from mail.sweep import Finding, sweep, swept
+from queues.jobs import NotPossible
 from tests.mails import accept, claim
 
 QUEUE = "rq:queue:email"
@@ -151,6 +152,8 @@ def test_the_job_of_an_expired_mail_finds_nothing_to_do_whenever_it_is_queued(ou
     mail_id = accept(outbox, -1)
     assert len(swept_now(outbox)) == 1
     assert outbox.claim(mail_id, queued_at=time.time() + later) == "failed"
+    with pytest.raises(NotPossible, match="has expired"):
+        outbox.requeue(mail_id)
 
 
 def test_a_failed_mail_that_was_queued_again_is_none_of_the_sweeps_affair(outbox: Outbox, client: Any) -> None:
