@@ -184,6 +184,7 @@ class Settings(BaseSettings):
         60, 5 * 60, 15 * 60, 30 * 60, 3600, 2 * 3600, 4 * 3600, 8 * 3600, 12 * 3600
     )
     # fmt: on
+    trouble_for: Duration = 5 * 86400
     on_doubt: Literal["retry", "hold"] = "retry"
     retain_sent: Duration = 3 * 86400
     retain_failed: Duration = 14 * 86400

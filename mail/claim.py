@@ -16,6 +16,7 @@ from mail.states import State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
 from queues import keys
 from queues.heartbeat import LEASE_SECONDS, on_heartbeat
+from smtp.policy import MESSAGE
 
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
 # KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, or the mail was canceled or
@@ -84,6 +85,7 @@ class Claim:
     message: Message
     message_id: str
     created_at: datetime
+    since: datetime  # when it was accepted, or asked for again after it had failed
     state_before: State
     recipients: list[Recipient]
     on_doubt: str
@@ -97,6 +99,16 @@ class Claim:
     def has_expired(self, within: float = 0) -> bool:
         """Returns whether the mail may not be sent any more, now or `within` so many seconds."""
         return 0 < self.expires_at <= time.time() + within
+
+    @property
+    def age(self) -> float:
+        """Returns the seconds since the mail was accepted, or asked for again."""
+        return time.time() - self.since.timestamp()
+
+    @property
+    def was_put_off(self) -> bool:
+        """Returns whether the relay has put off this mail itself before; not only that it could not be reached."""
+        return any(one.get("phase") in MESSAGE for one in self.attempts)
 
     @property
     def keys(self) -> list[str]:
@@ -132,6 +144,7 @@ class Claim:
             "settled_at": now,
             "in_line": "1" if reserved else "",
             "next_attempt_at": iso(now + next_in) if next_in else "",
+            **({"since": self.since.isoformat()} if self.since != self.created_at else {}),
         }
         words = [word for pair in fields.items() for word in pair]
         counts = [word for pair in self.counts.items() for word in pair]

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from functools import lru_cache
 from typing import NoReturn
 
@@ -19,13 +20,14 @@ from mail.claim import Busy, Claim, iso
 from mail.counters import SMTP
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
-from mail.states import EXPIRED, State, Status
+from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import connect
 from queues.jobs import Jobs, Retry, allow_exceptions, queued_at, run_again_in
 from smtp.envelope import Envelope
 from smtp.pacing import Pacing
+from smtp.policy import MESSAGE
 from smtp.pool import SessionPool
 from smtp.relay import Relay
 from smtp.verdict import Outcome, Phase, Reply, Verdict
@@ -84,7 +86,9 @@ class Delivery:
             return self._conclude(claim, [])
         if claim.has_expired():
             return self._expire(claim)
-        wait = self.pacing.admit(claim.reserved)
+        wait = self.pacing.admit(claim.reserved, claim.was_put_off)
+        if wait and wait.is_trouble and claim.age > self.outbox.settings.trouble_for:
+            return self._end(claim, given_up(claim), TROUBLE_TOO_LONG)
         if wait:
             return self._end(claim, State.DELAYED, wait.reason, math.ceil(wait.seconds), wait.reserved)
         envelope = Envelope(claim.message.sender.address, todo, claim.message.needs_smtputf8)
@@ -102,19 +106,27 @@ class Delivery:
                 claim.mark_in_doubt(at_dot(envelope.recipients, said))
                 said = talk.finish()
             SMTP.note(time.monotonic() - started, claim.counts)
+            put_off = claim.was_put_off
+            if said.reply.is_about_the_mail and self._met_by_others(said.reply, put_off):
+                said = said.repeated()
             record(claim, said, self.relay)
             try:  # written down before a word more to the relay, and before anything else
                 return self._conclude(claim, list(said.recipients.values()))
             finally:
-                self._tell_breaker(said.reply)
+                self._tell_breaker(said.reply, put_off)
+
+    def _met_by_others(self, reply: Reply, put_off: bool) -> bool:
+        return self.pacing.refused_alike(reply.words, self.outbox.last_sent() or 0, put_off)
 
     def _conclude(self, claim: Claim, replies: Sequence[Reply]) -> str | Retry:
         state, pause = next_state(claim, replies, self.outbox.settings.retry_schedule)
-        return self._end(claim, state, reason(replies) if state != State.SENT else "", pause)
+        why = reason(replies) if state != State.SENT else ""
+        if state == State.DELAYED and is_trouble(claim, replies) and claim.age > self.outbox.settings.trouble_for:
+            return self._end(claim, given_up(claim), f"{TROUBLE_TOO_LONG}: {why}")
+        return self._end(claim, state, why, pause)
 
     def _expire(self, claim: Claim) -> str | Retry:
-        doubtful = any(one.status == Status.IN_DOUBT for one in claim.recipients)
-        return self._end(claim, State.UNKNOWN if doubtful else State.FAILED, EXPIRED)
+        return self._end(claim, given_up(claim), EXPIRED)
 
     def _end(self, claim: Claim, state: State, reason: str, pause: int = 0, reserved: bool = False) -> str | Retry:
         """Writes down the state after this attempt, logs it, and says to RQ what is to become of the job."""
@@ -129,9 +141,11 @@ class Delivery:
         allow_exceptions(len(AFTER_A_CRASH))  # this attempt ended well enough: crashes are counted from here
         return run_again_in(pause)
 
-    def _tell_breaker(self, reply: Reply) -> None:
+    def _tell_breaker(self, reply: Reply, put_off: bool) -> None:
         if reply.code is None or reply.verdict is Verdict.TROUBLE:
-            if self.pacing.trouble(reply.pause):
+            inside = reply.phase in MESSAGE
+            pause = 0 if reply.phase is Phase.RCPT else reply.pause  # which may be one recipient's
+            if self.pacing.trouble(pause, put_off and inside):
                 emit("breaker_opened", reason=reply.summary)
         elif self.pacing.well():
             emit("breaker_closed")
@@ -146,7 +160,7 @@ def take_up(claim: Claim) -> None:
     """Deals with the traces of earlier attempts, before this one."""
     asked_again = claim.state_before in (State.FAILED, State.UNKNOWN)
     if asked_again:
-        claim.counted = 0
+        claim.counted, claim.since = 0, datetime.now(timezone.utc)
     if claim.state_before == State.SENDING:
         died = {"verdict": "interrupted", "text": "the worker died in this attempt"}
         claim.attempts.append({"at": iso(time.time()), **died})
@@ -179,14 +193,20 @@ def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
     claim.attempts.append({"at": iso(time.time()), "relay": str(relay), **said})
 
 
+def given_up(claim: Claim) -> State:
+    """Returns the state of a mail for which there will be no other attempt."""
+    return State.UNKNOWN if any(one.status == Status.IN_DOUBT for one in claim.recipients) else State.FAILED
+
+
 def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int]) -> tuple[State, int]:
     """Returns the state after an attempt, and the seconds until the next one. Only what the mail itself met with counts
     against its attempts."""
     statuses = {one.status for one in claim.recipients}
     asked_for = max((reply.pause + 1 for reply in replies if reply.pause), default=0)  # RQ drops a fraction of a second
     if Status.PENDING in statuses or (Status.IN_DOUBT in statuses and claim.on_doubt == "retry"):
-        counts = any(reply.verdict in (Verdict.TRY_AGAIN, Verdict.IN_DOUBT) for reply in replies) or _silenced(claim)
-        if not counts:
+        if _goes_on(replies):
+            return State.DELAYED, 0
+        if is_trouble(claim, replies):
             return State.DELAYED, max(asked_for, jittered(PAUSE_ON_TROUBLE))
         claim.counted += 1
         if claim.counted <= len(schedule):
@@ -195,6 +215,20 @@ def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int]) 
     if Status.IN_DOUBT in statuses:
         return State.UNKNOWN, 0
     return (State.FAILED if Status.REFUSED in statuses else State.SENT), 0
+
+
+def is_trouble(claim: Claim, replies: Sequence[Reply]) -> bool:
+    """Returns whether nothing but the relay's trouble keeps the mail."""
+    its_own = any(reply.verdict in (Verdict.TRY_AGAIN, Verdict.IN_DOUBT) for reply in replies)
+    return not its_own and not _silenced(claim)
+
+
+def _goes_on(replies: Sequence[Reply]) -> bool:
+    """Returns whether somebody was served and the others only did not fit into this transaction: they have theirs at
+    once (RFC 5321 4.5.3.1.10)."""
+    served = any(reply.verdict is Verdict.ACCEPTED for reply in replies)
+    left = [reply for reply in replies if reply.verdict not in (Verdict.ACCEPTED, Verdict.REFUSED)]
+    return served and bool(left) and all(reply.is_too_many for reply in left)
 
 
 def _silenced(claim: Claim) -> bool:

@@ -151,6 +151,7 @@ class Outbox:
             message=Message.from_json(stored["outline"], zlib.decompress(stored["content"])),
             message_id=stored["message_id"].decode(),
             created_at=datetime.fromisoformat(stored["created_at"].decode()),
+            since=datetime.fromisoformat(stored.get("since", stored["created_at"]).decode()),
             state_before=State(stored["state_before"].decode()),
             recipients=recipients_from_json(stored["recipients"]),
             attempts=json.loads(stored.get("attempts", b"[]")),

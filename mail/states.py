@@ -39,6 +39,7 @@ class Status(str, Enum):
 
 
 FINAL = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED)  # nothing more happens unless a person asks
+TROUBLE_TOO_LONG = "the relay was in trouble for too long"  # why a mail failed that waited TROUBLE_FOR
 EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted under this name
 # `sent` follows all that is stored: an attempt that lost its claim may have sent the mail, and then it is the truth.
 FOLLOWS: Mapping[State | None, Set[State]] = {
@@ -101,6 +102,7 @@ LOST = {  # the status of a mail's job in RQ -> why the mail will not be sent al
 def transition(**constants: object) -> str:
     """Returns BECOME behind all that it uses, as local variables of the script."""
     tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED}
+    tables["TROUBLE_TOO_LONG"] = TROUBLE_TOO_LONG
     return "".join(f"local {name} = {_literal(value)}\n" for name, value in (constants | tables).items()) + BECOME
 
 

@@ -7,6 +7,7 @@ at which it should have moved on, or expires; each that is overdue is looked at,
 
     waits where its job says it does, or an attempt holds it     looked at again later
     its `expires_at` has passed and no attempt is on its way     failed, or unknown if it is in doubt: expired
+    it waits in the queue for TROUBLE_FOR, and the relay is in trouble                          the same, and says so
     its job failed, or is gone                                   failed, or unknown if it is in doubt, with a reason
     its job waits, and is in no list; or is finished without it  queued again: a claim makes a second run harmless
 
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from mail.claim import timestamp
+from mail.claim import iso, timestamp
 from mail.outbox import Outbox
 from mail.store import OPEN, SWEPT, claim_key, look_at, mail_key
 from queues import keys
@@ -32,8 +33,10 @@ AT_ONCE = 1000  # mails looked at in one go
 LOOK_AGAIN = 300  # seconds
 MAIL_ID = re.compile(rb"[\w-]+")
 
-# KEYS: mail, claim, RQ's job, queue, intermediate queue, scheduled, started. ARGV: mail id, now, when to look again,
-# now as RQ writes it, when the first in the queue was put there, whether the mail has expired ("" or "1").
+# KEYS: mail, claim, RQ's job, queue, intermediate queue, scheduled, started, failed. ARGV: mail id, now, when to look
+# again, now as RQ writes it, when the first in the queue was put there, whether the mail has expired ("" or "1"), since
+# when a mail must not have waited ("" while the relay is not in trouble), until when RQ keeps a failed job.
+# One that has waited too long keeps its place in the queue, where a claim makes it harmless: a search takes long.
 # A queue is searched only for a job that is older than its first: in a queue of a million, nearly none.
 SWEEP = """
 local id = ARGV[1]
@@ -53,14 +56,20 @@ if redis.call('EXISTS', KEYS[2]) == 1 then return {'held'} end
 local readable = redis.call('TYPE', KEYS[3]).ok == 'hash'
 local status = readable and redis.call('HGET', KEYS[3], 'status') or ''
 local expired = ARGV[6] ~= '' and state ~= 'sending'
-local reason = expired and EXPIRED or LOST[status]
+local since = redis.call('HGET', KEYS[1], 'since') or redis.call('HGET', KEYS[1], 'created_at') or ''
+local late = ARGV[7] ~= '' and state ~= 'sending' and status == 'queued' and since < ARGV[7]
+local reason = expired and EXPIRED or late and TROUBLE_TOO_LONG or LOST[status]
 if reason then
   local over = 'failed'
   for _, one in ipairs(cjson.decode(redis.call('HGET', KEYS[1], 'recipients') or '[]')) do
     if one.status == 'in_doubt' then over = 'unknown' end
   end
   become(id, over, ARGV[2], nil, {'reason', reason, 'settled_at', ARGV[2], 'lapsed', expired and '1' or ''})
-  if expired then return {over, reason} end
+  if late then
+    redis.call('HSET', KEYS[3], 'status', 'failed')
+    redis.call('ZADD', KEYS[8], ARGV[8], id)
+  end
+  if expired or late then return {over, reason} end
   redis.call('HINCRBY', SWEPT, 'given_up', 1)
   return {'given_up', reason}
 end
@@ -100,24 +109,26 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
         redis.rename(OPEN, f"{OPEN}:unreadable")  # each mail comes into a new one with its next attempt
         yield Finding(OPEN, "unreadable", "it is no sorted set")
     overdue: list[Any] = redis.zrangebyscore(OPEN, 0, now, start=0, num=AT_ONCE)
+    trouble_since = iso(now - outbox.settings.trouble_for) if overdue and outbox.relay_in_trouble() else ""
     for entry in overdue:
         if MAIL_ID.fullmatch(entry):
-            yield from _look_at(outbox, entry.decode(), now)
+            yield from _look_at(outbox, entry.decode(), now, trouble_since)
         else:
             redis.zrem(OPEN, entry)
             yield Finding("", "unreadable", f"an entry of {OPEN} that names no mail")
     redis.hset(SWEPT, "at", now)
 
 
-def _look_at(outbox: Outbox, mail_id: str, now: float) -> Iterator[Finding]:
+def _look_at(outbox: Outbox, mail_id: str, now: float, trouble_since: str) -> Iterator[Finding]:
     redis = outbox.jobs.redis
     touched = [mail_key(mail_id), claim_key(mail_id), keys.job(mail_id), keys.queue(EMAIL), keys.intermediate(EMAIL)]
-    touched += [keys.scheduled(EMAIL), keys.started(EMAIL)]
+    touched += [keys.scheduled(EMAIL), keys.started(EMAIL), keys.failed(EMAIL)]
     try:
         expires_at = _expires_at(redis, mail_id)
         expired = 0 < expires_at <= now
         again = now + LOOK_AGAIN if expired else look_at(now + LOOK_AGAIN, expires_at)
-        args = [mail_id, now, again, rq_now(), _first_since(redis), "1" if expired else ""]
+        args = [mail_id, now, again, rq_now(), _first_since(redis), "1" if expired else "", trouble_since]
+        args.append(now + outbox.settings.retain_failed)
         event, *why = (word.decode() for word in outbox.store.run(SWEEP, touched, args))
     except ResponseError as error:
         if why_unavailable(error):

@@ -4,15 +4,18 @@
 back to RQ's scheduler: it holds no worker and loses no attempt. The rate is counted when a mail goes, so a window such
 as 14/s is never exceeded, however late a worker is; mails that wait reserve different moments, so that they do not all
 come back at once. The breaker opens after some troubles in a row (no connection, TLS, login, throttle; see
-smtp.verdict), lets one mail probe every half minute, and closes when one gets through. While it is open, workers take
-no mail from the queue: a long queue waits where it is.
+smtp.policy), lets one mail probe every half minute, and closes when one gets through. While it is open, workers take
+no mail from the queue: a long queue waits where it is. No mail makes trouble for the others: one that was put off
+before opens no breaker, and probes only if no other mail does.
 
-Keys: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), and lists of moments in ms: `relay:gone`
-(mails sent), `relay:told` (reservations of new mails), `relay:told_again` (of returning ones).
+Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), `relay:streak` (hash:
+words, mails, since), and lists of moments in ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails),
+`relay:told_again` (of returning ones).
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 from queues.connection import Redis, Script, translating_errors
@@ -20,7 +23,9 @@ from settings import Rate
 
 TROUBLES = 3  # in a row, until the breaker opens
 PAUSE: float = 30  # seconds that it stays open; then one mail may probe
-PROBE: float = 60  # seconds after which a probe that never came back is given up
+PROBE: float = 60  # seconds after which a probe that never came back is given up; and that others probe first
+ALIKE = 3  # different mails in a row that are put off or refused in the same words: it is about the account
+STREAK = 86400  # seconds for which such a row is remembered
 
 NOW = """
 local time = redis.call('TIME')
@@ -31,12 +36,14 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 # if there is room, or gets another moment soon: there may be hours between the ends of the two lines.
 ADMIT = """
 local open_until = tonumber(redis.call('HGET', KEYS[1], 'open_until') or '0')
-if open_until > now then return {'breaker', open_until - now} end
+local mine_at = open_until
+if open_until > 0 and ARGV[4] == '1' then mine_at = open_until + ARGV[2] end
+if mine_at > now then return {'breaker', mine_at - now} end
 
 local most = 0
 local function next_free(moments)
   local free = now
-  for i = 4, #ARGV, 2 do
+  for i = 5, #ARGV, 2 do
     local mails, period = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
     local nth = redis.call('LINDEX', moments, mails - 1)
     if nth and tonumber(nth) + period > free then free = tonumber(nth) + period end
@@ -62,8 +69,10 @@ if most > 0 then reserve(KEYS[3], now) end
 return {'go', redis.call('EXISTS', KEYS[1])}
 """
 
-# KEYS: breaker, probe. ARGV: for how long in ms, after how many troubles. Returns whether it has opened now.
+# KEYS: breaker, probe. ARGV: for how long in ms, after how many troubles, whether the mail was put off before. Returns
+# whether it has opened now.
 TROUBLE = """
+if ARGV[3] == '1' and redis.call('HEXISTS', KEYS[1], 'open_until') == 0 then return 0 end
 local troubles = redis.call('HINCRBY', KEYS[1], 'troubles', 1)
 local was_open = redis.call('HGET', KEYS[1], 'open_until')
 redis.call('DEL', KEYS[2])
@@ -80,6 +89,19 @@ return math.max(0, open_until - now)
 """
 
 
+# KEYS: streak. ARGV: digest of the relay's words, when a mail was last sent (seconds), whether this mail was put off
+# before, how long to remember it in ms. Returns how many different mails in a row have met with these words.
+REFUSED = """
+local words, since = unpack(redis.call('HMGET', KEYS[1], 'words', 'since'))
+if words ~= ARGV[1] or tonumber(ARGV[2]) > tonumber(since) then
+  redis.call('DEL', KEYS[1])
+  redis.call('HSET', KEYS[1], 'words', ARGV[1], 'since', now / 1000)
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+return redis.call('HINCRBY', KEYS[1], 'mails', 1 - ARGV[3])
+"""
+
+
 class Wait(NamedTuple):
     """Says how long a mail must wait, and why. `reserved`: it has its turn under SMTP_RATE at that moment."""
 
@@ -87,38 +109,53 @@ class Wait(NamedTuple):
     reason: str
     reserved: bool
 
+    @property
+    def is_trouble(self) -> bool:
+        return self.reason == WAITS["breaker"]
+
 
 WAITS = {"breaker": "the relay is in trouble", "rate": "SMTP_RATE is reached"}
 
 
 class Pacing:
-    """Paces the mail together with all workers. Raises redis-py's errors: a worker that cannot ask does not send."""
+    """Paces the mail to one relay, by its name, together with all workers. Raises redis-py's errors: a worker that
+    cannot ask does not send."""
 
-    breaker = ("relay:breaker", "relay:probe")
-    moments = ("relay:gone", "relay:told", "relay:told_again")
-
-    def __init__(self, redis: Redis, rates: tuple[Rate, ...]) -> None:
+    def __init__(self, redis: Redis, rates: tuple[Rate, ...], relay: str = "relay") -> None:
         self.redis = redis
+        self.breaker = [f"{relay}:breaker", f"{relay}:probe"]
+        self.moments = [f"{relay}:gone", f"{relay}:told", f"{relay}:told_again"]
+        self.streak = f"{relay}:streak"
         self.rates = [number for rate in rates for number in (rate.mails, rate.seconds * 1000)]
-        self._admit, self._trouble, self._closed_for = (Script(redis, NOW + it) for it in (ADMIT, TROUBLE, CLOSED_FOR))
+        self._admit, self._trouble, self._closed_for, self._refused = (
+            Script(redis, NOW + one) for one in (ADMIT, TROUBLE, CLOSED_FOR, REFUSED)
+        )
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
-    def admit(self, reserved: bool = False) -> Wait | None:
+    def admit(self, reserved: bool = False, put_off: bool = False) -> Wait | None:
         """Returns None for go, now. A go is counted, and wasted if the mail does not go. `reserved`: the mail had a
-        reservation."""
-        args = [int(PAUSE * 1000), int(PROBE * 1000), int(reserved), *self.rates]
+        reservation. `put_off`: the relay has put this mail off before, so others probe first for a minute."""
+        args = [int(PAUSE * 1000), int(PROBE * 1000), int(reserved), int(put_off), *self.rates]
         verdict, number = self._admit(keys=self.breaker + self.moments, args=args)
         self._troubled = verdict == b"breaker" or (verdict == b"go" and number == 1)
         if verdict == b"go":
             return None
         return Wait(number / 1000, WAITS[verdict.decode()], reserved=verdict == b"rate")
 
-    def trouble(self, pause: float = 0) -> bool:
+    def trouble(self, pause: float = 0, put_off: bool = False) -> bool:
         """Counts trouble that no mail can be blamed for. Returns whether this opened the breaker. `pause` is for how
-        many seconds the relay has asked to be left alone; then it opens at once, for that long."""
+        many seconds the relay has asked to be left alone; then it opens at once, for that long. `put_off`: this mail
+        has met with trouble of its own before, so it keeps an open breaker open and opens none."""
         self._troubled = True
-        args = [int(max(PAUSE, pause) * 1000), 1 if pause else TROUBLES]
+        args = [int(max(PAUSE, pause) * 1000), 1 if pause else TROUBLES, int(put_off)]
         return bool(self._trouble(keys=self.breaker, args=args))
+
+    def refused_alike(self, words: str, last_sent: float, put_off: bool) -> bool:
+        """Counts a mail that was put off or refused with these words, and returns whether several different ones in a
+        row were, with none sent in between: then it is about the account. `put_off`: this mail was counted before."""
+        digest = hashlib.sha256(words.encode()).hexdigest()[:16]
+        args = [digest, last_sent, int(put_off), int(STREAK * 1000)]
+        return int(self._refused(keys=[self.streak], args=args)) >= ALIKE
 
     def well(self) -> bool:
         """Forgets the troubles, after a conversation that came about. Returns whether this closed the breaker."""
@@ -136,7 +173,7 @@ class Pacing:
         return self._closed_for(keys=self.breaker) / 1000 if self._troubled else 0.0
 
 
-def in_trouble(redis: Redis) -> bool:
+def in_trouble(redis: Redis, relay: str = "relay") -> bool:
     """Returns whether the relay's breaker is open. Raises `Unavailable`."""
     with translating_errors():
-        return bool(redis.hexists(Pacing.breaker[0], "open_until"))
+        return bool(redis.hexists(f"{relay}:breaker", "open_until"))

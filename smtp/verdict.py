@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from smtp.policy import MESSAGE, TOO_MANY, row_for
+from smtp.policy import MESSAGE, TOO_MANY, WITHOUT_RCPT, row_for
 from smtp.policy import Phase as Phase
 from smtp.policy import Verdict as Verdict
 
@@ -35,10 +35,21 @@ class Reply(NamedTuple):
     phase: Phase
     code: int | None
     text: str
+    repeated: bool = False  # several different mails in a row have met with it: it is about the account
 
     @property
     def verdict(self) -> Verdict:
-        return judge(self.phase, self.code, self.text)
+        return Verdict.TROUBLE if self.repeated else judge(self.phase, self.code, self.text)
+
+    @property
+    def is_about_the_mail(self) -> bool:
+        """Returns whether it puts off or refuses the mail as a whole; at RCPT it would be about one recipient."""
+        return self.phase in WITHOUT_RCPT and self.verdict in (Verdict.TRY_AGAIN, Verdict.REFUSED)
+
+    @property
+    def words(self) -> str:
+        """Returns what is the same when another mail meets with it: no address, number or id."""
+        return f"{self.code} {re.sub(r'[^ ]*[0-9@<>][^ ]*', '', self.text).lower()}"
 
     @property
     def is_too_many(self) -> bool:
@@ -82,3 +93,8 @@ class Outcome(NamedTuple):
     @property
     def verdict(self) -> Verdict:
         return self.reply.verdict
+
+    def repeated(self) -> Outcome:
+        """Returns the same outcome, met with by several different mails in a row."""
+        reply = self.reply._replace(repeated=True)
+        return Outcome(reply, {who: reply if one is self.reply else one for who, one in self.recipients.items()})

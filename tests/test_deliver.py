@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from typing import Any
 
 import fakeredis
@@ -9,9 +11,10 @@ import pytest
 from rq import Retry
 
 from mail import delivery
-from mail.claim import Claim
+from mail.claim import Claim, iso
 from mail.outbox import Outbox
-from mail.states import Status
+from mail.states import TROUBLE_TOO_LONG, State, Status
+from smtp import pacing
 from smtp.pacing import Wait
 from tests.conversations import POOL, at, served
 from tests.mails import BODY, accept, claim
@@ -93,7 +96,7 @@ def test_a_mail_comes_back_as_one_with_a_reservation_if_pacing_has_given_it_one(
 ) -> None:
     mail_id, asked = accept(outbox), []
 
-    def wait(returning: bool) -> Wait:
+    def wait(returning: bool, _: bool) -> Wait:
         asked.append(returning)
         return Wait(6.1, "wait", reserved)
 
@@ -138,3 +141,162 @@ def test_a_mail_that_expires_while_its_body_goes_out_gets_no_final_dot(
             delivers(outbox, there).deliver(mail_id)
     assert not there.bodies
     assert not outbox.relay_in_trouble()
+
+
+# What is said of one mail is not the relay's state
+
+
+def told(made: delivery.Delivery, mail_id: str) -> str:
+    """Makes one attempt and returns what the mail is then."""
+    with suppress(delivery.Failed):
+        made.deliver(mail_id)
+    stored: Any = made.outbox.jobs.redis.hget(f"mail:{mail_id}", "state")
+    return str(stored.decode())
+
+
+@pytest.mark.parametrize(
+    "reply", ["454 4.7.1 Relay access denied", "450 4.1.8 no such domain", "451 4.7.1 greylisted", "550 5.1.1 who?"]
+)
+def test_a_recipient_that_is_put_off_or_refused_makes_no_trouble_for_others(outbox: Outbox, reply: str) -> None:
+    """Postfix' defer_unauth_destination among them, at RCPT: mailcow#643, anonaddy#607."""
+    with served({"RCPT": reply}) as there:
+        made = delivers(outbox, there)
+        states = {told(made, mail_id) for mail_id in [accept(outbox) for _ in range(8)] * 2}
+    assert states == {"failed" if reply.startswith("5") else "delayed"}
+    assert not outbox.relay_in_trouble()
+
+
+@pytest.mark.parametrize(
+    ("phase", "reply"),
+    [
+        ("MAIL", "553 5.7.1 not for {n}@example.com"),
+        (".", "554 5.7.1 blocked, id {n}"),
+        ("DATA", "451 4.7.1 no {n}"),
+    ],
+)
+def test_the_same_words_to_several_mails_in_a_row_are_about_the_account(outbox: Outbox, phase: str, reply: str) -> None:
+    script: Any = {phase: [reply.format(n=number) for number in range(4)] + ["250 2.0.0 ok"]}
+    with served(script) as there:
+        made, mails = delivers(outbox, there), [accept(outbox) for _ in range(5)]
+        states = [told(made, mail_id) for mail_id in mails]
+    own = "delayed" if phase == "DATA" else "failed"
+    assert states[:4] == [own, own, "delayed", "delayed"]
+    verdicts = [outbox.read(mail_id)["attempts"][-1]["verdict"] for mail_id in mails[:4]]
+    assert verdicts[2:] == ["trouble", "trouble"]
+    assert "trouble" not in verdicts[:2]
+
+
+def test_one_mail_refused_again_and_again_is_not_the_account(outbox: Outbox) -> None:
+    with served({"DATA": "451 4.7.1 not this one"}) as there:
+        made, mail_id = delivers(outbox, there), accept(outbox)
+        assert [told(made, mail_id) for _ in range(5)] == ["delayed"] * 5
+    assert {one["verdict"] for one in outbox.read(mail_id)["attempts"]} == {"try again"}
+
+
+def test_a_mail_sent_in_between_shows_that_it_is_not_the_account(outbox: Outbox) -> None:
+    spam = "554 5.7.1 spam"
+    with served({".": [spam, spam, "250 2.0.0 ok", spam, spam]}) as there:
+        made = delivers(outbox, there)
+        states = [told(made, accept(outbox)) for _ in range(5)]
+    assert states == ["failed", "failed", "sent", "failed", "failed"]
+
+
+def test_a_mail_in_trouble_of_its_own_does_not_open_the_breaker(outbox: Outbox) -> None:
+    with served({".": "452 4.3.1 disk full"}) as there:
+        made, mail_id = delivers(outbox, there), accept(outbox)
+        assert [told(made, mail_id) for _ in range(6)] == ["delayed"] * 6
+        assert not outbox.relay_in_trouble()
+        for _ in range(2):
+            told(made, accept(outbox))
+        assert outbox.relay_in_trouble()
+
+
+def test_a_mail_that_was_put_off_lets_others_probe_first(outbox: Outbox, client: Any) -> None:
+    with served({".": ["452 4.3.1 disk full"] * 3 + ["250 2.0.0 ok"]}) as there:
+        made, mails = delivers(outbox, there), [accept(outbox) for _ in range(4)]
+        for mail_id in mails[:3]:
+            told(made, mail_id)
+        client.hset("relay:breaker", "open_until", 1000 * (time.time() - 1))  # the pause is over
+        before = there.connections
+        assert [told(made, mail_id) for mail_id in mails[:3]] == ["delayed"] * 3
+        assert there.connections == before
+        assert [told(made, mail_id) for mail_id in reversed(mails)] == ["sent"] * 4
+
+
+def test_a_mail_that_was_put_off_probes_where_there_is_no_other(outbox: Outbox, client: Any) -> None:
+    with served({".": ["452 4.3.1 disk full"] * 3 + ["250 2.0.0 ok"]}) as there:
+        made, mails = delivers(outbox, there), [accept(outbox) for _ in range(3)]
+        for mail_id in mails:
+            told(made, mail_id)
+        client.hset("relay:breaker", "open_until", 1000 * (time.time() - pacing.PROBE - 1))
+        assert told(made, mails[0]) == "sent"
+
+
+# Trouble keeps no mail for ever
+
+
+def aged(client: Any, mail_id: str, days: float) -> None:
+    client.hset(f"mail:{mail_id}", "created_at", iso(time.time() - days * 86400))
+
+
+@pytest.mark.parametrize(("days", "state"), [(4.9, "delayed"), (5.1, "failed")])
+def test_trouble_keeps_a_mail_for_five_days(outbox: Outbox, client: Any, days: float, state: str) -> None:
+    mail_id = accept(outbox)
+    aged(client, mail_id, days)
+    with served({"MAIL": "454 4.7.0 quota"}) as there:
+        assert told(delivers(outbox, there), mail_id) == state
+    if state == "failed":
+        assert client.hget(f"mail:{mail_id}", "reason") == f"{TROUBLE_TOO_LONG}: 454 at mail".encode()
+
+
+def test_a_mail_that_waits_for_an_open_breaker_waits_no_longer_than_that(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    aged(client, mail_id, 5.1)
+    client.hset("relay:breaker", "open_until", 1000 * (time.time() + 60))
+    with served() as there:
+        assert told(delivers(outbox, there), mail_id) == "failed"
+    assert there.connections == 0
+    assert client.hget(f"mail:{mail_id}", "reason") == TROUBLE_TOO_LONG.encode()
+
+
+def test_an_old_mail_that_the_relay_takes_is_sent(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    aged(client, mail_id, 30)
+    with served() as there:
+        assert told(delivers(outbox, there), mail_id) == "sent"
+
+
+def test_who_asks_for_a_mail_again_gives_it_another_five_days(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    aged(client, mail_id, 5.1)
+    with served({"MAIL": "454 4.7.0 quota"}) as there:
+        made = delivers(outbox, there)
+        assert told(made, mail_id) == "failed"
+        again = claim(outbox, mail_id)  # as an attempt of a job that a person has queued since
+        delivery.take_up(again)
+        again.settle(State.DELAYED, next_in=1)
+        assert told(made, mail_id) == "delayed"
+
+
+# A relay that takes fewer recipients at once than a mail has
+
+
+@pytest.mark.parametrize("reply", ["452 4.5.3 Error: too many recipients", "452 too many recipients", "552 no more"])
+def test_those_for_whom_there_was_no_room_have_their_turn_at_once(outbox: Outbox, reply: str) -> None:
+    mail_id = accept(outbox)
+    with served({"RCPT": ["250 2.1.5 ok", reply, "250 2.1.5 ok"]}) as there:
+        made = delivers(outbox, there)
+        first = made.deliver(mail_id)
+        assert isinstance(first, Retry)
+        assert first.intervals == [1]
+        assert made.deliver(mail_id) == "sent"
+    assert [one["code"] for one in outbox.read(mail_id)["recipients"]] == [250, 250]
+    assert len(there.accepted) == 2
+    assert [one for one in there.commands if one.startswith("RCPT")][-1] == f"RCPT TO:<{RECIPIENTS[1]}>"
+
+
+def test_a_relay_that_has_room_for_nobody_costs_an_attempt(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    with served({"RCPT": "452 4.5.3 too many recipients"}) as there:
+        assert told(delivers(outbox, there), mail_id) == "delayed"
+    assert client.hget(f"mail:{mail_id}", "counted") == b"1"

@@ -42,14 +42,15 @@ RELAY = Relay("relay.example.com", 587, "none", None, None, None, timeout=5, dea
 
 
 def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "retry") -> Claim:
-    a = Mailbox("", "a@example.com")
+    a, now = Mailbox("", "a@example.com"), datetime.now(timezone.utc)
     return Claim(
         store=None,  # type: ignore[arg-type]
         id="an-id",
         token="a-token",
         message=Message(a, [a], [], [], [], "s", text="t"),
         message_id="<1@example.com>",
-        created_at=datetime.now(timezone.utc),
+        created_at=now,
+        since=now,
         state_before=State(before),
         recipients=[Recipient(f"{number}@example.com", Status(status)) for number, status in enumerate(statuses)],
         counted=counted,

@@ -10,8 +10,9 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from mail import sweep as sweeping
+from mail.claim import iso
 from mail.outbox import Outbox
-from mail.states import State, Status
+from mail.states import TROUBLE_TOO_LONG, State, Status
 from mail.sweep import Finding, sweep, swept
 from queues.jobs import NotPossible
 from tests.mails import accept, claim
@@ -248,3 +249,18 @@ def test_an_unreadable_head_of_the_queue_keeps_no_mail_from_being_looked_at(outb
     client.set("rq:job:odd", "x")
     client.rpush(QUEUE, "odd")
     assert [one.mail_id for one in swept_now(outbox)] == [stuck]
+
+
+@pytest.mark.parametrize(
+    ("days", "trouble", "left"), [(5.1, True, "failed"), (4.9, True, "queued"), (5.1, False, "queued")]
+)
+def test_a_mail_in_the_queue_is_kept_by_trouble_for_five_days(
+    outbox: Outbox, client: Any, days: float, trouble: bool, left: str
+) -> None:
+    mail_id = accept(outbox)
+    client.hset(f"mail:{mail_id}", "created_at", iso(time.time() - days * 86400))
+    if trouble:
+        client.hset("relay:breaker", "open_until", 1)
+    found = swept_now(outbox)
+    assert outbox.read(mail_id)["status"] == left
+    assert found == ([Finding(mail_id, "failed", TROUBLE_TOO_LONG)] if left == "failed" else [])
