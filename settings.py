@@ -191,6 +191,7 @@ class Settings(BaseSettings):
     idempotency_ttl: Duration = 86400
 
     max_message_bytes: Annotated[int, Field(ge=1024, le=64 * 2**20)] = 10 * 2**20
+    allow_local_domains: bool = False
     max_recipients: Annotated[int, Field(ge=1, le=1000)] = 50
 
     dashboard_listen: Listen = Address("127.0.0.1", 9181)

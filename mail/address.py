@@ -10,7 +10,10 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from email_validator import EmailNotValidError, validate_email
+from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
+
+# Whether corp.local or home.arpa takes mail is for the relay to know: RFC 5321 forbids no name.
+SPECIAL_USE_DOMAIN_NAMES.clear()
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 EXAMPLES = "ada@example.com or Ada Lovelace <ada@example.com>"
@@ -38,6 +41,11 @@ class Mailbox(NamedTuple):
         name = (match["name"] or "").strip(" ")
         return cls(display_name(name), strict_address(match["named"] or match["bare"] or ""))
 
+    @property
+    def is_local(self) -> bool:
+        """Returns whether the domain is one word, which only the relay's own network can know."""
+        return "." not in self.address.rpartition("@")[2]
+
     def __str__(self) -> str:
         return f"{phrase(self.name)} <{self.address}>" if self.name else self.address
 
@@ -63,12 +71,14 @@ def phrase(name: str) -> str:
 def strict_address(text: str) -> str:
     """Returns an addr-spec that every parser reads alike. Only the domain may change: lower case, A-labels."""
     try:
-        checked = validate_email(text, check_deliverability=False, test_environment=True)
+        checked = validate_email(text, check_deliverability=False, globally_deliverable=False)
     except EmailNotValidError as error:
         raise ValueError(f"is not an e-mail address: {error}" if text else "the address must not be empty") from None
     local = text.rpartition("@")[0]  # as written: the validator would make info@ of Info@
     if not unicodedata.is_normalized("NFC", local):
         raise ValueError("the part before @ must be in Unicode's normal form NFC")
+    if checked.ascii_domain.rpartition(".")[2].isdigit():
+        raise ValueError("the part after @ must be a domain name, not an address of the network")
     if "=?" in local:
         raise ValueError("the part before @ must not contain =?, which mail programs take for encoded text")
     return f"{local}@{checked.ascii_domain}"

@@ -39,9 +39,9 @@ def compose(request: Request, rendered: tuple[str, str | None, str | None] | Non
     )
 
 
-def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int) -> Draft:
+def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int, local_domains: bool = False) -> Draft:
     """Returns the draft of one request's body. Raises `Invalid` with every field that is wrong, or `Expired`."""
-    request = parse(body, default_sender=default_sender, max_recipients=max_recipients)
+    request = parse(body, default_sender=default_sender, max_recipients=max_recipients, local_domains=local_domains)
     rendered = render(request.template.id, request.template.variables) if request.template else None
     message = compose(request, rendered)
     if request.expires_at and request.expires_at.timestamp() <= time.time():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,6 +11,11 @@ from typing import Any, NamedTuple
 
 from mail.address import Mailbox
 
+STRUCTURED = re.compile(  # headers that are no free text: RFC 5322 3.6.4, 2369, 8058, 2919, 3834, 9228 and X-Google's
+    r"references|in-reply-to|list-.*|auto-submitted|precedence|feedback-id|importance|x-priority|priority|sensitivity"
+    r"|disposition-notification-to|return-receipt-to|errors-to|x-auto-response-suppress|archived-at",
+    re.IGNORECASE,
+)
 PIECE = 64 * 1024  # characters; of base64, a multiple of 4
 
 

@@ -19,12 +19,15 @@ from email.utils import format_datetime
 from urllib.parse import quote
 
 from mail.address import Mailbox, phrase
-from mail.message import Message
+from mail.message import STRUCTURED, Message
 
 # Header text that needs no encoding and folds at its spaces. After the longest name (76) the longest word with the
 # longest run of spaces still ends before column 998.
 PLAIN = re.compile(r"[!-~]{1,900}(?: {1,9}[!-~]{1,900})*")
+ENCODED_WORD = re.compile(r"=\?[^?]*\?[BbQq]\?.*?\?=")  # what a reader takes for one, also where RFC 2047 forbids it
 PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_.,+@()-]+(?: [A-Za-z0-9_.,+@()-]+)*")
+NAMED = re.compile(r";\s*name\*?=", re.IGNORECASE)
+INVITATION = re.compile(r"text/calendar\b.*;\s*method=", re.IGNORECASE)
 FOLD = ";\r\n "
 DELIMITER = b"--=_"  # how the lines between parts begin; a text that holds it is encoded, and then it does not
 
@@ -47,8 +50,9 @@ def to_mime(message: Message, message_id: str, date: datetime) -> bytes:
 
 
 def text_header(name: str, value: str) -> str:
-    """Writes a header of free text: folded at its spaces when plain, else in RFC 2047 encoded words."""
-    if PLAIN.fullmatch(value) and "=?" not in value:
+    """Writes a header of free text: folded at its spaces when plain, else in RFC 2047 encoded words. A structured one
+    is never encoded (RFC 2047 5): mail.request has seen to it that it is plain."""
+    if STRUCTURED.fullmatch(name) or (PLAIN.fullmatch(value) and not ENCODED_WORD.search(value)):
         return "\r\n".join(_folded(name, value))
     return f"{name}: " + _encoded(value, used=len(name) + 2)
 
@@ -90,11 +94,18 @@ def mime_body(message: Message, seed: str) -> bytes:
     out where there is html. `seed` makes the boundaries this mail's own, unlike those of a mail that it quotes.
     """
     inline = [_file(one) for one in message.attachments if "content_id" in one]
-    files = [_file(one) for one in message.attachments if "content_id" not in one]
+    invitations = [_file(one) for one in message.attachments if _is_invitation(one)]
+    files = [_file(one) for one in message.attachments if "content_id" not in one and not _is_invitation(one)]
     versions = [_text("plain", message.text or "")] if message.text or not message.html else []
     if message.html:
         versions.append(_multipart('related; type="text/html"', [_text("html", message.html), *inline], f"r_{seed}"))
-    return _multipart("mixed", [_multipart("alternative", versions, f"a_{seed}"), *files], f"m_{seed}")
+    shown = _multipart("alternative", [*versions, *invitations], f"a_{seed}")
+    return _multipart("mixed", [shown, *files], f"m_{seed}")
+
+
+def _is_invitation(one: dict[str, str]) -> bool:
+    """Returns whether a file is what calendars answer with buttons: then it is an alternative (RFC 6047 2.4)."""
+    return bool(INVITATION.match(one["content_type"])) and "content_id" not in one
 
 
 def _multipart(subtype: str, parts: list[bytes], name: str) -> bytes:
@@ -117,7 +128,8 @@ def _encoded_text(data: bytes) -> tuple[str, bytes]:
     if data.isascii() and DELIMITER not in data and max(map(len, data.split(b"\r\n"))) <= 78:
         return "7bit", data
     quoted, packed = binascii.b2a_qp(data), _base64_lines(base64.b64encode(data).decode())
-    return ("quoted-printable", quoted) if len(quoted) <= len(packed) else ("base64", packed)
+    fits = len(quoted) <= len(packed) and max(map(len, quoted.split(b"\r\n"))) <= 76  # b2a_qp may write 77
+    return ("quoted-printable", quoted) if fits else ("base64", packed)
 
 
 def _base64_lines(text: str) -> bytes:
@@ -125,14 +137,26 @@ def _base64_lines(text: str) -> bytes:
 
 
 def _file(one: dict[str, str]) -> bytes:
+    """Writes a file's part. An invitation has no disposition: it is shown."""
     disposition = "inline" if "content_id" in one else "attachment"
+    shown = f"Content-Disposition: {disposition}{FOLD}{filename_parameter(one['filename'])}"
     lines = [
-        f"Content-Type: {re.sub('; ?', FOLD, one['content_type'])}",
+        f"Content-Type: {re.sub('; ?', FOLD, one['content_type'])}{_older_name(one)}",
         "Content-Transfer-Encoding: base64",
-        f"Content-Disposition: {disposition}{FOLD}{filename_parameter(one['filename'])}",
+        *([] if _is_invitation(one) else [shown]),
         *([f"Content-ID: <{one['content_id']}>"] if "content_id" in one else []),
     ]
     return "\r\n".join([*lines, "", ""]).encode() + _base64_lines(one["content"])
+
+
+def _older_name(one: dict[str, str]) -> str:
+    """Writes the file's name for readers that know no Content-Disposition, which know no RFC 2231 either."""
+    name = one["filename"]
+    if NAMED.search(one["content_type"]):
+        return ""
+    plain = name.isascii() and not ENCODED_WORD.search(name)
+    quoted = name.replace('"', r"\"") if plain else _encoded(name, used=8)
+    return f'{FOLD}name="{quoted}"'
 
 
 def filename_parameter(name: str) -> str:

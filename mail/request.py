@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mail.address import Mailbox, header_text
-from mail.message import PIECE
+from mail.message import PIECE, STRUCTURED
 
 CONTROL_IN_BODY = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 OURS = re.compile(  # headers that this service writes or the relay adds; a caller's would contradict them
@@ -76,6 +76,26 @@ def body_text(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def header_fits(headers: dict[str, str]) -> dict[str, str]:
+    """Refuses a structured header that would have to be encoded or cannot be folded (RFC 5322 2.1.1, RFC 2047 5)."""
+    for name, value in headers.items():
+        if STRUCTURED.fullmatch(name) and not (value.isascii() and all(len(word) < 900 for word in value.split(" "))):
+            raise ValueError(f"{name} must be ASCII, with no more than 900 characters between two spaces")
+        if STRUCTURED.fullmatch(name) and (not value.strip(" ") or " " * 10 in value):
+            raise ValueError(f"{name} must not be empty or have ten spaces in a row")
+    return headers
+
+
+def octets_or_base64(value: object) -> object:
+    """Takes a list of octets too, as clients in Python and PHP send it; the body's reader has checked their range."""
+    if isinstance(value, list):
+        try:
+            return base64.b64encode(bytes(value)).decode()
+        except (TypeError, ValueError):
+            raise ValueError("must be base64, or a list of octets from 0 to 255") from None
+    return value
+
+
 def one_or_list(value: object) -> object:
     if not isinstance(value, (str, list)):
         raise ValueError("must be an address or a list of addresses")
@@ -85,15 +105,17 @@ def one_or_list(value: object) -> object:
 def canonical_base64(text: str) -> str:
     """Refuses base64 that does not come back the same when decoded and encoded: decoders differ in what they forgive.
 
-    Works piece by piece: three copies of ten megabytes are too many.
+    Line breaks in it are dropped. Works piece by piece: three copies of ten megabytes are too many.
     """
+    if "\n" in text:
+        text = text.replace("\r\n", "").replace("\n", "")
     try:
         pieces = (text[start : start + PIECE] for start in range(0, len(text), PIECE))
         is_canonical = all(base64.b64encode(base64.b64decode(piece)).decode() == piece for piece in pieces)
     except ValueError:
         is_canonical = False
     if not is_canonical or "=" in text[: max(0, len(text) - 2)]:
-        raise ValueError("must be base64 with = padding and without line breaks")
+        raise ValueError("must be base64 with = padding")
     return text
 
 
@@ -138,6 +160,7 @@ OneMailbox = Annotated[Mailbox, BeforeValidator(Mailbox.parse)]
 # 1000 is the highest MAX_RECIPIENTS. A longer list is refused before its addresses are looked at one by one.
 Mailboxes = Annotated[list[OneMailbox], Field(max_length=1000), BeforeValidator(one_or_list)]
 HeaderName = Annotated[str, AfterValidator(header_name)]
+HeaderValue = Annotated[str, Field(max_length=16_000), AfterValidator(header_text)]
 HeaderText = Annotated[str, Field(max_length=998), AfterValidator(header_text)]
 BodyText = Annotated[str, AfterValidator(body_text)]
 TagWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,256}$")]
@@ -155,7 +178,7 @@ class Attachment(StrictModel):
     """A file. With `content_id` it is shown inside the HTML, where `<img src="cid:...">` names it."""
 
     filename: Annotated[str, Field(max_length=200), AfterValidator(file_name)]
-    content: Annotated[str, AfterValidator(canonical_base64)]
+    content: Annotated[str, BeforeValidator(octets_or_base64), AfterValidator(canonical_base64)]
     content_type: Annotated[str, Field(max_length=200), AfterValidator(media_type)] | None = None
     content_id: ContentId | None = None
 
@@ -189,7 +212,9 @@ class Request(StrictModel):
     subject: HeaderText | None = None
     html: BodyText | None = None
     text: BodyText | None = None
-    headers: Annotated[dict[HeaderName, HeaderText], Field(max_length=50, default_factory=dict)]
+    headers: Annotated[
+        dict[HeaderName, HeaderValue], Field(max_length=50, default_factory=dict), AfterValidator(header_fits)
+    ]
     attachments: Annotated[list[Attachment], Field(max_length=50, default_factory=list)]
     tags: Annotated[list[Tag], Field(max_length=50, default_factory=list)]
     template: TemplateUse | None = None
@@ -206,12 +231,16 @@ class Rendered(StrictModel):
     html: BodyText | None
 
 
-def parse(body: object, *, default_sender: Mailbox | None, max_recipients: int) -> Request:
+def parse(body: object, *, default_sender: Mailbox | None, max_recipients: int, local_domains: bool = False) -> Request:
     """Checks the body of `POST /emails`. Raises `Invalid` with every field that is wrong."""
-    if isinstance(body, dict) and default_sender and body.get("from") is None:
-        body = {**body, "from": default_sender}
+    if isinstance(body, dict):
+        body = {name: value for name, value in body.items() if value is not None}  # serializers write null for absent
+        if default_sender:
+            body = {"from": default_sender, **body}
     request = validate(Request, body)
     Invalid.raise_if(_conflicts(request, max_recipients))
+    if not local_domains:
+        Invalid.raise_if(_local_domains(request))
     return request
 
 
@@ -240,14 +269,24 @@ def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:
         yield FieldError("template", "brings its own text and html; leave those out")
 
 
+def _local_domains(request: Request) -> Iterator[FieldError]:
+    told = "must have a domain with a dot; ALLOW_LOCAL_DOMAINS=yes admits the names of your own network"
+    if request.sender.is_local:
+        yield FieldError("from", told)
+    for field in ("to", "cc", "bcc", "reply_to"):
+        for number, box in enumerate(getattr(request, field)):
+            if box.is_local:
+                yield FieldError(f"{field}[{number}]", told)
+
+
 def _repeated(values: Sequence[str | None]) -> list[int]:
     return [number for number, value in enumerate(values) if value is not None and value in values[:number]]
 
 
 def content_errors(request: Request, text: str | None, html: str | None) -> Iterator[FieldError]:
     """Checks the text and html that the mail will have, its own or its template's."""
-    if not text and not html:
-        yield FieldError("template" if request.template else "text", "a mail must have a text, an html or both")
+    if not text and not html and not request.attachments:
+        yield FieldError("template" if request.template else "text", "a mail must have a text, an html or a file")
     for number, one in enumerate(request.attachments):
         if one.content_id and not html:
             yield FieldError(f"attachments[{number}].content_id", "needs html that shows it, and there is none")

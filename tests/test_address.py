@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 
 from mail.address import Mailbox
+from mail.request import parse
 from tests.sample_mails import PROPERTY, Box, accepted, boxes, mail, refusal
 
 
@@ -66,3 +67,17 @@ def test_the_case_of_a_local_part_is_kept() -> None:
 def test_what_is_too_long_is_refused_before_it_is_looked_at() -> None:
     assert refusal(mail(to=["nobody"] * 1001)) == {"to": "must have at most 1000 entries"}
     assert refusal(mail(to="bob@example.com" + " " * 984)) == {"to[0]": "must be at most 998 characters long"}
+
+
+@pytest.mark.parametrize("domain", ["corp.local", "mail.home.arpa", "corp.internal", "intra.lan", "x.test", "a.onion"])
+def test_whether_a_domain_takes_mail_is_the_relays_to_know(domain: str) -> None:
+    """pgadmin4#6222, Mailu#2783, python-email-validator#122, scrob#293."""
+    assert accepted(mail(to=f"ada@{domain}")).recipients == [f"ada@{domain}"]
+
+
+@pytest.mark.parametrize("address", ["root@localhost", "ops@mailhost", "Ada <ada@intranet>"])
+def test_a_domain_of_one_word_is_admitted_where_the_operator_says_so(address: str) -> None:
+    for field in ("from", "to", "cc", "bcc", "reply_to"):
+        body = mail(**{field: address})
+        assert [one.split("[")[0] for one in refusal(body)] == [field]
+        parse(body, default_sender=None, max_recipients=2, local_domains=True)

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[int, str, str, str, bytes | None, dict[str, str]]] = {
     "path that is not UTF-8": (404, "not_found", "GET", "/%ff%fe", None, {}),
     "unheard-of method": (405, "method_not_allowed", "BREW", "/emails", None, {}),
     "body too large for its route": (413, "request_too_large", "POST", "/jobs", b"x" * 70_000, {}),
+    "compressed": (415, "unsupported_media_type", "POST", "/emails", b"{}", {"Content-Encoding": "gzip"}),
     "other media type": (415, "unsupported_media_type", "POST", "/emails", b"{}", {"Content-Type": "text/plain"}),
     "field that is missing": (422, "missing_required_field", "POST", "/emails", b"{}", {}),
     "field that is wrong": (422, "invalid_parameter", "POST", "/emails", b'{"to": 1}', {}),

@@ -80,7 +80,9 @@ def shape(part: Any) -> Any:
 
 def read_file(new: Any, old: Any) -> dict[str, Any]:
     assert new["Content-Disposition"].params["filename"] == old.get_filename()
-    content_type, *parameters = old.get_params()
+    content_type, *given = old.get_params()
+    older = str(make_header(decode_header(old.get_param("name", ""))))
+    parameters = [(name, value) for name, value in given if name != "name" or older != old.get_filename()]
     return {
         "filename": old.get_filename(),
         "content": new.get_payload(decode=True),
@@ -176,7 +178,7 @@ def test_somebody_in_to_and_cc_is_served_once_and_named_twice() -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        "text/calendar; method=REQUEST",
+        "text/calendar; charset=utf-8",
         f"application/x; {'n' * 90}={'v' * 90}",  # EmailMessage never comes back from this one
     ],
 )
@@ -289,7 +291,8 @@ Content-Transfer-Encoding: quoted-printable
 <p>Gr=C3=BC=C3=9Fe <img src=3D"cid:logo"></p>
 
 --=_r_9d3f11a32872d6497d3e2b07
-Content-Type: image/png
+Content-Type: image/png;
+ name="logo.png"
 Content-Transfer-Encoding: base64
 Content-Disposition: inline;
  filename="logo.png"
@@ -302,7 +305,8 @@ aGVsbG8=
 --=_a_9d3f11a32872d6497d3e2b07--
 
 --=_m_9d3f11a32872d6497d3e2b07
-Content-Type: application/pdf
+Content-Type: application/pdf;
+ name="=?utf-8?b?csOpc3Vtw6kgMS5wZGY=?="
 Content-Transfer-Encoding: base64
 Content-Disposition: attachment;
  filename*=utf-8''r%C3%A9sum%C3%A9%201.pdf
@@ -373,3 +377,76 @@ def test_a_local_part_beyond_ascii_travels_as_utf8_and_a_domain_never_does() -> 
     assert sent(narrow).mime.isascii()
     for field in ("from", "cc", "bcc", "reply_to"):
         assert accepted(mail(**{field: "zoë@example.com"})).needs_smtputf8, field
+
+
+IDS = " ".join(f"<{number:04d}.{'r' * 24}@desk.example>" for number in range(120))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (
+            "List-Unsubscribe",
+            "<https://news.example/leave/YWRhQGV4Ojc=?list=7>, <mailto:leave@news.example>",
+        ),
+        ("List-Unsubscribe", "<https://news.example/=?utf-8?q?abc?=/leave>"),  # PHPMailer#2312
+        ("List-Unsubscribe-Post", "List-Unsubscribe=One-Click"),
+        ("List-Help", f"<https://news.example/help?token={'Zm9v' * 150}=?x>"),  # fluent-smtp#413
+        ("References", IDS),  # freescout#5542, mikel/mail#401: 5 KB of a long thread
+        ("In-Reply-To", "<CAF=?_x@mail.example.com>"),
+        ("Feedback-ID", "campaign=?7:shop:mail:acme"),
+        ("X-Campaign-Link", "https://news.example/c/QUJDRA==?=1"),  # odoo#289182
+        ("X-Note", "a=?b?=c"),
+    ],
+)
+def test_a_header_that_holds_no_encoded_word_goes_out_as_it_is(name: str, value: str) -> None:
+    read = sent(mail(headers={name: value}))
+    assert (
+        re.sub(r"\r\n(?=[ \t])", "", f"{read.header}\r\n").partition(f"\r\n{name}: ")[2].partition("\r\n")[0] == value
+    )
+    assert max(map(len, read.mime.split(b"\r\n"))) <= 998
+
+
+@pytest.mark.parametrize("value", ["=?utf-8?q?abc?=", "x =?utf-8?b?YWJj?= y", "=?a?Q?b c?=", "é", "a" * 2000])
+def test_free_text_that_would_be_taken_for_something_else_is_encoded(value: str) -> None:
+    read = sent(mail(headers={"X-Note": value}))
+    assert read.new["X-Note"] == value
+    assert max(map(len, read.mime.split(b"\r\n"))) <= 998
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["text/calendar; method=REQUEST", "text/calendar; charset=utf-8; method=CANCEL", "TEXT/Calendar;METHOD=REPLY"],
+)
+def test_an_invitation_is_an_alternative_that_calendars_answer(kind: str) -> None:
+    """RFC 6047 2.4: nextcloud/mail#10416, PHPMailer#175, SwiftMail#176, resend-node#198, EGroupware#103."""
+    body = mail(html="<p>Come</p>", attachments=[{"filename": "invite.ics", "content": HELLO, "content_type": kind}])
+    read = sent(body)
+    assert read.shape == {"multipart/alternative": ["text/plain", "text/html", "text/calendar"]}
+    [part] = [new for new, _ in read.leaves if new.get_content_type() == "text/calendar"]
+    assert part.get_content_disposition() is None
+    assert part.get_payload(decode=True) == b"hello"
+    assert part["Content-Type"].params["name"] == "invite.ics"
+
+
+@pytest.mark.parametrize("kind", ["text/calendar", "text/calendar; charset=utf-8", "application/ics", "text/csv"])
+def test_a_calendar_that_asks_for_nothing_is_a_file(kind: str) -> None:
+    [file] = sent(with_file(content_type=kind)).files
+    assert file["disposition"] == "attachment"
+
+
+@pytest.mark.parametrize(
+    "name", ["report.pdf", 'a "b" c.txt', "Re: a#1?.pdf", "Grüße.pdf", "=?utf-8?q?x?=.txt", "é" * 100]
+)
+def test_a_files_name_stands_where_older_readers_look(name: str) -> None:
+    [old] = [old for new, old in sent(with_file(filename=name)).leaves if new.get_content_disposition()]
+    assert str(make_header(decode_header(str(old.get_param("name")).replace('\\"', '"')))) == name
+    assert sent(with_file(filename=name, content_type="a/b; name=x")).files[0]["content_type"] == "a/b; name=x"
+
+
+@pytest.mark.parametrize("tail", ["= ", " ", "\t", "=\t", "é "])
+@pytest.mark.parametrize("size", range(70, 80))
+def test_no_quoted_printable_line_is_longer_than_76(size: int, tail: str) -> None:
+    """RFC 2045 6.7, rule 5."""
+    body = sent(mail(text=f"é\n{'x' * size}{tail}\nend")).mime.partition(b"\r\n\r\n")[2]
+    assert max(map(len, body.split(b"\r\n"))) <= 76

@@ -147,7 +147,12 @@ class Service:
         return self.outbox.accept([draft], key)
 
     def _draft(self, body: Any) -> Draft:
-        return prepare(body, default_sender=self.sender, max_recipients=self.settings.max_recipients)
+        return prepare(
+            body,
+            default_sender=self.sender,
+            max_recipients=self.settings.max_recipients,
+            local_domains=self.settings.allow_local_domains,
+        )
 
     def get_email(self, mail_id: str) -> HTTPResponse:
         return json_response(200, self.outbox.read(mail_id))
