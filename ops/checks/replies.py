@@ -1,7 +1,8 @@
 """Explains a relay's refusal and says how to fix it, for the three relays that most people use and for any other.
 
 A table: relay, phase, code, words of the reply -> meaning, fix. The first row that matches applies. The words are
-matched and never repeated, since a reply may quote a login or an address.
+matched and never repeated, since a reply may quote a login or an address. What no row knows is judged by smtp.policy,
+as the workers do.
 Gmail: https://support.google.com/a/answer/3726730  Microsoft 365: https://learn.microsoft.com/exchange/mail-flow-best-practices/
 Amazon SES: https://docs.aws.amazon.com/ses/latest/dg/troubleshoot-smtp.html
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import re
 
-from smtp.verdict import Phase, Reply
+from smtp.policy import MESSAGE, Verdict, row_for
+from smtp.verdict import Reply
 
 GMAIL = r"(gmail|googlemail|google)\.com$"
 MICROSOFT = r"(office365|outlook|office)\.com$"
@@ -98,20 +100,32 @@ ROWS = (
     (ANY, "greeting", "4..|5..", "",
      "the relay refuses this machine: too many connections, or its address is blocked",
      "ask the relay's operator to allow this machine's address; lower WORKER_CONCURRENCY"),
+)
+OTHERWISE = (  # for what smtp.policy does not take for trouble
     (ANY, "mail", "5..", "", "the relay refuses this sender",
      "put an address into MAIL_FROM that this login may send as"),
     (ANY, LATER, "5..", "", "the relay refuses this mail permanently", "GET /emails/ID has the relay's own words"),
     (ANY, LATER, "4..", "", "the relay puts this mail off; it is tried again", "wait; GET /emails/ID has its words"),
-    (ANY, ".*", ".*", "", "the relay does not answer as it should", "see the port and SMTP_SECURITY; try again later"),
 )
+NOTHING = ("the relay does not answer as it should", "see the port and SMTP_SECURITY; try again later")
 # fmt: on
 
 
 def explain(host: str, reply: Reply) -> tuple[str, str]:
     """Returns what the reply means, and how to fix it."""
+    policy = row_for(reply.phase, reply.code, reply.text)
+    waits = (
+        f"{policy.meaning}; mail waits, and loses no attempt",
+        "GET /emails/ID has its words; SMTP_RATE for a limit",
+    )
+    judged = waits if policy.verdict is Verdict.TROUBLE and reply.phase in MESSAGE and reply.code else None
+    return _first(ROWS, host, reply) or judged or _first(OTHERWISE, host, reply) or NOTHING
+
+
+def _first(rows: tuple[tuple[str, ...], ...], host: str, reply: Reply) -> tuple[str, str] | None:
     code = "none" if reply.code is None else str(reply.code)
-    for relay, phases, codes, words, meaning, fix in ROWS:
-        fits = re.fullmatch(phases, Phase(reply.phase).value) and re.fullmatch(codes, code)
+    for relay, phases, codes, words, meaning, fix in rows:
+        fits = re.fullmatch(phases, reply.phase.value) and re.fullmatch(codes, code)
         if fits and re.search(relay, host.lower()) and re.search(words, reply.text, re.IGNORECASE):
             return meaning, fix
-    raise LookupError("the last row must match everything")
+    return None
