@@ -20,11 +20,11 @@ from pathlib import Path
 from dotenv import dotenv_values
 
 import settings
-from mail.address import Mailbox
 from ops.checks.findings import Findings, fault, note, ok, warn
-from ops.checks.system import denied_at, find_user, is_root, run
+from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
 from queues.table import QUEUES
+from service import check_sender
 from settings import Settings, SettingsError
 
 SERVICES = {  # unit -> the settings that its process cannot run without, as it passes them to `settings.load`
@@ -38,7 +38,7 @@ HIDDEN = ("/home", "/root", "/run/user")  # from a unit, by ProtectHome=
 
 
 def is_readable(target: Target) -> bool:
-    return not target.installed or is_root() or os.access(target.file, os.R_OK)
+    return not target.installed or os.geteuid() == 0 or os.access(target.file, os.R_OK)
 
 
 def load(target: Target) -> Settings | None:
@@ -60,8 +60,7 @@ def every_file(target: Target) -> list[tuple[str, Path]]:
 
 def passed_to(unit: str, target: Target) -> list[tuple[str, Path]]:
     """Returns the files that the unit passes to its process; all of them if there is no unit yet."""
-    shown = run("systemctl", "cat", unit)
-    lines = PASSES.findall(shown.stdout) if shown else []
+    lines = PASSES.findall(run("systemctl", "cat", unit).stdout)
     instance = unit.partition("@")[2].removesuffix(".service")
     return [(name, Path(path.replace("%i", instance))) for name, path in lines] or every_file(target)
 
@@ -138,11 +137,8 @@ def in_a_checkout(target: Target) -> Findings:
 def load_checked(*needed: str) -> Settings:
     """Loads the settings, and checks MAIL_FROM as service.py does before it starts. Raises SettingsError."""
     current = settings.load(*needed)
-    try:
-        if current.mail_from:
-            Mailbox.parse(current.mail_from)
-    except ValueError as error:
-        raise SettingsError([f"MAIL_FROM: {error}"]) from None
+    if current.mail_from:
+        check_sender(current)
     return current
 
 

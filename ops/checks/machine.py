@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import os
 import re
 import socket
+from contextlib import closing
 from pathlib import Path
 
 from ops.checks.findings import Findings, fault, note, ok, warn
 from ops.checks.store import address
-from ops.checks.system import is_root, run
+from ops.checks.system import NOT_RUN, run
 from ops.checks.target import Target
 from settings import Settings
 
@@ -28,8 +30,7 @@ def nginx(target: Target) -> Findings:
     if not target.nginx.is_dir():
         yield warn("nginx is not installed, so nobody outside can call the API", "sudo bin/install, in your clone")
         return
-    ran = run("nginx", "-t") if is_root() else None
-    if ran and ran.returncode:
+    if os.geteuid() == 0 and (ran := run("nginx", "-t")).returncode not in (0, NOT_RUN):
         error = re.search(r"\[emerg\] (?:\d+#\d+: )?(.*)", ran.stderr)
         found = f"nginx refuses its configuration: {error[1] if error else 'nginx -t'}"
         yield fault(found, "fix that line, then: sudo nginx -t")
@@ -41,16 +42,14 @@ def nginx(target: Target) -> Findings:
 
 
 def through_nginx(target: Target) -> Findings:
-    connection = http.client.HTTPConnection("127.0.0.1", target.http_port, timeout=target.timeout)
     try:
-        connection.request("GET", "/healthz")
-        answer = connection.getresponse()
-        status, body, onward = answer.status, answer.read(4096), answer.getheader("Location", "")
+        with closing(http.client.HTTPConnection("127.0.0.1", target.http_port, timeout=target.timeout)) as connection:
+            connection.request("GET", "/healthz")
+            answer = connection.getresponse()
+            status, body, onward = answer.status, answer.read(4096), answer.getheader("Location", "")
     except (OSError, http.client.HTTPException):
         yield fault(f"nothing answers on port {target.http_port}", "sudo systemctl restart nginx; sudo nginx -t")
         return
-    finally:
-        connection.close()
     if status == 200 and b'"ok"' in body:
         yield ok(f"the API answers through nginx on port {target.http_port}")
     elif status in (301, 302, 307, 308) and onward.startswith("https://"):
@@ -110,8 +109,7 @@ def is_local(host: str) -> bool:
 
 def clock(target: Target) -> Findings:
     """Checks that it is synchronised: a wrong clock makes certificates invalid and retries late."""
-    ran = run("timedatectl", "show", "-p", "NTPSynchronized", "--value")
-    answer = ran.stdout.strip() if ran and not ran.returncode else ""
+    answer = run("timedatectl", "show", "-p", "NTPSynchronized", "--value").stdout.strip()
     if answer == "yes":
         yield ok("the clock is synchronised")
     elif answer == "no":

@@ -28,17 +28,15 @@ IMPLICIT_TLS = (465, 2465)  # ports
 
 
 def login(target: Target, settings: Settings) -> Findings:
-    host, number = settings.smtp_host, settings.smtp_port
-    if not host and target.installed:
+    if settings.smtp_host:
+        reached = list(port(settings.smtp_host, settings.smtp_port, target))
+        yield from reached
+        if not any(one.level == FAULT for one in reached):
+            yield from session(Relay.of(settings), target, settings)
+    elif target.installed:
         yield fault("SMTP_HOST is not set, so no mail can go out", target.edit)
-    elif not host:
+    else:
         yield note("SMTP_HOST is not set; bin/dev has a mail catcher of its own")
-    if not host:
-        return
-    reached = list(port(host, number, target))
-    yield from reached
-    if not any(one.level == FAULT for one in reached):
-        yield from session(Relay.of(settings), target, settings)
 
 
 def port(host: str, wanted: int, target: Target) -> Findings:

@@ -62,13 +62,11 @@ RESULTS = {  # Result= of a unit that did not end by an exit code
 Unit = dict[str, str]
 
 
-def show(*names: str) -> list[Unit] | None:
-    """Returns the properties of each unit, or None if systemctl does not answer."""
+def show(*names: str) -> list[Unit]:
+    """Returns the properties of each unit, and nothing if systemctl does not answer."""
     shown = run("systemctl", "show", "-p", PROPERTIES, *names)
-    if not shown or shown.returncode:
-        return None
-    blocks = [block for block in shown.stdout.split("\n\n") if block.strip()]
-    return [dict(line.split("=", 1) for line in block.strip().splitlines() if "=" in line) for block in blocks]
+    blocks = shown.stdout.split("\n\n") if not shown.returncode else []
+    return [dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in blocks if "=" in block]
 
 
 def running(target: Target) -> Findings:
@@ -76,7 +74,7 @@ def running(target: Target) -> Findings:
         yield note("no systemd here, skipped")
         return
     found = show(*expected(target))
-    if found is None:
+    if not found:
         yield note("systemctl does not answer, skipped")
         return
     if not target.installed and all(unit.get("LoadState") == "not-found" for unit in found if ours(unit)):

@@ -49,11 +49,20 @@ def test_a_mail_to_order_goes_the_whole_way(target: Target, redis_server: RedisS
     assert "victim" not in ran.stdout
 
 
-def test_the_exit_code_is_the_worst_of_what_was_found() -> None:
-    one = {level: Finding(level, "") for level in (OK, NOTE, WARN, FAULT)}
-    assert doctor.verdict([one[OK], one[NOTE]]) == 0
-    assert doctor.verdict([one[OK], one[WARN]]) == 1
-    assert doctor.verdict([one[FAULT], one[WARN], one[OK]]) == 2
+@pytest.mark.parametrize(
+    ("levels", "code", "end"),
+    [
+        ((OK, NOTE), 0, "All is well."),
+        ((OK, WARN, WARN), 1, "2 warnings. "),
+        ((FAULT, WARN, OK), 2, "1 fault and 1 warning. "),
+    ],
+)
+def test_the_exit_code_and_the_last_line_are_the_worst_of_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], levels: list[str], code: int, end: str
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda _: [("check", Finding(level, "")) for level in levels])
+    assert doctor.main([]) == code
+    assert capsys.readouterr().out.splitlines()[-1].startswith(end)
 
 
 def test_every_finding_is_one_line_and_json_says_the_same(tmp_path: Path) -> None:
@@ -74,8 +83,7 @@ def test_a_check_that_breaks_is_a_finding_and_stops_no_other(target: Target, mon
         raise ValueError(PASSWORD)
         yield
 
-    checks = (table.Check("first", broken), table.Check("second", table.alone(machine.clock)))
-    monkeypatch.setattr(table, "CHECKS", checks)
+    monkeypatch.setattr(table, "CHECKS", {"first": broken, "second": table.alone(machine.clock)})
     said = list(table.examine(target))
     assert [name for name, _ in said] == ["first", "second"]
     assert "ValueError" in said[0][1].found
