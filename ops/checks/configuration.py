@@ -144,9 +144,12 @@ def load_checked(*needed: str) -> Settings:
 
 def shell(target: Target) -> Findings:
     """Finds what works by hand and not as a service: a variable that only this shell has."""
-    in_file = dotenv_values(target.file) if os.access(target.file, os.R_OK) else {}
+    readable = os.access(target.file, os.R_OK)
+    in_file = dotenv_values(target.file) if readable else {}
+    with_files = every_file(target)[1:] if readable else []
     written = {name for name, value in in_file.items() if value}
-    only_here = sorted(exported() - written - stored(target))
+    written |= {name.upper() for name, path in with_files if path.stat().st_size}
+    only_here = sorted(exported() - written)
     if only_here and not is_readable(target):
         yield note(f"set in this shell, which the services do not see: {', '.join(only_here)}", "sudo bin/doctor")
     elif only_here and target.installed:
@@ -166,32 +169,25 @@ def exported() -> set[str]:
 def before_sudo() -> set[str]:
     """Returns the variables of the programs above this one, which root may ask the kernel for: sudo drops them."""
     names, pid = set(), os.getpid()
-    with suppress(OSError, StopIteration):
+    with suppress(OSError):
         while pid > 1:
-            variables = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
-            names |= {name for name, _, value in (one.partition("=") for one in variables) if value}
-            status = Path(f"/proc/{pid}/status").read_text().splitlines()
-            pid = next(int(line.split()[1]) for line in status if line.startswith("PPid:"))
+            names |= set(re.findall(r"([^=\0]+)=[^\0]+", Path(f"/proc/{pid}/environ").read_text(errors="replace")))
+            pid = int(re.findall(r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0])
     return names
-
-
-def stored(target: Target) -> set[str]:
-    """Returns the settings that have a file of their own among the credentials."""
-    with_files = every_file(target)[1:] if target.installed and os.access(target.file, os.R_OK) else []
-    return {name.upper() for name, path in with_files if path.stat().st_size}
 
 
 def modes(target: Target) -> Findings:
     """Checks that only root reads secrets, that only root may change code, and that the service can read its files."""
-    if not target.installed:
-        if target.file.exists() and target.file.stat().st_mode & 0o077:
-            yield warn(f"{target.file} can be read by other users of this machine", f"chmod 600 {target.file}")
-        else:
-            yield ok("no other user can read .env" if target.file.exists() else "there is no .env to protect")
-        return
-    wrong = [*secrets_are_roots(target), *code_is_roots(target), *files_named_in_settings(target)]
-    secret = f"only root can read {target.etc}, and " if is_readable(target) else ""
-    yield from wrong or [ok(f"{secret}the service cannot change {target.opt}")]
+    if target.installed:
+        wrong = [*secrets_are_roots(target), *code_is_roots(target), *files_named_in_settings(target)]
+        secret = f"only root can read {target.etc}, and " if is_readable(target) else ""
+        yield from wrong or [ok(f"{secret}the service cannot change {target.opt}")]
+    elif not target.file.exists():
+        yield ok("there is no .env to protect")
+    elif target.file.stat().st_mode & 0o077:
+        yield warn(f"{target.file} can be read by other users of this machine", f"chmod 600 {target.file}")
+    else:
+        yield ok("no other user can read .env")
 
 
 def secrets_are_roots(target: Target) -> Findings:

@@ -19,7 +19,7 @@ from ops.checks.system import NOT_RUN, run
 from ops.checks.target import Target
 from settings import Settings
 
-LISTENING = "0A"  # tcp_states.h
+LISTENING = re.compile(r"^ *\d+: (\w+):(\w+) \S+ 0A ", re.MULTILINE)  # a line of /proc/net/tcp; 0A: tcp_states.h
 PUBLIC = {22, 80, 443}  # ssh and nginx
 
 
@@ -68,7 +68,7 @@ def through_nginx(target: Target) -> Findings:
 
 def ports(target: Target, settings: Settings) -> Findings:
     """Checks what listens on more than loopback: 22, 80 and 443 may; what is ours must not."""
-    open_ones = listeners(Path("/proc/net"))
+    open_ones = listeners()
     redis = address(settings)
     ours = {
         settings.listen.port: ("the API", "LISTEN=127.0.0.1:8000"),
@@ -87,16 +87,10 @@ def ports(target: Target, settings: Settings) -> Findings:
         yield ok("nothing of ours listens for other machines")
 
 
-def listeners(net: Path) -> set[int]:
+def listeners() -> set[int]:
     """Returns the TCP ports that take connections on an address that is not loopback."""
-    found = set()
-    for table in (net / "tcp", net / "tcp6"):
-        for line in table.read_text().splitlines()[1:] if table.exists() else []:
-            _, local, _, state, *_ = line.split()
-            host, port = local.split(":")
-            if state == LISTENING and not is_local(host):
-                found.add(int(port, 16))
-    return found
+    tables = [table.read_text() for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if table.exists()]
+    return {int(port, 16) for host, port in LISTENING.findall("".join(tables)) if not is_local(host)}
 
 
 def is_local(host: str) -> bool:

@@ -14,16 +14,8 @@ from ops.checks import configuration, store
 from ops.checks.findings import FAULT, WARN, Finding, Findings, fault, lasting, note, ok, warn
 from ops.checks.system import run
 from ops.checks.target import Target
-from queues.table import QUEUES
 
-UNITS = (
-    "async-email.target",
-    "async-email-api.socket",
-    "async-email-api.service",
-    *(f"async-email-worker@{queue}.service" for queue in QUEUES),
-    "async-email-dashboard.service",
-)
-REDIS, NGINX = "redis-server@async-email.service", "nginx.service"
+UNITS = ("async-email.target", "async-email-api.socket", *configuration.SERVICES)
 PROPERTIES = (
     "Id,LoadState,UnitFileState,NeedDaemonReload,ActiveState,SubState,Result,ExecMainStatus,MainPID,NRestarts,"
     "ActiveEnterTimestampMonotonic,Restart,KillMode"
@@ -72,16 +64,13 @@ def show(*names: str) -> list[Unit]:
 def running(target: Target) -> Findings:
     if not target.systemd.is_dir():
         yield note("no systemd here, skipped")
-        return
-    found = show(*expected(target))
-    if not found:
+    elif not (found := show(*expected(target))):
         yield note("systemctl does not answer, skipped")
-        return
-    if not target.installed and all(unit.get("LoadState") == "not-found" for unit in found if ours(unit)):
+    elif not target.installed and all(unit.get("LoadState") == "not-found" for unit in found if ours(unit)):
         yield note("not installed as services here, skipped")
-        return
-    wrong = [*all_together(found), *(finding for unit in found for finding in about(unit, target))]
-    yield from wrong or [ok(f"{len(found)} units are enabled and running, from the current release")]
+    else:
+        wrong = [*all_together(found), *(finding for unit in found for finding in about(unit, target))]
+        yield from wrong or [ok(f"{len(found)} units are enabled and running, from the current release")]
 
 
 # What is often true of several units, and then is one finding: properties, level, found, fix.
@@ -109,8 +98,8 @@ def all_together(found: list[Unit]) -> Findings:
 
 def expected(target: Target) -> list[str]:
     settings = configuration.load(target)
-    redis = [REDIS] if settings and store.address(settings).is_our_own else []
-    return [*UNITS, *redis, *([NGINX] if target.nginx.is_dir() else [])]
+    redis = [store.OUR_UNIT] if settings and store.address(settings).is_our_own else []
+    return [*UNITS, *redis, *(["nginx.service"] if target.nginx.is_dir() else [])]
 
 
 def ours(unit: Unit) -> bool:
