@@ -13,6 +13,7 @@ from ops.checks.findings import FAULT, NOTE, OK, WARN, Finding, Findings
 from ops.checks.target import Target
 from settings import Settings
 
+Said = tuple[str, str, str]  # a finding's level, and words of what is found and of its fix
 PASSWORD = "planted-Pa55word"
 GMAIL, M365, SES = "smtp.gmail.com", "smtp.office365.com", "email-smtp.eu-west-1.amazonaws.com"
 ENV = "SMTP_HOST=127.0.0.1\nMAIL_FROM=Acme <hello@acme.example>\n"
