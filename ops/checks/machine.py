@@ -54,16 +54,15 @@ def through_nginx(target: Target) -> Findings:
         yield ok(f"the API answers through nginx on port {target.http_port}")
     elif status in (301, 302, 307, 308) and onward.startswith("https://"):
         yield ok(f"nginx redirects port {target.http_port} to https")
-    elif status in (502, 503, 504):
-        if target.selinux.exists() and target.selinux.read_text().strip() == "1":
-            fix = "sudo setsebool -P httpd_can_network_connect 1; if it stays: sudo ausearch -m avc -ts recent"
-            yield fault(f"nginx answers {status}: SELinux may keep it from the API", fix)
-        else:
-            fix = "sudo systemctl restart async-email-api.socket async-email-api; sudo tail /var/log/nginx/error.log"
-            yield fault(f"nginx answers {status}: the API does not answer it", fix)
-    else:
+    elif status not in (502, 503, 504):
         found = f"another site of nginx answers on port {target.http_port} (/healthz gives {status})"
         yield fault(found, "sudo rm /etc/nginx/sites-enabled/default && sudo systemctl reload nginx")
+    elif target.selinux.exists() and target.selinux.read_text().strip() == "1":
+        fix = "sudo setsebool -P httpd_can_network_connect 1; if it stays: sudo ausearch -m avc -ts recent"
+        yield fault(f"nginx answers {status}: SELinux may keep it from the API", fix)
+    else:
+        fix = "sudo systemctl restart async-email-api.socket async-email-api; sudo tail /var/log/nginx/error.log"
+        yield fault(f"nginx answers {status}: the API does not answer it", fix)
 
 
 def ports(target: Target, settings: Settings) -> Findings:

@@ -138,10 +138,9 @@ def why_not(unit: Unit) -> Finding:
     causes = [RESULTS[result]] if result in RESULTS else []
     if code in EXITS and result not in ("signal", "oom-kill", "watchdog", "core-dump"):
         causes.append(EXITS[code])
-    if causes:
-        fixes = "; ".join(fix.format(unit=name) for _, fix in reversed(causes))
-        return fault(f"{state}: {', and '.join(meaning for meaning, _ in causes)}", fixes)
-    return fault(f"{state}: its last exit code was {code}", f"journalctl -u {name} -n 50")
+    causes = causes or [(f"its last exit code was {code}", "journalctl -u {unit} -n 50")]
+    fixes = "; ".join(fix.format(unit=name) for _, fix in reversed(causes))
+    return fault(f"{state}: {', and '.join(meaning for meaning, _ in causes)}", fixes)
 
 
 def from_another_release(unit: Unit, target: Target) -> Findings:
