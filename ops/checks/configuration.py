@@ -13,8 +13,8 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from dotenv import dotenv_values
@@ -44,32 +44,31 @@ def is_readable(target: Target) -> bool:
 def load(target: Target) -> Settings | None:
     """Returns the settings of all services together, for the other checks; None if they cannot be read."""
     try:
-        if not target.installed:
-            return settings.load()
-        with as_a_unit(every_file(target)):
+        with as_a_unit(every_file(target)) if target.installed else nullcontext():
             return settings.load()
     except (SettingsError, OSError):
         return None
 
 
-def every_file(target: Target) -> list[tuple[str, Path]]:
+def every_file(target: Target) -> dict[str, Path]:
+    """Returns the operator's file and the secrets that have files of their own, by their names as credentials."""
     folder = target.etc / "credentials"
     secrets = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [(target.file.name, target.file), *((one.name, one) for one in secrets)]
+    return {path.name: path for path in (target.file, *secrets)}
 
 
-def passed_to(unit: str, target: Target) -> list[tuple[str, Path]]:
+def passed_to(unit: str, target: Target) -> dict[str, Path]:
     """Returns the files that the unit passes to its process; all of them if there is no unit yet."""
     lines = PASSES.findall(run("systemctl", "cat", unit).stdout)
     instance = unit.partition("@")[2].removesuffix(".service")
-    return [(name, Path(path.replace("%i", instance))) for name, path in lines] or every_file(target)
+    return {name: Path(path.replace("%i", instance)) for name, path in lines} or every_file(target)
 
 
 @contextmanager
-def as_a_unit(credentials: Iterable[tuple[str, Path]]) -> Iterator[None]:
+def as_a_unit(credentials: dict[str, Path]) -> Iterator[None]:
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # no secret is written to a disk
     with tempfile.TemporaryDirectory(prefix="doctor-", dir=memory) as folder:
-        for name, path in credentials:
+        for name, path in credentials.items():
             shutil.copyfile(path, Path(folder, name))
         with credentials_directory(Path(folder)):
             yield
@@ -110,8 +109,8 @@ def on_a_server(target: Target) -> Findings:
         yield ok(f"{target.file} is complete and correct for each service")
 
 
-def faults_of(credentials: list[tuple[str, Path]], needed: tuple[str, ...]) -> list[str]:
-    missing = [f"{MISSING} {path}, is missing" for _, path in credentials if not path.is_file()]
+def faults_of(credentials: dict[str, Path], needed: tuple[str, ...]) -> list[str]:
+    missing = [f"{MISSING} {path}, is missing" for path in credentials.values() if not path.is_file()]
     if missing:
         return missing
     try:
@@ -146,9 +145,9 @@ def shell(target: Target) -> Findings:
     """Finds what works by hand and not as a service: a variable that only this shell has."""
     readable = os.access(target.file, os.R_OK)
     in_file = dotenv_values(target.file) if readable else {}
-    with_files = every_file(target)[1:] if readable else []
+    files = every_file(target) if readable else {}
     written = {name for name, value in in_file.items() if value}
-    written |= {name.upper() for name, path in with_files if path.stat().st_size}
+    written |= {name.upper() for name, path in files.items() if path.stat().st_size}
     only_here = sorted(exported() - written)
     if only_here and not is_readable(target):
         yield note(f"set in this shell, which the services do not see: {', '.join(only_here)}", "sudo bin/doctor")
@@ -193,7 +192,7 @@ def modes(target: Target) -> Findings:
 def secrets_are_roots(target: Target) -> Findings:
     if not is_readable(target):
         return
-    for path in (target.etc, target.etc / "credentials", *(path for _, path in every_file(target))):
+    for path in (target.etc, target.etc / "credentials", *every_file(target).values()):
         if not path.exists():
             yield fault(f"{path} is missing", "sudo bin/install, in your clone: it makes what is missing")
             continue

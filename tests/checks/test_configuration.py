@@ -11,6 +11,7 @@ import pytest
 
 from ops.checks import configuration
 from ops.checks.findings import FAULT, NOTE, OK, WARN
+from ops.checks.system import User, denied_at, find_user
 from ops.checks.target import Target
 from tests.checks.support import ENV, PASSWORD, Server, assert_finds, listed, worst
 from tests.servers import ROOT
@@ -115,6 +116,15 @@ def test_code_that_the_service_may_change_or_cannot_read_is_a_fault(server: Serv
     assert_finds(configuration.modes(server.target), FAULT, "cannot be read by the user nobody", "sudo chmod o+rX")
     server.target.user = "nobody-of-this-name"
     assert_finds(configuration.modes(server.target), FAULT, "there is no user", "sudo bin/install")
+
+
+def test_a_user_reads_what_one_of_its_groups_may(server: Server) -> None:
+    user = find_user("root")
+    assert user
+    assert 0 in user.gids
+    path = server.write("secret", "", 0o640)
+    assert denied_at(User(-1, [path.stat().st_gid]), path, 4) is None
+    assert denied_at(User(-1, []), path, 4) == path
 
 
 def test_a_file_named_in_the_settings_that_the_service_cannot_read_is_a_fault(server: Server) -> None:
