@@ -106,12 +106,14 @@ ALWAYS_WELL = {
     "async_email_redis_memory_max_bytes": 1000,
     "async_email_redis_memory_bytes": 700,
 }
+ACCEPTED, TRY_AGAIN = (f'async_email_attempts_total{{verdict="{one}"}}' for one in ("accepted", "try_again"))
+SENT, FAILED, EXPIRED = (f'async_email_mails_total{{result="{one}"}}' for one in ("sent", "failed", "expired"))
 GROW = {  # a minute
-    'async_email_mails_total{result="sent"}': 100,
+    SENT: 100,
     "async_email_mails_accepted_total": 100,
-    'async_email_attempts_total{verdict="accepted"}': 100,
-    'async_email_attempts_total{verdict="try_again"}': 5,
-    'async_email_mails_total{result="failed"}': 1,
+    ACCEPTED: 100,
+    TRY_AGAIN: 5,
+    FAILED: 1,
     "async_email_last_sent_timestamp_seconds": 60,
 }
 
@@ -142,9 +144,7 @@ def a_day_when_all_is_well(scraped: str) -> dict[str, str]:
 BOUNDS = ("0.001", "0.0025", "0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0")
 BUCKETS = [f'async_email_accept_duration_seconds_bucket{{le="{bound}"}}' for bound in BOUNDS]
 SLOW, TO_A_SECOND = BUCKETS[:4], BUCKETS[4:]
-QUEUED = 'async_email_queue_jobs{queue="email", state="queued"}'
-TRY_AGAIN = 'async_email_attempts_total{verdict="try_again"}'
-ACCEPTED = 'async_email_attempts_total{verdict="accepted"}'
+QUEUED, SCHEDULED = (f'async_email_queue_jobs{{queue="email", state="{one}"}}' for one in ("queued", "scheduled"))
 BROKEN: dict[str, dict[str, str]] = {  # alert -> what is different on that day; "" is for all series of ours
     "MailIsNotGoingOut": {'async_email_oldest_queued_seconds{queue="email"}': stays(301)},
     "DelayedMailIsOverdue": {'async_email_overdue_seconds{queue="email"}': stays(301)},
@@ -156,24 +156,18 @@ BROKEN: dict[str, dict[str, str]] = {  # alert -> what is different on that day;
     "ApiDown": {"": GONE, 'up{job="async-email"}': stays(0)},
     "RedisKeepsNothing": {"async_email_redis_append_only": stays(0)},
     "RedisNearlyFull": {"async_email_redis_memory_bytes": stays(801)},
-    "ManyMailsFail": {'async_email_mails_total{result="failed"}': grows(6)},
+    "ManyMailsFail": {FAILED: grows(6)},
     "MailsInDoubt": {"async_email_in_doubt_total": HAPPENS_ONCE},
-    "MailsExpire": {'async_email_mails_total{result="expired"}': HAPPENS_ONCE},
+    "MailsExpire": {EXPIRED: HAPPENS_ONCE},
     "MailsGivenUp": {'async_email_swept_total{outcome="given_up"}': HAPPENS_ONCE},
     "AcceptingIsSlow": dict.fromkeys(TO_A_SECOND, grows(98)),
 }
+QUIET = dict.fromkeys(GROW, stays(7))
 STILL_WELL: dict[str, dict[str, str]] = {  # what looks like trouble and is none
     "nothing has ever happened": {series: stays(0) for series in GROW},
-    "a quiet night, one mail put off": {
-        **dict.fromkeys(GROW, stays(7)),
-        'async_email_queue_jobs{queue="email", state="scheduled"}': stays(1),
-        TRY_AGAIN: HAPPENS_ONCE,
-    },
+    "a quiet night, one mail put off": QUIET | {SCHEDULED: stays(1), TRY_AGAIN: HAPPENS_ONCE},
     "no maxmemory": {"async_email_redis_memory_max_bytes": stays(0)},
-    "the only two mails of the day were refused": {
-        **dict.fromkeys(GROW, stays(7)),
-        'async_email_mails_total{result="failed"}': f"0+0x{MINUTES - 20} 2+0x19",
-    },
+    "the only two mails of the day were refused": QUIET | {FAILED: f"0+0x{MINUTES - 20} 2+0x19"},
     "a worker is restarted": {'async_email_workers{queue="email"}': f"16+0x{MINUTES - 4} 0+0x3"},
     "a short trouble": {"async_email_breaker_open": f"0+0x{MINUTES - 9} 1+0x8"},
     "Redis was emptied": {series: f"0+{number}x{MINUTES - 20} 0+{number}x19" for series, number in GROW.items()},
@@ -187,12 +181,8 @@ def firing(promtool: str, directory: Path, day: dict[str, str], different: dict[
         day = {}
     series = [{"series": one, "values": values} for one, values in (day | different).items() if one]
     shutil.copy(ALERTS, directory)
-    # An expectation that never holds: what promtool "got" is what is asked for.
-    asked = {
-        "expr": 'ALERTS{alertstate="firing"}',
-        "eval_time": f"{MINUTES}m",
-        "exp_samples": [{"labels": "x", "value": 0}],
-    }
+    never = [{"labels": "x", "value": 0}]  # what promtool then says that it "got" is what is asked for
+    asked = {"expr": 'ALERTS{alertstate="firing"}', "eval_time": f"{MINUTES}m", "exp_samples": never}
     test = {"interval": "1m", "input_series": series, "promql_expr_test": [asked]}
     file = directory / "test.yml"
     file.write_text(json.dumps({"rule_files": [ALERTS.name], "evaluation_interval": "1m", "tests": [test]}))
