@@ -2,7 +2,6 @@
 
 Uses commands that change nothing, never RQ's own listings, which clean up as they list. The test mail is one like any
 other: stored and queued as the API does it, taken by a worker, sent through the relay.
-Keys: rq:workers:*, rq:worker:*, rq:scheduler-lock:* are RQ's; mail:* and relay:* are mail.outbox's and smtp.pacing's.
 """
 
 from __future__ import annotations
