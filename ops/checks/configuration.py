@@ -20,11 +20,11 @@ from pathlib import Path
 from dotenv import dotenv_values
 
 import settings
+from mail.address import Mailbox
 from ops.checks.findings import Findings, fault, note, ok, warn
 from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
 from queues.table import QUEUES
-from service import check_sender
 from settings import Settings, SettingsError
 
 SERVICES = {  # unit -> the settings that its process cannot run without, as it passes them to `settings.load`
@@ -136,8 +136,11 @@ def in_a_checkout(target: Target) -> Findings:
 def load_checked(*needed: str) -> Settings:
     """Loads the settings, and checks MAIL_FROM as service.py does before it starts. Raises SettingsError."""
     current = settings.load(*needed)
-    if current.mail_from:
-        check_sender(current)
+    try:
+        if current.mail_from:
+            Mailbox.parse(current.mail_from)
+    except ValueError as error:
+        raise SettingsError([f"MAIL_FROM: {error}"]) from None
     return current
 
 

@@ -147,6 +147,13 @@ def test_a_python_that_is_too_old_is_named(target: Target, monkeypatch: pytest.M
     assert_finds(packages.python(target), FAULT, "is needed", "sudo apt install python3")
 
 
+def test_a_service_that_cannot_be_imported_hides_no_other_finding(tmp_path: Path) -> None:
+    (tmp_path / "bottle.py").write_text("raise ImportError('broken', name='bottle')")
+    found = json.loads(run("--json", PYTHONPATH=str(tmp_path)).stdout)
+    assert "service.py does not start: importing bottle fails" in [one["found"] for one in found]
+    assert {one["check"] for one in found} >= {"settings", "redis", "relay"}
+
+
 def test_without_any_package_the_doctor_still_says_so() -> None:
     ran = subprocess.run([sys.executable, "-S", "-m", "ops.doctor"], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 2, ran.stderr
