@@ -43,7 +43,7 @@ def state(jobs: Jobs) -> dict[str, Any]:
         "info": info,
         "queued": queued,
         "workers": workers,
-        "oldest_queued_seconds": _age(enqueued_at),
+        "oldest_queued_seconds": age(enqueued_at),
         "overdue_seconds": round(max(0.0, time.time() - scheduled[0][1]), 3) if scheduled else 0,
     }
 
@@ -66,18 +66,19 @@ def _queue_state(jobs: Jobs, name: str) -> QueueState:
     for worker in workers:
         pipe.hget(worker, "last_heartbeat")
     enqueued_at, *beats = pipe.execute()
-    ages = [_age(beat) for beat in beats]
+    ages = [age(beat) for beat in beats]
     return QueueState(
         {"queued": queued, "scheduled": scheduled, "started": started, "failed": failed, "deferred": deferred},
-        sum(age is not None and age < LEASE_SECONDS + HEARTBEAT_SECONDS for age in ages),
-        _age(enqueued_at) or 0.0,
+        sum(one is not None and one < LEASE_SECONDS + HEARTBEAT_SECONDS for one in ages),
+        age(enqueued_at) or 0.0,
         max(0.0, time.time() - first[0][1]) if first else 0.0,
     )
 
 
-def _age(enqueued_at: Any) -> float | None:
+def age(written: Any) -> float | None:
+    """Returns the seconds since a moment as RQ writes it; None if there was none."""
     try:
-        moment = datetime.fromisoformat((enqueued_at or b"").decode().replace("Z", "+00:00"))
+        moment = datetime.fromisoformat((written or b"").decode().replace("Z", "+00:00"))
     except ValueError:
         return None
     return round(max(0.0, time.time() - moment.timestamp()), 3)

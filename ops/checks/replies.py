@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from smtp.verdict import Phase, Reply
+from smtp.verdict import Reply
 
 GMAIL = r"(gmail|googlemail|google)\.com$"
 MICROSOFT = r"(office365|outlook|office)\.com$"
@@ -108,7 +108,7 @@ def explain(host: str, reply: Reply) -> tuple[str, str]:
     """Returns what the reply means, and how to fix it."""
     code = "none" if reply.code is None else str(reply.code)
     for relay, phases, codes, words, meaning, fix in ROWS:
-        fits = re.fullmatch(phases, Phase(reply.phase).value) and re.fullmatch(codes, code)
+        fits = re.fullmatch(phases, reply.phase.value) and re.fullmatch(codes, code)
         if fits and re.search(relay, host.lower()) and re.search(words, reply.text, re.IGNORECASE):
             return meaning, fix
     raise LookupError("the last row must match everything")
