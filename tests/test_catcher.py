@@ -119,7 +119,7 @@ def test_the_bytes_of_a_mail_come_back_as_they_were_received(inbox: Inbox) -> No
 def test_the_last_500_mails_are_kept(inbox: Inbox) -> None:
     for _ in range(502):
         catch(inbox, b"\r\n")
-    assert [inbox.mails()[0].n, inbox.mails()[-1].n] == [3, 502]
+    assert [inbox.mails[0].n, inbox.mails[-1].n] == [3, 502]
     assert ask(inbox, "/messages/2").status == 404
     assert "last 500 mails" in ask(inbox, "/").text
 
@@ -128,7 +128,7 @@ def test_large_mails_push_out_the_oldest_before_memory_is_full(inbox: Inbox, mon
     monkeypatch.setattr(catcher, "KEPT_BYTES", 1000)
     for _ in range(3):
         catch(inbox, b"x" * 400)
-    assert [mail.n for mail in inbox.mails()] == [2, 3]
+    assert [mail.n for mail in inbox.mails] == [2, 3]
 
 
 def test_mails_caught_at_the_same_time_are_numbered_in_their_order(
@@ -144,14 +144,14 @@ def test_mails_caught_at_the_same_time_are_numbered_in_their_order(
         thread.start()
     for thread in threads:
         thread.join()
-    assert [mail.n for mail in inbox.mails()] == list(range(1, 31))
+    assert [mail.n for mail in inbox.mails] == list(range(1, 31))
 
 
 def test_clearing_empties_the_inbox_and_numbers_go_on(inbox: Inbox) -> None:
     catch(inbox, compose())
     answer = ask(inbox, "/clear", "POST", HTTP_ORIGIN="http://127.0.0.1:8025")
     assert (answer.status, answer.headers["Location"]) == (303, "http://127.0.0.1:8025/")
-    assert inbox.mails() == []
+    assert inbox.mails == ()
     assert catch(inbox, compose()).n == 2
 
 
@@ -300,7 +300,7 @@ def test_a_malformed_mail_is_shown_as_well_as_can_be(inbox: Inbox, raw: bytes) -
 def test_what_can_be_read_of_a_malformed_mail_is_read(inbox: Inbox) -> None:
     for name in ("unknown charset", "raw UTF-8 headers", "multipart without boundary", "nested too deep"):
         catch(inbox, MALFORMED[name])
-    unknown, unencoded, boundless, nested = inbox.mails()
+    unknown, unencoded, boundless, nested = inbox.mails
     assert unknown.content.text == "h�i"
     assert (unencoded.header("subject"), unencoded.sender, unencoded.content.text) == ("Grüße", "Jürgen", "ü")
     assert "hi" in str(boundless.content.text)
@@ -380,10 +380,10 @@ def test_another_site_cannot_clear_the_inbox(inbox: Inbox, origin: str) -> None:
     catch(inbox, compose())
     assert ask(inbox, "/clear", "POST", HTTP_ORIGIN=origin).status == 403
     assert ask(inbox, "/clear").status == 405
-    assert len(inbox.mails()) == 1
+    assert len(inbox.mails) == 1
 
 
 def test_a_client_without_origin_such_as_curl_can_clear_the_inbox(inbox: Inbox) -> None:
     catch(inbox, compose())
     assert ask(inbox, "/clear", "POST").status == 303
-    assert inbox.mails() == []
+    assert inbox.mails == ()
