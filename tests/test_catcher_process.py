@@ -7,14 +7,16 @@ import re
 import signal
 import smtplib
 import socket
+import socketserver
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from email.message import EmailMessage
-from typing import Any, NamedTuple
+from threading import Thread
+from typing import Any
 
 import pytest
 from selenium.common import WebDriverException
@@ -26,10 +28,12 @@ from tests.servers import ROOT
 from tests.test_catcher import MALFORMED, compose, illustrated
 
 
-class Catcher(NamedTuple):
-    process: subprocess.Popen[str]
-    smtp_port: int
-    page: str
+class Catcher:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        said = re.fullmatch(r"catching mail on 127\.0\.0\.1:(\d+), to be seen on (\S+)/\n", self.log())
+        assert said
+        self.smtp_port, self.page = int(said[1]), said[2]
 
     def send(self, mail: EmailMessage | bytes, to: str = "bob@example.com") -> None:
         with smtplib.SMTP("127.0.0.1", self.smtp_port, timeout=60) as relay:
@@ -54,12 +58,7 @@ def start(*flags: str) -> subprocess.Popen[str]:
 def running() -> Iterator[Catcher]:
     with start("--smtp-port", "0", "--mail-port", "0") as process:
         try:
-            assert process.stdout
-            said = re.fullmatch(
-                r"catching mail on 127\.0\.0\.1:(\d+), to be seen on (\S+)/\n", process.stdout.readline()
-            )
-            assert said
-            yield Catcher(process, int(said[1]), said[2])
+            yield Catcher(process)
         finally:
             process.kill()
 
@@ -128,30 +127,20 @@ def test_it_listens_on_127_0_0_1_and_nowhere_else(running: Catcher) -> None:
 def stranger() -> Iterator[tuple[str, list[str]]]:
     """A server that no mail may reach: its URL and what it hears, '' where a browser connects and says nothing."""
     heard: list[str] = []
-    listener = socket.create_server(("127.0.0.1", 0))
 
-    def serve() -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            with connection:
-                connection.settimeout(0.5)
-                try:
-                    heard.append(connection.recv(1000).decode("latin-1").partition("\r\n")[0])
-                    connection.sendall(
-                        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n<img src=/image><p>hi"
-                    )
-                except OSError:
-                    heard.append("")
+    class Handler(socketserver.StreamRequestHandler):
+        timeout = 0.5
 
-    thread = threading.Thread(target=serve)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}", heard
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    thread.join()
+        def handle(self) -> None:
+            heard.append("")
+            with suppress(OSError):
+                heard[-1] = self.rfile.readline().decode("latin-1").strip()
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<img src=/image><p>hi")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", heard
+        server.shutdown()
 
 
 def wait_for(browser: Chrome, condition: Callable[[Chrome], Any]) -> Any:
@@ -165,7 +154,7 @@ def loaded_frame(browser: Chrome) -> None:
 
 @pytest.mark.browser
 def test_a_mails_html_and_its_inline_image_are_seen_in_the_frame(browser: Chrome, running: Catcher) -> None:
-    running.send(illustrated('<p id="hi">Look:</p><img src="cid:dot@example.com"><p id="end">'))
+    running.send(illustrated('<p id="hi">Look:</p><img src="cid:dot@b.c"><p id="end">'))
     browser.get(running.page + "/messages/1")
     loaded_frame(browser)
     assert browser.find_element(By.ID, "hi").text == "Look:"
