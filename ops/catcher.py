@@ -22,6 +22,7 @@ import socket
 import sys
 from base64 import b64encode
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import getaddresses, parseaddr
@@ -178,15 +179,12 @@ def guard() -> None:
 
     Browsers name that site in Host or in Origin.
     """
-    host = bottle.request.get_header("Host", "")
-    try:
-        ours = is_loopback(urlsplit(f"//{host}").hostname or "")
-    except ValueError:
-        ours = False
-    if bottle.request.method == "POST":
-        ours = ours and bottle.request.get_header("Origin", f"http://{host}") == f"http://{host}"
-    if not ours:
-        raise bottle.HTTPError(403, "The mail catcher answers its own page on this machine only.")
+    host, origin = bottle.request.get_header("Host", ""), bottle.request.get_header("Origin")
+    is_ours = bottle.request.method != "POST" or origin in (None, f"http://{host}")
+    with suppress(ValueError):  # raised for a Host that is none
+        if is_ours and is_loopback(urlsplit(f"//{host}").hostname or ""):
+            return
+    raise bottle.HTTPError(403, "The mail catcher answers its own page on this machine only.")
 
 
 def add_headers() -> None:
@@ -248,16 +246,12 @@ def download(name: str, content_type: str, data: bytes) -> bytes:
 
 def make_app(inbox: Inbox) -> Any:
     site, app = Site(inbox), bottle.Bottle()
-    for path, answer in (
-        ("/", site.page),
-        ("/healthz", lambda: "ok\n"),
-        ("/messages", lambda: {"messages": [mail.summary() for mail in inbox.mails]}),
-        ("/messages/<n:int>", site.page),
-        ("/messages/<n:int>.eml", site.eml),
-        ("/messages/<n:int>/html", site.html),
-        ("/messages/<n:int>/attachments/<number:int>", site.attachment),
-    ):
-        app.route(path, "GET", answer)
+    app.route(["/", "/messages/<n:int>"], callback=site.page)
+    app.route("/healthz", callback=lambda: "ok\n")
+    app.route("/messages", callback=lambda: {"messages": [mail.summary() for mail in inbox.mails]})
+    app.route("/messages/<n:int>.eml", callback=site.eml)
+    app.route("/messages/<n:int>/html", callback=site.html)
+    app.route("/messages/<n:int>/attachments/<number:int>", callback=site.attachment)
     app.route("/clear", "POST", site.clear)
     app.add_hook("before_request", guard)
     app.add_hook("after_request", add_headers)

@@ -15,30 +15,19 @@ from selenium.webdriver.chrome.service import Service
 from tests.programs import program
 
 FLAGS = (
-    "--headless",
+    *("--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync", "--window-size=1280,900"),
+    *("--disable-background-networking", "--disable-component-update"),
     "--no-sandbox",  # CI runs as root, where Chromium has no sandbox
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1280,900",
 )
 
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Chrome]:
-    chromium = program("REQUIRE_BROWSER", "chromium", "chromium-browser", "google-chrome")
-    driver = program("REQUIRE_BROWSER", "chromedriver")
     options = ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = program("REQUIRE_BROWSER", "chromium", "chromium-browser", "google-chrome")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
         options.add_argument(flag)
-    chrome = Chrome(options, Service(driver))
-    try:
+    with Chrome(options, Service(program("REQUIRE_BROWSER", "chromedriver"))) as chrome:
         chrome.implicitly_wait(5)  # seconds; the pages fill themselves in after they load
         yield chrome
-    finally:
-        chrome.quit()

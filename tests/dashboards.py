@@ -66,15 +66,12 @@ class Running(NamedTuple):
         return f"http://admin:{PASSWORD}@127.0.0.1:{self.port}{path}"
 
 
-def house(directory: Path, redis_url: str, **environment: str) -> House:
-    return House(directory, redis_url, PYTHONPATH=str(ROOT), PYTHONWARNINGS="", **environment)
-
-
 @contextmanager
 def running(directory: Path, redis_url: str, *options: str, **environment: str) -> Iterator[Running]:
     port = free_port()
-    with house(directory, redis_url, DASHBOARD_LISTEN=f"127.0.0.1:{port}", **environment) as alone:
-        process = alone.run("dashboard", "-m", "ops.dashboard", *options)
+    environment |= {"DASHBOARD_LISTEN": f"127.0.0.1:{port}"}
+    with House(directory, redis_url, PYTHONPATH=str(ROOT), PYTHONWARNINGS="", **environment) as house:
+        process = house.run("dashboard", "-m", "ops.dashboard", *options)
         eventually(lambda: Api(port).answers("/", 302 if options else 401))
         yield Running(process, port, directory / "dashboard.log")
 

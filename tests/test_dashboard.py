@@ -28,13 +28,12 @@ from tests.dashboards import (
     Running,
     contents,
     fail,
-    house,
     in_process,
     queued,
     running,
 )
 from tests.dashboards import served as served
-from tests.servers import eventually
+from tests.servers import ROOT, House, eventually
 
 # The login
 
@@ -213,11 +212,11 @@ def test_it_refuses_to_start_with_one_sentence_that_names_the_setting(tmp_path: 
             (port, PASSWORD, [], f"DASHBOARD_LISTEN: cannot listen on {port}: Address already in use"),
             ("no.such.invalid:1", PASSWORD, [], "DASHBOARD_LISTEN: cannot listen on no.such.invalid:1: there is no"),
         ]
-        with house(tmp_path, "redis://127.0.0.1:1/0") as refusing:
+        with House(tmp_path, "redis://127.0.0.1:1/0", PYTHONPATH=str(ROOT), PYTHONWARNINGS="") as house:
             for listen, password, options, _ in refusals:
-                refusing.environment |= {"DASHBOARD_LISTEN": listen, "DASHBOARD_PASSWORD": password}
-                assert refusing.run("refusals", "-m", "ops.dashboard", *options).wait(timeout=30) == 2
-    for line, (*_, printed) in zip(refusing.log("refusals").splitlines(), refusals, strict=True):
+                house.environment |= {"DASHBOARD_LISTEN": listen, "DASHBOARD_PASSWORD": password}
+                assert house.run("refusals", "-m", "ops.dashboard", *options).wait(timeout=30) == 2
+    for line, (*_, printed) in zip(house.log("refusals").splitlines(), refusals, strict=True):
         assert line.startswith(printed)
 
 

@@ -8,7 +8,6 @@ import pickle
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -263,24 +262,17 @@ def test_a_fault_is_logged_by_its_place_and_not_by_its_text(served: Running, cli
     assert "WRONGTYPE" not in served.output.read_text() + str(answer.body)
 
 
-@pytest.fixture
-def busy_worker(redis_server: RedisServer, client: Redis) -> Iterator[None]:
-    """A real forking worker in the middle of a job."""
+def test_a_worker_busy_with_a_json_job_is_listed(served: Running, redis_server: RedisServer, client: Redis) -> None:
     email_queue(client).enqueue("time.sleep", 60, job_id="slow")
     options = ["--url", redis_server.url, "--serializer", "json", "--name", "w1", "--quiet"]
-    worker = subprocess.Popen([sys.executable, "-m", "rq.cli", "worker", "email", *options], cwd=ROOT)
-    try:
-        eventually(lambda: client.hget("rq:worker:w1", "state") == b"busy")
-        eventually(lambda: client.hget("rq:job:slow", "status") == b"started")
-        yield
-    finally:
-        send_kill_horse_command(client, "w1")
-        worker.terminate()
-        worker.wait(timeout=10)
-
-
-def test_a_worker_busy_with_a_json_job_is_listed(served: Running, client: Redis, busy_worker: None) -> None:
-    answer = served.get("/rq/0/data/workers.json")
+    with subprocess.Popen([sys.executable, "-m", "rq.cli", "worker", "email", *options], cwd=ROOT) as process:
+        try:
+            eventually(lambda: client.hget("rq:worker:w1", "state") == b"busy")
+            eventually(lambda: client.hget("rq:job:slow", "status") == b"started")
+            answer = served.get("/rq/0/data/workers.json")
+        finally:
+            send_kill_horse_command(client, "w1")
+            process.terminate()
     assert answer.status == 200
     [worker] = answer.body["workers"]
     assert (worker["name"], worker["state"], worker["current_job"]["job_id"]) == ("w1", "busy", "slow")
