@@ -5,12 +5,14 @@ It takes `chromium` and `chromedriver` from PATH; tests/programs.py says what ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from selenium.common import WebDriverException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.wait import WebDriverWait
 
 from tests.programs import program
 
@@ -31,3 +33,8 @@ def browser(tmp_path: Path) -> Iterator[Chrome]:
     with Chrome(options, Service(program("REQUIRE_BROWSER", "chromedriver"))) as chrome:
         chrome.implicitly_wait(5)  # seconds; the pages fill themselves in after they load
         yield chrome
+
+
+def wait_for(browser: Chrome, condition: Callable[[Chrome], object]) -> None:
+    """Waits until `condition` is true, and over what Selenium raises meanwhile: a page that draws itself anew."""
+    WebDriverWait(browser, 10, 0.05, [WebDriverException]).until(condition)

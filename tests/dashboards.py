@@ -20,28 +20,20 @@ from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry
 from rq.results import Result
 from rq.serializers import JSONSerializer
-from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.wait import WebDriverWait
 
 from ops import dashboard
 from settings import load
+from tests.browser import wait_for
 from tests.servers import ROOT, Answer, Api, House, RedisServer, eventually, free_port
 
 PASSWORD, REDIS_PASSWORD = "dashboard-secret", "redis-secret"
 SETTINGS = load(_env_file=None, dashboard_password=PASSWORD)
 SAME_ORIGIN = {"Sec-Fetch-Site": "same-origin"}
-SAMPLES = {  # one value for each variable in a route
-    "instance_number": 0,
-    "queue_name": "email",
-    "registry_name": "failed",
-    "per_page": 8,
-    "order": "asc",
-    "page": 1,
-    "job_id": "a",
-    "filename": "css/main.css",
-}
+# One value for each variable in a route.
+SAMPLES: dict[str, Any] = {"instance_number": 0, "per_page": 8, "order": "asc", "page": 1, "job_id": "a"}
+SAMPLES |= {"queue_name": "email", "registry_name": "failed", "filename": "css/main.css"}
 
 
 class Running(NamedTuple):
@@ -55,8 +47,8 @@ class Running(NamedTuple):
         login = base64.b64encode(f"admin:{password}".encode()).decode()
         return Api(self.port).call(method, path, headers={"Authorization": f"Basic {login}"} | (headers or {}))
 
-    def post(self, path: str, **headers: str) -> Answer:
-        return self.ask("POST", path, headers or SAME_ORIGIN)
+    def post(self, path: str) -> Answer:
+        return self.ask("POST", path, SAME_ORIGIN)
 
     def get(self, path: str) -> Answer:
         return self.ask("GET", path)
@@ -128,11 +120,11 @@ def contents(client: Redis) -> dict[Any, bytes | None]:
 def press(browser: Chrome, selector: str) -> None:
     """Clicks, again if the page has drawn itself anew between finding and clicking."""
 
-    def click(_: Chrome) -> bool:
-        browser.find_element(By.CSS_SELECTOR, selector).click()
+    def click(page: Chrome) -> bool:
+        page.find_element(By.CSS_SELECTOR, selector).click()
         return True
 
-    WebDriverWait(browser, 10, ignored_exceptions=[StaleElementReferenceException]).until(click)
+    wait_for(browser, click)
 
 
 def confirm(browser: Chrome) -> None:
@@ -154,8 +146,7 @@ def routes() -> tuple[list[str], list[str]]:
     changing: list[str] = []
     with app.test_request_context():
         for rule in app.url_map.iter_rules():
-            samples: dict[str, Any] = {name: SAMPLES[name] for name in rule.arguments}
-            path = url_for(rule.endpoint, **samples)
+            path = url_for(rule.endpoint, **{name: SAMPLES[name] for name in rule.arguments})
             (changing if (rule.methods or set()) - dashboard.READING else looking).append(path)
     return looking, changing
 

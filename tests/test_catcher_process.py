@@ -10,20 +10,20 @@ import socketserver
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from email.message import EmailMessage
 from threading import Thread
-from typing import Any
 
 import pytest
-from selenium.common import WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.browser import wait_for
 from tests.servers import ROOT, Api
 from tests.test_catcher import MALFORMED, compose, illustrated
+
+Stranger = tuple[str, list[str]]  # its URL, and what it hears: '' where a browser connects and says nothing
 
 
 class Catcher(Api):
@@ -114,8 +114,8 @@ def test_it_listens_on_127_0_0_1_and_nowhere_else(running: Catcher) -> None:
 
 
 @pytest.fixture
-def stranger() -> Iterator[tuple[str, list[str]]]:
-    """A server that no mail may reach: its URL and what it hears, '' where a browser connects and says nothing."""
+def stranger() -> Iterator[Stranger]:
+    """A server that no mail may reach."""
     heard: list[str] = []
 
     class Handler(socketserver.StreamRequestHandler):
@@ -133,12 +133,8 @@ def stranger() -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
-def wait_for(browser: Chrome, condition: Callable[[Chrome], Any]) -> Any:
-    return WebDriverWait(browser, 10, 0.05, [WebDriverException]).until(condition)
-
-
 def loaded_frame(browser: Chrome) -> None:
-    browser.switch_to.frame(wait_for(browser, lambda page: page.find_element(By.TAG_NAME, "iframe")))
+    browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
     wait_for(browser, lambda frame: frame.find_elements(By.ID, "end"))
 
 
@@ -169,9 +165,7 @@ src="{0}/frame"></IFRAME><iframe srcdoc="<img src='{0}/srcdoc'>"></iframe><objec
 
 @pytest.mark.browser
 @pytest.mark.parametrize("path", ["/messages/1", "/messages/1/html"])
-def test_a_mail_runs_no_script_and_reaches_nobody(
-    browser: Chrome, running: Catcher, stranger: tuple[str, list[str]], path: str
-) -> None:
+def test_a_mail_runs_and_reaches_nothing(browser: Chrome, running: Catcher, stranger: Stranger, path: str) -> None:
     url, heard = stranger
     running.send(compose(html=HOSTILE.format(url)))
     browser.get(running.page + path)
@@ -187,9 +181,7 @@ def test_a_mail_runs_no_script_and_reaches_nobody(
 
 
 @pytest.mark.browser
-def test_a_link_in_a_mail_opens_in_a_tab_of_its_own_and_the_stranger_hears_of_it(
-    browser: Chrome, running: Catcher, stranger: tuple[str, list[str]]
-) -> None:
+def test_a_link_in_a_mail_opens_in_a_tab_of_its_own(browser: Chrome, running: Catcher, stranger: Stranger) -> None:
     url, heard = stranger
     running.send(compose(html=f'<a href="{url}/confirm">Confirm</a><p id="end">'))
     browser.get(running.page + "/messages/1")
@@ -205,9 +197,7 @@ def test_a_link_in_a_mail_opens_in_a_tab_of_its_own_and_the_stranger_hears_of_it
 
 @pytest.mark.browser
 @pytest.mark.parametrize("path", ["/", "/messages/1"])
-def test_a_mail_that_arrives_appears_on_the_open_page_without_a_reload(
-    browser: Chrome, running: Catcher, path: str
-) -> None:
+def test_a_new_mail_appears_on_the_open_page_without_a_reload(browser: Chrome, running: Catcher, path: str) -> None:
     running.send(compose("The first"))
     browser.get(running.page + path)
     browser.execute_script("window.sameDocument = true; document.querySelector('#list a').focus()")

@@ -39,9 +39,7 @@ from tests.servers import ROOT, House, eventually
 
 
 @pytest.mark.parametrize("path", [*LOOKING, *CHANGING, "/rq/99/view", "/rq/nowhere", "/nowhere"])
-def test_without_a_login_every_path_answers_401_and_redis_is_not_asked(
-    served: Running, client: Redis, path: str
-) -> None:
+def test_without_a_login_every_path_is_401_and_redis_is_not_asked(served: Running, client: Redis, path: str) -> None:
     client.config_resetstat()
     answer = served.ask("POST" if path in CHANGING else "GET", path, SAME_ORIGIN, password="")
     assert answer.status == 401
@@ -97,9 +95,7 @@ def test_these_are_all_the_routes_that_change_something() -> None:
 
 
 @pytest.mark.parametrize("path", CHANGING)
-def test_neither_another_site_nor_a_link_or_an_image_can_change_anything(
-    served: Running, client: Redis, path: str
-) -> None:
+def test_no_other_site_link_or_image_can_change_anything(served: Running, client: Redis, path: str) -> None:
     fail(client, "a")
     before = contents(client)
     for headers in ELSEWHERE:
@@ -117,9 +113,7 @@ def test_a_request_from_the_same_origin_requeues(served: Running, client: Redis,
 
 
 @pytest.mark.browser
-def test_another_site_cannot_requeue_with_the_login_that_the_browser_remembers(
-    served: Running, client: Redis, browser: Chrome
-) -> None:
+def test_no_other_site_can_use_the_login_that_a_browser_keeps(served: Running, client: Redis, browser: Chrome) -> None:
     fail(client, "a")
     browser.get(served.page("/rq/"))
     address = f"http://127.0.0.1:{served.port}/rq/requeue/email"

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import redis
+from redis import Redis
 
 from tests.http_api import MAIL, stored
 from tests.redis_troubles import stopped
@@ -29,9 +29,7 @@ def process(redis_server: RedisServer, tmp_path: Path) -> Iterator[Process]:
         yield house.processes[0], api
 
 
-def test_a_request_in_flight_at_SIGTERM_is_answered(
-    process: Process, redis_server: RedisServer, client: redis.Redis
-) -> None:
+def test_a_request_in_flight_at_SIGTERM_is_answered(process: Process, redis_server: RedisServer, client: Redis) -> None:
     running, api = process
     with ThreadPoolExecutor() as pool:
         with stopped(redis_server):
@@ -46,9 +44,7 @@ def test_a_request_in_flight_at_SIGTERM_is_answered(
     assert running.wait(10) == 0
 
 
-def test_a_request_that_waits_for_redis_in_vain_at_SIGTERM_is_answered(
-    process: Process, redis_server: RedisServer
-) -> None:
+def test_a_vain_wait_for_redis_at_SIGTERM_is_answered(process: Process, redis_server: RedisServer) -> None:
     running, api = process
     with ThreadPoolExecutor() as pool, stopped(redis_server):
         asked = pool.submit(api.post, "/emails", MAIL)
