@@ -146,10 +146,8 @@ def test_the_envelope_shows_who_got_a_blind_copy(inbox: Inbox) -> None:
 def test_a_mail_opens_with_its_html_or_else_with_its_text(inbox: Inbox) -> None:
     catch(inbox, compose(html="<p>Hi.</p>"))
     catch(inbox, compose(text="Only text."))
-    assert (
-        '<iframe title="The mail as HTML" src="/messages/1/html" sandbox="allow-popups allow-popups-to-escape-sandbox"'
-        in ask(inbox, "/messages/1").text
-    )
+    frame = ' src="/messages/1/html" sandbox="allow-popups allow-popups-to-escape-sandbox"'
+    assert f'<iframe title="The mail as HTML"{frame}' in ask(inbox, "/messages/1").text
     assert "Only text." in ask(inbox, "/messages/2").text
     assert "<iframe" not in ask(inbox, "/messages/2").text
 
@@ -189,9 +187,8 @@ def test_an_attachment_is_downloaded_and_never_shown_by_the_browser(inbox: Inbox
     answer = ask(inbox, "/messages/1/attachments/1")
     assert answer.data.strip() == SCRIPT.encode()
     assert answer.headers["Content-Type"] == "application/octet-stream"
-    assert (
-        answer.headers["Content-Disposition"] == "attachment; filename=\"M_rz.html\"; filename*=UTF-8''M%C3%A4rz.html"
-    )
+    disposition = answer.headers["Content-Disposition"]
+    assert disposition == "attachment; filename=\"M_rz.html\"; filename*=UTF-8''M%C3%A4rz.html"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 

@@ -15,6 +15,7 @@ from settings import Address, ApiKey, Settings, SettingsError, load
 
 ROOT = Path(__file__).parent.parent
 DIGEST = hashlib.sha256(b"a key").hexdigest()
+PLAIN = {"SMTP_USERNAME": "ada", "SMTP_PASSWORD": "hunter2", "SMTP_SECURITY": "none"}
 
 
 @pytest.fixture(autouse=True)
@@ -58,13 +59,20 @@ def faults(*needed: str, **variables: str) -> list[str]:
         ({"REDIS_URL": "http://x"}, "REDIS_URL must start with redis://"),
         ({"REDIS_URL": "redis://:hunter2/x@host"}, "REDIS_URL must be a URL: write / # ? : @ in its password as"),
         ({"API_KEYS": f"a:{DIGEST},a:{DIGEST}"}, "API_KEYS: each name must be unique"),
+        ({"REDIS_URL": "reddis://:hunter2@host"}, "REDIS_URL must start with redis://"),
         ({"API_KEYS": f"a:{DIGEST}:admin"}, "API_KEYS: entry 1 must be name:sha256hex"),
+        ({"API_KEYS": "hunter2"}, "API_KEYS: entry 1 must be name:sha256hex"),
+        ({"API_KEYS": f"a:{DIGEST},hunter2:hunter2:hunter2"}, "API_KEYS: entry 2 must be name:sha256hex"),
+        ({"SMTP_PASSWORD": "hunter2-é", "SMTP_USERNAME": "ada"}, "SMTP_PASSWORD must be ASCII"),
+        ({"SMTP_PASSWORD": "hunter2", "DASHBOARD_PASSWORD": "hunter2", "SMTP_PORT": "x"}, "SMTP_PORT: input should be"),
+        ({"SMTP_PASSWORD": "hunter2", "SMTP_PASSWORD_FILE": __file__}, "only one of SMTP_PASSWORD and SMTP_PASSWORD_"),
+        ({**PLAIN, "SMTP_HOST": "mx.example"}, "SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls"),
     ],
 )
-def test_a_wrong_value_is_one_sentence_that_names_its_variable(variables: dict[str, str], sentence: str) -> None:
-    found = faults(**variables)
-    assert len(found) == 1
-    assert found[0].startswith(sentence)
+def test_a_fault_is_one_sentence_with_its_variable_and_no_secret(variables: dict[str, str], sentence: str) -> None:
+    (found,) = faults(**variables)
+    assert found.startswith(sentence)
+    assert "hunter2" not in found
 
 
 def test_all_faults_are_told_at_once() -> None:
@@ -85,37 +93,14 @@ def test_what_a_process_cannot_do_without_is_named() -> None:
     assert [fault.split(":")[0] for fault in found] == [f"{name} is not set" for name in missing]
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"SMTP_PASSWORD": "hunter2-é", "SMTP_USERNAME": "ada"},
-        {"SMTP_PASSWORD": "hunter2", "SMTP_PORT": "x"},
-        {"SMTP_PASSWORD": "hunter2", "SMTP_USERNAME": "a", "SMTP_SECURITY": "none", "SMTP_HOST": "mx.example"},
-        {"API_KEYS": "hunter2"},
-        {"API_KEYS": f"a:{DIGEST},hunter2:hunter2:hunter2"},
-        {"REDIS_URL": "reddis://:hunter2@host"},
-        {"REDIS_URL": "redis://:hunter2/x@host"},
-        {"SMTP_PASSWORD": "hunter2", "SMTP_PASSWORD_FILE": __file__},
-        {"DASHBOARD_PASSWORD": "hunter2", "SMTP_PORT": "x"},
-    ],
-)
-def test_no_fault_shows_a_secret(variables: dict[str, str]) -> None:
-    found = faults(**variables)
-    assert "hunter2" not in " ".join(found)
-
-
 def test_secrets_do_not_show_when_settings_are_printed() -> None:
     url = "redis://:hunter2@127.0.0.1/0"
     current = given(SMTP_USERNAME="ada", SMTP_PASSWORD="hunter2", REDIS_URL=url)
     assert "hunter2" not in repr(current) + str(current)
 
 
-def test_a_password_goes_to_another_machine_only_encrypted() -> None:
-    plain = {"SMTP_USERNAME": "ada", "SMTP_PASSWORD": "x", "SMTP_SECURITY": "none"}
-    assert given(SMTP_HOST="127.0.0.1", **plain).smtp_security == "none"
-    assert faults(SMTP_HOST="relay.example.com") == [
-        "SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls"
-    ]
+def test_a_password_may_go_to_a_relay_on_this_machine_in_clear() -> None:
+    assert given(SMTP_HOST="127.0.0.1", **PLAIN).smtp_security == "none"
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:8000", "[::]:8000", "10.0.0.1:80", "example.com:80"])
