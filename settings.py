@@ -17,7 +17,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -79,12 +79,9 @@ class Address(NamedTuple):
 
 
 def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
+    with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 def parse_address(text: str) -> Address:
@@ -261,9 +258,3 @@ def explain(error: ValidationError, file: str) -> list[str]:
         elif fault["type"] != "default_factory_not_called":  # that is due to another fault, which is reported as well
             faults.append(f"{name}: {text[0].lower()}{text[1:]}")
     return faults
-
-
-@lru_cache(maxsize=1)
-def current() -> Settings:
-    """Returns the settings of this process, for functions that RQ calls with nothing but an id."""
-    return load()

@@ -251,5 +251,5 @@ class Dots:
 @lru_cache(maxsize=1)
 def current() -> Delivery:
     """Returns this process's delivery. The main thread must ask for it before others do: there must not be two."""
-    chosen = settings.current()
+    chosen = settings.load()
     return Delivery(chosen, Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), retrying=True)), chosen))

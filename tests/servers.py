@@ -133,11 +133,9 @@ class Answer(NamedTuple):
 
 
 def heard(response: http.client.HTTPResponse) -> Answer:
-    text = response.read()
+    text = response.read().decode(errors="replace")
     is_json = response.headers.get_content_type() == "application/json"
-    return Answer(
-        response.status, json.loads(text) if text and is_json else text.decode() or None, dict(response.getheaders())
-    )
+    return Answer(response.status, json.loads(text) if text and is_json else text or None, dict(response.getheaders()))
 
 
 class Api:
