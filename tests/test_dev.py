@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +17,8 @@ from redis import Redis
 
 import settings
 from ops import dev
-from tests.servers import ROOT, Api, eventually, free_port, project_files
+from tests.http_api import MAIL
+from tests.servers import Api, copy_project, eventually, free_port
 
 
 class Dev:
@@ -56,10 +55,6 @@ class Dev:
         rest, _ = self.process.communicate(timeout=60)
         return rest
 
-    def messages(self) -> list[dict[str, object]]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['mail']}/messages", timeout=5) as answer:
-            return list(json.load(answer)["messages"])
-
     def left_over(self) -> list[str]:
         """Processes whose command line names this copy of the project or one of its ports."""
         marks = [str(self.project), *map(str, self.ports.values())]
@@ -69,10 +64,7 @@ class Dev:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    for name in project_files():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    return tmp_path
+    return copy_project(tmp_path)
 
 
 @pytest.fixture
@@ -88,7 +80,8 @@ def test_the_curl_that_it_prints_puts_a_mail_on_the_catchers_page_and_prints_a_l
     curl = re.search(r"curl -X POST .*?\n.*", said)
     assert curl
     posted = subprocess.run(["bash", "-c", curl[0].replace("curl", "curl -sSf")], check=True, capture_output=True)
-    [message] = eventually(running.messages)
+    catcher = Api(running.ports["mail"])
+    [message] = eventually(lambda: catcher.get("/messages").body["messages"])
     assert message["subject"] == "Welcome, Ada"
     for name, port in running.ports.items():
         assert name in ("smtp", "redis") or f"http://127.0.0.1:{port}" in said
@@ -101,15 +94,14 @@ def test_the_curl_that_it_prints_puts_a_mail_on_the_catchers_page_and_prints_a_l
 def test_ctrl_c_stops_everything_and_the_next_start_finds_the_queue(running: Dev) -> None:
     running.start_and_read_the_welcome()
     api = Api(running.ports["api"], key="dev")
-    mail = {"to": "ada@example.com", "subject": "s", "text": "t"}
-    mail_id = api.post("/emails", mail).body["id"]
+    mail_id = api.submit(MAIL)
     api.wait_for(mail_id, "sent")
     running.stop()
     assert running.process.returncode == 0
     assert running.left_over() == []
     running.start_and_read_the_welcome()
     assert api.email(mail_id)["status"] == "sent"
-    assert api.post("/emails", mail).status == 202
+    api.submit(MAIL)
 
 
 def test_a_transaction_that_a_crash_left_unfinished_is_cut_off_first(running: Dev) -> None:
@@ -139,7 +131,7 @@ def test_a_taken_port_is_one_sentence_that_names_the_flag(project: Path) -> None
 
 def test_no_redis_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dev, "find_redis_server", lambda: None)
-    with pytest.raises(dev.CannotStart, match=r"install one \(Debian, Ubuntu: sudo apt install redis-server\)"):
+    with pytest.raises(dev.Failed, match=r"install one \(Debian, Ubuntu: sudo apt install redis-server\)"):
         dev.run(dev.Stack(), dev.parse_arguments([]))
 
 
@@ -166,13 +158,8 @@ def test_a_python_without_venv_is_one_sentence(project: Path, tmp_path: Path) ->
     python = tools / "python3"
     python.write_text(f'#!/bin/sh\ncase "$*" in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    ran = subprocess.run(
-        [str(project / "bin" / "dev")],
-        env={"PATH": f"{tools}:/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    path = {"PATH": f"{tools}:/usr/bin:/bin"}
+    ran = subprocess.run([project / "bin/dev"], env=path, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 1
     assert ran.stderr.startswith("Python's venv module is missing: install it (Debian, Ubuntu: sudo apt install")
     assert ran.stderr.count("\n") == 1
