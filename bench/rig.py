@@ -9,7 +9,6 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections import defaultdict
@@ -18,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.servers import RedisServer, free_port
+from tests.servers import RedisServer, free_port, kill_group, start
 
 PATIENCE = 30  # seconds for a part to answer
 Processes = Sequence[subprocess.Popen[Any]]
@@ -72,27 +71,16 @@ class Rig:
 
     def __exit__(self, *_: object) -> None:
         for process in reversed(self.processes.values()):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_group(process)
         self.redis_server.kill()
 
     def start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], cwd: Path | None = None
     ) -> subprocess.Popen[bytes]:
-        """Starts a process in a session of its own: Ctrl-C reaches us only, and `__exit__` its children, too."""
-        with (self.directory / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=cwd or self.directory,
-                env={"PATH": os.environ["PATH"], **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self.processes[name] = process
-        return process
+        environment = {"PATH": os.environ["PATH"], **environment}
+        log = self.directory / f"{name}.log"
+        self.processes[name] = start(command, log, cwd=cwd or self.directory, env=environment)
+        return self.processes[name]
 
     def nginx(self, api_port: int) -> int:
         """Starts nginx in front of an API. Returns the port on which it listens."""

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -205,6 +205,19 @@ def project_with(directory: Path, more_tasks: str) -> Path:
     return root
 
 
+def start(command: Sequence[str], log: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """Starts a process in a session of its own: Ctrl-C reaches us only, and `kill_group` its children, too."""
+    with log.open("ab") as file:
+        options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, **options}
+        return subprocess.Popen(command, start_new_session=True, **options)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 class House:
     """The processes of the service, run as a user runs them, with settings of their own in an empty folder."""
 
@@ -224,19 +237,10 @@ class House:
             **settings,
         }
 
-    def run(self, name: str, *command: str) -> subprocess.Popen[bytes]:
-        log = (self.directory / f"{name}.log").open("ab")
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=self.directory,
-            env=self.environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        log.close()
-        self.processes.append(process)
-        return process
+    def run(self, name: str, *command: str, **options: Any) -> subprocess.Popen[bytes]:
+        options = {"cwd": self.directory, "env": self.environment, **options}
+        self.processes.append(start([sys.executable, *command], self.directory / f"{name}.log", **options))
+        return self.processes[-1]
 
     def api(self) -> Api:
         port = free_port()
@@ -257,6 +261,4 @@ class House:
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_group(process)
