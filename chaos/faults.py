@@ -19,6 +19,7 @@ from rq.serializers import JSONSerializer
 
 from chaos.stage import REFUSED, TESTS, Stage
 from queues.heartbeat import LOCKED_FOR
+from tests.conversations import server_context
 from tests.scripted_relay import Act, Line, Step, command_address, take_after
 from tests.servers import ROOT, eventually, free_port
 
@@ -126,8 +127,7 @@ def restart_redis(end: signal.Signals, away: float = 0.5, times: int = 1) -> Pla
             stage.relay_has(2)
             for _ in range(times):
                 stage.wait(0, 2)
-                stage.redis_server.process.send_signal(end)
-                stage.redis_server.process.wait()
+                stage.redis_server.kill(end)
                 stage.wait(away)
                 stage.redis_server.start()
 
@@ -257,7 +257,8 @@ def take_relay_away(stage: Stage) -> None:
 
 def let_certificate_expire(stage: Stage) -> None:
     good = stage.relay.tls
-    stage.relay.tls = stage.certificate(datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1))
+    yesterday = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
+    stage.relay.tls = server_context(stage.authority, not_after=yesterday)
     stage.wait(6)
     stage.relay.tls = good
 

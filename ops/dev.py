@@ -86,14 +86,15 @@ class Stack:
 
     def __init__(self) -> None:
         self.parts: dict[str, subprocess.Popen[str]] = {}
+        self.environment = dict(os.environ)
         self.stopping = threading.Event()
 
-    def start(self, name: str, command: list[str], environment: dict[str, str], answers: Callable[[], bool]) -> None:
+    def start(self, name: str, answers: Callable[[], bool], *command: str) -> None:
         """Starts one part and waits until it answers. Raises `Failed` if it does not."""
         process = self.parts[name] = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment,
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -179,21 +180,18 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in names})
     data = DATA / ("catcher" if catcher else "relay")
     data.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, **child_settings(ports, configured, catcher)}
-    redis = Redis(port=ports.redis_port, socket_timeout=2)
-
-    def start(name: str, answers: Callable[[], bool], *program: str) -> None:
-        stack.start(name, [sys.executable, *program], environment, answers)
-
-    stack.start("redis", redis_command(server, ports.redis_port, data), environment, partial(redis_answers, redis))
+    stack.environment |= child_settings(ports, configured)
+    redis, python = Redis(port=ports.redis_port, socket_timeout=2), sys.executable
+    stack.start("redis", partial(redis_answers, redis), *redis_command(server, ports.redis_port, data))
     if catcher:
         flags = ("--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port))
-        start("catcher", partial(http_answers, ports.mail_port, "/healthz"), "-m", "ops.catcher", *flags)
-    start("api", partial(http_answers, ports.api_port, "/readyz"), "service.py")
+        stack.start("catcher", partial(http_answers, ports.mail_port, "/healthz"), python, "-m", "ops.catcher", *flags)
+    stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, "service.py")
     for queue in QUEUES:
-        start(queue, partial(worker_answers, redis, queue, stack), "worker.py", queue)
-    start("dashboard", partial(http_answers, ports.dashboard_port, "/rq/"), "-m", "ops.dashboard", "--no-login")
-    print(welcome(ports, None if catcher else f"{configured.smtp_host}:{configured.smtp_port}"), flush=True)
+        stack.start(queue, partial(worker_answers, redis, queue, stack), python, "worker.py", queue)
+    dashboard = ("-m", "ops.dashboard", "--no-login")
+    stack.start("dashboard", partial(http_answers, ports.dashboard_port, "/rq/"), python, *dashboard)
+    print(welcome(ports, configured), flush=True)
 
 
 def redis_command(server: str, port: int, data: Path) -> list[str]:
@@ -206,7 +204,7 @@ def redis_command(server: str, port: int, data: Path) -> list[str]:
     return [server, *where, *durable, *small]
 
 
-def child_settings(ports: argparse.Namespace, configured: settings.Settings, catcher: bool) -> dict[str, str]:
+def child_settings(ports: argparse.Namespace, configured: settings.Settings) -> dict[str, str]:
     digest = hashlib.sha256(settings.DEV_KEY.encode()).hexdigest()
     chosen = {
         "PYTHONUNBUFFERED": "1",
@@ -216,13 +214,15 @@ def child_settings(ports: argparse.Namespace, configured: settings.Settings, cat
         "DASHBOARD_LISTEN": f"127.0.0.1:{ports.dashboard_port}",
         "MAIL_FROM": configured.mail_from or "async-email <hello@example.com>",
     }
-    if catcher:
+    if configured.smtp_host is None:
         chosen |= {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(ports.smtp_port), "SMTP_SECURITY": "none"}
     return chosen
 
 
-def welcome(ports: argparse.Namespace, relay: str | None) -> str:
-    mail = f"mail goes to {relay}" if relay else f"http://127.0.0.1:{ports.mail_port}"
+def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:
+    mail = f"http://127.0.0.1:{ports.mail_port}"
+    if configured.smtp_host:
+        mail = f"mail goes to {configured.smtp_host}:{configured.smtp_port}"
     return f"""
 async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.
 

@@ -169,5 +169,5 @@ def test_with_a_relay_in_the_environment_there_is_no_catcher(monkeypatch: pytest
     ports = dev.parse_arguments([])
     monkeypatch.setenv("SMTP_HOST", "relay.example.com")
     configured = settings.load()
-    assert "SMTP_HOST" not in dev.child_settings(ports, configured, catcher=False)
-    assert "mail goes to relay.example.com:587" in dev.welcome(ports, "relay.example.com:587")
+    assert "SMTP_HOST" not in dev.child_settings(ports, configured)
+    assert "mail goes to relay.example.com:587" in dev.welcome(ports, configured)

@@ -51,6 +51,7 @@ class Machine:
     def __enter__(self) -> Machine:
         with self.undo:
             self.network = self.undo.enter_context(Network())
+            self.address = self.network.address
             self.directory = Path(tempfile.mkdtemp(prefix="async-email-deploy-", dir="/var/tmp"))
             self.undo.callback(shutil.rmtree, self.directory)
             self.root = self.directory / "root"
@@ -65,10 +66,6 @@ class Machine:
 
     def __exit__(self, *_: object) -> None:
         self.undo.close()
-
-    @property
-    def address(self) -> str:
-        return self.network.address
 
     # power
 
@@ -116,20 +113,19 @@ class Machine:
 
     # at its console
 
-    def admin(self, command: str, *, check: bool = True, seconds: float = 600) -> Ran:
+    def admin(self, command: str, *, check: bool = True) -> Ran:
         """Runs a shell command as the administrator, in his home."""
-        return self.run(f"exec runuser -l admin -c {shlex.quote(command)}", check=check, seconds=seconds)
+        return self.run(f"exec runuser -l admin -c {shlex.quote(command)}", check=check)
 
-    def run(self, command: str, *, check: bool = True, given: str | None = None, seconds: float = 600) -> Ran:
+    def run(self, command: str, *, check: bool = True, given: str = "") -> Ran:
         """Runs a shell command as root, with the environment of a login and nothing of ours."""
         clean = ("env", "-i", "-C", "/root", f"PATH={PATH}", "HOME=/root", "USER=root", "LANG=C.UTF-8")
         ran: Ran = subprocess.run(
             ["nsenter", "-t", str(self.init), "-a", "--", *clean, "bash", "-c", command],
             input=given,
-            stdin=None if given is not None else subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=600,
         )
         if check and ran.returncode:
             raise AssertionError(f"{command}: exit {ran.returncode}\n{ran.stdout}{ran.stderr}")

@@ -19,6 +19,7 @@ from http.client import HTTPException
 from itertools import count
 from typing import NamedTuple
 
+from ops.checks.findings import Finding
 from tests.deploy.machine import Machine, Ran
 from tests.relay import Relay
 from tests.servers import Api, eventually
@@ -34,14 +35,6 @@ OURS = (API, EMAIL, JOBS, DASHBOARD)
 UNITS = (*OURS, "async-email-api.socket", "async-email.target", REDIS, NGINX)
 KEY = re.compile(r"(?<![\w-])[\w-]{43}(?![\w-])")
 DOMAIN = "customers.example"
-
-
-class Finding(NamedTuple):
-    """What the doctor found: its level, what it is, and what fixes it."""
-
-    level: str
-    found: str
-    fix: str
 
 
 class Diagnosis(NamedTuple):
@@ -155,6 +148,12 @@ class Server:
     def arrives(self, *recipients: str, seconds: float = 60) -> None:
         eventually(lambda: self.copies().keys() >= set(recipients), seconds)
 
+    def delivers(self, seconds: float = 60) -> str:
+        """Posts a mail and waits until it has arrived. Returns its recipient."""
+        recipient, _ = self.post()
+        self.arrives(recipient, seconds=seconds)
+        return recipient
+
     @contextmanager
     def relay_away(self) -> Iterator[None]:
         self.relay.__exit__()
@@ -215,19 +214,17 @@ class Server:
 class Load:
     """Applications that post and post, from outside, until it is over. Bounded, whatever happens, in count and time."""
 
-    def __init__(self, server: Server, callers: int = 3, mails: int = 3000, seconds: float = 180) -> None:
+    def __init__(self, server: Server) -> None:
         self.server = server
-        self.callers = callers
-        self.mails = mails
-        self.seconds = seconds
         self.over = threading.Event()
         self.refused: list[str] = []
         self.taken: list[str] = []
 
     def __enter__(self) -> Load:
-        self.deadline = time.monotonic() + self.seconds
-        self.pool = ThreadPoolExecutor(self.callers)
-        self.running = [self.pool.submit(self._post) for _ in range(self.callers)]
+        self.deadline = time.monotonic() + 180
+        self.pool = ThreadPoolExecutor(3)
+        for _ in range(3):
+            self.pool.submit(self._post)
         eventually(lambda: len(self.taken) > 10 or self.refused)
         return self
 
@@ -236,7 +233,7 @@ class Load:
         self.pool.shutdown()
 
     def _post(self) -> None:
-        while not self.over.wait(0.05) and len(self.taken) < self.mails and time.monotonic() < self.deadline:
+        while not self.over.wait(0.05) and len(self.taken) < 3000 and time.monotonic() < self.deadline:
             recipient = self.server.somebody()
             try:
                 answer = self.server.api.post("/start-job", {"name": "Ada", "email": recipient})

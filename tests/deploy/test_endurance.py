@@ -80,8 +80,7 @@ def test_half_a_transaction_that_a_crash_left_is_cut_off_and_never_run(server: S
     lost = len(half.encode().decode("unicode_escape"))
     said = f"{log}: cut off the last transaction, which is not finished: {lost} bytes"
     assert said in server.machine.says(f"journalctl --no-pager -o cat -u {REDIS}")
-    recipient, _ = server.post()
-    server.arrives(recipient, seconds=150)
+    server.delivers(150)
     was = server.main_pid(REDIS)
     server.machine.run(f"systemctl restart {REDIS}")
     eventually(lambda: restarted(server, REDIS, was), 60)

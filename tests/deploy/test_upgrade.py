@@ -28,8 +28,7 @@ def sent_once(server: Server, load: Load) -> None:
 
 
 def subject(server: Server) -> str:
-    recipient, _ = server.post()
-    server.arrives(recipient)
+    recipient = server.delivers()
     mail = next(mail for mail in server.relay.accepted if recipient in mail.recipients)
     return next(line for line in mail.content.decode().splitlines() if line.startswith("Subject:"))
 
