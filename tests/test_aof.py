@@ -36,13 +36,12 @@ WHOLE = command("SELECT", "0") + command("SET", "c", "1") + transaction(1)
 MULTI = len(command("MULTI"))
 
 
-def files(directory: Path, appended: bytes, base: bytes = b"") -> Path:
+def files(directory: Path, appended: bytes) -> Path:
     """The files of Redis 7.0 and later. Returns the last of them."""
     place = directory / "appendonlydir"
     place.mkdir(parents=True)
-    lines = ["file appendonly.aof.1.base.rdb seq 1 type b\n"] * bool(base) + ["file log.incr.aof seq 1 type i\n"]
-    (place / "appendonly.aof.manifest").write_text("".join(lines))
-    (place / "appendonly.aof.1.base.rdb").write_bytes(base)
+    base, last = "file base.rdb seq 1 type b\n", "file log.incr.aof seq 1 type i\n"
+    (place / "appendonly.aof.manifest").write_text(base + last)
     (place / "log.incr.aof").write_bytes(appended)
     return place / "log.incr.aof"
 

@@ -1,6 +1,6 @@
 """The nginx site in front of the real service: what it lets through, what it refuses, and in which words.
 
-nginx runs as whoever runs the tests, on a free port, with the site as it stands but for the places named in `place`.
+nginx runs as whoever runs the tests, on a free port, with the site as it stands but for the places named in `written`.
 127.0.0.1 is what it is on a server; 127.0.0.2 stands for the address at which the public reaches it.
 """
 
@@ -45,8 +45,12 @@ def send(front: Api, head: str) -> Answer:
         return heard(response)
 
 
-def place(text: str, **places: str) -> str:
-    """The site with other places; each must stand there exactly as often as it is known to."""
+def written(directory: Path, **places: str) -> Path:
+    """A whole configuration around the site, for an nginx without root, in one process that stays in the foreground.
+
+    The site has other places; each must stand there exactly as often as it is known to.
+    """
+    site = SITE
     for old, new, times in (
         ("listen 80 default_server;", f"listen {OUTSIDE}:{places['port']} default_server;", 1),
         ("listen 127.0.0.1:80;", f"listen {HERE}:{places['port']};", 1),
@@ -57,14 +61,9 @@ def place(text: str, **places: str) -> str:
         ("burst=200", f"burst={places.get('burst', '200')}", 1),
         ("rate=100r/s", f"rate={places.get('rate', '100r/s')}", 1),
     ):
-        assert text.count(old) == times, old
-        text = text.replace(old, new)
-    return text
-
-
-def written(directory: Path, **places: str) -> Path:
-    """A whole configuration around the site, for an nginx without root, in one process that stays in the foreground."""
-    (directory / "site.conf").write_text(place(SITE, **places))
+        assert site.count(old) == times, old
+        site = site.replace(old, new)
+    (directory / "site.conf").write_text(site)
     temporary = "".join(f"{kind}_temp_path tmp;\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     (directory / "nginx.conf").write_text(
         f"daemon off; master_process off; pid pid; error_log error.log;\nevents {{}}\nhttp {{\naccess_log off;\n"
