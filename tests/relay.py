@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import trustme
 
-from tests.conversations import server_context, write_ca
 from tests.scripted_relay import HungUp, Line, ScriptedRelay, command_address
 
 CUT = "cut"
@@ -54,9 +53,11 @@ class Relay:
     authority: trustme.CA = field(default_factory=trustme.CA)
 
     def __enter__(self) -> Relay:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.authority.issue_cert(self.name).configure_cert(context)
         self.server = ScriptedRelay(
             {"EHLO": self._ehlo, "AUTH": self._auth, "MAIL": self._mail, "RCPT": self._rcpt, ".": self._end},
-            tls=server_context(self.authority, self.name),
+            tls=context,
             implicit=self.tls == "tls",
             host=self.host,
             port=self.port,
@@ -80,9 +81,10 @@ class Relay:
 
     def environment(self, directory: Path) -> dict[str, str]:
         """Returns the settings with which a worker reaches this relay."""
-        ca_file = write_ca(self.authority, directory)
+        ca_file = directory / "ca.pem"
+        self.authority.cert_pem.write_to_path(str(ca_file))
         settings = {"SMTP_HOST": self.name, "SMTP_PORT": str(self.port), "SMTP_SECURITY": self.tls}
-        settings |= {"SMTP_CA_FILE": ca_file} if self.tls != "none" else {}
+        settings |= {"SMTP_CA_FILE": str(ca_file)} if self.tls != "none" else {}
         return settings | ({"SMTP_USERNAME": self.login[0], "SMTP_PASSWORD": self.login[1]} if self.login else {})
 
     def _ehlo(self, line: Line) -> str:
