@@ -20,6 +20,7 @@ from rq.serializers import JSONSerializer
 from chaos.stage import REFUSED, TESTS, Stage
 from queues.heartbeat import LOCKED_FOR
 from tests.conversations import server_context
+from tests.redis_troubles import Trouble
 from tests.scripted_relay import Act, Line, Step, command_address, take_after
 from tests.servers import ROOT, eventually, free_port
 
@@ -134,29 +135,14 @@ def restart_redis(end: signal.Signals, away: float = 0.5, times: int = 1) -> Pla
     return play
 
 
-def blackhole_redis(stage: Stage) -> None:
-    with stage.relay_says(DOT=take_after(0.15)):
-        stage.relay_has(2)
-        stage.redis_server.process.send_signal(signal.SIGSTOP)
-        stage.wait(20)
-        stage.redis_server.process.send_signal(signal.SIGCONT)
+def trouble_redis(trouble: Trouble, seconds: float) -> Play:
+    def play(stage: Stage) -> None:
+        with stage.relay_says(DOT=take_after(0.15)):
+            stage.relay_has(2)
+            with trouble(stage.redis_server):
+                stage.wait(seconds)
 
-
-def fill_redis(stage: Stage) -> None:
-    with stage.relay_says(DOT=take_after(0.15)):
-        stage.relay_has(2)
-        stage.client.config_set("maxmemory", 1)
-        stage.wait(8)
-        stage.client.config_set("maxmemory", 0)
-
-
-def make_redis_read_only(stage: Stage) -> None:
-    with stage.relay_says(DOT=take_after(0.15)):
-        stage.relay_has(2)
-        # A replica that cannot reach its master keeps what it has.
-        stage.client.replicaof("127.0.0.1", "1")
-        stage.wait(8)
-        stage.client.replicaof("NO", "ONE")
+    return play
 
 
 def lose_replies(*words: bytes) -> Play:

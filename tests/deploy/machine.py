@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tests.deploy.network import Network, sh
+from tests.deploy.network import Network, network, sh
 from tests.servers import ROOT, eventually
 
 PROGRAMS = ("debootstrap", "systemd-nspawn", "nsenter", "ip", "nft", "git")
@@ -45,27 +45,12 @@ def missing() -> str:
 
 
 class Machine:
-    def __init__(self) -> None:
-        self.undo = ExitStack()
-
-    def __enter__(self) -> Machine:
-        with self.undo:
-            self.network = self.undo.enter_context(Network())
-            self.address = self.network.address
-            self.directory = Path(tempfile.mkdtemp(prefix="async-email-deploy-", dir="/var/tmp"))
-            self.undo.callback(shutil.rmtree, self.directory)
-            self.root = self.directory / "root"
-            sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(self.root))
-            furnish(self.root, self.network.host)
-            sh("chroot", str(self.root), "useradd", "--create-home", "--shell=/bin/bash", "--groups=sudo", "admin")
-            self.groups = self.undo.enter_context(control_groups(self.network.name))
-            self.undo.callback(self.kill)
-            self.boot()
-            self.undo = self.undo.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo.close()
+    def __init__(self, network: Network, directory: Path, groups: list[str]) -> None:
+        self.network = network
+        self.address = network.address
+        self.directory = directory
+        self.root = directory / "root"
+        self.groups = groups
 
     # power
 
@@ -154,6 +139,22 @@ class Machine:
         by_itself = " -o ".join(f"-path {path}" for path in ("/var/log", "/var/lib/systemd", "/var/lib/sudo"))
         every = "-type d -printf '%p %u %m\\n' -o -printf '%p %u %m %s %T@ %l\\n'"
         return set(self.says(f"find / -xdev \\( {by_itself} \\) -prune -o {every}").splitlines())
+
+
+@contextmanager
+def booted() -> Iterator[Machine]:
+    with ExitStack() as undo:
+        laid = undo.enter_context(network())
+        directory = Path(tempfile.mkdtemp(prefix="async-email-deploy-", dir="/var/tmp"))
+        undo.callback(shutil.rmtree, directory)
+        root = directory / "root"
+        sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root))
+        furnish(root, laid.host)
+        sh("chroot", str(root), "useradd", "--create-home", "--shell=/bin/bash", "--groups=sudo", "admin")
+        machine = Machine(laid, directory, undo.enter_context(control_groups(laid.name)))
+        undo.callback(machine.kill)
+        machine.boot()
+        yield machine
 
 
 @contextmanager
