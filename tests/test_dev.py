@@ -16,6 +16,7 @@ import pytest
 
 import settings
 from ops import dev
+from tests.checks.support import fake
 from tests.http_api import MAIL
 from tests.servers import Api, copy_project, eventually, free_port
 
@@ -148,15 +149,10 @@ def test_a_part_that_dies_takes_the_rest_with_it_and_is_named(running: Dev) -> N
     assert running.left_over() == []
 
 
-def test_a_python_without_venv_is_one_sentence(project: Path, tmp_path: Path) -> None:
+def test_a_python_without_venv_is_one_sentence(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's python3 without python3-venv: `import ensurepip` fails."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    python = tools / "python3"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    path = {"PATH": f"{tools}:/usr/bin:/bin"}
-    ran = subprocess.run([project / "bin/dev"], env=path, capture_output=True, text=True, timeout=60)
+    fake(tmp_path, "python3", f'case "$*" in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"', monkeypatch)
+    ran = subprocess.run([project / "bin/dev"], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 1
     assert ran.stderr.startswith("Python's venv module is missing: install it (Debian, Ubuntu: sudo apt install")
     assert ran.stderr.count("\n") == 1
