@@ -195,20 +195,12 @@ class Server:
         group = self.shows(unit, "ControlGroup")
         return [int(pid) for pid in self.machine.says(f"cat /sys/fs/cgroup/systemd{group}/cgroup.procs").split()]
 
-    def not_running(self) -> list[str]:
-        states = self.machine.run(f"systemctl is-active {' '.join(UNITS)}", check=False).stdout.split()
-        return [unit for unit, state in zip(UNITS, states, strict=True) if state != "active"]
-
     def is_up(self) -> bool:
+        states = self.machine.run(f"systemctl is-active {' '.join(UNITS)}", check=False).stdout.split()
         try:
-            return not self.not_running() and self.api.get("/healthz").status == 200
+            return states == ["active"] * len(UNITS) and self.api.get("/healthz").status == 200
         except (OSError, ValueError, HTTPException):
             return False
-
-    def listening_to_the_world(self) -> set[int]:
-        rows = [line.split() for line in self.machine.says("ss -ltunH").splitlines()]
-        addresses = [row[4].rsplit(":", 1) for row in rows]
-        return {int(port) for host, port in addresses if not host.startswith(("127.", "[::1]"))}
 
 
 class Load:
