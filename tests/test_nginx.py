@@ -7,7 +7,6 @@ nginx runs as whoever runs the tests, on a free port, with the site as it stands
 from __future__ import annotations
 
 import base64
-import http.client
 import json
 import re
 import signal
@@ -23,7 +22,7 @@ import pytest
 from settings import Settings
 from tests.http_api import MAIL, UNKNOWN_ID, WELCOME
 from tests.programs import program
-from tests.servers import ROOT, Answer, Api, House, eventually, free_port, heard
+from tests.servers import ROOT, Answer, Api, House, eventually, free_port
 from web import app, body
 
 SITE = (ROOT / "nginx" / "async-email.conf").read_text()
@@ -34,15 +33,6 @@ SETTINGS = {"DASHBOARD_PASSWORD": "open"}
 def at_home(front: Api) -> Api:
     """The site, as this machine itself reaches it."""
     return Api(front.port, front.key, HERE)
-
-
-def send(front: Api, head: str) -> Answer:
-    """Exactly these bytes."""
-    with socket.create_connection((OUTSIDE, front.port), timeout=20) as connection:
-        connection.sendall(head.encode())
-        response = http.client.HTTPResponse(connection)
-        response.begin()
-        return heard(response)
 
 
 def written(directory: Path, **places: str) -> Path:
@@ -221,12 +211,12 @@ def test_what_does_not_exist_is_not_found(front: Api, path: str) -> None:
     [("/start-job", 70_000), ("/jobs", 70_000), (f"/jobs/{UNKNOWN_ID}/requeue", 70_000), ("/emails", 11 * 2**20)],
 )
 def test_a_body_over_the_limit_is_refused_before_it_is_sent(front: Api, path: str, size: int) -> None:
-    answer = send(front, f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n")
+    answer = front.call("POST", path, headers={"Content-Length": str(size)})
     assert is_ours(answer, 413, "request_too_large")
 
 
 def test_what_is_no_request_is_refused_in_the_same_shape(front: Api) -> None:
-    assert is_ours(send(front, "GET / HTTP/1.1\r\nHost: a b\r\n\r\n"), 400, "validation_error")
+    assert is_ours(front.call("GET", "/", headers={"Host": "a b"}), 400, "validation_error")
 
 
 def test_too_many_requests_are_told_when_to_come_again(tmp_path: Path) -> None:
