@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -114,37 +113,30 @@ def nginx_program() -> str | None:
 # --- /proc ------------------------------------------------------------------------------------------------------------
 
 
-def _stat(pid: int) -> list[str]:
-    """Returns the fields of /proc/PID/stat from the third on; the second is a name that may hold anything."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def descendants(pids: Sequence[int]) -> list[int]:
-    """Returns these processes and all below them."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                children[int(_stat(int(entry.name))[1])].append(int(entry.name))
-    found = list(pids)
+def descendants(processes: Processes) -> list[int]:
+    """Returns the ids of these processes and of all below them."""
+    found = [process.pid for process in processes]
     for pid in found:
-        found += children[pid]
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            with suppress(OSError):
+                found += map(int, children.read_text().split())
     return found
 
 
 def cpu_seconds(processes: Processes) -> float:
     """Returns user and system time, with that of children that have ended and were waited for."""
     total = 0
-    for pid in descendants([process.pid for process in processes]):
+    for pid in descendants(processes):
         with suppress(OSError):
-            total += sum(map(int, _stat(pid)[11:15]))
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # behind a name of any characters
+            total += sum(map(int, fields[11:15]))
     return total / TICKS
 
 
 def pss(processes: Processes) -> float:
     """Returns megabytes."""
     kilobytes = 0
-    for pid in descendants([process.pid for process in processes]):
+    for pid in descendants(processes):
         with suppress(OSError):
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             kilobytes += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
