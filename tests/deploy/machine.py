@@ -1,10 +1,10 @@
 """A server to deploy on: a bare Debian 12, made by debootstrap and booted by systemd-nspawn with systemd as PID 1.
 
 It is what a hoster gives: ssh, sudo, git, curl, Python and no more, a user `admin` who may use sudo, and a network of
-its own (network.py). `admin` does a command as that user would, `run` as root; `reboot` and `power_off` do what they
-say; `clone` puts this commit there as `git clone` does. Two things come from the host, or nothing could be installed:
-apt's sources, if it is a Debian 12 too, and pip's settings with the certificates that they name. Nothing is left
-behind: it ends what it started by process id.
+its own (network.py). `admin` does a command as that user would, `run` as root; `reboot` does what it says; `clone` puts
+this commit there as `git clone` does. Two things come from the host, or nothing could be installed: apt's sources, if
+it is a Debian 12 too, and pip's settings with the certificates that they name. Nothing is left behind: it ends what it
+started by process id.
 """
 
 from __future__ import annotations
@@ -78,13 +78,10 @@ class Machine:
         state = self.run("systemctl is-system-running", check=False).stdout.strip()
         return state in ("running", "degraded")
 
-    def power_off(self) -> None:
+    def reboot(self) -> None:
         """As an administrator does it: units are stopped in order, with all the time that they ask for."""
         self.run("systemctl poweroff")
         self.nspawn.wait(240)
-
-    def reboot(self) -> None:
-        self.power_off()
         self.boot()
 
     def kill(self) -> None:
@@ -123,9 +120,6 @@ class Machine:
     def write(self, path: str, text: str) -> None:
         """Over what is there, which keeps its owner and mode."""
         self.run(f"cat > {shlex.quote(path)}", given=text)
-
-    def read(self, path: str) -> str:
-        return self.run(f"cat {shlex.quote(path)}").stdout
 
     def clone(self, path: str) -> None:
         """`git clone` of this commit by the administrator, an ordinary folder there."""

@@ -166,7 +166,7 @@ class Server:
 
     def edit(self, **settings: str) -> None:
         """As with an editor: a line that is there is changed, another comes at the end."""
-        lines = self.machine.read(ENV).splitlines()
+        lines = self.machine.says(f"cat {ENV}").splitlines()
         for name, value in settings.items():
             lines = [line for line in lines if not line.startswith(f"{name}=")] + [f"{name}={value}"]
         self.machine.write(ENV, "\n".join(lines) + "\n")

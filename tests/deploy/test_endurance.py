@@ -88,10 +88,6 @@ def test_half_a_transaction_that_a_crash_left_is_cut_off_and_never_run(server: S
     assert server.machine.says(f"stat -c '%U %a' {log}") == before
 
 
-def waiting(server: Server, mail_ids: list[str]) -> bool:
-    return {server.api.email(mail_id)["status"] for mail_id in mail_ids} <= {"queued", "delayed"}
-
-
 @pytest.mark.parametrize("how", ["rebooted", "cut off"])
 def test_after_a_reboot_all_is_as_before_and_each_mail_is_sent_once(server: Server, how: str) -> None:
     """Cut off: every process is killed at once. What a power cut does to a disk's own cache cannot be done here."""
@@ -103,7 +99,7 @@ def test_after_a_reboot_all_is_as_before_and_each_mail_is_sent_once(server: Serv
             server.machine.kill()
             server.machine.boot()
         eventually(server.is_up, 60)
-        eventually(lambda: waiting(server, list(posted.values())))
+        eventually(lambda: {server.api.email(one)["status"] for one in posted.values()} <= {"queued", "delayed"})
     server.arrives(*posted, seconds=120)
     eventually(lambda: {server.api.email(mail_id)["status"] for mail_id in posted.values()} == {"sent"})
     assert server.copies() == dict.fromkeys(posted, 1)
