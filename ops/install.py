@@ -39,7 +39,6 @@ API = "async-email-api.service"
 DASHBOARD = "async-email-dashboard.service"
 SOCKET = "async-email-api.socket"
 TARGET = "async-email.target"
-RUNNING = "running"
 REDIS = "redis-server@async-email.service"
 REDIS_SOCKET = "/run/redis-async-email/redis.sock"
 
@@ -228,10 +227,10 @@ def start_services(server: Server) -> None:
     server.run("systemctl", "start", TARGET)
     if server.dry:
         return
-    states = {unit: state_of(server, unit) for unit in order}
-    for unit, state in states.items():
-        server.say(f"{unit}: {state}")
-    if set(states.values()) != {RUNNING} and server.previous.is_symlink() and not server.going_back:
+    waiting = [unit for unit in order if server.ask("systemctl", "is-active", unit) != "active"]
+    for unit in order:
+        server.say(f"{unit}: not running yet. {last_words(server, unit)}" if unit in waiting else f"{unit}: running")
+    if waiting and server.previous.is_symlink() and not server.going_back:
         server.say("the previous release is still there: sudo bin/install --rollback")
 
 
@@ -247,13 +246,10 @@ def runs_something_else(server: Server, unit: str) -> bool:
         return True
 
 
-def state_of(server: Server, unit: str) -> str:
-    """Returns `RUNNING`, or the last line of the unit's log."""
-    if server.ask("systemctl", "is-active", unit) == "active":
-        return RUNNING
+def last_words(server: Server, unit: str) -> str:
+    """Returns the last line of the unit's log."""
     name = unit.removesuffix(".service").replace("@", "-")
-    last = server.ask("journalctl", "--identifier", name, "--lines=1", "--output=cat")
-    return f"not running yet. {last}"
+    return server.ask("journalctl", "--identifier", name, "--lines=1", "--output=cat")
 
 
 def run_doctor(server: Server) -> None:
