@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
@@ -40,9 +39,7 @@ QUEUE_GAUGES = (  # name, its attribute of a QueueState, what it shows
 
 
 def exposition(outbox: Outbox, version: str) -> bytes:
-    registry = CollectorRegistry()
-    registry.register(Scrape(outbox, version))
-    return generate_latest(registry)
+    return generate_latest(Scrape(outbox, version))
 
 
 class Scrape(Collector):
@@ -80,7 +77,7 @@ class Scrape(Collector):
         jobs = {(name, what): number for name, seen in states.items() for what, number in seen.jobs.items()}
         yield labelled(GaugeMetricFamily, "queue_jobs", "Jobs by where they wait.", ["queue", "state"], jobs)
         for name, attribute, text in QUEUE_GAUGES:
-            values = {(queue,): getattr(seen, attribute) for queue, seen in states.items()}
+            values = {(queue,): getattr(seen, attribute) or 0 for queue, seen in states.items()}
             yield labelled(GaugeMetricFamily, name, text, ["queue"], values)
 
     def store(self) -> Iterator[Metric]:
