@@ -6,10 +6,11 @@ import io
 import json
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import Any
 from wsgiref.util import setup_testing_defaults
@@ -76,6 +77,45 @@ def refused(api: Api, client: redis.Redis, path: str, body: Any, status: int, *n
     assert fields(answer) == list(named), answer
     assert not re.search(r"sys\.|pydantic|Error|__", answer.body["message"])  # Python's own words help no caller
     assert client.dbsize() == 0
+
+
+def held_to_the_shape(answer: Answer, status: int, name: str = "") -> None:
+    body, headers = answer.body, answer.headers
+    assert (answer.status, body["statusCode"]) == (status, status), answer
+    assert body["name"] == (name or body["name"])
+    assert re.fullmatch("[a-z]+(_[a-z]+)+", body["name"])
+    assert set(body) - {"errors"} == {"statusCode", "name", "message", "request_id"}
+    assert all(set(error) == {"field", "message"} and all(error.values()) for error in body.get("errors", []))
+    assert isinstance(body["message"], str)
+    assert body["message"]
+    assert body["request_id"] == headers["X-Request-Id"]
+    assert headers["Content-Type"] == "application/json"
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def spoken(port: int, *packets: bytes, host: str = "127.0.0.1") -> list[Answer]:
+    """The answers to these bytes, each packet sent when the one before has been read; then we say no more."""
+    with socket.create_connection((host, port), timeout=10) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        heard = b""
+        connection.settimeout(0.3)
+        for packet in packets:
+            with suppress(TimeoutError, ConnectionError):
+                connection.sendall(packet)
+                while data := connection.recv(2**20):
+                    heard += data
+    return list(answers_in(heard))
+
+
+def answers_in(heard: bytes) -> Iterator[Answer]:
+    while heard:
+        head, _, heard = heard.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        length = int(headers.get("Content-Length", 0))
+        yield Answer(int(first.split()[1]), json.loads(heard[:length] or "null"), headers)
+        heard = heard[length:]
 
 
 def job_of(client: redis.Redis, job_id: str) -> Job:
