@@ -128,9 +128,9 @@ AMBIGUOUS = {
     "101 headers": get(*["X: 1"] * 100),
     **{f"chunk {number}": post(CHUNKED, body=body) for number, body in enumerate([
         b"2\nhi\r\n0\r\n\r\n", b"2\r\nhi\n0\r\n\r\n", b"2\r\nhi0\r\n\r\n", b"2\r\nhix\r\n0\r\n\r\n",
-        b"2;a\n\r\nhi\r\n0\r\n\r\n", b"2;a\nb\r\nhi\r\n0\r\n\r\n", b"2;\r\nhi\r\n0\r\n\r\n", b'2;a="b\r\nhi\r\n0\r\n\r\n',
-        b"2 \r\nhi\r\n0\r\n\r\n", b" 2\r\nhi\r\n0\r\n\r\n", b"0x2\r\nhi\r\n0\r\n\r\n", b"+2\r\nhi\r\n0\r\n\r\n",
-        b"-2\r\nhi\r\n0\r\n\r\n", b"\r\n2\r\nhi\r\n0\r\n\r\n", b"2\r\nhi\r\n\r\n0\r\n\r\n",
+        b"2;a\n\r\nhi\r\n0\r\n\r\n", b"2;a\nb\r\nhi\r\n0\r\n\r\n", b"2;\r\nhi\r\n0\r\n\r\n",
+        b'2;a="b\r\nhi\r\n0\r\n\r\n', b"2 \r\nhi\r\n0\r\n\r\n", b" 2\r\nhi\r\n0\r\n\r\n", b"0x2\r\nhi\r\n0\r\n\r\n",
+        b"+2\r\nhi\r\n0\r\n\r\n", b"-2\r\nhi\r\n0\r\n\r\n", b"\r\n2\r\nhi\r\n0\r\n\r\n", b"2\r\nhi\r\n\r\n0\r\n\r\n",
         b"00000000000000002\r\nhi\r\n0\r\n\r\n", b"2\r\nhi\r\n0\r\njunk\r\n\r\n", b"2\r\nhi\r\n0\r\nX: 1\n\r\n",
         b"2\r\nhi\r\n0\r\n X: 1\r\n\r\n", b"2\r\nhi\r\n0\r\n\n", b"2;" + b"a" * 2000,
         b"2\r\nhi\r\n0\r\n" + b"X: 1\r\n" * 300, b"0" * 2000,
