@@ -14,6 +14,7 @@ import trustme
 
 from mail import delivery
 from mail.outbox import Outbox
+from queues import connection
 from queues.jobs import Jobs
 from settings import load
 from tests.browser import browser as browser
@@ -42,6 +43,12 @@ def house(
 @pytest.fixture(scope="module")
 def api(house: House) -> Api:
     return house.api()
+
+
+@pytest.fixture(autouse=True)
+def forget_silence() -> None:
+    """Forgets whether the Redis of a test before this one was silent."""
+    connection._silent.clear()
 
 
 @pytest.fixture

@@ -21,12 +21,6 @@ from queues.connection import Script, Unavailable, connect
 from tests.servers import RedisServer, eventually
 
 
-@pytest.fixture(autouse=True)
-def forget_silence() -> None:
-    """Forgets whether the Redis of a test before this one was silent."""
-    connection._silent.clear()
-
-
 @pytest.fixture
 def server(redis_server: RedisServer) -> RedisServer:
     redis_server.reset()

@@ -16,6 +16,7 @@ from typing import Any
 
 import fakeredis
 import pytest
+import redis
 from redis import exceptions
 from rq import Queue, Retry
 from rq.executions import Execution
@@ -27,39 +28,22 @@ from queues import connection, health, heartbeat
 from queues.connection import Script, Unavailable
 from queues.jobs import Accepted, Beside, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Policy
 from queues.table import EMAIL, JOBS
+from tests.redis_troubles import configured
 from tests.servers import RedisServer
 
 ONE = "00000000-0000-4000-8000-000000000001"
 TWO = "00000000-0000-4000-8000-000000000002"
 
 
-@pytest.fixture(autouse=True)
-def forget_silence() -> None:
-    """Forgets whether the Redis of a test before this one was silent."""
-    connection._silent.clear()
+@pytest.fixture
+def store() -> Jobs:
+    return Jobs(fakeredis.FakeRedis())
 
 
 @pytest.fixture
-def client() -> Any:
-    return fakeredis.FakeRedis()
-
-
-@pytest.fixture
-def store(client: Any) -> Jobs:
-    return Jobs(client)
-
-
-@pytest.fixture
-def server(redis_server: RedisServer) -> RedisServer:
-    with redis_server.client() as client:
-        client.flushall()
-    return redis_server
-
-
-@pytest.fixture
-def real(server: RedisServer) -> Iterator[Jobs]:
-    with connection.connect(server.url) as client:
-        yield Jobs(client)
+def real(redis_server: RedisServer, client: redis.Redis) -> Iterator[Jobs]:
+    with connection.connect(redis_server.url) as connected:
+        yield Jobs(connected)
 
 
 POLICY = Policy(timeout=60, retry_in=(10, 20), result_ttl=100, failure_ttl=200)
@@ -87,44 +71,60 @@ MARK = Beside("local function beside() redis.call('SET', 'x', 1) end\n")
 # --- Idempotency ------------------------------------------------------------------------------------------------------
 
 
+def of(caller: str = "shop", endpoint: str = "/emails", key: str = "k", body: object = None) -> Idempotency:
+    return Idempotency.of(caller, endpoint, key, body)
+
+
 def test_the_order_of_members_is_no_difference_at_any_depth() -> None:
-    one = Idempotency.of("shop", "/emails", "k", {"a": 1, "b": {"c": [1, 2], "d": "é"}})
-    assert one == Idempotency.of("shop", "/emails", "k", {"b": {"d": "é", "c": [1, 2]}, "a": 1})
+    assert of(body={"a": 1, "b": {"c": [1, 2], "d": "é"}}) == of(body={"b": {"d": "é", "c": [1, 2]}, "a": 1})
 
 
 @pytest.mark.parametrize("body", [{"a": 2}, {"a": "1"}, {"a": True}, {"a": [1]}, {"a": 1, "b": None}, {}, [1], None])
 def test_another_body_has_the_same_key_and_another_fingerprint(body: object) -> None:
-    one, other = (Idempotency.of("shop", "/emails", "k", this) for this in ({"a": 1}, body))
-    assert one.key == other.key
-    assert one.fingerprint != other.fingerprint
+    assert of(body=body).key == of(body={"a": 1}).key
+    assert of(body=body).fingerprint != of(body={"a": 1}).fingerprint
 
 
-@pytest.mark.parametrize("who", [("bank", "/emails", "k"), ("shop", "/jobs", "k"), ("shop", "/emails", "K")])
-def test_another_caller_endpoint_or_key_is_another_key(who: tuple[str, str, str]) -> None:
-    assert Idempotency.of("shop", "/emails", "k", {}).key != Idempotency.of(*who, {}).key
-
-
-def test_the_caller_and_his_key_are_not_to_be_read_in_redis() -> None:
-    assert "secret" not in str(Idempotency.of("secret", "/emails", "secret", {"secret": "secret"}))
+def test_another_caller_endpoint_or_key_is_another_key_and_none_is_to_be_read_in_redis() -> None:
+    assert len({of().key, of(caller="bank").key, of(endpoint="/jobs").key, of(key="K").key}) == 4
+    assert "secret" not in str(of("secret", "/emails", "secret", {"secret": "secret"}))
 
 
 # --- accept -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_accepted_job_is_stored_and_queued_as_asked(store: Jobs) -> None:
-    assert accept(store, kwargs={"hours": 1}) == Accepted((ONE,), replayed=False)
-    job = stored(store)
-    assert (job.func_name, job.args, job.kwargs, job.origin) == ("tasks.why_failed", [], {"hours": 1}, "jobs")
-    assert (job.timeout, job.result_ttl, job.failure_ttl, job.ttl) == (60, 100, 200, None)
-    assert (job.retries_left, job.retry_intervals) == (2, [10, 20])
-    assert (job.get_status(), job.description) == (JobStatus.QUEUED, f"tasks.why_failed {ONE}")
+def test_an_accepted_job_is_queued_once(store: Jobs) -> None:
+    assert accept(store) == Accepted((ONE,), replayed=False)
     assert queued(store) == [ONE]
     assert store.redis.smembers("rq:queues") == {b"rq:queue:jobs"}
 
 
-def test_a_job_may_have_no_further_attempts(store: Jobs) -> None:
-    accept(store, policy=POLICY._replace(retry_in=()))
-    assert stored(store).retries_left is None
+@pytest.mark.parametrize("retry_in", [(), (1, 5, 30)])
+def test_what_is_written_for_a_job_is_what_rq_would_write(real: Jobs, retry_in: tuple[int, ...]) -> None:
+    times: dict[str, Any] = {"timeout": 150, "result_ttl": 300, "failure_ttl": 400}
+    real.accept(EMAIL, "tasks.deliver", {ONE: (["é"], {"a": [1]})}, Policy(retry_in=retry_in, **times))
+    ours, fields = stored(real).to_dict(), real.redis.hkeys(f"rq:job:{ONE}")
+    real.redis.flushdb()
+    real.queues[EMAIL].enqueue_job(
+        Job.create(
+            "tasks.deliver",
+            args=["é"],
+            kwargs={"a": [1]},
+            id=ONE,
+            origin=EMAIL,
+            description=f"tasks.deliver {ONE}",
+            retry=Retry(max=3, interval=[1, 5, 30]) if retry_in else None,
+            connection=real.redis,
+            serializer=JSONSerializer,
+            **times,
+        )
+    )
+    theirs = stored(real).to_dict()
+    assert set(fields) == set(real.redis.hkeys(f"rq:job:{ONE}"))
+    assert ours.pop("created_at") == ours.pop("enqueued_at")
+    del theirs["created_at"], theirs["enqueued_at"]
+    assert json.loads(zlib.decompress(ours.pop("data"))) == json.loads(zlib.decompress(theirs.pop("data")))
+    assert ours == theirs
 
 
 def test_what_is_stored_beside_a_job_is_stored_with_it(store: Jobs) -> None:
@@ -135,13 +135,13 @@ def test_what_is_stored_beside_a_job_is_stored_with_it(store: Jobs) -> None:
 
 
 def test_a_job_accepted_twice_is_stored_once_and_both_are_told_so(store: Jobs) -> None:
-    key = Idempotency.of("shop", "/jobs", "k", {})
+    key = of()
     assert accept(store, idempotency=key) == accept(store, idempotency=key) == Accepted((ONE,), replayed=False)
     assert queued(store) == [ONE]
 
 
 def test_a_repeated_request_is_told_the_job_of_then(store: Jobs) -> None:
-    key = Idempotency.of("shop", "/jobs", "k", {})
+    key = of()
     accept(store, idempotency=key, idempotency_ttl=77)
     assert accept(store, TWO, key, beside=MARK) == Accepted((ONE,), replayed=True)
     assert queued(store) == [ONE]
@@ -150,18 +150,11 @@ def test_a_repeated_request_is_told_the_job_of_then(store: Jobs) -> None:
 
 
 def test_another_request_with_the_key_is_a_conflict_and_stores_nothing(store: Jobs) -> None:
-    accept(store, idempotency=Idempotency.of("shop", "/jobs", "k", {}))
+    accept(store, idempotency=of())
     with pytest.raises(IdempotencyConflict):
-        accept(store, TWO, Idempotency.of("shop", "/jobs", "k", {"a": 1}))
+        accept(store, TWO, of(body={"a": 1}))
     assert queued(store) == [ONE]
     assert not store.redis.exists(f"rq:job:{TWO}")
-
-
-def test_a_key_that_has_run_out_is_free_again(store: Jobs) -> None:
-    key = Idempotency.of("shop", "/jobs", "k", {})
-    accept(store, idempotency=key)
-    store.redis.delete(key.key)
-    assert accept(store, TWO, key) == Accepted((TWO,), replayed=False)
 
 
 def test_accept_is_asked_again_after_a_connection_that_broke_and_not_after_a_time_out(
@@ -197,7 +190,7 @@ def test_many_at_once_with_few_keys_make_few_jobs(real: Jobs) -> None:
 
     def submit(number: int) -> Accepted:
         together.wait(10)
-        key = Idempotency.of("shop", "/jobs", f"k{number % 5}", {})
+        key = of(key=f"k{number % 5}")
         return accept(real, f"{number:08}-0000-4000-8000-000000000000", key)
 
     with ThreadPoolExecutor(40) as pool:
@@ -207,35 +200,24 @@ def test_many_at_once_with_few_keys_make_few_jobs(real: Jobs) -> None:
     assert [answer.replayed for answer in answers].count(False) == 5
 
 
-def test_a_redis_that_fills_up_holds_whole_jobs_only(real: Jobs) -> None:
-    def submit(number: int) -> None:
-        job_id = f"{number:08}-0000-4000-8000-000000000000"
-        key = Idempotency.of("shop", "/jobs", str(number), {})
-        source = "local function beside(at) redis.call('SET', ARGV[at], ARGV[at + 1]) end\n"
-        accept(real, job_id, key, beside=Beside(source, [f"mail:{job_id}", "x" * 20_000]))
+def test_a_redis_that_fills_up_holds_whole_jobs_only(redis_server: RedisServer, real: Jobs) -> None:
+    def submit(numbers: range) -> None:
+        for number in numbers:
+            job_id = f"{number:08}-0000-4000-8000-000000000000"
+            source = "local function beside(at) redis.call('SET', ARGV[at], ARGV[at + 1]) end\n"
+            accept(real, job_id, of(key=str(number)), beside=Beside(source, [f"mail:{job_id}", "x" * 20_000]))
 
-    submit(0)
+    submit(range(1))
     used: Any = real.redis.info("memory")
-    real.redis.config_set("maxmemory", used["used_memory"] + 500_000)
-    try:
-        with pytest.raises(Unavailable, match="out of memory"):  # noqa: PT012 - which of them fails is open
-            for number in range(1, 200):
-                submit(number)
-    finally:
-        real.redis.config_set("maxmemory", 0)
+    limit = used["used_memory"] + 500_000
+    with configured(redis_server, maxmemory=limit), pytest.raises(Unavailable, match="out of memory"):
+        submit(range(1, 200))
     assert 2 < len(queued(real)) < 200
     for pattern in ("rq:job:*", "mail:*", "idempotency:*"):
         assert len(real.redis.keys(pattern)) == len(queued(real))
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("job_id", [ONE, "", "a b", "é", "..", "\0", "a\n", "x" * 10_000, f"{ONE}:dependents"])
-def test_what_no_job_has_as_its_id_is_not_found(store: Jobs, job_id: str) -> None:
-    for look in (store.read, store.requeue, store.cancel):
-        with pytest.raises(NotFound):
-            look(job_id)
 
 
 def test_a_job_of_another_program_is_not_found(store: Jobs) -> None:
@@ -262,11 +244,7 @@ def test_a_job_shows_its_last_result_only(store: Jobs) -> None:
     seen = store.read(ONE)
     assert seen["result"] == {"a": [1, None]}
     assert "error" not in seen
-
-
-def test_a_result_of_nothing_is_shown_as_null(store: Jobs) -> None:
-    accept(store)
-    Result.create(stored(store), Result.Type.SUCCESSFUL, 100, return_value=None)
+    Result.create(job, Result.Type.SUCCESSFUL, 100, return_value=None)
     assert store.read(ONE)["result"] is None
 
 
@@ -284,21 +262,16 @@ def fail(store: Jobs, job_id: str = ONE) -> Job:
     return job
 
 
-def test_a_requeued_job_is_as_it_was_when_it_was_accepted(store: Jobs) -> None:
-    accept(store)
+@pytest.mark.parametrize("retry_in", [(), (10, 20)])
+def test_a_requeued_job_is_as_it_was_when_it_was_accepted(store: Jobs, retry_in: tuple[int, ...]) -> None:
+    accept(store, policy=POLICY._replace(retry_in=retry_in))
     fail(store)
     store.requeue(ONE)
     job = stored(store)
-    assert (job.get_status(), job.retries_left, job.started_at, job.ended_at) == (JobStatus.QUEUED, 2, None, None)
+    assert (job.get_status(), job.retries_left or 0) == (JobStatus.QUEUED, len(retry_in))
+    assert (job.started_at, job.ended_at) == (None, None)
     assert queued(store) == [ONE]
     assert not store.redis.zcard("rq:failed:jobs")
-
-
-def test_a_requeued_job_without_further_attempts_has_none(store: Jobs) -> None:
-    accept(store, policy=POLICY._replace(retry_in=()))
-    fail(store)
-    store.requeue(ONE)
-    assert not stored(store).retries_left
 
 
 def test_a_stopped_job_can_be_queued_again_or_canceled(store: Jobs) -> None:
@@ -310,21 +283,18 @@ def test_a_stopped_job_can_be_queued_again_or_canceled(store: Jobs) -> None:
 
 
 @pytest.mark.parametrize("status", [JobStatus.QUEUED, JobStatus.STARTED, JobStatus.SCHEDULED, JobStatus.FINISHED])
-def test_only_a_failed_job_can_be_queued_again(store: Jobs, status: JobStatus) -> None:
+def test_only_a_failed_job_can_be_queued_again_and_none_canceled_that_runs_or_has_run(
+    store: Jobs, status: JobStatus
+) -> None:
     accept(store)
     stored(store).set_status(status)
     with pytest.raises(NotPossible, match=f"this one is {status.value}$"):
         store.requeue(ONE)
     assert queued(store) == [ONE]
-
-
-@pytest.mark.parametrize("status", [JobStatus.STARTED, JobStatus.FINISHED, JobStatus.DEFERRED])
-def test_a_job_that_runs_or_has_run_cannot_be_canceled(store: Jobs, status: JobStatus) -> None:
-    accept(store)
-    stored(store).set_status(status)
-    with pytest.raises(NotPossible, match=f"a job that is {status.value} "):
-        store.cancel(ONE)
-    assert stored(store).get_status() == status
+    if status in (JobStatus.STARTED, JobStatus.FINISHED):
+        with pytest.raises(NotPossible, match=f"a job that is {status.value} "):
+            store.cancel(ONE)
+        assert stored(store).get_status() == status
 
 
 def test_a_canceled_job_leaves_nothing(store: Jobs) -> None:
@@ -401,26 +371,19 @@ def test_a_job_that_vanishes_while_we_look_is_not_found(store: Jobs, monkeypatch
         getattr(store, act)(ONE)
 
 
-def test_a_job_can_be_canceled_on_a_full_redis(real: Jobs) -> None:
+def test_a_job_can_be_canceled_on_a_full_redis(redis_server: RedisServer, real: Jobs) -> None:
     accept(real)
-    real.redis.config_set("maxmemory", 1)
-    try:
+    with configured(redis_server, maxmemory=1):
         real.cancel(ONE)
-    finally:
-        real.redis.config_set("maxmemory", 0)
     assert real.redis.keys("*") == [b"rq:queues"]
 
 
-def test_what_a_full_redis_refuses_is_not_half_done(real: Jobs) -> None:
+def test_what_a_full_redis_refuses_is_not_half_done(redis_server: RedisServer, real: Jobs) -> None:
     accept(real)
     fail(real)
     before = real.redis.hgetall(f"rq:job:{ONE}")
-    real.redis.config_set("maxmemory", 1)
-    try:
-        with pytest.raises(Unavailable, match="out of memory"):
-            real.requeue(ONE)
-    finally:
-        real.redis.config_set("maxmemory", 0)
+    with configured(redis_server, maxmemory=1), pytest.raises(Unavailable, match="out of memory"):
+        real.requeue(ONE)
     assert real.redis.hgetall(f"rq:job:{ONE}") == before
     assert real.redis.zrange("rq:failed:jobs", 0, -1) == [ONE.encode()]
     assert not queued(real)
@@ -443,34 +406,3 @@ def test_the_state_of_the_mail_queue_is_told(real: Jobs) -> None:
     assert seen["oldest_queued_seconds"] == pytest.approx(time.time() - 1577836800, abs=10)
     real.redis.delete(f"rq:job:{ONE}")
     assert health.state(real)["oldest_queued_seconds"] is None
-
-
-@pytest.mark.parametrize("retry_in", [(), (1, 5, 30)])
-def test_what_is_written_for_a_job_is_what_rq_would_write(
-    real: Jobs, monkeypatch: pytest.MonkeyPatch, retry_in: tuple[int, ...]
-) -> None:
-    times: dict[str, Any] = {"timeout": 150, "result_ttl": 300, "failure_ttl": 400}
-    real.accept(EMAIL, "tasks.deliver", {ONE: (["é"], {"a": [1]})}, Policy(retry_in=retry_in, **times))
-    ours = Job.fetch(ONE, connection=real.redis, serializer=JSONSerializer).to_dict()
-    stored = set(real.redis.hkeys(f"rq:job:{ONE}"))
-    real.redis.flushdb()
-    real.queues[EMAIL].enqueue_job(
-        Job.create(
-            "tasks.deliver",
-            args=["é"],
-            kwargs={"a": [1]},
-            id=ONE,
-            origin=EMAIL,
-            description=f"tasks.deliver {ONE}",
-            retry=Retry(max=3, interval=[1, 5, 30]) if retry_in else None,
-            connection=real.redis,
-            serializer=JSONSerializer,
-            **times,
-        )
-    )
-    theirs = Job.fetch(ONE, connection=real.redis, serializer=JSONSerializer).to_dict()
-    assert stored == set(real.redis.hkeys(f"rq:job:{ONE}"))
-    assert ours.pop("created_at") == ours.pop("enqueued_at")
-    del theirs["created_at"], theirs["enqueued_at"]
-    assert json.loads(zlib.decompress(ours.pop("data"))) == json.loads(zlib.decompress(theirs.pop("data")))
-    assert ours == theirs

@@ -100,7 +100,7 @@ def test_a_failed_job_can_be_read_with_its_error(
 # fmt: off
 ODD_IDS = [
     "..", "%2e%2e", "%00", "%20", "a%20b", "%C3%A9", "%F0%9F%93%A7", "%ff", "a%0a", "*", "last_sent", "x" * 10_000,
-    f"{UNKNOWN_ID}:claim", f"{UNKNOWN_ID}%0a", UNKNOWN_ID.upper(), f"%20{UNKNOWN_ID}", "%7B%7D",
+    f"{UNKNOWN_ID}:claim", f"{UNKNOWN_ID}:dependents", f"{UNKNOWN_ID}%0a", UNKNOWN_ID.upper(), f"%20{UNKNOWN_ID}", "{}",
 ]
 # fmt: on
 

@@ -53,8 +53,7 @@ def running(app: Naming) -> Iterator[tuple[server.Server, threading.Thread]]:
 
 
 @pytest.fixture
-def api(running: tuple[server.Server, threading.Thread], monkeypatch: pytest.MonkeyPatch) -> Api:
-    monkeypatch.setattr(connection, "_silent", threading.Event())  # other tests leave it set
+def api(running: tuple[server.Server, threading.Thread]) -> Api:
     return Api(running[0].listeners[0].effective_port)
 
 
@@ -92,10 +91,8 @@ def test_after_one_that_took_long_requests_wait_side_by_side(api: Api, app: Nami
     assert api.post("/", {}).body.startswith("waitress")
 
 
-def test_while_redis_is_silent_requests_wait_side_by_side(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    silent = threading.Event()
-    silent.set()
-    monkeypatch.setattr(connection, "_silent", silent)
+def test_while_redis_is_silent_requests_wait_side_by_side(api: Api) -> None:
+    connection._silent.set()
     assert api.post("/", {}).body.startswith("waitress")
 
 
