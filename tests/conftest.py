@@ -19,6 +19,7 @@ from queues.jobs import Jobs
 from settings import load
 from tests.browser import browser as browser
 from tests.conversations import POOL, write_ca
+from tests.relay import Relay
 from tests.servers import Api, House, RedisServer, eventually
 from tests.side_by_side import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 
@@ -37,6 +38,20 @@ def house(
     """The service's processes for one test module, with what it sets in SETTINGS."""
     settings = getattr(request.module, "SETTINGS", {})
     with House(tmp_path_factory.mktemp("house"), redis_server.url, **settings) as house:
+        yield house
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    with Relay() as relay:
+        yield relay
+
+
+@pytest.fixture
+def sending(redis_server: RedisServer, relay: Relay, tmp_path: Path) -> Iterator[House]:
+    """The service's processes for one test, which begins with an empty Redis and sends through `relay`."""
+    redis_server.reset()
+    with House(tmp_path, redis_server.url, **relay.environment(tmp_path)) as house:
         yield house
 
 

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,12 @@ from mail.counters import ACCEPT, RESULTS, SMTP, VERDICTS
 from mail.store import TOTALS
 from tests.http_api import MAIL
 from tests.redis_troubles import configured
-from tests.relay import Relay
 from tests.servers import ROOT, Api, House, RedisServer, eventually
 
 
 @pytest.fixture
-def house(redis_server: RedisServer, tmp_path: Path) -> Iterator[House]:
-    redis_server.reset()
-    with Relay() as relay, House(tmp_path, redis_server.url, **relay.environment(tmp_path)) as house:
-        yield house
+def house(sending: House) -> House:
+    return sending
 
 
 @pytest.fixture

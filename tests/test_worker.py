@@ -9,7 +9,6 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
 
@@ -32,16 +31,8 @@ MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}
 
 
 @pytest.fixture
-def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
-    redis_server.reset()
-    with redis_server.client() as client:
-        yield client
-
-
-@pytest.fixture
-def house(redis_server: RedisServer, client: redis.Redis, tmp_path: Path) -> Iterator[House]:
-    with House(tmp_path, redis_server.url, SMTP_HOST="127.0.0.1", SMTP_PORT="9") as house:
-        yield house
+def house(sending: House) -> House:
+    return sending
 
 
 def status(client: redis.Redis, job: Job) -> str:
@@ -155,7 +146,7 @@ def test_a_pool_sends_as_many_mails_at_once_as_it_has_workers_and_drains_them(
         return "250 2.0.0 queued"
 
     with ScriptedRelay({".": meet}) as relay:
-        house.environment |= {"SMTP_PORT": str(relay.port), "SMTP_SECURITY": "none", "WORKER_CONCURRENCY": "4"}
+        house.environment |= {"SMTP_PORT": str(relay.port), "WORKER_CONCURRENCY": "4"}
         api = house.api()
         ids = [api.post("/emails", MAIL).body["id"] for _ in range(6)]
         process = house.worker("email")
@@ -169,20 +160,19 @@ def test_a_pool_sends_as_many_mails_at_once_as_it_has_workers_and_drains_them(
     assert states == {"sent": 4, "queued": 2}
 
 
-def test_a_worker_whose_thread_ended_is_replaced(house: House, client: redis.Redis, tmp_path: Path) -> None:
-    with Relay() as relay:
-        house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "2"}
-        api = house.api()
-        house.worker("email")
-        eventually(lambda: len(registered(client)) == 2)
-        first = {worker.name for worker in registered(client)}
-        client.config_set("maxmemory", 1)
-        client.client_kill_filter(_type="normal", skipme=True)  # the next command is refused, and RQ's worker quits
-        eventually(lambda: house.log("worker-email").count("quitting") >= 2)
-        client.config_set("maxmemory", 0)
-        mail_id = eventually(lambda: api.post("/emails", MAIL).body.get("id"))
-        api.wait_for(mail_id, "sent")
-        eventually(lambda: len({worker.name for worker in registered(client)} - first) == 2)
+def test_a_worker_whose_thread_ended_is_replaced(house: House, client: redis.Redis) -> None:
+    house.environment["WORKER_CONCURRENCY"] = "2"
+    api = house.api()
+    house.worker("email")
+    eventually(lambda: len(registered(client)) == 2)
+    first = {worker.name for worker in registered(client)}
+    client.config_set("maxmemory", 1)
+    client.client_kill_filter(_type="normal", skipme=True)  # the next command is refused, and RQ's worker quits
+    eventually(lambda: house.log("worker-email").count("quitting") >= 2)
+    client.config_set("maxmemory", 0)
+    mail_id = eventually(lambda: api.post("/emails", MAIL).body.get("id"))
+    api.wait_for(mail_id, "sent")
+    eventually(lambda: len({worker.name for worker in registered(client)} - first) == 2)
 
 
 def test_a_heartbeat_from_a_future_that_the_clock_has_left_is_clamped(house: House, client: redis.Redis) -> None:
@@ -191,37 +181,35 @@ def test_a_heartbeat_from_a_future_that_the_clock_has_left_is_clamped(house: Hou
     eventually(lambda: float(client.zscore("rq:wip:email", "a-job:an-execution") or 0) < time.time() + 46)
 
 
-def test_a_suspended_pool_takes_no_mail(house: House, client: redis.Redis, tmp_path: Path) -> None:
-    with Relay() as relay:
-        house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "2"}
-        api = house.api()
-        client.set("rq:suspended", 1)  # as `rq suspend` does
-        house.worker("email")
-        eventually(lambda: len(registered(client)) == 2)
-        mail_id = api.post("/emails", MAIL).body["id"]
-        time.sleep(2)
-        assert api.email(mail_id)["status"] == "queued"
-        client.delete("rq:suspended")
-        api.wait_for(mail_id, "sent")
+def test_a_suspended_pool_takes_no_mail(house: House, client: redis.Redis) -> None:
+    house.environment["WORKER_CONCURRENCY"] = "2"
+    api = house.api()
+    client.set("rq:suspended", 1)  # as `rq suspend` does
+    house.worker("email")
+    eventually(lambda: len(registered(client)) == 2)
+    mail_id = api.post("/emails", MAIL).body["id"]
+    time.sleep(2)
+    assert api.email(mail_id)["status"] == "queued"
+    client.delete("rq:suspended")
+    api.wait_for(mail_id, "sent")
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT])
 def test_a_signal_costs_no_mail_whose_final_dot_is_unanswered(
-    house: House, client: redis.Redis, tmp_path: Path, number: signal.Signals
+    house: House, relay: Relay, number: signal.Signals
 ) -> None:
-    with Relay() as relay:
-        house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "1"}
-        api, worker = house.api(), house.worker("email")
+    house.environment["WORKER_CONCURRENCY"] = "1"
+    api, worker = house.api(), house.worker("email")
 
-        def signalled() -> None:
-            worker.send_signal(number)
-            time.sleep(0.5)
+    def signalled() -> None:
+        worker.send_signal(number)
+        time.sleep(0.5)
 
-        relay.on_data = signalled
-        assert api.wait_for(api.post("/emails", MAIL).body["id"], "sent")["attempts"][0]["code"] == 250
-        assert len(relay.accepted) == 1
-        if number == signal.SIGQUIT:
-            assert worker.wait(20) == 0
+    relay.on_data = signalled
+    assert api.wait_for(api.post("/emails", MAIL).body["id"], "sent")["attempts"][0]["code"] == 250
+    assert len(relay.accepted) == 1
+    if number == signal.SIGQUIT:
+        assert worker.wait(20) == 0
 
 
 def test_a_worker_for_jobs_ignores_what_does_not_ask_it_to_end(house: House, client: redis.Redis) -> None:
@@ -236,23 +224,22 @@ def test_a_worker_for_jobs_ignores_what_does_not_ask_it_to_end(house: House, cli
     assert worker.wait(20) == 0
 
 
-def test_a_mail_costs_eight_round_trips_to_redis(house: House, client: redis.Redis, tmp_path: Path) -> None:
+def test_a_mail_costs_eight_round_trips_to_redis(house: House, client: redis.Redis) -> None:
     """What is sent before an answer is waited for: a command, a script, a transaction."""
-    with Relay() as relay:
-        house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "1"}
-        api = house.api()
-        house.worker("email")
-        api.wait_for(api.post("/emails", MAIL).body["id"], "sent")
-        eventually(lambda: any(one["cmd"] == "blmove" for one in client.client_list()))  # it is through with that one
-        trips = []
-        with client.monitor() as monitor:  # type: ignore[no-untyped-call]
-            mail_id = api.post("/emails", MAIL).body["id"]
-            for entry in monitor.listen():
-                command = entry["command"].split(" ")[0]
-                if (entry["client_type"] != "lua" and mail_id in entry["command"]) or command in ("EXEC", "BLMOVE"):
-                    trips.append(command)
-                if command == "BLMOVE":
-                    break
+    house.environment["WORKER_CONCURRENCY"] = "1"
+    api = house.api()
+    house.worker("email")
+    api.wait_for(api.post("/emails", MAIL).body["id"], "sent")
+    eventually(lambda: any(one["cmd"] == "blmove" for one in client.client_list()))  # it is through with that one
+    trips = []
+    with client.monitor() as monitor:  # type: ignore[no-untyped-call]
+        mail_id = api.post("/emails", MAIL).body["id"]
+        for entry in monitor.listen():
+            command = entry["command"].split(" ")[0]
+            if (entry["client_type"] != "lua" and mail_id in entry["command"]) or command in ("EXEC", "BLMOVE"):
+                trips.append(command)
+            if command == "BLMOVE":
+                break
     accept, *deliver = (one for one in trips if one in ("EVALSHA", "HGETALL", "EXEC", "BLMOVE"))
     assert accept == "EVALSHA"
     assert deliver == ["HGETALL", "EXEC", *["EVALSHA"] * 3, "EXEC", "BLMOVE"]  # and the breaker's, without the id
