@@ -101,11 +101,15 @@ def test_connections_that_bring_no_request_lock_nobody_out(
     with ExitStack() as stack:
         idle = []
         for _ in range(60):
-            idle.append(stack.enter_context(socket.create_connection(("127.0.0.1", api.port), timeout=20)))
+            idle.append(stack.enter_context(connected(api)))
             idle[-1].sendall(drips)
         assert [api.get("/").status for _ in range(5)] == [200] * 5
         left = sum(is_open(connection) for connection in idle)
         assert 10 < left < 20
+
+
+def connected(api: Api) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", api.port), timeout=20)
 
 
 def is_open(connection: socket.socket) -> bool:
@@ -121,9 +125,7 @@ def is_open(connection: socket.socket) -> bool:
 def test_of_many_connections_the_one_that_has_asked_last_is_kept(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
     with ExitStack() as stack:
-        old, other, third = (
-            stack.enter_context(socket.create_connection(("127.0.0.1", api.port), timeout=20)) for _ in range(3)
-        )
+        old, other, third = (stack.enter_context(connected(api)) for _ in range(3))
         old.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert old.recv(1000)
         assert api.get("/").status == 200
@@ -131,14 +133,13 @@ def test_of_many_connections_the_one_that_has_asked_last_is_kept(api: Api, monke
 
 
 def pipelined(count: int) -> bytes:
-    return (
-        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * (count - 1) + b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
-    )
+    one = b"GET / HTTP/1.1\r\nHost: a\r\n"
+    return (one + b"\r\n") * (count - 1) + one + b"Connection: close\r\n\r\n"
 
 
 def test_of_two_requests_in_one_packet_the_second_may_be_left_to_the_threads(api: Api, app: Naming) -> None:
     app.pause = 2 * server.LONG
-    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as connection:
+    with connected(api) as connection:
         connection.sendall(pipelined(2))
         heard = connection.makefile("rb").read()
     assert [part[:5] for part in heard.split(b'"')[1::2]] == [b"loop", b"waitr"]
@@ -152,8 +153,7 @@ def test_clients_that_pipeline_and_do_not_read_keep_nobody_waiting(
     app.more = b" " * 2**20
     count = 40  # answers, more than Waitress keeps for a client before it waits for him
     with ExitStack() as stack:
-        address = ("127.0.0.1", api.port)
-        silent = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(9)]
+        silent = [stack.enter_context(connected(api)) for _ in range(9)]
         for connection in silent:
             connection.sendall(pipelined(count))
         assert [api.get("/").status for _ in range(20)] == [200] * 20
@@ -165,7 +165,7 @@ def test_a_client_that_takes_nothing_of_its_answer_is_left(
 ) -> None:
     monkeypatch.setattr(server, "UNREAD_FOR", 0.5)
     app.more = b" " * 2**24
-    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as connection:
+    with connected(api) as connection:
         connection.sendall(pipelined(3))
         time.sleep(3)
         assert len(connection.makefile("rb").read()) < 2**24
@@ -173,7 +173,7 @@ def test_a_client_that_takes_nothing_of_its_answer_is_left(
 
 def test_a_client_that_pipelines_has_one_turn_in_each_round(api: Api, app: Naming) -> None:
     app.pause = server.LONG / 4
-    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as connection:
+    with connected(api) as connection:
         connection.sendall(pipelined(40))
         assert api.get("/").status == 200
         before = app.started

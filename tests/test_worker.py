@@ -52,7 +52,7 @@ def test_a_job_that_names_a_function_its_queue_does_not_offer_is_refused_at_once
     house: House, client: redis.Redis, tmp_path: Path, queue: str, of_the_other: str
 ) -> None:
     proof, rq_queue = tmp_path / "ran", Queue(queue, connection=client, serializer=JSONSerializer)
-    again = Retry(max=5, interval=1)
+    again = Retry(max=5, interval=600)
     jobs = [rq_queue.enqueue(name, f"touch {proof}", retry=again) for name in (*FOREIGN, of_the_other)]
     house.worker(queue)
     eventually(lambda: {status(client, job) for job in jobs} == {"failed"})
