@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from queues.connection import weaknesses
-from tests.http_api import submitted
+from tests.http_api import keys, submitted
 from tests.redis_troubles import Trouble, configured, replica_of_the_dead, stopped
 from tests.servers import Api, RedisServer
 from web import app as web_app
@@ -56,6 +56,8 @@ def test_the_oldest_queued_mail_grows_older_until_it_is_taken(api: Api, client: 
     assert 0 <= first < first + 0.2 <= second < 10
     client.lpop("rq:queue:email")
     assert api.get("/readyz").body["oldest_queued_seconds"] < second
+    client.delete(*keys(client, "rq:job:*"))
+    assert api.get("/readyz").body["oldest_queued_seconds"] is None
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -133,38 +132,28 @@ def test_a_job_that_waited_for_another_can_be_queued_again(client: Client) -> No
     assert client.lrange("rq:queue:jobs", 0, -1) == [b"one"]
 
 
-def as_popped(client: Client, queue: str, job_id: str) -> None:
-    """As a worker leaves it that was killed right after it took it."""
-    client.rpush(f"rq:queue:{queue}:intermediate", job_id)
-    client.set(f"rq:queue:{queue}:intermediate:first_seen:{job_id}", 1)
-
-
-def as_started(client: Client, queue: str, job_id: str) -> None:
-    """As a killed worker leaves it."""
-    client.zadd(f"rq:wip:{queue}", {f"{job_id}:an-execution": 1})
-    client.hset(f"rq:job:{job_id}", "status", "started")
-
-
-def as_scheduled(client: Client, queue: str, job_id: str) -> None:
-    client.zadd(f"rq:scheduled:{queue}", {job_id: 1})
-    client.hset(f"rq:job:{job_id}", "status", "scheduled")
-
-
-def as_queued(client: Client, queue: str, job_id: str) -> None:
-    client.rpush(f"rq:queue:{queue}", job_id)
-
-
-PLACES: dict[str, Callable[[Client, str, str], None]] = {
-    "the queue": as_queued,
-    "those popped": as_popped,
-    "those started": as_started,
-    "those scheduled": as_scheduled,
-}
-FOREIGN = {
+PLACES = {  # of RQ, and its key
+    "the queue": "rq:queue:{}",
     "those popped": "rq:queue:{}:intermediate",
     "those started": "rq:wip:{}",
     "those scheduled": "rq:scheduled:{}",
 }
+STATUS = {"those started": "started", "those scheduled": "scheduled"}
+
+
+def put(client: Client, queue: str, where: str, entry: str | bytes) -> None:
+    key = PLACES[where].format(queue)
+    if where in ("the queue", "those popped"):
+        client.rpush(key, entry)
+    else:
+        client.zadd(key, {entry: 1})
+
+
+def put_job(client: Client, queue: str, where: str, job_id: str) -> None:
+    """As a killed worker, or the scheduler, leaves it."""
+    put(client, queue, where, f"{job_id}:an-execution" if where == "those started" else job_id)
+    client.hset(f"rq:job:{job_id}", "status", STATUS.get(where, "queued"))
+    client.set(f"rq:queue:{queue}:intermediate:first_seen:{job_id}", 1)
 
 
 def place(client: Client, queue: str, where: str, good: str) -> list[str]:
@@ -173,12 +162,11 @@ def place(client: Client, queue: str, where: str, good: str) -> list[str]:
     for number, kind in enumerate(KINDS):
         accept(client, f"odd-{number}", queue)
         client.rpop(f"rq:queue:{queue}")
-        PLACES[where](client, queue, f"odd-{number}")
+        put_job(client, queue, where, f"odd-{number}")
         poison(client, f"odd-{number}", kind)
-    for entry in (b"no job", b"\xff", b"a:b:c") if where in FOREIGN else ():
-        key = FOREIGN[where].format(queue)
-        client.rpush(key, entry) if where == "those popped" else client.zadd(key, {entry: 1})
-    PLACES[where](client, queue, good)
+    for entry in (b"no job", b"\xff", b"a:b:c") if where != "the queue" else ():
+        put(client, queue, where, entry)
+    put_job(client, queue, where, good)
     return [f"odd-{number}" for number in range(len(KINDS))]
 
 
@@ -186,7 +174,7 @@ def assert_set_aside(house: House, client: Client, queue: str, where: str, odd: 
     eventually(lambda: {one.decode() for one in client.zrange(UNREADABLE, 0, -1)} == set(odd))
     log = house.log(f"worker-{queue}")
     assert sorted(re.findall(r" ERROR unreadable id=(\S+) reason=\w+", log)) == sorted(odd)
-    assert log.count("names no job") == (3 if where in FOREIGN else 0)
+    assert log.count("names no job") == (3 if where != "the queue" else 0)
     assert "garbage" not in log
 
 
