@@ -73,7 +73,7 @@ def submitted(api: Api, path: str) -> str:
 def refused(api: Api, client: redis.Redis, path: str, body: Any, status: int, *named: str) -> None:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = api.call("POST", path, raw=raw)
-    assert answer.status == status, answer
+    held_to_the_shape(answer, status)
     assert fields(answer) == list(named), answer
     assert not re.search(r"sys\.|pydantic|Error|__", answer.body["message"])  # Python's own words help no caller
     assert client.dbsize() == 0

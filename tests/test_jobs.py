@@ -25,7 +25,7 @@ from rq.serializers import JSONSerializer
 
 from queues import connection, heartbeat
 from queues.connection import Script, Unavailable
-from queues.jobs import Accepted, Beside, Idempotency, IdempotencyConflict, Jobs, NotFound, NotPossible, Policy
+from queues.jobs import Accepted, Beside, Idempotency, Jobs, NotFound, NotPossible, Policy
 from queues.table import EMAIL, JOBS
 from tests.redis_troubles import configured
 from tests.servers import RedisServer
@@ -64,9 +64,6 @@ def queued(store: Jobs, queue: str = JOBS) -> list[str]:
     return [one.decode() for one in ids]
 
 
-MARK = Beside("local function beside() redis.call('SET', 'x', 1) end\n")
-
-
 # --- Idempotency ------------------------------------------------------------------------------------------------------
 
 
@@ -84,8 +81,7 @@ def test_another_body_has_the_same_key_and_another_fingerprint(body: object) -> 
     assert of(body=body).fingerprint != of(body={"a": 1}).fingerprint
 
 
-def test_another_caller_endpoint_or_key_is_another_key_and_none_is_to_be_read_in_redis() -> None:
-    assert len({of().key, of(caller="bank").key, of(endpoint="/jobs").key, of(key="K").key}) == 4
+def test_the_caller_and_his_key_are_not_to_be_read_in_redis() -> None:
     assert "secret" not in str(of("secret", "/emails", "secret", {"secret": "secret"}))
 
 
@@ -137,23 +133,6 @@ def test_a_job_accepted_twice_is_stored_once_and_both_are_told_so(store: Jobs) -
     key = of()
     assert accept(store, idempotency=key) == accept(store, idempotency=key) == Accepted((ONE,), replayed=False)
     assert queued(store) == [ONE]
-
-
-def test_a_repeated_request_is_told_the_job_of_then(store: Jobs) -> None:
-    key = of()
-    accept(store, idempotency=key, idempotency_ttl=77)
-    assert accept(store, TWO, key, beside=MARK) == Accepted((ONE,), replayed=True)
-    assert queued(store) == [ONE]
-    assert not store.redis.exists("x", f"rq:job:{TWO}")
-    assert store.redis.ttl(key.key) == 77
-
-
-def test_another_request_with_the_key_is_a_conflict_and_stores_nothing(store: Jobs) -> None:
-    accept(store, idempotency=of())
-    with pytest.raises(IdempotencyConflict):
-        accept(store, TWO, of(body={"a": 1}))
-    assert queued(store) == [ONE]
-    assert not store.redis.exists(f"rq:job:{TWO}")
 
 
 def test_accept_is_asked_again_after_a_connection_that_broke_and_not_after_a_time_out(
