@@ -11,6 +11,7 @@ monitoring/ has alert rules and a dashboard for these names.  Text format: https
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -42,10 +43,10 @@ def exposition(outbox: Outbox, version: str) -> bytes:
     return generate_latest(Scrape(outbox, version))
 
 
+@dataclass
 class Scrape(Collector):
-    def __init__(self, outbox: Outbox, version: str) -> None:
-        self.outbox = outbox
-        self.version = version
+    outbox: Outbox
+    version: str
 
     def collect(self) -> Iterator[Metric]:
         yield labelled(GaugeMetricFamily, "build_info", "The version that answers.", ["version"], {(self.version,): 1})
