@@ -106,12 +106,8 @@ CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "BUSY": "Redis is busy with a script",
 }
 _silent = threading.Event()
+is_silent = _silent.is_set  # Redis did not answer its last command, so the next may take long
 _probing = threading.RLock()
-
-
-def is_silent() -> bool:
-    """Returns whether Redis did not answer its last command, so that the next may take long."""
-    return _silent.is_set()
 
 
 @contextmanager
@@ -121,7 +117,7 @@ def translating_errors() -> Iterator[None]:
     Lets one caller at a time ask a Redis that is silent, and refuses the others at once: if each waited for the
     time-out, a request in the queue for a thread of Waitress would wait for one after another.
     """
-    silent = _silent.is_set()
+    silent = is_silent()
     if silent and not _probing.acquire(blocking=False):
         raise Unavailable(NO_ANSWER)
     try:

@@ -122,10 +122,15 @@ def job_of(client: redis.Redis, job_id: str) -> Job:
     return Job.fetch(job_id, client, serializer=JSONSerializer)
 
 
-def fail(client: redis.Redis, job: Job) -> None:
-    client.lrem(f"rq:queue:{job.origin}", 0, job.id)
-    client.zadd(f"rq:failed:{job.origin}", {job.id: time.time() + 3600})
+def fail(client: redis.Redis, job: Job) -> Job:
+    """As the last attempt of a job leaves it."""
+    job.retries_left = 0
+    job.started_at = job.ended_at = job.created_at
+    job.save()
     job.set_status(JobStatus.FAILED)
+    client.lrem(f"rq:queue:{job.origin}", 0, job.id)
+    client.zadd(f"rq:failed:{job.origin}", {job.id: time.time() + 1000})
+    return job
 
 
 def work(client: redis.Redis, queue: str) -> None:

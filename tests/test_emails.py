@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -21,13 +20,6 @@ def test_a_mail_is_accepted_with_its_id_and_stored_whole(api: Api, client: redis
     assert answer.body == {"id": answer.body["id"], "status": "queued"}
     assert stored(client) == {answer.body["id"]}
     assert api.get(f"/jobs/{answer.body['id']}").body["task"] == "deliver"
-
-
-def test_twenty_requests_at_once_make_twenty_mails(api: Api, client: redis.Redis) -> None:
-    with ThreadPoolExecutor(20) as pool:
-        ids = {answer.body["id"] for answer in pool.map(lambda _: api.post("/emails", MAIL), range(20))}
-    assert stored(client) == ids
-    assert len(ids) == 20
 
 
 def test_the_welcome_mail_greets_by_name_and_is_addressed_to_it(api: Api, client: redis.Redis) -> None:

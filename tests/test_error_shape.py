@@ -16,8 +16,7 @@ import pytest
 import redis
 
 from tests.http_api import MAIL, SUBMITTED, UNKNOWN_ID, app_with, ask, held_to_the_shape, served, spoken
-from tests.redis_troubles import configured
-from tests.servers import Api, House, RedisServer, free_port
+from tests.servers import Api, House, free_port
 from web import app as web_app
 from web.middleware import Middleware
 
@@ -65,15 +64,6 @@ def test_a_conflict_has_the_one_shape(api: Api, client: redis.Redis) -> None:
     held_to_the_shape(answer, 409, "invalid_idempotent_request")
     job_id = api.post("/jobs", BODIES["/jobs"]).body["job_id"]
     held_to_the_shape(api.post(f"/jobs/{job_id}/requeue", None), 409, "not_possible")
-
-
-def test_a_server_that_is_not_ready_says_so_in_the_one_shape_and_more(api: Api, redis_server: RedisServer) -> None:
-    with configured(redis_server, maxmemory="1gb", maxmemory_policy="allkeys-lru"):
-        answer = api.get("/readyz")
-    more = set(api.get("/readyz").body)
-    assert more <= set(answer.body)
-    shape = {name: value for name, value in answer.body.items() if name not in more}
-    held_to_the_shape(answer._replace(body=shape), 503, "not_ready")
 
 
 def test_an_answer_to_HEAD_has_the_headers_and_no_body(api: Api) -> None:

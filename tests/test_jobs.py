@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from queues import connection, heartbeat
 from queues.connection import Script, Unavailable
 from queues.jobs import Accepted, Beside, Idempotency, Jobs, NotFound, NotPossible, Policy
 from queues.table import EMAIL, JOBS
+from tests.http_api import fail
 from tests.redis_troubles import configured
 from tests.servers import RedisServer
 
@@ -219,21 +219,10 @@ def test_a_job_shows_its_last_result_only(store: Jobs) -> None:
 # --- requeue and cancel -----------------------------------------------------------------------------------------------
 
 
-def fail(store: Jobs, job_id: str = ONE) -> Job:
-    job = stored(store, job_id)
-    job.retries_left = 0
-    job.started_at = job.ended_at = job.created_at
-    job.save()
-    job.set_status(JobStatus.FAILED)
-    store.redis.lrem(f"rq:queue:{job.origin}", 0, job_id)
-    store.redis.zadd(f"rq:failed:{job.origin}", {job_id: time.time() + 1000})
-    return job
-
-
 @pytest.mark.parametrize("retry_in", [(), (10, 20)])
 def test_a_requeued_job_is_as_it_was_when_it_was_accepted(store: Jobs, retry_in: tuple[int, ...]) -> None:
     accept(store, policy=POLICY._replace(retry_in=retry_in))
-    fail(store)
+    fail(store.redis, stored(store))
     store.requeue(ONE)
     job = stored(store)
     assert (job.get_status(), job.retries_left or 0) == (JobStatus.QUEUED, len(retry_in))
@@ -245,7 +234,7 @@ def test_a_requeued_job_is_as_it_was_when_it_was_accepted(store: Jobs, retry_in:
 def test_a_stopped_job_can_be_queued_again_or_canceled_which_leaves_nothing(store: Jobs) -> None:
     for act in (store.requeue, store.cancel):
         accept(store)
-        fail(store).set_status(JobStatus.STOPPED)
+        fail(store.redis, stored(store)).set_status(JobStatus.STOPPED)
         Result.create_failure(stored(store), 100, "ValueError")
         act(ONE)
     assert store.redis.keys("*") == [b"rq:queues"]
@@ -299,7 +288,7 @@ def test_a_job_that_another_queues_again_at_this_moment_is_queued_once(
     real: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accept(real)
-    fail(real)
+    fail(real.redis, stored(real))
     looked_at = Job.get_status
 
     def late(job: Job, refresh: bool = True) -> JobStatus:
@@ -334,7 +323,7 @@ def test_a_job_can_be_canceled_on_a_full_redis(redis_server: RedisServer, real: 
 
 def test_what_a_full_redis_refuses_is_not_half_done(redis_server: RedisServer, real: Jobs) -> None:
     accept(real)
-    fail(real)
+    fail(real.redis, stored(real))
     before = real.redis.hgetall(f"rq:job:{ONE}")
     with configured(redis_server, maxmemory=1), pytest.raises(Unavailable, match="out of memory"):
         real.requeue(ONE)
