@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import FunctionType
+from unittest.mock import patch
 
 import pytest
 import redis
@@ -21,6 +22,7 @@ from rq.webhook import Webhook
 
 from queues import health
 from queues.jobs import Jobs
+from queues.workers import EmailWorker, make_worker
 from settings import Settings
 from tests.relay import Relay
 from tests.scripted_relay import Line, ScriptedRelay
@@ -348,3 +350,11 @@ def test_a_duty_that_goes_wrong_keeps_the_main_thread_from_no_other(
     monkeypatch.setattr(main, "replenish", lambda: done.append("replenish"))
     main.tick()
     assert done == ["schedule", "clamp_future_heartbeats", "sweep", "replenish"]
+
+
+def test_a_worker_of_the_pool_leaves_maintenance_to_the_main_thread(client: redis.Redis) -> None:
+    one = make_worker(EmailWorker, "email", client, {})
+    one.is_paused = lambda: False
+    with patch.object(one, "run_maintenance_tasks") as maintenance:
+        one.work(burst=True)
+    assert not maintenance.called
