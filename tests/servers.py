@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
-import inspect
 import json
 import os
-import pkgutil
 import random
 import shutil
 import signal
@@ -17,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,11 +33,6 @@ def project_files() -> list[Path]:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [Path(line) for line in listed.splitlines() if (ROOT / line).is_file()]
-
-
-def digest_of(name: str) -> str:
-    """Returns what the source of a piece of a library is recognised by."""
-    return hashlib.sha256(inspect.getsource(pkgutil.resolve_name(name)).encode()).hexdigest()[:16]
 
 
 _given_out: set[int] = set()
@@ -216,7 +209,7 @@ class House:
         self.directory = directory
         self.root = ROOT
         self.processes: list[subprocess.Popen[bytes]] = []
-        keys = [f"{scope}:{hashlib.sha256(f'{scope}-key'.encode()).hexdigest()}:{scope}" for scope in ("full", "send")]
+        keys = [f"{scope}:{sha256(f'{scope}-key'.encode()).hexdigest()}:{scope}" for scope in ("full", "send")]
         self.environment = {
             "PATH": os.environ["PATH"],
             "REDIS_URL": redis_url,

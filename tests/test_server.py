@@ -13,7 +13,8 @@ import pytest
 
 from queues import connection
 from settings import Address
-from tests.servers import Api, digest_of, free_port
+from tests.servers import Api, free_port
+from tests.test_structure import digest_of
 from web import server
 
 

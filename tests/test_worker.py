@@ -26,7 +26,8 @@ from queues.workers import EmailWorker, make_worker
 from settings import Settings
 from tests.relay import Relay
 from tests.scripted_relay import Line, ScriptedRelay
-from tests.servers import House, RedisServer, digest_of, eventually, project_with
+from tests.servers import House, RedisServer, eventually, project_with
+from tests.test_structure import digest_of
 from worker import WorkerPool
 
 MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}
