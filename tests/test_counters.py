@@ -23,6 +23,7 @@ from mail.states import State
 from mail.store import TOTALS
 from tests.http_api import MAIL
 from tests.mails import accept, claim
+from tests.redis_troubles import configured
 from tests.relay import CUT, Relay
 from tests.servers import Api, House, RedisServer, eventually
 from tests.test_delivery import replaced
@@ -169,16 +170,15 @@ def test_a_mail_that_two_attempts_have_sent_is_one_mail_and_two_attempts(outbox:
     assert totals(client) == {"accepted": 1, "sent": 1, "attempt:accepted": 2}
 
 
-def test_on_a_full_redis_a_sent_mail_is_counted_all_the_same(outbox: Outbox, client: Any) -> None:
+def test_on_a_full_redis_a_sent_mail_is_counted_all_the_same(
+    redis_server: RedisServer, outbox: Outbox, client: Any
+) -> None:
     mail_id = accept(outbox)
     taken = claim(outbox, mail_id)
     client.delete(TOTALS)
-    client.config_set("maxmemory", 1)
-    try:
+    with configured(redis_server, maxmemory=1):
         SMTP.note(0.3, taken.counts)
         taken.settle(State.SENT)
-    finally:
-        client.config_set("maxmemory", 0)
     assert totals(client) == {"sent": 1, "smtp:0.5": 1, "smtp:us": 300_000}
 
 

@@ -22,16 +22,6 @@ def test_a_mail_is_accepted_with_its_id_and_stored_whole(api: Api, client: redis
     assert api.get(f"/jobs/{answer.body['id']}").body["task"] == "deliver"
 
 
-def test_the_welcome_mail_greets_by_name_and_is_addressed_to_it(api: Api, client: redis.Redis) -> None:
-    answer = api.post("/start-job", {"name": 'Ada "Countess" Lovelace', "email": "ada@example.com"})
-    assert answer.status == 202
-    assert answer.body == {"job_id": answer.body["job_id"], "status": "queued"}
-    seen = api.email(answer.body["job_id"])
-    assert seen["subject"] == 'Welcome, Ada "Countess" Lovelace'
-    assert seen["to"] == [r'"Ada \"Countess\" Lovelace" <ada@example.com>']
-    assert stored(client) == {answer.body["job_id"]}
-
-
 def use(**variables: Any) -> dict[str, Any]:
     return {"to": "ada@example.com", "template": {"id": "welcome", "variables": variables}}
 
@@ -87,9 +77,15 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_welcome_mail_greets_any_name_and_goes_to_nobody_else(api: Api, name: str) -> None:
+def test_a_welcome_mail_greets_any_name_and_goes_to_nobody_else(api: Api, client: redis.Redis, name: str) -> None:
     answer = api.post("/start-job", {"name": name, "email": "ada@example.com"})
-    assert answer.status == 202, answer
+    assert (answer.status, answer.body) == (202, {"job_id": answer.body.get("job_id"), "status": "queued"})
+    assert stored(client) == {answer.body["job_id"]}
     seen = api.email(answer.body["job_id"])
     assert [one["address"] for one in seen["recipients"]] == ["ada@example.com"]
     assert seen["subject"] == f"Welcome, {name}"
+
+
+def test_a_welcome_mail_is_addressed_by_name(api: Api) -> None:
+    answer = api.post("/start-job", {"name": 'Ada "Countess" Lovelace', "email": "ada@example.com"})
+    assert api.email(answer.body["job_id"])["to"] == [r'"Ada \"Countess\" Lovelace" <ada@example.com>']

@@ -86,15 +86,24 @@ def test_a_job_can_be_read_while_it_waits_and_with_its_result(api: Api, client: 
 
 
 @both_kinds
-def test_a_failed_job_can_be_read_with_its_error(
+def test_a_failed_job_can_be_read_with_its_error_and_queued_again_with_all_its_attempts(
     api: Api, client: redis.Redis, outbox: Outbox, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     job_id = submitted(api, path)
+    retries = job_of(client, job_id).retries_left
     failing(monkeypatch, client, job_id)
     work(client, QUEUES[path])
     seen = api.get(f"/jobs/{job_id}").body
     assert (seen["status"], seen["error"]) == ("failed", "RuntimeError: the reason")
     assert "result" not in seen
+    assert client.zrange(f"rq:failed:{QUEUES[path]}", 0, -1) == [job_id.encode()]
+    answer = api.post(f"/jobs/{job_id}/requeue", None)
+    assert (answer.status, answer.body) == (202, {"job_id": job_id, "status": "queued"})
+    assert client.zcard(f"rq:failed:{QUEUES[path]}") == 0
+    assert client.lrange(f"rq:queue:{QUEUES[path]}", 0, -1) == [job_id.encode()]
+    job = job_of(client, job_id)
+    assert (job.get_status(), job.retries_left, job.ended_at) == (JobStatus.QUEUED, retries, None)
+    assert retries
 
 
 # fmt: off
@@ -112,24 +121,6 @@ def test_an_id_that_nothing_has_is_not_found_however_odd(api: Api, client: redis
         answer = api.call(method, path.replace(UNKNOWN_ID, odd))
         assert (answer.status, answer.body["name"]) == (404, "not_found"), (method, path, answer)
     assert client.dbsize() == 2
-
-
-@both_kinds
-def test_a_failed_job_is_queued_again_with_all_its_attempts(
-    api: Api, client: redis.Redis, outbox: Outbox, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
-    job_id = submitted(api, path)
-    retries = job_of(client, job_id).retries_left
-    failing(monkeypatch, client, job_id)
-    work(client, QUEUES[path])
-    assert client.zrange(f"rq:failed:{QUEUES[path]}", 0, -1) == [job_id.encode()]
-    answer = api.post(f"/jobs/{job_id}/requeue", None)
-    assert (answer.status, answer.body) == (202, {"job_id": job_id, "status": "queued"})
-    assert client.zcard(f"rq:failed:{QUEUES[path]}") == 0
-    assert client.lrange(f"rq:queue:{QUEUES[path]}", 0, -1) == [job_id.encode()]
-    job = job_of(client, job_id)
-    assert (job.get_status(), job.retries_left, job.ended_at) == (JobStatus.QUEUED, retries, None)
-    assert retries
 
 
 @both_kinds
