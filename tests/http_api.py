@@ -163,14 +163,22 @@ def ask(app: middleware.Middleware, method: str, path: str, body: object = None,
 
 
 @contextmanager
-def served(app: middleware.Middleware, host: str = "127.0.0.1") -> Iterator[Api]:
-    """An application in this process, behind the real Waitress, for what must be looked at from inside."""
-    port = free_port()
-    running = server.Server(app, load(_env_file=None).max_message_bytes, server.listen_on(Address(host, port)))
-    thread = threading.Thread(target=running.run)
-    thread.start()
+def running(
+    app: server.Application, limit: int = 2**20, host: str = "127.0.0.1"
+) -> Iterator[tuple[server.Server, threading.Thread]]:
+    """The real Waitress, and the thread of its loop, in this process, for what must be looked at from inside."""
+    made = server.Server(app, limit, server.listen_on(Address(host, free_port())))
+    loop = threading.Thread(target=made.run, name="loop", daemon=True)
+    loop.start()
     try:
-        yield Api(port)
+        yield made, loop
     finally:
-        running.stop()
-        thread.join()
+        made.stop()
+        loop.join(30)
+        assert not loop.is_alive()
+
+
+@contextmanager
+def served(app: middleware.Middleware, host: str = "127.0.0.1") -> Iterator[Api]:
+    with running(app, load(_env_file=None).max_message_bytes, host) as (made, _):
+        yield Api(made.listeners[0].effective_port)

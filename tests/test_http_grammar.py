@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -11,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from settings import Address
+from tests import http_api
 from tests.http_api import app_with, ask, held_to_the_shape, spoken
-from tests.servers import free_port
 from web import grammar, server
 
 LIMIT = 100_000  # bytes of a body
@@ -34,12 +32,8 @@ class Echo:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[server.Server]:
-    running = server.Server(Echo(), LIMIT, server.listen_on(Address("127.0.0.1", free_port())))
-    loop = threading.Thread(target=running.run, daemon=True)
-    loop.start()
-    yield running
-    running.stop()
-    loop.join(30)
+    with http_api.running(Echo(), LIMIT) as (made, _):
+        yield made
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from queues import connection
-from settings import Address
-from tests.servers import Api, free_port
+from tests import http_api
+from tests.servers import Api
 from tests.test_structure import digest_of
 from web import server
 
@@ -41,13 +41,8 @@ def app() -> Naming:
 
 @pytest.fixture
 def running(app: Naming) -> Iterator[tuple[server.Server, threading.Thread]]:
-    made = server.Server(app, 2**20, server.listen_on(Address("127.0.0.1", free_port())))
-    loop = threading.Thread(target=made.run, name="loop", daemon=True)
-    loop.start()
-    yield made, loop
-    made.stop()
-    loop.join(30)
-    assert not loop.is_alive()
+    with http_api.running(app) as made:
+        yield made
 
 
 @pytest.fixture
