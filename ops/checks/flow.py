@@ -72,7 +72,7 @@ def waiting(target: Target, settings: Settings) -> Findings:
         first: list[Any] = redis.zrange(OPEN, 0, 0, withscores=True)
     overdue = time.time() - first[0][1] if first else 0
     yield from reasons
-    age, queued, failed = state.oldest_queued, counted(state.jobs["queued"], "mail"), state.jobs["failed"]
+    age, queued, failed = state.oldest_queued or 0, counted(state.jobs["queued"], "mail"), state.jobs["failed"]
     if age > LATE and not reasons:
         found = f"{queued} in the queue, the oldest for {lasting(age)}: nothing drains the queue, or too slowly"
         yield warn(found, f"journalctl -u async-email-worker@email -n 50; {target.restart('worker@email')}")
