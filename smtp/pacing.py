@@ -22,15 +22,15 @@ TROUBLES = 3  # in a row, until the breaker opens
 PAUSE: float = 30  # seconds that it stays open; then one mail may probe
 PROBE: float = 60  # seconds after which a probe that never came back is given up
 
-NOW = """
+HEAD = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-"""  # in ms; before each script
+local open_until = tonumber(redis.call('HGET', KEYS[1], 'open_until') or '0')
+"""  # in ms; before each script, whose first key is the breaker
 # KEYS: breaker, probe, gone, told, told_again. ARGV: PAUSE and PROBE in ms, whether the mail had a reservation, then
 # mails and period (ms) of each rate. A new mail lines up behind all reservations; one that returns at its moment goes,
 # if there is room, or gets another moment soon: there may be hours between the ends of the two lines.
 ADMIT = """
-local open_until = tonumber(redis.call('HGET', KEYS[1], 'open_until') or '0')
 if open_until > now then return {'breaker', open_until - now} end
 
 local most = 0
@@ -65,16 +65,14 @@ return {'go', redis.call('EXISTS', KEYS[1])}
 # KEYS: breaker, probe. ARGV: for how long in ms, after how many troubles. Returns whether it has opened now.
 TROUBLE = """
 local troubles = redis.call('HINCRBY', KEYS[1], 'troubles', 1)
-local was_open = redis.call('HGET', KEYS[1], 'open_until')
 redis.call('DEL', KEYS[2])
-if not was_open and troubles < tonumber(ARGV[2]) then return 0 end
+if open_until == 0 and troubles < tonumber(ARGV[2]) then return 0 end
 redis.call('HSET', KEYS[1], 'open_until', now + ARGV[1])
-return was_open and 0 or 1
+return open_until == 0 and 1 or 0
 """
 
 # KEYS: breaker, probe. Returns the milliseconds until a mail may be tried.
 CLOSED_FOR = """
-local open_until = tonumber(redis.call('HGET', KEYS[1], 'open_until') or '0')
 if open_until > 0 and open_until <= now then return math.max(0, redis.call('PTTL', KEYS[2])) end
 return math.max(0, open_until - now)
 """
@@ -100,7 +98,7 @@ class Pacing:
     def __init__(self, redis: Redis, rates: tuple[Rate, ...]) -> None:
         self.redis = redis
         self.rates = [number for rate in rates for number in (rate.mails, rate.seconds * 1000)]
-        self._admit, self._trouble, self._closed_for = (Script(redis, NOW + it) for it in (ADMIT, TROUBLE, CLOSED_FOR))
+        self._admit, self._trouble, self._closed_for = (Script(redis, HEAD + it) for it in (ADMIT, TROUBLE, CLOSED_FOR))
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
     def admit(self, reserved: bool = False) -> Wait | None:

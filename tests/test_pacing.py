@@ -122,6 +122,10 @@ def test_a_relay_that_asks_for_a_pause_gets_it_at_once(client: redis.Redis) -> N
     wait = relay.admit()
     assert wait
     assert 299 < wait.seconds <= 300
+    client.hset("relay:breaker", "open_until", 1)  # it is over
+    assert relay.admit() is None
+    assert not relay.trouble()  # that was a probe, so one trouble is enough
+    assert relay.admit()
 
 
 def test_a_worker_that_met_with_trouble_knows_how_long_to_take_no_mail(
