@@ -320,15 +320,6 @@ def test_a_mail_in_doubt_goes_out_again_with_its_message_id_or_is_held_as_was_ch
         assert seen["attempts"][0]["verdict"] == "in doubt"
 
 
-def test_in_doubt_are_only_those_whom_the_relay_had_accepted(house: House, api: Api, relay: Relay) -> None:
-    house.environment["ON_DOUBT"] = "hold"
-    relay.data = [CUT]
-    relay.rcpt["later@example.com"] = ["450 4.2.1 busy"]
-    seen = delivered(house, api, "unknown", "ada@example.com", "later@example.com")
-    assert [d.recipients for d in relay.accepted] == [["ada@example.com"], ["later@example.com"]]
-    assert [one["status"] for one in seen["recipients"]] == ["in_doubt", "accepted"]
-
-
 def test_a_job_that_is_queued_twice_sends_one_mail(house: House, api: Api, relay: Relay, client: redis.Redis) -> None:
     mail_id = api.submit(mail())
     client.rpush("rq:queue:email", mail_id)

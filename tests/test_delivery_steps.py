@@ -139,6 +139,14 @@ def test_what_earlier_attempts_have_left_is_taken_up(before: str, on_doubt: str,
     assert (taken.counts["attempt:interrupted"], taken.counts["in_doubt"]) == (died, died and "in_doubt" in were)
 
 
+def test_a_held_doubt_outlasts_the_attempts_at_the_others() -> None:
+    taken = claim("pending", "pending", on_doubt="hold")
+    assert after(taken, SILENCE, LATER)[0] == "delayed"
+    delivery.take_up(taken)
+    assert after(taken, OK)[0] == "unknown"
+    assert [one.status for one in taken.recipients] == ["in_doubt", "accepted"]
+
+
 def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -> None:
     silent = Reply(Phase.RCPT, None, "timed out")
     taken = claim("pending")

@@ -35,13 +35,6 @@ def taken(outbox: Outbox, mail_id: str) -> Claim:
     return claim(outbox, mail_id)
 
 
-def test_an_accepted_mail_is_stored_with_its_job_and_queued(client: Any, mail_id: str) -> None:
-    assert client.hget(f"mail:{mail_id}", "state") == b"queued"
-    assert client.hget(f"rq:job:{mail_id}", "status") == b"queued"
-    assert client.lrange("rq:queue:email", 0, -1) == [mail_id.encode()]
-    assert client.ttl(f"mail:{mail_id}") == client.ttl(f"rq:job:{mail_id}") == -1
-
-
 def test_a_claimed_mail_is_busy_for_everybody_else(outbox: Outbox, mail_id: str) -> None:
     claim(outbox, mail_id)
     with pytest.raises(Busy) as busy:
