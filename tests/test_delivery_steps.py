@@ -243,7 +243,7 @@ class Attempt:
 def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(
     offers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with served(offers=offers) as there:
+    with served(offers=offers) as (there, _):
         attempt = Attempt(there, monkeypatch)
         assert attempt.make() == "sent"
         assert attempt.events == [("mark", 0), ("sent", 1)]
@@ -263,7 +263,7 @@ def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(
 def test_what_stops_a_mail_before_its_dot_leaves_it_unsent(
     offers: list[str], stop: str, error: type[Exception], events: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with served(offers=offers) as there:
+    with served(offers=offers) as (there, _):
         attempt = Attempt(there, monkeypatch)
         if stop == "expired":
             attempt.claim.expires_at = 1
@@ -294,7 +294,7 @@ def test_a_mail_whose_kept_session_dies_at_the_dot_begins_again_and_nothing_of_t
         time.sleep(0.1)
         attempt.claim.expires_at = float(expires)
 
-    with served({"BODY": [lambda _: "", die, lambda _: ""]}) as there:
+    with served({"BODY": [lambda _: "", die, lambda _: ""]}) as (there, _):
         Attempt(there, monkeypatch).make()
         attempt = Attempt(there, monkeypatch)
         attempt.at_mark = wait_for_the_reset
