@@ -171,7 +171,7 @@ def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
         reply = outcome.recipients.get(one.address)
         if reply:
             one.status, one.code, one.text = AFTER[reply.verdict], reply.code, reply.text
-    reply, verdict = outcome.reply, outcome.verdict
+    reply, verdict = outcome.reply, outcome.reply.verdict
     claim.counts[f"attempt:{verdict.value.replace(' ', '_')}"] += 1
     if verdict is Verdict.IN_DOUBT:
         claim.counts["in_doubt"] += 1

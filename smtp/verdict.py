@@ -134,7 +134,3 @@ class Outcome(NamedTuple):
 
     reply: Reply
     recipients: dict[str, Reply]
-
-    @property
-    def verdict(self) -> Verdict:
-        return self.reply.verdict

@@ -87,7 +87,7 @@ def opened(to: Relay) -> Iterator[Session]:
 def fate(outcome: Outcome) -> tuple[Phase, int | None, Verdict]:
     """Returns what became of an attempt that met all recipients alike."""
     assert set(outcome.recipients.values()) == {outcome.reply}
-    return outcome.reply.phase, outcome.reply.code, outcome.verdict
+    return outcome.reply.phase, outcome.reply.code, outcome.reply.verdict
 
 
 @contextmanager

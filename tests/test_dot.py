@@ -70,7 +70,7 @@ def test_a_mail_on_a_warm_session_takes_as_few_round_trips_as_the_relay_allows(o
         another(to)
         before = there.turns
         for _ in range(5):
-            assert another(to).verdict is ACCEPTED
+            assert another(to).reply.verdict is ACCEPTED
         assert there.turns - before == 5 * trips
         assert there.connections == 1
     assert there.accepted == [MIME] * 6

@@ -47,7 +47,7 @@ def test_threads_that_send_at_once_have_a_session_each_and_lend_it_to_the_next()
 
     def mails(to: Relay) -> None:
         for _ in range(3):
-            assert another(to, before_dot=lambda _: meet.wait(5)).verdict is ACCEPTED
+            assert another(to, before_dot=lambda _: meet.wait(5)).reply.verdict is ACCEPTED
 
     with served() as (there, to):
         for _ in range(2):
@@ -100,8 +100,8 @@ def test_a_reply_is_judged_by_its_own_phase_and_leaves_a_session_in_order_or_non
 def test_a_session_whose_rset_is_not_answered_250_is_closed(answer: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "PATIENCE", 0.2)
     with served({"RCPT": ["550 5.1.1 no", "250 ok"], "RSET": answer}) as (there, to):
-        assert another(to).verdict is REFUSED
-        assert another(to).verdict is ACCEPTED
+        assert another(to).reply.verdict is REFUSED
+        assert another(to).reply.verdict is ACCEPTED
         assert there.connections == 2
     assert there.accepted == [MIME]
 
@@ -115,8 +115,8 @@ def test_a_session_that_the_relay_will_close_or_has_lost_step_in_is_not_used_aga
     if step == "DATA" and offers is CHUNKS:
         step = "."
     with served({step: [reply, OBLIGING[step]]}, offers=offers) as (there, to):
-        assert another(to).verdict is not ACCEPTED
-        assert another(to).verdict is ACCEPTED
+        assert another(to).reply.verdict is not ACCEPTED
+        assert another(to).reply.verdict is ACCEPTED
     assert there.connections == 2
 
 
@@ -162,7 +162,7 @@ def test_a_session_that_dies_under_a_later_mail_costs_it_no_attempt(
 ) -> None:
     alive: dict[str, Step] = {**OBLIGING, "BODY": lambda _: ""}
     with served({step: [alive[step], death, alive[step]]}, offers=offers, timeout=0.5) as (there, to):
-        assert another(to).verdict is ACCEPTED
+        assert another(to).reply.verdict is ACCEPTED
         assert fate(another(to, BOB, mime=LARGE)) == (Phase.DOT, 250, ACCEPTED)
     assert there.accepted == [MIME, LARGE]
     assert there.connections == 2
@@ -172,7 +172,7 @@ def test_a_session_that_dies_under_a_later_mail_costs_it_no_attempt(
 def test_a_relay_that_says_421_to_a_chunk_has_not_taken_it(step: str) -> None:
     with served({step: ["250 ok", last_words("421 4.4.2 closing"), "250 ok"]}, offers=CHUNKS) as (there, to):
         another(to)
-        assert another(to, BOB).verdict is ACCEPTED
+        assert another(to, BOB).reply.verdict is ACCEPTED
     assert there.accepted == [MIME, MIME]
     assert there.connections == 2
 
@@ -198,7 +198,7 @@ def test_after_the_final_dot_nothing_is_repeated(offers: list[str], death: Step)
         outcome = another(to, BOB)
         assert there.connections == 1
     assert outcome.reply.phase is Phase.DOT
-    assert outcome.verdict is not ACCEPTED
+    assert outcome.reply.verdict is not ACCEPTED
     assert len(there.bodies) == 2
 
 
@@ -251,13 +251,13 @@ def test_the_deadline_ends_a_mail_on_a_warm_session(offers: list[str]) -> None:
     slow = drip(b"250-" + b"x" * 1000)
     with served({".": ["250 ok", "250 ok", slow, "250 ok"]}, offers=offers, deadline=0.6) as (there, to):
         for _ in range(2):
-            assert another(to).verdict is ACCEPTED
+            assert another(to).reply.verdict is ACCEPTED
             time.sleep(0.4)
         with took_less_than(2):
             outcome = another(to)
         assert fate(outcome) == (Phase.DOT, None, IN_DOUBT)
         assert outcome.reply.text == "the conversation took too long"
-        assert another(to).verdict is ACCEPTED
+        assert another(to).reply.verdict is ACCEPTED
     assert there.connections == 2
 
 
@@ -282,6 +282,6 @@ def test_a_deadline_that_passes_while_the_outcome_is_written_down_closes_the_ses
             outcome = talk.finish()
             time.sleep(0.5)
         assert isinstance(outcome, Outcome)
-        assert outcome.verdict is ACCEPTED
+        assert outcome.reply.verdict is ACCEPTED
         another(to)
     assert there.connections == 2
