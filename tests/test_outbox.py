@@ -154,6 +154,12 @@ def test_a_mail_that_an_attempt_holds_is_not_canceled(outbox: Outbox, client: An
     assert client.hget(f"mail:{mail_id}", "state") == b"canceled"
 
 
+def test_a_canceled_mail_is_not_queued_again(outbox: Outbox, mail_id: str) -> None:
+    outbox.cancel(mail_id)
+    with pytest.raises(NotPossible, match="only a failed mail"):
+        outbox.requeue(mail_id)
+
+
 def test_an_attempt_at_a_mail_that_was_canceled_meanwhile_stops_before_the_final_dot(
     client: Any, taken: Claim, mail_id: str
 ) -> None:
