@@ -112,9 +112,7 @@ class Line:
         while (found := self.unread.find(end, searched)) < 0:
             searched = max(0, len(self.unread) - len(end))
             self.hear_more()
-        heard = bytes(self.unread[:found])
-        del self.unread[: found + len(end)]
-        return heard
+        return self.hear(found + len(end)).removesuffix(end)
 
 
 Act = Callable[[Line], str]  # returns the reply it gave
