@@ -73,11 +73,12 @@ def test_a_refused_mail_fails_with_code_and_phase(outbox: Outbox, client: Any) -
     assert client.hmget(f"mail:{mail_id}", "state", "reason") == [b"failed", b"550 at rcpt"]
 
 
-def test_a_mail_that_another_attempt_holds_is_left_to_it(outbox: Outbox) -> None:
+def test_a_mail_that_another_attempt_holds_is_left_to_it(outbox: Outbox, caplog: pytest.LogCaptureFixture) -> None:
     mail_id = accept(outbox)
     claim(outbox, mail_id)
-    with served() as (there, to):
+    with caplog.at_level(0), served() as (there, to):
         later = delivers(outbox, to).deliver(mail_id)
+    assert f"busy id={mail_id} next_in=" in caplog.text
     assert there.connections == 0
     assert isinstance(later, Retry)
     assert 40 < later.intervals[0] <= 46
