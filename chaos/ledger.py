@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from chaos.stage import Mail, Stage
 from mail.states import FINAL, State, Status
 from ops.checks.store import program
-from tests.scripted_relay import Acceptance
+from tests.scripted_relay import Acceptance, header
 
 
 @dataclass
@@ -77,7 +77,7 @@ def _count(row: Row, stage: Stage, mail: Mail, copies: dict[str, list[Acceptance
         if not _agree(state, reported.get(address, ""), each):
             row.disagree += 1
             row.broken.append(f"{mail_id}: {state} and {reported.get(address)}, the relay has {_counts(served)}")
-    if any(one.header("Message-ID") != seen["message_id"] for each in served.values() for one in each):
+    if any(header(one.body, "Message-ID") != seen["message_id"] for each in served.values() for one in each):
         row.broken.append(f"{mail_id} went out with another Message-ID")
     if stage.scene.uncounted and int(stage.client.hget(f"mail:{mail_id}", "counted") or 0):
         row.broken.append(f"{mail_id} was charged an attempt for the relay's trouble")

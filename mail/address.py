@@ -11,15 +11,9 @@ import unicodedata
 from typing import NamedTuple
 
 from email_validator import EmailNotValidError, validate_email
-from pydantic_core import PydanticCustomError
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 EXAMPLES = "ada@example.com or Ada Lovelace <ada@example.com>"
-
-
-def invalid(message: str) -> PydanticCustomError:
-    """Returns the `ValueError` that says what a field must be."""
-    return PydanticCustomError("invalid", "{message}", {"message": message})
 
 
 class Mailbox(NamedTuple):
@@ -34,13 +28,13 @@ class Mailbox(NamedTuple):
         if isinstance(text, Mailbox):  # one that was checked before; JSON has no such thing
             return text
         if not isinstance(text, str):
-            raise invalid(f"must be a string such as {EXAMPLES}")
+            raise ValueError(f"must be a string such as {EXAMPLES}")
         if len(text) > 998:  # before any parser spends time on it
-            raise invalid("must be at most 998 characters long")
+            raise ValueError("must be at most 998 characters long")
         header_text(text)
         match = re.fullmatch(r"(?P<name>.*)<(?P<named>[^<>]*)>|(?P<bare>[^<>]*)", text.strip(" "))
         if not match:
-            raise invalid(f"must be one address such as {EXAMPLES}")
+            raise ValueError(f"must be one address such as {EXAMPLES}")
         name = (match["name"] or "").strip(" ")
         return cls(display_name(name), strict_address(match["named"] or match["bare"] or ""))
 
@@ -53,9 +47,9 @@ def display_name(text: str) -> str:
     if re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):
         text = re.sub(r"\\(.)", r"\1", text[1:-1])
     elif re.search(r'[",;:@\\()\[\]<>]', text):
-        raise invalid('special characters in a display name need double quotes: "Lovelace, Ada" <ada@example.com>')
+        raise ValueError('special characters in a display name need double quotes: "Lovelace, Ada" <ada@example.com>')
     if len(text) > 200:
-        raise invalid("the display name must be at most 200 characters long")
+        raise ValueError("the display name must be at most 200 characters long")
     return text.strip(" ")
 
 
@@ -71,16 +65,16 @@ def strict_address(text: str) -> str:
     try:
         checked = validate_email(text, check_deliverability=False, test_environment=True)
     except EmailNotValidError as error:
-        raise invalid(f"is not an e-mail address: {error}" if text else "the address must not be empty") from None
+        raise ValueError(f"is not an e-mail address: {error}" if text else "the address must not be empty") from None
     local = text.rpartition("@")[0]  # as written: the validator would make info@ of Info@
     if not unicodedata.is_normalized("NFC", local):
-        raise invalid("the part before @ must be in Unicode's normal form NFC")
+        raise ValueError("the part before @ must be in Unicode's normal form NFC")
     if "=?" in local:
-        raise invalid("the part before @ must not contain =?, which mail programs take for encoded text")
+        raise ValueError("the part before @ must not contain =?, which mail programs take for encoded text")
     return f"{local}@{checked.ascii_domain}"
 
 
 def header_text(text: str) -> str:
     if CONTROL.search(text):
-        raise invalid("must not contain a line break or another control character")
+        raise ValueError("must not contain a line break or another control character")
     return text

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from mail.message import Message
-from mail.states import EXPIRED, State, Status
+from mail.states import State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
 from queues import keys
 from queues.heartbeat import LEASE_SECONDS, on_heartbeat
@@ -25,8 +25,8 @@ if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state')
 redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
 return 1
 """
-# KEYS: mail, claim, RQ's job. ARGV: mail id, token, state, now, when to look at it if it does not move on, what the
-# state counts as ("": as itself), how many words of totals follow, these, then field, value, ...
+# KEYS: mail, claim, RQ's job. ARGV: mail id, token, state, now, when to look at it if it does not move on, how many
+# words of totals follow, these, then field, value, ...
 # `sent` is written by every attempt that knows it, also when its claim has run out. Anything else only by the holder. A
 # second call with the same token changes nothing.
 SETTLE = """
@@ -34,11 +34,10 @@ local id, token, state = ARGV[1], ARGV[2], ARGV[3]
 local mine = redis.call('GET', KEYS[2]) == token
 if redis.call('HGET', KEYS[1], 'settled_by') == token then return 1 end
 if not mine and state ~= 'sent' then return 0 end
-local fields = 8 + ARGV[7]
-local counted = ARGV[6] ~= '' and ARGV[6] or nil
-if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, fields)}, counted) then return 0 end
+local fields = 7 + ARGV[6]
+if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, fields)}) then return 0 end
 if mine then redis.call('DEL', KEYS[2]) end
-for i = 8, fields - 1, 2 do redis.call('HINCRBY', TOTALS, ARGV[i], ARGV[i + 1]) end
+for i = 7, fields - 1, 2 do redis.call('HINCRBY', TOTALS, ARGV[i], ARGV[i + 1]) end
 if (state == 'failed' or state == 'unknown') and redis.call('EXISTS', KEYS[3]) == 1 then
   redis.call('HSET', KEYS[3], 'retries_left', 0)  -- should its worker die now, RQ must not try again
 end
@@ -137,8 +136,7 @@ class Claim:
         words = [word for pair in fields.items() for word in pair]
         counts = [word for pair in self.counts.items() for word in pair]
         again = look_at(now + next_in + LOOK_AFTER, self.expires_at)
-        result = EXPIRED if reason == EXPIRED and state == State.FAILED else ""
-        args = [self.id, self.token, state, now, again, result, len(counts), *counts, *words]
+        args = [self.id, self.token, state, now, again, len(counts), *counts, *words]
         served = any(recipient.status == Status.ACCEPTED for recipient in self.recipients)
         settle = self.store.insist if served else self.store.run
         if not settle(SETTLE, [*self.keys, keys.job(self.id)], args):

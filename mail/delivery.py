@@ -24,7 +24,6 @@ from mail.sweep import sweep
 from process.log import emit
 from queues.connection import connect
 from queues.jobs import Jobs, Retry, allow_exceptions, queued_at, run_again_in
-from settings import Settings
 from smtp.envelope import Envelope
 from smtp.pacing import Pacing
 from smtp.pool import SessionPool
@@ -53,11 +52,10 @@ class Aborted(Exception):
 class Delivery:
     """Makes attempts at mails. There is one in a process, with all that its threads share."""
 
-    def __init__(self, settings: Settings, outbox: Outbox) -> None:
-        self.settings = settings
+    def __init__(self, outbox: Outbox) -> None:
         self.outbox = outbox
-        self.relay = Relay.of(settings)
-        self.pacing = Pacing(outbox.jobs.redis, settings.smtp_rate)
+        self.relay = Relay.of(outbox.settings)
+        self.pacing = Pacing(outbox.jobs.redis, outbox.settings.smtp_rate)
         self.pool = SessionPool()
         self.dots = Dots()
 
@@ -111,7 +109,7 @@ class Delivery:
                 self._tell_breaker(said.reply)
 
     def _conclude(self, claim: Claim, replies: Sequence[Reply]) -> str | Retry:
-        state, pause = next_state(claim, replies, self.settings.retry_schedule)
+        state, pause = next_state(claim, replies, self.outbox.settings.retry_schedule)
         return self._end(claim, state, reason(replies) if state != State.SENT else "", pause)
 
     def _expire(self, claim: Claim) -> str | Retry:
@@ -150,9 +148,8 @@ def take_up(claim: Claim) -> None:
     if asked_again:
         claim.counted = 0
     if claim.state_before == State.SENDING:
-        claim.attempts.append(
-            {"at": iso(time.time()), "verdict": "interrupted", "text": "the worker died in this attempt"}
-        )
+        died = {"verdict": "interrupted", "text": "the worker died in this attempt"}
+        claim.attempts.append({"at": iso(time.time()), **died})
         claim.counts["attempt:interrupted"] += 1
         if any(one.status == Status.IN_DOUBT for one in claim.recipients):
             claim.counts["in_doubt"] += 1
@@ -174,7 +171,7 @@ def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
         reply = outcome.recipients.get(one.address)
         if reply:
             one.status, one.code, one.text = AFTER[reply.verdict], reply.code, reply.text
-    reply, verdict = outcome.reply, outcome.verdict
+    reply, verdict = outcome.reply, outcome.reply.verdict
     claim.counts[f"attempt:{verdict.value.replace(' ', '_')}"] += 1
     if verdict is Verdict.IN_DOUBT:
         claim.counts["in_doubt"] += 1
@@ -252,4 +249,4 @@ class Dots:
 def current() -> Delivery:
     """Returns this process's delivery. The main thread must ask for it before others do: there must not be two."""
     chosen = settings.load()
-    return Delivery(chosen, Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), retrying=True)), chosen))
+    return Delivery(Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), retrying=True)), chosen))

@@ -25,24 +25,13 @@ from mail.store import LAST_SENT, LOOK_AFTER, Store, claim_key, look_at, mail_ke
 from queues import keys
 from queues.connection import translating_errors
 from queues.heartbeat import LEASE_SECONDS
-from queues.jobs import (
-    NOTHING,
-    REMOVE_JOB,
-    Accepted,
-    Beside,
-    Idempotency,
-    Jobs,
-    NotFound,
-    NotPossible,
-    Policy,
-    not_removed,
-)
+from queues.jobs import REMOVE_JOB, Accepted, Beside, Idempotency, Jobs, NotFound, NotPossible, Policy, not_removed
 from queues.table import EMAIL
 from settings import Settings
 from smtp.pacing import in_trouble
 
 # Seconds. RQ's own retries, for an attempt whose worker died or that raised what nobody expected; a mail whose every
-# attempt kills its worker is parked as failed after four. Pauses that the relay asks for are in `settle`, not here.
+# attempt kills its worker is parked as failed after four.
 AFTER_A_CRASH = (1, 5, 30)
 MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # other keys of ours begin with mail:, too
 # fmt: off
@@ -128,7 +117,7 @@ class Outbox:
             words += [mail_id, look_at(now + LOOK_AFTER, expires_at), len(fields), *fields]
         return self._queue(list(mails), Beside(self.store.script(ACCEPT).source, words), idempotency)
 
-    def _queue(self, ids: Sequence[str], beside: Beside = NOTHING, idempotency: Idempotency | None = None) -> Accepted:
+    def _queue(self, ids: Sequence[str], beside: Beside, idempotency: Idempotency | None = None) -> Accepted:
         return self.jobs.accept(
             EMAIL,
             "tasks.deliver",
@@ -147,9 +136,8 @@ class Outbox:
         """
         token = uuid.uuid4().hex
         touched = [mail_key(mail_id), claim_key(mail_id), keys.failed(EMAIL)]
-        reply = self.store.run(
-            CLAIM, touched, [mail_id, token, LEASE_SECONDS * 1000, queued_at, time.time() + LOOK_AFTER]
-        )
+        args = [mail_id, token, LEASE_SECONDS * 1000, queued_at, time.time() + LOOK_AFTER]
+        reply = self.store.run(CLAIM, touched, args)
         verdict = reply[0].decode()
         if verdict == "busy":
             raise Busy(reply[1] / 1000)
@@ -239,7 +227,7 @@ class Outbox:
         except NotFound:
             if self.read(mail_id)["status"] not in (State.FAILED, State.UNKNOWN):
                 raise NotPossible("only a failed mail can be queued again") from None
-            self._queue([mail_id])
+            self._queue([mail_id], Beside())
 
     def failures(self, since: float) -> Iterator[str]:
         """Yields the reason of each mail that failed after `since` (seconds since 1970) and was not queued again."""

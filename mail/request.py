@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from mail.address import Mailbox, header_text, invalid
+from mail.address import Mailbox, header_text
 from mail.message import PIECE
 
 CONTROL_IN_BODY = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -72,13 +72,13 @@ class Invalid(Exception):
 def body_text(text: str) -> str:
     """Returns the text with `\\n` as its only line end, since MIME makes them one kind anyway."""
     if CONTROL_IN_BODY.search(text):
-        raise invalid("must not contain a control character other than tab and line break")
+        raise ValueError("must not contain a control character other than tab and line break")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def one_or_list(value: object) -> object:
     if not isinstance(value, (str, list)):
-        raise invalid("must be an address or a list of addresses")
+        raise ValueError("must be an address or a list of addresses")
     return [value] if isinstance(value, str) else value
 
 
@@ -93,7 +93,7 @@ def canonical_base64(text: str) -> str:
     except ValueError:
         is_canonical = False
     if not is_canonical or "=" in text[: max(0, len(text) - 2)]:
-        raise invalid("must be base64 with = padding and without line breaks")
+        raise ValueError("must be base64 with = padding and without line breaks")
     return text
 
 
@@ -101,18 +101,18 @@ def file_name(text: str) -> str:
     """Returns the name without spaces around it, which mail programs drop anyway."""
     text = header_text(text).strip()
     if text in ("", ".", "..") or "/" in text or "\\" in text:
-        raise invalid("must be a plain file name, without slashes")
+        raise ValueError("must be a plain file name, without slashes")
     return text
 
 
 def media_type(text: str) -> str:
     if not CONTENT_TYPE.fullmatch(text):
-        raise invalid("must be a media type such as application/pdf or text/csv; charset=utf-8")
+        raise ValueError("must be a media type such as application/pdf or text/csv; charset=utf-8")
     if text.lower().startswith(COMPOSITE):
-        raise invalid("must not be a multipart/ or message/ type; use application/octet-stream")
+        raise ValueError("must not be a multipart/ or message/ type; use application/octet-stream")
     names = [parameter.partition("=")[0].strip().lower() for parameter in text.split(";")[1:]]
     if len(set(names)) < len(names):
-        raise invalid("one of its parameters is given twice")
+        raise ValueError("one of its parameters is given twice")
     return text
 
 
@@ -123,14 +123,14 @@ def time_with_zone(text: object) -> datetime:
             return datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:  # the 31st of February
         pass
-    raise invalid("must be a time with its zone, such as 2026-11-21T12:30:00Z")
+    raise ValueError("must be a time with its zone, such as 2026-11-21T12:30:00Z")
 
 
 def header_name(name: str) -> str:
     if not re.fullmatch(r"[!-9;-~]{1,76}", name):
-        raise invalid("a header name must be 1 to 76 printable ASCII characters without a colon")
+        raise ValueError("a header name must be 1 to 76 printable ASCII characters without a colon")
     if OURS.fullmatch(name):
-        raise invalid("must be left out: this service or the relay writes this header")
+        raise ValueError("must be left out: this service or the relay writes this header")
     return name
 
 

@@ -58,25 +58,26 @@ DROPS: Mapping[State, tuple[str, ...]] = {
     State.SENT: ("next_attempt_at", "content"),
     State.CANCELED: ("next_attempt_at", "content"),
 }
-# What mail.counters counts a state as.
+# What mail.counters counts a state as, but for a mail that has failed because it expired.
 COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)} | {State.QUEUED: "accepted"}
 # Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT (keys) and KEPT (the
 # lifetimes of final states, in seconds).
 #
-# become(id, state, now, look_at, fields, counted): false where the state cannot follow the mail's. `look_at` is when
-# mail.sweep looks at a mail that is not final; `fields` are written with the state; `counted` goes before COUNTED.
+# become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `look_at` is when mail.sweep
+# looks at a mail that is not final; `fields` are written with the state.
 # But for a new mail, it begins with a command that frees memory: Redis looks for memory before a script's first write
 # only, and a mail that was sent must be written down on a full Redis, too.
 BECOME = """
 local function may(was, state) return (FOLLOWS[was or ''] or {})[state] end
 
-local function become(id, state, now, look_at, fields, counted)
+local function become(id, state, now, look_at, fields)
   local mail = MAIL .. id
   local was = redis.call('HGET', mail, 'state')
   if not may(was, state) then return false end
   if was then redis.call('HDEL', mail, unpack(DROPS[state])) end
   redis.call('HSET', mail, 'state', state, unpack(fields))
-  counted = counted or COUNTED[state]
+  local counted = COUNTED[state]
+  if state == 'failed' and redis.call('HGET', mail, 'reason') == EXPIRED then counted = EXPIRED end
   if counted and was ~= state then redis.call('HINCRBY', TOTALS, counted, 1) end  -- sent twice is one mail
   if KEPT[state] then
     redis.call('EXPIRE', mail, KEPT[state])

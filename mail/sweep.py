@@ -59,8 +59,7 @@ if reason then
   for _, one in ipairs(cjson.decode(redis.call('HGET', KEYS[1], 'recipients') or '[]')) do
     if one.status == 'in_doubt' then over = 'unknown' end
   end
-  local counted = expired and over == 'failed' and EXPIRED or nil
-  become(id, over, ARGV[2], nil, {'reason', reason, 'settled_at', ARGV[2], 'lapsed', expired and '1' or ''}, counted)
+  become(id, over, ARGV[2], nil, {'reason', reason, 'settled_at', ARGV[2], 'lapsed', expired and '1' or ''})
   if expired then return {over, reason} end
   redis.call('HINCRBY', SWEPT, 'given_up', 1)
   return {'given_up', reason}
@@ -153,8 +152,4 @@ def swept(redis: Redis) -> dict[str, Any]:
     with translating_errors():
         at, repaired, given_up = redis.hmget(SWEPT, ["at", "repaired", "given_up"])
     ago = round(max(0.0, time.time() - float(at)), 3) if at else None
-    return {
-        "last_sweep_seconds_ago": ago,
-        "mails_repaired": int(repaired or 0),
-        "mails_given_up": int(given_up or 0),
-    }
+    return {"last_sweep_seconds_ago": ago, "mails_repaired": int(repaired or 0), "mails_given_up": int(given_up or 0)}

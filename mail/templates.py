@@ -14,17 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, Undefined, UndefinedError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, TemplateNotFound, Undefined, UndefinedError
 from jinja2.exceptions import TemplateRuntimeError
 
 from mail.request import FieldError, Invalid
 
 FOLDER = Path(__file__).parent.parent / "templates"
-# Not LookupError: TemplateNotFound is one, and an {% include %} of a missing file is not the caller's fault.
-# fmt: off
-DATA_ERRORS = (TemplateRuntimeError, TypeError, ValueError, ArithmeticError, KeyError, IndexError, AttributeError,
-               RecursionError)
-# fmt: on
+UNUSABLE = (TemplateRuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +63,9 @@ def _rendered(template: Template | None, variables: Mapping[str, Any]) -> str | 
         return template.render(variables).rstrip("\n")
     except UndefinedError as error:
         raise Invalid(_missing(error.message or "")) from None
-    except DATA_ERRORS as error:
+    except TemplateNotFound:  # a LookupError, and an {% include %} of a missing file is not the caller's fault
+        raise
+    except UNUSABLE as error:
         text = f"the template cannot be rendered with these values ({type(error).__name__})"
         raise Invalid(FieldError("template.variables", text)) from None
 

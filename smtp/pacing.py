@@ -7,8 +7,8 @@ come back at once. The breaker opens after some troubles in a row (no connection
 smtp.verdict), lets one mail probe every half minute, and closes when one gets through. While it is open, workers take
 no mail from the queue: a long queue waits where it is.
 
-Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), and lists of moments in
-ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails), `relay:told_again` (of returning ones).
+Keys: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), and lists of moments in ms: `relay:gone`
+(mails sent), `relay:told` (reservations of new mails), `relay:told_again` (of returning ones).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ TROUBLES = 3  # in a row, until the breaker opens
 PAUSE: float = 30  # seconds that it stays open; then one mail may probe
 PROBE: float = 60  # seconds after which a probe that never came back is given up
 
-NOW = """
+HEAD = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-"""  # in ms; before each script
+local open_until = tonumber(redis.call('HGET', KEYS[1], 'open_until') or '0')
+"""  # in ms; before each script, whose first key is the breaker
 # KEYS: breaker, probe, gone, told, told_again. ARGV: PAUSE and PROBE in ms, whether the mail had a reservation, then
 # mails and period (ms) of each rate. A new mail lines up behind all reservations; one that returns at its moment goes,
 # if there is room, or gets another moment soon: there may be hours between the ends of the two lines.
 ADMIT = """
-local open_until = tonumber(redis.call('HGET', KEYS[1], 'open_until') or '0')
 if open_until > now then return {'breaker', open_until - now} end
 
 local most = 0
@@ -65,16 +65,14 @@ return {'go', redis.call('EXISTS', KEYS[1])}
 # KEYS: breaker, probe. ARGV: for how long in ms, after how many troubles. Returns whether it has opened now.
 TROUBLE = """
 local troubles = redis.call('HINCRBY', KEYS[1], 'troubles', 1)
-local was_open = redis.call('HGET', KEYS[1], 'open_until')
 redis.call('DEL', KEYS[2])
-if not was_open and troubles < tonumber(ARGV[2]) then return 0 end
+if open_until == 0 and troubles < tonumber(ARGV[2]) then return 0 end
 redis.call('HSET', KEYS[1], 'open_until', now + ARGV[1])
-return was_open and 0 or 1
+return open_until == 0 and 1 or 0
 """
 
 # KEYS: breaker, probe. Returns the milliseconds until a mail may be tried.
 CLOSED_FOR = """
-local open_until = tonumber(redis.call('HGET', KEYS[1], 'open_until') or '0')
 if open_until > 0 and open_until <= now then return math.max(0, redis.call('PTTL', KEYS[2])) end
 return math.max(0, open_until - now)
 """
@@ -92,17 +90,15 @@ WAITS = {"breaker": "the relay is in trouble", "rate": "SMTP_RATE is reached"}
 
 
 class Pacing:
-    """Paces the mail to one relay, by its name, together with all workers. Raises redis-py's errors: a worker that
-    cannot ask does not send."""
+    """Paces the mail together with all workers. Raises redis-py's errors: a worker that cannot ask does not send."""
 
-    def __init__(self, redis: Redis, rates: tuple[Rate, ...], relay: str = "relay") -> None:
+    breaker = ("relay:breaker", "relay:probe")
+    moments = ("relay:gone", "relay:told", "relay:told_again")
+
+    def __init__(self, redis: Redis, rates: tuple[Rate, ...]) -> None:
         self.redis = redis
         self.rates = [number for rate in rates for number in (rate.mails, rate.seconds * 1000)]
-        self.breaker = [f"{relay}:breaker", f"{relay}:probe"]
-        self.moments = [f"{relay}:gone", f"{relay}:told", f"{relay}:told_again"]
-        self._admit, self._trouble, self._closed_for = (
-            Script(redis, NOW + one) for one in (ADMIT, TROUBLE, CLOSED_FOR)
-        )
+        self._admit, self._trouble, self._closed_for = (Script(redis, HEAD + it) for it in (ADMIT, TROUBLE, CLOSED_FOR))
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
     def admit(self, reserved: bool = False) -> Wait | None:
@@ -116,10 +112,8 @@ class Pacing:
         return Wait(number / 1000, WAITS[verdict.decode()], reserved=verdict == b"rate")
 
     def trouble(self, pause: float = 0) -> bool:
-        """Counts trouble that no mail can be blamed for. Returns whether this opened the breaker.
-
-        `pause` is for how many seconds the relay has asked to be left alone; then it opens at once, for that long.
-        """
+        """Counts trouble that no mail can be blamed for. Returns whether this opened the breaker. `pause` is for how
+        many seconds the relay has asked to be left alone; then it opens at once, for that long."""
         self._troubled = True
         args = [int(max(PAUSE, pause) * 1000), 1 if pause else TROUBLES]
         return bool(self._trouble(keys=self.breaker, args=args))
@@ -140,7 +134,7 @@ class Pacing:
         return self._closed_for(keys=self.breaker) / 1000 if self._troubled else 0.0
 
 
-def in_trouble(redis: Redis, relay: str = "relay") -> bool:
+def in_trouble(redis: Redis) -> bool:
     """Returns whether the relay's breaker is open. Raises `Unavailable`."""
     with translating_errors():
-        return bool(redis.hexists(f"{relay}:breaker", "open_until"))
+        return bool(redis.hexists(Pacing.breaker[0], "open_until"))

@@ -122,9 +122,8 @@ class Session:
         with self.step(Phase.CONNECT):
             self.connect()
         self.state = State.OPENING
-        with self.step(Phase.GREETING):
-            code, text = self.smtp.getreply()
-        self.expect(Reply(Phase.GREETING, code, _text(text)))
+        self.pending_replies = 1  # the greeting
+        self.expect(self.answer(Phase.GREETING))
         with self.step(Phase.HELLO):
             self.smtp.ehlo_or_helo_if_needed()
         if self.relay.security == "starttls":

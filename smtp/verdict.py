@@ -51,11 +51,10 @@ MESSAGE = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.TRANSFER, Phase.DOT)
 # The first row that matches decides: phases, code (none: no reply came), how the text begins, verdict. Only the text's
 # beginning is the relay's own (RFC 2034); further on it may repeat an address, which anybody may have chosen.
 JUDGEMENT: tuple[tuple[tuple[Phase, ...], str, str, Verdict], ...] = (
-    # No reply. Before the final dot nothing was handed over; after it nobody knows.
+    # No reply to the final dot: nobody knows. Before it nothing was handed over, so it is trouble, by the last row.
     ((Phase.DOT,), "none", "", Verdict.IN_DOUBT),
     # Cut off in the middle of the body: the mail itself may be what the relay cannot take, so it costs an attempt.
     ((Phase.TRANSFER,), "none", "", Verdict.TRY_AGAIN),
-    ((*SESSION, *MESSAGE), "none", "", Verdict.TROUBLE),
     # Good replies. Another 2xx to STARTTLS or AUTH has neither encrypted nor logged in.
     ((Phase.STARTTLS,), "220", "", Verdict.ACCEPTED),
     ((Phase.AUTH,), "235", "", Verdict.ACCEPTED),
@@ -135,7 +134,3 @@ class Outcome(NamedTuple):
 
     reply: Reply
     recipients: dict[str, Reply]
-
-    @property
-    def verdict(self) -> Verdict:
-        return self.reply.verdict

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -18,7 +19,7 @@ from queues import connection
 from queues.jobs import Jobs
 from settings import load
 from tests.browser import browser as browser
-from tests.conversations import POOL, write_ca
+from tests.conversations import POOL, server_context, write_ca
 from tests.relay import Relay
 from tests.servers import Api, House, RedisServer, eventually
 from tests.side_by_side import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
@@ -78,7 +79,7 @@ def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
 def outbox(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Outbox:
     """What tasks that run in this process use."""
     made = Outbox(Jobs(client), load(_env_file=None))
-    monkeypatch.setattr(delivery, "current", lambda: delivery.Delivery(load(_env_file=None), made))
+    monkeypatch.setattr(delivery, "current", lambda: delivery.Delivery(made))
     return made
 
 
@@ -90,6 +91,12 @@ def authority() -> trustme.CA:
 @pytest.fixture(scope="module")
 def ca_file(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_ca(authority, tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture
+def certified(authority: trustme.CA, ca_file: str) -> dict[str, Any]:
+    """What a relay needs to offer TLS, and what a client needs to trust it."""
+    return {"tls": server_context(authority), "ca_file": ca_file}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import trustme
 
-from tests.scripted_relay import HungUp, Line, ScriptedRelay, command_address
+from tests.conversations import server_context, write_ca
+from tests.scripted_relay import HungUp, Line, ScriptedRelay, command_address, header
 
 CUT = "cut"
 
@@ -30,8 +31,7 @@ class Delivery(NamedTuple):
 
     @property
     def message_id(self) -> str:
-        line = next(line for line in self.content.splitlines() if line.lower().startswith(b"message-id:"))
-        return line.split(b":", 1)[1].strip().decode()
+        return header(self.content, "Message-ID")
 
 
 @dataclass
@@ -41,7 +41,6 @@ class Relay:
 
     login: tuple[str, str] | None = None
     tls: str = "none"  # none, starttls or tls
-    smtputf8: bool = True
     host: str = "127.0.0.1"  # where it listens
     name: str = "127.0.0.1"  # by which it is called, and certified
     port: int = 0  # 0: any that is free
@@ -53,11 +52,9 @@ class Relay:
     authority: trustme.CA = field(default_factory=trustme.CA)
 
     def __enter__(self) -> Relay:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.authority.issue_cert(self.name).configure_cert(context)
         self.server = ScriptedRelay(
             {"EHLO": self._ehlo, "AUTH": self._auth, "MAIL": self._mail, "RCPT": self._rcpt, ".": self._end},
-            tls=context,
+            tls=server_context(self.authority, self.name),
             implicit=self.tls == "tls",
             host=self.host,
             port=self.port,
@@ -75,20 +72,14 @@ class Relay:
     def connections(self) -> int:
         return self.server.connections
 
-    @property
-    def commands(self) -> list[str]:
-        return self.server.commands
-
     def environment(self, directory: Path) -> dict[str, str]:
         """Returns the settings with which a worker reaches this relay."""
-        ca_file = directory / "ca.pem"
-        self.authority.cert_pem.write_to_path(str(ca_file))
         settings = {"SMTP_HOST": self.name, "SMTP_PORT": str(self.port), "SMTP_SECURITY": self.tls}
-        settings |= {"SMTP_CA_FILE": str(ca_file)} if self.tls != "none" else {}
+        settings |= {"SMTP_CA_FILE": write_ca(self.authority, directory)} if self.tls != "none" else {}
         return settings | ({"SMTP_USERNAME": self.login[0], "SMTP_PASSWORD": self.login[1]} if self.login else {})
 
     def _ehlo(self, line: Line) -> str:
-        offers = ["relay of the tests", "8BITMIME", *(["SMTPUTF8"] if self.smtputf8 else [])]
+        offers = ["relay of the tests", "8BITMIME", "SMTPUTF8"]
         encrypted = isinstance(line.socket, ssl.SSLSocket)
         offers += ["STARTTLS"] if self.tls == "starttls" and not encrypted else []
         offers += ["AUTH PLAIN"] if self.login and encrypted else []

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 
 OBLIGING = {
     "GREETING": "220 relay.example ESMTP",
@@ -54,9 +54,10 @@ class Acceptance:
     acknowledged_at: float | None = None  # the client spoke again after it, so it has written down what it heard
     hung_up_at: float | None = None
 
-    def header(self, name: str) -> str:
-        line = next(line for line in self.body.splitlines() if line.lower().startswith(f"{name}:".lower().encode()))
-        return line.split(b":", 1)[1].strip().decode()
+
+def header(content: bytes, name: str) -> str:
+    line = next(line for line in content.splitlines() if line.lower().startswith(f"{name}:".lower().encode()))
+    return line.split(b":", 1)[1].strip().decode()
 
 
 class Line:
@@ -79,10 +80,6 @@ class Line:
         self.acceptance = Acceptance(self.body, self.recipients, time.monotonic())
         self.relay.log.append(self.acceptance)
         return self.acceptance
-
-    def is_given_up(self) -> bool:
-        """The client has said something or left, though it is the relay's turn to speak."""
-        return bool(self.unread or select.select([self.socket], [], [], 0)[0])
 
     def say(self, text: str) -> str:
         self.say_raw(text.encode() + b"\r\n")
@@ -115,9 +112,7 @@ class Line:
         while (found := self.unread.find(end, searched)) < 0:
             searched = max(0, len(self.unread) - len(end))
             self.hear_more()
-        heard = bytes(self.unread[:found])
-        del self.unread[: found + len(end)]
-        return heard
+        return self.hear(found + len(end)).removesuffix(end)
 
 
 Act = Callable[[Line], str]  # returns the reply it gave
@@ -147,9 +142,9 @@ def take_after(pause: float) -> Act:
     def act(line: Line) -> str:
         acceptance = line.accept()
         line.relay.over.wait(pause)
-        heard = not line.is_given_up()
+        has_given_up = line.unread or select.select([line.socket], [], [], 0)[0]  # it speaks or leaves out of turn
         line.say(OBLIGING["."])
-        if heard:
+        if not has_given_up:
             acceptance.answered_at = time.monotonic()
         return OBLIGING["."]
 
@@ -165,46 +160,35 @@ def swallow(line: Line) -> str:
     raise HungUp
 
 
-def last_words(text: str) -> Act:
-    def act(line: Line) -> str:
+def then(text: str, act: Act) -> Act:
+    """A reply, and what the relay does right after it."""
+
+    def both(line: Line) -> str:
         line.say(text)
-        raise HungUp
+        return act(line)
 
-    return act
-
-
-def raw(data: bytes) -> Act:
-    def act(line: Line) -> str:
-        line.say_raw(data)
-        return data.decode("latin-1")
-
-    return act
+    return both
 
 
-def drip(data: bytes, pause: float = 0.05) -> Act:
-    """Four bytes at once, then one at a time; `pause` in seconds. Stops when the test is over."""
+def last_words(text: str) -> Act:
+    return then(text, hang_up)
+
+
+def raw(data: bytes, size: int = 1 << 20, pause: float = 0) -> Act:
+    """Any bytes, in packets of `size` with `pause` seconds after each. Stops when the test is over."""
 
     def act(line: Line) -> str:
-        line.say_raw(data[:4])
-        for byte in data[4:]:
-            line.say_raw(bytes([byte]))
-            if line.relay.over.wait(pause):
+        for start in range(0, len(data), size):
+            line.say_raw(data[start : start + size])
+            if pause and line.relay.over.wait(pause):
                 raise HungUp
         return data.decode("latin-1")
 
     return act
 
 
-def pieces(text: str, size: int) -> Act:
-    """A whole reply, in packets of `size` bytes."""
-
-    def act(line: Line) -> str:
-        whole = text.encode() + b"\r\n"
-        for start in range(0, len(whole), size):
-            line.say_raw(whole[start : start + size])
-        return text
-
-    return act
+def drip(data: bytes, pause: float = 0.05) -> Act:
+    return raw(data, size=1, pause=pause)
 
 
 def read_slowly(pause: float) -> Act:
@@ -221,32 +205,25 @@ def command_address(command: str) -> str:
     return command.partition("<")[2].partition(">")[0]
 
 
+@dataclass(eq=False)
 class ScriptedRelay:
     """A context manager. After it, `commands`, `heard`, `bodies` and `accepted` are complete."""
 
-    def __init__(
-        self,
-        script: Script | None = None,
-        *,
-        offers: Sequence[str] = (),
-        tls: ssl.SSLContext | None = None,
-        implicit: bool = False,
-        receive_buffer: int = 64 * 1024,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        patience: float = 10,  # seconds of the client's silence
-        latency: float = 0,  # seconds of a round trip
-    ) -> None:
-        ehlo = "\r\n".join([*(f"250-{line}" for line in ("relay.example", *offers)), "250 HELP"])
-        steps: Script = {"EHLO": ehlo, **OBLIGING, **(script or {})}
+    given: InitVar[Script | None] = None
+    _: KW_ONLY
+    offers: Sequence[str] = ()
+    tls: ssl.SSLContext | None = None
+    implicit: bool = False
+    receive_buffer: int = 64 * 1024
+    host: str = "127.0.0.1"
+    port: int = 0
+    patience: float = 10  # seconds of the client's silence
+    latency: float = 0  # seconds of a round trip
+
+    def __post_init__(self, given: Script | None) -> None:
+        ehlo = "\r\n".join([*(f"250-{line}" for line in ("relay.example", *self.offers)), "250 HELP"])
+        steps: Script = {"EHLO": ehlo, **OBLIGING, **(given or {})}
         self.script = {name: [one] if isinstance(one, str) or callable(one) else [*one] for name, one in steps.items()}
-        self.tls = tls
-        self.implicit = implicit
-        self.receive_buffer = receive_buffer
-        self.host = host
-        self.port = port
-        self.patience = patience
-        self.latency = latency
         self.turns = 0  # how often the client spoke when all it had said was answered
         self.commands: list[str] = []
         self.heard = bytearray()  # everything, as it came out of TLS if there was any
@@ -320,7 +297,7 @@ class ScriptedRelay:
 
     def _answer(self, line: Line, verb: str) -> None:
         if verb == "BDAT":
-            return self._take_chunk(line)
+            return self._take(line, chunk=int(line.command.split(" ")[1]))
         reply = self._perform(line, verb)
         if verb == "STARTTLS" and reply.startswith("220"):
             self._encrypt(line)
@@ -329,7 +306,7 @@ class ScriptedRelay:
         if verb == "RCPT" and reply.startswith("2"):
             line.recipients.append(command_address(line.command))
         if verb == "DATA" and reply.startswith("354"):
-            self._take_body(line)
+            self._take(line)
         if verb == "QUIT":
             raise HungUp
 
@@ -341,20 +318,12 @@ class ScriptedRelay:
         line.socket = self.tls.wrap_socket(line.socket, server_side=True)
         line.unread.clear()
 
-    def _take_body(self, line: Line) -> None:
+    def _take(self, line: Line, chunk: int = 0) -> None:
         if "BODY" in self.script:
-            if not line.unread:
+            if not line.unread and not chunk:
                 line.hear_more()
             self._perform(line, "BODY")
-        self._take(line, line.hear_until(b"\r\n.\r\n") + b"\r\n")
-
-    def _take_chunk(self, line: Line) -> None:
-        if "BODY" in self.script:
-            self._perform(line, "BODY")
-        self._take(line, line.hear(int(line.command.split(" ")[1])))
-
-    def _take(self, line: Line, body: bytes) -> None:
-        line.body = body
+        line.body = line.hear(chunk) if chunk else line.hear_until(b"\r\n.\r\n") + b"\r\n"
         self.bodies.append(line.body)
         if self._perform(line, ".").startswith("2"):
             self.accepted.append(line.body)

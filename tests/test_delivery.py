@@ -11,8 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +51,6 @@ def delivered(house: House, api: Api, state: str, *to: str, **more: object) -> d
     """Starts a worker and posts a mail. Returns what the API says when it has come to this state."""
     house.worker()
     return api.wait_for(api.submit(mail(*to, **more)), state)
-
-
-def within(**time: float) -> datetime:
-    return datetime.now(timezone.utc) + timedelta(**time)
 
 
 def scripted(house: House, relay: ScriptedRelay) -> None:
@@ -102,31 +96,11 @@ def test_of_three_recipients_each_meets_his_own_fate(house: House, api: Api, rel
     relay.rcpt["gone@example.com"] = ["550 5.1.1 no such user"] * 9
     relay.rcpt["later@example.com"] = ["450 4.2.1 mailbox busy"]
     seen = delivered(house, api, "failed", "ada@example.com", "gone@example.com", "later@example.com")
-    assert [(d.recipients, d.message_id) for d in relay.accepted] == [
-        (["ada@example.com"], seen["message_id"]),
-        (["later@example.com"], seen["message_id"]),
-    ]
+    assert [d.recipients for d in relay.accepted] == [["ada@example.com"], ["later@example.com"]]
+    assert {d.message_id for d in relay.accepted} == {seen["message_id"]}
     assert relay.seen_rcpt == ["ada@example.com", "gone@example.com", "later@example.com", "later@example.com"]
-    assert {one["address"]: one["status"] for one in seen["recipients"]} == {
-        "ada@example.com": "accepted",
-        "gone@example.com": "refused",
-        "later@example.com": "accepted",
-    }
-    refused = next(one for one in seen["recipients"] if one["status"] == "refused")
-    assert refused["code"] == 550
-
-
-def test_a_refused_mail_fails_at_once_and_is_shown_as_queued_when_it_is_queued_again(
-    house: House, api: Api, relay: Relay, client: redis.Redis
-) -> None:
-    relay.data = ["554 5.7.1 message refused as spam"]
-    seen = delivered(house, api, "failed")
-    assert (seen["reason"], len(seen["attempts"])) == ("554 at dot", 1)
-    eventually(lambda: failed_ids(client) == [seen["id"]])
-    house.processes[-1].terminate()
-    house.processes[-1].wait(20)
-    api.post(f"/jobs/{seen['id']}/requeue", {})
-    assert api.email(seen["id"])["status"] == "queued"
+    fates = [(one["status"], one["code"]) for one in seen["recipients"]]
+    assert fates == [("accepted", 250), ("refused", 550), ("accepted", 250)]
 
 
 @pytest.mark.parametrize("way", ["rq requeue", "API"])
@@ -226,44 +200,6 @@ def test_two_workers_keep_the_rate_together_and_mail_over_it_waits_without_losin
     assert "SMTP_RATE is reached" in house.log("worker-email")
 
 
-def test_a_mail_that_expires_while_it_waits_is_not_sent(
-    house: House, api: Api, relay: Relay, client: redis.Redis
-) -> None:
-    mail_id = api.submit(mail(expires_at=within(seconds=3).isoformat()))
-    api.wait_for(mail_id, "failed")
-    house.worker()
-    eventually(lambda: failed_ids(client) == [mail_id])
-    seen = api.email(mail_id)
-    assert (seen["status"], seen["reason"], seen["attempts"]) == ("failed", "expired", [])
-    assert api.post(f"/jobs/{mail_id}/requeue", {}).status == 409
-    assert relay.connections == 0
-
-
-def test_a_mail_whose_next_attempt_would_come_too_late_fails_at_once(house: House, api: Api, relay: Relay) -> None:
-    house.environment["RETRY_SCHEDULE"] = "1h"
-    relay.data = ["451 4.3.0 not now"]
-    seen = delivered(house, api, "failed", expires_at=within(minutes=10).isoformat())
-    assert seen["reason"] == "expired"
-    assert [one["code"] for one in seen["attempts"]] == [451]
-
-
-def test_a_mail_that_expires_while_its_body_goes_out_gets_no_final_dot(house: House, api: Api) -> None:
-    def wait(_: Line) -> str:
-        time.sleep(max(0, (soon - datetime.now(timezone.utc)).total_seconds()) + 0.5)
-        return ""
-
-    with ScriptedRelay({"BODY": wait}) as relay:
-        scripted(house, relay)
-        house.worker()
-        eventually(lambda: "worker_started" in house.log("worker-email"))
-        soon = within(seconds=5)
-        mail_id = api.submit(mail(text="x" * 2_000_000, expires_at=soon.isoformat()))
-        seen = api.wait_for(mail_id, "failed")
-    assert seen["reason"] == "expired"
-    assert relay.commands[-1].startswith("DATA")
-    assert not relay.accepted
-
-
 def test_a_mail_that_is_in_no_list_any_more_is_found_and_sent(house: House, api: Api, client: redis.Redis) -> None:
     mail_id = api.submit(mail())
     client.delete("rq:queue:email")  # popped by something that died
@@ -319,23 +255,6 @@ def test_a_mail_whose_worker_is_killed_comes_to_its_end_and_is_not_sent_twice(
     assert len(relay.seen_rcpt) == len(verdicts) - (point == "after claim")
 
 
-def test_a_held_mail_whose_job_is_run_twice_is_not_sent_again(
-    house: House, api: Api, relay: Relay, client: redis.Redis
-) -> None:
-    house.environment["ON_DOUBT"] = "hold"
-    relay.data = [CUT]
-    mail_id = api.submit(mail())
-    client.rpush("rq:queue:email", mail_id)
-    house.worker()
-    api.wait_for(mail_id, "unknown")
-    eventually(lambda: client.llen("rq:queue:email") == 0)
-    other = api.submit(mail("bob@example.com"))
-    api.wait_for(other, "sent")  # so the second run is over
-    assert api.email(mail_id)["status"] == "unknown"
-    assert [d.recipients for d in relay.accepted] == [["ada@example.com"], ["bob@example.com"]]
-    assert failed_ids(client) == [mail_id]
-
-
 def test_what_was_sent_is_written_down_even_if_redis_is_full_by_then(
     house: House, api: Api, relay: Relay, client: redis.Redis
 ) -> None:
@@ -370,11 +289,13 @@ def test_a_mail_whose_job_was_deleted_can_be_queued_again_or_canceled(
 def test_a_mail_in_doubt_goes_out_again_with_its_message_id_or_is_held_as_was_chosen(
     house: House, api: Api, relay: Relay, client: redis.Redis, operator: str, sender: str | None, state: str, doubt: str
 ) -> None:
-    house.environment["ON_DOUBT"] = operator
+    house.environment |= {"ON_DOUBT": operator, "WORKER_CONCURRENCY": "1"}
     mail_id = api.submit(mail(**({"on_doubt": sender} if sender else {})))
     if doubt == "the relay hangs up":
         relay.data = [CUT]
+        client.rpush("rq:queue:email", mail_id)  # its job is run twice
         house.worker()
+        eventually(lambda: f"nothing_to_do id={mail_id}" in house.log("worker-email"))
     else:
         killed_at(house, "after 250, before the marker")
         replaced(house, client, mail_id)
@@ -387,15 +308,6 @@ def test_a_mail_in_doubt_goes_out_again_with_its_message_id_or_is_held_as_was_ch
         assert seen["attempts"][0]["verdict"] == "in doubt"
 
 
-def test_in_doubt_are_only_those_whom_the_relay_had_accepted(house: House, api: Api, relay: Relay) -> None:
-    house.environment["ON_DOUBT"] = "hold"
-    relay.data = [CUT]
-    relay.rcpt["later@example.com"] = ["450 4.2.1 busy"]
-    seen = delivered(house, api, "unknown", "ada@example.com", "later@example.com")
-    assert [d.recipients for d in relay.accepted] == [["ada@example.com"], ["later@example.com"]]
-    assert [one["status"] for one in seen["recipients"]] == ["in_doubt", "accepted"]
-
-
 def test_a_job_that_is_queued_twice_sends_one_mail(house: House, api: Api, relay: Relay, client: redis.Redis) -> None:
     mail_id = api.submit(mail())
     client.rpush("rq:queue:email", mail_id)
@@ -404,18 +316,6 @@ def test_a_job_that_is_queued_twice_sends_one_mail(house: House, api: Api, relay
     api.wait_for(mail_id, "sent")
     eventually(lambda: client.llen("rq:queue:email") == 0)
     eventually(lambda: api.get(f"/jobs/{mail_id}").body["status"] == "finished")
-    assert len(relay.accepted) == 1
-
-
-def test_a_mail_that_another_attempt_holds_is_left_alone_and_tried_later(
-    house: House, api: Api, relay: Relay, client: redis.Redis
-) -> None:
-    mail_id = api.submit(mail())
-    hold = partial(client.set, f"mail:{mail_id}:claim", "somebody", px=1500)
-    hold()
-    house.worker()
-    eventually(lambda: hold() and "busy id=" in house.log("worker-email"))
-    api.wait_for(mail_id, "sent")
     assert len(relay.accepted) == 1
 
 
@@ -437,8 +337,7 @@ def test_a_second_sigterm_does_not_make_a_mail_of_doubt(house: House, api: Api) 
     def hold(line: Line) -> str:
         at_dot.set()
         answer.wait(20)
-        line.say("250 2.0.0 queued")
-        return "250 2.0.0 queued"
+        return line.say("250 2.0.0 queued")
 
     with ScriptedRelay({".": hold}) as relay:
         scripted(house, relay)

@@ -16,7 +16,7 @@ import pytest
 
 from mail import delivery
 from mail.address import Mailbox
-from mail.claim import Claim, ClaimLost, Recipient
+from mail.claim import MARK_IN_DOUBT, Claim, ClaimLost, Recipient
 from mail.message import Message
 from mail.outbox import Outbox
 from mail.states import State, Status
@@ -38,8 +38,6 @@ LATER = Reply(Phase.RCPT, 450, "busy")
 NEVER = Reply(Phase.RCPT, 550, "5.1.1 no such user")
 SILENCE = Reply(Phase.DOT, None, "the relay closed the connection")
 AWAY = Reply(Phase.CONNECT, None, "refused")
-
-
 RELAY = Relay("relay.example.com", 587, "none", None, None, None, timeout=5, deadline=10)
 
 
@@ -59,11 +57,6 @@ def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: st
     )
 
 
-def made(current: Settings) -> delivery.Delivery:
-    """Returns a delivery whose Redis is never there."""
-    return delivery.Delivery(current, Outbox(Jobs(connect("redis://127.0.0.1:1/0")), current))
-
-
 def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
     pending = [one.address for one in taken.recipients if one.status == "pending"]
     delivery.record(taken, Outcome(replies[-1], dict(zip(pending, replies, strict=True))), RELAY)
@@ -71,27 +64,23 @@ def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("replies", "state"),
+    ("on_doubt", "replies", "state"),
     [
-        ([OK, OK], "sent"),
-        ([OK, NEVER], "failed"),
-        ([NEVER, NEVER], "failed"),
-        ([OK, LATER], "delayed"),
-        ([NEVER, LATER], "delayed"),
-        ([AWAY, AWAY], "delayed"),
-        ([SILENCE, SILENCE], "delayed"),
-        ([SILENCE, NEVER], "delayed"),
+        ("retry", [OK, OK], "sent"),
+        ("retry", [OK, NEVER], "failed"),
+        ("retry", [NEVER, NEVER], "failed"),
+        ("retry", [OK, LATER], "delayed"),
+        ("retry", [NEVER, LATER], "delayed"),
+        ("retry", [AWAY, AWAY], "delayed"),
+        ("retry", [SILENCE, SILENCE], "delayed"),
+        ("retry", [SILENCE, NEVER], "delayed"),
+        ("hold", [SILENCE, OK], "unknown"),
+        ("hold", [SILENCE, NEVER], "unknown"),
+        ("hold", [SILENCE, LATER], "delayed"),
     ],
 )
-def test_the_state_after_an_attempt(replies: list[Reply], state: str) -> None:
-    assert after(claim("pending", "pending"), *replies)[0] == state
-
-
-@pytest.mark.parametrize(
-    ("replies", "state"), [([SILENCE, OK], "unknown"), ([SILENCE, NEVER], "unknown"), ([SILENCE, LATER], "delayed")]
-)
-def test_what_is_in_doubt_is_held_where_that_was_chosen(replies: list[Reply], state: str) -> None:
-    assert after(claim("pending", "pending", on_doubt="hold"), *replies)[0] == state
+def test_the_state_after_an_attempt(on_doubt: str, replies: list[Reply], state: str) -> None:
+    assert after(claim("pending", "pending", on_doubt=on_doubt), *replies)[0] == state
 
 
 def test_the_pauses_follow_the_schedule_and_then_the_mail_fails() -> None:
@@ -129,32 +118,33 @@ def test_of_several_pauses_asked_for_the_longest_counts() -> None:
     assert after(claim("pending", "pending"), minutes, LATER) == ("delayed", 301)
 
 
-def test_a_retry_goes_only_to_those_not_yet_served() -> None:
-    taken = claim("accepted", "refused", "pending", "in_doubt")
+@pytest.mark.parametrize(
+    ("before", "on_doubt", "were", "are"),
+    [
+        ("delayed", "retry", "accepted refused pending in_doubt", "accepted refused pending pending"),
+        ("sending", "retry", "in_doubt in_doubt", "pending pending"),
+        ("sending", "retry", "pending", "pending"),
+        ("sending", "hold", "in_doubt", "in_doubt"),
+        ("failed", "retry", "accepted refused", "accepted pending"),  # a person has asked again
+        ("unknown", "hold", "in_doubt refused accepted", "pending pending accepted"),
+    ],
+)
+def test_what_earlier_attempts_have_left_is_taken_up(before: str, on_doubt: str, were: str, are: str) -> None:
+    taken = claim(*were.split(), before=before, counted=2, on_doubt=on_doubt)
     delivery.take_up(taken)
-    assert [one.status for one in taken.recipients] == ["accepted", "refused", "pending", "pending"]
+    assert [one.status for one in taken.recipients] == are.split()
+    assert taken.counted == (0 if before in ("failed", "unknown") else 2)
+    died = before == "sending"
+    assert [one["verdict"] for one in taken.attempts] == ["interrupted"] * died
+    assert (taken.counts["attempt:interrupted"], taken.counts["in_doubt"]) == (died, died and "in_doubt" in were)
 
 
-def test_a_held_doubt_is_not_taken_up_by_a_retry_but_by_a_person() -> None:
-    taken = claim("in_doubt", before="sending", on_doubt="hold")
+def test_a_held_doubt_outlasts_the_attempts_at_the_others() -> None:
+    taken = claim("pending", "pending", on_doubt="hold")
+    assert after(taken, SILENCE, LATER)[0] == "delayed"
     delivery.take_up(taken)
-    assert taken.recipients[0].status == "in_doubt"
-    asked = claim("in_doubt", "refused", "accepted", before="unknown", counted=2, on_doubt="hold")
-    delivery.take_up(asked)
-    assert [one.status for one in asked.recipients] == ["pending", "pending", "accepted"]
-    assert asked.counted == 0
-
-
-def test_a_worker_that_died_after_the_mark_has_left_an_attempt_and_a_doubt() -> None:
-    for statuses, doubts in ((["in_doubt", "in_doubt"], 1), (["pending"], 0)):
-        taken = claim(*statuses, before="sending")
-        delivery.take_up(taken)
-        assert [one["verdict"] for one in taken.attempts] == ["interrupted"]
-        assert (taken.counts["attempt:interrupted"], taken.counts["in_doubt"]) == (1, doubts)
-    fresh = claim("pending")
-    delivery.take_up(fresh)
-    assert not fresh.attempts
-    assert not fresh.counts
+    assert after(taken, OK)[0] == "unknown"
+    assert [one.status for one in taken.recipients] == ["in_doubt", "accepted"]
 
 
 def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -> None:
@@ -224,25 +214,23 @@ LOST = object()
 
 
 class Attempt:
-    """A mail that `Delivery._hand_over` sends, with a claim that notes in `events` what is written down."""
+    """A mail that `Delivery._hand_over` sends, with a store that notes in `events` what is written down."""
 
-    def __init__(self, there: ScriptedRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, there: ScriptedRelay) -> None:
         self.there = there
         self.events: list[tuple[str, int]] = []  # with the number of mails that the relay had then
         self.claim = claim("pending")
         self.at_mark: Callable[[], object] = lambda: None
-        self.delivery = made(Settings(_env_file=None))
+        self.delivery = delivery.Delivery(Outbox(Jobs(connect("redis://127.0.0.1:1/0")), Settings(_env_file=None)))
         self.delivery.relay, self.delivery.pool = at(there.port), POOL
-        self.claim.store = SimpleNamespace(run=self.mark)  # type: ignore[assignment]  # all that is asked of it here
-        monkeypatch.setattr(self.claim, "settle", lambda state, **_: self.note(state))
+        self.claim.store = SimpleNamespace(run=self.run, insist=self.run)  # type: ignore[assignment]
 
-    def note(self, event: str) -> None:
-        self.events.append((event, len(self.there.bodies)))
-
-    def mark(self, script: str, keys: list[str], args: list[str]) -> bool:
-        """Stands for Redis, which writes the mark if the claim is not lost."""
+    def run(self, script: str, keys: list[str], args: list[str]) -> bool:
+        """Stands for Redis, which writes the mark if the claim is not lost, and the outcome."""
+        self.events.append(("mark" if script == MARK_IN_DOUBT else args[2], len(self.there.bodies)))
+        if script != MARK_IN_DOUBT:
+            return True
         assert [one["status"] for one in json.loads(args[1])] == ["in_doubt"]
-        self.note("mark")
         return self.at_mark() is not LOST
 
     def make(self) -> object:
@@ -250,11 +238,9 @@ class Attempt:
 
 
 @WAYS
-def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(
-    offers: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with served(offers=offers) as there:
-        attempt = Attempt(there, monkeypatch)
+def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(offers: list[str]) -> None:
+    with served(offers=offers) as (there, _):
+        attempt = Attempt(there)
         assert attempt.make() == "sent"
         assert attempt.events == [("mark", 0), ("sent", 1)]
         assert attempt.delivery.dots._pending == {"an-id"}  # until `deliver` ends, a process that aborts waits
@@ -271,10 +257,10 @@ def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(
     ],
 )
 def test_what_stops_a_mail_before_its_dot_leaves_it_unsent(
-    offers: list[str], stop: str, error: type[Exception], events: list[object], monkeypatch: pytest.MonkeyPatch
+    offers: list[str], stop: str, error: type[Exception], events: list[object]
 ) -> None:
-    with served(offers=offers) as there:
-        attempt = Attempt(there, monkeypatch)
+    with served(offers=offers) as (there, _):
+        attempt = Attempt(there)
         if stop == "expired":
             attempt.claim.expires_at = 1
         elif stop == "claim lost":
@@ -291,7 +277,7 @@ def test_what_stops_a_mail_before_its_dot_leaves_it_unsent(
     ("expires", "events"), [(False, [("mark", 1), ("mark", 1), ("sent", 2)]), (True, [("mark", 1), ("failed", 1)])]
 )
 def test_a_mail_whose_kept_session_dies_at_the_dot_begins_again_and_nothing_of_the_first_mark_is_left(
-    expires: bool, events: list[object], monkeypatch: pytest.MonkeyPatch
+    expires: bool, events: list[object]
 ) -> None:
     gone = threading.Event()
 
@@ -304,9 +290,9 @@ def test_a_mail_whose_kept_session_dies_at_the_dot_begins_again_and_nothing_of_t
         time.sleep(0.1)
         attempt.claim.expires_at = float(expires)
 
-    with served({"BODY": [lambda _: "", die, lambda _: ""]}) as there:
-        Attempt(there, monkeypatch).make()
-        attempt = Attempt(there, monkeypatch)
+    with served({"BODY": [lambda _: "", die, lambda _: ""]}) as (there, _):
+        Attempt(there).make()
+        attempt = Attempt(there)
         attempt.at_mark = wait_for_the_reset
         with pytest.raises(delivery.Failed) if expires else nullcontext():
             attempt.make()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import pytest
 
-from smtp import relay, session
-from smtp.relay import Relay
+from smtp import relay
 from smtp.verdict import Phase, Reply, Verdict
-from tests.conversations import another, at, attempt, fate, opened, served
-from tests.scripted_relay import Line, Script, ScriptedRelay, Step, hang_up, pieces, raw, reset
+from tests.conversations import another, at, attempt, fate, meet, opened, served
+from tests.scripted_relay import Line, Script, ScriptedRelay, Step, hang_up, raw, reset
 from tests.servers import eventually
 from tests.smtp_samples import ADA, BOB, CAY, CHUNKS, LARGE, MIME, PIPES, SENDER, WAYS
 from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
@@ -29,22 +26,16 @@ def test_begin_sends_all_but_the_dot_and_knows_the_replies_about_recipients(mime
     def look(replies: Mapping[str, Reply]) -> None:
         calls.append(dict(replies))
         eventually(lambda: there.heard.endswith(mime[-10:]))
-        assert bytes(there.heard).endswith(b"DATA\r\n" + mime)
         time.sleep(0.1)
         assert bytes(there.heard).endswith(b"DATA\r\n" + mime)
         assert not there.bodies
 
     with ScriptedRelay({"RCPT": ["250 2.1.5 ok", "550 5.1.1 no", "450 4.2.1 busy"]}) as there:
         outcome = attempt(at(there.port), ADA, BOB, CAY, mime=mime, before_dot=look)
-    assert calls == [
-        {
-            ADA: Reply(Phase.RCPT, 250, "2.1.5 ok"),
-            BOB: Reply(Phase.RCPT, 550, "5.1.1 no"),
-            CAY: Reply(Phase.RCPT, 450, "4.2.1 busy"),
-        }
-    ]
-    assert outcome.verdict is ACCEPTED
-    assert outcome.recipients == calls[0] | {ADA: Reply(Phase.DOT, 250, "2.0.0 queued as 4711")}
+    refused = {BOB: Reply(Phase.RCPT, 550, "5.1.1 no"), CAY: Reply(Phase.RCPT, 450, "4.2.1 busy")}
+    assert calls == [{ADA: Reply(Phase.RCPT, 250, "2.1.5 ok"), **refused}]
+    assert outcome.recipients == {ADA: outcome.reply, **refused}
+    assert outcome.reply == Reply(Phase.DOT, 250, "2.0.0 queued as 4711")
     assert there.accepted == [mime]
 
 
@@ -68,22 +59,18 @@ def test_a_conversation_that_ends_between_begin_and_finish_has_sent_nothing(
 
 
 def test_an_interrupted_caller_leaves_nothing_open() -> None:
-    def talk(port: int) -> None:
-        with opened(at(port)):
-            raise KeyboardInterrupt
-
-    with ScriptedRelay() as there, pytest.raises(KeyboardInterrupt):
-        talk(there.port)
+    with ScriptedRelay() as there, pytest.raises(KeyboardInterrupt), opened(at(there.port)):
+        raise KeyboardInterrupt
     assert there.commands[-1] == "QUIT"
 
 
 @pytest.mark.parametrize(("offers", "trips"), [([], 4), (["CHUNKING"], 4), (PIPES, 2), (CHUNKS, 1)])
 def test_a_mail_on_a_warm_session_takes_as_few_round_trips_as_the_relay_allows(offers: list[str], trips: int) -> None:
-    with served(offers=offers, latency=0.01) as there:
-        another(at(there.port))
+    with served(offers=offers, latency=0.01) as (there, to):
+        another(to)
         before = there.turns
         for _ in range(5):
-            assert another(at(there.port)).verdict is ACCEPTED
+            assert another(to).reply.verdict is ACCEPTED
         assert there.turns - before == 5 * trips
         assert there.connections == 1
     assert there.accepted == [MIME] * 6
@@ -91,54 +78,50 @@ def test_a_mail_on_a_warm_session_takes_as_few_round_trips_as_the_relay_allows(o
 
 @pytest.mark.parametrize("offers", [PIPES, CHUNKS])
 def test_what_is_pipelined_is_what_is_said_without(offers: list[str]) -> None:
-    with ScriptedRelay(offers=[*offers, "SIZE"]) as there:
-        attempt(at(there.port), ADA, BOB)
+    there, _ = meet({}, ADA, BOB, offers=[*offers, "SIZE"])
     envelope = [f"MAIL FROM:<{SENDER}> SIZE={len(MIME)}", f"RCPT TO:<{ADA}>", f"RCPT TO:<{BOB}>"]
     assert there.commands[1:] == [*envelope, "DATA" if offers is PIPES else f"BDAT {len(MIME)} LAST", "QUIT"]
 
 
 def test_a_large_mail_waits_for_the_replies_about_its_recipients() -> None:
-    with ScriptedRelay({"RCPT": "550 5.1.1 no", "DATA": "554 no valid recipients"}, offers=CHUNKS) as there:
-        assert fate(attempt(at(there.port), mime=LARGE)) == (Phase.RCPT, 550, REFUSED)
+    nobody: Script = {"RCPT": "550 5.1.1 no", "DATA": "554 no valid recipients"}
+    there, outcome = meet(nobody, offers=CHUNKS, mime=LARGE)
+    assert fate(outcome) == (Phase.RCPT, 550, REFUSED)
     assert len(there.heard) < 1000
 
 
 def test_a_chunk_holds_the_mail_to_the_byte_with_crlf_line_ends_and_no_dot_doubled() -> None:
-    with ScriptedRelay(offers=CHUNKS) as there:
-        attempt(at(there.port), mime=b"A: b\n\n.\r\n..x\r\xff\0\n.")
+    there, _ = meet(offers=CHUNKS, mime=b"A: b\n\n.\r\n..x\r\xff\0\n.")
     assert there.accepted == [b"A: b\r\n\r\n.\r\n..x\r\n\xff\0\r\n.\r\n"]
 
 
 @WAYS
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 def test_replies_to_many_commands_may_come_in_any_number_of_packets(offers: list[str], size: int) -> None:
-    together: list[str] = []
+    together: list[bytes] = []
 
-    def gathered(text: str, reply: str) -> Step:
+    def gathered(text: bytes) -> Step:
         def act(line: Line) -> str:
-            together.append(text)
-            if offers == [] or text.startswith(("354", "250-2.0.0")):
-                pieces("\r\n".join(together), size)(line)
+            together.append(text + b"\r\n")
+            if offers == [] or text.startswith((b"354", b"250-2.0.0")):
+                raw(b"".join(together), size)(line)
                 together.clear()
-            return reply
+            return text.decode()
 
         return act
 
     script: Script = {
-        "GREETING": pieces("220-relay.example\r\n220-welcomes\r\n220 you", size),
-        "EHLO": pieces("\r\n".join(["250-relay.example", *(f"250-{offer}" for offer in offers), "250 HELP"]), size),
-        "MAIL": gathered("250-2.1.0 fine\r\n250 go on", "250"),
-        "RCPT": [gathered("250 2.1.5 liked", "250"), gathered("550-5.1.1 not\r\n550 5.1.1 here", "550")],
-        "DATA": gathered("354-end with\r\n354 a dot", "354"),
-        ".": gathered("250-2.0.0 thanks\r\n250 2.0.0 4711", "250"),
+        "GREETING": raw(b"220-relay.example\r\n220-welcomes\r\n220 you\r\n", size),
+        "EHLO": raw("\r\n".join(["250-relay.example", *(f"250-{it}" for it in offers), "250 HELP\r\n"]).encode(), size),
+        "MAIL": gathered(b"250-2.1.0 fine\r\n250 go on"),
+        "RCPT": [gathered(b"250 2.1.5 liked"), gathered(b"550-5.1.1 not\r\n550 5.1.1 here")],
+        "DATA": gathered(b"354-end with\r\n354 a dot"),
+        ".": gathered(b"250-2.0.0 thanks\r\n250 2.0.0 4711"),
     }
-    with ScriptedRelay(script) as there:
-        outcome = attempt(at(there.port), ADA, BOB)
+    there, outcome = meet(script, ADA, BOB)
     assert there.accepted == [MIME]
-    assert outcome.recipients == {
-        ADA: Reply(Phase.DOT, 250, "2.0.0 thanks 2.0.0 4711"),
-        BOB: Reply(Phase.RCPT, 550, "5.1.1 not 5.1.1 here"),
-    }
+    assert outcome.reply == Reply(Phase.DOT, 250, "2.0.0 thanks 2.0.0 4711")
+    assert outcome.recipients == {ADA: outcome.reply, BOB: Reply(Phase.RCPT, 550, "5.1.1 not 5.1.1 here")}
 
 
 @pytest.mark.parametrize(
@@ -161,15 +144,13 @@ def test_replies_to_many_commands_may_come_in_any_number_of_packets(offers: list
 def test_with_too_few_replies_or_wrong_ones_a_mail_is_in_doubt_once_its_end_is_out(
     offers: list[str], script: Script, phase: Phase, verdict: Verdict
 ) -> None:
-    with ScriptedRelay(script, offers=offers) as there:
-        outcome = attempt(at(there.port), ADA, BOB)
+    _, outcome = meet(script, ADA, BOB, offers=offers)
     assert fate(outcome)[::2] == (phase, verdict)
 
 
 @WAYS
 def test_a_refused_recipient_keeps_its_reply_when_the_rest_is_in_doubt(offers: list[str]) -> None:
-    with ScriptedRelay({"RCPT": ["550 5.1.1 no", "250 ok"], ".": hang_up}, offers=offers) as there:
-        outcome = attempt(at(there.port), ADA, BOB)
+    _, outcome = meet({"RCPT": ["550 5.1.1 no", "250 ok"], ".": hang_up}, ADA, BOB, offers=offers)
     assert [reply.verdict for reply in outcome.recipients.values()] == [REFUSED, IN_DOUBT]
 
 
@@ -177,25 +158,24 @@ def test_a_refused_recipient_keeps_its_reply_when_the_rest_is_in_doubt(offers: l
 def test_no_mail_is_sent_for_nobody_though_the_relay_invites_one(refusal: str) -> None:
     """RFC 2920 3.1 would have an empty one sent, and trust the relay to refuse that; closing needs no trust."""
     called: list[object] = []
-    with ScriptedRelay({refusal: "550 5.1.1 no"}, offers=PIPES) as there:
-        assert fate(attempt(at(there.port), before_dot=called.append)) == (Phase(refusal.lower()), 550, REFUSED)
+    there, outcome = meet({refusal: "550 5.1.1 no"}, offers=PIPES, before_dot=called.append)
+    assert fate(outcome) == (Phase(refusal.lower()), 550, REFUSED)
     assert there.heard.endswith(b"DATA\r\n")
     assert not called
     assert not there.bodies
 
 
 def test_a_relay_that_takes_a_chunk_for_nobody_has_taken_it_for_nobody() -> None:
-    with served({"RCPT": "550 5.1.1 no"}, offers=CHUNKS) as there:
-        assert fate(another(at(there.port))) == (Phase.RCPT, 550, REFUSED)
-        another(at(there.port))
+    with served({"RCPT": "550 5.1.1 no"}, offers=CHUNKS) as (there, to):
+        assert fate(another(to)) == (Phase.RCPT, 550, REFUSED)
+        another(to)
         assert there.connections == 2
 
 
 def test_of_a_chunks_recipients_only_those_are_known_whom_no_command_can_name() -> None:
-    known: list[Mapping[str, Reply]] = []
-    with ScriptedRelay(offers=CHUNKS) as there:
-        outcome = attempt(at(there.port), ADA, "not an address", before_dot=lambda replies: known.append(dict(replies)))
-    assert known == [{"not an address": outcome.recipients["not an address"]}]
+    known: dict[str, Reply] = {}
+    there, outcome = meet({}, ADA, "not an address", offers=CHUNKS, before_dot=known.update)
+    assert known == {"not an address": outcome.recipients["not an address"]}
     assert there.accepted == [MIME]
 
 
@@ -211,43 +191,23 @@ def test_an_end_that_cannot_go_out_leaves_nothing_in_doubt(offers: list[str]) ->
         assert gone.wait(5)
         time.sleep(0.1)  # until the kernel has taken notice
 
-    with ScriptedRelay({"BODY": go}, offers=offers) as there:
-        outcome = attempt(at(there.port), before_dot=wait_for_the_reset)
+    there, outcome = meet({"BODY": go}, offers=offers, before_dot=wait_for_the_reset)
     assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
     assert not there.bodies
 
 
 @pytest.mark.parametrize(("rcpt", "phase"), [("550 5.1.1 no", Phase.RCPT), ("250 2.1.5 ok", Phase.TRANSFER)])
-def test_after_a_chunk_that_did_not_get_out_whole_nothing_is_said(rcpt: str, phase: Phase) -> None:
+def test_after_a_chunk_that_did_not_get_out_whole_nothing_is_said(
+    rcpt: str, phase: Phase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All its replies are here, and the relay still waits for the rest: a RSET or QUIT might complete a mail."""
-
-    def refuse_and_pause(line: Line) -> str:
-        line.say("554 5.5.1 no")
-        time.sleep(0.4)
-        return "554"
-
+    monkeypatch.setattr(relay, "SEND_BUFFER", 4096)  # a kernel that takes less of a mail at once
     called: list[object] = []
     large = MIME + b"x" * 200_000 + b"\r\n"
-    script: Script = {"RCPT": rcpt, "BODY": refuse_and_pause}
-    with ScriptedRelay(script, offers=CHUNKS, receive_buffer=2048) as there, small_send_buffer():
+    script: Script = {"RCPT": rcpt, "BODY": raw(b"554 5.5.1 no\r\n", pause=0.4)}
+    with ScriptedRelay(script, offers=CHUNKS, receive_buffer=2048) as there:
         outcome = attempt(at(there.port, timeout=0.3), mime=large, before_dot=called.append)
-    assert outcome.reply.phase is phase
-    assert outcome.verdict is REFUSED
+    assert fate(outcome)[::2] == (phase, REFUSED)
     assert not called
     assert b"RSET" not in there.heard
     assert b"QUIT" not in there.heard
-
-
-@contextmanager
-def small_send_buffer() -> Iterator[None]:
-    """A kernel that takes less of a mail at once."""
-    original = relay.connect_any
-
-    def connect(to: Relay) -> socket.socket:
-        sock = original(to)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        return sock
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(session, "connect_any", connect)
-        yield

@@ -122,6 +122,10 @@ def test_a_relay_that_asks_for_a_pause_gets_it_at_once(client: redis.Redis) -> N
     wait = relay.admit()
     assert wait
     assert 299 < wait.seconds <= 300
+    client.hset("relay:breaker", "open_until", 1)  # it is over
+    assert relay.admit() is None
+    assert not relay.trouble()  # that was a probe, so one trouble is enough
+    assert relay.admit()
 
 
 def test_a_worker_that_met_with_trouble_knows_how_long_to_take_no_mail(
@@ -170,12 +174,3 @@ def test_one_mail_probes_and_what_becomes_of_it_decides_for_the_others(
     assert relay.admit()
     time.sleep(0.35)
     assert relay.admit() is None  # and the next may probe again, also for a worker that died
-
-
-def test_each_relay_has_a_breaker_and_a_rate_of_its_own(client: redis.Redis) -> None:
-    first, second = Pacing(client, (Rate(1, 60),)), Pacing(client, (Rate(1, 60),), relay="relay:second")
-    assert (first.admit(), second.admit()) == (None, None)
-    assert first.admit()
-    assert second.trouble(pause=300)
-    assert (in_trouble(client), in_trouble(client, "relay:second")) == (False, True)
-    assert sorted(client.keys("*")) == [b"relay:gone", b"relay:second:breaker", b"relay:second:gone", b"relay:told"]

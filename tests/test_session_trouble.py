@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trustme
@@ -22,41 +24,43 @@ import trustme
 from smtp.envelope import Envelope
 from smtp.session import Stopped
 from smtp.verdict import Phase, Reply, Verdict, judge
-from tests.conversations import at, attempt, fate, opened, server_context, took_less_than
-from tests.scripted_relay import Line, Script, ScriptedRelay, Step, drip, hang, hang_up, last_words, pieces
+from tests.conversations import ANSWERS, at, attempt, fate, meet, opened, server_context, took_less_than
+from tests.scripted_relay import Line, Script, ScriptedRelay, Step, drip, hang, hang_up, last_words, raw
 from tests.servers import eventually, free_port
 from tests.smtp_samples import ADA, BOB, LARGE, LOGIN, MIME, SENDER
 from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
+TOO_LONG = "the conversation took too long"
 
 
 # TLS
 
 
+YESTERDAY = datetime.now(timezone.utc) - timedelta(days=1)
+NOT_VALID = "the relay's certificate is not valid: "
+
+
 @pytest.mark.parametrize("security", ["starttls", "tls"])
-@pytest.mark.parametrize("fault", ["another name", "unknown authority", "expired", "not TLS"])
+@pytest.mark.parametrize(
+    ("script", "ours", "certificate", "said"),
+    [
+        ({}, True, {"name": "relay.example"}, NOT_VALID + r".*127\.0\.0\.1.*"),
+        ({}, False, {}, NOT_VALID + "unable to get local issuer certificate"),
+        ({}, True, {"not_after": YESTERDAY}, NOT_VALID + "certificate has expired"),
+        ({"TLS": last_words("220 hello")}, True, {}, r"\[SSL.*"),
+    ],
+    ids=["another name", "unknown authority", "expired", "not TLS"],
+)
 def test_without_a_good_certificate_nothing_is_sent(
-    security: str, fault: str, authority: trustme.CA, ca_file: str
-) -> None:
-    yesterday = datetime.now(timezone.utc) - timedelta(days=1)
-    context = {
-        "another name": lambda: server_context(authority, "relay.example"),
-        "unknown authority": lambda: server_context(trustme.CA()),
-        "expired": lambda: server_context(authority, not_after=yesterday),
-        "not TLS": lambda: server_context(authority),
-    }[fault]()
-    script: Script = {"TLS": last_words("220 hello")} if fault == "not TLS" else {}
-    with ScriptedRelay(script, offers=["STARTTLS", "AUTH PLAIN"], tls=context, implicit=security == "tls") as there:
-        outcome = attempt(at(there.port, security=security, login=LOGIN, ca_file=ca_file))
+    security: str, script: Script, ours: bool, certificate: dict[str, Any], said: str,
+    authority: trustme.CA, ca_file: str,
+) -> None:  # fmt: skip
+    context = server_context(authority if ours else trustme.CA(), **certificate)
+    offers = ["STARTTLS", "AUTH PLAIN"]
+    there, outcome = meet(script, offers=offers, tls=context, security=security, login=LOGIN, ca_file=ca_file)
     phase = Phase.STARTTLS if security == "starttls" else Phase.CONNECT
     assert fate(outcome) == (phase, None, TROUBLE)
-    said = {
-        "another name": r"the relay's certificate is not valid: .*127\.0\.0\.1.*",
-        "unknown authority": r"the relay's certificate is not valid: unable to get local issuer certificate",
-        "expired": r"the relay's certificate is not valid: certificate has expired",
-        "not TLS": r"\[SSL.*",
-    }[fault]
     assert re.fullmatch(said, outcome.reply.text)
     in_clear = ["ehlo", "STARTTLS"] if security == "starttls" else []
     assert [command.split()[0] for command in there.commands] == in_clear
@@ -64,17 +68,16 @@ def test_without_a_good_certificate_nothing_is_sent(
 
 
 def test_without_a_ca_file_only_public_authorities_are_trusted(authority: trustme.CA) -> None:
-    with ScriptedRelay(tls=server_context(authority), implicit=True) as there:
-        outcome = attempt(at(there.port, security="tls"))
+    there, outcome = meet(tls=server_context(authority), security="tls")
     assert fate(outcome) == (Phase.CONNECT, None, TROUBLE)
     assert not there.commands
 
 
 @pytest.mark.parametrize("security", ["starttls", "tls"])
 def test_a_ca_file_that_is_gone_is_trouble(security: str, authority: trustme.CA, tmp_path: Path) -> None:
-    with ScriptedRelay(offers=["STARTTLS"], tls=server_context(authority), implicit=security == "tls") as there:
-        outcome = attempt(at(there.port, security=security, ca_file=str(tmp_path / "gone.pem")))
-    assert outcome.verdict is TROUBLE
+    gone = str(tmp_path / "gone.pem")
+    there, outcome = meet(offers=["STARTTLS"], tls=server_context(authority), security=security, ca_file=gone)
+    assert outcome.reply.verdict is TROUBLE
     assert outcome.reply.text == "No such file or directory"
     assert "STARTTLS" not in there.commands
 
@@ -93,26 +96,23 @@ def test_a_ca_file_that_is_gone_is_trouble(security: str, authority: trustme.CA,
 def test_without_starttls_neither_login_nor_mail_goes_out(
     script: Script, offers: list[str], code: int | None, ca_file: str
 ) -> None:
-    with ScriptedRelay(script, offers=offers) as there:
-        outcome = attempt(at(there.port, security="starttls", login=LOGIN, ca_file=ca_file))
+    there, outcome = meet(script, offers=offers, security="starttls", login=LOGIN, ca_file=ca_file)
     assert fate(outcome) == (Phase.STARTTLS, code, TROUBLE)
     assert {command.split()[0] for command in there.commands} <= {"ehlo", "helo", "STARTTLS", "QUIT"}
 
 
-def test_what_was_offered_before_tls_does_not_count_after_it(authority: trustme.CA, ca_file: str) -> None:
+def test_what_was_offered_before_tls_does_not_count_after_it(certified: dict[str, Any]) -> None:
     ehlo: list[Step] = ["250-relay.example\r\n250-STARTTLS\r\n250 AUTH PLAIN", "250 relay.example"]
-    with ScriptedRelay({"EHLO": ehlo}, tls=server_context(authority)) as there:
-        outcome = attempt(at(there.port, security="starttls", login=LOGIN, ca_file=ca_file))
+    there, outcome = meet({"EHLO": ehlo}, security="starttls", login=LOGIN, **certified)
     assert fate(outcome) == (Phase.AUTH, None, TROUBLE)
     assert [command.split()[0] for command in there.commands] == ["ehlo", "STARTTLS", "ehlo", "QUIT"]
 
 
-def test_a_reply_slipped_in_before_tls_is_not_taken_for_one_after_it(authority: trustme.CA, ca_file: str) -> None:
+def test_a_reply_slipped_in_before_tls_is_not_taken_for_one_after_it(certified: dict[str, Any]) -> None:
     """CVE-2011-0411 the other way round: the second line came in clear, from anybody."""
-    slipped = "220 2.0.0 go ahead\r\n250-mallory.example\r\n250 AUTH PLAIN"
-    with ScriptedRelay({"STARTTLS": slipped}, offers=["STARTTLS"], tls=server_context(authority)) as there:
-        outcome = attempt(at(there.port, security="starttls", login=LOGIN, ca_file=ca_file))
-    assert outcome.verdict is TROUBLE
+    script = {"STARTTLS": "220 2.0.0 go ahead\r\n250-mallory.example\r\n250 AUTH PLAIN"}
+    there, outcome = meet(script, offers=["STARTTLS"], security="starttls", login=LOGIN, **certified)
+    assert outcome.reply.verdict is TROUBLE
     assert not any(command.startswith("AUTH") for command in there.commands)
 
 
@@ -133,16 +133,14 @@ def test_a_reply_slipped_in_before_tls_is_not_taken_for_one_after_it(authority: 
     ],
 )
 def test_a_login_that_fails_is_trouble_with_the_reply_to_it(reply: Step, code: int | None) -> None:
-    with ScriptedRelay({"AUTH": reply}, offers=["AUTH PLAIN LOGIN CRAM-MD5"]) as there:
-        outcome = attempt(at(there.port, login=LOGIN))
+    there, outcome = meet({"AUTH": reply}, offers=["AUTH PLAIN LOGIN CRAM-MD5"], login=LOGIN)
     assert fate(outcome) == (Phase.AUTH, code, TROUBLE)
     assert [command.split()[0] for command in there.commands[1:]] in (["AUTH"], ["AUTH", "QUIT"])
 
 
 @pytest.mark.parametrize("offers", [[], ["AUTH"], ["AUTH XOAUTH2 GSSAPI"]])
 def test_a_relay_without_a_login_we_know_is_trouble(offers: list[str]) -> None:
-    with ScriptedRelay(offers=offers) as there:
-        outcome = attempt(at(there.port, login=LOGIN))
+    there, outcome = meet(offers=offers, login=LOGIN)
     assert fate(outcome) == (Phase.AUTH, None, TROUBLE)
     assert outcome.reply.text == "the relay offers no AUTH PLAIN, LOGIN or CRAM-MD5"
     assert there.commands[1:] == ["QUIT"]
@@ -166,9 +164,7 @@ def expect_cram_md5(line: Line) -> str:
 
 
 def check(line: Line, right: bool) -> str:
-    reply = "235 2.7.0 welcome" if right else "535 5.7.8 no"
-    line.say(reply)
-    return reply
+    return line.say("235 2.7.0 welcome" if right else "535 5.7.8 no")
 
 
 @pytest.mark.parametrize(
@@ -183,8 +179,8 @@ def check(line: Line, right: bool) -> str:
     ],
 )
 def test_the_login_uses_what_the_relay_offers(offered: str, chosen: str, expect: Callable[[Line], str]) -> None:
-    with ScriptedRelay({"AUTH": expect}, offers=[f"AUTH {offered}"]) as there:
-        assert attempt(at(there.port, login=LOGIN)).verdict is ACCEPTED
+    there, outcome = meet({"AUTH": expect}, offers=[f"AUTH {offered}"], login=LOGIN)
+    assert outcome.reply.verdict is ACCEPTED
     assert [command.split()[1] for command in there.commands if command.startswith("AUTH")] == [chosen]
 
 
@@ -211,23 +207,27 @@ def assert_clean(text: str) -> None:
 def test_a_summary_and_the_log_hold_nothing_of_the_mail_or_the_login(
     step: str, code: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(0), ScriptedRelay({step: f"{code} {ECHO}"}, offers=["AUTH PLAIN"]) as there:
-        outcome = attempt(at(there.port, login=CREDENTIALS), RECIPIENT, sender=AUTHOR, mime=BODY)
+    mail: dict[str, Any] = {"login": CREDENTIALS, "sender": AUTHOR, "mime": BODY}
+    with caplog.at_level(0):
+        _, outcome = meet({step: f"{code} {ECHO}"}, RECIPIENT, offers=["AUTH PLAIN"], **mail)
     [reply] = outcome.recipients.values()
-    assert outcome.verdict is not ACCEPTED
+    assert outcome.reply.verdict is not ACCEPTED
     assert "planted" in reply.text or step == "EHLO"  # the relay's words are kept, but only in the record of the mail
     assert re.fullmatch(r"(-?\d+|no reply) at [a-z]+", reply.summary)
     assert_clean(reply.summary + caplog.text + "".join(capfd.readouterr()))
 
 
-def talk(port: int, sender: str) -> None:
-    with opened(at(port, login=CREDENTIALS)) as session:
-        session.begin(Envelope(sender, [ADA]), BODY)
-        session.finish()
-
-
-def printed(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error)) + str(error) + repr(error)
+def stopped_by(script: Script, sender: str = AUTHOR) -> Reply:
+    """Returns the reply that ended a conversation, whose traceback is clean."""
+    with ScriptedRelay(script, offers=["AUTH LOGIN"]) as there:
+        try:
+            with opened(at(there.port, login=CREDENTIALS)) as session:
+                session.begin(Envelope(sender, [ADA]), BODY)
+                session.finish()
+        except Stopped as error:
+            assert_clean("".join(traceback.format_exception(error)) + str(error) + repr(error))
+            return error.reply
+    pytest.fail("nothing has stopped it")
 
 
 @pytest.mark.parametrize("step", ["GREETING", "EHLO", "HELO", "AUTH", "MAIL", "DATA"])
@@ -242,16 +242,11 @@ def printed(error: BaseException) -> str:
     ],
 )
 def test_no_traceback_holds_anything_of_the_mail_or_the_login(step: str, reply: Step) -> None:
-    script: Script = {"500": reply, step: reply} | ({"EHLO": f"502 {ECHO}"} if step == "HELO" else {})
-    with ScriptedRelay(script, offers=["AUTH LOGIN"]) as there, pytest.raises(Stopped) as stopped:
-        talk(there.port, AUTHOR)
-    assert_clean(printed(stopped.value))
+    stopped_by({"500": reply, step: reply, **({"EHLO": f"502 {ECHO}"} if step == "HELO" else {})})
 
 
 def test_no_traceback_holds_an_address_that_cannot_be_sent() -> None:
-    with ScriptedRelay(offers=["AUTH LOGIN"]) as there, pytest.raises(Stopped) as stopped:
-        talk(there.port, f"{AUTHOR}\r\nDATA")
-    assert_clean(printed(stopped.value) + stopped.value.reply.text)
+    assert_clean(stopped_by({}, f"{AUTHOR}\r\nDATA").text)
 
 
 def test_a_relay_does_not_show_its_password() -> None:
@@ -259,8 +254,7 @@ def test_a_relay_does_not_show_its_password() -> None:
 
 
 def test_a_text_of_ours_names_no_address() -> None:
-    with ScriptedRelay({"RCPT": hang_up}) as there:
-        outcome = attempt(at(there.port), f"{RECIPIENT}\r\nDATA", RECIPIENT, sender=AUTHOR)
+    _, outcome = meet({"RCPT": hang_up}, f"{RECIPIENT}\r\nDATA", RECIPIENT, sender=AUTHOR)
     assert_clean(" ".join(reply.text for reply in outcome.recipients.values()))
 
 
@@ -274,10 +268,8 @@ def test_a_relay_that_refuses_the_connection_is_trouble() -> None:
 
 
 def test_a_name_without_an_address_is_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: object, **__: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=unknown))
     assert fate(attempt(at(25, host="x.invalid"))) == (Phase.CONNECT, None, TROUBLE)
 
 
@@ -315,14 +307,10 @@ def test_all_addresses_of_a_relay_share_one_timeout(monkeypatch: pytest.MonkeyPa
 
 def test_a_relay_is_reached_by_the_address_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """And from there on it has the whole timeout for each reply."""
-
-    def greet_late(line: Line) -> str:
-        time.sleep(0.6)
-        return pieces("220 relay.example", 100)(line)
-
-    with black_hole() as nowhere, ScriptedRelay({"GREETING": greet_late}) as there, monkeypatch.context() as patched:
+    late: Script = {"GREETING": raw(b"220 relay.example\r\n", size=10, pause=0.6)}
+    with black_hole() as nowhere, ScriptedRelay(late) as there, monkeypatch.context() as patched:
         resolve_to(patched, free_port(), nowhere, there.port)
-        assert attempt(at(25, timeout=1.5)).verdict is ACCEPTED
+        assert attempt(at(25, timeout=1.5)).reply.verdict is ACCEPTED
     assert there.accepted == [MIME]
 
 
@@ -331,42 +319,31 @@ def test_a_deadline_that_passes_while_connecting_counts(monkeypatch: pytest.Monk
         resolve_to(patched, nowhere, there.port)
         outcome = attempt(at(25, timeout=1, deadline=0.1))
     assert fate(outcome) == (Phase.CONNECT, None, TROUBLE)
-    assert outcome.reply.text == "the conversation took too long"
+    assert outcome.reply.text == TOO_LONG
     assert not there.commands
 
 
 FAULTS = [
     (hang_up, 5, 10, "the relay closed the connection"),
     (hang, 0.3, 10, "timed out"),
-    (drip(b"250-" + b"x" * 1000), 5, 0.4, "the conversation took too long"),
+    (drip(b"250-" + b"x" * 1000), 5, 0.4, TOO_LONG),
 ]
 
 
-@pytest.mark.parametrize(
-    ("step", "phase", "verdict"),
-    [
-        ("GREETING", Phase.GREETING, TROUBLE),
-        ("EHLO", Phase.HELLO, TROUBLE),
-        ("STARTTLS", Phase.STARTTLS, TROUBLE),
-        ("AUTH", Phase.AUTH, TROUBLE),
-        ("MAIL", Phase.MAIL, TROUBLE),
-        ("RCPT", Phase.RCPT, TROUBLE),
-        ("DATA", Phase.DATA, TROUBLE),
-        ("BODY", Phase.TRANSFER, TRY_AGAIN),
-        (".", Phase.DOT, IN_DOUBT),
-    ],
-)
+@pytest.mark.parametrize("step", ANSWERS)
 @pytest.mark.parametrize(("fault", "timeout", "deadline", "text"), FAULTS, ids=["hang up", "hang", "drip"])
 def test_an_answer_that_does_not_come_is_judged_by_where_it_is_missing(
-    step: str, phase: Phase, verdict: Verdict, fault: Step, timeout: float, deadline: float, text: str
+    step: str, fault: Step, timeout: float, deadline: float, text: str
 ) -> None:
     if step == "." and fault is hang:  # the one answer that is waited for until the end of the conversation
-        deadline, text = 1, "the conversation took too long"
-    with ScriptedRelay({step: fault}, offers=["STARTTLS", "AUTH PLAIN"]) as there, took_less_than(3):
-        to = at(there.port, timeout=timeout, deadline=deadline, security="starttls" if step == "STARTTLS" else "none")
-        outcome = attempt(to._replace(username="x"), ADA, BOB, mime=LARGE if step == "BODY" else MIME)
-    assert fate(outcome) == (phase, None, verdict)
-    assert outcome.reply.text == text
+        deadline, text = 1, TOO_LONG
+    security = "starttls" if step == "STARTTLS" else "none"
+    to: dict[str, Any] = {"timeout": timeout, "deadline": deadline, "security": security, "username": "x"}
+    mime = LARGE if step == "BODY" else MIME
+    with took_less_than(3):
+        there, outcome = meet({step: fault}, ADA, BOB, offers=["STARTTLS", "AUTH PLAIN"], mime=mime, **to)
+    assert fate(outcome)[::2] == ANSWERS[step]
+    assert (outcome.reply.code, outcome.reply.text) == (None, text)
     assert not there.accepted
     assert there.connections == 1
     assert b"QUIT" not in there.heard
@@ -375,54 +352,44 @@ def test_an_answer_that_does_not_come_is_judged_by_where_it_is_missing(
 TLS_FAULTS = [
     (hang_up, 5, 10, ""),
     (hang, 0.3, 10, "timed out"),
-    (hang, 5, 0.3, "the conversation took too long"),
-    (drip(b"\x16\x03\x03\x40\x00" + b"2" * 1000), 5, 0.3, "the conversation took too long"),
+    (hang, 5, 0.3, TOO_LONG),
+    (drip(b"\x16\x03\x03\x40\x00" + b"2" * 1000), 5, 0.3, TOO_LONG),
 ]
 
 
 @pytest.mark.parametrize(("security", "phase"), [("tls", Phase.CONNECT), ("starttls", Phase.STARTTLS)])
 @pytest.mark.parametrize(("fault", "timeout", "deadline", "text"), TLS_FAULTS)
 def test_a_tls_handshake_that_does_not_come_about_is_trouble(
-    security: str, phase: Phase, fault: Step, timeout: float, deadline: float, text: str,
-    authority: trustme.CA, ca_file: str,
-) -> None:  # fmt: skip
-    script: Script = {"TLS": fault}
-    with ScriptedRelay(script, offers=["STARTTLS"], implicit=security == "tls") as there, took_less_than(3):
-        outcome = attempt(at(there.port, security=security, ca_file=ca_file, timeout=timeout, deadline=deadline))
+    security: str, phase: Phase, fault: Step, timeout: float, deadline: float, text: str
+) -> None:
+    with took_less_than(3):
+        _, outcome = meet({"TLS": fault}, offers=["STARTTLS"], security=security, timeout=timeout, deadline=deadline)
     assert fate(outcome) == (phase, None, TROUBLE)
     assert text in outcome.reply.text
 
 
 @pytest.mark.parametrize("step", ["MAIL", "."])
-def test_the_deadline_ends_a_conversation_inside_tls(step: str, authority: trustme.CA, ca_file: str) -> None:
-    script: Script = {step: drip(b"250-" + b"x" * 1000)}
-    with ScriptedRelay(script, tls=server_context(authority), implicit=True) as there, took_less_than(3):
-        outcome = attempt(at(there.port, security="tls", ca_file=ca_file, timeout=5, deadline=0.5))
-    assert outcome.verdict is (IN_DOUBT if step == "." else TROUBLE)
-    assert outcome.reply.text == "the conversation took too long"
+def test_the_deadline_ends_a_conversation_inside_tls(step: str, certified: dict[str, Any]) -> None:
+    with took_less_than(3):
+        _, outcome = meet({step: drip(b"250-" + b"x" * 1000)}, security="tls", timeout=5, deadline=0.5, **certified)
+    assert outcome.reply.verdict is (IN_DOUBT if step == "." else TROUBLE)
+    assert outcome.reply.text == TOO_LONG
 
 
-@pytest.mark.parametrize(
-    ("timeout", "deadline", "text"), [(2, 10, "timed out"), (5, 0.5, "the conversation took too long")]
-)
+@pytest.mark.parametrize(("timeout", "deadline", "text"), [(2, 10, "timed out"), (5, 0.5, TOO_LONG)])
 def test_a_relay_that_neither_reads_a_body_nor_speaks_costs_one_timeout_and_no_more_than_the_deadline(
     timeout: float, deadline: float, text: str
 ) -> None:
-    with ScriptedRelay({"BODY": hang}) as there, took_less_than(3.5):
-        outcome = attempt(at(there.port, timeout=timeout, deadline=deadline), mime=LARGE)
+    with took_less_than(3.5):
+        _, outcome = meet({"BODY": hang}, timeout=timeout, deadline=deadline, mime=LARGE)
     assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
     assert outcome.reply.text == text
 
 
 def test_the_answer_to_the_final_dot_may_take_the_rest_of_the_conversation() -> None:
     """A relay that scans for viruses before it answers has the mail, and another attempt would be another mail."""
-
-    def answer_late(line: Line) -> str:
-        time.sleep(1)
-        return pieces("250 2.0.0 clean", 100)(line)
-
-    with ScriptedRelay({".": answer_late}) as there:
-        assert attempt(at(there.port, timeout=0.3, deadline=10)).verdict is ACCEPTED
+    _, outcome = meet({".": raw(b"250 2.0.0 clean\r\n", size=10, pause=1)}, timeout=0.3)
+    assert outcome.reply.verdict is ACCEPTED
 
 
 def test_a_reply_that_came_before_the_deadline_counts_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,8 +408,7 @@ def test_a_reply_that_came_before_the_deadline_counts_after_it(monkeypatch: pyte
 
 
 def test_a_deadline_that_passes_before_the_dot_leaves_nothing_in_doubt() -> None:
-    with ScriptedRelay() as there:
-        outcome = attempt(at(there.port, deadline=0.2), before_dot=lambda _: time.sleep(0.4))
+    there, outcome = meet(deadline=0.2, before_dot=lambda _: time.sleep(0.4))
     assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
     assert not there.accepted
 
@@ -458,18 +424,15 @@ def test_a_deadline_that_passes_before_the_dot_leaves_nothing_in_doubt() -> None
     ],
 )
 def test_why_the_relay_cut_the_body_off_is_read_before_judging(
-    words: str, verdict: Verdict, security: str, authority: trustme.CA, ca_file: str
+    words: str, verdict: Verdict, security: str, certified: dict[str, Any]
 ) -> None:
-    with ScriptedRelay({"BODY": last_words(words)}, tls=server_context(authority), implicit=security == "tls") as there:
-        outcome = attempt(at(there.port, security=security, ca_file=ca_file), mime=LARGE)
-    assert outcome.reply.phase is Phase.TRANSFER
-    assert outcome.verdict is verdict
+    there, outcome = meet({"BODY": last_words(words)}, security=security, mime=LARGE, **certified)
+    assert fate(outcome)[::2] == (Phase.TRANSFER, verdict)
     assert outcome.reply.text == words[4:]
     assert b"QUIT" not in there.heard
 
 
 @pytest.mark.parametrize("words", ["552 5.3.4 message too large", "421 4.3.2 shutting down"])
 def test_a_relay_that_objects_in_mid_body_and_reads_on_is_heard_after_the_dot(words: str) -> None:
-    with ScriptedRelay({"BODY": words, ".": hang}) as there:
-        outcome = attempt(at(there.port))
+    _, outcome = meet({"BODY": words, ".": hang})
     assert fate(outcome) == (Phase.DOT, int(words[:3]), judge(Phase.DOT, int(words[:3])))
