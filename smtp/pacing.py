@@ -7,8 +7,8 @@ come back at once. The breaker opens after some troubles in a row (no connection
 smtp.verdict), lets one mail probe every half minute, and closes when one gets through. While it is open, workers take
 no mail from the queue: a long queue waits where it is.
 
-Keys: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), and lists of moments in ms: `relay:gone`
-(mails sent), `relay:told` (reservations of new mails), `relay:told_again` (of returning ones).
+Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), and lists of moments in
+ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails), `relay:told_again` (of returning ones).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ TROUBLE = """
 local troubles = redis.call('HINCRBY', KEYS[1], 'troubles', 1)
 redis.call('DEL', KEYS[2])
 if open_until == 0 and troubles < tonumber(ARGV[2]) then return 0 end
-redis.call('HSET', KEYS[1], 'open_until', now + ARGV[1])
+redis.call('HSET', KEYS[1], 'open_until', math.max(open_until, now + ARGV[1]))
 return open_until == 0 and 1 or 0
 """
 
@@ -90,13 +90,13 @@ WAITS = {"breaker": "the relay is in trouble", "rate": "SMTP_RATE is reached"}
 
 
 class Pacing:
-    """Paces the mail together with all workers. Raises redis-py's errors: a worker that cannot ask does not send."""
+    """Paces the mail to one relay, by its name, together with all workers. Raises redis-py's errors: a worker that
+    cannot ask does not send."""
 
-    breaker = ("relay:breaker", "relay:probe")
-    moments = ("relay:gone", "relay:told", "relay:told_again")
-
-    def __init__(self, redis: Redis, rates: tuple[Rate, ...]) -> None:
+    def __init__(self, redis: Redis, rates: tuple[Rate, ...], relay: str = "relay") -> None:
         self.redis = redis
+        self.breaker = [f"{relay}:breaker", f"{relay}:probe"]
+        self.moments = [f"{relay}:gone", f"{relay}:told", f"{relay}:told_again"]
         self.rates = [number for rate in rates for number in (rate.mails, rate.seconds * 1000)]
         self._admit, self._trouble, self._closed_for = (Script(redis, HEAD + it) for it in (ADMIT, TROUBLE, CLOSED_FOR))
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
@@ -134,7 +134,7 @@ class Pacing:
         return self._closed_for(keys=self.breaker) / 1000 if self._troubled else 0.0
 
 
-def in_trouble(redis: Redis) -> bool:
+def in_trouble(redis: Redis, relay: str = "relay") -> bool:
     """Returns whether the relay's breaker is open. Raises `Unavailable`."""
     with translating_errors():
-        return bool(redis.hexists(Pacing.breaker[0], "open_until"))
+        return bool(redis.hexists(f"{relay}:breaker", "open_until"))
