@@ -18,7 +18,6 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
 from urllib.parse import urlsplit
@@ -90,12 +89,9 @@ class Address(NamedTuple):
 
 
 def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
+    with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 def parse_address(text: str) -> Address:
@@ -318,9 +314,3 @@ def explain(error: ValidationError, file: str) -> list[str]:
         elif fault["type"] != "default_factory_not_called":  # that is due to another fault, which is reported as well
             faults.append(f"{name}: {text[0].lower()}{text[1:]}")
     return faults
-
-
-@lru_cache(maxsize=1)
-def current() -> Settings:
-    """Returns the settings of this process, for functions that RQ calls with nothing but an id."""
-    return load()

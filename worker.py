@@ -44,7 +44,6 @@ class WorkerPool:
     """
 
     def __init__(self, queue: str, current: settings.Settings) -> None:
-        self.name = queue
         self.settings = current
         self.delivery = delivery.current()
         self.redis = connect(current.redis_url.get_secret_value())  # fails fast: each second is another try
@@ -90,7 +89,7 @@ class WorkerPool:
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
         while len(self.workers) < self.settings.worker_concurrency and not self.asked_to_stop.is_set():
             redis = connect(self.settings.redis_url.get_secret_value(), retrying=True)
-            worker = make_worker(EmailWorker, self.name, redis, ALLOWED[self.name])
+            worker = make_worker(EmailWorker, self.queue.name, redis, ALLOWED[self.queue.name])
             worker.is_paused = self.is_paused
             thread = threading.Thread(target=worker.work, kwargs={"logging_level": None}, name=worker.name)
             self.workers[thread] = worker

@@ -28,6 +28,7 @@ from bench.rig import NotMeasured, Rig, nginx_program
 from bench.sides import COMMON, PEERS, make_environment
 from bench.targets import MEASUREMENTS
 from bench.trials import QUICK, TRIALS, Figures, Size, load_ceiling, relay_ceiling, relay_ceiling_kept
+from ops.checks.store import program
 from tests.servers import ROOT
 
 SHORT = ROOT / "var" / "bench"
@@ -129,8 +130,7 @@ def processor() -> str:
 
 def redis_version() -> str:
     with tempfile.TemporaryDirectory(prefix="bench-") as place, Rig(Path(place)) as rig:
-        info = rig.redis_server.client().info("server")
-    return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
+        return program(rig.redis_server.client().info("server"))
 
 
 def main() -> int:

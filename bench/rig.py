@@ -9,16 +9,14 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
-import signal
 import subprocess
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.servers import RedisServer, free_port
+from tests.servers import RedisServer, free_port, kill_group, start
 
 PATIENCE = 30  # seconds for a part to answer
 Processes = Sequence[subprocess.Popen[Any]]
@@ -72,27 +70,16 @@ class Rig:
 
     def __exit__(self, *_: object) -> None:
         for process in reversed(self.processes.values()):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_group(process)
         self.redis_server.kill()
 
     def start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], cwd: Path | None = None
     ) -> subprocess.Popen[bytes]:
-        """Starts a process in a session of its own: Ctrl-C reaches us only, and `__exit__` its children, too."""
-        with (self.directory / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=cwd or self.directory,
-                env={"PATH": os.environ["PATH"], **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self.processes[name] = process
-        return process
+        environment = {"PATH": os.environ["PATH"], **environment}
+        log = self.directory / f"{name}.log"
+        self.processes[name] = start(command, log, cwd=cwd or self.directory, env=environment)
+        return self.processes[name]
 
     def nginx(self, api_port: int) -> int:
         """Starts nginx in front of an API. Returns the port on which it listens."""
@@ -126,37 +113,30 @@ def nginx_program() -> str | None:
 # --- /proc ------------------------------------------------------------------------------------------------------------
 
 
-def _stat(pid: int) -> list[str]:
-    """Returns the fields of /proc/PID/stat from the third on; the second is a name that may hold anything."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def descendants(pids: Sequence[int]) -> list[int]:
-    """Returns these processes and all below them."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                children[int(_stat(int(entry.name))[1])].append(int(entry.name))
-    found = list(pids)
+def descendants(processes: Processes) -> list[int]:
+    """Returns the ids of these processes and of all below them."""
+    found = [process.pid for process in processes]
     for pid in found:
-        found += children[pid]
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            with suppress(OSError):
+                found += map(int, children.read_text().split())
     return found
 
 
 def cpu_seconds(processes: Processes) -> float:
     """Returns user and system time, with that of children that have ended and were waited for."""
     total = 0
-    for pid in descendants([process.pid for process in processes]):
+    for pid in descendants(processes):
         with suppress(OSError):
-            total += sum(map(int, _stat(pid)[11:15]))
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # behind a name of any characters
+            total += sum(map(int, fields[11:15]))
     return total / TICKS
 
 
 def pss(processes: Processes) -> float:
     """Returns megabytes."""
     kilobytes = 0
-    for pid in descendants([process.pid for process in processes]):
+    for pid in descendants(processes):
         with suppress(OSError):
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             kilobytes += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))

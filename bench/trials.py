@@ -6,7 +6,6 @@ Raises `NotMeasured` where there is nothing to show.
 
 from __future__ import annotations
 
-import http.client
 import json
 import smtplib
 import ssl
@@ -14,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -25,7 +25,7 @@ from bench.longqueue import compare
 from bench.relay import RelayProcess
 from bench.rig import NotMeasured, Rig, cpu_seconds, pss
 from bench.sides import KEY, SIDES
-from tests.servers import free_port
+from tests.servers import Api, free_port
 
 Figures = dict[str, float]
 CONNECTIONS = 16
@@ -65,12 +65,9 @@ def post(port: int, path: str, body: Any) -> Request:
 def status(request: Request) -> int:
     """Returns the status of one answer; 0 where there is none."""
     url = urlsplit(request.url)
-    connection = http.client.HTTPConnection(str(url.hostname), url.port, timeout=10)
-    with suppress(OSError, http.client.HTTPException):
-        connection.request(request.method, url.path, request.body, dict(request.headers))
-        code = connection.getresponse().status
-        connection.close()
-        return code
+    with suppress(OSError, HTTPException):
+        api = Api(url.port or 80)
+        return api.call(request.method, url.path, headers=dict(request.headers), raw=request.body.encode()).status
     return 0
 
 

@@ -19,6 +19,8 @@ from rq.serializers import JSONSerializer
 
 from chaos.stage import REFUSED, TESTS, Stage
 from queues.heartbeat import LOCKED_FOR
+from tests.conversations import server_context
+from tests.redis_troubles import Trouble
 from tests.scripted_relay import Act, Line, Step, command_address, take_after
 from tests.servers import ROOT, eventually, free_port
 
@@ -126,37 +128,21 @@ def restart_redis(end: signal.Signals, away: float = 0.5, times: int = 1) -> Pla
             stage.relay_has(2)
             for _ in range(times):
                 stage.wait(0, 2)
-                stage.redis_server.process.send_signal(end)
-                stage.redis_server.process.wait()
+                stage.redis_server.kill(end)
                 stage.wait(away)
                 stage.redis_server.start()
 
     return play
 
 
-def blackhole_redis(stage: Stage) -> None:
-    with stage.relay_says(DOT=take_after(0.15)):
-        stage.relay_has(2)
-        stage.redis_server.process.send_signal(signal.SIGSTOP)
-        stage.wait(20)
-        stage.redis_server.process.send_signal(signal.SIGCONT)
+def trouble_redis(trouble: Trouble, seconds: float) -> Play:
+    def play(stage: Stage) -> None:
+        with stage.relay_says(DOT=take_after(0.15)):
+            stage.relay_has(2)
+            with trouble(stage.redis_server):
+                stage.wait(seconds)
 
-
-def fill_redis(stage: Stage) -> None:
-    with stage.relay_says(DOT=take_after(0.15)):
-        stage.relay_has(2)
-        stage.client.config_set("maxmemory", 1)
-        stage.wait(8)
-        stage.client.config_set("maxmemory", 0)
-
-
-def make_redis_read_only(stage: Stage) -> None:
-    with stage.relay_says(DOT=take_after(0.15)):
-        stage.relay_has(2)
-        # A replica that cannot reach its master keeps what it has.
-        stage.client.replicaof("127.0.0.1", "1")
-        stage.wait(8)
-        stage.client.replicaof("NO", "ONE")
+    return play
 
 
 def lose_replies(*words: bytes) -> Play:
@@ -257,7 +243,8 @@ def take_relay_away(stage: Stage) -> None:
 
 def let_certificate_expire(stage: Stage) -> None:
     good = stage.relay.tls
-    stage.relay.tls = stage.certificate(datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1))
+    yesterday = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
+    stage.relay.tls = server_context(stage.authority, not_after=yesterday)
     stage.wait(6)
     stage.relay.tls = good
 

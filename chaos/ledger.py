@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
 
 from chaos.stage import Mail, Stage
 from mail.states import FINAL, State, Status
+from ops.checks.store import program
 from tests.scripted_relay import Acceptance, header
 
 
@@ -42,7 +42,8 @@ class Row:
 
 def account(stage: Stage) -> Row:
     """Waits until every mail is final, and counts. Is called when the fault is over and the client is done."""
-    row = Row(stage.scene.name, _version(stage), stage.on_doubt, accepted=len(stage.accepted))
+    version = program(stage.client.info("server"))
+    row = Row(stage.scene.name, version, stage.on_doubt, accepted=len(stage.accepted))
     row.recovery = stage.wait_until_final()
     copies: dict[str, list[Acceptance]] = defaultdict(list)
     for one in sorted(stage.relay.log, key=lambda one: one.at):
@@ -55,11 +56,6 @@ def account(stage: Stage) -> Row:
             row.broken.append(f"{mail.key} was never answered 202: {dict(stage.answers)}")
     _check(row, stage)
     return row
-
-
-def _version(stage: Stage) -> str:
-    info: dict[str, Any] = stage.client.info("server")
-    return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
 
 
 def _count(row: Row, stage: Stage, mail: Mail, copies: dict[str, list[Acceptance]]) -> None:

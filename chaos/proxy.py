@@ -32,10 +32,7 @@ class Proxy:
             self.words, self.left, self.then = words, times, then
 
     def __enter__(self) -> Proxy:
-        self.listener = socket.socket()
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind(("127.0.0.1", self.port))
-        self.listener.listen(64)
+        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
         self.threads.append(threading.Thread(target=self._serve, name="proxy"))
         self.threads[0].start()
         return self

@@ -7,17 +7,16 @@ the words of a relay. A promise beyond the common one is in its fields: a limit 
 from __future__ import annotations
 
 import signal
+from functools import partial
 
 from chaos.faults import (
     ACCEPT,
     HOUR,
     STEPS_TO,
     Play,
-    blackhole_redis,
     clean_at_once,
     cut_power,
     drain,
-    fill_redis,
     flush_scripts,
     greylist,
     kill_and_step_clock_back,
@@ -28,7 +27,6 @@ from chaos.faults import (
     kill_workers_at_random,
     let_certificate_expire,
     lose_replies,
-    make_redis_read_only,
     pause_machine,
     poison,
     put_everybody_off,
@@ -42,10 +40,12 @@ from chaos.faults import (
     take_relay_away_for_an_hour,
     terminate_group,
     terminate_twice,
+    trouble_redis,
     wait_for_death,
 )
 from chaos.stage import QUICK, Scene
 from tests.killed_worker import POINTS
+from tests.redis_troubles import configured, replica_of_the_dead, stopped
 from tests.scripted_relay import drip, hang, last_words, reset, swallow, take_after
 
 
@@ -72,9 +72,9 @@ MORE = [
     Scene("Redis killed", "Redis is killed three times and started again", restart_redis(signal.SIGKILL, times=3)),
     Scene("Redis restarted", "Redis is told to stop and started again", restart_redis(signal.SIGTERM), held=False),
     Scene("Redis away", "Redis is away for 45 seconds", restart_redis(signal.SIGKILL, 45)),
-    Scene("Redis silent", "Redis answers nothing for 20 seconds", blackhole_redis),
-    Scene("Redis full", "Redis is out of memory for 8 seconds", fill_redis),
-    Scene("Redis read-only", "Redis is a replica for 8 seconds", make_redis_read_only),
+    Scene("Redis silent", "Redis answers nothing for 20 seconds", trouble_redis(stopped, 20)),
+    Scene("Redis full", "Redis is out of memory for 8 seconds", trouble_redis(partial(configured, maxmemory=1), 8)),
+    Scene("Redis read-only", "Redis is a replica for 8 seconds", trouble_redis(replica_of_the_dead, 8)),
     Scene("scripts flushed", "Redis forgets all scripts, ten times a second", flush_scripts, held=False),
     Scene("maintenance at once", "four look for what two killed workers held", clean_at_once, workers=2),
     Scene(

@@ -8,13 +8,11 @@ keeper starts again whatever ends, as systemd does with Restart=always.
 
 from __future__ import annotations
 
-import datetime
 import http.client
 import json
 import os
 import random
 import signal
-import ssl
 import subprocess
 import threading
 import time
@@ -31,6 +29,7 @@ import trustme
 
 from chaos.proxy import Proxy
 from mail.states import FINAL
+from tests.conversations import server_context, write_ca
 from tests.scripted_relay import ScriptedRelay, Step, take
 from tests.servers import ROOT, Api, House, RedisServer, eventually, free_port
 
@@ -150,15 +149,10 @@ class Stage:
         # Plain dialogue, in groups of commands, or in one go: what the relay lets us do, as it falls.
         offers = self.rng.choice([[], ["PIPELINING"], ["PIPELINING", "CHUNKING"]])
         offers = offers + (["STARTTLS", "AUTH PLAIN"] if self.scene.secure else [])
-        context = self.certificate() if self.scene.secure else None
+        context = server_context(self.authority) if self.scene.secure else None
         return ScriptedRelay(
             {"BODY": lambda _: "", ".": take}, offers=offers, tls=context, port=free_port(), patience=300
         )
-
-    def certificate(self, not_after: datetime.datetime | None = None) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.authority.issue_cert("127.0.0.1", not_after=not_after).configure_cert(context)
-        return context
 
     @contextmanager
     def set_up(self) -> Iterator[Stage]:
@@ -179,8 +173,6 @@ class Stage:
             yield self
 
     def _settings(self) -> dict[str, str]:
-        ca_file = self.directory / "ca.pem"
-        self.authority.cert_pem.write_to_path(str(ca_file))
         settings = {
             "LISTEN": f"127.0.0.1:{self.api.port}",
             "SMTP_HOST": "127.0.0.1",
@@ -189,7 +181,7 @@ class Stage:
             "ON_DOUBT": self.on_doubt,
         }
         if self.scene.secure:
-            settings |= {"SMTP_SECURITY": "starttls", "SMTP_CA_FILE": str(ca_file)}
+            settings |= {"SMTP_SECURITY": "starttls", "SMTP_CA_FILE": write_ca(self.authority, self.directory)}
             settings |= {"SMTP_USERNAME": "mailer", "SMTP_PASSWORD": "password"}
         return settings | dict(self.scene.settings)
 

@@ -185,7 +185,7 @@ def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
         reply = outcome.recipients.get(one.address)
         if reply:
             one.status, one.code, one.text = AFTER[reply.verdict], reply.code, reply.text
-    reply, verdict = outcome.reply, outcome.verdict
+    reply, verdict = outcome.reply, outcome.reply.verdict
     claim.counts[f"attempt:{verdict.value.replace(' ', '_')}"] += 1
     if verdict is Verdict.IN_DOUBT:
         claim.counts["in_doubt"] += 1
@@ -282,5 +282,5 @@ class Dots:
 @lru_cache(maxsize=1)
 def current() -> Delivery:
     """Returns this process's delivery. The main thread must ask for it before others do: there must not be two."""
-    chosen = settings.current()
+    chosen = settings.load()
     return Delivery(Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), retrying=True)), chosen))

@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 MULTI, EXEC = b"*1\r\n$5\r\nMULTI\r\n", b"*1\r\n$4\r\nEXEC\r\n"
@@ -73,13 +74,11 @@ def is_unfinished(data: mmap.mmap, at: int) -> bool:
     """Returns whether the file ends within the transaction that begins here, and nothing else is wrong with it."""
     if data[at : at + len(MULTI)] != MULTI:
         return False
-    try:
+    with suppress(EOFError):
         while at < len(data):
             if data[at : at + len(EXEC)] == EXEC:
                 raise Damaged(f"the transaction that ends at byte {at} began within another")
             at = end_of_command(data, at)
-    except EOFError:
-        pass
     return True
 
 
@@ -102,13 +101,7 @@ def cut_unfinished(server: str, directory: Path) -> str:
     return f"{path}: cut off the last transaction, which is not finished: {lost} bytes, from byte {whole} on"
 
 
-def main() -> int:
-    server, directory = sys.argv[1:]
-    said = cut_unfinished(server, Path(directory))
-    if said:
-        print(said, flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    server, directory = sys.argv[1:]
+    if said := cut_unfinished(server, Path(directory)):
+        print(said, flush=True)

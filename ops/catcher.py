@@ -21,11 +21,12 @@ import signal
 import socket
 import sys
 from base64 import b64encode
-from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import getaddresses, parseaddr
+from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
@@ -101,10 +102,6 @@ class Mail:
         return {address for address in self.envelope_to if address.lower() not in named}
 
     @property
-    def source(self) -> str:
-        return self.raw.decode("utf-8", "replace")
-
-    @property
     def framed_html(self) -> str:
         """Returns the HTML with its inline images, for the sandbox of `MAIL_CSP`; links open outside the frame."""
 
@@ -131,10 +128,10 @@ class Mail:
 
 
 class Inbox:
-    """The last mails, in the order they came. Thread-safe."""
+    """The last mails, in the order they came. Thread-safe: `mails` is replaced and never changed."""
 
     def __init__(self) -> None:
-        self._mails: deque[Mail] = deque(maxlen=KEPT)
+        self.mails: tuple[Mail, ...] = ()
         self._caught = 0
         self._born = secrets.token_hex(4)
         self._lock = Lock()
@@ -145,25 +142,21 @@ class Inbox:
         with self._lock:
             self._caught += 1
             mail = Mail(self._caught, datetime.now(timezone.utc), sender, recipients, raw, content)
-            self._mails.append(mail)
-            while sum(len(kept.raw) for kept in self._mails) > KEPT_BYTES:
-                self._mails.popleft()
+            kept = [*self.mails, mail][-KEPT:]
+            while sum(len(one.raw) for one in kept) > KEPT_BYTES:
+                del kept[0]
+            self.mails = tuple(kept)
         return mail
-
-    def mails(self) -> list[Mail]:
-        with self._lock:
-            return list(self._mails)
 
     def clear(self) -> None:
         """Forgets all mails, but not the last number, so that no link ever shows another mail."""
         with self._lock:
-            self._mails.clear()
+            self.mails = ()
 
     @property
     def version(self) -> str:
         """Returns an ETag that changes whenever the list does, also by a restart."""
-        with self._lock:
-            return f'"{self._born}-{self._caught}-{len(self._mails)}"'
+        return f'"{self._born}-{max((mail.n for mail in self.mails), default=0)}"'
 
 
 TEMPLATES = Environment(
@@ -186,15 +179,12 @@ def guard() -> None:
 
     Browsers name that site in Host or in Origin.
     """
-    host = bottle.request.get_header("Host", "")
-    try:
-        ours = is_loopback(urlsplit(f"//{host}").hostname or "")
-    except ValueError:
-        ours = False
-    if bottle.request.method == "POST":
-        ours = ours and bottle.request.get_header("Origin", f"http://{host}") == f"http://{host}"
-    if not ours:
-        raise bottle.HTTPError(403, "The mail catcher answers its own page on this machine only.")
+    host, origin = bottle.request.get_header("Host", ""), bottle.request.get_header("Origin")
+    is_ours = bottle.request.method != "POST" or origin in (None, f"http://{host}")
+    with suppress(ValueError):  # raised for a Host that is none
+        if is_ours and is_loopback(urlsplit(f"//{host}").hostname or ""):
+            return
+    raise bottle.HTTPError(403, "The mail catcher answers its own page on this machine only.")
 
 
 def add_headers() -> None:
@@ -209,7 +199,7 @@ class Site:
         self.inbox = inbox
 
     def find(self, n: int) -> Mail:
-        for mail in self.inbox.mails():
+        for mail in self.inbox.mails:
             if mail.n == n:
                 return mail
         raise bottle.HTTPError(404, f"There is no mail {n} here. It may have been cleared.")
@@ -219,7 +209,7 @@ class Site:
         version = self.inbox.version  # before the list: what comes in between is seen at the next poll
         if bottle.request.get_header("If-None-Match") == version:
             return bottle.HTTPResponse(status=304)
-        mails, tab = self.inbox.mails()[::-1], bottle.request.query.tab
+        mails, tab = self.inbox.mails[::-1], bottle.request.query.tab
         if mail and tab not in TABS:
             tab = "text" if mail.content.html is None else "html"
         return render("catcher_page.html", version=version, mails=mails, mail=mail, tab=tab, tabs=TABS, kept=KEPT)
@@ -256,16 +246,12 @@ def download(name: str, content_type: str, data: bytes) -> bytes:
 
 def make_app(inbox: Inbox) -> Any:
     site, app = Site(inbox), bottle.Bottle()
-    for path, answer in (
-        ("/", site.page),
-        ("/healthz", lambda: "ok\n"),
-        ("/messages", lambda: {"messages": [mail.summary() for mail in inbox.mails()]}),
-        ("/messages/<n:int>", site.page),
-        ("/messages/<n:int>.eml", site.eml),
-        ("/messages/<n:int>/html", site.html),
-        ("/messages/<n:int>/attachments/<number:int>", site.attachment),
-    ):
-        app.route(path, "GET", answer)
+    app.route(["/", "/messages/<n:int>"], callback=site.page)
+    app.route("/healthz", callback=lambda: "ok\n")
+    app.route("/messages", callback=lambda: {"messages": [mail.summary() for mail in inbox.mails]})
+    app.route("/messages/<n:int>.eml", callback=site.eml)
+    app.route("/messages/<n:int>/html", callback=site.html)
+    app.route("/messages/<n:int>/attachments/<number:int>", callback=site.attachment)
     app.route("/clear", "POST", site.clear)
     app.add_hook("before_request", guard)
     app.add_hook("after_request", add_headers)
@@ -294,19 +280,17 @@ class Session(SMTP):
 
 def serve_smtp(listener: socket.socket, handler: Handler) -> None:
     """Runs forever. Not aiosmtpd's Controller, which takes 5 s to notice that a port is taken."""
-
-    def session() -> Session:
-        return Session(
-            handler,
-            data_size_limit=SIZE_LIMIT,
-            enable_SMTPUTF8=True,
-            hostname="localhost",  # without it, aiosmtpd asks the DNS at every connection
-            authenticator=lambda *_: AuthResult(success=True),  # for settings with a relay's user and not its host
-            auth_require_tls=False,
-            loop=loop,
-        )
-
     loop = asyncio.new_event_loop()
+    session = partial(
+        Session,
+        handler,
+        data_size_limit=SIZE_LIMIT,
+        enable_SMTPUTF8=True,
+        hostname="localhost",  # without it, aiosmtpd asks the DNS at every connection
+        authenticator=lambda *_: AuthResult(success=True),  # for settings with a relay's user and not its host
+        auth_require_tls=False,
+        loop=loop,
+    )
     loop.run_until_complete(loop.create_server(session, sock=listener))
     loop.run_forever()
 

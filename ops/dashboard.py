@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import rq_dashboard.web as upstream
-import waitress
 from flask import Flask, Response, abort, g, jsonify, redirect, request, url_for
 from jinja2 import Environment, FileSystemLoader
 from redis import Redis
@@ -38,12 +37,14 @@ from rq.exceptions import NoSuchJobError
 from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
+from waitress import create_server
 
 from process import sd_daemon
 from process.log import emit, set_up, where
-from queues.connection import Unavailable, connect, translating_errors
+from queues.connection import Unavailable, connect, why_unavailable
 from queues.jobs import Jobs, NotFound, NotPossible
-from settings import Address, Settings, SettingsError, is_loopback, load
+from settings import Settings, SettingsError, is_loopback, load
+from web.server import listen_on
 
 PACKAGE = Path(upstream.__file__).parent  # rq_dashboard, as it is installed
 READING = {"GET", "HEAD", "OPTIONS"}
@@ -83,9 +84,6 @@ class PatchedTemplates(FileSystemLoader):
         if "<%=" in source:
             raise RuntimeError(f"rq-dashboard's {template} prints something unescaped")
         return source, path, is_current
-
-
-TEMPLATES = PatchedTemplates(PACKAGE / "templates")
 
 
 class JsonOrNothing:
@@ -149,7 +147,7 @@ class ReadOnlyRedis(ReadOnly, Redis):
 class Dashboard(Flask):
     def __init__(self, redis_url: str) -> None:
         super().__init__("dashboard", static_folder=PACKAGE / "static", static_url_path="/rq/static")
-        self.jinja_loader = TEMPLATES
+        self.jinja_loader = PatchedTemplates(PACKAGE / "templates")
         self.writer = connect(redis_url)
         self.reader = ReadOnlyRedis(connection_pool=connect(redis_url).connection_pool)
         kwargs = self.writer.connection_pool.connection_kwargs
@@ -185,7 +183,7 @@ def make_app(settings: Settings, login: bool) -> Dashboard:
     app.register_blueprint(upstream.blueprint, url_prefix="/rq")
     app.add_url_rule("/", view_func=lambda: redirect(url_for("rq_dashboard.queues_overview")), endpoint="home")
     replace_views(app)
-    for template in {*TEMPLATES.list_templates(), *(patched for patched, *_ in PATCHES)}:
+    for template in {*app.jinja_env.list_templates(), *(patched for patched, *_ in PATCHES)}:
         app.jinja_env.get_template(template)
     return app
 
@@ -254,11 +252,9 @@ def plain(status: int, reason: object) -> Response:
 
 def explain_redis(error: RedisError) -> Response:
     """Answers 503 if Redis is unavailable. Raises any other error again; Flask logs it and answers 500."""
-    try:
-        with translating_errors():
-            raise error
-    except Unavailable as reason:
+    if reason := why_unavailable(error):
         return plain(503, reason)
+    raise error
 
 
 def replace_views(app: Dashboard) -> None:
@@ -297,17 +293,6 @@ def compact_queue(redis: Redis, queue_name: str) -> Response:
     return jsonify(status="OK")
 
 
-def listen(app: Dashboard, address: Address) -> Any:
-    """Returns a Waitress server that listens. Raises SettingsError if it cannot."""
-    try:
-        return waitress.create_server(
-            app, host=address.host, port=address.port, threads=4, ident=None, max_request_body_size=MAX_BODY
-        )
-    except (OSError, ValueError) as error:  # ValueError: a host name that resolves to nothing
-        reason = getattr(error, "strerror", None) or "there is no such host"
-        raise SettingsError([f"DASHBOARD_LISTEN: cannot listen on {address}: {reason}"]) from None
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ops.dashboard", description="rq-dashboard under /rq/")
     parser.add_argument("--no-login", action="store_true", help="ask for no password; on loopback only")
@@ -317,10 +302,15 @@ def main() -> int:
         address = settings.dashboard_listen
         if not login and not is_loopback(address.host):
             raise SettingsError([f"DASHBOARD_LISTEN: {address} is not loopback; --no-login is for loopback only"])
-        server = listen(make_app(settings, login), address)
+        sockets = listen_on(address)
     except SettingsError as error:
-        print(*error.faults, sep="\n", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"DASHBOARD_LISTEN: cannot listen on {address}: {error.strerror}", file=sys.stderr)
+        return 2
+    app = make_app(settings, login)
+    server = create_server(app, sockets=sockets, threads=4, ident=None, max_request_body_size=MAX_BODY)
     set_up(settings.log_level, settings.log_format)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a browser asks for six files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

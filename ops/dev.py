@@ -18,11 +18,10 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,8 @@ STOP_TIMEOUT = 15  # seconds for each part to finish its work
 COLOURS = {"redis": 31, "catcher": 35, "api": 32, "email": 36, "dashboard": 33}  # of a terminal; queues: 34
 
 
-class CannotStart(Exception):
-    """Raised if a part cannot start. The text is one sentence for the person at the terminal."""
+class Failed(Exception):
+    """Raised if a part cannot start, or ends by itself. The text is for the person at the terminal."""
 
 
 def find_redis_server() -> str | None:
@@ -79,7 +78,7 @@ def check_ports(ports: dict[str, int]) -> None:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
-                raise CannotStart(f"Port {port} is taken: stop what uses it, or choose another with {flag}.") from None
+                raise Failed(f"Port {port} is taken: stop what uses it, or choose another with {flag}.") from None
 
 
 class Stack:
@@ -87,14 +86,15 @@ class Stack:
 
     def __init__(self) -> None:
         self.parts: dict[str, subprocess.Popen[str]] = {}
+        self.environment = dict(os.environ)
         self.stopping = threading.Event()
 
-    def start(self, name: str, command: list[str], environment: dict[str, str], answers: Callable[[], bool]) -> None:
-        """Starts one part and waits until it answers. Raises `CannotStart` if it does not."""
+    def start(self, name: str, answers: Callable[[], bool], *command: str) -> None:
+        """Starts one part and waits until it answers. Raises `Failed` if it does not."""
         process = self.parts[name] = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment,
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -107,9 +107,9 @@ class Stack:
             if process.poll() is not None:
                 time.sleep(0.2)  # for its last lines to be printed
                 where = "redis.log in var/dev/ says why" if name == "redis" else "it says why above"
-                raise CannotStart(f"{name} stopped while starting (exit code {process.returncode}); {where}.")
+                raise Failed(f"{name} stopped while starting (exit code {process.returncode}); {where}.")
             if self.stopping.is_set() or time.monotonic() > deadline:
-                raise CannotStart(f"{name} did not answer within {START_TIMEOUT} seconds.")
+                raise Failed(f"{name} did not answer within {START_TIMEOUT} seconds.")
             time.sleep(0.05)
 
     def _show(self, name: str, process: subprocess.Popen[str]) -> None:
@@ -119,13 +119,12 @@ class Stack:
         for line in process.stdout or ():
             print(label, re.sub(r"^\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+ INFO ", r"\1 ", line.rstrip()), flush=True)
 
-    def wait(self) -> str | None:
-        """Waits until Ctrl-C, or until a part ends; then returns its name."""
+    def wait(self) -> None:
+        """Waits until Ctrl-C. Raises `Failed` when a part ends."""
         while not self.stopping.wait(0.2):
             for name, process in self.parts.items():
                 if process.poll() is not None:
-                    return name
-        return None
+                    raise Failed(f"{name} stopped by itself; it says why above. Stopping the rest.")
 
     def stop(self) -> None:
         """Stops all parts together; last what the others need while they finish: the catcher, then Redis."""
@@ -144,21 +143,16 @@ class Stack:
 
 
 def http_answers(port: int, path: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1):
-            return True
-    except urllib.error.HTTPError as error:
-        error.close()
-        return False
-    except OSError:
-        return False
+    with suppress(OSError), closing(HTTPConnection("127.0.0.1", port, timeout=1)) as connection:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    return False
 
 
 def redis_answers(redis: Redis) -> bool:
-    try:
+    with suppress(RedisError):  # not there yet, or still loading its file
         return bool(redis.ping())
-    except RedisError:  # not there yet, or still loading its file
-        return False
+    return False
 
 
 def worker_answers(redis: Redis, queue: str, stack: Stack) -> bool:
@@ -173,34 +167,31 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     server = find_redis_server()
     if not server:
         version = ".".join(map(str, sys.version_info[:2]))
-        raise CannotStart(
+        raise Failed(
             f"There is no redis-server or valkey-server on PATH, and for Python {version} none from PyPI: "
             "install one (Debian, Ubuntu: sudo apt install redis-server), or use Python 3.11 or later."
         )
     configured = settings.load()
     for brought in ("redis_url_file", "api_keys_file"):
         if getattr(configured, brought):
-            raise CannotStart(f"bin/dev brings its own Redis and API key: take {brought.upper()} out of .env for it.")
+            raise Failed(f"bin/dev brings its own Redis and API key: take {brought.upper()} out of .env for it.")
     catcher = configured.smtp_host is None
     names = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
     check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in names})
     data = DATA / ("catcher" if catcher else "relay")
     data.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, **child_settings(ports, configured, catcher)}
-    redis = Redis(port=ports.redis_port, socket_timeout=2)
-
-    def start(name: str, answers: Callable[[], bool], *program: str) -> None:
-        stack.start(name, [sys.executable, *program], environment, answers)
-
-    stack.start("redis", redis_command(server, ports.redis_port, data), environment, partial(redis_answers, redis))
+    stack.environment |= child_settings(ports, configured)
+    redis, python = Redis(port=ports.redis_port, socket_timeout=2), sys.executable
+    stack.start("redis", partial(redis_answers, redis), *redis_command(server, ports.redis_port, data))
     if catcher:
         flags = ("--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port))
-        start("catcher", partial(http_answers, ports.mail_port, "/healthz"), "-m", "ops.catcher", *flags)
-    start("api", partial(http_answers, ports.api_port, "/readyz"), "service.py")
+        stack.start("catcher", partial(http_answers, ports.mail_port, "/healthz"), python, "-m", "ops.catcher", *flags)
+    stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, "service.py")
     for queue in QUEUES:
-        start(queue, partial(worker_answers, redis, queue, stack), "worker.py", queue)
-    start("dashboard", partial(http_answers, ports.dashboard_port, "/rq/"), "-m", "ops.dashboard", "--no-login")
-    print(welcome(ports, None if catcher else f"{configured.smtp_host}:{configured.smtp_port}"), flush=True)
+        stack.start(queue, partial(worker_answers, redis, queue, stack), python, "worker.py", queue)
+    dashboard = ("-m", "ops.dashboard", "--no-login")
+    stack.start("dashboard", partial(http_answers, ports.dashboard_port, "/rq/"), python, *dashboard)
+    print(welcome(ports, configured), flush=True)
 
 
 def redis_command(server: str, port: int, data: Path) -> list[str]:
@@ -213,7 +204,7 @@ def redis_command(server: str, port: int, data: Path) -> list[str]:
     return [server, *where, *durable, *small]
 
 
-def child_settings(ports: argparse.Namespace, configured: settings.Settings, catcher: bool) -> dict[str, str]:
+def child_settings(ports: argparse.Namespace, configured: settings.Settings) -> dict[str, str]:
     digest = hashlib.sha256(settings.DEV_KEY.encode()).hexdigest()
     chosen = {
         "PYTHONUNBUFFERED": "1",
@@ -223,13 +214,15 @@ def child_settings(ports: argparse.Namespace, configured: settings.Settings, cat
         "DASHBOARD_LISTEN": f"127.0.0.1:{ports.dashboard_port}",
         "MAIL_FROM": configured.mail_from or "async-email <hello@example.com>",
     }
-    if catcher:
+    if configured.smtp_host is None:
         chosen |= {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(ports.smtp_port), "SMTP_SECURITY": "none"}
     return chosen
 
 
-def welcome(ports: argparse.Namespace, relay: str | None) -> str:
-    mail = f"mail goes to {relay}" if relay else f"http://127.0.0.1:{ports.mail_port}"
+def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:
+    mail = f"http://127.0.0.1:{ports.mail_port}"
+    if configured.smtp_host:
+        mail = f"mail goes to {configured.smtp_host}:{configured.smtp_port}"
     return f"""
 async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.
 
@@ -251,14 +244,13 @@ def main() -> int:
         signal.signal(number, lambda *_: stack.stopping.set())
     try:
         run(stack, ports)
-        dead = stack.wait()
-        if dead:
-            print(f"{dead} stopped by itself; it says why above. Stopping the rest.", file=sys.stderr)
-        return 1 if dead else 0
-    except (CannotStart, settings.SettingsError) as error:
-        if not stack.stopping.is_set():
-            print(error, file=sys.stderr)
-        return 0 if stack.stopping.is_set() else 1
+        stack.wait()
+        return 0
+    except (Failed, settings.SettingsError) as error:
+        if stack.stopping.is_set():
+            return 0
+        print(error, file=sys.stderr)
+        return 1
     finally:
         if stack.parts:
             print("Stopping ...", flush=True)

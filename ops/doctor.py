@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -49,8 +50,8 @@ def line(name: str, finding: Finding) -> str:
     return f"{level}  {name}: {finding.found}" + (f"  ->  {finding.fix}" if finding.fix else "")
 
 
-def report(found: Iterable[Named], as_json: bool) -> list[Finding]:
-    """Prints each finding at once, since some checks take seconds; as JSON, one list at the end."""
+def report(found: Iterable[Named], as_json: bool) -> Counter[str]:
+    """Prints each finding at once, since some checks take seconds; as JSON, one list at the end. Counts the levels."""
     kept = []
     for name, finding in found:
         kept.append((name, finding))
@@ -58,19 +59,13 @@ def report(found: Iterable[Named], as_json: bool) -> list[Finding]:
             print(line(name, finding), flush=True)
     if as_json:
         print(json.dumps([{"check": name, **finding._asdict()} for name, finding in kept], indent=2))
-    return [finding for _, finding in kept]
+    return Counter(finding.level for _, finding in kept)
 
 
-def verdict(findings: Sequence[Finding]) -> int:
-    levels = [finding.level for finding in findings]
-    return 2 if FAULT in levels else 1 if WARN in levels else 0
-
-
-def summary(findings: Sequence[Finding]) -> str:
-    faults, warnings = ([one for one in findings if one.level == level] for level in (FAULT, WARN))
-    if not faults and not warnings:
+def summary(levels: Counter[str]) -> str:
+    counts = [counted(levels[level], word) for level, word in ((FAULT, "fault"), (WARN, "warning")) if levels[level]]
+    if not counts:
         return "\nAll is well."
-    counts = [counted(len(some), word) for some, word in ((faults, "fault"), (warnings, "warning")) if some]
     return f"\n{' and '.join(counts)}. Begin with the first: one often causes the next."
 
 
@@ -84,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checkout = f"This checkout, {target.code}: no service is installed on this machine\n"
     if not asked.json:
         print(installed if target.installed else checkout, flush=True)
-    findings = report(examine(target), asked.json)
+    levels = report(examine(target), asked.json)
     if not asked.json:
-        print(summary(findings))
-    return verdict(findings)
+        print(summary(levels))
+    return 2 if levels[FAULT] else 1 if levels[WARN] else 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from ops.release import CLEAN_ENVIRONMENT, MARK, copy_files, release_id
@@ -40,7 +39,6 @@ API = "async-email-api.service"
 DASHBOARD = "async-email-dashboard.service"
 SOCKET = "async-email-api.socket"
 TARGET = "async-email.target"
-RUNNING = "running"
 REDIS = "redis-server@async-email.service"
 REDIS_SOCKET = "/run/redis-async-email/redis.sock"
 
@@ -229,10 +227,10 @@ def start_services(server: Server) -> None:
     server.run("systemctl", "start", TARGET)
     if server.dry:
         return
-    states = {unit: state_of(server, unit) for unit in order}
-    for unit, state in states.items():
-        server.say(f"{unit}: {state}")
-    if set(states.values()) != {RUNNING} and server.previous.is_symlink() and not server.going_back:
+    waiting = [unit for unit in order if server.ask("systemctl", "is-active", unit) != "active"]
+    for unit in order:
+        server.say(f"{unit}: not running yet. {last_words(server, unit)}" if unit in waiting else f"{unit}: running")
+    if waiting and server.previous.is_symlink() and not server.going_back:
         server.say("the previous release is still there: sudo bin/install --rollback")
 
 
@@ -248,13 +246,10 @@ def runs_something_else(server: Server, unit: str) -> bool:
         return True
 
 
-def state_of(server: Server, unit: str) -> str:
-    """Returns `RUNNING`, or the last line of the unit's log."""
-    if server.ask("systemctl", "is-active", unit) == "active":
-        return RUNNING
+def last_words(server: Server, unit: str) -> str:
+    """Returns the last line of the unit's log."""
     name = unit.removesuffix(".service").replace("@", "-")
-    last = server.ask("journalctl", "--identifier", name, "--lines=1", "--output=cat")
-    return f"not running yet. {last}"
+    return server.ask("journalctl", "--identifier", name, "--lines=1", "--output=cat")
 
 
 def run_doctor(server: Server) -> None:
@@ -282,32 +277,26 @@ def find_previous_release(server: Server) -> None:
     server.say(str(server.release))
 
 
-class Step(NamedTuple):
-    says: str  # printed when it runs
-    run: Callable[[Server], None]
-
-
-# fmt: off
-MACHINE = Step("This machine: Debian or Ubuntu, run by systemd, and you are root", check_machine)
+Step = tuple[str, Callable[[Server], None]]  # what is printed when it runs, and what runs
+MACHINE = ("This machine: Debian or Ubuntu, run by systemd, and you are root", check_machine)
 SWITCH = (
-    Step("The systemd units", install_units),
-    Step("The switch: /opt/async-email/current is this release from now on", switch),
-    Step("The services: what runs another release is restarted, one by one; no request is refused", start_services),
+    ("The systemd units", install_units),
+    ("The switch: /opt/async-email/current is this release from now on", switch),
+    ("The services: what runs another release is restarted, one by one; no request is refused", start_services),
 )
 INSTALL = (
     MACHINE,
-    Step("The system's packages: Redis, nginx, Python's venv and the certificate authorities", install_packages),
-    Step("The user that the service runs as: async-email, which owns nothing and cannot log in", make_user),
-    Step("The release: a copy of this clone under /opt/async-email/releases, with a .venv of its own", make_release),
-    Step("Configuration and secrets, in /etc/async-email: what is there stays", configure),
-    Step("Redis: an instance of its own, with an append-only file, without a port", start_redis),
-    Step("nginx: the one site of this machine, in front of the API", set_up_nginx),
+    ("The system's packages: Redis, nginx, Python's venv and the certificate authorities", install_packages),
+    ("The user that the service runs as: async-email, which owns nothing and cannot log in", make_user),
+    ("The release: a copy of this clone under /opt/async-email/releases, with a .venv of its own", make_release),
+    ("Configuration and secrets, in /etc/async-email: what is there stays", configure),
+    ("Redis: an instance of its own, with an append-only file, without a port", start_redis),
+    ("nginx: the one site of this machine, in front of the API", set_up_nginx),
     *SWITCH,
-    Step("The doctor: what is still wrong or missing", run_doctor),
-    Step(f"Old releases: the last {KEPT} stay", remove_old_releases),
+    ("The doctor: what is still wrong or missing", run_doctor),
+    (f"Old releases: the last {KEPT} stay", remove_old_releases),
 )
-ROLLBACK = (MACHINE, Step("The previous release", find_previous_release), *SWITCH)
-# fmt: on
+ROLLBACK = (MACHINE, ("The previous release", find_previous_release), *SWITCH)
 
 
 def farewell(server: Server) -> str:
@@ -332,10 +321,10 @@ def farewell(server: Server) -> str:
 
 
 def run(server: Server, steps: Sequence[Step]) -> None:
-    for step in steps:
-        print(f"==> {step.says}", flush=True)
+    for says, step in steps:
+        print(f"==> {says}", flush=True)
         said_before = server.lines_said
-        step.run(server)
+        step(server)
         if server.lines_said == said_before:
             server.say("nothing to do")
 

@@ -26,10 +26,6 @@ from process import env_file
 from settings import ApiKey, parse_api_keys
 
 SERVER = Path("/etc/async-email")
-RESTART = {  # is it the server's file? -> how to make the API read its keys, which it does when it starts
-    True: "systemctl restart async-email-api    # drops no request",
-    False: "restart the API (bin/dev brings a key of its own, and takes none from .env)",
-}
 LINE = re.compile(r"^#?[ \t]*API_KEYS[ \t]*=.*$", re.MULTILINE)
 
 
@@ -43,10 +39,6 @@ class KeyFile:
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self.is_env = path.name.endswith(".env")
-
-    @property
-    def is_the_servers(self) -> bool:
-        return SERVER in self.path.parents
 
     def read(self) -> tuple[ApiKey, ...]:
         text = self._text()
@@ -148,7 +140,11 @@ def revoke(file: KeyFile, name: str) -> None:
 
 
 def changed(file: KeyFile) -> None:
-    say(f"Written to {file.path}. The API uses it after: {RESTART[file.is_the_servers]}")
+    """Says how to make the API read its keys, which it does when it starts."""
+    restart = "restart the API (bin/dev brings a key of its own, and takes none from .env)"
+    if SERVER in file.path.parents:
+        restart = "systemctl restart async-email-api    # drops no request"
+    say(f"Written to {file.path}. The API uses it after: {restart}")
 
 
 def say(text: str) -> None:

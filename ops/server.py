@@ -124,7 +124,6 @@ class Server:
         return True
 
     def copy_units(self, *names: str) -> None:
-        """Copies the units that are new or differ."""
         self.changed_units |= {name for name in names if self.copy(f"systemd/{name}", self.units / name)}
         if self.changed_units.intersection(names):
             self.run("systemctl", "daemon-reload")

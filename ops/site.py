@@ -53,17 +53,12 @@ def put_site(server: Server, site: Path, text: str, undo: Callable[[], object]) 
 
 def remove_welcome_page(server: Server) -> str:
     """Disables the system's own default site, unless it was edited. Returns what its link pointed to."""
-    default = server.nginx / "sites-enabled/default"
-    if not (default.is_symlink() and is_as_packaged(server, server.nginx / "sites-available/default")):
+    default, packaged = server.nginx / "sites-enabled/default", server.nginx / "sites-available/default"
+    known = server.ask("dpkg-query", "-W", "-f=${Conffiles}", "nginx-common")
+    digest = hashlib.md5((text_of(packaged) or "").encode()).hexdigest()
+    if not (default.is_symlink() and re.search(rf"^ *{re.escape(str(packaged))} {digest}", known, re.MULTILINE)):
         return ""
     to = os.readlink(default)
     if server.announce(f"remove the link {default}: it is the system's welcome page"):
         default.unlink()
     return to
-
-
-def is_as_packaged(server: Server, path: Path) -> bool:
-    """Returns whether this is a package's configuration file, unchanged."""
-    known = server.ask("dpkg-query", "-W", "-f=${Conffiles}", "nginx-common")
-    digest = hashlib.md5((text_of(path) or "").encode()).hexdigest()
-    return bool(re.search(rf"^ *{re.escape(str(path))} {digest}", known, re.MULTILINE))

@@ -39,10 +39,12 @@ class Event:
 
     def __init__(self, name: str, fields: dict[str, object]) -> None:
         self.name = name
-        self.fields = {name: value for name, value in fields.items() if value not in (None, "")}
+        self.fields = {name: _number_or_text(value) for name, value in fields.items() if value not in (None, "")}
 
     def __str__(self) -> str:
-        return " ".join([self.name, *(f"{name}={_value(value)}" for name, value in self.fields.items())])
+        texts = {name: str(value) for name, value in self.fields.items()}
+        words = (f'{name}="{text}"' if " " in text else f"{name}={text}" for name, text in texts.items())
+        return " ".join([self.name, *words])
 
 
 class JsonFormatter(logging.Formatter):
@@ -50,7 +52,7 @@ class JsonFormatter(logging.Formatter):
         moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         line: dict[str, object] = {"time": moment, "level": record.levelname}
         if isinstance(record.msg, Event):
-            line |= {"event": record.msg.name} | {name: _member(value) for name, value in record.msg.fields.items()}
+            line |= {"event": record.msg.name} | record.msg.fields
         else:
             line |= {"logger": record.name, "message": record.getMessage()}
         if record.exc_info:
@@ -89,13 +91,8 @@ def where(error: BaseException) -> str:
     return " ".join([type(error).__name__, *(f"{Path(frame.filename).name}:{frame.lineno}" for frame in shown[-8:])])
 
 
-def _value(value: object) -> str:
-    text = f"{value:.1f}" if isinstance(value, float) else str(value)
-    return f'"{text}"' if " " in text else text
-
-
-def _member(value: object) -> object:
-    """Returns a number as it is, and anything else as text."""
+def _number_or_text(value: object) -> object:
+    """Returns a number, a float with one digit after its point, and anything else as text."""
     if isinstance(value, float):
         return round(value, 1)
     return value if isinstance(value, (bool, int, str)) else str(value)

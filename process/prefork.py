@@ -13,7 +13,6 @@ import logging
 import mmap
 import os
 import signal
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -36,20 +35,20 @@ def run(count: int, work: Callable[[Alive], None]) -> None:
     """
     stopping = threading.Event()
     on_stop(lambda *_: stopping.set())
-    seen = mmap.mmap(-1, 8 * count)  # shared with the children: when each last made progress
+    seen = memoryview(mmap.mmap(-1, 8 * count)).cast("d")  # shared with the children: when each last made progress
     children: dict[int, int] = {}  # process id -> its place
     gc.collect()
     gc.freeze()  # else the first collection in a child would touch, and so copy, all that it shares
     while not stopping.is_set():
         for place in set(range(count)) - set(children.values()):
-            _alive(seen, place)
+            seen[place] = time.monotonic()
             children[_fork(work, seen, place)] = place
         tell("READY=1\nWATCHDOG=1")
         turned = time.monotonic()
         stopping.wait(PAUSE)
         if time.monotonic() - turned > STUCK_AFTER:  # this process was stopped, and its children with it
             for place in range(count):
-                _alive(seen, place)
+                seen[place] = time.monotonic()
         _reap(children, seen)
     tell("STOPPING=1")
     for child in children:
@@ -59,7 +58,7 @@ def run(count: int, work: Callable[[Alive], None]) -> None:
         _reap(children, seen)
 
 
-def _fork(work: Callable[[Alive], None], seen: mmap.mmap, place: int) -> int:
+def _fork(work: Callable[[Alive], None], seen: memoryview[float], place: int) -> int:
     parent = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # until the child no longer has its parent's handlers
     child = os.fork()
@@ -69,11 +68,15 @@ def _fork(work: Callable[[Alive], None], seen: mmap.mmap, place: int) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
     if child:
         return child
+
+    def alive() -> None:
+        seen[place] = time.monotonic()
+
     code = 1
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:  # else it died before that, and no signal comes
-            work(lambda: _alive(seen, place))
+            work(alive)
             code = 0
     except Exception as error:
         emit("crashed", logging.ERROR, where=where(error))
@@ -81,14 +84,10 @@ def _fork(work: Callable[[Alive], None], seen: mmap.mmap, place: int) -> int:
         os._exit(code)
 
 
-def _alive(seen: mmap.mmap, place: int) -> None:
-    struct.pack_into("d", seen, 8 * place, time.monotonic())
-
-
-def _reap(children: dict[int, int], seen: mmap.mmap) -> None:
+def _reap(children: dict[int, int], seen: memoryview[float]) -> None:
     """Kills the children without progress, and forgets those that have ended."""
     for child, place in children.items():
-        if time.monotonic() - struct.unpack_from("d", seen, 8 * place)[0] > STUCK_AFTER:
+        if time.monotonic() - seen[place] > STUCK_AFTER:
             emit("stuck", logging.ERROR, process=child)
             os.kill(child, signal.SIGKILL)
     with suppress(ChildProcessError):

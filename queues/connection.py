@@ -19,13 +19,7 @@ from redis import Redis as Redis  # a type for those who are handed a client; th
 from redis._parsers import Encoder
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.connection import PythonRespSerializer
-from redis.exceptions import (
-    AuthenticationError,
-    ConnectionError,
-    InvalidResponse,
-    NoScriptError,
-    TimeoutError,
-)
+from redis.exceptions import AuthenticationError, ConnectionError, InvalidResponse, NoScriptError, TimeoutError
 from redis.exceptions import RedisError as RedisError
 from redis.exceptions import ResponseError as ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
@@ -99,6 +93,7 @@ def fail_fast(redis: Redis) -> Redis:
     return Redis(connection_pool=type(pool)(pool.connection_class, **(pool.connection_kwargs | FAIL_FAST)))
 
 
+NO_ANSWER = "Redis does not answer"
 CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "OOM": "Redis is out of memory (maxmemory is reached)",
     "READONLY": "Redis is a read-only replica",
@@ -111,45 +106,34 @@ CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "BUSY": "Redis is busy with a script",
 }
 _silent = threading.Event()
+is_silent = _silent.is_set  # Redis did not answer its last command, so the next may take long
 _probing = threading.RLock()
-
-
-def is_silent() -> bool:
-    """Returns whether Redis did not answer its last command, so that the next may take long."""
-    return _silent.is_set()
-
-
-@contextmanager
-def single_flight_probe() -> Iterator[None]:
-    """Lets one caller at a time ask a Redis that is silent, and refuses the others at once: if each waited for the
-    time-out, a request in the queue for a thread of Waitress would wait for one after another."""
-    silent = _silent.is_set()
-    if silent and not _probing.acquire(blocking=False):
-        raise ConnectionError
-    try:
-        yield
-        _silent.clear()
-    except (ConnectionError, TimeoutError):
-        _silent.set()
-        raise
-    except Exception:  # an error is an answer, too
-        _silent.clear()
-        raise
-    finally:
-        if silent:
-            _probing.release()
 
 
 @contextmanager
 def translating_errors() -> Iterator[None]:
-    """Raises `Unavailable` for an error that says that Redis cannot work now; a fault of ours stays what it is."""
+    """Raises `Unavailable` for an error that says that Redis cannot work now; a fault of ours stays what it is.
+
+    Lets one caller at a time ask a Redis that is silent, and refuses the others at once: if each waited for the
+    time-out, a request in the queue for a thread of Waitress would wait for one after another.
+    """
+    silent = is_silent()
+    if silent and not _probing.acquire(blocking=False):
+        raise Unavailable(NO_ANSWER)
     try:
-        with single_flight_probe():
-            yield
-    except RedisError as error:
+        yield
+        _silent.clear()
+    except Exception as error:
+        if isinstance(error, (ConnectionError, TimeoutError)):
+            _silent.set()
+        else:  # an error is an answer, too
+            _silent.clear()
         if reason := why_unavailable(error):
             raise Unavailable(reason) from None
         raise
+    finally:
+        if silent:
+            _probing.release()
 
 
 def why_unavailable(error: Exception) -> str | None:
@@ -158,7 +142,7 @@ def why_unavailable(error: Exception) -> str | None:
         case AuthenticationError():
             return "Redis does not accept our password"
         case ConnectionError() | TimeoutError():
-            return "Redis does not answer"
+            return NO_ANSWER
         case InvalidResponse():
             return "what answers at REDIS_URL is not Redis"
         case ResponseError():
@@ -172,16 +156,15 @@ def weaknesses(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the (name, sentence) of each reason, found in Redis' INFO, why it may lose or refuse a mail. Pure."""
     limit, used = info.get("maxmemory", 0), info.get("used_memory", 0)
     evicts = limit > 0 and info.get("maxmemory_policy") != "noeviction"
-    aof_fails = info.get("aof_last_write_status", "ok") != "ok"
-    snapshot_fails = info.get("rdb_last_bgsave_status", "ok") != "ok"
     # fmt: off
     reasons = [
         (not info.get("aof_enabled"), "no_aof",
          "Redis keeps no append-only file, so a crash loses accepted mail: CONFIG SET appendonly yes"),
-        (aof_fails, "aof_failing", "Redis cannot write its append-only file; see its log and the disk"),
+        (info.get("aof_last_write_status", "ok") != "ok", "aof_failing",
+         "Redis cannot write its append-only file; see its log and the disk"),
         (evicts, "evicting", "Redis evicts mail when memory is short: CONFIG SET maxmemory-policy noeviction"),
         (0 < limit <= used, "full", "Redis is out of memory: raise maxmemory, or let the workers drain the queue"),
-        (snapshot_fails, "snapshot_failing",
+        (info.get("rdb_last_bgsave_status", "ok") != "ok", "snapshot_failing",
          "Redis cannot write its snapshot and may refuse writes; see its log and the disk"),
         (info.get("role", "master") != "master", "replica", "Redis is a replica and takes no writes"),
     ]

@@ -18,33 +18,26 @@ from queues.table import EMAIL
 
 
 class QueueState(NamedTuple):
-    """A queue in numbers: its jobs by state, the workers with a recent heartbeat, the age of the job that waits longest
-    and how late the scheduler is, both in seconds."""
+    """A queue in numbers: its jobs by state, the workers that are registered and those with a recent heartbeat, the age
+    of the job that waits longest and how late the scheduler is, both in seconds."""
 
     jobs: dict[str, int]
+    registered: int
     workers: int
-    oldest_queued: float
+    oldest_queued: float | None
     overdue: float
 
 
 def state(jobs: Jobs) -> dict[str, Any]:
     """Returns Redis' INFO and the state of the mail queue."""
     with translating_errors():
-        queue = jobs.queues[EMAIL]
-        pipe = jobs.redis.pipeline(transaction=False)
-        pipe.info()
-        pipe.lindex(queue.key, 0)
-        pipe.llen(queue.key)
-        pipe.scard(keys.workers(EMAIL))
-        pipe.zrange(keys.scheduled(EMAIL), 0, 0, withscores=True)
-        info, head, queued, workers, scheduled = pipe.execute()
-        enqueued_at = jobs.redis.hget(keys.job(head.decode()), "enqueued_at") if head else None
+        info, seen = jobs.redis.info(), _queue_state(jobs, EMAIL)
     return {
         "info": info,
-        "queued": queued,
-        "workers": workers,
-        "oldest_queued_seconds": _age(enqueued_at),
-        "overdue_seconds": round(max(0.0, time.time() - scheduled[0][1]), 3) if scheduled else 0,
+        "queued": seen.jobs["queued"],
+        "workers": seen.registered,
+        "oldest_queued_seconds": seen.oldest_queued,
+        "overdue_seconds": seen.overdue,
     }
 
 
@@ -61,23 +54,24 @@ def _queue_state(jobs: Jobs, name: str) -> QueueState:
     pipe.lindex(keys.queue(name), 0)
     pipe.zrange(keys.scheduled(name), 0, 0, withscores=True)
     pipe.smembers(keys.workers(name))
-    queued, scheduled, started, failed, deferred, head, first, workers = pipe.execute()
+    *counts, head, first, workers = pipe.execute()
     pipe.hget(keys.job(head.decode() if head else ""), "enqueued_at")
     for worker in workers:
         pipe.hget(worker, "last_heartbeat")
-    enqueued_at, *beats = pipe.execute()
-    ages = [_age(beat) for beat in beats]
+    oldest, *silences = map(age, pipe.execute())
     return QueueState(
-        {"queued": queued, "scheduled": scheduled, "started": started, "failed": failed, "deferred": deferred},
-        sum(age is not None and age < LEASE_SECONDS + HEARTBEAT_SECONDS for age in ages),
-        _age(enqueued_at) or 0.0,
-        max(0.0, time.time() - first[0][1]) if first else 0.0,
+        jobs=dict(zip(("queued", "scheduled", "started", "failed", "deferred"), counts, strict=True)),
+        registered=len(workers),
+        workers=sum(one is not None and one < LEASE_SECONDS + HEARTBEAT_SECONDS for one in silences),
+        oldest_queued=oldest,
+        overdue=round(max(0.0, time.time() - first[0][1]), 3) if first else 0,
     )
 
 
-def _age(enqueued_at: Any) -> float | None:
+def age(moment: bytes | None) -> float | None:
+    """Returns the seconds since a moment that RQ has written; None if it is none."""
     try:
-        moment = datetime.fromisoformat((enqueued_at or b"").decode().replace("Z", "+00:00"))
+        written = datetime.fromisoformat((moment or b"").decode().replace("Z", "+00:00"))
     except ValueError:
         return None
-    return round(max(0.0, time.time() - moment.timestamp()), 3)
+    return round(max(0.0, time.time() - written.timestamp()), 3)

@@ -37,16 +37,21 @@ class Heartbeats:
         self.all: set[Heartbeat] = set()
         self.thread: threading.Thread | None = None
 
-    def add(self, heartbeat: Heartbeat) -> None:
+    @contextmanager
+    def on_heartbeat(self, publish: Callable[[], object]) -> Iterator[None]:
+        """Calls `publish` every `HEARTBEAT_SECONDS`, from a thread, while the body runs. One that raises is tried again
+        a second later; if none comes through, the lease ends. It should use a `fail_fast` client."""
+        heartbeat = Heartbeat(publish, time.monotonic() + HEARTBEAT_SECONDS)
         with self.lock:
             self.all.add(heartbeat)
             if not self.thread or not self.thread.is_alive():
                 self.thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
                 self.thread.start()
-
-    def remove(self, heartbeat: Heartbeat) -> None:
-        with self.lock:
-            self.all.remove(heartbeat)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.all.remove(heartbeat)
 
     def _run(self) -> None:
         while True:
@@ -62,16 +67,4 @@ class Heartbeats:
                         one.due = time.monotonic() + 1
 
 
-_heartbeats = Heartbeats()
-
-
-@contextmanager
-def on_heartbeat(publish: Callable[[], object]) -> Iterator[None]:
-    """Calls `publish` every `HEARTBEAT_SECONDS`, from a thread, while the body runs. One that raises is tried again a
-    second later; if none comes through, the lease ends. It should use a `fail_fast` client."""
-    heartbeat = Heartbeat(publish, time.monotonic() + HEARTBEAT_SECONDS)
-    _heartbeats.add(heartbeat)
-    try:
-        yield
-    finally:
-        _heartbeats.remove(heartbeat)
+on_heartbeat = Heartbeats().on_heartbeat

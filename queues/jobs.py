@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from redis.client import Pipeline
@@ -118,9 +119,9 @@ class JobTemplate:
     def __init__(self, function: str, words: list[Any]) -> None:
         self.function = function
         self.words = words
-        names = {name: place for place, name in enumerate(words) if name in ("data", "created_at", "enqueued_at")}
-        self.data = names["data"] + 1
-        self.times = (names["created_at"] + 1, names["enqueued_at"] + 1)
+        values = {name: place + 1 for place, name in enumerate(words) if name in ("data", "created_at", "enqueued_at")}
+        self.data = values["data"]
+        self.times = (values["created_at"], values["enqueued_at"])
         self.ids = [place for place, word in enumerate(words) if isinstance(word, str) and self.ID in word]
 
     def render(self, job_id: str, args: Sequence[str], kwargs: dict[str, Any]) -> list[Any]:
@@ -159,9 +160,9 @@ class Jobs:
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
         self.queues = {name: Queue(name, connection=redis, serializer=JSONSerializer) for name in QUEUES}
-        self._accept: dict[str, Script] = {}
+        self._accept = lru_cache(lambda beside: Script(redis, RUN + beside + ACCEPT))
         self._remove = Script(redis, REMOVE_JOB + "return remove_job(1)")
-        self._templates: dict[tuple[str, str, Policy], JobTemplate] = {}
+        self._template = lru_cache(self._record)
 
     def accept(
         self,
@@ -180,17 +181,23 @@ class Jobs:
         request with the same idempotency key and fingerprint. Raises `IdempotencyConflict` if the fingerprint was
         another, `Unavailable` if Redis cannot store them: then nothing is stored, or all of it (a lost reply).
         """
+        key, fingerprint = idempotency or ("", "")
         with translating_errors():
-            template = self._template(queue, function, policy)
-            words = [word for job_id, (args, kwargs) in calls.items() for word in template.render(job_id, args, kwargs)]
-            verdict, known = self._run_accept(list(calls), words, beside, idempotency, idempotency_ttl)
-        if verdict == "conflict":
+            template, accept = self._template(queue, function, policy), self._accept(beside.source)
+            commands = [word for job_id, call in calls.items() for word in template.render(job_id, *call)]
+            touched = [keys.job(next(iter(calls))), key]
+            words = [",".join(calls), fingerprint, idempotency_ttl, len(commands), *commands, *beside.words]
+            try:
+                verdict, ids = accept(keys=touched, args=words)
+            except ConnectionError:
+                # A connection died in the pool, or the reply was lost. The script knows its own jobs, so a second call
+                # stores nothing twice. A time-out is not repeated: the three seconds are spent.
+                verdict, ids = accept(keys=touched, args=words)
+        if verdict == b"conflict":
             raise IdempotencyConflict
-        return Accepted(tuple(known.split(",")), verdict == "replayed")
+        return Accepted(tuple(ids.decode().split(",")), verdict == b"replayed")
 
-    def _template(self, queue: str, function: str, policy: Policy) -> JobTemplate:
-        if known := self._templates.get((queue, function, policy)):
-            return known
+    def _record(self, queue: str, function: str, policy: Policy) -> JobTemplate:
         job = Job.create(
             function,
             id=JobTemplate.ID,
@@ -205,25 +212,7 @@ class Jobs:
         )
         commands = self.redis.pipeline()
         self.queues[queue].enqueue_job(job, pipeline=commands)
-        template = self._templates[queue, function, policy] = JobTemplate(function, flatten(commands))
-        return template
-
-    def _run_accept(
-        self, ids: Sequence[str], commands: list[Any], beside: Beside, idempotency: Idempotency | None, ttl: int
-    ) -> tuple[str, str]:
-        if beside.source not in self._accept:
-            self._accept[beside.source] = Script(self.redis, RUN + beside.source + ACCEPT)
-        accept = self._accept[beside.source]
-        touched = [keys.job(ids[0]), idempotency.key if idempotency else ""]
-        fingerprint = idempotency.fingerprint if idempotency else ""
-        words = [",".join(ids), fingerprint, ttl, len(commands), *commands, *beside.words]
-        try:
-            reply = accept(keys=touched, args=words)
-        except ConnectionError:
-            # A connection died in the pool, or the reply was lost. The script knows its own jobs, so a second call
-            # stores nothing twice. A time-out is not repeated: the three seconds are spent.
-            reply = accept(keys=touched, args=words)
-        return reply[0].decode(), reply[1].decode()
+        return JobTemplate(function, flatten(commands))
 
     def recall(self, idempotency: Idempotency) -> Accepted | None:
         """Returns what an earlier request with this key was answered. Raises `IdempotencyConflict` as `accept` does."""

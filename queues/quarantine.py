@@ -121,7 +121,7 @@ def sift(queue: rq.Queue) -> bool:
         foreign = _foreign(entries, shape)
         taken_out += sum(int(redis.zrem(key, one)) for one in foreign)
         ids = [one.split(b":")[0].decode() for one in entries if one not in foreign]
-        taken_out += len(_unreadable(queue, ids))
+        taken_out += _unreadable(queue, ids)
     return taken_out > 0
 
 
@@ -132,18 +132,15 @@ def _foreign(entries: list[Any], shape: re.Pattern[bytes]) -> list[Any]:
     return foreign
 
 
-def _unreadable(queue: rq.Queue, ids: list[str]) -> list[str]:
-    """Returns the jobs that cannot be read, which `fetch` of the worker's class has set aside."""
+def _unreadable(queue: rq.Queue, ids: list[str]) -> int:
+    """Returns how many of the jobs cannot be read; `fetch` of the worker's class has set them aside."""
+    found = 0
     try:  # in one round trip: nearly always, all is well
         queue.job_class.fetch_many(ids, queue.connection, queue.serializer)
-        return []
     except (Unreadable, ResponseError):  # no hash, or Redis cannot answer now and will say so again
-        return [job_id for job_id in ids if _is_unreadable(queue, job_id)]
-
-
-def _is_unreadable(queue: rq.Queue, job_id: str) -> bool:
-    try:
-        queue.job_class.fetch(job_id, queue.connection, queue.serializer)
-    except NoSuchJobError as error:
-        return isinstance(error, Unreadable)
-    return False
+        for job_id in ids:
+            try:
+                queue.job_class.fetch(job_id, queue.connection, queue.serializer)
+            except NoSuchJobError as error:
+                found += isinstance(error, Unreadable)
+    return found

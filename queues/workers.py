@@ -154,6 +154,7 @@ class EmailWorker(SimpleWorker):
 
     queue_class = Queue
     death_penalty_class = NoTimeout
+    should_run_maintenance_tasks = False  # the main thread does, and is never busy with a mail
     is_paused: Callable[[], object]  # whether no job should be taken now
     stopping = False
     forgotten = False  # by Redis, as the main thread has seen
@@ -168,18 +169,11 @@ class EmailWorker(SimpleWorker):
         while not self.stopping and self.is_paused():
             time.sleep(0.5)
 
-    @property
-    def should_run_maintenance_tasks(self) -> bool:
-        return False  # the main thread does, and is never busy with a mail
-
     def _install_signal_handlers(self) -> None:
         """Does nothing: the main thread has them."""
 
     def subscribe(self) -> None:
         """Does nothing: RQ's remote commands need a thread and a connection, and there is no work horse to stop."""
-
-    def procline(self, message: str) -> None:
-        """Does nothing: the process has one title and many threads."""
 
     def set_state(self, state: str, pipeline: Pipeline | None = None) -> None:
         self._state = state  # `add_heartbeat` writes it
@@ -200,9 +194,6 @@ class EmailWorker(SimpleWorker):
             pipeline.hset(self.key, mapping={"last_heartbeat": utcformat(now()), "state": self._state})
             pipeline.expire(self.key, self.worker_ttl + 60)
             pipeline.expire(self.executions_key, self.worker_ttl + 60)
-
-    def get_heartbeat_ttl(self, job: rq.job.Job, working_time: float = 0.0) -> int:
-        return LEASE_SECONDS
 
     def prepare_execution(self, job: rq.job.Job) -> Execution:
         """Does what RQ's does, and `prepare_job_execution`, in one transaction."""

@@ -27,15 +27,15 @@ PROBE: float = 60  # seconds after which a probe that never came back is given u
 ALIKE = 3  # different mails in a row that are put off or refused in the same words: it is about the account
 STREAK = 86400  # seconds for which such a row is remembered
 
-NOW = """
+HEAD = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-"""  # in ms; before each script
+local open_until = tonumber(redis.call('HGET', KEYS[1], 'open_until') or '0')
+"""  # in ms; before each script, whose first key is the breaker
 # KEYS: breaker, probe, gone, told, told_again. ARGV: PAUSE and PROBE in ms, whether the mail had a reservation, then
 # mails and period (ms) of each rate. A new mail lines up behind all reservations; one that returns at its moment goes,
 # if there is room, or gets another moment soon: there may be hours between the ends of the two lines.
 ADMIT = """
-local open_until = tonumber(redis.call('HGET', KEYS[1], 'open_until') or '0')
 local mine_at = open_until
 if open_until > 0 and ARGV[4] == '1' then mine_at = open_until + ARGV[2] end
 if mine_at > now then return {'breaker', mine_at - now} end
@@ -72,33 +72,31 @@ return {'go', redis.call('EXISTS', KEYS[1])}
 # KEYS: breaker, probe. ARGV: for how long in ms, after how many troubles, whether the mail was put off before. Returns
 # whether it has opened now.
 TROUBLE = """
-if ARGV[3] == '1' and redis.call('HEXISTS', KEYS[1], 'open_until') == 0 then return 0 end
+if ARGV[3] == '1' and open_until == 0 then return 0 end
 local troubles = redis.call('HINCRBY', KEYS[1], 'troubles', 1)
-local was_open = redis.call('HGET', KEYS[1], 'open_until')
 redis.call('DEL', KEYS[2])
-if not was_open and troubles < tonumber(ARGV[2]) then return 0 end
-redis.call('HSET', KEYS[1], 'open_until', now + ARGV[1])
-return was_open and 0 or 1
+if open_until == 0 and troubles < tonumber(ARGV[2]) then return 0 end
+redis.call('HSET', KEYS[1], 'open_until', math.max(open_until, now + ARGV[1]))
+return open_until == 0 and 1 or 0
 """
 
 # KEYS: breaker, probe. Returns the milliseconds until a mail may be tried.
 CLOSED_FOR = """
-local open_until = tonumber(redis.call('HGET', KEYS[1], 'open_until') or '0')
 if open_until > 0 and open_until <= now then return math.max(0, redis.call('PTTL', KEYS[2])) end
 return math.max(0, open_until - now)
 """
 
 
-# KEYS: streak. ARGV: digest of the relay's words, when a mail was last sent (seconds), whether this mail was put off
-# before, how long to remember it in ms. Returns how many different mails in a row have met with these words.
+# KEYS: breaker, streak. ARGV: digest of the relay's words, when a mail was last sent (seconds), whether this mail was
+# put off before, how long to remember it in ms. Returns how many different mails in a row have met with these words.
 REFUSED = """
-local words, since = unpack(redis.call('HMGET', KEYS[1], 'words', 'since'))
+local words, since = unpack(redis.call('HMGET', KEYS[2], 'words', 'since'))
 if words ~= ARGV[1] or tonumber(ARGV[2]) > tonumber(since) then
-  redis.call('DEL', KEYS[1])
-  redis.call('HSET', KEYS[1], 'words', ARGV[1], 'since', now / 1000)
+  redis.call('DEL', KEYS[2])
+  redis.call('HSET', KEYS[2], 'words', ARGV[1], 'since', now / 1000)
 end
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
-return redis.call('HINCRBY', KEYS[1], 'mails', 1 - ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+return redis.call('HINCRBY', KEYS[2], 'mails', 1 - ARGV[3])
 """
 
 
@@ -128,7 +126,7 @@ class Pacing:
         self.streak = f"{relay}:streak"
         self.rates = [number for rate in rates for number in (rate.mails, rate.seconds * 1000)]
         self._admit, self._trouble, self._closed_for, self._refused = (
-            Script(redis, NOW + one) for one in (ADMIT, TROUBLE, CLOSED_FOR, REFUSED)
+            Script(redis, HEAD + one) for one in (ADMIT, TROUBLE, CLOSED_FOR, REFUSED)
         )
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
@@ -155,7 +153,7 @@ class Pacing:
         row were, with none sent in between: then it is about the account. `put_off`: this mail was counted before."""
         digest = hashlib.sha256(words.encode()).hexdigest()[:16]
         args = [digest, last_sent, int(put_off), int(STREAK * 1000)]
-        return int(self._refused(keys=[self.streak], args=args)) >= ALIKE
+        return int(self._refused(keys=[self.breaker[0], self.streak], args=args)) >= ALIKE
 
     def well(self) -> bool:
         """Forgets the troubles, after a conversation that came about. Returns whether this closed the breaker."""

@@ -90,10 +90,6 @@ class Outcome(NamedTuple):
     reply: Reply
     recipients: dict[str, Reply]
 
-    @property
-    def verdict(self) -> Verdict:
-        return self.reply.verdict
-
     def repeated(self) -> Outcome:
         """Returns the same outcome, met with by several different mails in a row."""
         reply = self.reply._replace(repeated=True)

@@ -5,40 +5,36 @@ It takes `chromium` and `chromedriver` from PATH; tests/programs.py says what ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from selenium.common import WebDriverException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.wait import WebDriverWait
 
 from tests.programs import program
 
 FLAGS = (
-    "--headless",
+    *("--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync", "--window-size=1280,900"),
+    *("--disable-background-networking", "--disable-component-update"),
     "--no-sandbox",  # CI runs as root, where Chromium has no sandbox
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1280,900",
 )
 
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Chrome]:
-    chromium = program("REQUIRE_BROWSER", "chromium", "chromium-browser", "google-chrome")
-    driver = program("REQUIRE_BROWSER", "chromedriver")
     options = ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = program("REQUIRE_BROWSER", "chromium", "chromium-browser", "google-chrome")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
         options.add_argument(flag)
-    chrome = Chrome(options, Service(driver))
-    try:
+    with Chrome(options, Service(program("REQUIRE_BROWSER", "chromedriver"))) as chrome:
         chrome.implicitly_wait(5)  # seconds; the pages fill themselves in after they load
         yield chrome
-    finally:
-        chrome.quit()
+
+
+def wait_for(browser: Chrome, condition: Callable[[Chrome], object]) -> None:
+    """Waits until `condition` is true, and over what Selenium raises meanwhile: a page that draws itself anew."""
+    WebDriverWait(browser, 10, 0.05, [WebDriverException]).until(condition)

@@ -15,10 +15,12 @@ import trustme
 
 from mail import delivery
 from mail.outbox import Outbox
+from queues import connection
 from queues.jobs import Jobs
 from settings import load
 from tests.browser import browser as browser
 from tests.conversations import POOL, server_context, write_ca
+from tests.relay import Relay
 from tests.servers import Api, House, RedisServer, eventually
 from tests.side_by_side import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 
@@ -40,9 +42,29 @@ def house(
         yield house
 
 
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    with Relay() as relay:
+        yield relay
+
+
+@pytest.fixture
+def sending(redis_server: RedisServer, relay: Relay, tmp_path: Path) -> Iterator[House]:
+    """The service's processes for one test, which begins with an empty Redis and sends through `relay`."""
+    redis_server.reset()
+    with House(tmp_path, redis_server.url, **relay.environment(tmp_path)) as house:
+        yield house
+
+
 @pytest.fixture(scope="module")
 def api(house: House) -> Api:
     return house.api()
+
+
+@pytest.fixture(autouse=True)
+def forget_silence() -> None:
+    """Forgets whether the Redis of a test before this one was silent."""
+    connection._silent.clear()
 
 
 @pytest.fixture

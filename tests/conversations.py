@@ -77,20 +77,6 @@ def another(
         return said
 
 
-def meet(
-    script: Script | None = None,
-    *recipients: str,
-    offers: Sequence[str] = (),
-    tls: ssl.SSLContext | None = None,
-    **options: Any,
-) -> tuple[ScriptedRelay, Outcome]:
-    """Sends a mail to a relay of this script, with the options of `at` and `another`. Returns the relay, with all that
-    it has heard, and the outcome."""
-    changes = {name: options.pop(name) for name in (*Relay._fields, "login") if name in options}
-    with ScriptedRelay(script, offers=offers, tls=tls, implicit=changes.get("security") == "tls") as there:
-        return there, attempt(at(there.port, **changes), *recipients, **options)
-
-
 @contextmanager
 def opened(to: Relay) -> Iterator[Session]:
     with POOL.conversation(to) as talk:
@@ -101,7 +87,7 @@ def opened(to: Relay) -> Iterator[Session]:
 def fate(outcome: Outcome) -> tuple[Phase, int | None, Verdict]:
     """Returns what became of an attempt that met all recipients alike."""
     assert set(outcome.recipients.values()) == {outcome.reply}
-    return outcome.reply.phase, outcome.reply.code, outcome.verdict
+    return outcome.reply.phase, outcome.reply.code, outcome.reply.verdict
 
 
 @contextmanager
@@ -112,10 +98,27 @@ def took_less_than(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def served(script: Script | None = None, **options: Any) -> Iterator[ScriptedRelay]:
-    """Runs a relay, and says QUIT on the sessions that are left before it ends."""
-    with ScriptedRelay(script, **options) as there:
+def served(
+    script: Script | None = None,
+    *,
+    offers: Sequence[str] = (),
+    tls: ssl.SSLContext | None = None,
+    latency: float = 0,
+    **changes: Any,
+) -> Iterator[tuple[ScriptedRelay, Relay]]:
+    """Runs a relay, and says QUIT on the sessions that are left before it ends. Yields it and the way to it, which has
+    the `changes` of `at`."""
+    implicit = changes.get("security") == "tls"
+    with ScriptedRelay(script, offers=offers, tls=tls, implicit=implicit, latency=latency) as there:
         try:
-            yield there
+            yield there, at(there.port, **changes)
         finally:
             POOL.close_all()
+
+
+def meet(script: Script | None = None, *recipients: str, **options: Any) -> tuple[ScriptedRelay, Outcome]:
+    """Sends a mail to a relay, with the options of `served` and `another`. Returns the relay, with all that it has
+    heard, and the outcome."""
+    mail = {name: options.pop(name) for name in ("sender", "mime", "smtputf8", "before_dot") if name in options}
+    with served(script, **options) as (there, to):
+        return there, another(to, *recipients, **mail)

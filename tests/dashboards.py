@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import http.client
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from flask import url_for
+from flask.testing import FlaskClient
 from redis import Redis
 from rq import Queue
 from rq.executions import Execution
@@ -22,35 +20,20 @@ from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry
 from rq.results import Result
 from rq.serializers import JSONSerializer
-from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.wait import WebDriverWait
 
 from ops import dashboard
 from settings import load
-from tests.servers import ROOT, RedisServer, eventually, free_port
+from tests.browser import wait_for
+from tests.servers import ROOT, Answer, Api, House, RedisServer, eventually, free_port
 
 PASSWORD, REDIS_PASSWORD = "dashboard-secret", "redis-secret"
 SETTINGS = load(from_file={}, dashboard_password=PASSWORD)
 SAME_ORIGIN = {"Sec-Fetch-Site": "same-origin"}
-MARKUP = "<img src=x onerror=\"document.title='pwned'\">"
-SAMPLES = {  # one value for each variable in a route
-    "instance_number": 0,
-    "queue_name": "email",
-    "registry_name": "failed",
-    "per_page": 8,
-    "order": "asc",
-    "page": 1,
-    "job_id": "a",
-    "filename": "css/main.css",
-}
-
-
-class Answer(NamedTuple):
-    status: int
-    headers: http.client.HTTPMessage
-    body: str
+# One value for each variable in a route.
+SAMPLES: dict[str, Any] = {"instance_number": 0, "per_page": 8, "order": "asc", "page": 1, "job_id": "a"}
+SAMPLES |= {"queue_name": "email", "registry_name": "failed", "filename": "css/main.css"}
 
 
 class Running(NamedTuple):
@@ -62,16 +45,10 @@ class Running(NamedTuple):
 
     def ask(self, method: str, path: str, headers: dict[str, str] | None = None, password: str = PASSWORD) -> Answer:
         login = base64.b64encode(f"admin:{password}".encode()).decode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request(method, path, headers={"Authorization": f"Basic {login}"} | (headers or {}))
-            answer = connection.getresponse()
-            return Answer(answer.status, answer.headers, answer.read().decode(errors="replace"))
-        finally:
-            connection.close()
+        return Api(self.port).call(method, path, headers={"Authorization": f"Basic {login}"} | (headers or {}))
 
-    def post(self, path: str, **headers: str) -> Answer:
-        return self.ask("POST", path, headers or SAME_ORIGIN)
+    def post(self, path: str) -> Answer:
+        return self.ask("POST", path, SAME_ORIGIN)
 
     def get(self, path: str) -> Answer:
         return self.ask("GET", path)
@@ -81,31 +58,14 @@ class Running(NamedTuple):
         return f"http://admin:{PASSWORD}@127.0.0.1:{self.port}{path}"
 
 
-def start(output: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
-    """Starts a dashboard with this environment and no other."""
-    output.parent.mkdir(exist_ok=True)
-    with output.open("wb") as file:
-        command = [sys.executable, "-m", "ops.dashboard", *options]
-        environment = {"PYTHONPATH": str(ROOT), **environment}
-        return subprocess.Popen(command, cwd=output.parent, env=environment, stdout=file, stderr=subprocess.STDOUT)
-
-
-def accepts_connections(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 @contextmanager
 def running(directory: Path, redis_url: str, *options: str, **environment: str) -> Iterator[Running]:
     port = free_port()
-    environment = {"REDIS_URL": redis_url, "DASHBOARD_LISTEN": f"127.0.0.1:{port}", **environment}
-    process = start(directory / "output", *options, **environment)
-    try:
-        eventually(lambda: accepts_connections(port) or process.poll() is not None)
-        yield Running(process, port, directory / "output")
-    finally:
-        process.terminate()
-        process.wait(timeout=10)
+    environment |= {"DASHBOARD_LISTEN": f"127.0.0.1:{port}"}
+    with House(directory, redis_url, PYTHONPATH=str(ROOT), PYTHONWARNINGS="", **environment) as house:
+        process = house.run("dashboard", "-m", "ops.dashboard", *options)
+        eventually(lambda: Api(port).answers("/", 302 if options else 401))
+        yield Running(process, port, directory / "dashboard.log")
 
 
 @pytest.fixture(scope="module")
@@ -118,60 +78,53 @@ def served(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) 
         yield served
 
 
-@pytest.fixture
-def store(redis_server: RedisServer) -> Iterator[Redis]:
-    with redis_server.client() as client:
-        client.flushall()
-        yield client
+def email_queue(client: Redis) -> Queue:
+    return Queue("email", connection=client, serializer=JSONSerializer)
 
 
-def email_queue(store: Redis) -> Queue:
-    return Queue("email", connection=store, serializer=JSONSerializer)
+def queued(client: Redis) -> list[str]:
+    return email_queue(client).get_job_ids()
 
 
-def queued(store: Redis) -> list[str]:
-    return email_queue(store).get_job_ids()
+def enqueue(client: Redis, job_id: str, **more: Any) -> Job:
+    return email_queue(client).enqueue("tasks.deliver", job_id, job_id=job_id, **more)
 
 
-def enqueue(store: Redis, job_id: str, **more: Any) -> Job:
-    return email_queue(store).enqueue("tasks.deliver", job_id, job_id=job_id, **more)
-
-
-def fail(store: Redis, job_id: str, error: str = "Traceback: no luck", **more: Any) -> Job:
+def fail(client: Redis, job_id: str, error: str = "Traceback: no luck", **more: Any) -> Job:
     """A failed job, as a worker leaves it."""
-    job = enqueue(store, job_id, **more)
-    email_queue(store).remove(job)
+    job = enqueue(client, job_id, **more)
+    email_queue(client).remove(job)
     job.set_status(JobStatus.FAILED)
-    FailedJobRegistry(queue=email_queue(store)).add(job, ttl=1000)
+    FailedJobRegistry(queue=email_queue(client)).add(job, ttl=1000)
     Result.create_failure(job, ttl=1000, exc_string=error)
     return job
 
 
-def occupy_a_worker(store: Redis, job: Job, name: str = "w1") -> None:
+def occupy_a_worker(client: Redis, job: Job, name: str = "w1") -> None:
     """What Redis holds while a worker is busy with this job."""
     started = "2026-01-01T00:00:00.000000Z"
-    store.sadd("rq:workers", f"rq:worker:{name}")
-    store.hset(
+    client.sadd("rq:workers", f"rq:worker:{name}")
+    client.hset(
         f"rq:worker:{name}",
         mapping={"state": "busy", "queues": "email", "birth": started, "last_heartbeat": started, "pid": 1},
     )
-    with store.pipeline() as pipe:
+    with client.pipeline() as pipe:
         Execution.create(job, ttl=1000, pipeline=pipe, worker_name=name)
         pipe.execute()
 
 
-def contents(store: Redis) -> dict[Any, bytes | None]:
-    return {key: store.dump(key) for key in store.scan_iter()}
+def contents(client: Redis) -> dict[Any, bytes | None]:
+    return {key: client.dump(key) for key in client.scan_iter()}
 
 
 def press(browser: Chrome, selector: str) -> None:
     """Clicks, again if the page has drawn itself anew between finding and clicking."""
 
-    def click(_: Chrome) -> bool:
-        browser.find_element(By.CSS_SELECTOR, selector).click()
+    def click(page: Chrome) -> bool:
+        page.find_element(By.CSS_SELECTOR, selector).click()
         return True
 
-    WebDriverWait(browser, 10, ignored_exceptions=[StaleElementReferenceException]).until(click)
+    wait_for(browser, click)
 
 
 def confirm(browser: Chrome) -> None:
@@ -182,15 +135,18 @@ def confirm(browser: Chrome) -> None:
     eventually(lambda: not modal.is_displayed())
 
 
+def in_process(login: bool) -> FlaskClient:
+    return dashboard.make_app(SETTINGS, login).test_client()
+
+
 def routes() -> tuple[list[str], list[str]]:
     """Every path that Flask answers on: those that only look, and those that change something."""
-    app = dashboard.make_app(SETTINGS, login=True)
+    app = in_process(login=True).application
     looking: list[str] = []
     changing: list[str] = []
     with app.test_request_context():
         for rule in app.url_map.iter_rules():
-            samples: dict[str, Any] = {name: SAMPLES[name] for name in rule.arguments}
-            path = url_for(rule.endpoint, **samples)
+            path = url_for(rule.endpoint, **{name: SAMPLES[name] for name in rule.arguments})
             (changing if (rule.methods or set()) - dashboard.READING else looking).append(path)
     return looking, changing
 

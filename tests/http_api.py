@@ -6,10 +6,11 @@ import io
 import json
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import Any
 from wsgiref.util import setup_testing_defaults
@@ -72,20 +73,64 @@ def submitted(api: Api, path: str) -> str:
 def refused(api: Api, client: redis.Redis, path: str, body: Any, status: int, *named: str) -> None:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = api.call("POST", path, raw=raw)
-    assert answer.status == status, answer
+    held_to_the_shape(answer, status)
     assert fields(answer) == list(named), answer
     assert not re.search(r"sys\.|pydantic|Error|__", answer.body["message"])  # Python's own words help no caller
     assert client.dbsize() == 0
+
+
+def held_to_the_shape(answer: Answer, status: int, name: str = "") -> None:
+    body, headers = answer.body, answer.headers
+    assert (answer.status, body["statusCode"]) == (status, status), answer
+    assert body["name"] == (name or body["name"])
+    assert re.fullmatch("[a-z]+(_[a-z]+)+", body["name"])
+    assert set(body) - {"errors"} == {"statusCode", "name", "message", "request_id"}
+    assert all(set(error) == {"field", "message"} and all(error.values()) for error in body.get("errors", []))
+    assert isinstance(body["message"], str)
+    assert body["message"]
+    assert body["request_id"] == headers["X-Request-Id"]
+    assert headers["Content-Type"] == "application/json"
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def spoken(port: int, *packets: bytes, host: str = "127.0.0.1") -> list[Answer]:
+    """The answers to these bytes, each packet sent when the one before has been read; then we say no more."""
+    with socket.create_connection((host, port), timeout=10) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        heard = b""
+        connection.settimeout(0.3)
+        for packet in packets:
+            with suppress(TimeoutError, ConnectionError):
+                connection.sendall(packet)
+                while data := connection.recv(2**20):
+                    heard += data
+    return list(answers_in(heard))
+
+
+def answers_in(heard: bytes) -> Iterator[Answer]:
+    while heard:
+        head, _, heard = heard.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        length = int(headers.get("Content-Length", 0))
+        yield Answer(int(first.split()[1]), json.loads(heard[:length] or "null"), headers)
+        heard = heard[length:]
 
 
 def job_of(client: redis.Redis, job_id: str) -> Job:
     return Job.fetch(job_id, client, serializer=JSONSerializer)
 
 
-def fail(client: redis.Redis, job: Job) -> None:
-    client.lrem(f"rq:queue:{job.origin}", 0, job.id)
-    client.zadd(f"rq:failed:{job.origin}", {job.id: time.time() + 3600})
+def fail(client: redis.Redis, job: Job) -> Job:
+    """As the last attempt of a job leaves it."""
+    job.retries_left = 0
+    job.started_at = job.ended_at = job.created_at
+    job.save()
     job.set_status(JobStatus.FAILED)
+    client.lrem(f"rq:queue:{job.origin}", 0, job.id)
+    client.zadd(f"rq:failed:{job.origin}", {job.id: time.time() + 1000})
+    return job
 
 
 def work(client: redis.Redis, queue: str) -> None:
@@ -118,14 +163,22 @@ def ask(app: middleware.Middleware, method: str, path: str, body: object = None,
 
 
 @contextmanager
-def served(app: middleware.Middleware, host: str = "127.0.0.1") -> Iterator[Api]:
-    """An application in this process, behind the real Waitress, for what must be looked at from inside."""
-    port = free_port()
-    running = server.Server(app, load(from_file={}).max_message_bytes, server.listen_on(Address(host, port)))
-    thread = threading.Thread(target=running.run)
-    thread.start()
+def running(
+    app: server.Application, limit: int = 2**20, host: str = "127.0.0.1"
+) -> Iterator[tuple[server.Server, threading.Thread]]:
+    """The real Waitress, and the thread of its loop, in this process, for what must be looked at from inside."""
+    made = server.Server(app, limit, server.listen_on(Address(host, free_port())))
+    loop = threading.Thread(target=made.run, name="loop", daemon=True)
+    loop.start()
     try:
-        yield Api(port)
+        yield made, loop
     finally:
-        running.stop()
-        thread.join()
+        made.stop()
+        loop.join(30)
+        assert not loop.is_alive()
+
+
+@contextmanager
+def served(app: middleware.Middleware, host: str = "127.0.0.1") -> Iterator[Api]:
+    with running(app, load(from_file={}).max_message_bytes, host) as (made, _):
+        yield Api(made.listeners[0].effective_port)

@@ -41,7 +41,6 @@ class Relay:
 
     login: tuple[str, str] | None = None
     tls: str = "none"  # none, starttls or tls
-    smtputf8: bool = True
     host: str = "127.0.0.1"  # where it listens
     name: str = "127.0.0.1"  # by which it is called, and certified
     port: int = 0  # 0: any that is free
@@ -73,10 +72,6 @@ class Relay:
     def connections(self) -> int:
         return self.server.connections
 
-    @property
-    def commands(self) -> list[str]:
-        return self.server.commands
-
     def environment(self, directory: Path) -> dict[str, str]:
         """Returns the settings with which a worker reaches this relay."""
         settings = {"SMTP_HOST": self.name, "SMTP_PORT": str(self.port), "SMTP_SECURITY": self.tls}
@@ -84,7 +79,7 @@ class Relay:
         return settings | ({"SMTP_USERNAME": self.login[0], "SMTP_PASSWORD": self.login[1]} if self.login else {})
 
     def _ehlo(self, line: Line) -> str:
-        offers = ["relay of the tests", "8BITMIME", *(["SMTPUTF8"] if self.smtputf8 else [])]
+        offers = ["relay of the tests", "8BITMIME", "SMTPUTF8"]
         encrypted = isinstance(line.socket, ssl.SSLSocket)
         offers += ["STARTTLS"] if self.tls == "starttls" and not encrypted else []
         offers += ["AUTH PLAIN"] if self.login and encrypted else []

@@ -126,9 +126,8 @@ ATEXT = "abcdefghijklmnopqrstuvwxyzABCXYZ0123456789!#$%&'*+-/=?^_`{|}~"
 LOCAL = st.lists(st.text(ATEXT, min_size=1, max_size=15), min_size=1, max_size=4).map(".".join)
 WIDE_LOCAL = st.text("äöüéñßøłжяשא日本語中ひカabc0", min_size=1, max_size=15)
 LABEL = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=20)
-DOMAIN = st.sampled_from(DOMAINS) | st.lists(LABEL, min_size=1, max_size=4).map(
-    lambda labels: (".".join([*labels, "com"]),) * 2
-)
+LABELS = st.lists(LABEL, min_size=1, max_size=4).map(lambda labels: ".".join([*labels, "com"]))
+DOMAIN = st.sampled_from(DOMAINS) | LABELS.map(lambda domain: (domain, domain))
 
 
 @st.composite
@@ -137,9 +136,8 @@ def boxes(draw: st.DrawFn, local: st.SearchStrategy[str] = LOCAL | WIDE_LOCAL) -
     before = unicodedata.normalize("NFC", draw(local.filter(lambda text: "=?" not in text)))
     written, domain = draw(DOMAIN)
     if not name:
-        return Box(
-            draw(st.sampled_from(["{}", "<{}>", " {} "])).format(f"{before}@{written}"), "", f"{before}@{domain}"
-        )
+        form = draw(st.sampled_from(["{}", "<{}>", " {} "]))
+        return Box(form.format(f"{before}@{written}"), "", f"{before}@{domain}")
     is_plain = not re.search(r'[",;:@\\()\[\]<>]', name)
     quoted = '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
     said = draw(st.sampled_from([quoted, name])) if is_plain else quoted
@@ -174,11 +172,7 @@ def files(draw: st.DrawFn) -> dict[str, str]:
     return file | ({"content_id": content_id} if content_id else {})
 
 
-def content_id_or_itself(file: dict[str, str]) -> object:
-    return file.get("content_id") or id(file)
-
-
-FILES = st.lists(files(), max_size=4, unique_by=content_id_or_itself)
+FILES = st.lists(files(), max_size=4, unique_by=lambda file: file.get("content_id") or id(file))
 HEADERS = st.lists(
     st.tuples(HEADER_NAME.map("X-".__add__), odd_text(998)), max_size=4, unique_by=lambda header: header[0].lower()
 ).map(dict)

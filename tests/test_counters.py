@@ -9,7 +9,6 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -24,6 +23,7 @@ from mail.states import State
 from mail.store import TOTALS
 from tests.http_api import MAIL
 from tests.mails import accept, claim
+from tests.redis_troubles import configured
 from tests.relay import CUT, Relay
 from tests.servers import Api, House, RedisServer, eventually
 from tests.test_delivery import replaced
@@ -33,21 +33,15 @@ CONVERSATIONS = "smtp_duration_seconds_count"
 
 
 @pytest.fixture
-def the_relay() -> Iterator[Relay]:
-    with Relay() as one:
-        yield one
-
-
-@pytest.fixture
 def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
     with Proxy(redis_server.port) as proxy:
         yield proxy
 
 
 @pytest.fixture
-def house(client: redis.Redis, the_relay: Relay, proxy: Proxy, tmp_path: Path) -> Iterator[House]:
-    with House(tmp_path, f"redis://127.0.0.1:{proxy.port}/0", **the_relay.environment(tmp_path)) as house:
-        yield house
+def house(sending: House, proxy: Proxy) -> House:
+    sending.environment["REDIS_URL"] = f"redis://127.0.0.1:{proxy.port}/0"
+    return sending
 
 
 def scraped(api: Api) -> dict[str, float]:
@@ -82,12 +76,12 @@ OUTCOMES = {  # the replies to the final dot, the state in which the mail ends, 
 @pytest.mark.parametrize("lost", [0, 3])
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_each_outcome_is_counted_once_however_often_it_is_written(
-    house: House, the_relay: Relay, proxy: Proxy, lost: int, outcome: str
+    house: House, relay: Relay, proxy: Proxy, lost: int, outcome: str
 ) -> None:
     replies, state, counted = OUTCOMES[outcome]
     api = warmed_up(house)
     before = scraped(api)
-    the_relay.data = list(replies)
+    relay.data = list(replies)
     proxy.lose((b"settled_at",), lost)
     api.wait_for(api.submit(MAIL), state)
     eventually(lambda: proxy.left == 0)
@@ -114,14 +108,14 @@ def test_every_mail_of_a_batch_is_counted_and_no_replay(house: House) -> None:
 
 
 def test_a_worker_killed_at_the_final_dot_is_an_attempt_in_doubt(
-    house: House, the_relay: Relay, client: redis.Redis
+    house: House, relay: Relay, client: redis.Redis
 ) -> None:
     api = house.api()
     worker = house.worker()
-    the_relay.on_data = worker.kill
+    relay.on_data = worker.kill
     mail_id = api.submit(MAIL)
     worker.wait(20)
-    the_relay.on_data = lambda: None
+    relay.on_data = lambda: None
     replaced(house, client, mail_id)
     api.wait_for(mail_id, "sent", 60)
     seen = scraped(api)
@@ -129,7 +123,7 @@ def test_a_worker_killed_at_the_final_dot_is_an_attempt_in_doubt(
     assert (seen["mails_total sent"], seen["smtp_duration_seconds_count"]) == (1, 1)
 
 
-def test_what_is_held_expires_or_is_canceled_is_counted_as_such(house: House, the_relay: Relay) -> None:
+def test_what_is_held_expires_or_is_canceled_is_counted_as_such(house: House, relay: Relay) -> None:
     house.environment["ON_DOUBT"] = "hold"
     api = house.api()
     canceled = api.submit(MAIL)
@@ -138,7 +132,7 @@ def test_what_is_held_expires_or_is_canceled_is_counted_as_such(house: House, th
     soon = datetime.now(timezone.utc) + timedelta(seconds=1)
     expired = api.submit(MAIL | {"expires_at": soon.isoformat()})
     eventually(lambda: datetime.now(timezone.utc) > soon)
-    the_relay.data = [CUT]
+    relay.data = [CUT]
     unknown = api.submit(MAIL)
     house.worker()
     api.wait_for(unknown, "unknown")
@@ -176,16 +170,15 @@ def test_a_mail_that_two_attempts_have_sent_is_one_mail_and_two_attempts(outbox:
     assert totals(client) == {"accepted": 1, "sent": 1, "attempt:accepted": 2}
 
 
-def test_on_a_full_redis_a_sent_mail_is_counted_all_the_same(outbox: Outbox, client: Any) -> None:
+def test_on_a_full_redis_a_sent_mail_is_counted_all_the_same(
+    redis_server: RedisServer, outbox: Outbox, client: Any
+) -> None:
     mail_id = accept(outbox)
     taken = claim(outbox, mail_id)
     client.delete(TOTALS)
-    client.config_set("maxmemory", 1)
-    try:
+    with configured(redis_server, maxmemory=1):
         SMTP.note(0.3, taken.counts)
         taken.settle(State.SENT)
-    finally:
-        client.config_set("maxmemory", 0)
     assert totals(client) == {"sent": 1, "smtp:0.5": 1, "smtp:us": 300_000}
 
 

@@ -19,52 +19,39 @@ from redis import Redis
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
-from ops import dashboard
 from tests.dashboards import (
     CHANGING,
     LOOKING,
     PASSWORD,
     REDIS_PASSWORD,
     SAME_ORIGIN,
-    SETTINGS,
     Running,
     contents,
     fail,
+    in_process,
     queued,
     running,
-    start,
 )
 from tests.dashboards import served as served
-from tests.dashboards import store as store
-from tests.servers import eventually
+from tests.servers import ROOT, House, eventually
 
 # The login
 
 
 @pytest.mark.parametrize("path", [*LOOKING, *CHANGING, "/rq/99/view", "/rq/nowhere", "/nowhere"])
-def test_without_a_login_every_path_answers_401_and_redis_is_not_asked(
-    served: Running, store: Redis, path: str
-) -> None:
-    store.config_resetstat()
+def test_without_a_login_every_path_is_401_and_redis_is_not_asked(served: Running, client: Redis, path: str) -> None:
+    client.config_resetstat()
     answer = served.ask("POST" if path in CHANGING else "GET", path, SAME_ORIGIN, password="")
     assert answer.status == 401
-    assert answer.headers["WWW-Authenticate"] == 'Basic realm="dashboard", charset="UTF-8"'
-    assert set(store.info("commandstats")) <= {"cmdstat_config|resetstat", "cmdstat_info"}
+    assert answer.headers["Www-Authenticate"] == 'Basic realm="dashboard", charset="UTF-8"'
+    assert set(client.info("commandstats")) <= {"cmdstat_config|resetstat", "cmdstat_info"}
 
 
-@pytest.mark.parametrize(
-    "authorization",
-    [
-        "",
-        "Basic",
-        "Basic !!!",
-        "Basic " + base64.b64encode(b"admin").decode(),
-        "Basic " + base64.b64encode(b"\xff:\xff").decode(),
-        "Basic " + base64.b64encode(f"root:{PASSWORD}".encode()).decode(),
-        "Basic " + base64.b64encode(f"admin:{PASSWORD}x".encode()).decode(),
-        f"Bearer {PASSWORD}",
-    ],
-)
+LOGINS = [b"admin", b"\xff:\xff", f"root:{PASSWORD}".encode(), f"admin:{PASSWORD}x".encode()]
+BASIC = [f"Basic {base64.b64encode(login).decode()}" for login in LOGINS]
+
+
+@pytest.mark.parametrize("authorization", ["", "Basic", "Basic !!!", f"Bearer {PASSWORD}", *BASIC])
 def test_a_wrong_login_is_refused(served: Running, authorization: str) -> None:
     assert served.ask("GET", "/rq/", {"Authorization": authorization}).status == 401
 
@@ -72,12 +59,11 @@ def test_a_wrong_login_is_refused(served: Running, authorization: str) -> None:
 def test_both_fields_are_compared_in_constant_time_even_if_the_first_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
     monkeypatch.setattr(hmac, "compare_digest", lambda given, right: compared.append((given, right)))
-    app = dashboard.make_app(SETTINGS, login=True)
-    app.test_client().get("/rq/", auth=("nobody", "guess"))
+    in_process(login=True).get("/rq/", auth=("nobody", "guess"))
     assert compared == [(b"nobody", b"admin"), (b"guess", PASSWORD.encode())]
 
 
-def test_the_front_page_leads_to_the_queues(served: Running, store: Redis) -> None:
+def test_the_front_page_leads_to_the_queues(served: Running, client: Redis) -> None:
     answer = served.get("/")
     assert (answer.status, answer.headers["Location"]) == (302, "/rq/")
     assert served.get("/rq/").status == 200
@@ -109,64 +95,57 @@ def test_these_are_all_the_routes_that_change_something() -> None:
 
 
 @pytest.mark.parametrize("path", CHANGING)
-def test_neither_another_site_nor_a_link_or_an_image_can_change_anything(
-    served: Running, store: Redis, path: str
-) -> None:
-    fail(store, "a")
-    before = contents(store)
+def test_no_other_site_link_or_image_can_change_anything(served: Running, client: Redis, path: str) -> None:
+    fail(client, "a")
+    before = contents(client)
     for headers in ELSEWHERE:
         assert served.ask("POST", path, headers).status == 403, headers
     for method in ("GET", "HEAD"):
         assert served.ask(method, path, SAME_ORIGIN).status == 405
-    assert contents(store) == before
+    assert contents(client) == before
 
 
 @pytest.mark.parametrize("headers", [SAME_ORIGIN, {"Host": "d.example", "Origin": "https://d.example"}], ids=str)
-def test_a_request_from_the_same_origin_requeues(served: Running, store: Redis, headers: dict[str, str]) -> None:
-    fail(store, "a")
+def test_a_request_from_the_same_origin_requeues(served: Running, client: Redis, headers: dict[str, str]) -> None:
+    fail(client, "a")
     assert served.ask("POST", "/rq/job/a/requeue", headers).status == 200
-    assert queued(store) == ["a"]
+    assert queued(client) == ["a"]
 
 
 @pytest.mark.browser
-def test_another_site_cannot_requeue_with_the_login_that_the_browser_remembers(
-    served: Running, store: Redis, browser: Chrome
-) -> None:
-    fail(store, "a")
+def test_no_other_site_can_use_the_login_that_a_browser_keeps(served: Running, client: Redis, browser: Chrome) -> None:
+    fail(client, "a")
     browser.get(served.page("/rq/"))
     address = f"http://127.0.0.1:{served.port}/rq/requeue/email"
     browser.get(f"data:text/html,<img src='{address}'><form method=post action='{address}'><button>win</button></form>")
     browser.find_element(By.TAG_NAME, "button").click()
     eventually(lambda: "must come from one of the dashboard's own pages" in browser.page_source)
-    assert queued(store) == []
+    assert queued(client) == []
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9181", "127.0.0.1", "127.0.0.1:9181", "[::1]", "[::1]:9181"])
 def test_without_a_login_loopback_names_are_answered(host: str) -> None:
-    app = dashboard.make_app(SETTINGS, login=False)
-    assert app.test_client().get("/", headers={"Host": host}).status_code == 302
+    assert in_process(login=False).get("/", headers={"Host": host}).status_code == 302
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:9181", "10.0.0.1"])
 @pytest.mark.parametrize("path", ["/", "/rq/", "/rq/0/data/queues.json", "/rq/static/css/main.css"])
 def test_without_a_login_a_rebound_name_is_refused(host: str, path: str) -> None:
-    app = dashboard.make_app(SETTINGS, login=False)
-    assert app.test_client().get(path, headers={"Host": host}).status_code == 403
+    assert in_process(login=False).get(path, headers={"Host": host}).status_code == 403
 
 
 @pytest.mark.parametrize("path", ["/", "/rq/", "/rq/static/css/main.css", "/rq/nowhere", "/rq/0/data/queues.json"])
 @pytest.mark.parametrize("password", [PASSWORD, "wrong"])
-def test_every_answer_forbids_framing_and_sniffing(served: Running, store: Redis, path: str, password: str) -> None:
+def test_every_answer_forbids_framing_and_sniffing(served: Running, client: Redis, path: str, password: str) -> None:
     headers = served.ask("GET", path, password=password).headers
-    assert headers["X-Frame-Options"] == "DENY"
+    fixed = {"X-Frame-Options": "DENY", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin"}
+    assert headers.items() >= fixed.items()
     assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
-    assert headers["X-Content-Type-Options"] == "nosniff"
-    assert headers["Referrer-Policy"] == "same-origin"
-    assert headers["Server"] is None
+    assert "Server" not in headers
     assert ("static" in path) or headers["Cache-Control"] == "no-store"
 
 
-def test_inline_script_runs_only_with_a_nonce_that_is_new_on_every_page(served: Running, store: Redis) -> None:
+def test_inline_script_runs_only_with_a_nonce_that_is_new_on_every_page(served: Running, client: Redis) -> None:
     nonces = set()
     for _ in range(2):
         answer = served.get("/rq/")
@@ -184,46 +163,35 @@ def test_a_body_that_no_button_sends_is_refused(served: Running) -> None:
 # Redis, and its password
 
 
-def test_the_password_of_redis_is_nowhere_to_be_seen(served: Running, store: Redis) -> None:
-    fail(store, "a")
+def test_the_password_of_redis_is_nowhere_to_be_seen(served: Running, client: Redis) -> None:
+    fail(client, "a")
     for path in LOOKING:
-        assert REDIS_PASSWORD not in served.get(path).body, path
+        assert REDIS_PASSWORD not in str(served.get(path).body), path
     assert REDIS_PASSWORD.encode() not in Path(f"/proc/{served.process.pid}/cmdline").read_bytes()
     assert REDIS_PASSWORD not in served.output.read_text()
 
 
-SWITCHED_OFF = ["/rq/job/a/delete", "/rq/queue/email/failed/empty"]
+SWITCHED_OFF = ("/rq/job/a/delete", "/rq/queue/email/failed/empty")
 NEEDING_REDIS = [path for path in LOOKING if path == "/rq/" or path.startswith("/rq/0/")]
 NEEDING_REDIS += [path for path in CHANGING if path not in SWITCHED_OFF]
 
 
-@pytest.mark.parametrize(
-    ("silent", "paths"),
-    [(False, NEEDING_REDIS), (True, ["/rq/", "/rq/0/data/workers.json", "/rq/requeue/email"])],
-    ids=["refused", "silent"],
-)
-def test_without_redis_a_page_or_button_answers_a_plain_503_within_three_seconds(
-    silent: bool, paths: list[str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("silent", [False, True])
+def test_without_redis_a_page_or_button_answers_a_plain_503_within_three_seconds(silent: bool, tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if silent:
             listener.listen()
-        assert_all_answer_503(f"redis://:{REDIS_PASSWORD}@127.0.0.1:{listener.getsockname()[1]}/0", paths, tmp_path)
-
-
-def assert_all_answer_503(url: str, paths: list[str], directory: Path) -> None:
-    with running(directory, url, DASHBOARD_PASSWORD=PASSWORD) as served:
-        for path in paths:
-            asked = time.monotonic()
-            answer = served.post(path) if path in CHANGING else served.get(path)
-            assert time.monotonic() - asked < 3
-            assert (answer.status, answer.body) == (503, "Redis does not answer\n"), path
-            assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
-        assert served.get("/").status == 302
-        output = served.output.read_text()
-    assert "Traceback" not in output
-    assert REDIS_PASSWORD not in output
+        url = f"redis://:{REDIS_PASSWORD}@127.0.0.1:{listener.getsockname()[1]}/0"
+        with running(tmp_path, url, DASHBOARD_PASSWORD=PASSWORD) as served:
+            for path in ["/rq/", "/rq/0/data/workers.json", "/rq/requeue/email"] if silent else NEEDING_REDIS:
+                asked = time.monotonic()
+                answer = served.post(path) if path in CHANGING else served.get(path)
+                assert time.monotonic() - asked < 3
+                assert (answer.status, answer.body) == (503, "Redis does not answer\n"), path
+                assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+            assert served.get("/").status == 302
+            assert not re.search(f"Traceback|{REDIS_PASSWORD}", served.output.read_text())
 
 
 # The process
@@ -232,18 +200,18 @@ def assert_all_answer_503(url: str, paths: list[str], directory: Path) -> None:
 def test_it_refuses_to_start_with_one_sentence_that_names_the_setting(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = f"127.0.0.1:{taken.getsockname()[1]}"
-        refusals: dict[tuple[str, ...], str] = {  # listen, password, options -> what is printed
-            ("127.0.0.1:1", ""): "DASHBOARD_PASSWORD is not set",
-            ("0.0.0.0:9181", "", "--no-login"): "DASHBOARD_LISTEN: 0.0.0.0:9181 is not loopback; --no-login is for",
-            (port, PASSWORD): f"DASHBOARD_LISTEN: cannot listen on {port}: Address already in use",
-            ("no.such.invalid:1", PASSWORD): "DASHBOARD_LISTEN: cannot listen on no.such.invalid:1: there is no",
-        }
-        for (address, password, *options), printed in refusals.items():
-            output = tmp_path / "output"
-            with start(output, *options, DASHBOARD_LISTEN=address, DASHBOARD_PASSWORD=password) as process:
-                assert process.wait(timeout=30) == 2
-            assert output.read_text().startswith(printed)
-            assert output.read_text().count("\n") == 1
+        refusals: list[tuple[str, str, list[str], str]] = [  # listen, password, options, what is printed
+            ("127.0.0.1:1", "", [], "DASHBOARD_PASSWORD is not set"),
+            ("0.0.0.0:9181", "", ["--no-login"], "DASHBOARD_LISTEN: 0.0.0.0:9181 is not loopback; --no-login is for"),
+            (port, PASSWORD, [], f"DASHBOARD_LISTEN: cannot listen on {port}: Address already in use"),
+            ("no.such.invalid:1", PASSWORD, [], "DASHBOARD_LISTEN: cannot listen on no.such.invalid:1: there is no"),
+        ]
+        with House(tmp_path, "redis://127.0.0.1:1/0", PYTHONPATH=str(ROOT), PYTHONWARNINGS="") as house:
+            for listen, password, options, _ in refusals:
+                house.environment |= {"DASHBOARD_LISTEN": listen, "DASHBOARD_PASSWORD": password}
+                assert house.run("refusals", "-m", "ops.dashboard", *options).wait(timeout=30) == 2
+    for line, (*_, printed) in zip(house.log("refusals").splitlines(), refusals, strict=True):
+        assert line.startswith(printed)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +51,6 @@ def delivered(house: House, api: Api, state: str, *to: str, **more: object) -> d
     """Starts a worker and posts a mail. Returns what the API says when it has come to this state."""
     house.worker()
     return api.wait_for(api.submit(mail(*to, **more)), state)
-
-
-def within(**time: float) -> datetime:
-    return datetime.now(timezone.utc) + timedelta(**time)
 
 
 def scripted(house: House, relay: ScriptedRelay) -> None:
@@ -101,18 +96,11 @@ def test_of_three_recipients_each_meets_his_own_fate(house: House, api: Api, rel
     relay.rcpt["gone@example.com"] = ["550 5.1.1 no such user"] * 9
     relay.rcpt["later@example.com"] = ["450 4.2.1 mailbox busy"]
     seen = delivered(house, api, "failed", "ada@example.com", "gone@example.com", "later@example.com")
-    assert [(d.recipients, d.message_id) for d in relay.accepted] == [
-        (["ada@example.com"], seen["message_id"]),
-        (["later@example.com"], seen["message_id"]),
-    ]
+    assert [d.recipients for d in relay.accepted] == [["ada@example.com"], ["later@example.com"]]
+    assert {d.message_id for d in relay.accepted} == {seen["message_id"]}
     assert relay.seen_rcpt == ["ada@example.com", "gone@example.com", "later@example.com", "later@example.com"]
-    assert {one["address"]: one["status"] for one in seen["recipients"]} == {
-        "ada@example.com": "accepted",
-        "gone@example.com": "refused",
-        "later@example.com": "accepted",
-    }
-    refused = next(one for one in seen["recipients"] if one["status"] == "refused")
-    assert refused["code"] == 550
+    fates = [(one["status"], one["code"]) for one in seen["recipients"]]
+    assert fates == [("accepted", 250), ("refused", 550), ("accepted", 250)]
 
 
 @pytest.mark.parametrize("way", ["rq requeue", "API"])
@@ -318,15 +306,6 @@ def test_a_mail_in_doubt_goes_out_again_with_its_message_id_or_is_held_as_was_ch
         eventually(lambda: failed_ids(client) == [mail_id])
     if doubt == "the relay hangs up":
         assert seen["attempts"][0]["verdict"] == "in doubt"
-
-
-def test_in_doubt_are_only_those_whom_the_relay_had_accepted(house: House, api: Api, relay: Relay) -> None:
-    house.environment["ON_DOUBT"] = "hold"
-    relay.data = [CUT]
-    relay.rcpt["later@example.com"] = ["450 4.2.1 busy"]
-    seen = delivered(house, api, "unknown", "ada@example.com", "later@example.com")
-    assert [d.recipients for d in relay.accepted] == [["ada@example.com"], ["later@example.com"]]
-    assert [one["status"] for one in seen["recipients"]] == ["in_doubt", "accepted"]
 
 
 def test_a_job_that_is_queued_twice_sends_one_mail(house: House, api: Api, relay: Relay, client: redis.Redis) -> None:

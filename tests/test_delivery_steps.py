@@ -16,7 +16,7 @@ import pytest
 
 from mail import delivery
 from mail.address import Mailbox
-from mail.claim import Claim, ClaimLost, Recipient
+from mail.claim import MARK_IN_DOUBT, Claim, ClaimLost, Recipient
 from mail.message import Message
 from mail.outbox import Outbox
 from mail.states import State, Status
@@ -140,6 +140,14 @@ def test_what_earlier_attempts_have_left_is_taken_up(before: str, on_doubt: str,
     assert (taken.counts["attempt:interrupted"], taken.counts["in_doubt"]) == (died, died and "in_doubt" in were)
 
 
+def test_a_held_doubt_outlasts_the_attempts_at_the_others() -> None:
+    taken = claim("pending", "pending", on_doubt="hold")
+    assert after(taken, SILENCE, LATER)[0] == "delayed"
+    delivery.take_up(taken)
+    assert after(taken, OK)[0] == "unknown"
+    assert [one.status for one in taken.recipients] == ["in_doubt", "accepted"]
+
+
 def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -> None:
     silent = Reply(Phase.RCPT, None, "timed out")
     taken = claim("pending")
@@ -207,25 +215,23 @@ LOST = object()
 
 
 class Attempt:
-    """A mail that `Delivery._hand_over` sends, with a claim that notes in `events` what is written down."""
+    """A mail that `Delivery._hand_over` sends, with a store that notes in `events` what is written down."""
 
-    def __init__(self, there: ScriptedRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, there: ScriptedRelay) -> None:
         self.there = there
         self.events: list[tuple[str, int]] = []  # with the number of mails that the relay had then
         self.claim = claim("pending")
         self.at_mark: Callable[[], object] = lambda: None
         self.delivery = delivery.Delivery(Outbox(Jobs(connect("redis://127.0.0.1:1/0")), Settings()))
         self.delivery.relay, self.delivery.pool = at(there.port), POOL
-        self.claim.store = SimpleNamespace(run=self.mark)  # type: ignore[assignment]  # all that is asked of it here
-        monkeypatch.setattr(self.claim, "settle", lambda state, **_: self.note(state))
+        self.claim.store = SimpleNamespace(run=self.run, insist=self.run)  # type: ignore[assignment]
 
-    def note(self, event: str) -> None:
-        self.events.append((event, len(self.there.bodies)))
-
-    def mark(self, script: str, keys: list[str], args: list[str]) -> bool:
-        """Stands for Redis, which writes the mark if the claim is not lost."""
+    def run(self, script: str, keys: list[str], args: list[str]) -> bool:
+        """Stands for Redis, which writes the mark if the claim is not lost, and the outcome."""
+        self.events.append(("mark" if script == MARK_IN_DOUBT else args[2], len(self.there.bodies)))
+        if script != MARK_IN_DOUBT:
+            return True
         assert [one["status"] for one in json.loads(args[1])] == ["in_doubt"]
-        self.note("mark")
         return self.at_mark() is not LOST
 
     def make(self) -> object:
@@ -233,11 +239,9 @@ class Attempt:
 
 
 @WAYS
-def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(
-    offers: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with served(offers=offers) as there:
-        attempt = Attempt(there, monkeypatch)
+def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(offers: list[str]) -> None:
+    with served(offers=offers) as (there, _):
+        attempt = Attempt(there)
         assert attempt.make() == "sent"
         assert attempt.events == [("mark", 0), ("sent", 1)]
         assert attempt.delivery.dots._pending == {"an-id"}  # until `deliver` ends, a process that aborts waits
@@ -254,10 +258,10 @@ def test_the_mark_comes_before_the_dot_and_the_outcome_before_another_word(
     ],
 )
 def test_what_stops_a_mail_before_its_dot_leaves_it_unsent(
-    offers: list[str], stop: str, error: type[Exception], events: list[object], monkeypatch: pytest.MonkeyPatch
+    offers: list[str], stop: str, error: type[Exception], events: list[object]
 ) -> None:
-    with served(offers=offers) as there:
-        attempt = Attempt(there, monkeypatch)
+    with served(offers=offers) as (there, _):
+        attempt = Attempt(there)
         if stop == "expired":
             attempt.claim.expires_at = 1
         elif stop == "claim lost":
@@ -274,7 +278,7 @@ def test_what_stops_a_mail_before_its_dot_leaves_it_unsent(
     ("expires", "events"), [(False, [("mark", 1), ("mark", 1), ("sent", 2)]), (True, [("mark", 1), ("failed", 1)])]
 )
 def test_a_mail_whose_kept_session_dies_at_the_dot_begins_again_and_nothing_of_the_first_mark_is_left(
-    expires: bool, events: list[object], monkeypatch: pytest.MonkeyPatch
+    expires: bool, events: list[object]
 ) -> None:
     gone = threading.Event()
 
@@ -287,9 +291,9 @@ def test_a_mail_whose_kept_session_dies_at_the_dot_begins_again_and_nothing_of_t
         time.sleep(0.1)
         attempt.claim.expires_at = float(expires)
 
-    with served({"BODY": [lambda _: "", die, lambda _: ""]}) as there:
-        Attempt(there, monkeypatch).make()
-        attempt = Attempt(there, monkeypatch)
+    with served({"BODY": [lambda _: "", die, lambda _: ""]}) as (there, _):
+        Attempt(there).make()
+        attempt = Attempt(there)
         attempt.at_mark = wait_for_the_reset
         with pytest.raises(delivery.Failed) if expires else nullcontext():
             attempt.make()

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from redis import Redis
 
 import settings
 from ops import dev
-from tests.servers import ROOT, Api, eventually, free_port, project_files
+from tests.checks.support import fake
+from tests.http_api import MAIL
+from tests.servers import Api, copy_project, eventually, free_port
 
 
 class Dev:
@@ -56,10 +55,6 @@ class Dev:
         rest, _ = self.process.communicate(timeout=60)
         return rest
 
-    def messages(self) -> list[dict[str, object]]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['mail']}/messages", timeout=5) as answer:
-            return list(json.load(answer)["messages"])
-
     def left_over(self) -> list[str]:
         """Processes whose command line names this copy of the project or one of its ports."""
         marks = [str(self.project), *map(str, self.ports.values())]
@@ -69,10 +64,7 @@ class Dev:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    for name in project_files():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    return tmp_path
+    return copy_project(tmp_path)
 
 
 @pytest.fixture
@@ -88,7 +80,8 @@ def test_the_curl_that_it_prints_puts_a_mail_on_the_catchers_page_and_prints_a_l
     curl = re.search(r"curl -X POST .*?\n.*", said)
     assert curl
     posted = subprocess.run(["bash", "-c", curl[0].replace("curl", "curl -sSf")], check=True, capture_output=True)
-    [message] = eventually(running.messages)
+    catcher = Api(running.ports["mail"])
+    [message] = eventually(lambda: catcher.get("/messages").body["messages"])
     assert message["subject"] == "Welcome, Ada"
     for name, port in running.ports.items():
         assert name in ("smtp", "redis") or f"http://127.0.0.1:{port}" in said
@@ -101,30 +94,27 @@ def test_the_curl_that_it_prints_puts_a_mail_on_the_catchers_page_and_prints_a_l
 def test_ctrl_c_stops_everything_and_the_next_start_finds_the_queue(running: Dev) -> None:
     running.start_and_read_the_welcome()
     api = Api(running.ports["api"], key="dev")
-    mail = {"to": "ada@example.com", "subject": "s", "text": "t"}
-    mail_id = api.post("/emails", mail).body["id"]
+    mail_id = api.submit(MAIL)
     api.wait_for(mail_id, "sent")
     running.stop()
     assert running.process.returncode == 0
     assert running.left_over() == []
     running.start_and_read_the_welcome()
     assert api.email(mail_id)["status"] == "sent"
-    assert api.post("/emails", mail).status == 202
+    api.submit(MAIL)
 
 
-def test_a_transaction_that_a_crash_left_unfinished_is_cut_off_first(running: Dev) -> None:
-    log = running.project / "var" / "dev" / "catcher" / "appendonlydir" / "appendonly.aof.1.incr.aof"
-    log.parent.mkdir(parents=True)
-    log.with_name("appendonly.aof.manifest").write_text(f"file {log.name} seq 1 type i\n")
+def test_a_transaction_that_a_crash_left_unfinished_is_cut_off_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what makes the command that starts Redis; tests/test_aof.py has what is cut."""
+    log = tmp_path / "appendonly.aof"
     log.write_bytes(b"*1\r\n$5\r\nMULTI\r\n*3\r\n$3\r\nSET\r\n$4\r\nhalf\r\n$1\r\n1\r\n*1\r")
-    said = running.start_and_read_the_welcome().splitlines()
-    assert next(line.split() for line in said if "cut off" in line)[:2] == ["redis", f"{log}:"]
-    with Redis(port=running.ports["redis"]) as redis:
-        redis.pipeline().set("later", 1).set("later still", 1).execute()
-    running.stop()
-    running.start_and_read_the_welcome()
-    with Redis(port=running.ports["redis"]) as redis:
-        assert redis.exists("half", "later", "later still") == 2
+    server = dev.find_redis_server()
+    assert server
+    assert str(tmp_path) in dev.redis_command(server, 6380, tmp_path)
+    assert capsys.readouterr().out.startswith(f"redis      {log}: cut off the last transaction")
+    assert log.read_bytes() == b""
 
 
 def test_a_taken_port_is_one_sentence_that_names_the_flag(project: Path) -> None:
@@ -139,7 +129,7 @@ def test_a_taken_port_is_one_sentence_that_names_the_flag(project: Path) -> None
 
 def test_no_redis_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dev, "find_redis_server", lambda: None)
-    with pytest.raises(dev.CannotStart, match=r"install one \(Debian, Ubuntu: sudo apt install redis-server\)"):
+    with pytest.raises(dev.Failed, match=r"install one \(Debian, Ubuntu: sudo apt install redis-server\)"):
         dev.run(dev.Stack(), dev.parse_arguments([]))
 
 
@@ -159,20 +149,10 @@ def test_a_part_that_dies_takes_the_rest_with_it_and_is_named(running: Dev) -> N
     assert running.left_over() == []
 
 
-def test_a_python_without_venv_is_one_sentence(project: Path, tmp_path: Path) -> None:
+def test_a_python_without_venv_is_one_sentence(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's python3 without python3-venv: `import ensurepip` fails."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    python = tools / "python3"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    ran = subprocess.run(
-        [str(project / "bin" / "dev")],
-        env={"PATH": f"{tools}:/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    fake(tmp_path, "python3", f'case "$*" in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"', monkeypatch)
+    ran = subprocess.run([project / "bin/dev"], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 1
     assert ran.stderr.startswith("Python's venv module is missing: install it (Debian, Ubuntu: sudo apt install")
     assert ran.stderr.count("\n") == 1
@@ -182,5 +162,5 @@ def test_with_a_relay_in_the_environment_there_is_no_catcher(monkeypatch: pytest
     ports = dev.parse_arguments([])
     monkeypatch.setenv("SMTP_HOST", "relay.example.com")
     configured = settings.load()
-    assert "SMTP_HOST" not in dev.child_settings(ports, configured, catcher=False)
-    assert "mail goes to relay.example.com:587" in dev.welcome(ports, "relay.example.com:587")
+    assert "SMTP_HOST" not in dev.child_settings(ports, configured)
+    assert "mail goes to relay.example.com:587" in dev.welcome(ports, configured)

@@ -66,11 +66,11 @@ def test_an_interrupted_caller_leaves_nothing_open() -> None:
 
 @pytest.mark.parametrize(("offers", "trips"), [([], 4), (["CHUNKING"], 4), (PIPES, 2), (CHUNKS, 1)])
 def test_a_mail_on_a_warm_session_takes_as_few_round_trips_as_the_relay_allows(offers: list[str], trips: int) -> None:
-    with served(offers=offers, latency=0.01) as there:
-        another(at(there.port))
+    with served(offers=offers, latency=0.01) as (there, to):
+        another(to)
         before = there.turns
         for _ in range(5):
-            assert another(at(there.port)).verdict is ACCEPTED
+            assert another(to).reply.verdict is ACCEPTED
         assert there.turns - before == 5 * trips
         assert there.connections == 1
     assert there.accepted == [MIME] * 6
@@ -166,9 +166,9 @@ def test_no_mail_is_sent_for_nobody_though_the_relay_invites_one(refusal: str) -
 
 
 def test_a_relay_that_takes_a_chunk_for_nobody_has_taken_it_for_nobody() -> None:
-    with served({"RCPT": "550 5.1.1 no"}, offers=CHUNKS) as there:
-        assert fate(another(at(there.port))) == (Phase.RCPT, 550, REFUSED)
-        another(at(there.port))
+    with served({"RCPT": "550 5.1.1 no"}, offers=CHUNKS) as (there, to):
+        assert fate(another(to)) == (Phase.RCPT, 550, REFUSED)
+        another(to)
         assert there.connections == 2
 
 

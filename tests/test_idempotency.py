@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import redis
 
-from tests.http_api import JOB, MAIL, SUBMITTED, app_with, keys, served
+from tests.http_api import JOB, MAIL, SUBMITTED, app_with, held_to_the_shape, keys, served
 from tests.servers import Api, RedisServer
 
 pytestmark = pytest.mark.usefixtures("client")
@@ -37,19 +37,16 @@ def test_the_same_key_for_another_request_is_a_conflict(
     assert len(keys(client, "rq:job:*")) == 1
 
 
-@pytest.mark.parametrize("given", ["", "x" * 257, "a\tb", "é", "a\x7fb"])
-def test_a_key_of_the_wrong_length_or_characters_is_refused(api: Api, client: redis.Redis, given: str) -> None:
-    answer = api.post("/emails", MAIL, Idempotency_Key=given)
-    refused_by_waitress = given == "a\x7fb"
-    assert answer.status == 400
-    assert answer.body["name"] == ("validation_error" if refused_by_waitress else "invalid_idempotency_key")
-    assert client.dbsize() == 0
-
-
 @pytest.mark.parametrize("given", ["x", "x" * 256, '!"#$%&/()=?', "0"])
 def test_a_key_may_have_1_to_256_printable_characters(api: Api, given: str) -> None:
     first, again = (api.post("/emails", MAIL, Idempotency_Key=given) for _ in range(2))
     assert first.body == again.body
+
+
+@pytest.mark.parametrize("given", ["", "x" * 257, "a\tb", "é"])
+def test_a_key_of_the_wrong_length_or_characters_is_refused(api: Api, client: redis.Redis, given: str) -> None:
+    held_to_the_shape(api.post("/emails", MAIL, Idempotency_Key=given), 400, "invalid_idempotency_key")
+    assert client.dbsize() == 0
 
 
 def test_an_idempotency_key_belongs_to_one_api_key_and_one_endpoint(api: Api, client: redis.Redis) -> None:

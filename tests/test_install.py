@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -19,12 +18,11 @@ import pytest
 import redis
 
 from ops import install, release, site
-from ops.dev import find_redis_server
-from ops.install import Step
 from ops.server import Fault, Server
 from settings import from_file, load
+from tests.http_api import MAIL
 from tests.relay import Relay
-from tests.servers import ROOT, House, eventually, project_files
+from tests.servers import ROOT, House, RedisServer, copy_project, eventually, mode
 
 GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@example.com")
 
@@ -46,10 +44,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A clone whose one commit is the project as it stands."""
-    source = tmp_path / "clone"
-    for path in project_files():
-        (source / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, source / path)
+    source = copy_project(tmp_path / "clone")
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it stands"]):
         subprocess.run([*GIT, "-C", source, *command], check=True)
     return source
@@ -64,10 +59,6 @@ def content(folder: Path) -> dict[str, str | bytes]:
     """Every file and link below it."""
     paths = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
     return {str(path): os.readlink(path) if path.is_symlink() else path.read_bytes() for path in paths}
-
-
-def mode(path: Path) -> int:
-    return path.stat().st_mode & 0o777
 
 
 @pytest.mark.parametrize("option", [[], ["--rollback"]])
@@ -96,7 +87,7 @@ def test_a_step_that_fails_ends_it_and_shows_the_key_that_was_made(
 
     machine = tmp_path / "machine"
     monkeypatch.setattr(install, "Server", lambda source, dry: Server(source, dry=dry, under=machine))
-    steps = tuple(Step("a step", action) for action in (install.configure, full, install.switch))
+    steps = tuple(("a step", action) for action in (install.configure, full, install.switch))
     monkeypatch.setattr(install, "INSTALL", steps)
     assert install.main([]) == 1
     said = capsys.readouterr()
@@ -217,46 +208,31 @@ def test_what_the_operator_has_set_is_neither_overwritten_nor_made(server: Serve
     assert not server.redis_conf.exists()
 
 
-class InstalledRedis:
+class InstalledRedis(RedisServer):
     """A Redis under the configuration that is written, in a place of its own."""
 
-    def __init__(self, server: Server, place: Path) -> None:
-        place.mkdir()
-        install.configure(server)
-        text = install.redis_configuration(server)
-        assert "maxmemory MAXMEMORY" not in text
-        assert "#SHA256" not in text
-        text = text.replace("/run/redis-async-email", str(place)).replace("/var/lib/redis-async-email", str(place))
-        (place / "redis.conf").write_text(text)
-        self.place = place
-        url = (server.credentials / "redis_url").read_text().strip()
-        self.url = url.replace("/run/redis-async-email", str(place))
+    def arguments(self) -> list[str]:
+        return [str(self.directory / "redis.conf")]
 
-    def start(self) -> None:
-        program = find_redis_server()
-        assert program
-        with (self.place / "log").open("ab") as log:
-            self.process = subprocess.Popen([program, self.place / "redis.conf"], stdout=log)
-        eventually(self.answers)
-
-    def answers(self) -> bool:
-        with redis.Redis.from_url(self.url) as client:
-            try:
-                return bool(client.ping())
-            except redis.ConnectionError:
-                return False
-
-    def stop(self, how: signal.Signals) -> None:
-        self.process.send_signal(how)
-        self.process.wait()
+    def client(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url)
 
 
 @pytest.fixture
 def installed_redis(server: Server, tmp_path: Path) -> Iterator[InstalledRedis]:
-    running = InstalledRedis(server, tmp_path / "redis")
-    running.start()
-    yield running
-    running.stop(signal.SIGKILL)
+    place = tmp_path / "redis"
+    place.mkdir()
+    install.configure(server)
+    text = install.redis_configuration(server)
+    assert "maxmemory MAXMEMORY" not in text
+    assert "#SHA256" not in text
+    text = text.replace("/run/redis-async-email", str(place)).replace("/var/lib/redis-async-email", str(place))
+    (place / "redis.conf").write_text(f"{text}logfile {place}/log\n")
+    redis_server = InstalledRedis(place)
+    redis_server.url = (server.credentials / "redis_url").read_text().strip()
+    redis_server.url = redis_server.url.replace("/run/redis-async-email", str(place))
+    with redis_server:
+        yield redis_server
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -264,30 +240,26 @@ def test_a_restart_of_its_redis_takes_no_mail(
     installed_redis: InstalledRedis, tmp_path: Path, how: signal.Signals
 ) -> None:
     """Redis reads its file as the user `default`, and skips what this user may not do."""
-    mail = {"to": "ada@example.com", "subject": "s", "text": "t"}
     with House(tmp_path, installed_redis.url) as house:
         api = house.api()
-        kept = [api.post("/emails", mail).body["id"] for _ in range(3)]
-        with redis.Redis.from_url(installed_redis.url) as client:
+        kept = [api.submit(MAIL) for _ in range(3)]
+        with installed_redis.client() as client:
             before = client.dbsize()
-        installed_redis.stop(how)
-        installed_redis.start()
-        assert {api.email(mail_id)["status"] for mail_id in kept} == {"queued"}
-        with redis.Redis.from_url(installed_redis.url) as client:
+            installed_redis.kill(how)
+            installed_redis.start()
+            assert {api.email(mail_id)["status"] for mail_id in kept} == {"queued"}
             assert client.dbsize() == before
             assert client.llen("rq:queue:email") == 3
-    assert "CRITICAL" not in (installed_redis.place / "log").read_text()
+    assert "CRITICAL" not in (installed_redis.directory / "log").read_text()
 
 
 def test_under_its_redis_the_service_does_all_it_does(installed_redis: InstalledRedis, tmp_path: Path) -> None:
     with Relay() as relay, House(tmp_path, installed_redis.url, **relay.environment(tmp_path)) as house:
         api = house.api()
         workers = [house.worker(), house.worker("jobs")]
-        mail = {"to": "ada@example.com", "subject": "s", "text": "t"}
-        api.wait_for(api.post("/emails", mail).body["id"], "sent")
+        api.wait_for(api.submit(MAIL), "sent")
         relay.rcpt["put-off@example.com"] = ["451 later"]
-        put_off = api.post("/emails", mail | {"to": "put-off@example.com"}).body["id"]
-        api.wait_for(put_off, "sent", 60)
+        api.wait_for(api.submit(MAIL | {"to": "put-off@example.com"}), "sent")
         job = api.post("/jobs", {"task": "why_failed"}).body["job_id"]
         eventually(lambda: api.get(f"/jobs/{job}").body["status"] == "finished")
         ready = api.get("/readyz")
@@ -295,20 +267,17 @@ def test_under_its_redis_the_service_does_all_it_does(installed_redis: Installed
         for worker in workers:  # which wakes those who wait for a job
             worker.terminate()
             assert worker.wait(30) == 0
-    with redis.Redis.from_url(installed_redis.url) as client:
+    with installed_redis.client() as client:
         calls = client.info("commandstats")
     refused = {name for name, counts in calls.items() if counts.get("rejected_calls")}
     assert refused <= {"cmdstat_client|maint_notifications"}
 
 
-def test_what_its_unit_runs_first_is_copied_with_it_and_once(server: Server) -> None:
+def test_what_its_unit_runs_first_is_copied_with_it(server: Server) -> None:
     install.copy_redis_unit(server)
     drop_in = (server.units / "redis-server@async-email.service.d" / "async-email.conf").read_text()
     assert " /opt/async-email/aof.py " in drop_in
     assert (server.opt / "aof.py").read_text() == (ROOT / "ops" / "aof.py").read_text()
-    times = {path: path.stat().st_ino for path in (server.opt / "aof.py", *server.units.rglob("*.conf"))}
-    install.copy_redis_unit(server)
-    assert {path: path.stat().st_ino for path in times} == times
 
 
 def test_redis_may_read_back_whatever_it_wrote() -> None:
@@ -319,7 +288,7 @@ def test_redis_may_read_back_whatever_it_wrote() -> None:
 
 
 def test_its_redis_keeps_what_it_takes_and_obeys_nobody_else(installed_redis: InstalledRedis) -> None:
-    with redis.Redis.from_url(installed_redis.url) as client:
+    with installed_redis.client() as client:
         persistence, memory = client.info("persistence"), client.info("memory")
         assert persistence["aof_enabled"] == 1
         assert memory["maxmemory_policy"] == "noeviction"

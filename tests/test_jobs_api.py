@@ -86,21 +86,30 @@ def test_a_job_can_be_read_while_it_waits_and_with_its_result(api: Api, client: 
 
 
 @both_kinds
-def test_a_failed_job_can_be_read_with_its_error(
+def test_a_failed_job_can_be_read_with_its_error_and_queued_again_with_all_its_attempts(
     api: Api, client: redis.Redis, outbox: Outbox, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     job_id = submitted(api, path)
+    retries = job_of(client, job_id).retries_left
     failing(monkeypatch, client, job_id)
     work(client, QUEUES[path])
     seen = api.get(f"/jobs/{job_id}").body
     assert (seen["status"], seen["error"]) == ("failed", "RuntimeError: the reason")
     assert "result" not in seen
+    assert client.zrange(f"rq:failed:{QUEUES[path]}", 0, -1) == [job_id.encode()]
+    answer = api.post(f"/jobs/{job_id}/requeue", None)
+    assert (answer.status, answer.body) == (202, {"job_id": job_id, "status": "queued"})
+    assert client.zcard(f"rq:failed:{QUEUES[path]}") == 0
+    assert client.lrange(f"rq:queue:{QUEUES[path]}", 0, -1) == [job_id.encode()]
+    job = job_of(client, job_id)
+    assert (job.get_status(), job.retries_left, job.ended_at) == (JobStatus.QUEUED, retries, None)
+    assert retries
 
 
 # fmt: off
 ODD_IDS = [
     "..", "%2e%2e", "%00", "%20", "a%20b", "%C3%A9", "%F0%9F%93%A7", "%ff", "a%0a", "*", "last_sent", "x" * 10_000,
-    f"{UNKNOWN_ID}:claim", f"{UNKNOWN_ID}%0a", UNKNOWN_ID.upper(), f"%20{UNKNOWN_ID}", "%7B%7D",
+    f"{UNKNOWN_ID}:claim", f"{UNKNOWN_ID}:dependents", f"{UNKNOWN_ID}%0a", UNKNOWN_ID.upper(), f"%20{UNKNOWN_ID}", "{}",
 ]
 # fmt: on
 
@@ -115,35 +124,13 @@ def test_an_id_that_nothing_has_is_not_found_however_odd(api: Api, client: redis
 
 
 @both_kinds
-def test_a_failed_job_is_queued_again_with_all_its_attempts(
-    api: Api, client: redis.Redis, outbox: Outbox, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
+def test_a_job_that_runs_is_neither_queued_again_nor_canceled(api: Api, client: redis.Redis, path: str) -> None:
     job_id = submitted(api, path)
-    retries = job_of(client, job_id).retries_left
-    failing(monkeypatch, client, job_id)
-    work(client, QUEUES[path])
-    assert client.zrange(f"rq:failed:{QUEUES[path]}", 0, -1) == [job_id.encode()]
-    answer = api.post(f"/jobs/{job_id}/requeue", None)
-    assert (answer.status, answer.body) == (202, {"job_id": job_id, "status": "queued"})
-    assert client.zcard(f"rq:failed:{QUEUES[path]}") == 0
-    assert client.lrange(f"rq:queue:{QUEUES[path]}", 0, -1) == [job_id.encode()]
-    job = job_of(client, job_id)
-    assert (job.get_status(), job.retries_left, job.ended_at) == (JobStatus.QUEUED, retries, None)
-    assert retries
-
-
-@both_kinds
-def test_a_job_that_waits_is_not_queued_again_and_one_that_runs_not_canceled(
-    api: Api, client: redis.Redis, path: str
-) -> None:
-    job_id = submitted(api, path)
-    answer = api.post(f"/jobs/{job_id}/requeue", None)
-    assert (answer.status, answer.body["name"]) == (409, "not_possible")
-    assert answer.body["message"] == "only a failed job can be queued again; this one is queued"
     job_of(client, job_id).set_status(JobStatus.STARTED)
-    answer = api.call("DELETE", f"/jobs/{job_id}")
-    assert (answer.status, answer.body["name"]) == (409, "not_possible")
-    assert answer.body["message"] == "a job that is started cannot be canceled any more"
+    requeued, canceled = api.post(f"/jobs/{job_id}/requeue", None), api.call("DELETE", f"/jobs/{job_id}")
+    assert [(one.status, one.body["name"]) for one in (requeued, canceled)] == [(409, "not_possible")] * 2
+    assert requeued.body["message"] == "only a failed job can be queued again; this one is started"
+    assert canceled.body["message"] == "a job that is started cannot be canceled any more"
     assert client.llen(f"rq:queue:{QUEUES[path]}") == 1
 
 

@@ -1,13 +1,12 @@
 """The nginx site in front of the real service: what it lets through, what it refuses, and in which words.
 
-nginx runs as whoever runs the tests, on a free port, with the site as it stands but for the places named in `place`.
+nginx runs as whoever runs the tests, on a free port, with the site as it stands but for the places named in `written`.
 127.0.0.1 is what it is on a server; 127.0.0.2 stands for the address at which the public reaches it.
 """
 
 from __future__ import annotations
 
 import base64
-import http.client
 import json
 import re
 import signal
@@ -23,7 +22,7 @@ import pytest
 from settings import Settings
 from tests.http_api import MAIL, UNKNOWN_ID, WELCOME
 from tests.programs import program
-from tests.servers import ROOT, Answer, Api, House, eventually, free_port, heard
+from tests.servers import ROOT, Answer, Api, House, eventually, free_port
 from web import app, body
 
 SITE = (ROOT / "nginx" / "async-email.conf").read_text()
@@ -36,17 +35,12 @@ def at_home(front: Api) -> Api:
     return Api(front.port, front.key, HERE)
 
 
-def send(front: Api, head: str) -> Answer:
-    """Exactly these bytes."""
-    with socket.create_connection((OUTSIDE, front.port), timeout=20) as connection:
-        connection.sendall(head.encode())
-        response = http.client.HTTPResponse(connection)
-        response.begin()
-        return heard(response)
+def written(directory: Path, **places: str) -> Path:
+    """A whole configuration around the site, for an nginx without root, in one process that stays in the foreground.
 
-
-def place(text: str, **places: str) -> str:
-    """The site with other places; each must stand there exactly as often as it is known to."""
+    The site has other places; each must stand there exactly as often as it is known to.
+    """
+    site = SITE
     for old, new, times in (
         ("listen 80 default_server;", f"listen {OUTSIDE}:{places['port']} default_server;", 1),
         ("listen 127.0.0.1:80;", f"listen {HERE}:{places['port']};", 1),
@@ -57,14 +51,9 @@ def place(text: str, **places: str) -> str:
         ("burst=200", f"burst={places.get('burst', '200')}", 1),
         ("rate=100r/s", f"rate={places.get('rate', '100r/s')}", 1),
     ):
-        assert text.count(old) == times, old
-        text = text.replace(old, new)
-    return text
-
-
-def written(directory: Path, **places: str) -> Path:
-    """A whole configuration around the site, for an nginx without root, in one process that stays in the foreground."""
-    (directory / "site.conf").write_text(place(SITE, **places))
+        assert site.count(old) == times, old
+        site = site.replace(old, new)
+    (directory / "site.conf").write_text(site)
     temporary = "".join(f"{kind}_temp_path tmp;\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     (directory / "nginx.conf").write_text(
         f"daemon off; master_process off; pid pid; error_log error.log;\nevents {{}}\nhttp {{\naccess_log off;\n"
@@ -222,12 +211,12 @@ def test_what_does_not_exist_is_not_found(front: Api, path: str) -> None:
     [("/start-job", 70_000), ("/jobs", 70_000), (f"/jobs/{UNKNOWN_ID}/requeue", 70_000), ("/emails", 11 * 2**20)],
 )
 def test_a_body_over_the_limit_is_refused_before_it_is_sent(front: Api, path: str, size: int) -> None:
-    answer = send(front, f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n")
+    answer = front.call("POST", path, headers={"Content-Length": str(size)})
     assert is_ours(answer, 413, "request_too_large")
 
 
 def test_what_is_no_request_is_refused_in_the_same_shape(front: Api) -> None:
-    assert is_ours(send(front, "GET / HTTP/1.1\r\nHost: a b\r\n\r\n"), 400, "validation_error")
+    assert is_ours(front.call("GET", "/", headers={"Host": "a b"}), 400, "validation_error")
 
 
 def test_too_many_requests_are_told_when_to_come_again(tmp_path: Path) -> None:

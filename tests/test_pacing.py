@@ -122,6 +122,10 @@ def test_a_relay_that_asks_for_a_pause_gets_it_at_once(client: redis.Redis) -> N
     wait = relay.admit()
     assert wait
     assert 299 < wait.seconds <= 300
+    client.hset("relay:breaker", "open_until", 1)  # it is over
+    assert relay.admit() is None
+    assert not relay.trouble()  # that was a probe, so one trouble is enough
+    assert relay.admit()
 
 
 def test_a_worker_that_met_with_trouble_knows_how_long_to_take_no_mail(
@@ -170,3 +174,21 @@ def test_one_mail_probes_and_what_becomes_of_it_decides_for_the_others(
     assert relay.admit()
     time.sleep(0.35)
     assert relay.admit() is None  # and the next may probe again, also for a worker that died
+
+
+def test_each_relay_has_its_own_breaker_and_rate(client: redis.Redis) -> None:
+    one, other = Pacing(client, (Rate(1, 3600),), "relay"), Pacing(client, (Rate(1, 3600),), "other")
+    for _ in range(pacing.TROUBLES):
+        one.trouble()
+    assert (in_trouble(client), in_trouble(client, "other")) == (True, False)
+    assert other.admit() is None
+    assert other.admit() is not None
+
+
+def test_a_pause_that_the_relay_asked_for_is_not_made_shorter_by_more_trouble(client: redis.Redis) -> None:
+    relay = Pacing(client, ())
+    relay.trouble(pause=300)
+    relay.trouble()
+    wait = relay.admit()
+    assert wait
+    assert wait.seconds > 290

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-import trustme
 
 from smtp import pool, session
 from smtp.envelope import Envelope
+from smtp.relay import Relay
 from smtp.verdict import Outcome, Phase, Verdict
-from tests.conversations import POOL, another, at, fate, opened, served, server_context, took_less_than
+from tests.conversations import POOL, another, at, fate, opened, served, took_less_than
 from tests.scripted_relay import OBLIGING, Act, Script, Step, drip, hang, hang_up, last_words, raw, reset, then
 from tests.servers import eventually
 from tests.smtp_samples import ADA, BOB, CAY, CHUNKS, LARGE, LOGIN, MIME, PIPES, SENDER, WAYS
@@ -23,10 +24,10 @@ pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
 
 @WAYS
 @pytest.mark.parametrize("security", ["none", "tls"])
-def test_many_mails_share_a_session(offers: list[str], security: str, authority: trustme.CA, ca_file: str) -> None:
-    with served(offers=offers, tls=server_context(authority), implicit=security == "tls") as there:
+def test_many_mails_share_a_session(offers: list[str], security: str, certified: dict[str, Any]) -> None:
+    with served(offers=offers, security=security, **certified) as (there, to):
         for _ in range(10):
-            assert fate(another(at(there.port, security=security, ca_file=ca_file))) == (Phase.DOT, 250, ACCEPTED)
+            assert fate(another(to)) == (Phase.DOT, 250, ACCEPTED)
     assert there.accepted == [MIME] * 10
     assert there.connections == 1
     assert [command.split()[0] for command in there.commands].count("ehlo") == 1
@@ -35,27 +36,23 @@ def test_many_mails_share_a_session(offers: list[str], security: str, authority:
 
 
 def test_a_session_serves_one_relay_and_one_login_only() -> None:
-    with served(offers=["AUTH PLAIN"]) as there:
-        another(at(there.port, login=LOGIN))
-        another(at(there.port, login=("other", "password")))
-        another(at(there.port))
+    with served(offers=["AUTH PLAIN"]) as (there, to):
+        for login in (LOGIN, ("other", "password"), (None, None)):
+            another(at(to.port, login=login))
     assert there.connections == 3
 
 
 def test_threads_that_send_at_once_have_a_session_each_and_lend_it_to_the_next() -> None:
     meet = threading.Barrier(4)
 
-    def mails(port: int) -> None:
+    def mails(to: Relay) -> None:
         for _ in range(3):
-            assert another(at(port), before_dot=lambda _: meet.wait(5)).verdict is ACCEPTED
+            assert another(to, before_dot=lambda _: meet.wait(5)).reply.verdict is ACCEPTED
 
-    with served() as there:
+    with served() as (there, to):
         for _ in range(2):
-            threads = [threading.Thread(target=mails, args=[there.port]) for _ in range(4)]
-            for one in threads:
-                one.start()
-            for one in threads:
-                one.join()
+            with ThreadPoolExecutor(4) as threads:
+                list(threads.map(mails, [to] * 4))
     assert there.connections == 4
     assert there.accepted == [MIME] * 24
 
@@ -83,14 +80,14 @@ def test_a_reply_is_judged_by_its_own_phase_and_leaves_a_session_in_order_or_non
     offers: list[str], script: Script, phase: Phase, code: int | None, verdict: Verdict
 ) -> None:
     """The next mail must not meet with what the last one left."""
-    with served(script, offers=offers) as there:
-        assert fate(another(at(there.port), ADA, BOB)) == (phase, code, verdict)
+    with served(script, offers=offers) as (there, to):
+        assert fate(another(to, ADA, BOB)) == (phase, code, verdict)
         assert not there.accepted
         kept = code not in (None, 421) and verdict is not TROUBLE
         if not kept:
             eventually(lambda: not any(thread.is_alive() for thread, _ in there.lines))
         there.script.update({name: [relay_says] for name, relay_says in OBLIGING.items()})
-        assert fate(another(at(there.port), CAY, mime=MIME + b"2\r\n")) == (Phase.DOT, 250, ACCEPTED)
+        assert fate(another(to, CAY, mime=MIME + b"2\r\n")) == (Phase.DOT, 250, ACCEPTED)
     assert there.accepted == [MIME + b"2\r\n"]
     assert there.connections == (1 if kept else 2)
     reset_needed = kept and not (phase is Phase.DOT and offers is not CHUNKS)
@@ -102,9 +99,9 @@ def test_a_reply_is_judged_by_its_own_phase_and_leaves_a_session_in_order_or_non
 )
 def test_a_session_whose_rset_is_not_answered_250_is_closed(answer: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "PATIENCE", 0.2)
-    with served({"RCPT": ["550 5.1.1 no", "250 ok"], "RSET": answer}) as there:
-        assert another(at(there.port)).verdict is REFUSED
-        assert another(at(there.port)).verdict is ACCEPTED
+    with served({"RCPT": ["550 5.1.1 no", "250 ok"], "RSET": answer}) as (there, to):
+        assert another(to).reply.verdict is REFUSED
+        assert another(to).reply.verdict is ACCEPTED
         assert there.connections == 2
     assert there.accepted == [MIME]
 
@@ -117,15 +114,15 @@ def test_a_session_that_the_relay_will_close_or_has_lost_step_in_is_not_used_aga
 ) -> None:
     if step == "DATA" and offers is CHUNKS:
         step = "."
-    with served({step: [reply, OBLIGING[step]]}, offers=offers) as there:
-        assert another(at(there.port)).verdict is not ACCEPTED
-        assert another(at(there.port)).verdict is ACCEPTED
+    with served({step: [reply, OBLIGING[step]]}, offers=offers) as (there, to):
+        assert another(to).reply.verdict is not ACCEPTED
+        assert another(to).reply.verdict is ACCEPTED
     assert there.connections == 2
 
 
 def test_the_outcome_is_written_down_before_a_word_more_is_said() -> None:
-    with served({"RCPT": "550 5.1.1 no"}) as there:
-        with POOL.conversation(at(there.port)) as talk:
+    with served({"RCPT": "550 5.1.1 no"}) as (there, to):
+        with POOL.conversation(to) as talk:
             assert isinstance(talk.begin(Envelope(SENDER, [ADA]), MIME), Outcome)
             time.sleep(0.1)
             assert there.commands[-1] == f"RCPT TO:<{ADA}>"
@@ -144,11 +141,10 @@ DEATHS: dict[str, Act] = {
 @pytest.mark.parametrize("security", ["none", "tls"])
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_session_that_died_between_two_mails_costs_the_second_nothing(
-    offers: list[str], death: str, security: str, authority: trustme.CA, ca_file: str
+    offers: list[str], death: str, security: str, certified: dict[str, Any]
 ) -> None:
     answers: list[Step] = [then("250 2.0.0 queued", DEATHS[death]), "250 2.0.0 queued"]
-    with served({".": answers}, offers=offers, tls=server_context(authority), implicit=security == "tls") as there:
-        to = at(there.port, security=security, ca_file=ca_file)
+    with served({".": answers}, offers=offers, security=security, **certified) as (there, to):
         another(to)
         time.sleep(0.1)
         calls: list[object] = []
@@ -165,9 +161,8 @@ def test_a_session_that_dies_under_a_later_mail_costs_it_no_attempt(
     offers: list[str], step: str, death: Step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: dict[str, Step] = {**OBLIGING, "BODY": lambda _: ""}
-    with served({step: [alive[step], death, alive[step]]}, offers=offers) as there:
-        to = at(there.port, timeout=0.5)
-        assert another(to).verdict is ACCEPTED
+    with served({step: [alive[step], death, alive[step]]}, offers=offers, timeout=0.5) as (there, to):
+        assert another(to).reply.verdict is ACCEPTED
         assert fate(another(to, BOB, mime=LARGE)) == (Phase.DOT, 250, ACCEPTED)
     assert there.accepted == [MIME, LARGE]
     assert there.connections == 2
@@ -175,9 +170,9 @@ def test_a_session_that_dies_under_a_later_mail_costs_it_no_attempt(
 
 @pytest.mark.parametrize("step", ["MAIL", "RCPT"])
 def test_a_relay_that_says_421_to_a_chunk_has_not_taken_it(step: str) -> None:
-    with served({step: ["250 ok", last_words("421 4.4.2 closing"), "250 ok"]}, offers=CHUNKS) as there:
-        another(at(there.port))
-        assert another(at(there.port), BOB).verdict is ACCEPTED
+    with served({step: ["250 ok", last_words("421 4.4.2 closing"), "250 ok"]}, offers=CHUNKS) as (there, to):
+        another(to)
+        assert another(to, BOB).reply.verdict is ACCEPTED
     assert there.accepted == [MIME, MIME]
     assert there.connections == 2
 
@@ -187,8 +182,7 @@ def test_on_a_session_that_rested_the_relay_must_answer_before_a_mail_can_be_in_
 ) -> None:
     """A NAT that forgot the connection swallows all of it, and says nothing."""
     monkeypatch.setattr(session, "FRESH", 0.1)
-    with served({"MAIL": ["250 ok", hang, "250 ok"]}, offers=CHUNKS) as there:
-        to = at(there.port, timeout=0.5)
+    with served({"MAIL": ["250 ok", hang, "250 ok"]}, offers=CHUNKS, timeout=0.5) as (there, to):
         another(to)
         time.sleep(0.2)
         assert fate(another(to, BOB)) == (Phase.DOT, 250, ACCEPTED)
@@ -199,58 +193,55 @@ def test_on_a_session_that_rested_the_relay_must_answer_before_a_mail_can_be_in_
 @WAYS
 @pytest.mark.parametrize("death", [hang_up, reset, last_words("421 4.4.2 closing"), hang])
 def test_after_the_final_dot_nothing_is_repeated(offers: list[str], death: Step) -> None:
-    with served({".": ["250 ok", death, "250 ok"]}, offers=offers) as there:
-        to = at(there.port, deadline=1)
+    with served({".": ["250 ok", death, "250 ok"]}, offers=offers, deadline=1) as (there, to):
         another(to)
         outcome = another(to, BOB)
         assert there.connections == 1
     assert outcome.reply.phase is Phase.DOT
-    assert outcome.verdict is not ACCEPTED
+    assert outcome.reply.verdict is not ACCEPTED
     assert len(there.bodies) == 2
 
 
 def test_the_session_that_replaces_a_dead_one_decides() -> None:
-    with served({"MAIL": ["250 ok", hang_up, "550 5.7.1 not you"]}) as there:
-        another(at(there.port))
-        assert fate(another(at(there.port))) == (Phase.MAIL, 550, REFUSED)
+    with served({"MAIL": ["250 ok", hang_up, "550 5.7.1 not you"]}) as (_, to):
+        another(to)
+        assert fate(another(to)) == (Phase.MAIL, 550, REFUSED)
 
 
 def test_a_session_ends_after_so_many_mails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "MOST_MAILS", 3)
-    with served() as there:
+    with served() as (there, to):
         for _ in range(7):
-            another(at(there.port))
+            another(to)
     assert there.connections == 3
     assert there.commands.count("QUIT") == 3
 
 
 def test_a_session_ends_when_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "OLDEST", 0.3)
-    with served() as there:
-        another(at(there.port))
-        another(at(there.port))
+    with served() as (there, to):
+        another(to)
+        another(to)
         assert there.connections == 1
         time.sleep(0.3)
-        another(at(there.port))
-        another(at(there.port))
+        another(to)
+        another(to)
     assert there.connections == 2
 
 
 def test_a_session_that_nobody_uses_is_closed_and_its_watcher_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "IDLE", 0.3)
-    with served() as there:
-        another(at(there.port))
+    with served() as (there, to):
+        another(to)
         assert [thread.name for thread in threading.enumerate()].count("sessions") == 1
         eventually(lambda: there.commands[-1] == "QUIT", 5)
         eventually(lambda: "sessions" not in [thread.name for thread in threading.enumerate()], 5)
-        another(at(there.port))
+        another(to)
     assert there.connections == 2
 
 
 def test_one_thread_watches_all_conversations() -> None:
-    with served() as there, ExitStack() as stack:
-        for _ in range(5):
-            stack.enter_context(opened(at(there.port, deadline=60)))
+    with served(deadline=60) as (_, to), opened(to), opened(to), opened(to):
         assert [thread.name for thread in threading.enumerate()].count("sessions") == 1
 
 
@@ -258,16 +249,15 @@ def test_one_thread_watches_all_conversations() -> None:
 def test_the_deadline_ends_a_mail_on_a_warm_session(offers: list[str]) -> None:
     """It is the mail's own: the session's age does not count, and the session is not used again."""
     slow = drip(b"250-" + b"x" * 1000)
-    with served({".": ["250 ok", "250 ok", slow, "250 ok"]}, offers=offers) as there:
-        to = at(there.port, deadline=0.6)
+    with served({".": ["250 ok", "250 ok", slow, "250 ok"]}, offers=offers, deadline=0.6) as (there, to):
         for _ in range(2):
-            assert another(to).verdict is ACCEPTED
+            assert another(to).reply.verdict is ACCEPTED
             time.sleep(0.4)
         with took_less_than(2):
             outcome = another(to)
         assert fate(outcome) == (Phase.DOT, None, IN_DOUBT)
         assert outcome.reply.text == "the conversation took too long"
-        assert another(to).verdict is ACCEPTED
+        assert another(to).reply.verdict is ACCEPTED
     assert there.connections == 2
 
 
@@ -276,8 +266,7 @@ def test_a_session_and_the_one_that_replaces_it_share_one_deadline(
     timeout: float, deadline: float, connections: int
 ) -> None:
     """Once it has passed none is opened."""
-    with served({"MAIL": ["250 ok", hang]}) as there, took_less_than(1.5):
-        to = at(there.port, timeout=timeout, deadline=deadline)
+    with served({"MAIL": ["250 ok", hang]}, timeout=timeout, deadline=deadline) as (there, to), took_less_than(1.5):
         another(to)
         outcome = another(to)
         time.sleep(0.1)
@@ -287,12 +276,12 @@ def test_a_session_and_the_one_that_replaces_it_share_one_deadline(
 
 
 def test_a_deadline_that_passes_while_the_outcome_is_written_down_closes_the_session() -> None:
-    with served() as there:
-        with POOL.conversation(at(there.port, deadline=0.3)) as talk:
+    with served(deadline=0.3) as (there, to):
+        with POOL.conversation(to) as talk:
             talk.begin(Envelope(SENDER, [ADA]), MIME)
             outcome = talk.finish()
             time.sleep(0.5)
         assert isinstance(outcome, Outcome)
-        assert outcome.verdict is ACCEPTED
-        another(at(there.port))
+        assert outcome.reply.verdict is ACCEPTED
+        another(to)
     assert there.connections == 2

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.servers import ROOT, Api, House, RedisServer, eventually, free_port
-
-MAIL = {"name": "Ada", "email": "ada@example.com"}
+from tests.http_api import WELCOME
+from tests.servers import ROOT, House, RedisServer, eventually, free_port
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_process_that_is_killed_is_replaced_and_the_other_goes_on(house: House
     before = both(parent)
     killed = min(before)
     os.kill(killed, signal.SIGKILL)
-    assert api.post("/start-job", MAIL).status == 202
+    assert api.post("/start-job", WELCOME).status == 202
     eventually(lambda: len(children(parent.pid) - {killed}) == 2)
     assert children(parent.pid) & before == before - {killed}
 
@@ -108,7 +108,7 @@ def test_a_signal_that_asks_for_nothing_here_is_ignored(house: House, number: si
         os.kill(process, number)
     time.sleep(1.5)
     assert children(parent.pid) == before
-    assert api.post("/start-job", MAIL).status == 202
+    assert api.post("/start-job", WELCOME).status == 202
 
 
 def test_systemd_is_told_that_it_begins_goes_on_and_ends(house: House, tmp_path: Path) -> None:
@@ -124,13 +124,6 @@ def test_systemd_is_told_that_it_begins_goes_on_and_ends(house: House, tmp_path:
         assert parent.wait(20) == 0
 
 
-@contextmanager
-def listening() -> Iterator[socket.socket]:
-    """As systemd does, which goes on listening while nobody serves."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield listener
-
-
 ACTIVATE = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -140,57 +133,37 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 
 def activated(house: House, listener: socket.socket) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", ACTIVATE, str(listener.fileno()), str(ROOT / "service.py")],
-        cwd=house.directory,
-        env=house.environment,
-        pass_fds=[listener.fileno()],
-        start_new_session=True,
-    )
-    house.processes.append(process)
-    return process
+    number = listener.fileno()
+    return house.run("api", "-c", ACTIVATE, str(number), str(ROOT / "service.py"), pass_fds=[number])
+
+
+def ask(port: int, enough: threading.Event, answers: list[object]) -> None:
+    """As a proxy does: on a connection that is kept until an answer says that it will be closed."""
+    headers = {"Authorization": "Bearer full-key", "Content-Type": "application/json"}
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        while not enough.wait(0.05):
+            try:
+                connection.request("POST", "/start-job", json.dumps(WELCOME), headers)
+                answer = connection.getresponse()
+                answer.read()
+                answers.append(answer.status)
+            except (OSError, http.client.HTTPException) as error:
+                answers.append(repr(error))
+                connection.close()
 
 
 def test_a_restart_under_systemd_drops_no_request(house: House) -> None:
-    with listening() as listener:
-        api = Api(listener.getsockname()[1])
+    """systemd goes on listening while nobody serves."""
+    heard, enough = [list[object]() for _ in range(4)], threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(4) as clients, ExitStack() as stack:
+        stack.callback(enough.set)
         running = activated(house, listener)
-        asked = [Asking(api.port) for _ in range(4)]
+        asking = [clients.submit(ask, listener.getsockname()[1], enough, answers) for answers in heard]
         for _ in range(3):
-            seen = [len(one.answers) for one in asked]
-            eventually(lambda seen=seen: all(len(one.answers) > n + 5 for one, n in zip(asked, seen, strict=True)))  # type: ignore[misc]
+            seen = [len(answers) for answers in heard]
+            eventually(lambda seen=seen: all(len(some) > n + 5 for some, n in zip(heard, seen, strict=True)))  # type: ignore[misc]
             running.terminate()
             assert running.wait(20) == 0
             running = activated(house, listener)
-        for one in asked:
-            one.stop()
-    assert {answer for one in asked for answer in one.answers} == {202}
-
-
-class Asking(threading.Thread):
-    """A proxy's connection, kept for the next request until an answer says that it will be closed."""
-
-    def __init__(self, port: int) -> None:
-        super().__init__(daemon=True)
-        self.port, self.answers, self.enough = port, list[object](), False
-        self.start()
-
-    def run(self) -> None:
-        body = b'{"name": "Ada", "email": "ada@example.com"}'
-        headers = {"Authorization": "Bearer full-key", "Content-Type": "application/json"}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        while not self.enough:
-            try:
-                connection.request("POST", "/start-job", body, headers)
-                answer = connection.getresponse()
-                answer.read()
-                self.answers.append(answer.status)
-            except (OSError, http.client.HTTPException) as error:
-                self.answers.append(repr(error))
-                connection.close()
-            time.sleep(0.05)
-        connection.close()
-
-    def stop(self) -> None:
-        self.enough = True
-        self.join(30)
+    assert [one.result() for one in asking] == [None] * 4
+    assert {answer for answers in heard for answer in answers} == {202}

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.dashboards import Running, running
 from tests.relay import Relay
-from tests.servers import Api, House, RedisServer, eventually, free_port
+from tests.servers import Api, House, RedisServer
 
 SMTP_PASSWORD = "planted-smtp-password"
 REDIS_PASSWORD = "planted-redis-password"
@@ -39,11 +40,16 @@ MAIL = {
 PLANTED = re.compile(rb"planted|cGxhbnRlZ|full-key|send-key", re.IGNORECASE)  # and in base64
 
 
+def assert_unplanted(text: bytes, where: object) -> None:
+    found = PLANTED.search(text)
+    assert not found, (where, text[max(0, found.start() - 200) : found.end() + 100])
+
+
 class Scene(NamedTuple):
     house: House
     client: Any  # redis-py's types allow for answers that its client never gives
     api: Api
-    dashboard: Api
+    dashboard: Running
     ids: list[str]
 
 
@@ -56,10 +62,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         server,
         Relay(tls="starttls", login=("planted-smtp-user", SMTP_PASSWORD)) as relay,
         House(directory, server.url, **relay.environment(directory)) as house,
+        running(directory, server.url, DASHBOARD_PASSWORD=DASHBOARD_PASSWORD) as dashboard,
         server.client() as client,
     ):
-        house.environment |= {"DASHBOARD_PASSWORD": DASHBOARD_PASSWORD, "DASHBOARD_LISTEN": f"127.0.0.1:{free_port()}"}
-        house.environment["PYTHONPATH"] = str(house.root)
         api = house.api()
         ids = [submit(api)]
         api.call("DELETE", f"/jobs/{submit(api)}")
@@ -69,9 +74,6 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         said = "<planted-to@planted-to.example> planted-reply-text"
         ids.append(happen(api, relay, "failed", [f"550 5.1.1 {said}"]))
         ids.append(happen(api, relay, "failed", [f"450 4.2.1 {said}"] * 3))
-        house.run("dashboard", "-m", "ops.dashboard")
-        dashboard = Api(int(house.environment["DASHBOARD_LISTEN"].split(":")[1]))
-        eventually(lambda: dashboard.answers("/rq/", 401))
         provoke_errors(api)
         ids.append(happen(api, relay, "delayed", ["450 planted"] * 99))  # the pages show it as scheduled
         yield Scene(house, client, api, dashboard, ids)
@@ -99,12 +101,6 @@ def provoke_errors(api: Api) -> None:
     api.get("/planted-path/planted@example.com")
     Api(api.port, "planted-key").get("/readyz")
     api.post("/jobs", {"task": "planted-task"})
-
-
-def page(dashboard: Api, path: str) -> tuple[int, bytes]:
-    login = base64.b64encode(f"admin:{DASHBOARD_PASSWORD}".encode()).decode()
-    answer = dashboard.call("GET", path, headers={"Authorization": f"Basic {login}"})
-    return answer.status, json.dumps(answer.body).encode()
 
 
 def everything_in(client: Any, key: bytes) -> bytes:
@@ -141,16 +137,15 @@ def test_no_planted_word_is_in_anything_of_rqs_in_redis(scene: Scene) -> None:
     keys = [key for key in scene.client.keys("*") if not key.startswith(b"mail:")]
     assert len(keys) > 10
     for key in keys:
-        found = PLANTED.search(everything_in(scene.client, key))
-        assert not found, (key, found)
+        assert_unplanted(everything_in(scene.client, key), key)
 
 
 def test_no_planted_word_is_in_a_log_at_debug(scene: Scene) -> None:
-    for log in ("api", "worker-email", "worker-jobs", "dashboard"):
+    for log in ("api", "worker-email", "worker-jobs"):
         text = scene.house.log(log).encode()
-        assert text.count(b"\n") > 3 or log == "dashboard"
-        found = PLANTED.search(text)
-        assert not found, (log, text[max(0, found.start() - 200) : found.end() + 100])
+        assert text.count(b"\n") > 3
+        assert_unplanted(text, log)
+    assert_unplanted(scene.dashboard.output.read_bytes(), "dashboard")
 
 
 def test_no_planted_word_is_in_a_process_title(scene: Scene) -> None:
@@ -163,18 +158,17 @@ def test_no_planted_word_is_in_a_process_title(scene: Scene) -> None:
 def test_no_planted_word_is_on_a_page_of_the_dashboard(scene: Scene) -> None:
     paths = ["/rq/", "/rq/0/", "/rq/0/view", "/rq/0/view/queues", "/rq/0/view/workers", "/rq/0/view/jobs"]
     paths += ["/rq/0/data/queues.json", "/rq/0/data/workers.json"]
-    for queue in ("email", "jobs"):
-        for registry in ("queued", "scheduled", "failed", "finished", "started", "deferred", "canceled"):
-            paths.append(f"/rq/0/view/jobs/{queue}/{registry}/25/desc/1")
-            paths.append(f"/rq/0/data/jobs/{queue}/{registry}/25/desc/1.json")
-    for mail_id in scene.ids:
-        paths += [f"/rq/0/view/job/{mail_id}", f"/rq/0/data/job/{mail_id}.json"]
+    registries = ("queued", "scheduled", "failed", "finished", "started", "deferred", "canceled")
+    lists = [f"jobs/{queue}/{registry}/25/desc/1" for queue in ("email", "jobs") for registry in registries]
+    for one in [*lists, *(f"job/{mail_id}" for mail_id in scene.ids)]:
+        paths += [f"/rq/0/view/{one}", f"/rq/0/data/{one}.json"]
+    shown: dict[str, str] = {}
     for path in paths:
-        status, body = page(scene.dashboard, path)
-        assert status in (200, 308), (path, status)  # Flask sends the short forms on to the long ones
-        found = PLANTED.search(body)
-        assert not found, (path, body[max(0, found.start() - 200) : found.end() + 100])
-    assert b"Failed: 550 at rcpt" in page(scene.dashboard, f"/rq/0/data/job/{scene.ids[1]}.json")[1]
+        answer = scene.dashboard.ask("GET", path, password=DASHBOARD_PASSWORD)
+        assert answer.status in (200, 308), (path, answer.status)  # Flask sends the short forms on to the long ones
+        shown[path] = json.dumps(answer.body)
+        assert_unplanted(shown[path].encode(), path)
+    assert "Failed: 550 at rcpt" in shown[f"/rq/0/data/job/{scene.ids[1]}.json"]
 
 
 def test_the_metrics_name_nothing_of_a_mail(scene: Scene) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import pkgutil
 import socket
 import threading
 import time
@@ -15,8 +12,9 @@ from typing import Any
 import pytest
 
 from queues import connection
-from settings import Address
-from tests.servers import Api, free_port
+from tests import http_api
+from tests.servers import Api
+from tests.test_structure import digest_of
 from web import server
 
 
@@ -43,18 +41,12 @@ def app() -> Naming:
 
 @pytest.fixture
 def running(app: Naming) -> Iterator[tuple[server.Server, threading.Thread]]:
-    made = server.Server(app, 2**20, server.listen_on(Address("127.0.0.1", free_port())))
-    loop = threading.Thread(target=made.run, name="loop", daemon=True)
-    loop.start()
-    yield made, loop
-    made.stop()
-    loop.join(30)
-    assert not loop.is_alive()
+    with http_api.running(app) as made:
+        yield made
 
 
 @pytest.fixture
-def api(running: tuple[server.Server, threading.Thread], monkeypatch: pytest.MonkeyPatch) -> Api:
-    monkeypatch.setattr(connection, "_silent", threading.Event())  # other tests leave it set
+def api(running: tuple[server.Server, threading.Thread]) -> Api:
     return Api(running[0].listeners[0].effective_port)
 
 
@@ -92,10 +84,8 @@ def test_after_one_that_took_long_requests_wait_side_by_side(api: Api, app: Nami
     assert api.post("/", {}).body.startswith("waitress")
 
 
-def test_while_redis_is_silent_requests_wait_side_by_side(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    silent = threading.Event()
-    silent.set()
-    monkeypatch.setattr(connection, "_silent", silent)
+def test_while_redis_is_silent_requests_wait_side_by_side(api: Api) -> None:
+    connection._silent.set()
     assert api.post("/", {}).body.startswith("waitress")
 
 
@@ -107,11 +97,15 @@ def test_connections_that_bring_no_request_lock_nobody_out(
     with ExitStack() as stack:
         idle = []
         for _ in range(60):
-            idle.append(stack.enter_context(socket.create_connection(("127.0.0.1", api.port), timeout=20)))
+            idle.append(stack.enter_context(connected(api)))
             idle[-1].sendall(drips)
         assert [api.get("/").status for _ in range(5)] == [200] * 5
         left = sum(is_open(connection) for connection in idle)
         assert 10 < left < 20
+
+
+def connected(api: Api) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", api.port), timeout=20)
 
 
 def is_open(connection: socket.socket) -> bool:
@@ -127,9 +121,7 @@ def is_open(connection: socket.socket) -> bool:
 def test_of_many_connections_the_one_that_has_asked_last_is_kept(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
     with ExitStack() as stack:
-        old, other, third = (
-            stack.enter_context(socket.create_connection(("127.0.0.1", api.port), timeout=20)) for _ in range(3)
-        )
+        old, other, third = (stack.enter_context(connected(api)) for _ in range(3))
         old.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert old.recv(1000)
         assert api.get("/").status == 200
@@ -137,14 +129,13 @@ def test_of_many_connections_the_one_that_has_asked_last_is_kept(api: Api, monke
 
 
 def pipelined(count: int) -> bytes:
-    return (
-        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * (count - 1) + b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
-    )
+    one = b"GET / HTTP/1.1\r\nHost: a\r\n"
+    return (one + b"\r\n") * (count - 1) + one + b"Connection: close\r\n\r\n"
 
 
 def test_of_two_requests_in_one_packet_the_second_may_be_left_to_the_threads(api: Api, app: Naming) -> None:
     app.pause = 2 * server.LONG
-    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as connection:
+    with connected(api) as connection:
         connection.sendall(pipelined(2))
         heard = connection.makefile("rb").read()
     assert [part[:5] for part in heard.split(b'"')[1::2]] == [b"loop", b"waitr"]
@@ -158,8 +149,7 @@ def test_clients_that_pipeline_and_do_not_read_keep_nobody_waiting(
     app.more = b" " * 2**20
     count = 40  # answers, more than Waitress keeps for a client before it waits for him
     with ExitStack() as stack:
-        address = ("127.0.0.1", api.port)
-        silent = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(9)]
+        silent = [stack.enter_context(connected(api)) for _ in range(9)]
         for connection in silent:
             connection.sendall(pipelined(count))
         assert [api.get("/").status for _ in range(20)] == [200] * 20
@@ -171,7 +161,7 @@ def test_a_client_that_takes_nothing_of_its_answer_is_left(
 ) -> None:
     monkeypatch.setattr(server, "UNREAD_FOR", 0.5)
     app.more = b" " * 2**24
-    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as connection:
+    with connected(api) as connection:
         connection.sendall(pipelined(3))
         time.sleep(3)
         assert len(connection.makefile("rb").read()) < 2**24
@@ -179,7 +169,7 @@ def test_a_client_that_takes_nothing_of_its_answer_is_left(
 
 def test_a_client_that_pipelines_has_one_turn_in_each_round(api: Api, app: Naming) -> None:
     app.pause = server.LONG / 4
-    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as connection:
+    with connected(api) as connection:
         connection.sendall(pipelined(40))
         assert api.get("/").status == 200
         before = app.started
@@ -212,5 +202,4 @@ LEANT_ON = {  # what server.py overrides or calls beyond Waitress's documentatio
 @pytest.mark.parametrize("name", LEANT_ON)
 def test_what_the_server_leans_on_in_waitress_is_as_it_was(name: str) -> None:
     """If this fails after an upgrade: read what changed in Waitress against server.py, then write the new digest."""
-    source = inspect.getsource(pkgutil.resolve_name(name))
-    assert hashlib.sha256(source.encode()).hexdigest()[:16] == LEANT_ON[name]
+    assert digest_of(name) == LEANT_ON[name]

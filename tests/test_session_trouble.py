@@ -77,7 +77,7 @@ def test_without_a_ca_file_only_public_authorities_are_trusted(authority: trustm
 def test_a_ca_file_that_is_gone_is_trouble(security: str, authority: trustme.CA, tmp_path: Path) -> None:
     gone = str(tmp_path / "gone.pem")
     there, outcome = meet(offers=["STARTTLS"], tls=server_context(authority), security=security, ca_file=gone)
-    assert outcome.verdict is TROUBLE
+    assert outcome.reply.verdict is TROUBLE
     assert outcome.reply.text == "No such file or directory"
     assert "STARTTLS" not in there.commands
 
@@ -112,7 +112,7 @@ def test_a_reply_slipped_in_before_tls_is_not_taken_for_one_after_it(certified: 
     """CVE-2011-0411 the other way round: the second line came in clear, from anybody."""
     script = {"STARTTLS": "220 2.0.0 go ahead\r\n250-mallory.example\r\n250 AUTH PLAIN"}
     there, outcome = meet(script, offers=["STARTTLS"], security="starttls", login=LOGIN, **certified)
-    assert outcome.verdict is TROUBLE
+    assert outcome.reply.verdict is TROUBLE
     assert not any(command.startswith("AUTH") for command in there.commands)
 
 
@@ -181,7 +181,7 @@ def check(line: Line, right: bool) -> str:
 )
 def test_the_login_uses_what_the_relay_offers(offered: str, chosen: str, expect: Callable[[Line], str]) -> None:
     there, outcome = meet({"AUTH": expect}, offers=[f"AUTH {offered}"], login=LOGIN)
-    assert outcome.verdict is ACCEPTED
+    assert outcome.reply.verdict is ACCEPTED
     assert [command.split()[1] for command in there.commands if command.startswith("AUTH")] == [chosen]
 
 
@@ -212,7 +212,7 @@ def test_a_summary_and_the_log_hold_nothing_of_the_mail_or_the_login(
     with caplog.at_level(0):
         _, outcome = meet({step: f"{code} {ECHO}"}, RECIPIENT, offers=["AUTH PLAIN"], **mail)
     [reply] = outcome.recipients.values()
-    assert outcome.verdict is not ACCEPTED
+    assert outcome.reply.verdict is not ACCEPTED
     assert "planted" in reply.text or step == "EHLO"  # the relay's words are kept, but only in the record of the mail
     assert re.fullmatch(r"(-?\d+|no reply) at [a-z]+", reply.summary)
     assert_clean(reply.summary + caplog.text + "".join(capfd.readouterr()))
@@ -311,7 +311,7 @@ def test_a_relay_is_reached_by_the_address_that_works(monkeypatch: pytest.Monkey
     late: Script = {"GREETING": raw(b"220 relay.example\r\n", size=10, pause=0.6)}
     with black_hole() as nowhere, ScriptedRelay(late) as there, monkeypatch.context() as patched:
         resolve_to(patched, free_port(), nowhere, there.port)
-        assert attempt(at(25, timeout=1.5)).verdict is ACCEPTED
+        assert attempt(at(25, timeout=1.5)).reply.verdict is ACCEPTED
     assert there.accepted == [MIME]
 
 
@@ -373,7 +373,7 @@ def test_a_tls_handshake_that_does_not_come_about_is_trouble(
 def test_the_deadline_ends_a_conversation_inside_tls(step: str, certified: dict[str, Any]) -> None:
     with took_less_than(3):
         _, outcome = meet({step: drip(b"250-" + b"x" * 1000)}, security="tls", timeout=5, deadline=0.5, **certified)
-    assert outcome.verdict is (IN_DOUBT if step == "." else TROUBLE)
+    assert outcome.reply.verdict is (IN_DOUBT if step == "." else TROUBLE)
     assert outcome.reply.text == TOO_LONG
 
 
@@ -390,7 +390,7 @@ def test_a_relay_that_neither_reads_a_body_nor_speaks_costs_one_timeout_and_no_m
 def test_the_answer_to_the_final_dot_may_take_the_rest_of_the_conversation() -> None:
     """A relay that scans for viruses before it answers has the mail, and another attempt would be another mail."""
     _, outcome = meet({".": raw(b"250 2.0.0 clean\r\n", size=10, pause=1)}, timeout=0.3)
-    assert outcome.verdict is ACCEPTED
+    assert outcome.reply.verdict is ACCEPTED
 
 
 def test_a_reply_that_came_before_the_deadline_counts_after_it(monkeypatch: pytest.MonkeyPatch) -> None:

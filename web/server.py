@@ -200,6 +200,10 @@ class Server:
         self.stopping = False
         self.loop = threading.get_ident()
 
+    @property
+    def channels(self) -> list[Channel]:
+        return [one for one in self.map.values() if isinstance(one, Channel)]
+
     def stop(self, *_: object) -> None:
         """Makes `run` drain and return. May be called by a signal handler or another thread."""
         if not self.stopping:
@@ -231,12 +235,9 @@ class Server:
         """Answers what is under way and accepts nothing more: others do, on the same sockets, or will soon."""
         for one in self.listeners:
             one.accepting = False
-        channels = [one for one in self.map.values() if isinstance(one, Channel)]
-        for one in channels:
+        for one in self.channels:
             one.task_class = LastTask
-        while not all(one.is_quiet for one in self.map.values() if isinstance(one, Channel)):
-            if time.monotonic() > deadline:
-                break
+        while time.monotonic() < deadline and not all(one.is_quiet for one in self.channels):
             self._turn(seconds=0.1)
             alive()
         self.waitress.close()

@@ -13,14 +13,14 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import settings
 from mail.address import Mailbox
 from ops.checks.findings import Findings, fault, note, ok, warn
-from ops.checks.system import denied_at, find_user, is_root, run
+from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
 from process import env_file
 from queues.table import QUEUES
@@ -37,39 +37,37 @@ HIDDEN = ("/home", "/root", "/run/user")  # from a unit, by ProtectHome=
 
 
 def is_readable(target: Target) -> bool:
-    return not target.installed or is_root() or os.access(target.file, os.R_OK)
+    return not target.installed or os.geteuid() == 0 or os.access(target.file, os.R_OK)
 
 
 def load(target: Target) -> Settings | None:
     """Returns the settings of all services together, for the other checks; None if they cannot be read."""
     try:
-        if not target.installed:
-            return settings.load()
-        with as_a_unit(every_file(target)):
+        with as_a_unit(every_file(target)) if target.installed else nullcontext():
             return settings.load()
     except (SettingsError, OSError):
         return None
 
 
-def every_file(target: Target) -> list[tuple[str, Path]]:
+def every_file(target: Target) -> dict[str, Path]:
+    """Returns the operator's file and the secrets that have files of their own, by their names as credentials."""
     folder = target.etc / "credentials"
     secrets = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [(target.file.name, target.file), *((one.name, one) for one in secrets)]
+    return {path.name: path for path in (target.file, *secrets)}
 
 
-def passed_to(unit: str, target: Target) -> list[tuple[str, Path]]:
+def passed_to(unit: str, target: Target) -> dict[str, Path]:
     """Returns the files that the unit passes to its process; all of them if there is no unit yet."""
-    shown = run("systemctl", "cat", unit)
-    lines = PASSES.findall(shown.stdout) if shown else []
+    lines = PASSES.findall(run("systemctl", "cat", unit).stdout)
     instance = unit.partition("@")[2].removesuffix(".service")
-    return [(name, Path(path.replace("%i", instance))) for name, path in lines] or every_file(target)
+    return {name: Path(path.replace("%i", instance)) for name, path in lines} or every_file(target)
 
 
 @contextmanager
-def as_a_unit(credentials: Iterable[tuple[str, Path]]) -> Iterator[None]:
+def as_a_unit(credentials: dict[str, Path]) -> Iterator[None]:
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # no secret is written to a disk
     with tempfile.TemporaryDirectory(prefix="doctor-", dir=memory) as folder:
-        for name, path in credentials:
+        for name, path in credentials.items():
             shutil.copyfile(path, Path(folder, name))
         with credentials_directory(Path(folder)):
             yield
@@ -110,8 +108,8 @@ def on_a_server(target: Target) -> Findings:
         yield ok(f"{target.file} is complete and correct for each service")
 
 
-def faults_of(credentials: list[tuple[str, Path]], needed: tuple[str, ...]) -> list[str]:
-    missing = [f"{MISSING} {path}, is missing" for _, path in credentials if not path.is_file()]
+def faults_of(credentials: dict[str, Path], needed: tuple[str, ...]) -> list[str]:
+    missing = [f"{MISSING} {path}, is missing" for path in credentials.values() if not path.is_file()]
     if missing:
         return missing
     try:
@@ -147,10 +145,12 @@ def load_checked(*needed: str) -> Settings:
 
 def shell(target: Target) -> Findings:
     """Finds what works by hand and not as a service: a variable that only this shell has."""
-    written = set[str]()
+    readable = os.access(target.file, os.R_OK)
+    files = every_file(target) if readable else {}
+    written = {name.upper() for name, path in files.items() if path.stat().st_size}
     with suppress(env_file.Unreadable, OSError):
-        written = {one.name for one in env_file.read(target.file) if one.value}
-    only_here = sorted(exported() - written - stored(target))
+        written |= {one.name for one in env_file.read(target.file) if one.value}
+    only_here = sorted(exported() - written)
     if only_here and not is_readable(target):
         yield note(f"set in this shell, which the services do not see: {', '.join(only_here)}", "sudo bin/doctor")
     elif only_here and target.installed:
@@ -170,38 +170,31 @@ def exported() -> set[str]:
 def before_sudo() -> set[str]:
     """Returns the variables of the programs above this one, which root may ask the kernel for: sudo drops them."""
     names, pid = set(), os.getpid()
-    with suppress(OSError, StopIteration):
+    with suppress(OSError):
         while pid > 1:
-            variables = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
-            names |= {name for name, _, value in (one.partition("=") for one in variables) if value}
-            status = Path(f"/proc/{pid}/status").read_text().splitlines()
-            pid = next(int(line.split()[1]) for line in status if line.startswith("PPid:"))
+            names |= set(re.findall(r"([^=\0]+)=[^\0]+", Path(f"/proc/{pid}/environ").read_text(errors="replace")))
+            pid = int(re.findall(r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0])
     return names
-
-
-def stored(target: Target) -> set[str]:
-    """Returns the settings that have a file of their own among the credentials."""
-    with_files = every_file(target)[1:] if target.installed and os.access(target.file, os.R_OK) else []
-    return {name.upper() for name, path in with_files if path.stat().st_size}
 
 
 def modes(target: Target) -> Findings:
     """Checks that only root reads secrets, that only root may change code, and that the service can read its files."""
-    if not target.installed:
-        if target.file.exists() and target.file.stat().st_mode & 0o077:
-            yield warn(f"{target.file} can be read by other users of this machine", f"chmod 600 {target.file}")
-        else:
-            yield ok("no other user can read .env" if target.file.exists() else "there is no .env to protect")
-        return
-    wrong = [*secrets_are_roots(target), *code_is_roots(target), *files_named_in_settings(target)]
-    secret = f"only root can read {target.etc}, and " if is_readable(target) else ""
-    yield from wrong or [ok(f"{secret}the service cannot change {target.opt}")]
+    if target.installed:
+        wrong = [*secrets_are_roots(target), *code_is_roots(target), *files_named_in_settings(target)]
+        secret = f"only root can read {target.etc}, and " if is_readable(target) else ""
+        yield from wrong or [ok(f"{secret}the service cannot change {target.opt}")]
+    elif not target.file.exists():
+        yield ok("there is no .env to protect")
+    elif target.file.stat().st_mode & 0o077:
+        yield warn(f"{target.file} can be read by other users of this machine", f"chmod 600 {target.file}")
+    else:
+        yield ok("no other user can read .env")
 
 
 def secrets_are_roots(target: Target) -> Findings:
     if not is_readable(target):
         return
-    for path in (target.etc, target.etc / "credentials", *(path for _, path in every_file(target))):
+    for path in (target.etc, target.etc / "credentials", *every_file(target).values()):
         if not path.exists():
             yield fault(f"{path} is missing", "sudo bin/install, in your clone: it makes what is missing")
             continue

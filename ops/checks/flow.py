@@ -2,14 +2,12 @@
 
 Uses commands that change nothing, never RQ's own listings, which clean up as they list. The test mail is one like any
 other: stored and queued as the API does it, taken by a worker, sent through the relay.
-Keys: rq:workers:*, rq:worker:*, rq:scheduler-lock:* are RQ's; mail:* and relay:* are mail.outbox's and smtp.pacing's.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from datetime import datetime
 from typing import Any
 
 from redis import Redis
@@ -49,10 +47,10 @@ def workers(target: Target, settings: Settings) -> Findings:
         for queue in QUEUES:
             keys_of_workers: Any = redis.smembers(keys.workers(queue))
             known = [redis.hmget(key, "last_heartbeat", "queues") for key in keys_of_workers]
-            alive = [queues or b"" for heartbeat, queues in known if silence(heartbeat) < SILENT]
+            heard = [(age, queues) for beat, queues in known if (age := health.age(beat)) is not None]
+            alive = [queues or b"" for age, queues in heard if age < SILENT]
             if not alive:
-                last = min((silence(heartbeat) for heartbeat, _ in known), default=float("inf"))
-                seen = f"; the last heartbeat was {lasting(last)} ago" if last < float("inf") else ""
+                seen = f"; the last heartbeat was {lasting(min(age for age, _ in heard))} ago" if heard else ""
                 yield fault(f"no worker takes from the queue {queue}{seen}", target.restart(f"worker@{queue}"))
                 continue
             several = sum(b"," in queues for queues in alive)
@@ -66,32 +64,22 @@ def workers(target: Target, settings: Settings) -> Findings:
                 yield ok(f"queue {queue}: {counted(len(alive), 'worker')} and a scheduler, with recent heartbeats")
 
 
-def silence(heartbeat: bytes | None) -> float:
-    """Returns the seconds since then; infinity if there was none."""
-    try:
-        moment = datetime.fromisoformat((heartbeat or b"").decode().replace("Z", "+00:00"))
-    except ValueError:
-        return float("inf")
-    return time.time() - moment.timestamp()
-
-
 def waiting(target: Target, settings: Settings) -> Findings:
     """Checks how long the oldest mail has waited, and whether there is a reason for it."""
     with client(settings) as redis:
-        state, reasons = health.state(Jobs(redis)), list(reasons_to_wait(redis, settings))
-        failed = redis.zcard(keys.failed(EMAIL))
+        state, reasons = health.queue_states(Jobs(redis))[EMAIL], list(reasons_to_wait(redis, settings))
         unreadable = redis.zcount(UNREADABLE, time.time() - UNREADABLE_KEPT, "+inf")
         first: list[Any] = redis.zrange(OPEN, 0, 0, withscores=True)
     overdue = time.time() - first[0][1] if first else 0
     yield from reasons
-    age, queued = state["oldest_queued_seconds"] or 0, counted(state["queued"], "mail")
+    age, queued, failed = state.oldest_queued or 0, counted(state.jobs["queued"], "mail"), state.jobs["failed"]
     if age > LATE and not reasons:
         found = f"{queued} in the queue, the oldest for {lasting(age)}: nothing drains the queue, or too slowly"
         yield warn(found, f"journalctl -u async-email-worker@email -n 50; {target.restart('worker@email')}")
     else:
         yield ok(f"{queued} in the queue" + (f", the oldest for {lasting(age)}" if age else ""))
-    if state["overdue_seconds"] > LATE:
-        found = f"delayed mail should have been tried {lasting(state['overdue_seconds'])} ago"
+    if state.overdue > LATE:
+        found = f"delayed mail should have been tried {lasting(state.overdue)} ago"
         yield fault(found, target.restart("worker@email"))
     if overdue > STUCK:
         found = f"a mail has been stuck for {lasting(overdue)}, and no sweep takes care of it"

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import os
 import re
 import socket
+from contextlib import closing
 from pathlib import Path
 
 from ops.checks.findings import Findings, fault, note, ok, warn
 from ops.checks.store import address
-from ops.checks.system import is_root, run
+from ops.checks.system import NOT_RUN, run
 from ops.checks.target import Target
 from settings import Settings
 
-LISTENING = "0A"  # tcp_states.h
+LISTENING = re.compile(r"^ *\d+: (\w+):(\w+) \S+ 0A ", re.MULTILINE)  # a line of /proc/net/tcp; 0A: tcp_states.h
 PUBLIC = {22, 80, 443}  # ssh and nginx
 
 
@@ -28,8 +30,7 @@ def nginx(target: Target) -> Findings:
     if not target.nginx.is_dir():
         yield warn("nginx is not installed, so nobody outside can call the API", "sudo bin/install, in your clone")
         return
-    ran = run("nginx", "-t") if is_root() else None
-    if ran and ran.returncode:
+    if os.geteuid() == 0 and (ran := run("nginx", "-t")).returncode not in (0, NOT_RUN):
         error = re.search(r"\[emerg\] (?:\d+#\d+: )?(.*)", ran.stderr)
         found = f"nginx refuses its configuration: {error[1] if error else 'nginx -t'}"
         yield fault(found, "fix that line, then: sudo nginx -t")
@@ -41,35 +42,32 @@ def nginx(target: Target) -> Findings:
 
 
 def through_nginx(target: Target) -> Findings:
-    connection = http.client.HTTPConnection("127.0.0.1", target.http_port, timeout=target.timeout)
     try:
-        connection.request("GET", "/healthz")
-        answer = connection.getresponse()
-        status, body, onward = answer.status, answer.read(4096), answer.getheader("Location", "")
+        with closing(http.client.HTTPConnection("127.0.0.1", target.http_port, timeout=target.timeout)) as connection:
+            connection.request("GET", "/healthz")
+            answer = connection.getresponse()
+            status, body, onward = answer.status, answer.read(4096), answer.getheader("Location", "")
     except (OSError, http.client.HTTPException):
         yield fault(f"nothing answers on port {target.http_port}", "sudo systemctl restart nginx; sudo nginx -t")
         return
-    finally:
-        connection.close()
     if status == 200 and b'"ok"' in body:
         yield ok(f"the API answers through nginx on port {target.http_port}")
     elif status in (301, 302, 307, 308) and onward.startswith("https://"):
         yield ok(f"nginx redirects port {target.http_port} to https")
-    elif status in (502, 503, 504):
-        if target.selinux.exists() and target.selinux.read_text().strip() == "1":
-            fix = "sudo setsebool -P httpd_can_network_connect 1; if it stays: sudo ausearch -m avc -ts recent"
-            yield fault(f"nginx answers {status}: SELinux may keep it from the API", fix)
-        else:
-            fix = "sudo systemctl restart async-email-api.socket async-email-api; sudo tail /var/log/nginx/error.log"
-            yield fault(f"nginx answers {status}: the API does not answer it", fix)
-    else:
+    elif status not in (502, 503, 504):
         found = f"another site of nginx answers on port {target.http_port} (/healthz gives {status})"
         yield fault(found, "sudo rm /etc/nginx/sites-enabled/default && sudo systemctl reload nginx")
+    elif target.selinux.exists() and target.selinux.read_text().strip() == "1":
+        fix = "sudo setsebool -P httpd_can_network_connect 1; if it stays: sudo ausearch -m avc -ts recent"
+        yield fault(f"nginx answers {status}: SELinux may keep it from the API", fix)
+    else:
+        fix = "sudo systemctl restart async-email-api.socket async-email-api; sudo tail /var/log/nginx/error.log"
+        yield fault(f"nginx answers {status}: the API does not answer it", fix)
 
 
 def ports(target: Target, settings: Settings) -> Findings:
     """Checks what listens on more than loopback: 22, 80 and 443 may; what is ours must not."""
-    open_ones = listeners(Path("/proc/net"))
+    open_ones = listeners()
     redis = address(settings)
     ours = {
         settings.listen.port: ("the API", "LISTEN=127.0.0.1:8000"),
@@ -88,16 +86,10 @@ def ports(target: Target, settings: Settings) -> Findings:
         yield ok("nothing of ours listens for other machines")
 
 
-def listeners(net: Path) -> set[int]:
+def listeners() -> set[int]:
     """Returns the TCP ports that take connections on an address that is not loopback."""
-    found = set()
-    for table in (net / "tcp", net / "tcp6"):
-        for line in table.read_text().splitlines()[1:] if table.exists() else []:
-            _, local, _, state, *_ = line.split()
-            host, port = local.split(":")
-            if state == LISTENING and not is_local(host):
-                found.add(int(port, 16))
-    return found
+    tables = [table.read_text() for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if table.exists()]
+    return {int(port, 16) for host, port in LISTENING.findall("".join(tables)) if not is_local(host)}
 
 
 def is_local(host: str) -> bool:
@@ -110,8 +102,7 @@ def is_local(host: str) -> bool:
 
 def clock(target: Target) -> Findings:
     """Checks that it is synchronised: a wrong clock makes certificates invalid and retries late."""
-    ran = run("timedatectl", "show", "-p", "NTPSynchronized", "--value")
-    answer = ran.stdout.strip() if ran and not ran.returncode else ""
+    answer = run("timedatectl", "show", "-p", "NTPSynchronized", "--value").stdout.strip()
     if answer == "yes":
         yield ok("the clock is synchronised")
     elif answer == "no":

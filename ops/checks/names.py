@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 
 from dns.exception import DNSException, Timeout
-from dns.resolver import NXDOMAIN, NoAnswer, NoResolverConfiguration, Resolver
+from dns.resolver import NXDOMAIN, NoResolverConfiguration, Resolver
 
 from mail.address import Mailbox
 from ops.checks.findings import Findings, fault, note, ok, warn
@@ -28,6 +29,7 @@ INCLUDES = {  # a pattern in the relay's name -> what its customers include in t
     r"mailgun\.org$": "mailgun.org",
     r"postmarkapp\.com$": "spf.mtasv.net",
 }
+SPF, DMARC = r"(?i)v=spf1(\s|$)", r"v=DMARC1\s*(;|$)"  # how their records begin
 Ask = Callable[[str, str], list[str]]
 
 
@@ -57,10 +59,7 @@ def asker(target: Target) -> Ask:
     resolver.lifetime = target.timeout
 
     def ask(name: str, kind: str) -> list[str]:
-        try:
-            answer = resolver.resolve(name, kind)
-        except NoAnswer:
-            return []
+        answer = resolver.resolve(name, kind, raise_on_no_answer=False)
         if kind == "TXT":
             return [b"".join(record.strings).decode("utf-8", "replace") for record in answer]
         return [record.to_text() for record in answer]
@@ -68,19 +67,18 @@ def asker(target: Target) -> Ask:
     return ask
 
 
-def or_none(ask: Ask, name: str, kind: str) -> list[str]:
-    """Returns no records, too, for a name that does not exist."""
-    try:
-        return ask(name, kind)
-    except NXDOMAIN:
-        return []
+def texts(name: str, ask: Ask, pattern: str) -> list[str]:
+    """Returns the TXT records that begin so; none, too, for a name that does not exist."""
+    with suppress(NXDOMAIN):
+        return [text for text in ask(name, "TXT") if re.match(pattern, text)]
+    return []
 
 
 def about(domain: str, ask: Ask, relay: str) -> Findings:
     mx = ask(domain, "MX")
     if mx and all(record.split()[1] == "." for record in mx):
         yield warn(f"{domain} says that it accepts no mail: replies and bounces are lost", "give it an MX record")
-    elif not mx and not ask(domain, "A") and not ask(domain, "AAAA"):
+    elif not (mx or ask(domain, "A") or ask(domain, "AAAA")):
         yield warn(f"{domain} has neither MX nor address: replies and bounces are lost", "give it an MX record")
     else:
         yield ok(f"{domain} can receive replies and bounces")
@@ -91,7 +89,7 @@ def about(domain: str, ask: Ask, relay: str) -> Findings:
 
 
 def spf(domain: str, ask: Ask, relay: str) -> Findings:
-    records = spf_of(domain, ask)
+    records = texts(domain, ask, SPF)
     include = next((name for pattern, name in INCLUDES.items() if re.search(pattern, relay)), "NAME-THE-RELAY-GIVES")
     lookups = count_lookups(records[0], ask, {domain}) if len(records) == 1 else 0
     if not records:
@@ -111,10 +109,6 @@ def spf(domain: str, ask: Ask, relay: str) -> Findings:
         yield ok(f"{domain} has one SPF record, {lookups} lookups")
 
 
-def spf_of(name: str, ask: Ask) -> list[str]:
-    return [text for text in or_none(ask, name, "TXT") if re.match(r"v=spf1(\s|$)", text, re.IGNORECASE)]
-
-
 def count_lookups(record: str, ask: Ask, seen: set[str]) -> int:
     """Counts as RFC 7208 4.6.4 does: include, redirect, a, mx, ptr and exists, also in what is included."""
     count = 0
@@ -126,16 +120,15 @@ def count_lookups(record: str, ask: Ask, seen: set[str]) -> int:
         name = found[2]
         if found[1] in ("include:", "redirect=") and name not in seen and "%" not in name and len(seen) < 30:
             seen.add(name)
-            count += sum(count_lookups(one, ask, seen) for one in spf_of(name, ask)[:1])
+            count += sum(count_lookups(one, ask, seen) for one in texts(name, ask, SPF)[:1])
     return count
 
 
 def dmarc(domain: str, ask: Ask) -> Findings:
     """Checks the domain's record or, if it has none, its parent's, which then applies."""
-    labels = domain.split(".")
-    for start in range(max(1, len(labels) - 1)):
-        name = "_dmarc." + ".".join(labels[start:])
-        records = [text for text in or_none(ask, name, "TXT") if re.match(r"v=DMARC1\s*(;|$)", text)]
+    for labels_dropped in range(max(1, domain.count("."))):
+        name = "_dmarc." + domain.split(".", labels_dropped)[-1]
+        records = texts(name, ask, DMARC)
         if records:
             break
     found = re.search(r";\s*p\s*=\s*(none|quarantine|reject)\b", records[0]) if records else None

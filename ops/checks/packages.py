@@ -39,20 +39,15 @@ def pins(target: Target) -> Findings:
         needed |= set() if conditional else {name}
     wrong = []
     for name, versions in wanted.items():
-        installed = version_of(name)
-        if installed is None and name in needed:
-            wrong.append(f"{name} is missing")
-        elif installed is not None and installed not in versions:
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            wrong += [f"{name} is missing"] if name in needed else []
+            continue
+        if installed not in versions:
             wrong.append(f"{name} is {installed} and should be {' or '.join(sorted(versions))}")
     faults = [fault(f"{one}, says requirements.txt", install(target)) for one in wrong]
     yield from faults or [ok(f"{len(needed)} packages are as requirements.txt pins them")]
-
-
-def version_of(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def imports(target: Target) -> Findings:

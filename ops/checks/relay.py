@@ -12,7 +12,6 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ops.checks import replies
@@ -28,17 +27,15 @@ IMPLICIT_TLS = (465, 2465)  # ports
 
 
 def login(target: Target, settings: Settings) -> Findings:
-    host, number = settings.smtp_host, settings.smtp_port
-    if not host and target.installed:
+    if settings.smtp_host:
+        reached = list(port(settings.smtp_host, settings.smtp_port, target))
+        yield from reached
+        if not any(one.level == FAULT for one in reached):
+            yield from session(Relay.of(settings), target, settings)
+    elif target.installed:
         yield fault("SMTP_HOST is not set, so no mail can go out", target.edit)
-    elif not host:
+    else:
         yield note("SMTP_HOST is not set; bin/dev has a mail catcher of its own")
-    if not host:
-        return
-    reached = list(port(host, number, target))
-    yield from reached
-    if not any(one.level == FAULT for one in reached):
-        yield from session(Relay.of(settings), target, settings)
 
 
 def port(host: str, wanted: int, target: Target) -> Findings:
@@ -76,7 +73,10 @@ def connect(host: str, number: int, timeout: float) -> str:
 
 
 def another_port(host: str, wanted: int, outcome: str, target: Target) -> str:
-    open_ones = answering(host, [one for one in target.smtp_ports if one != wanted], target.timeout)
+    others = [one for one in target.smtp_ports if one != wanted]
+    with ThreadPoolExecutor(len(others) or 1) as pool:
+        outcomes = pool.map(lambda one: connect(host, one, target.timeout), others)
+        open_ones = [one for one, outcome in zip(others, outcomes, strict=True) if outcome == ANSWERS]
     if open_ones:
         best = next((one for one in (587, 2587, 2525, 465, 2465) if one in open_ones), open_ones[0])
         security = "tls" if best in IMPLICIT_TLS else "starttls"
@@ -87,12 +87,6 @@ def another_port(host: str, wanted: int, outcome: str, target: Target) -> str:
     if outcome == REFUSED:
         return f"no other usual port answers either: correct SMTP_HOST and SMTP_PORT ({target.edit})"
     return f"let TCP to port {wanted} out (security group, firewall); no other usual port answers either"
-
-
-def answering(host: str, ports: Sequence[int], timeout: float) -> list[int]:
-    with ThreadPoolExecutor(len(ports) or 1) as pool:
-        outcomes = pool.map(lambda one: connect(host, one, timeout), ports)
-        return [one for one, outcome in zip(ports, outcomes, strict=True) if outcome == ANSWERS]
 
 
 def session(to: Relay, target: Target, settings: Settings) -> Findings:

@@ -207,8 +207,8 @@ def half_run(info: dict[str, Any], at: Address, target: Target) -> Findings:
         fix = "Valkey 9 does not; or run ops/aof.py before each of its starts"
         yield note(f"{found}, and mail may go out twice", fix)
         return
-    shown = run("systemctl", "show", "-p", "ExecStartPre", OUR_UNIT)
-    if not (shown and "aof.py" in shown.stdout and (target.opt / "aof.py").exists()):
+    cuts = "aof.py" in run("systemctl", "show", "-p", "ExecStartPre", OUR_UNIT).stdout
+    if not (cuts and (target.opt / "aof.py").exists()):
         yield warn(f"{found}, and mail goes out twice", "sudo bin/install, in your clone: it has that cut off first")
 
 
@@ -281,8 +281,7 @@ def clock(target: Target, settings: Settings) -> Findings:
         seconds, micros = redis.time()
     skew = abs(seconds + micros / 1e6 - before)
     if skew > MAX_SKEW:
-        yield warn(
-            f"Redis' clock differs from ours by {lasting(skew)}", "sudo timedatectl set-ntp true, on both machines"
-        )
+        fix = "sudo timedatectl set-ntp true, on both machines"
+        yield warn(f"Redis' clock differs from ours by {lasting(skew)}", fix)
     else:
         yield ok("Redis' clock agrees with ours")

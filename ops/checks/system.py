@@ -5,7 +5,6 @@ Standard library only, so that the doctor runs when everything else is missing.
 
 from __future__ import annotations
 
-import grp
 import os
 import pwd
 import shutil
@@ -14,21 +13,21 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+NOT_RUN = 127
+
 
 class User(NamedTuple):
     uid: int
-    gids: set[int]
+    gids: list[int]
 
 
-def run(*command: str, seconds: float = 20) -> subprocess.CompletedProcess[str] | None:
-    """Runs a command that changes nothing. Returns None if there is no such program, or if it hangs."""
-    program = shutil.which(command[0]) or shutil.which(command[0], path="/usr/sbin:/sbin")
-    if not program:
-        return None
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command that changes nothing. If there is no such program, or if it hangs, its exit code is NOT_RUN."""
+    program = shutil.which(command[0]) or shutil.which(command[0], path="/usr/sbin:/sbin") or command[0]
     try:
-        return subprocess.run([program, *command[1:]], capture_output=True, text=True, timeout=seconds, check=False)
+        return subprocess.run([program, *command[1:]], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return None
+        return subprocess.CompletedProcess(command, NOT_RUN, "", "")
 
 
 def find_user(name: str) -> User | None:
@@ -36,7 +35,7 @@ def find_user(name: str) -> User | None:
         entry = pwd.getpwnam(name)
     except KeyError:
         return None
-    return User(entry.pw_uid, {entry.pw_gid, *(group.gr_gid for group in grp.getgrall() if name in group.gr_mem)})
+    return User(entry.pw_uid, os.getgrouplist(name, entry.pw_gid))
 
 
 def denied_at(user: User, path: Path, bits: int) -> Path | None:
@@ -55,7 +54,3 @@ def denied_at(user: User, path: Path, bits: int) -> Path | None:
         if (stat.S_IMODE(seen.st_mode) >> shift) & wanted != wanted:
             return step
     return None
-
-
-def is_root() -> bool:
-    return os.geteuid() == 0

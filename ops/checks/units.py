@@ -14,16 +14,8 @@ from ops.checks import configuration, store
 from ops.checks.findings import FAULT, WARN, Finding, Findings, fault, lasting, note, ok, warn
 from ops.checks.system import run
 from ops.checks.target import Target
-from queues.table import QUEUES
 
-UNITS = (
-    "async-email.target",
-    "async-email-api.socket",
-    "async-email-api.service",
-    *(f"async-email-worker@{queue}.service" for queue in QUEUES),
-    "async-email-dashboard.service",
-)
-REDIS, NGINX = "redis-server@async-email.service", "nginx.service"
+UNITS = ("async-email.target", "async-email-api.socket", *configuration.SERVICES)
 PROPERTIES = (
     "Id,LoadState,UnitFileState,NeedDaemonReload,ActiveState,SubState,Result,ExecMainStatus,MainPID,NRestarts,"
     "ActiveEnterTimestampMonotonic,Restart,KillMode"
@@ -62,28 +54,23 @@ RESULTS = {  # Result= of a unit that did not end by an exit code
 Unit = dict[str, str]
 
 
-def show(*names: str) -> list[Unit] | None:
-    """Returns the properties of each unit, or None if systemctl does not answer."""
+def show(*names: str) -> list[Unit]:
+    """Returns the properties of each unit, and nothing if systemctl does not answer."""
     shown = run("systemctl", "show", "-p", PROPERTIES, *names)
-    if not shown or shown.returncode:
-        return None
-    blocks = [block for block in shown.stdout.split("\n\n") if block.strip()]
-    return [dict(line.split("=", 1) for line in block.strip().splitlines() if "=" in line) for block in blocks]
+    blocks = shown.stdout.split("\n\n") if not shown.returncode else []
+    return [dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in blocks if "=" in block]
 
 
 def running(target: Target) -> Findings:
     if not target.systemd.is_dir():
         yield note("no systemd here, skipped")
-        return
-    found = show(*expected(target))
-    if found is None:
+    elif not (found := show(*expected(target))):
         yield note("systemctl does not answer, skipped")
-        return
-    if not target.installed and all(unit.get("LoadState") == "not-found" for unit in found if ours(unit)):
+    elif not target.installed and all(unit.get("LoadState") == "not-found" for unit in found if ours(unit)):
         yield note("not installed as services here, skipped")
-        return
-    wrong = [*all_together(found), *(finding for unit in found for finding in about(unit, target))]
-    yield from wrong or [ok(f"{len(found)} units are enabled and running, from the current release")]
+    else:
+        wrong = [*all_together(found), *(finding for unit in found for finding in about(unit, target))]
+        yield from wrong or [ok(f"{len(found)} units are enabled and running, from the current release")]
 
 
 # What is often true of several units, and then is one finding: properties, level, found, fix.
@@ -111,8 +98,8 @@ def all_together(found: list[Unit]) -> Findings:
 
 def expected(target: Target) -> list[str]:
     settings = configuration.load(target)
-    redis = [REDIS] if settings and store.address(settings).is_our_own else []
-    return [*UNITS, *redis, *([NGINX] if target.nginx.is_dir() else [])]
+    redis = [store.OUR_UNIT] if settings and store.address(settings).is_our_own else []
+    return [*UNITS, *redis, *(["nginx.service"] if target.nginx.is_dir() else [])]
 
 
 def ours(unit: Unit) -> bool:
@@ -151,10 +138,9 @@ def why_not(unit: Unit) -> Finding:
     causes = [RESULTS[result]] if result in RESULTS else []
     if code in EXITS and result not in ("signal", "oom-kill", "watchdog", "core-dump"):
         causes.append(EXITS[code])
-    if causes:
-        fixes = "; ".join(fix.format(unit=name) for _, fix in reversed(causes))
-        return fault(f"{state}: {', and '.join(meaning for meaning, _ in causes)}", fixes)
-    return fault(f"{state}: its last exit code was {code}", f"journalctl -u {name} -n 50")
+    causes = causes or [(f"its last exit code was {code}", "journalctl -u {unit} -n 50")]
+    fixes = "; ".join(fix.format(unit=name) for _, fix in reversed(causes))
+    return fault(f"{state}: {', and '.join(meaning for meaning, _ in causes)}", fixes)
 
 
 def from_another_release(unit: Unit, target: Target) -> Findings:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import trustme
 
 from ops.checks import configuration
 from ops.checks.target import Target
@@ -41,15 +40,3 @@ def target(tmp_path: Path) -> Target:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="test-doctor-") as folder:
         yield Server(Path(folder), monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture
-def ca_file(authority: trustme.CA, tmp_path: Path) -> Path:
-    path = tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(str(path))
-    return path

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ops.checks import units
+from ops.checks import configuration, units
 from ops.checks.findings import FAULT, NOTE, OK, WARN, Finding, Findings
 from ops.checks.target import Target
 from settings import Settings
+from tests.servers import ROOT
 
+Said = tuple[str, str, str]  # a finding's level, and words of what is found and of its fix
 PASSWORD = "planted-Pa55word"
 GMAIL, M365, SES = "smtp.gmail.com", "smtp.office365.com", "email-smtp.eu-west-1.amazonaws.com"
 ENV = "SMTP_HOST=127.0.0.1\nMAIL_FROM=Acme <hello@acme.example>\n"
@@ -21,12 +24,6 @@ SECRETS = {
     "api_keys": f"shop:{'ab' * 32}\n",
     "dashboard_password": PASSWORD,
     "smtp_password": "",
-}
-PASSED = {  # what each unit passes, as systemd/ has it
-    "async-email-api.service": ("redis_url", "api_keys"),
-    "async-email-worker@email.service": ("redis_url", "smtp_password"),
-    "async-email-worker@jobs.service": ("redis_url",),
-    "async-email-dashboard.service": ("redis_url", "dashboard_password"),
 }
 HEALTHY = {
     "LoadState": "loaded",
@@ -85,16 +82,15 @@ class Server:
             self.write(f"etc/credentials/{name}", value, 0o600)
         for name in ("etc", "etc/credentials"):
             (folder / name).chmod(0o700)
-        self.write("opt/releases/2.0/worker.py", "")
-        self.write("opt/releases/1.0/worker.py", "")
+        for release in ("1.0", "2.0"):
+            self.write(f"opt/releases/{release}/worker.py", "")
         self.write("opt/releases/2.0/.venv/bin/python", "", 0o755)
         (folder / "opt/current").symlink_to(folder / "opt/releases/2.0")
         (folder / "systemd").mkdir()
         fake(folder, "systemctl", f'case $1 in show) cat {folder}/show;; cat) cat "{folder}/$2";; esac', monkeypatch)
-        for unit, names in PASSED.items():
-            lines = [f"LoadCredential=async-email.env:{self.env}"]
-            lines += [f"LoadCredential={name}:{folder}/etc/credentials/{name}" for name in names]
-            self.write(unit, "[Service]\n" + "\n".join(lines) + "\n")
+        for unit in configuration.SERVICES:
+            installed = ROOT / "systemd" / re.sub(r"@\w+", "@", unit)
+            self.write(unit, installed.read_text().replace("/etc/async-email", f"{folder}/etc"))
         self.units(*units.UNITS)
         self.target = Target(
             folder / "opt/current",

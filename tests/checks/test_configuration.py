@@ -11,15 +11,15 @@ import pytest
 
 from ops.checks import configuration
 from ops.checks.findings import FAULT, NOTE, OK, WARN
+from ops.checks.system import User, denied_at, find_user
 from ops.checks.target import Target
 from tests.checks.support import ENV, PASSWORD, Server, assert_finds, listed, worst
 from tests.servers import ROOT
 
 
 def test_a_complete_configuration_is_fine_for_each_service(server: Server) -> None:
-    assert worst(configuration.values(server.target)).level == OK
-    assert worst(configuration.shell(server.target)).level == OK
-    assert worst(configuration.modes(server.target)).level == OK
+    for check in (configuration.values, configuration.shell, configuration.modes):
+        assert worst(check(server.target)).level == OK
     loaded = configuration.load(server.target)
     assert loaded
     assert loaded.smtp_host == "127.0.0.1"
@@ -91,11 +91,6 @@ def test_a_secret_that_others_may_read_is_a_fault(server: Server, name: str) -> 
     assert_finds(configuration.modes(server.target), FAULT, f"{path} is open to other users", fix)
 
 
-def test_a_configuration_without_its_secrets_is_a_fault(server: Server) -> None:
-    shutil.rmtree(server.folder / "etc/credentials")
-    assert_finds(configuration.modes(server.target), FAULT, "etc/credentials is missing", "sudo bin/install")
-
-
 def test_without_root_the_doctor_says_that_most_cannot_be_checked(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +101,9 @@ def test_without_root_the_doctor_says_that_most_cannot_be_checked(
     assert "only root" not in worst(configuration.modes(server.target)).found
 
 
-def test_a_configuration_that_is_not_roots_is_a_fault(server: Server) -> None:
+def test_a_configuration_without_its_secrets_or_that_is_not_roots_is_a_fault(server: Server) -> None:
+    shutil.rmtree(server.folder / "etc/credentials")
+    assert_finds(configuration.modes(server.target), FAULT, "etc/credentials is missing", "sudo bin/install")
     server.target.owner += 1
     assert_finds(configuration.modes(server.target), FAULT, "does not belong to root", "sudo chown root:root")
 
@@ -121,9 +118,17 @@ def test_code_that_the_service_may_change_or_cannot_read_is_a_fault(server: Serv
     assert_finds(configuration.modes(server.target), FAULT, "there is no user", "sudo bin/install")
 
 
+def test_a_user_reads_what_one_of_its_groups_may(server: Server) -> None:
+    user = find_user("root")
+    assert user
+    assert 0 in user.gids
+    path = server.write("secret", "", 0o640)
+    assert denied_at(User(-1, [path.stat().st_gid]), path, 4) is None
+    assert denied_at(User(-1, []), path, 4) == path
+
+
 def test_a_file_named_in_the_settings_that_the_service_cannot_read_is_a_fault(server: Server) -> None:
     secret = server.write("secret", PASSWORD, 0o600)
     server.env.write_text(f"{ENV}SMTP_USERNAME=ada\nSMTP_PASSWORD_FILE={secret}\n")
-    assert_finds(
-        configuration.modes(server.target), FAULT, "SMTP_PASSWORD_FILE: the user nobody cannot read", "credentials"
-    )
+    found = "SMTP_PASSWORD_FILE: the user nobody cannot read"
+    assert_finds(configuration.modes(server.target), FAULT, found, "credentials")

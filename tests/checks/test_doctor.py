@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,44 +23,48 @@ from tests.scripted_relay import ScriptedRelay, Step
 from tests.servers import ROOT, House, RedisServer, eventually, free_port
 
 
-def run(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ops.doctor", *arguments],
-        cwd=ROOT,
-        env={"PATH": os.environ["PATH"], **environment},
-        capture_output=True,
-        text=True,
-    )
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ops.doctor", *arguments]
+    bare = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True)
 
 
-def test_a_mail_to_order_goes_the_whole_way(target: Target, redis_server: RedisServer, tmp_path: Path) -> None:
-    redis_server.reset()
-    with Relay(login=("ada", PASSWORD), tls="starttls") as there:
-        with House(tmp_path, redis_server.url, **there.environment(tmp_path)) as house:
-            house.worker()
-            house.worker("jobs")
-            redis = redis_server.client()
-            eventually(lambda: redis.scard("rq:workers:email") and redis.scard("rq:workers:jobs"))
-            eventually(lambda: redis.exists("rq:scheduler-lock:email", "rq:scheduler-lock:jobs") == 2)
-            redis.close()
-            ran = run(tmp_path, "--json", "--send-to", "victim@acme.shop", **house.environment)
-            said = {(one["check"], one["level"]) for one in json.loads(ran.stdout)}
+def test_a_mail_to_order_goes_the_whole_way(client: Any, redis_server: RedisServer, tmp_path: Path) -> None:
+    with (
+        Relay(login=("ada", PASSWORD), tls="starttls") as there,
+        House(tmp_path, redis_server.url, **there.environment(tmp_path)) as house,
+    ):
+        for queue in ("email", "jobs"):
+            house.worker(queue)
+            eventually(partial(client.exists, f"rq:workers:{queue}"))
+            eventually(partial(client.exists, f"rq:scheduler-lock:{queue}"))
+        ran = run("--json", "--send-to", "victim@acme.shop", **house.environment)
         assert [one.recipients for one in there.accepted] == [["victim@acme.shop"]]
+    said = {(one["check"], one["level"]) for one in json.loads(ran.stdout)}
     assert {("canary", OK), ("workers", OK), ("queue", OK), ("relay", OK), ("redis", OK)} <= said
     assert not [one for one in said if one[1] == FAULT], ran.stdout
     assert "victim" not in ran.stdout
 
 
-def test_the_exit_code_is_the_worst_of_what_was_found() -> None:
-    one = {level: Finding(level, "") for level in (OK, NOTE, WARN, FAULT)}
-    assert doctor.verdict([one[OK], one[NOTE]]) == 0
-    assert doctor.verdict([one[OK], one[WARN]]) == 1
-    assert doctor.verdict([one[FAULT], one[WARN], one[OK]]) == 2
+@pytest.mark.parametrize(
+    ("levels", "code", "end"),
+    [
+        ((OK, NOTE), 0, "All is well."),
+        ((OK, WARN, WARN), 1, "2 warnings. "),
+        ((FAULT, WARN, OK), 2, "1 fault and 1 warning. "),
+    ],
+)
+def test_the_exit_code_and_the_last_line_are_the_worst_of_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], levels: list[str], code: int, end: str
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda _: [("check", Finding(level, "")) for level in levels])
+    assert doctor.main([]) == code
+    assert capsys.readouterr().out.splitlines()[-1].startswith(end)
 
 
-def test_every_finding_is_one_line_and_json_says_the_same(tmp_path: Path) -> None:
+def test_every_finding_is_one_line_and_json_says_the_same() -> None:
     nowhere = {"REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"}
-    plain, as_json = run(tmp_path, **nowhere), run(tmp_path, "--json", **nowhere)
+    plain, as_json = run(**nowhere), run("--json", **nowhere)
     assert (plain.returncode, as_json.returncode) == (2, 2)
     found = json.loads(as_json.stdout)
     assert all(one.keys() == {"check", "level", "found", "fix"} for one in found)
@@ -74,8 +80,7 @@ def test_a_check_that_breaks_is_a_finding_and_stops_no_other(target: Target, mon
         raise ValueError(PASSWORD)
         yield
 
-    checks = (table.Check("first", broken), table.Check("second", table.alone(machine.clock)))
-    monkeypatch.setattr(table, "CHECKS", checks)
+    monkeypatch.setattr(table, "CHECKS", {"first": broken, "second": table.alone(machine.clock)})
     said = list(table.examine(target))
     assert [name for name, _ in said] == ["first", "second"]
     assert "ValueError" in said[0][1].found
@@ -101,7 +106,7 @@ def test_no_output_ever_holds_a_secret_or_an_address(tmp_path: Path, redis_serve
     ):
         secrets["SMTP_PORT"] = str(refusing.port)
         outputs = [
-            run(tmp_path, *arguments, **secrets | changes)
+            run(*arguments, **secrets | changes)
             for arguments in ((), ("--json",), ("--send-to", "ada@planted .example"))
             for changes in (
                 {"REDIS_URL": redis.url},
@@ -142,7 +147,14 @@ def test_a_python_that_is_too_old_is_named(target: Target, monkeypatch: pytest.M
     assert_finds(packages.python(target), FAULT, "is needed", "sudo apt install python3")
 
 
-def test_without_any_package_the_doctor_still_says_so(tmp_path: Path) -> None:
+def test_a_service_that_cannot_be_imported_hides_no_other_finding(tmp_path: Path) -> None:
+    (tmp_path / "bottle.py").write_text("raise ImportError('broken', name='bottle')")
+    found = json.loads(run("--json", PYTHONPATH=str(tmp_path)).stdout)
+    assert "service.py does not start: importing bottle fails" in [one["found"] for one in found]
+    assert {one["check"] for one in found} >= {"settings", "redis", "relay"}
+
+
+def test_without_any_package_the_doctor_still_says_so() -> None:
     ran = subprocess.run([sys.executable, "-S", "-m", "ops.doctor"], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 2, ran.stderr
     assert "fault  packages: pydantic is missing" in ran.stdout

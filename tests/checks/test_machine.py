@@ -6,12 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,47 +15,28 @@ from ops.checks import machine, units
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
 from tests.checks.support import Server, assert_finds, fake, listed, of, worst
+from tests.scripted_relay import Act, ScriptedRelay, raw
 from tests.servers import free_port
 
 
-class Front(BaseHTTPRequestHandler):
-    """Stands for nginx: what it answers is the server's to say."""
-
-    def do_GET(self) -> None:
-        status, body, location = self.server.says  # type: ignore[attr-defined]
-        self.send_response(status)
-        self.send_header("Location", location)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None: ...
+def http(status: str, body: str = "", location: str = "") -> Act:
+    return raw(f"HTTP/1.1 {status}\r\nLocation: {location}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
 
 
-@pytest.fixture
-def front(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def test_nginx_in_front_is_asked_as_anybody_would(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(server.folder, "nginx", "exit 0", monkeypatch)
     server.write("nginx/sites-enabled/async-email", "")
-    with HTTPServer(("127.0.0.1", 0), Front) as http:
-        http.says = (200, b'{"status": "ok"}', "")  # type: ignore[attr-defined]
-        server.target.http_port = http.server_port
-        thread = threading.Thread(target=http.serve_forever, args=[0.05])
-        thread.start()
-        yield http
-        http.shutdown()
-        thread.join()
-
-
-def test_nginx_in_front_is_asked_as_anybody_would(server: Server, front: Any) -> None:
-    assert worst(machine.nginx(server.target)).level == OK
-    front.says = (301, b"", "https://acme.example/healthz")
-    assert worst(machine.nginx(server.target)).level == OK
-    front.says = (502, b"", "")
-    assert_finds(machine.nginx(server.target), FAULT, "nginx answers 502", "sudo systemctl restart async-email-api")
-    server.write("enforce", "1\n")
-    assert_finds(machine.nginx(server.target), FAULT, "SELinux", "httpd_can_network_connect 1")
-    front.says = (404, b"", "")
-    assert_finds(machine.nginx(server.target), FAULT, "another site", "sites-enabled/default")
+    well, moved = http("200 OK", '{"status": "ok"}'), http("301 Moved", location="https://acme.example/healthz")
+    no_api, other = http("502 Bad Gateway"), http("404 Not Found")
+    with ScriptedRelay({"GREETING": raw(b""), "GET": [well, moved, no_api, no_api, other]}) as front:
+        server.target.http_port = front.port
+        assert_finds(machine.nginx(server.target), OK, "the API answers through nginx")
+        assert_finds(machine.nginx(server.target), OK, "to https")
+        assert_finds(machine.nginx(server.target), FAULT, "nginx answers 502", "sudo systemctl restart async-email-api")
+        server.write("enforce", "1\n")
+        assert_finds(machine.nginx(server.target), FAULT, "SELinux", "httpd_can_network_connect 1")
+        assert_finds(machine.nginx(server.target), FAULT, "another site", "sites-enabled/default")
+    assert front.commands[0] == "GET /healthz HTTP/1.1"
 
 
 def test_nginx_that_is_not_set_up_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,15 +53,16 @@ def test_nginx_that_is_not_set_up_is_named(server: Server, monkeypatch: pytest.M
 
 def test_a_port_of_ours_that_is_open_to_everybody_is_a_fault(target: Target) -> None:
     with socket.create_server(("0.0.0.0", 0)) as everybody, socket.create_server(("127.0.0.1", 0)) as loopback:
-        api, dashboard = everybody.getsockname()[1], loopback.getsockname()[1]
-        settings = of(listen=f"0.0.0.0:{api}", dashboard_listen=f"127.0.0.1:{dashboard}")
-        assert_finds(machine.ports(target, settings), FAULT, f"the API listens on port {api} for everybody", "LISTEN=")
-        settings = of(dashboard_listen=f"127.0.0.1:{api}", listen=f"127.0.0.1:{dashboard}")
-        assert_finds(machine.ports(target, settings), FAULT, "the dashboard listens", "DASHBOARD_LISTEN=127.0.0.1")
-        settings = of(redis_url=f"redis://127.0.0.1:{api}/0", listen=f"127.0.0.1:{dashboard}")
-        assert_finds(machine.ports(target, settings), FAULT, "Redis listens on port", "bind 127.0.0.1")
-        settings = of(listen=f"127.0.0.1:{dashboard}")
-        assert_finds(machine.ports(target, settings), NOTE, f"{api}", "ss -ltnp")
+        port = everybody.getsockname()[1]
+        wide, narrow = f"127.0.0.1:{port}", f"127.0.0.1:{loopback.getsockname()[1]}"
+        said = machine.ports(target, of(listen=wide, dashboard_listen=narrow))
+        assert_finds(said, FAULT, f"the API listens on port {port} for everybody", "LISTEN=")
+        said = machine.ports(target, of(listen=narrow, dashboard_listen=wide))
+        assert_finds(said, FAULT, "the dashboard listens", "DASHBOARD_LISTEN=127.0.0.1")
+        said = machine.ports(target, of(listen=narrow, redis_url=f"redis://{wide}/0"))
+        assert_finds(said, FAULT, "Redis listens on port", "bind 127.0.0.1")
+        settings = of(listen=narrow)
+        assert_finds(machine.ports(target, settings), NOTE, str(port), "ss -ltnp")
         assert_finds(machine.ports(target, settings), OK, "nothing of ours listens")
 
 
@@ -114,12 +92,9 @@ WORKER = "async-email-worker@email.service"
 DEAD = {"ActiveState": "failed", "SubState": "failed", "Result": "exit-code"}
 
 
-def test_units_that_run_are_fine(server: Server) -> None:
-    assert worst(units.running(server.target)).level == OK
-
-
 # fmt: off
-UNWELL = [
+UNITS = [
+    ({}, OK, "running, from the current release", ""),
     ({**DEAD, "ExecMainStatus": "203"}, FAULT, "203/EXEC", "/opt/async-email"),
     ({**DEAD, "ExecMainStatus": "127"}, FAULT, "no .venv", "sudo bin/install"),
     ({**DEAD, "ExecMainStatus": "226"}, FAULT, "226/NAMESPACE", f"journalctl -u {WORKER}"),
@@ -143,8 +118,8 @@ UNWELL = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("changes", "level", "found", "fix"), UNWELL)
-def test_a_unit_that_is_not_well_is_explained(
+@pytest.mark.parametrize(("changes", "level", "found", "fix"), UNITS)
+def test_a_unit_that_runs_is_fine_and_one_that_is_not_well_is_explained(
     server: Server, changes: dict[str, str], level: str, found: str, fix: str
 ) -> None:
     server.units(WORKER, **changes)

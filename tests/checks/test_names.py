@@ -57,6 +57,13 @@ def test_what_the_dns_lacks_is_named_with_the_record_to_write(
     assert len(said) == 1
 
 
+def test_the_dmarc_record_of_the_parent_holds_where_a_domain_has_none() -> None:
+    def ask(name: str, kind: str) -> list[str]:
+        return ["v=DMARC1; p=none"] if name == "_dmarc.acme.shop" else []
+
+    assert_finds(names.dmarc("news.mail.acme.shop", ask), OK, "_dmarc.acme.shop has a DMARC record, p=none")
+
+
 def test_an_spf_record_that_does_not_name_the_relay_is_a_note(target: Target) -> None:
     assert any(one.level == NOTE and "does not name this relay" in one.found for one in about(target))
 

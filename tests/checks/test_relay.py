@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import socket
-import ssl
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trustme
@@ -16,16 +15,10 @@ from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
 from settings import Settings
 from smtp.verdict import Phase, Reply
-from tests.checks.support import GMAIL, M365, PASSWORD, SES, Server, assert_finds, listed, of, worst
-from tests.relay import Relay
-from tests.scripted_relay import ScriptedRelay, Step
+from tests.checks.support import GMAIL, M365, PASSWORD, SES, Said, Server, assert_finds, listed, of, worst
+from tests.conversations import server_context
+from tests.scripted_relay import ScriptedRelay, Step, drip
 from tests.servers import free_port
-
-
-def context(authority: trustme.CA, name: str = "127.0.0.1", **options: Any) -> ssl.SSLContext:
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(name, **options).configure_cert(made)
-    return made
 
 
 def at(port: int, **given: Any) -> Settings:
@@ -35,20 +28,14 @@ def at(port: int, **given: Any) -> Settings:
 LOGIN = {"smtp_username": "ada@acme.example", "smtp_password": PASSWORD}
 
 
-def test_a_relay_that_lets_us_in_is_fine_and_gets_no_mail(target: Target, tmp_path: Path) -> None:
-    with Relay(login=("ada", PASSWORD), tls="starttls") as there:
-        given = {name.lower(): value for name, value in there.environment(tmp_path).items()}
-        said = listed(relay.login(target, of(**given)))
-        assert [one.level for one in said] == [OK, OK, OK]
-        assert "accepts our login" in said[-1].found
-        assert there.connections
-        assert not there.seen_rcpt + there.accepted
-
-
-def test_after_the_login_nothing_but_quit_is_said(target: Target, authority: trustme.CA, ca_file: Path) -> None:
-    with ScriptedRelay(offers=["STARTTLS", "AUTH PLAIN"], tls=context(authority)) as there:
+def test_a_relay_that_lets_us_in_is_fine_and_after_the_login_hears_nothing_but_quit(
+    target: Target, authority: trustme.CA, ca_file: str
+) -> None:
+    with ScriptedRelay(offers=["STARTTLS", "AUTH PLAIN"], tls=server_context(authority)) as there:
         settings = at(there.port, smtp_security="starttls", smtp_ca_file=ca_file, **LOGIN)
-        assert worst(relay.login(target, settings)).level == OK
+        said = listed(relay.login(target, settings))
+    assert [one.level for one in said] == [OK, OK, OK]
+    assert "accepts our login" in said[-1].found
     assert [command.split()[0].upper() for command in there.commands] == ["EHLO", "STARTTLS", "EHLO", "AUTH", "QUIT"]
 
 
@@ -57,9 +44,7 @@ def test_a_port_that_refuses_is_named_with_one_that_answers(target: Target) -> N
     with ScriptedRelay() as there:
         target.smtp_ports = (there.port,)
         assert_finds(relay.login(target, settings), FAULT, "refused, nothing listens", f"SMTP_PORT={there.port} and")
-    assert_finds(
-        relay.login(target, settings), FAULT, "refused", "no other usual port answers either: correct SMTP_HOST"
-    )
+    assert_finds(relay.login(target, settings), FAULT, "refused", "no other usual port answers either: correct")
 
 
 def test_a_port_that_a_firewall_closes_is_told_from_one_that_refuses(target: Target) -> None:
@@ -69,14 +54,12 @@ def test_a_port_that_a_firewall_closes_is_told_from_one_that_refuses(target: Tar
         for caller in (first, second):  # these fill its queue: the next one is neither accepted nor refused
             caller.setblocking(False)
             caller.connect_ex(deaf.getsockname())
-        settings = at(deaf.getsockname()[1])
-        assert_finds(relay.login(target, settings), FAULT, "silent, as behind a firewall", "security group")
+        assert_finds(relay.login(target, at(deaf.getsockname()[1])), FAULT, "silent, as behind a firewall", "firewall)")
 
 
 def test_port_25_on_a_cloud_is_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "connect", lambda *_: relay.SILENT)
-    settings = at(25)
-    assert_finds(relay.login(target, settings), FAULT, "does not answer on port 25", "SMTP_PORT=587: Amazon EC2")
+    assert_finds(relay.login(target, at(25)), FAULT, "does not answer on port 25", "SMTP_PORT=587: Amazon EC2")
 
 
 def test_a_server_without_a_relay_is_named(target: Target, server: Server) -> None:
@@ -85,43 +68,33 @@ def test_a_server_without_a_relay_is_named(target: Target, server: Server) -> No
 
 
 def test_a_name_that_does_not_exist_is_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: object, **__: object) -> list[Any]:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=socket.gaierror(-2, "Name or service not known")))
     settings = at(587, smtp_host="smtp.acme.example")
     assert_finds(relay.login(target, settings), FAULT, "smtp.acme.example cannot be resolved", "SMTP_HOST")
 
 
-YESTERDAY = datetime.now(timezone.utc) - timedelta(days=1)
+def day(days: int) -> datetime:
+    return datetime.now(timezone.utc) + timedelta(days=days)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "found", "fix"),
+    ("certificate", "said"),
     [
-        ("other.example", {}, "for another name than SMTP_HOST", "into SMTP_HOST"),
-        ("127.0.0.1", {"not_after": YESTERDAY}, "this machine's clock is wrong", "timedatectl"),
+        ({"name": "other.example"}, (FAULT, "for another name than SMTP_HOST", "into SMTP_HOST")),
+        ({"not_before": day(-9), "not_after": day(-1)}, (FAULT, "this machine's clock is wrong", "timedatectl")),
+        ({"not_after": day(3)}, (WARN, "expires in 2 days", "tell the relay's operator")),
     ],
 )
+@pytest.mark.parametrize("security", ["starttls", "tls"])
 def test_a_certificate_that_is_not_right_is_named(
-    target: Target, authority: trustme.CA, ca_file: Path, name: str, options: dict[str, Any], found: str, fix: str
+    target: Target, authority: trustme.CA, ca_file: str, security: str, certificate: dict[str, Any], said: Said
 ) -> None:
-    if "not_after" in options:
-        options = {"not_before": YESTERDAY - timedelta(days=9), **options}
-    with ScriptedRelay(offers=["STARTTLS"], tls=context(authority, name, **options)) as there:
-        settings = at(there.port, smtp_security="starttls", smtp_ca_file=ca_file)
-        assert_finds(relay.login(target, settings), FAULT, found, fix)
-
-
-def test_a_certificate_of_an_unknown_authority_or_one_that_ends_soon_is_named(
-    target: Target, authority: trustme.CA, ca_file: Path
-) -> None:
-    soon = datetime.now(timezone.utc) + timedelta(days=3)
-    with ScriptedRelay(implicit=True, tls=context(authority, not_after=soon)) as there:
-        settings = at(there.port, smtp_security="tls")
-        assert_finds(relay.login(target, settings), FAULT, "from an authority that this machine", "SMTP_CA_FILE")
-        settings = at(there.port, smtp_security="tls", smtp_ca_file=ca_file)
-        assert_finds(relay.login(target, settings), WARN, "expires in 2 days", "tell the relay's operator")
+    tls = server_context(authority, **certificate)
+    with ScriptedRelay(offers=["STARTTLS"], implicit=security == "tls", tls=tls) as there:
+        settings = at(there.port, smtp_security=security, smtp_ca_file=ca_file)
+        assert_finds(relay.login(target, settings), *said)
+        unknown = relay.login(target, at(there.port, smtp_security=security))
+        assert_finds(unknown, FAULT, "from an authority that this machine", "SMTP_CA_FILE")
 
 
 def test_tls_where_the_relay_does_not_begin_with_it_and_the_reverse_are_named(
@@ -132,21 +105,15 @@ def test_tls_where_the_relay_does_not_begin_with_it_and_the_reverse_are_named(
         assert_finds(relay.login(target, settings), FAULT, "does not begin with TLS on this port", "=starttls")
         settings = at(there.port, smtp_security="starttls")
         assert_finds(relay.login(target, settings), FAULT, "offers no STARTTLS", "SMTP_SECURITY=tls and SMTP_PORT=465")
-    with ScriptedRelay(implicit=True, tls=context(authority)) as there:
+    with ScriptedRelay(implicit=True, tls=server_context(authority)) as there:
         settings = at(there.port, smtp_security="starttls")
         assert_finds(relay.login(target, settings), FAULT, "says nothing, as it does where it waits for TLS", "=tls")
 
 
 def test_a_relay_that_drips_does_not_hold_the_doctor(target: Target) -> None:
-    def drips(line: Any) -> str:
-        while not line.relay.over.wait(0.05):
-            line.say_raw(b"2")
-        return ""
-
     target.timeout = 0.2
-    with ScriptedRelay({"GREETING": drips}) as there:
-        settings = at(there.port)
-        assert worst(relay.login(target, settings)).level == FAULT
+    with ScriptedRelay({"GREETING": drip(b"2" * 1000)}) as there:
+        assert worst(relay.login(target, at(there.port))).level == FAULT
 
 
 # fmt: off
@@ -179,10 +146,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(("host", "reply", "found", "fix"), REFUSED_LOGINS)
 def test_a_refused_login_is_explained_for_the_relay_that_refused_it(
-    target: Target, authority: trustme.CA, ca_file: Path, host: str, reply: str, found: str, fix: str
+    target: Target, authority: trustme.CA, ca_file: str, host: str, reply: str, found: str, fix: str
 ) -> None:
     script: dict[str, Step] = {"AUTH": f"{reply} ada@acme.example {PASSWORD}"}
-    with ScriptedRelay(script, offers=["STARTTLS", "AUTH LOGIN PLAIN"], tls=context(authority, host)) as there:
+    with ScriptedRelay(script, offers=["STARTTLS", "AUTH LOGIN PLAIN"], tls=server_context(authority, host)) as there:
         settings = at(there.port, smtp_host=host, smtp_security="starttls", smtp_ca_file=ca_file, **LOGIN)
         assert_finds(relay.login(target, settings), FAULT, found, fix)
         said = repr(listed(relay.login(target, settings)))
@@ -199,8 +166,8 @@ def test_what_can_be_seen_of_a_wrong_password_is_said_without_it() -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_what_works_and_is_not_right_is_a_warning(target: Target, authority: trustme.CA, ca_file: Path) -> None:
-    with ScriptedRelay(offers=["STARTTLS"], tls=context(authority, M365)) as there:
+def test_what_works_and_is_not_right_is_a_warning(target: Target, authority: trustme.CA, ca_file: str) -> None:
+    with ScriptedRelay(offers=["STARTTLS"], tls=server_context(authority, M365)) as there:
         settings = at(there.port, smtp_host=M365, smtp_security="starttls", smtp_ca_file=ca_file)
         assert_finds(relay.login(target, settings), WARN, "allows a mailbox 3 connections", "WORKER_CONCURRENCY=3")
         settings = at(there.port, smtp_host=M365, smtp_security="none")

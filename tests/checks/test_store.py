@@ -17,11 +17,16 @@ from ops.checks.findings import FAULT, NOTE, OK, WARN, Findings
 from ops.checks.target import Target
 from queues.connection import weaknesses
 from settings import Settings
-from tests.checks.support import PASSWORD, Server, assert_finds, listed, of, worst
+from tests.checks.support import PASSWORD, Said, Server, assert_finds, listed, of, worst
+from tests.redis_troubles import disk_refuses
 from tests.scripted_relay import ScriptedRelay, raw
 from tests.servers import RedisServer, eventually, free_port
 
 Check = Callable[[Target, Settings], Findings]
+
+
+def at(port: int, login: str = "") -> Settings:
+    return of(redis_url=f"redis://{login}127.0.0.1:{port}/0")
 
 
 def test_a_good_redis_is_fine_in_every_respect(target: Target, tmp_path: Path) -> None:
@@ -32,7 +37,7 @@ def test_a_good_redis_is_fine_in_every_respect(target: Target, tmp_path: Path) -
 
 
 def test_redis_that_is_not_running_is_named_with_how_to_start_it(target: Target, server: Server) -> None:
-    settings = of(redis_url=f"redis://127.0.0.1:{free_port()}/0")
+    settings = at(free_port())
     assert_finds(store.reachable(target, settings), FAULT, "connection refused", "bin/dev")
     assert_finds(store.reachable(server.target, settings), FAULT, "connection refused", "enable --now redis-server")
     settings = of(redis_url=f"unix://{server.folder}/none.sock")
@@ -42,14 +47,13 @@ def test_redis_that_is_not_running_is_named_with_how_to_start_it(target: Target,
 @pytest.mark.parametrize(("given", "said"), [("", "wants a password"), (":wrong@", "does not accept our user")])
 def test_a_password_that_redis_does_not_take_is_named(target: Target, tmp_path: Path, given: str, said: str) -> None:
     with RedisServer(tmp_path, "--requirepass", PASSWORD, password=PASSWORD) as redis:
-        settings = of(redis_url=f"redis://{given}127.0.0.1:{redis.port}/0")
-        assert_finds(store.reachable(target, settings), FAULT, said, "REDIS_URL")
+        assert_finds(store.reachable(target, at(redis.port, given)), FAULT, said, "REDIS_URL")
 
 
 def test_what_is_not_redis_is_named(target: Target) -> None:
     with ScriptedRelay() as other:
-        settings = of(redis_url=f"redis://127.0.0.1:{other.port}/0")
-        assert_finds(store.reachable(target, settings), FAULT, "does not speak redis://", "correct REDIS_URL")
+        said = store.reachable(target, at(other.port))
+        assert_finds(said, FAULT, "does not speak redis://", "correct REDIS_URL")
 
 
 def test_localhost_that_stands_for_an_address_without_redis_is_named(
@@ -61,39 +65,34 @@ def test_localhost_that_stands_for_an_address_without_redis_is_named(
     assert_finds(store.reachable(target, settings), WARN, "answers only at 127.0.0.1", "write 127.0.0.1 in REDIS_URL")
 
 
-def test_a_socket_that_the_service_may_not_use_is_named(server: Server) -> None:
+def test_a_socket_that_the_service_may_not_use_is_named(server: Server, tmp_path: Path) -> None:
     path = server.folder / "redis.sock"
-    data = server.folder / "data"
-    data.mkdir()
-    with RedisServer(data, "--unixsocket", str(path), "--unixsocketperm", "700"):
+    with RedisServer(tmp_path, "--unixsocket", str(path), "--unixsocketperm", "700"):
         settings = of(redis_url=f"unix://{path}")
         assert_finds(store.reachable(server.target, settings), FAULT, "nobody may not use", "unixsocketperm 777")
         path.chmod(0o777)
         assert worst(store.reachable(server.target, settings)).level == OK
 
 
+EVICTING = "--maxmemory-policy allkeys-lru"
+
+
 @pytest.mark.parametrize(
-    ("options", "check", "level", "found", "fix"),
+    ("options", "check", "said"),
     [
-        (("--appendonly", "no"), store.append_only_file, FAULT, "keeps no append-only file", "CONFIG SET appendonly"),
-        (("--maxmemory-policy", "allkeys-lru"), store.memory, WARN, "drops mail silently", "noeviction"),
-        (
-            ("--maxmemory-policy", "allkeys-lru", "--maxmemory", "64mb"),
-            store.memory,
-            FAULT,
-            "evicts mail",
-            "noeviction",
-        ),
-        (("--maxmemory", "1000"), store.memory, FAULT, "out of memory", "raise maxmemory"),
-        (("--maxmemory", "1000gb"), store.memory, WARN, "of this machine's", "lower maxmemory"),
-        (("--replicaof", "127.0.0.1 1"), store.reachable, FAULT, "a replica", "name the primary"),
+        ("--appendonly no", store.append_only_file, (FAULT, "keeps no append-only file", "CONFIG SET appendonly")),
+        (EVICTING, store.memory, (WARN, "drops mail silently", "noeviction")),
+        (f"{EVICTING} --maxmemory 64mb", store.memory, (FAULT, "evicts mail", "noeviction")),
+        ("--maxmemory 1000", store.memory, (FAULT, "out of memory", "raise maxmemory")),
+        ("--maxmemory 1000gb", store.memory, (WARN, "of this machine's", "lower maxmemory")),
+        ("--replicaof 127.0.0.1 1", store.reachable, (FAULT, "a replica", "name the primary")),
     ],
 )
 def test_a_redis_that_would_lose_mail_is_named(
-    target: Target, tmp_path: Path, options: tuple[str, ...], check: Check, level: str, found: str, fix: str
+    target: Target, tmp_path: Path, options: str, check: Check, said: Said
 ) -> None:
-    with RedisServer(tmp_path, *options) as redis:
-        assert_finds(check(target, of(redis_url=redis.url)), level, found, fix)
+    with RedisServer(tmp_path, *options.split()) as redis:
+        assert_finds(check(target, at(redis.port)), *said)
 
 
 def test_every_weakness_of_redis_has_a_fix(target: Target) -> None:
@@ -125,7 +124,7 @@ def test_a_redis_that_runs_half_a_transaction_is_named(server: Server) -> None:
 def test_an_old_redis_a_full_disk_and_a_wrong_clock_are_named(
     target: Target, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = of(redis_url=redis_server.url)
+    settings = at(redis_server.port)
     monkeypatch.setattr(store, "OLDEST", (99, 0))
     assert_finds(store.reachable(target, settings), FAULT, "is too old", "upgrade")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=300 * 2**20))
@@ -139,11 +138,9 @@ def test_an_old_redis_a_full_disk_and_a_wrong_clock_are_named(
 
 def test_a_redis_that_cannot_write_its_files_is_named(target: Target, tmp_path: Path) -> None:
     with RedisServer(tmp_path) as redis, redis.client() as client:
-        settings = of(redis_url=redis.url)
-        (tmp_path / "dump.rdb" / "in the way").mkdir(parents=True)
-        client.bgsave()
-        eventually(lambda: client.info()["rdb_last_bgsave_status"] == "err")
-        assert_finds(store.append_only_file(target, settings), FAULT, "cannot write its snapshot", "df -h")
+        settings = at(redis.port)
+        with disk_refuses(redis):
+            assert_finds(store.append_only_file(target, settings), FAULT, "cannot write its snapshot", "df -h")
         shutil.rmtree(tmp_path / "appendonlydir")
         (tmp_path / "appendonlydir").touch()
         with pytest.raises(ResponseError, match="server logs"):
@@ -154,23 +151,20 @@ def test_a_redis_that_cannot_write_its_files_is_named(target: Target, tmp_path: 
 
 def test_a_redis_that_takes_no_more_is_named(target: Target, tmp_path: Path) -> None:
     with RedisServer(tmp_path) as redis, redis.client() as client:
-        settings = of(redis_url=redis.url)
-        client.config_set("maxmemory-policy", "noeviction")
         client.config_set("maxmemory", int(client.info()["used_memory"] * 1.1))
-        assert_finds(store.memory(target, settings), WARN, "it is nearly full", "raise maxmemory")
+        assert_finds(store.memory(target, at(redis.port)), WARN, "it is nearly full", "raise maxmemory")
         client.config_set("maxclients", 1)
-        assert_finds(store.reachable(target, settings), FAULT, "as many clients as it allows", "maxclients")
+        assert_finds(store.reachable(target, at(redis.port)), FAULT, "as many clients as it allows", "maxclients")
 
 
 def test_a_redis_that_refuses_to_tell_is_named(target: Target, tmp_path: Path) -> None:
     with RedisServer(tmp_path) as redis, redis.client() as client:
-        client.execute_command("ACL", "SETUSER", "async-email", "on", f">{PASSWORD}", "~*", "+@all", "-info")
-        settings = of(redis_url=f"redis://async-email:{PASSWORD}@127.0.0.1:{redis.port}/0")
+        client.execute_command("ACL", "SETUSER", "ada", "on", f">{PASSWORD}", "~*", "+@all", "-info")
+        settings = at(redis.port, f"ada:{PASSWORD}@")
         assert_finds(store.reachable(target, settings), FAULT, "ACL refuses us PING or INFO", "+info")
     for said, found in ((b"-LOADING it reads\r\n" * 9, "still reading"), (b"-ERR no\r\n" * 9, "refuses PING or INFO")):
         with ScriptedRelay({"GREETING": raw(said)}) as there:
-            settings = of(redis_url=f"redis://127.0.0.1:{there.port}/0")
-            assert_finds(store.reachable(target, settings), FAULT, found, "journalctl")
+            assert_finds(store.reachable(target, at(there.port)), FAULT, found, "journalctl")
     settings = of(redis_url="redis://redis.nowhere.invalid/0")
     assert_finds(store.reachable(target, settings), FAULT, "redis.nowhere.invalid cannot be resolved", "correct it")
 
@@ -179,6 +173,6 @@ def test_an_acl_without_dangerous_commands_is_enough_for_the_doctor(target: Targ
     rules = f"async-email on >{PASSWORD} ~* &* +@all -@dangerous -@admin +info"
     with RedisServer(tmp_path, "--maxmemory-policy", "noeviction") as redis, redis.client() as client:
         client.execute_command("ACL", "SETUSER", *rules.split())
-        settings = of(redis_url=f"redis://async-email:{PASSWORD}@127.0.0.1:{redis.port}/0")
+        settings = at(redis.port, f"async-email:{PASSWORD}@")
         for check in (store.reachable, store.append_only_file, store.memory, store.clock, flow.waiting):
             assert worst(check(target, settings)).level in (OK, NOTE)

@@ -17,17 +17,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deploy.machine import Machine, missing
+from tests.deploy.machine import booted, missing
 from tests.deploy.server import Bare, Installed, Server
 from tests.relay import Relay
 from tests.servers import eventually
 
-LOGIN = ("AKIAEXAMPLE", "the relay's password is this")
-
-
-def relay_at(machine: Machine) -> Relay:
-    """With STARTTLS and AUTH, on the port for it, by a name and with a certificate of its own authority."""
-    return Relay(LOGIN, "starttls", host=machine.network.host, name="smtp.shop.internal", port=587)
+LOGIN, RELAY = ("AKIAEXAMPLE", "the relay's password is this"), "smtp.shop.internal"
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +31,7 @@ def bare() -> Iterator[Bare]:
         pytest.skip("it boots a machine and takes minutes; REQUIRE_DEPLOY=1 asks for it")
     if reason := missing():
         pytest.fail(reason)
-    with Machine() as machine, relay_at(machine) as relay:
+    with booted() as machine, Relay(LOGIN, "starttls", host=machine.network.host, name=RELAY, port=587) as relay:
         yield Bare(machine, relay)
 
 

@@ -1,10 +1,10 @@
 """A server to deploy on: a bare Debian 12, made by debootstrap and booted by systemd-nspawn with systemd as PID 1.
 
 It is what a hoster gives: ssh, sudo, git, curl, Python and no more, a user `admin` who may use sudo, and a network of
-its own (network.py). `admin` does a command as that user would, `run` as root; `reboot` and `power_off` do what they
-say; `clone` puts this commit there as `git clone` does. Two things come from the host, or nothing could be installed:
-apt's sources, if it is a Debian 12 too, and pip's settings with the certificates that they name. Nothing is left
-behind: it ends what it started by process id.
+its own (network.py). `admin` does a command as that user would, `run` as root; `reboot` does what it says; `clone` puts
+this commit there as `git clone` does. Two things come from the host, or nothing could be installed: apt's sources, if
+it is a Debian 12 too, and pip's settings with the certificates that they name. Nothing is left behind: it ends what it
+started by process id.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tests.deploy.network import Network, sh
+from tests.deploy.network import Network, network, sh
 from tests.servers import ROOT, eventually
 
 PROGRAMS = ("debootstrap", "systemd-nspawn", "nsenter", "ip", "nft", "git")
@@ -45,30 +45,12 @@ def missing() -> str:
 
 
 class Machine:
-    def __init__(self) -> None:
-        self.undo = ExitStack()
-
-    def __enter__(self) -> Machine:
-        with self.undo:
-            self.network = self.undo.enter_context(Network())
-            self.directory = Path(tempfile.mkdtemp(prefix="async-email-deploy-", dir="/var/tmp"))
-            self.undo.callback(shutil.rmtree, self.directory)
-            self.root = self.directory / "root"
-            sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(self.root))
-            furnish(self.root, self.network.host)
-            sh("chroot", str(self.root), "useradd", "--create-home", "--shell=/bin/bash", "--groups=sudo", "admin")
-            self.groups = self.undo.enter_context(control_groups(self.network.name))
-            self.undo.callback(self.kill)
-            self.boot()
-            self.undo = self.undo.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo.close()
-
-    @property
-    def address(self) -> str:
-        return self.network.address
+    def __init__(self, network: Network, directory: Path, groups: list[str]) -> None:
+        self.network = network
+        self.address = network.address
+        self.directory = directory
+        self.root = directory / "root"
+        self.groups = groups
 
     # power
 
@@ -96,13 +78,10 @@ class Machine:
         state = self.run("systemctl is-system-running", check=False).stdout.strip()
         return state in ("running", "degraded")
 
-    def power_off(self) -> None:
+    def reboot(self) -> None:
         """As an administrator does it: units are stopped in order, with all the time that they ask for."""
         self.run("systemctl poweroff")
         self.nspawn.wait(240)
-
-    def reboot(self) -> None:
-        self.power_off()
         self.boot()
 
     def kill(self) -> None:
@@ -116,20 +95,19 @@ class Machine:
 
     # at its console
 
-    def admin(self, command: str, *, check: bool = True, seconds: float = 600) -> Ran:
+    def admin(self, command: str, *, check: bool = True) -> Ran:
         """Runs a shell command as the administrator, in his home."""
-        return self.run(f"exec runuser -l admin -c {shlex.quote(command)}", check=check, seconds=seconds)
+        return self.run(f"exec runuser -l admin -c {shlex.quote(command)}", check=check)
 
-    def run(self, command: str, *, check: bool = True, given: str | None = None, seconds: float = 600) -> Ran:
+    def run(self, command: str, *, check: bool = True, given: str = "") -> Ran:
         """Runs a shell command as root, with the environment of a login and nothing of ours."""
         clean = ("env", "-i", "-C", "/root", f"PATH={PATH}", "HOME=/root", "USER=root", "LANG=C.UTF-8")
         ran: Ran = subprocess.run(
             ["nsenter", "-t", str(self.init), "-a", "--", *clean, "bash", "-c", command],
             input=given,
-            stdin=None if given is not None else subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=600,
         )
         if check and ran.returncode:
             raise AssertionError(f"{command}: exit {ran.returncode}\n{ran.stdout}{ran.stderr}")
@@ -143,9 +121,6 @@ class Machine:
         """Over what is there, which keeps its owner and mode."""
         self.run(f"cat > {shlex.quote(path)}", given=text)
 
-    def read(self, path: str) -> str:
-        return self.run(f"cat {shlex.quote(path)}").stdout
-
     def clone(self, path: str) -> None:
         """`git clone` of this commit by the administrator, an ordinary folder there."""
         sh("git", "-C", str(ROOT), "bundle", "create", str(self.root / "srv/async-email.bundle"), "HEAD")
@@ -158,6 +133,22 @@ class Machine:
         by_itself = " -o ".join(f"-path {path}" for path in ("/var/log", "/var/lib/systemd", "/var/lib/sudo"))
         every = "-type d -printf '%p %u %m\\n' -o -printf '%p %u %m %s %T@ %l\\n'"
         return set(self.says(f"find / -xdev \\( {by_itself} \\) -prune -o {every}").splitlines())
+
+
+@contextmanager
+def booted() -> Iterator[Machine]:
+    with ExitStack() as undo:
+        laid = undo.enter_context(network())
+        directory = Path(tempfile.mkdtemp(prefix="async-email-deploy-", dir="/var/tmp"))
+        undo.callback(shutil.rmtree, directory)
+        root = directory / "root"
+        sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root))
+        furnish(root, laid.host)
+        sh("chroot", str(root), "useradd", "--create-home", "--shell=/bin/bash", "--groups=sudo", "admin")
+        machine = Machine(laid, directory, undo.enter_context(control_groups(laid.name)))
+        undo.callback(machine.kill)
+        machine.boot()
+        yield machine
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import dns.exception
 import dns.message
@@ -31,42 +33,37 @@ def sh(*command: str, given: str | None = None) -> str:
     return ran.stdout
 
 
-class Network:
+class Network(NamedTuple):
     """One /30: `host` is where the tests (their relay, their name server) are, `address` is the machine's."""
 
-    def __init__(self) -> None:
-        self.name = f"aedeploy{os.getpid()}"
-        self.undo = ExitStack()
+    name: str
+    host: str
+    address: str
+    names: NameServer
 
-    def __enter__(self) -> Network:
-        with self.undo:
-            self._lay()
-            self.names = self.undo.enter_context(Names(self.host))
-            self.undo = self.undo.pop_all()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.undo.close()
-
-    def _lay(self) -> None:
-        inside, outside = f"aei{os.getpid()}", f"aeo{os.getpid()}"
-        subnet, self.host, self.address = free_subnet()
-        sh("ip", "netns", "add", self.name)
-        self.undo.callback(sh, "ip", "netns", "delete", self.name)
-        sh("ip", "link", "add", outside, "type", "veth", "peer", "name", inside, "netns", self.name)
-        self.undo.callback(sh, "ip", "link", "delete", outside)
-        sh("ip", "address", "add", f"{self.host}/30", "dev", outside)
+@contextmanager
+def network() -> Iterator[Network]:
+    name, inside, outside = (f"{kind}{os.getpid()}" for kind in ("aedeploy", "aei", "aeo"))
+    subnet, host, address = free_subnet()
+    with ExitStack() as undo:
+        sh("ip", "netns", "add", name)
+        undo.callback(sh, "ip", "netns", "delete", name)
+        sh("ip", "link", "add", outside, "type", "veth", "peer", "name", inside, "netns", name)
+        undo.callback(sh, "ip", "link", "delete", outside)
+        sh("ip", "address", "add", f"{host}/30", "dev", outside)
         sh("ip", "link", "set", outside, "up")
-        sh("ip", "-n", self.name, "address", "add", f"{self.address}/30", "dev", inside)
-        sh("ip", "-n", self.name, "link", "set", inside, "up")
-        sh("ip", "-n", self.name, "link", "set", "lo", "up")
-        sh("ip", "-n", self.name, "route", "add", "default", "via", self.host)
-        self.undo.callback(FORWARDING.write_text, FORWARDING.read_text())
+        sh("ip", "-n", name, "address", "add", f"{address}/30", "dev", inside)
+        sh("ip", "-n", name, "link", "set", inside, "up")
+        sh("ip", "-n", name, "link", "set", "lo", "up")
+        sh("ip", "-n", name, "route", "add", "default", "via", host)
+        undo.callback(FORWARDING.write_text, FORWARDING.read_text())
         FORWARDING.write_text("1")
         rule = f'ip saddr {subnet} oifname != "{outside}" masquerade'
         chain = f"chain out {{ type nat hook postrouting priority srcnat; {rule}; }}"
-        sh("nft", "-f", "-", given=f"table ip {self.name} {{ {chain}; }}")
-        self.undo.callback(sh, "nft", "delete", "table", "ip", self.name)
+        sh("nft", "-f", "-", given=f"table ip {name} {{ {chain}; }}")
+        undo.callback(sh, "nft", "delete", "table", "ip", name)
+        yield Network(name, host, address, undo.enter_context(Names(host)))
 
 
 def free_subnet() -> tuple[str, str, str]:
@@ -83,7 +80,8 @@ class Names(NameServer):
 
     def __init__(self, address: str) -> None:
         super().__init__({}, at=(address, 53))
-        self.upstream = host_resolver()
+        lines = Path("/etc/resolv.conf").read_text().splitlines()
+        self.upstream = next(line.split()[1] for line in lines if line.startswith("nameserver") and "." in line)
 
     def _answer(self, query: dns.message.Message) -> bytes:
         if query.question[0].name.to_text(omit_final_dot=True).endswith(OWN):
@@ -92,8 +90,3 @@ class Names(NameServer):
             return dns.query.udp(query, self.upstream, timeout=10).to_wire()
         except (OSError, dns.exception.DNSException):
             return super()._answer(query)  # which says that there is no such name
-
-
-def host_resolver() -> str:
-    lines = Path("/etc/resolv.conf").read_text().splitlines()
-    return next(line.split()[1] for line in lines if line.startswith("nameserver") and "." in line)

@@ -19,6 +19,7 @@ from http.client import HTTPException
 from itertools import count
 from typing import NamedTuple
 
+from ops.checks.findings import Finding
 from tests.deploy.machine import Machine, Ran
 from tests.relay import Relay
 from tests.servers import Api, eventually
@@ -34,14 +35,6 @@ OURS = (API, EMAIL, JOBS, DASHBOARD)
 UNITS = (*OURS, "async-email-api.socket", "async-email.target", REDIS, NGINX)
 KEY = re.compile(r"(?<![\w-])[\w-]{43}(?![\w-])")
 DOMAIN = "customers.example"
-
-
-class Finding(NamedTuple):
-    """What the doctor found: its level, what it is, and what fixes it."""
-
-    level: str
-    found: str
-    fix: str
 
 
 class Diagnosis(NamedTuple):
@@ -155,6 +148,12 @@ class Server:
     def arrives(self, *recipients: str, seconds: float = 60) -> None:
         eventually(lambda: self.copies().keys() >= set(recipients), seconds)
 
+    def delivers(self, seconds: float = 60) -> str:
+        """Posts a mail and waits until it has arrived. Returns its recipient."""
+        recipient, _ = self.post()
+        self.arrives(recipient, seconds=seconds)
+        return recipient
+
     @contextmanager
     def relay_away(self) -> Iterator[None]:
         self.relay.__exit__()
@@ -167,7 +166,7 @@ class Server:
 
     def edit(self, **settings: str) -> None:
         """As with an editor: a line that is there is changed, another comes at the end."""
-        lines = self.machine.read(ENV).splitlines()
+        lines = self.machine.says(f"cat {ENV}").splitlines()
         for name, value in settings.items():
             lines = [line for line in lines if not line.startswith(f"{name}=")] + [f"{name}={value}"]
         self.machine.write(ENV, "\n".join(lines) + "\n")
@@ -196,38 +195,28 @@ class Server:
         group = self.shows(unit, "ControlGroup")
         return [int(pid) for pid in self.machine.says(f"cat /sys/fs/cgroup/systemd{group}/cgroup.procs").split()]
 
-    def not_running(self) -> list[str]:
-        states = self.machine.run(f"systemctl is-active {' '.join(UNITS)}", check=False).stdout.split()
-        return [unit for unit, state in zip(UNITS, states, strict=True) if state != "active"]
-
     def is_up(self) -> bool:
+        states = self.machine.run(f"systemctl is-active {' '.join(UNITS)}", check=False).stdout.split()
         try:
-            return not self.not_running() and self.api.get("/healthz").status == 200
+            return states == ["active"] * len(UNITS) and self.api.get("/healthz").status == 200
         except (OSError, ValueError, HTTPException):
             return False
-
-    def listening_to_the_world(self) -> set[int]:
-        rows = [line.split() for line in self.machine.says("ss -ltunH").splitlines()]
-        addresses = [row[4].rsplit(":", 1) for row in rows]
-        return {int(port) for host, port in addresses if not host.startswith(("127.", "[::1]"))}
 
 
 class Load:
     """Applications that post and post, from outside, until it is over. Bounded, whatever happens, in count and time."""
 
-    def __init__(self, server: Server, callers: int = 3, mails: int = 3000, seconds: float = 180) -> None:
+    def __init__(self, server: Server) -> None:
         self.server = server
-        self.callers = callers
-        self.mails = mails
-        self.seconds = seconds
         self.over = threading.Event()
         self.refused: list[str] = []
         self.taken: list[str] = []
 
     def __enter__(self) -> Load:
-        self.deadline = time.monotonic() + self.seconds
-        self.pool = ThreadPoolExecutor(self.callers)
-        self.running = [self.pool.submit(self._post) for _ in range(self.callers)]
+        self.deadline = time.monotonic() + 180
+        self.pool = ThreadPoolExecutor(3)
+        for _ in range(3):
+            self.pool.submit(self._post)
         eventually(lambda: len(self.taken) > 10 or self.refused)
         return self
 
@@ -236,7 +225,7 @@ class Load:
         self.pool.shutdown()
 
     def _post(self) -> None:
-        while not self.over.wait(0.05) and len(self.taken) < self.mails and time.monotonic() < self.deadline:
+        while not self.over.wait(0.05) and len(self.taken) < 3000 and time.monotonic() < self.deadline:
             recipient = self.server.somebody()
             try:
                 answer = self.server.api.post("/start-job", {"name": "Ada", "email": recipient})

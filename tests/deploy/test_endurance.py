@@ -80,17 +80,12 @@ def test_half_a_transaction_that_a_crash_left_is_cut_off_and_never_run(server: S
     lost = len(half.encode().decode("unicode_escape"))
     said = f"{log}: cut off the last transaction, which is not finished: {lost} bytes"
     assert said in server.machine.says(f"journalctl --no-pager -o cat -u {REDIS}")
-    recipient, _ = server.post()
-    server.arrives(recipient, seconds=150)
+    server.delivers(150)
     was = server.main_pid(REDIS)
     server.machine.run(f"systemctl restart {REDIS}")
     eventually(lambda: restarted(server, REDIS, was), 60)
     assert "CRITICAL" not in server.machine.says(f"journalctl --no-pager -o cat -u {REDIS}")
     assert server.machine.says(f"stat -c '%U %a' {log}") == before
-
-
-def waiting(server: Server, mail_ids: list[str]) -> bool:
-    return {server.api.email(mail_id)["status"] for mail_id in mail_ids} <= {"queued", "delayed"}
 
 
 @pytest.mark.parametrize("how", ["rebooted", "cut off"])
@@ -104,7 +99,7 @@ def test_after_a_reboot_all_is_as_before_and_each_mail_is_sent_once(server: Serv
             server.machine.kill()
             server.machine.boot()
         eventually(server.is_up, 60)
-        eventually(lambda: waiting(server, list(posted.values())))
+        eventually(lambda: {server.api.email(one)["status"] for one in posted.values()} <= {"queued", "delayed"})
     server.arrives(*posted, seconds=120)
     eventually(lambda: {server.api.email(mail_id)["status"] for mail_id in posted.values()} == {"sent"})
     assert server.copies() == dict.fromkeys(posted, 1)

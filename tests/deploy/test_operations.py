@@ -64,8 +64,7 @@ def test_new_passwords(server: Server) -> None:
     assert server.machine.says("cat /etc/async-email/credentials/redis_url") != before
     assert server.machine.says(f"stat -c '%a %U %G' {CONF}") == "640 root redis"
     eventually(server.is_up, 60)
-    recipient, _ = server.post()
-    server.arrives(recipient)
+    server.delivers()
     password = "$(sudo cat /etc/async-email/credentials/dashboard_password)"
     assert "<html" in bash(server, f"curl -sSf -u admin:{password} http://127.0.0.1/rq/")
     assert [one for one in server.doctor().troubles() if "Redis" in one.found] == []
@@ -85,8 +84,7 @@ def test_a_redis_that_another_machine_can_use(server: Server) -> None:
         assert "REDIS_URL is set in async-email.env, so none is needed here" in server.install().stdout
         server.restart()
         assert "6380" in server.machine.says("ss -tnH state established")
-        recipient, _ = server.post()
-        server.arrives(recipient)
+        server.delivers()
         assert f"answers at {server.machine.address}:6380" in server.doctor().text
     finally:
         server.machine.run("cd /var/tmp/kept-files && mv redis_url /etc/async-email/credentials/ || true")
@@ -112,8 +110,7 @@ def test_suspended_workers_are_resumed(server: Server) -> None:
     bash(server, resume.replace("rq resume", "rq suspend"))
     assert any("workers are suspended" in one.found for one in server.doctor().troubles())
     bash(server, resume)
-    recipient, _ = server.post()
-    server.arrives(recipient)
+    server.delivers()
 
 
 def test_a_damaged_file_is_cut_off_where_it_cannot_be_read(server: Server) -> None:
@@ -123,10 +120,8 @@ def test_a_damaged_file_is_cut_off_where_it_cannot_be_read(server: Server) -> No
         server.machine.run(f"systemctl stop {REDIS} && echo nonsense >> $(ls -t {data}/*.incr.aof | head -1)")
         server.machine.run(f"systemctl start {REDIS}", check=False)
         eventually(lambda: "Bad file format" in server.machine.says(f"journalctl --no-pager -u {REDIS} -n 50"))
-        bash(
-            server,
-            block("redis-check-aof").replace("sudo -u redis redis-check-aof", "echo y | sudo -u redis redis-check-aof"),
-        )
+        check = "sudo -u redis redis-check-aof"
+        bash(server, block("redis-check-aof").replace(check, f"echo y | {check}"))
         eventually(server.is_up, 120)
         eventually(lambda: server.api.email(mail_id)["status"] in ("queued", "delayed"))
     server.arrives(recipient, seconds=120)

@@ -15,11 +15,6 @@ FIRST_LAYOUT = "203588c"  # the last commit before the rooms, with most files on
 COMMIT = "git -c user.name=Admin -c user.email=admin@shop.internal commit -q"
 
 
-def new_release(server: Server) -> None:
-    """A commit on top that can be seen from outside: another subject."""
-    server.machine.admin(f"echo 'Welcome back, {{{{ name }}}}' > {SUBJECT} && cd {CLONE} && {COMMIT} -a -m 'Back'")
-
-
 def sent_once(server: Server, load: Load) -> None:
     assert load.refused == []
     assert len(load.taken) > 20
@@ -28,15 +23,15 @@ def sent_once(server: Server, load: Load) -> None:
 
 
 def subject(server: Server) -> str:
-    recipient, _ = server.post()
-    server.arrives(recipient)
+    recipient = server.delivers()
     mail = next(mail for mail in server.relay.accepted if recipient in mail.recipients)
     return next(line for line in mail.content.decode().splitlines() if line.startswith("Subject:"))
 
 
 def test_an_upgrade_and_a_rollback_under_load(server: Server) -> None:
     first = server.machine.says(CURRENT)
-    new_release(server)
+    # A commit on top that can be seen from outside.
+    server.machine.admin(f"echo 'Welcome back, {{{{ name }}}}' > {SUBJECT} && cd {CLONE} && {COMMIT} -a -m 'Back'")
     with Load(server) as load:
         server.install()
     second = server.machine.says(CURRENT)
