@@ -1,6 +1,6 @@
 """SMTP as the relay of the measurements speaks it: it takes every mail from a client that has logged in, and counts.
 
-STARTTLS, AUTH PLAIN and LOGIN (RFC 4954), PIPELINING (RFC 2920), CHUNKING (RFC 3030), 8BITMIME, SIZE and SMTPUTF8.
+STARTTLS, AUTH PLAIN and LOGIN (RFC 4954), PIPELINING (RFC 2920), 8BITMIME, SIZE and SMTPUTF8.
 Without a TLS context it offers neither STARTTLS nor AUTH and wants no login.
 """
 
@@ -34,7 +34,6 @@ class Conversation(Wire):
         self.sender: str | None = None
         self.recipients: list[str] = []
         self.smtputf8 = False
-        self.chunks: bytearray | None = None
 
     def greet(self) -> None:
         self.say(b"220 relay.example ESMTP\r\n")
@@ -70,7 +69,7 @@ class Conversation(Wire):
 
     def ehlo(self, _: str) -> str:
         self.reset()
-        offers = ["relay.example", "PIPELINING", f"SIZE {LARGEST}", "8BITMIME", "SMTPUTF8", "CHUNKING"]
+        offers = ["relay.example", "PIPELINING", f"SIZE {LARGEST}", "8BITMIME", "SMTPUTF8"]
         if self.rules.tls:
             offers.append("AUTH PLAIN LOGIN" if self.is_secure else "STARTTLS")
         return "\r\n".join(f"250{' ' if offer is offers[-1] else '-'}{offer}" for offer in offers)
@@ -134,7 +133,7 @@ class Conversation(Wire):
 
     def rcpt(self, rest: str) -> str:
         address, _ = _path(rest, "TO:")
-        if self.sender is None or self.chunks is not None:
+        if self.sender is None:
             return "503 5.5.1 MAIL first"
         if not address:
             return "501 5.5.4 RCPT TO:<address>"
@@ -144,7 +143,7 @@ class Conversation(Wire):
         return "250 2.1.5 ok"
 
     def data(self, _: str) -> str:
-        if not self.recipients or self.chunks is not None:
+        if not self.recipients:
             return "503 5.5.1 RCPT first"
         self.unread[:0] = b"\r\n"  # so that a body of nothing but its dot ends as every other
         self.searched = 0
@@ -160,29 +159,6 @@ class Conversation(Wire):
         del self.unread[: end + 5]
         self.read = self.read_command
         self.replies.append(self.accept(body[2:]))
-        return True
-
-    def bdat(self, rest: str) -> str:
-        size, _, last = rest.partition(" ")
-        if not size.isdigit() or last.upper() not in ("", "LAST"):
-            return self.leave("501 5.5.4 BDAT size [LAST]")  # nobody knows where the chunk ends
-        self.expected, self.is_last = int(size), bool(last)
-        self.read = self.read_chunk
-        if not self.expected:  # else it is read when the first of it is there
-            self.read_chunk()
-        return ""
-
-    def read_chunk(self) -> bool:
-        if len(self.unread) < self.expected:
-            return False
-        chunk = self.unread[: self.expected]
-        del self.unread[: self.expected]
-        self.read = self.read_command
-        if not self.recipients:
-            self.replies.append("503 5.5.1 RCPT first")
-            return True
-        self.chunks = (self.chunks or bytearray()) + chunk
-        self.replies.append(self.accept(bytes(self.chunks)) if self.is_last else f"250 2.0.0 {len(chunk)} bytes")
         return True
 
     def accept(self, body: bytes) -> str:
@@ -212,7 +188,7 @@ class Conversation(Wire):
 
 VERBS: dict[str, Callable[[Conversation, str], str]] = {
     name.upper(): getattr(Conversation, name)
-    for name in ("ehlo", "helo", "starttls", "auth", "mail", "rcpt", "data", "bdat", "rset", "noop", "quit")
+    for name in ("ehlo", "helo", "starttls", "auth", "mail", "rcpt", "data", "rset", "noop", "quit")
 }
 
 

@@ -146,8 +146,8 @@ class Stage:
         return Mail(f"m{number}", [f"{name}@example.com" for name in names])
 
     def _make_relay(self) -> ScriptedRelay:
-        # Plain dialogue, in groups of commands, or in one go: what the relay lets us do, as it falls.
-        offers = self.rng.choice([[], ["PIPELINING"], ["PIPELINING", "CHUNKING"]])
+        # Plain dialogue or in groups of commands: what the relay lets us do, as it falls.
+        offers = self.rng.choice([[], ["PIPELINING"]])
         offers = offers + (["STARTTLS", "AUTH PLAIN"] if self.scene.secure else [])
         context = server_context(self.authority) if self.scene.secure else None
         return ScriptedRelay(

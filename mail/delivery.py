@@ -174,9 +174,8 @@ def take_up(claim: Claim) -> None:
 
 
 def at_dot(recipients: Sequence[str], replies: Mapping[str, Reply]) -> dict[str, Status]:
-    """Returns what each recipient is while the final dot is unanswered. One whose reply to RCPT has not arrived yet
-    (pipelining) counts as in doubt: the relay may accept it with this dot."""
-    return {who: AT_DOT[replies[who].verdict] if who in replies else Status.IN_DOUBT for who in recipients}
+    """Returns what each recipient is while the final dot is unanswered."""
+    return {who: AT_DOT[replies[who].verdict] for who in recipients}
 
 
 def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:

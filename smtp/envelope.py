@@ -1,4 +1,4 @@
-"""A mail as SMTP writes it: its envelope as commands, its lines for DATA or BDAT. Pure.
+"""A mail as SMTP writes it: its envelope as commands, its lines for DATA. Pure.
 
 An address goes out exactly as it was accepted, or not at all; no body can end its mail early.
 Standards: RFC 5321 (SMTP), 6531 (SMTPUTF8).

@@ -36,6 +36,7 @@ class SessionPool:
         self.changed = threading.Condition()
         self.running: dict[Session, float] = {}  # with its mail's deadline
         self.idle: dict[Session, float] = {}  # until when it is kept; the last used is the last
+        self.one_by_one: set[Relay] = set()  # those that announce PIPELINING and do not take it
         self.watcher: threading.Thread | None = None
         self.wakes_at = 0.0
 
@@ -56,6 +57,7 @@ class SessionPool:
             session.close()
             session = self._take_idle(relay)
         session = session or Session(relay)
+        session.may_pipeline = relay not in self.one_by_one
         with self.changed:
             self.running[session] = deadline
             self._watch_until(deadline)
@@ -123,9 +125,9 @@ class SessionPool:
 class Conversation:
     """Sends one mail, with one deadline, on the session that it has.
 
-    `begin` and `finish` return the outcome, or the known replies to RCPT if all but the final dot is out and `finish`
-    comes next. That may be so once after `finish`: where a kept session died at the dot, the mail has begun again on a
-    new one, which is not replaced.
+    `begin` and `finish` return the outcome, or the replies to RCPT if all but the final dot is out and `finish` comes
+    next. That may be so once after `finish`: where a kept session died at the dot, the mail has begun again on a new
+    one, which is not replaced.
     """
 
     def __init__(self, pool: SessionPool, relay: Relay) -> None:
@@ -147,10 +149,13 @@ class Conversation:
             return self._decided(stopped.reply)
 
     def _decided(self, final: Reply) -> Replies | Outcome:
-        was_kept = self.session.mails > 1
-        if was_kept and final.is_the_sessions_end and not self.session.aborted.is_set():
+        relay, was_kept = self.session.relay, self.session.mails > 1
+        unlearned = final.is_against_pipelining and self.session.pipelined
+        if unlearned:
+            self.pool.one_by_one.add(relay)
+        if (unlearned or (was_kept and final.is_the_sessions_end)) and not self.session.aborted.is_set():
             self.pool.discard(self.session)
-            self.session = self.pool.acquire(self.session.relay, self.deadline, kept=False)
+            self.session = self.pool.acquire(relay, self.deadline, kept=False)
             return self.begin(self.envelope, self.mime)
         # A recipient that was refused at RCPT keeps that reply; the others share the fate of the mail.
         refused = {who: reply for who, reply in self.session.replies.items() if reply.verdict is not Verdict.ACCEPTED}

@@ -2,8 +2,9 @@
 
 Certificates are verified, STARTTLS never falls back to plain text, an address goes out exactly as it was accepted or
 not at all. Which session a mail gets, and its deadline, are in smtp.pool. The only home of `smtplib`.
-Standards: RFC 5321 (SMTP), 3207 (STARTTLS), 4954 (AUTH), 8314 (implicit TLS), 6531 (SMTPUTF8), 2920 (PIPELINING),
-3030 (CHUNKING).
+Standards: RFC 5321 (SMTP), 3207 (STARTTLS), 4954 (AUTH), 8314 (implicit TLS), 6531 (SMTPUTF8), 2920 (PIPELINING).
+CHUNKING (RFC 3030) is left alone: it saves a round trip only where a mail goes out whole before anything of it is
+accepted, which puts it in doubt if the connection dies; and gateways announce it that do not take it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,10 @@ from enum import Enum
 
 from smtp import auth
 from smtp.envelope import Envelope, crlf_lines, dot_stuffed
-from smtp.relay import SEND_BUFFER, Relay, connect_any, tls_context
+from smtp.relay import Relay, connect_any, tls_context
 from smtp.verdict import Phase, Reply, Verdict
 
 CHUNK = 64 * 1024  # bytes of the body
-END = 2  # bytes of a chunk that are kept back like a final dot
-FRESH = 1  # seconds since the last reply, for which a session is surely not dead
 PATIENCE = 2  # seconds per reply that is only needed to keep a session
 LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already
 UNSPEAKABLE = (553, "this address cannot be written into an SMTP command")
@@ -79,7 +78,8 @@ class Session:
         self.last: Reply | None = None
         self.mails = 0
         self.replies: Replies = {}
-        self.opened_at = self.heard_at = time.monotonic()
+        self.may_pipeline, self.pipelined = True, False
+        self.opened_at = time.monotonic()
         self.aborted = threading.Event()
         self.handle: socket.socket | None = None
         self.smtp = _Client(local_hostname=relay.ehlo_name, timeout=relay.timeout)
@@ -126,7 +126,6 @@ class Session:
         if self.relay.username:
             with self.step(Phase.AUTH):
                 self.login(self.relay.username, self.relay.password or "")
-        self.heard_at = time.monotonic()
         self.state = State.READY
 
     def connect(self) -> None:
@@ -153,28 +152,28 @@ class Session:
         self.expect(Reply(Phase.AUTH, code, _text(text)))
 
     def begin(self, envelope: Envelope, mime: bytes) -> Replies:
-        """Sends a mail but for its final dot, or the last bytes of its chunk, in as few round trips as the relay
-        allows: until `finish`, it cannot have accepted anything. Opens the connection for the first mail. Returns the
-        replies to RCPT that are known, which are in `replies` also where this, or `finish`, raises `Stopped`."""
+        """Sends a mail but for its final dot, in as few round trips as the relay allows: until `finish`, it cannot have
+        accepted anything. Opens the connection for the first mail. Returns the replies to RCPT, which are in `replies`
+        also where this, or `finish`, raises `Stopped`."""
         self.replies = {}
         if self.state is State.NEW:
             self.open()
         self.mails += 1
         self.write_commands(envelope, len(mime))
-        body = crlf_lines(mime)
-        self.in_one_chunk = self.may_chunk(body)
         self.state = State.IN_TRANSACTION
-        if not (self.send_chunk if self.in_one_chunk else self.send_data)(body):
+        self.send_envelope()
+        self.pending_replies += 1
+        if not self.send_mail(dot_stuffed(crlf_lines(mime))):
             raise Stopped(self.final_reply())
         return self.replies
 
     def finish(self) -> Reply:
-        """Sends what `begin` kept back and returns the final reply. If it does not get out, nothing is in doubt.
+        """Sends the final dot and returns the final reply. If it does not get out, nothing is in doubt.
 
         Once it is, silence is doubt, and is borne to the deadline: some relays scan for viruses before they answer,
         RFC 5321 4.5.3.2.6 asks for ten minutes, and a client that gives up earlier sends again what was accepted.
         """
-        if self.send_mail(self.kept_back):
+        if self.send_mail(b".\r\n"):
             self.state = State.AWAITING_FINAL_REPLY
             self.sock.settimeout(None)
         return self.final_reply()
@@ -194,34 +193,13 @@ class Session:
         if not self.rcpt:
             raise Stopped(_gravest(self.replies.values()))
 
-    def may_chunk(self, body: bytes) -> bool:
-        """Returns whether the whole mail may go out before a reply. A connection that died unnoticed would leave it in
-        doubt, so it must be known to live, and the mail be one that the kernel takes at once."""
-        offered = self.smtp.has_extn("pipelining") and self.smtp.has_extn("chunking")
-        return offered and len(body) <= SEND_BUFFER and time.monotonic() - self.heard_at < FRESH
-
-    def send_chunk(self, body: bytes) -> bool:
-        """Sends MAIL, RCPT, BDAT and the body in one write. Its last bytes take the place of the final dot: without
-        them the chunk is not whole, and nothing may come of it (RFC 3030 2)."""
-        commands = [self.mail, *self.rcpt.values(), b"BDAT %d LAST\r\n" % len(body)]
-        self.pending_replies += len(commands)
-        self.kept_back = body[-END:]
-        return self.send_mail(b"".join([*commands, body[:-END]]))
-
-    def send_data(self, body: bytes) -> bool:
-        """Sends MAIL, RCPT and DATA, together where the relay allows it (RFC 2920), and the body."""
-        if self.smtp.has_extn("pipelining"):
+    def send_envelope(self) -> None:
+        """Sends MAIL, RCPT and DATA, together where the relay allows it (RFC 2920). One recipient refused does not stop
+        the others, unless the relay closes on all (421)."""
+        self.pipelined = self.may_pipeline and self.smtp.has_extn("pipelining")
+        if self.pipelined:
             with self.step(Phase.MAIL):
                 self.write(self.mail, *self.rcpt.values(), b"DATA\r\n")
-        self.send_envelope()
-        self.expect(self.ask(Phase.DATA, b"DATA\r\n"))
-        self.pending_replies += 1
-        self.kept_back = b".\r\n"
-        return self.send_mail(dot_stuffed(body))
-
-    def send_envelope(self) -> None:
-        """Sends MAIL and RCPT, or reads the replies to them. One recipient refused does not stop the others, unless
-        the relay closes on all (421)."""
         self.expect(self.ask(Phase.MAIL, self.mail))
         for address, command in self.rcpt.items():
             self.replies[address] = reply = self.ask(Phase.RCPT, command)
@@ -229,6 +207,7 @@ class Session:
                 raise Stopped(reply)
         if not any(reply.verdict is Verdict.ACCEPTED for reply in self.replies.values()):
             raise Stopped(_gravest(self.replies.values()))
+        self.expect(self.ask(Phase.DATA, b"DATA\r\n"))
 
     def send_mail(self, data: bytes) -> bool:
         """Hands a part of the mail to the kernel. Returns False if that did not take all of it: a relay that wants no
@@ -243,14 +222,11 @@ class Session:
         return True
 
     def final_reply(self) -> Reply:
-        """Returns the reply to the mail as a whole, after those that come before it."""
+        """Returns the reply to the mail as a whole."""
         complete = self.state is State.AWAITING_FINAL_REPLY
-        if self.in_one_chunk:
-            self.send_envelope()
         reply = self.answer(Phase.DOT if complete else Phase.TRANSFER)
-        if complete:  # after a refused chunk the transaction goes on (RFC 3030 2)
-            ended = not self.in_one_chunk or reply.verdict is Verdict.ACCEPTED
-            self.state = State.READY if ended else State.IN_TRANSACTION
+        if complete:
+            self.state = State.READY
         return reply
 
     def write(self, *commands: bytes) -> None:
@@ -269,7 +245,6 @@ class Session:
         complete = self.state is State.AWAITING_FINAL_REPLY
         with self.step(Phase.DOT if complete else phase):
             code, text = self.smtp.getreply()
-        self.heard_at = time.monotonic()
         lost_step = complete and 300 <= code < 400  # asks for more of a mail that is complete: it refuses nothing
         self.last = Reply(Phase.DOT if lost_step else phase, code, _text(text))
         if lost_step:

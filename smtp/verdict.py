@@ -69,6 +69,12 @@ class Reply(NamedTuple):
         return min(LONGEST_HINT, hours * 3600 + minutes * 60 + seconds)
 
     @property
+    def is_against_pipelining(self) -> bool:
+        """Returns whether it may be about several commands at once, which the relay has announced and does not take."""
+        lost = self.code == 503 or re.search("pipelin|synchroni", self.text, re.IGNORECASE)
+        return self.phase in (Phase.MAIL, Phase.RCPT, Phase.DATA) and bool(self.code and lost)
+
+    @property
     def leaves_the_session(self) -> bool:
         """Returns whether the relay may be given another mail after it, at once."""
         return self.code not in (421, 503) and self.verdict not in (Verdict.TROUBLE, Verdict.IN_DOUBT)

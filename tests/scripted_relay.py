@@ -2,7 +2,7 @@
 
 `script` maps a command to what comes back: a reply, an act, or a list of these, one each time and the last for good.
 Beside the commands there are `GREETING`, `TLS` (the client has begun a handshake), `BODY` (the first bytes of the mail
-are here, and no more is read yet), `.` (its end, also a chunk's) and `500` (no command). The rest is answered as in
+are here, and no more is read yet), `.` (its end) and `500` (no command). The rest is answered as in
 `OBLIGING`.
 
     with ScriptedRelay({"RCPT": ["250 ok", "550 no"], ".": hang_up}) as relay: ...
@@ -296,8 +296,6 @@ class ScriptedRelay:
             self._answer(line, command.split(" ")[0].split(":")[0].upper())
 
     def _answer(self, line: Line, verb: str) -> None:
-        if verb == "BDAT":
-            return self._take(line, chunk=int(line.command.split(" ")[1]))
         reply = self._perform(line, verb)
         if verb == "STARTTLS" and reply.startswith("220"):
             self._encrypt(line)
@@ -318,12 +316,12 @@ class ScriptedRelay:
         line.socket = self.tls.wrap_socket(line.socket, server_side=True)
         line.unread.clear()
 
-    def _take(self, line: Line, chunk: int = 0) -> None:
+    def _take(self, line: Line) -> None:
         if "BODY" in self.script:
-            if not line.unread and not chunk:
+            if not line.unread:
                 line.hear_more()
             self._perform(line, "BODY")
-        line.body = line.hear(chunk) if chunk else line.hear_until(b"\r\n.\r\n") + b"\r\n"
+        line.body = line.hear_until(b"\r\n.\r\n") + b"\r\n"
         self.bodies.append(line.body)
         if self._perform(line, ".").startswith("2"):
             self.accepted.append(line.body)

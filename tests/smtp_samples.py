@@ -10,5 +10,4 @@ MIME = b"Subject: Hello\r\nTo: ada@example.com\r\n\r\nHello, Ada.\r\n"
 LARGE = MIME + (b"x" * 70 + b"\r\n") * 100_000 + b"The end.\r\n"  # 7 MB: more than sockets buffer
 LOGIN = ("mailer", "planted-password")
 PIPES = ["PIPELINING"]
-CHUNKS = ["PIPELINING", "CHUNKING"]
-WAYS = pytest.mark.parametrize("offers", [[], PIPES, CHUNKS], ids=["plain", "pipelined", "chunked"])
+WAYS = pytest.mark.parametrize("offers", [[], PIPES], ids=["plain", "pipelined"])

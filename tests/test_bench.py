@@ -85,15 +85,6 @@ def test_pipelined_commands_are_answered_in_their_order(clear_relay: RelayProces
     assert (seen["accepted"], seen["size"]) == (1, len(MAIL % 2))
 
 
-def test_chunks_need_no_dots_doubled_and_may_come_in_any_pieces(clear_relay: RelayProcess) -> None:
-    mail = MAIL % 3
-    chunks = b"BDAT 20\r\n" + mail[:20] + b"BDAT %d\r\n" % (len(mail) - 20) + mail[20:] + b"BDAT 0 LAST\r\n"
-    whole = ENVELOPE + chunks + b"BDAT 4 LAST\r\nQUITQUIT\r\n"  # the last chunk has no recipient
-    assert codes(clear_relay.port, whole[:90], whole[90:140], whole[140:]) == [220, *[250] * 6, 503, 221]
-    seen = clear_relay.ask("report")
-    assert (seen["accepted"], seen["size"], seen["message_ids"]) == (1, len(mail), 1)
-
-
 def test_an_address_beyond_ascii_needs_smtputf8(clear_relay: RelayProcess) -> None:
     without, with_it = "MAIL FROM:<ä@example.com>\r\n", "MAIL FROM:<ä@example.com> SMTPUTF8\r\n"
     said = codes(clear_relay.port, b"EHLO me\r\n", (without + with_it).encode(), b"DATA\r\nQUIT\r\n")

@@ -155,11 +155,10 @@ def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -
     assert taken.counted == 3
 
 
-def test_a_recipient_of_whom_nothing_is_known_yet_is_in_doubt_at_the_final_dot() -> None:
-    """So it is with CHUNKING, where no reply is awaited before the end of the mail."""
-    replies = {"known": LATER, "refused": NEVER}
-    marks = {"known": "pending", "refused": "refused", "unknown": "in_doubt"}
-    assert delivery.at_dot(["known", "refused", "unknown"], replies) == marks
+def test_whom_the_final_dot_puts_in_doubt() -> None:
+    replies = {"accepted": OK, "known": LATER, "refused": NEVER}
+    marks = {"accepted": "in_doubt", "known": "pending", "refused": "refused"}
+    assert delivery.at_dot(list(replies), replies) == marks
 
 
 def test_the_reason_is_code_and_phase_and_never_the_relays_words() -> None:

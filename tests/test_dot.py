@@ -1,4 +1,4 @@
-"""The final dot, or a chunk's end: what is out before it, what it puts in doubt, how few round trips a mail takes."""
+"""The final dot: what is out before it, what it puts in doubt, how few round trips a mail takes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Mapping
 
 import pytest
 
-from smtp import relay
 from smtp.verdict import Phase, Reply, Verdict
 from tests.conversations import another, at, attempt, fate, meet, opened, served
 from tests.scripted_relay import Line, Script, ScriptedRelay, Step, hang_up, raw, reset
 from tests.servers import eventually
-from tests.smtp_samples import ADA, BOB, CAY, CHUNKS, LARGE, MIME, PIPES, SENDER, WAYS
+from tests.smtp_samples import ADA, BOB, CAY, LARGE, MIME, PIPES, SENDER, WAYS
 from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
@@ -52,9 +51,8 @@ def test_a_conversation_that_ends_between_begin_and_finish_has_sent_nothing(
     with ScriptedRelay(offers=offers) as there:
         with pytest.raises(error, match="lost the claim"):
             attempt(at(there.port), before_dot=refuse)
-        out = b"LAST\r\n" + MIME[:-2] if offers is CHUNKS else b"DATA\r\n" + MIME
-        eventually(lambda: there.heard.endswith(out))
-    assert there.heard.endswith(out)
+        eventually(lambda: there.heard.endswith(b"DATA\r\n" + MIME))
+    assert there.heard.endswith(b"DATA\r\n" + MIME)
     assert not there.bodies
 
 
@@ -64,7 +62,7 @@ def test_an_interrupted_caller_leaves_nothing_open() -> None:
     assert there.commands[-1] == "QUIT"
 
 
-@pytest.mark.parametrize(("offers", "trips"), [([], 4), (["CHUNKING"], 4), (PIPES, 2), (CHUNKS, 1)])
+@pytest.mark.parametrize(("offers", "trips"), [([], 4), (["CHUNKING"], 4), (PIPES, 2), ([*PIPES, "CHUNKING"], 2)])
 def test_a_mail_on_a_warm_session_takes_as_few_round_trips_as_the_relay_allows(offers: list[str], trips: int) -> None:
     with served(offers=offers, latency=0.01) as (there, to):
         another(to)
@@ -76,23 +74,17 @@ def test_a_mail_on_a_warm_session_takes_as_few_round_trips_as_the_relay_allows(o
     assert there.accepted == [MIME] * 6
 
 
-@pytest.mark.parametrize("offers", [PIPES, CHUNKS])
-def test_what_is_pipelined_is_what_is_said_without(offers: list[str]) -> None:
-    there, _ = meet({}, ADA, BOB, offers=[*offers, "SIZE"])
+def test_what_is_pipelined_is_what_is_said_without() -> None:
+    there, _ = meet({}, ADA, BOB, offers=[*PIPES, "SIZE"])
     envelope = [f"MAIL FROM:<{SENDER}> SIZE={len(MIME)}", f"RCPT TO:<{ADA}>", f"RCPT TO:<{BOB}>"]
-    assert there.commands[1:] == [*envelope, "DATA" if offers is PIPES else f"BDAT {len(MIME)} LAST", "QUIT"]
+    assert there.commands[1:] == [*envelope, "DATA", "QUIT"]
 
 
 def test_a_large_mail_waits_for_the_replies_about_its_recipients() -> None:
     nobody: Script = {"RCPT": "550 5.1.1 no", "DATA": "554 no valid recipients"}
-    there, outcome = meet(nobody, offers=CHUNKS, mime=LARGE)
+    there, outcome = meet(nobody, offers=PIPES, mime=LARGE)
     assert fate(outcome) == (Phase.RCPT, 550, REFUSED)
     assert len(there.heard) < 1000
-
-
-def test_a_chunk_holds_the_mail_to_the_byte_with_crlf_line_ends_and_no_dot_doubled() -> None:
-    there, _ = meet(offers=CHUNKS, mime=b"A: b\n\n.\r\n..x\r\xff\0\n.")
-    assert there.accepted == [b"A: b\r\n\r\n.\r\n..x\r\n\xff\0\r\n.\r\n"]
 
 
 @WAYS
@@ -132,16 +124,9 @@ def test_replies_to_many_commands_may_come_in_any_number_of_packets(offers: list
         (PIPES, {"DATA": hang_up}, Phase.DATA, TROUBLE),
         (PIPES, {"RCPT": raw(b"what?\r\n")}, Phase.RCPT, TROUBLE),
         (PIPES, {"RCPT": "354 go"}, Phase.RCPT, TROUBLE),
-        # The end of the chunk may have come before the relay went away.
-        (CHUNKS, {"MAIL": hang_up}, Phase.DOT, IN_DOUBT),
-        (CHUNKS, {"RCPT": hang_up}, Phase.DOT, IN_DOUBT),
-        (CHUNKS, {"MAIL": raw(b"what?\r\n")}, Phase.DOT, IN_DOUBT),
-        (CHUNKS, {"MAIL": "354 go"}, Phase.DOT, IN_DOUBT),
-        (CHUNKS, {"RCPT": "354 go"}, Phase.DOT, IN_DOUBT),
-        (CHUNKS, {".": "354 go"}, Phase.DOT, IN_DOUBT),
     ],
 )
-def test_with_too_few_replies_or_wrong_ones_a_mail_is_in_doubt_once_its_end_is_out(
+def test_with_too_few_replies_or_wrong_ones_no_mail_goes_out(
     offers: list[str], script: Script, phase: Phase, verdict: Verdict
 ) -> None:
     _, outcome = meet(script, ADA, BOB, offers=offers)
@@ -165,20 +150,6 @@ def test_no_mail_is_sent_for_nobody_though_the_relay_invites_one(refusal: str) -
     assert not there.bodies
 
 
-def test_a_relay_that_takes_a_chunk_for_nobody_has_taken_it_for_nobody() -> None:
-    with served({"RCPT": "550 5.1.1 no"}, offers=CHUNKS) as (there, to):
-        assert fate(another(to)) == (Phase.RCPT, 550, REFUSED)
-        another(to)
-        assert there.connections == 2
-
-
-def test_of_a_chunks_recipients_only_those_are_known_whom_no_command_can_name() -> None:
-    known: dict[str, Reply] = {}
-    there, outcome = meet({}, ADA, "not an address", offers=CHUNKS, before_dot=known.update)
-    assert known == {"not an address": outcome.recipients["not an address"]}
-    assert there.accepted == [MIME]
-
-
 @WAYS
 def test_an_end_that_cannot_go_out_leaves_nothing_in_doubt(offers: list[str]) -> None:
     gone = threading.Event()
@@ -194,20 +165,3 @@ def test_an_end_that_cannot_go_out_leaves_nothing_in_doubt(offers: list[str]) ->
     there, outcome = meet({"BODY": go}, offers=offers, before_dot=wait_for_the_reset)
     assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
     assert not there.bodies
-
-
-@pytest.mark.parametrize(("rcpt", "phase"), [("550 5.1.1 no", Phase.RCPT), ("250 2.1.5 ok", Phase.TRANSFER)])
-def test_after_a_chunk_that_did_not_get_out_whole_nothing_is_said(
-    rcpt: str, phase: Phase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All its replies are here, and the relay still waits for the rest: a RSET or QUIT might complete a mail."""
-    monkeypatch.setattr(relay, "SEND_BUFFER", 4096)  # a kernel that takes less of a mail at once
-    called: list[object] = []
-    large = MIME + b"x" * 200_000 + b"\r\n"
-    script: Script = {"RCPT": rcpt, "BODY": raw(b"554 5.5.1 no\r\n", pause=0.4)}
-    with ScriptedRelay(script, offers=CHUNKS, receive_buffer=2048) as there:
-        outcome = attempt(at(there.port, timeout=0.3), mime=large, before_dot=called.append)
-    assert fate(outcome)[::2] == (phase, REFUSED)
-    assert not called
-    assert b"RSET" not in there.heard
-    assert b"QUIT" not in there.heard
