@@ -15,7 +15,7 @@ from mail.address import Mailbox
 from process import prefork
 from process.log import emit, set_up
 from process.sd_daemon import on_stop
-from queues.connection import connect
+from queues.connection import Unavailable, announcements, connect, reach
 from queues.jobs import Jobs
 from settings import Settings, SettingsError, load
 from web.app import VERSION, make_app
@@ -35,7 +35,8 @@ def main() -> int:
     try:
         settings = load("api_keys", "mail_from")
         check_sender(settings)
-        app = make_app(settings, Jobs(connect(settings.redis_url.get_secret_value())), tasks.OFFERED)
+        redis = connect(settings.redis_url.get_secret_value())
+        app = make_app(settings, Jobs(redis), tasks.OFFERED)
         sockets = listen_on(settings.listen)
     except SettingsError as error:
         print(error, file=sys.stderr)
@@ -45,6 +46,9 @@ def main() -> int:
         return 2
     set_up(settings.log_level, settings.log_format)
     give_memory_back()
+    announcements.begin(redis)
+    with suppress(Unavailable):  # it is said now, and may come up after us
+        reach(settings.redis_url.get_secret_value())
 
     def serve(alive: Callable[[], None]) -> None:
         server = Server(app, settings.max_message_bytes, sockets)

@@ -22,7 +22,16 @@ import tasks
 from mail import delivery
 from process import log, sd_daemon
 from queues import keys
-from queues.connection import RedisError, Unavailable, connect, translating_errors, why_unavailable
+from queues.connection import (
+    RedisError,
+    Unavailable,
+    announcements,
+    connect,
+    is_hopeless,
+    reach,
+    translating_errors,
+    why_unavailable,
+)
 from queues.heartbeat import LEASE_SECONDS, MAINTENANCE_EVERY
 from queues.offer import offered_on
 from queues.quarantine import sift
@@ -78,9 +87,13 @@ class WorkerPool:
         for duty in (*duties, self.replenish):
             try:
                 duty()
+                announcements.note(None)
             except Exception as error:
-                if why_unavailable(error):
-                    sd_daemon.tell("WATCHDOG=1")  # waiting for a Redis that is away or full is not being stuck
+                if reason := why_unavailable(error):
+                    announcements.note(reason)
+                    sd_daemon.tell(f"STATUS=waiting: {reason}")
+                    if not is_hopeless(reason):
+                        sd_daemon.tell("WATCHDOG=1")  # waiting for a Redis that is away or full is not being stuck
                     return
                 log.emit("crashed", logging.ERROR, where=log.where(error))
 
@@ -131,7 +144,7 @@ class WorkerPool:
         """Feeds systemd's watchdog, unless an attempt at a mail takes longer than it can."""
         busy = [worker.busy_since for worker in self.workers.values() if worker.busy_since]
         if not busy or time.monotonic() - min(busy) < self.settings.job_timeout + STUCK_AFTER:
-            sd_daemon.tell("READY=1\nWATCHDOG=1")
+            sd_daemon.tell("READY=1\nWATCHDOG=1\nSTATUS=")
 
     def schedule(self) -> None:
         """Queues mail that was put off and is due. What the scheduler fails at is set aside, for the next second."""
@@ -165,18 +178,19 @@ def main() -> int:
         return 2
     try:
         current = settings.load(*QUEUES[queue].needs)
+        url = current.redis_url.get_secret_value()
+        reach(url)
+        with translating_errors():
+            redis, pooled = connect(url, retrying=True), QUEUES[queue].pooled
+            worker = WorkerPool(queue, current) if pooled else make_worker(JobsWorker, queue, redis, ALLOWED[queue])
     except settings.SettingsError as error:
         print(error, file=sys.stderr)
         return 2
-    log.set_up(current.log_level, current.log_format)
-    try:
-        with translating_errors():
-            redis = connect(current.redis_url.get_secret_value(), retrying=True)
-            pooled = QUEUES[queue].pooled
-            worker = WorkerPool(queue, current) if pooled else make_worker(JobsWorker, queue, redis, ALLOWED[queue])
     except Unavailable as error:
         print(f"REDIS_URL: {error}", file=sys.stderr)
         return 1
+    log.set_up(current.log_level, current.log_format)
+    announcements.begin(redis)
     log.emit("worker_started", queue=queue)
     if isinstance(worker, WorkerPool):
         worker.work()

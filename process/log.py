@@ -27,6 +27,7 @@ EVENTS = frozenset({
     "busy",  # a job for a mail that another attempt holds
     "breaker_opened", "breaker_closed",  # all mail waits for the relay, because of `reason`; it flows again
     "repaired", "given_up",  # what the sweep did with a mail that was stuck: id, reason
+    "redis_unavailable", "redis_back",  # this process cannot use Redis, because of `reason`; it can again: at
     "unreadable",  # a job or an entry of a registry that was set aside, so that the others go on: id, reason
 })
 # fmt: on

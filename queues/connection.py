@@ -8,10 +8,11 @@ Lua: https://redis.io/docs/latest/develop/programmability/
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import hiredis
@@ -19,11 +20,21 @@ from redis import Redis as Redis  # a type for those who are handed a client; th
 from redis._parsers import Encoder
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.connection import PythonRespSerializer
-from redis.exceptions import AuthenticationError, ConnectionError, InvalidResponse, NoScriptError, TimeoutError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError,
+    InvalidResponse,
+    NoScriptError,
+    TimeoutError,
+)
 from redis.exceptions import RedisError as RedisError
 from redis.exceptions import ResponseError as ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry as RedisRetry
+
+from process.log import emit
+from settings import SettingsError
 
 
 class Script:
@@ -74,16 +85,50 @@ def connect(url: str, *, retrying: bool = False) -> Redis:
     """Returns a client that gives up within three seconds, or a `retrying` one (the workers') that outlasts a restart.
 
     The first never repeats a command by itself: redis-py would send a transaction again whose reply was lost, and so
-    queue a mail twice. The workers' scripts may be repeated, each says why.
+    queue a mail twice. The workers' scripts may be repeated, each says why. Raises `SettingsError` for a URL that can
+    never work.
     """
-    return Redis.from_url(
-        url,
-        **(RETRYING if retrying else FAIL_FAST),
-        **({} if url.startswith("unix:") else {"socket_keepalive": True}),
-        command_packer=Packer(),
-        # A feature of Redis' cloud, asked for on each connection in a round trip that every other server refuses.
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),
-    )
+    try:
+        client = Redis.from_url(
+            url,
+            **(RETRYING if retrying else FAIL_FAST),
+            **({} if url.startswith("unix:") else {"socket_keepalive": True}),
+            command_packer=Packer(),
+            # A feature of Redis' cloud, asked for on each connection in a round trip that every other server refuses.
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),
+        )
+        client.connection_pool.make_connection()  # which connects not yet, but takes the parameters
+    except (TypeError, ValueError, RedisError) as error:
+        name = re.search(r"argument '(\w+)'", str(error))
+        what = name[1] if name else "ssl_cert_reqs" if "Certificate" in str(error) else "one of its parameters"
+        raise SettingsError([f"REDIS_URL: {what} must be a parameter, and a value, that redis-py knows"]) from None
+    return client
+
+
+def address(redis: Redis) -> str:
+    """Returns where the Redis is, without a login: `127.0.0.1:6379, database 0`."""
+    at = redis.connection_pool.connection_kwargs
+    place = at.get("path") or f"{at.get('host', 'localhost')}:{at.get('port', 6379)}"
+    return f"{place}, database {at.get('db') or 0}"
+
+
+def reach(url: str) -> None:
+    """Tries the Redis once. Raises `Unavailable` with its address and the reason, within three seconds."""
+    with connect(url) as client:
+        try:
+            with translating_errors():
+                client.ping()
+                with suppress(ResponseError):  # an ACL may forbid it
+                    _check_kind(client.info("server"))
+        except Unavailable as error:
+            raise Unavailable(f"{error} ({address(client)})") from None
+
+
+def _check_kind(server: Mapping[str, Any]) -> None:
+    if "cluster" in (server.get("redis_mode"), server.get("server_mode")):  # Redis', Valkey's name for it
+        raise Unavailable(CLUSTER)
+    if tuple(map(int, server["redis_version"].split(".")[:2])) < OLDEST:
+        raise Unavailable(TOO_OLD)
 
 
 def fail_fast(redis: Redis) -> Redis:
@@ -93,7 +138,19 @@ def fail_fast(redis: Redis) -> Redis:
     return Redis(connection_pool=type(pool)(pool.connection_class, **(pool.connection_kwargs | FAIL_FAST)))
 
 
+CLUSTER = "Redis is a cluster, and must be a single server or its primary"
+OLDEST = (6, 2)  # below it, RQ loses the job of a worker that is killed
+TOO_OLD = "Redis is too old: it must be 6.2 or later"
 NO_ANSWER = "Redis does not answer"
+NEVER = {  # a word of an error that only another setting ends -> the reason
+    "DB index is out of range": "Redis has no database of the number in REDIS_URL",
+    "CERTIFICATE_VERIFY_FAILED": "Redis' certificate is not trusted: name its authority with ?ssl_ca_certs=FILE",
+    "WRONG_VERSION_NUMBER": "Redis does not speak TLS at this port: REDIS_URL must begin with redis://",
+    "record layer failure": "Redis does not speak TLS at this port: REDIS_URL must begin with redis://",
+    "MOVED": CLUSTER,
+    "CROSSSLOT": CLUSTER,
+    "CLUSTERDOWN": CLUSTER,
+}
 CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "OOM": "Redis is out of memory (maxmemory is reached)",
     "READONLY": "Redis is a read-only replica",
@@ -104,7 +161,12 @@ CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "The user executing the script": "Redis' ACL does not let us do this",  # Redis 7
     "ACL failure in script": "Redis' ACL does not let us do this",  # Valkey 9
     "BUSY": "Redis is busy with a script",
+    "LOADING": "Redis is still loading its data",
+    "max number of clients reached": "Redis has no connection left: raise its maxclients",
+    **NEVER,
 }
+WRONG_PASSWORD = "Redis does not accept our password"
+WORDS = re.compile(rf"\b({'|'.join(CANNOT_NOW)})\b")
 _silent = threading.Event()
 is_silent = _silent.is_set  # Redis did not answer its last command, so the next may take long
 _probing = threading.RLock()
@@ -123,12 +185,14 @@ def translating_errors() -> Iterator[None]:
     try:
         yield
         _silent.clear()
+        announcements.note(None)
     except Exception as error:
         if isinstance(error, (ConnectionError, TimeoutError)):
             _silent.set()
         else:  # an error is an answer, too
             _silent.clear()
         if reason := why_unavailable(error):
+            announcements.note(reason)
             raise Unavailable(reason) from None
         raise
     finally:
@@ -140,16 +204,48 @@ def why_unavailable(error: Exception) -> str | None:
     """Returns why Redis cannot work now, None if the exception says something else."""
     match error:
         case AuthenticationError():
-            return "Redis does not accept our password"
-        case ConnectionError() | TimeoutError():
-            return NO_ANSWER
+            return WRONG_PASSWORD
+        case BusyLoadingError():
+            return CANNOT_NOW["LOADING"]
         case InvalidResponse():
             return "what answers at REDIS_URL is not Redis"
-        case ResponseError():
+        case ResponseError() | ConnectionError() | TimeoutError():
             # redis-py removes a word that it knows; before version 7, Redis put it into the middle of a script's error.
-            said = re.search(rf"\b({'|'.join(CANNOT_NOW)})\b", f"{error.status_code} {error}")
-            return CANNOT_NOW[said[1]] if said else None
+            said = WORDS.search(f"{getattr(error, 'status_code', '')} {error}")
+            return CANNOT_NOW[said[1]] if said else None if isinstance(error, ResponseError) else NO_ANSWER
     return None
+
+
+def is_hopeless(reason: str) -> bool:
+    """Returns whether only another setting, and no waiting, helps against what `why_unavailable` returned."""
+    return reason == WRONG_PASSWORD or reason in NEVER.values()
+
+
+class Announcements:
+    """Logs once when Redis becomes unusable for this process, with the reason, and once when it is back."""
+
+    def __init__(self) -> None:
+        self.place = ""
+        self.reason: str | None = None
+        self.lock = threading.Lock()
+
+    def begin(self, redis: Redis) -> None:
+        """Logs from now on. A program that people run by hand does not call this, and says it in its own way."""
+        self.place = address(redis)
+
+    def note(self, reason: str | None) -> None:
+        """Takes notice of why Redis cannot be used now; None if it can."""
+        if reason == self.reason or not self.place:
+            return
+        with self.lock:
+            changed, self.reason = reason != self.reason, reason
+        if changed and reason:
+            emit("redis_unavailable", logging.WARNING, reason=reason, at=self.place)
+        elif changed:
+            emit("redis_back", at=self.place)
+
+
+announcements = Announcements()
 
 
 def weaknesses(info: Mapping[str, Any]) -> list[tuple[str, str]]:

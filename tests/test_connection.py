@@ -33,7 +33,12 @@ def server(redis_server: RedisServer) -> RedisServer:
     [
         (exceptions.ConnectionError("refused"), "does not answer"),
         (exceptions.TimeoutError("timed out"), "does not answer"),
-        (exceptions.BusyLoadingError("loading"), "does not answer"),
+        (exceptions.BusyLoadingError("loading"), "loading its data"),
+        (ResponseError("MOVED 866 127.0.0.1:7001"), "cluster"),
+        (ResponseError("DB index is out of range"), "no database of the number"),
+        (exceptions.ConnectionError("Error 1. [SSL: CERTIFICATE_VERIFY_FAILED] self-signed"), "not trusted"),
+        (exceptions.ConnectionError("Error 1. [SSL: WRONG_VERSION_NUMBER] wrong version"), "does not speak TLS"),
+        (exceptions.ConnectionError("max number of clients reached"), "maxclients"),
         (InvalidResponse('Protocol error, got "H" as reply type byte'), "not Redis"),
         (exceptions.AuthenticationError("invalid username-password pair"), "password"),
         (exceptions.OutOfMemoryError("command not allowed", status_code="OOM"), "out of memory"),

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ops.checks import configuration, flow, machine, names, relay, store, units
-from ops.checks.findings import Finding, Findings, note, warn
+from ops.checks.findings import Finding, Findings, fault, note, warn
 from ops.checks.target import Target
 from process.log import where
 from queues.connection import Unavailable, translating_errors
-from settings import Settings
+from settings import Settings, SettingsError
 
 Check = Callable[[Target, Settings | None], Findings]
 
@@ -55,5 +55,7 @@ def examine(target: Target) -> Iterator[tuple[str, Finding]]:
                 yield from ((name, finding) for finding in check(target, settings))
         except Unavailable as why:
             yield name, note(f"not checked: {why}")
+        except SettingsError as error:
+            yield name, fault(str(error), target.edit)
         except Exception as error:
             yield name, warn(f"the doctor itself failed here: {where(error)}", "report this line to the project")
