@@ -7,6 +7,7 @@ generator, so that a seed makes the same choices again.
 
 from __future__ import annotations
 
+import csv
 import datetime
 import signal
 import threading
@@ -21,7 +22,7 @@ from chaos.stage import REFUSED, TESTS, Stage
 from queues.heartbeat import LOCKED_FOR
 from tests.conversations import server_context
 from tests.redis_troubles import Trouble
-from tests.scripted_relay import Act, Line, Step, command_address, take_after
+from tests.scripted_relay import OBLIGING, Act, Line, Step, command_address, take, take_after
 from tests.servers import ROOT, eventually, free_port
 
 HOUR = 3600
@@ -214,6 +215,47 @@ def greylist() -> dict[str, Step]:
         return reply
 
     return {"RCPT": rcpt}
+
+
+def deny_two_for_ever(stage: Stage) -> None:
+    """Refuses the first two mails' recipients with what Postfix says of a domain that it does not relay to."""
+    denied = {address for mail in stage.mails[:2] for address in mail.recipients}
+    stage.doomed |= {mail.key for mail in stage.mails[:2]}
+
+    def rcpt(line: Line) -> str:
+        address = command_address(line.command)
+        return line.say(f"454 4.7.1 <{address}>: Relay access denied" if address in denied else "250 2.1.5 ok")
+
+    stage.relay.script["RCPT"] = [rcpt]
+    eventually(lambda: stage.submitted, 120)
+
+
+def answer_in_real_words(stage: Stage) -> None:
+    """Answers half of all commands as relays really do, with a reply that puts off or says trouble."""
+    with (TESTS / "relay_replies.tsv").open(encoding="utf-8") as table:
+        rows = [row for row in csv.DictReader(table, delimiter="\t", quoting=csv.QUOTE_NONE) if int(row["pause"]) < 20]
+
+    def sometimes(name: str, good: Step) -> Act:
+        said = [row for row in rows if row["phase"] == name and row["verdict"] in ("try again", "trouble")]
+
+        def act(line: Line) -> str:
+            if stage.rng.random() < 0.5:
+                return line.say("{code} {text}".format(**stage.rng.choice(said)))
+            return good(line) if callable(good) else line.say(good)
+
+        return act
+
+    commands = {name: sometimes(name.lower(), OBLIGING[name]) for name in ("MAIL", "RCPT", "DATA")}
+    with stage.relay_says(**commands, DOT=sometimes("dot", take)):
+        stage.wait(stage.scene.spread + 10)
+
+
+def use_up_the_quota(stage: Stage) -> None:
+    """Takes a quarter of the mails, and then says for a while what Microsoft 365 says of the account's daily limit."""
+    stage.relay_has(len(stage.mails) // 4)
+    quota = "554 5.2.0 STOREDRV.Submission.Exception:SubmissionQuotaExceededException; Failed to process message"
+    with stage.relay_says(DOT=quota):
+        stage.wait(40)
 
 
 def refuse_some() -> dict[str, Step]:

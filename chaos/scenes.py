@@ -14,8 +14,10 @@ from chaos.faults import (
     HOUR,
     STEPS_TO,
     Play,
+    answer_in_real_words,
     clean_at_once,
     cut_power,
+    deny_two_for_ever,
     drain,
     flush_scripts,
     greylist,
@@ -41,6 +43,7 @@ from chaos.faults import (
     terminate_group,
     terminate_twice,
     trouble_redis,
+    use_up_the_quota,
     wait_for_death,
 )
 from chaos.stage import QUICK, Scene
@@ -101,6 +104,29 @@ MORE = [
     ),
     Scene(
         "some refused", "the relay refuses some recipients for good", refuse_some_recipients, refuses=True, held=False
+    ),
+    Scene(
+        "two denied for ever",
+        "the relay denies two mails of many, each time, as Postfix does",
+        deny_two_for_ever,
+        settings={"RETRY_SCHEDULE": "1s,1s,1s"},
+        held=False,
+        times=25,
+        limit=30,
+    ),
+    Scene(
+        "real words",
+        "the relay answers half of all commands as real relays do in trouble",
+        answer_in_real_words,
+        settings={"RETRY_SCHEDULE": QUICK},
+        held=False,
+    ),
+    Scene(
+        "quota used up",
+        "the account's daily quota, said with 554, is used up for a while",
+        use_up_the_quota,
+        uncounted=True,
+        held=False,
     ),
     Scene(
         "certificate expired",

@@ -29,6 +29,7 @@ CHOSEN = [  # scene and ON_DOUBT
     ("reply to accept lost", "retry"),
     ("reply to settle lost", "hold"),
     ("relay away", "retry"),
+    ("quota used up", "retry"),
     ("drained", "retry"),
 ]
 
