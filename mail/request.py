@@ -27,6 +27,7 @@ OURS = re.compile(  # headers that this service writes or the relay adds; a call
     r"|dkim-signature|arc-.*|authentication-results|received-spf|delivered-to",
     re.IGNORECASE,
 )
+MAX_HEADERS = 64_000  # characters of all values together
 TOKEN = r"[A-Za-z0-9!#$&^_.+-]+"
 CONTENT_TYPE = re.compile(rf"{TOKEN}/{TOKEN}(?:; ?{TOKEN}={TOKEN})*")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3}|\.\d{6})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
@@ -78,6 +79,8 @@ def body_text(text: str) -> str:
 
 def header_fits(headers: dict[str, str]) -> dict[str, str]:
     """Refuses a structured header that would have to be encoded or cannot be folded (RFC 5322 2.1.1, RFC 2047 5)."""
+    if sum(map(len, headers.values())) > MAX_HEADERS:
+        raise ValueError(f"must have at most {MAX_HEADERS} characters together")
     for name, value in headers.items():
         if STRUCTURED.fullmatch(name) and not (value.isascii() and all(len(word) < 900 for word in value.split(" "))):
             raise ValueError(f"{name} must be ASCII, with no more than 900 characters between two spaces")
@@ -208,7 +211,7 @@ class Request(StrictModel):
     to: Annotated[Mailboxes, Field(min_length=1)]
     cc: Mailboxes = Field(default_factory=list)
     bcc: Mailboxes = Field(default_factory=list)
-    reply_to: Mailboxes = Field(default_factory=list)
+    reply_to: Annotated[Mailboxes, Field(max_length=50, default_factory=list)]
     subject: HeaderText | None = None
     html: BodyText | None = None
     text: BodyText | None = None

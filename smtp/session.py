@@ -9,6 +9,7 @@ accepted, which puts it in doubt if the connection dies; and gateways announce i
 
 from __future__ import annotations
 
+import re
 import smtplib
 import socket
 import ssl
@@ -24,6 +25,8 @@ from smtp.relay import Relay, connect_any, tls_context
 from smtp.verdict import Phase, Reply, Verdict
 
 CHUNK = 64 * 1024  # bytes of the body
+LONGEST_LINE = 8192  # octets of a reply; RFC 5321 4.5.3.1.5 has 512
+MOST_LINES = 200  # of a reply
 PATIENCE = 2  # seconds per reply that is only needed to keep a session
 LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already
 UNSPEAKABLE = (553, "this address cannot be written into an SMTP command")
@@ -38,16 +41,36 @@ class Stopped(Exception):
 
 
 class _Client(smtplib.SMTP):
-    """Raises for a reply that is not SMTP, which must be the last: the next one might answer anything."""
+    """Reads replies within bounds: smtplib keeps all lines of one that never ends. Raises for what is not SMTP, which
+    must be the last: the next reply might answer anything."""
 
     def getreply(self) -> tuple[int, bytes]:
+        said: list[bytes] = []
+        while len(said) < MOST_LINES:
+            line = self._line()
+            said.append(line[4:].strip())
+            if not re.match(rb"[2-5]\d\d(?![^ \r\n-])", line):
+                raise smtplib.SMTPResponseException(-1, said[-1])
+            if line[3:4] != b"-":
+                return int(line[:3]), b"\n".join(said)
+        raise smtplib.SMTPResponseException(-1, b"a reply of more lines than any has")
+
+    def _line(self) -> bytes:
+        if not self.sock:
+            raise smtplib.SMTPServerDisconnected("not connected")
+        self.file = self.file or self.sock.makefile("rb")  # smtplib drops it at STARTTLS
         try:
-            code, text = super().getreply()
-        except smtplib.SMTPResponseException:  # so it calls a line of more than 8 KiB, and blames the relay for a 500
-            code, text = -1, b"a reply longer than SMTP allows"
-        if not 200 <= code <= 599:
-            raise smtplib.SMTPResponseException(code, text)
-        return code, text
+            line: bytes = self.file.readline(LONGEST_LINE + 1)
+        except OSError:
+            self.close()
+            raise
+        if not line:
+            self.close()
+            raise smtplib.SMTPServerDisconnected("closed")
+        if len(line) > LONGEST_LINE:
+            self.close()
+            raise smtplib.SMTPResponseException(-1, b"a reply longer than SMTP allows")
+        return line
 
 
 Replies = dict[str, Reply]  # to RCPT, by address

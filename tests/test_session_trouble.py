@@ -437,3 +437,29 @@ def test_why_the_relay_cut_the_body_off_is_read_before_judging(
 def test_a_relay_that_objects_in_mid_body_and_reads_on_is_heard_after_the_dot(words: str) -> None:
     _, outcome = meet({"BODY": words, ".": hang})
     assert fate(outcome) == (Phase.DOT, int(words[:3]), judge(Phase.DOT, int(words[:3])))
+
+
+def endless(line: Line) -> str:
+    """A reply of many lines that never ends."""
+    code = b"220" if not line.relay.commands else b"250"
+    while True:
+        line.say_raw((code + b"-" + b"x" * 1000 + b"\r\n") * 100)
+
+
+@pytest.mark.parametrize(
+    ("script", "phase", "verdict"),
+    [
+        ({"GREETING": endless}, Phase.GREETING, TROUBLE),
+        ({"EHLO": endless}, Phase.HELLO, TROUBLE),
+        ({"MAIL": endless}, Phase.MAIL, TROUBLE),
+        ({"RCPT": endless}, Phase.RCPT, TROUBLE),
+        ({".": endless}, Phase.DOT, IN_DOUBT),
+    ],
+)
+def test_a_reply_that_never_ends_is_given_up_before_it_fills_the_memory(
+    script: Script, phase: Phase, verdict: Verdict
+) -> None:
+    with ScriptedRelay(script) as there:
+        outcome = attempt(at(there.port))
+    assert (outcome.reply.phase, outcome.reply.code, outcome.reply.verdict) == (phase, -1, verdict)
+    assert "more lines than any has" in outcome.reply.text
