@@ -31,6 +31,7 @@ from redis.exceptions import RedisError
 
 import settings
 from ops.aof import cut_unfinished
+from ops.failing import percentage
 from queues import keys
 from queues.table import QUEUES
 
@@ -95,6 +96,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.add_argument(
             f"--{name}-port", type=port_number, default=port, metavar="PORT", help=f"{what} (default {port})"
         )
+    chaos = "of a hundred mails to the catcher, so many fail at random"
+    parser.add_argument("--chaos", type=percentage, default=0, metavar="PERCENT", help=chaos)
     return parser.parse_args(arguments)
 
 
@@ -227,7 +230,8 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     redis, python = Redis(port=ports.redis_port, socket_timeout=2), sys.executable
     stack.start("redis", partial(redis_answers, redis), *redis_command(str(server), ports.redis_port, data))
     if catcher:
-        flags = ("--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port))
+        flags = [f"--{name}-port={getattr(ports, f'{name}_port')}" for name in ("smtp", "mail", "api")]
+        flags.append(f"--chaos={ports.chaos}")
         stack.start("catcher", partial(http_answers, ports.mail_port, "/healthz"), python, "-m", "ops.catcher", *flags)
     stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, "service.py")
     for queue in QUEUES:
