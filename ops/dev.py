@@ -233,7 +233,7 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
         flags = [f"--{name}-port={getattr(ports, f'{name}_port')}" for name in ("smtp", "mail", "api")]
         flags.append(f"--chaos={ports.chaos}")
         stack.start("catcher", partial(http_answers, ports.mail_port, "/healthz"), python, "-m", "ops.catcher", *flags)
-    stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, "service.py")
+    stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, "service.py", "--reload-templates")
     for queue in QUEUES:
         stack.start(queue, partial(worker_answers, redis, queue, stack), python, "worker.py", queue)
     dashboard = ("-m", "ops.dashboard", "--no-login")

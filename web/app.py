@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from bottle import Bottle, HTTPResponse, request
 from pydantic import Field, ValidationError
 
-from mail import counters, sweep
+from mail import counters, sweep, templates
 from mail.address import Mailbox
 from mail.draft import Expired, prepare
 from mail.message import Draft
@@ -33,7 +33,7 @@ from queues import health
 from queues.connection import weaknesses
 from queues.jobs import Accepted, Idempotency, Jobs, Policy
 from queues.offer import Task
-from settings import ApiKey, Settings
+from settings import ApiKey, Settings, SettingsError
 from web import context
 from web.body import SMALL_BODY, BodyBudget, read_json
 from web.errors import Refusal, as_refusal, bad_request, error_response, error_shape, json_response, routing_error
@@ -236,6 +236,9 @@ ROUTES = (  # method, path, handler, scope that the key needs
 
 
 def make_app(settings: Settings, jobs: Jobs, offered: Mapping[str, Task]) -> Middleware:
+    """Returns the application. Raises `SettingsError` if it could not use one of the templates."""
+    if faults := templates.faults():
+        raise SettingsError(faults)
     service, app = Service(settings, jobs, offered), Bottle()
     app.config["catchall"] = False  # Bottle would print the exception, which may quote a request; Middleware does not
     app.default_error_handler = routing_error

@@ -9,6 +9,7 @@ The names of errors are Resend's; docs/api.md lists them.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 from bottle import HTTPError, HTTPResponse
 
 from mail.request import FieldError, Invalid
+from mail.templates import Broken
+from process.log import emit
 from queues.connection import Unavailable
 from queues.jobs import IdempotencyConflict, NotFound, NotPossible
 from web import context
@@ -51,6 +54,9 @@ def as_refusal(error: Exception) -> Refusal:
             return Refusal(404, "not_found", str(error) or "no such mail or job, or it is no longer kept")
         case NotPossible():
             return Refusal(409, "not_possible", str(error))
+        case Broken():
+            emit("crashed", logging.ERROR, request_id=context.current.get().request_id, where=error)
+            return Refusal(500, "application_error", str(error))
         case Unavailable():
             again = f"send this again in {RETRY_AFTER} seconds, with an Idempotency-Key so that it counts once"
             return Refusal(503, "service_unavailable", f"{error}; {again}", headers={"Retry-After": RETRY_AFTER})
