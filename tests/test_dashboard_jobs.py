@@ -57,6 +57,22 @@ def test_markup_in_a_job_is_shown_as_text_and_runs_nothing(served: Running, clie
     assert_nothing_ran(browser)
 
 
+def test_both_queues_are_there_before_their_first_job_and_the_jobs_are_those_of_the_first(
+    served: Running, client: Redis
+) -> None:
+    told = served.ask("GET", "/rq/0/data/queues.json").body["queues"]
+    assert [(queue["name"], queue["count"]) for queue in told] == [("email", 0), ("jobs", 0)]
+    Queue("theirs", connection=client).enqueue("os.getcwd")
+    told = served.ask("GET", "/rq/0/data/queues.json").body["queues"]
+    assert [queue["name"] for queue in told] == ["email", "jobs", "theirs"]
+    page = served.ask("GET", "/rq/0/view/jobs").body
+    assert 'id="select-queue" title="Queue name" value="email"' in page
+    assert '<option value="jobs">' in page
+    assert "'default'" not in page
+    page = served.ask("GET", "/rq/0/view/jobs/jobs/failed/8/asc/1").body
+    assert "contains the failed jobs on queue <strong>jobs</strong>" in page
+
+
 def assert_nothing_ran(browser: Chrome) -> None:
     browser.implicitly_wait(0)
     assert browser.find_elements(By.TAG_NAME, "img") == []
