@@ -188,6 +188,10 @@ class Service:
     def _keeper(self, job_id: str) -> Outbox | Jobs:
         return self.outbox if self.outbox.exists(job_id) else self.jobs
 
+    def home(self) -> HTTPResponse:
+        """Says to a browser what this is."""
+        return json_response(200, {"name": "async-email", "version": VERSION, "docs": "docs/api.md, beside service.py"})
+
     def healthz(self) -> HTTPResponse:
         return json_response(200, {"status": "ok", "version": VERSION})
 
@@ -229,6 +233,7 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("GET", "/jobs/<job_id>", Service.get_job, "full"),
     ("POST", "/jobs/<job_id>/requeue", Service.requeue_job, "full"),
     ("DELETE", "/jobs/<job_id>", Service.delete_job, "full"),
+    ("GET", "/", Service.home, None),
     ("GET", "/healthz", Service.healthz, None),
     ("GET", "/readyz", Service.readyz, None),
     ("GET", "/metrics", Service.metrics, None),
@@ -252,6 +257,8 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
 
     def call(**ids: str) -> HTTPResponse:
         try:
+            if request.environ["PATH_INFO"].encode() != request.environ["bottle.raw_path"].encode("latin-1"):
+                raise Refusal(404, "not_found", "no such path")  # Bottle leaves out what is not UTF-8
             if scope is None:
                 return handler(service)
             context.current.get().key = authenticate(service.settings.api_keys, scope).name

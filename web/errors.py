@@ -74,8 +74,13 @@ def error_name(error: FieldError) -> str:
     return {"attachments": "invalid_attachment", "from": "invalid_from_address"}.get(root, "invalid_parameter")
 
 
+def as_line(body: Json) -> str:
+    """Returns JSON that ends with a line, as a terminal wants it after curl."""
+    return json.dumps(body) + "\n"
+
+
 def json_response(status: int, body: Json, headers: Mapping[str, str] | None = None) -> HTTPResponse:
-    return HTTPResponse(json.dumps(body), status, {"Content-Type": "application/json", **(headers or {})})
+    return HTTPResponse(as_line(body), status, {"Content-Type": "application/json", **(headers or {})})
 
 
 def error_response(refusal: Refusal) -> HTTPResponse:
