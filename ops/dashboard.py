@@ -54,6 +54,7 @@ CSP = (
     "style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+STYLE = Path(__file__).with_name("dashboard_style.css").read_text()
 MAX_BODY = 64 * 1024  # bytes; the buttons send none at all
 
 
@@ -70,6 +71,7 @@ PATCHES = (
     ("rq_dashboard/scripts/jobs.js", "'{{ queue.name }}'", "{{ queue.name|tojson }}", 1),
     ("rq_dashboard/scripts/jobs.js", "queue_name = 'default'", f"queue_name = '{EMAIL}'", 4),
     ("rq_dashboard/jobs.html", "contains all the queued jobs on", "contains the {{ registry_name }} jobs on", 1),
+    ("rq_dashboard/base.html", "</head>", f"<style>{STYLE}</style></head>", 1),
     ("rq_dashboard/base.html", '<script type="text/javascript">', '<script nonce="{{ nonce() }}">', 1),
 )
 
