@@ -106,7 +106,7 @@ class Mail:
     def clock(self) -> str:
         """Returns the time of day, or the day if that is not today."""
         here, now = self.received_at.astimezone(), datetime.now().astimezone()
-        return f"{here:%H:%M}" if here.date() == now.date() else f"{here:%d %b}"
+        return f"{here:%H:%M:%S}" if here.date() == now.date() else f"{here:%d %b}"
 
     @property
     def blind(self) -> set[str]:
@@ -257,7 +257,7 @@ class Site:
     def set_chaos(self) -> None:
         try:
             self.failures.chaos = percentage(bottle.request.forms.get("percent", ""))
-        except ValueError as error:
+        except argparse.ArgumentTypeError as error:
             raise bottle.HTTPError(400, f"percent {error}.") from None
         log.info("chaos percent=%d", self.failures.chaos)
         bottle.redirect("/", 303)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from math import inf
 from typing import NamedTuple
@@ -41,7 +42,7 @@ KINDS = {
 
 def percentage(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,3}", text) or int(text) > 100:
-        raise ValueError("must be a number from 0 to 100")
+        raise ArgumentTypeError(f"must be a number from 0 to 100, and is {text!r}")
     return int(text)
 
 

@@ -243,7 +243,7 @@ def test_chaos_is_a_percentage(inbox: Inbox, percent: str) -> None:
     FAILURES.chaos = 0
     answer = ask(inbox, "/chaos", "POST", {"percent": percent})
     assert (answer.status_code, FAILURES.chaos) == (400, 0)
-    assert "percent must be a number from 0 to 100." in answer.text
+    assert "percent must be a number from 0 to 100, and is " in answer.text
 
 
 def test_an_empty_inbox_says_how_to_send_a_mail(inbox: Inbox) -> None:
