@@ -1,10 +1,12 @@
 """Serves the HTTP API: `python service.py`.
 
-Reads the settings, opens the sockets, and runs API_PROCESSES processes that serve web.app on them.
+Reads the settings, looks at the templates, opens the sockets, and runs API_PROCESSES processes that serve web.app on
+them.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from contextlib import suppress
 
 import tasks
 from mail.address import Mailbox
+from mail.templates import read_again_when_changed
 from process import prefork
 from process.log import emit, set_up
 from process.sd_daemon import on_stop
@@ -32,9 +35,14 @@ def give_memory_back() -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="service.py", description="Serves the HTTP API.")
+    parser.add_argument("--reload-templates", action="store_true", help="use an edited template at once")
+    given = parser.parse_args()
     try:
         settings = load("api_keys", "mail_from")
         check_sender(settings)
+        if given.reload_templates:
+            read_again_when_changed()
         redis = connect(settings.redis_url.get_secret_value())
         app = make_app(settings, Jobs(redis), tasks.OFFERED)
         sockets = listen_on(settings.listen)

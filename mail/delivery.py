@@ -24,7 +24,7 @@ from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import connect
-from queues.jobs import Jobs, Retry, allow_exceptions, queued_at, run_again_in
+from queues.jobs import JobFailed, Jobs, Retry, allow_exceptions, queued_at, run_again_in
 from smtp.envelope import Envelope
 from smtp.pacing import Pacing
 from smtp.policy import MESSAGE
@@ -43,7 +43,7 @@ AFTER = {  # the reply that decided -> what the recipient is after the attempt
 AT_DOT = AFTER | {Verdict.ACCEPTED: Status.IN_DOUBT}  # the reply to RCPT, while the final dot is unanswered
 
 
-class Failed(Exception):
+class Failed(JobFailed):
     """The mail will not be sent unless a person asks again. The text is code and phase, never the relay's words."""
 
 
@@ -246,7 +246,7 @@ def reason(replies: Sequence[Reply]) -> str:
 def _give_up(reason: str) -> NoReturn:
     """Sends the job straight to the failed registry: a person must look."""
     allow_exceptions(0)
-    raise Failed(reason)
+    raise Failed(reason) from None
 
 
 class Dots:

@@ -2,6 +2,7 @@
 
 dev.py                          bin/dev: all of it on this machine
 catcher.py, mailparts.py        its mail catcher: SMTP in and a page; what a mail's bytes hold
+failing.py                      which mail the catcher refuses on purpose
 install.py                      bin/install: the steps from a bare server to a running one, and every upgrade
 server.py, release.py, site.py  the server they change, what of a clone is installed, the nginx site
 aof.py                          cuts what a crash left unfinished off Redis' append-only file

@@ -1,13 +1,13 @@
 """The mail catcher of `bin/dev`: SMTP comes in, nothing goes out, and a page shows what would have been sent.
 
-    python -m ops.catcher [--smtp-port 1025] [--mail-port 8025]
+    python -m ops.catcher [--smtp-port 1025] [--mail-port 8025] [--api-port 8000] [--chaos PERCENT]
 
-Accepts every mail, however malformed, keeps the last 500 (256 MiB at most) in memory with their bytes as they came, and
-shows each as well as possible. A caught mail is hostile: its text is escaped, its HTML runs no script and loads nothing
-from anywhere; no address or subject is logged. `GET /messages` lists the mails as JSON, the oldest first;
-`GET /messages/{n}.eml` is one as received. Accepts any login. Refuses TLS, mails over 64 MiB, every interface except
-127.0.0.1, and requests that name another host (DNS rebinding). SMTP is RFC 5321 with SIZE, 8BITMIME (6152) and
-SMTPUTF8 (6531).
+Accepts every mail, however malformed, but to addresses that fail on purpose (failing.py); keeps the last 500 (256 MiB
+at most) in memory with their bytes as they came, and shows each as well as possible. A caught mail is hostile: its text
+is escaped, its HTML runs no script and loads nothing from anywhere; no address or subject is logged. `GET /messages`
+lists the mails as JSON, the oldest first; `GET /messages/{n}.eml` is one as received. Accepts any login. Refuses TLS,
+mails over 64 MiB, every interface except 127.0.0.1, and requests that name another host (DNS rebinding). SMTP is RFC
+5321 with SIZE, 8BITMIME (6152) and SMTPUTF8 (6531).
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ from email.utils import getaddresses, parseaddr
 from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, unquote, urlsplit
 
+import aiosmtpd.smtp
 import bottle
-from aiosmtpd.smtp import SMTP, AuthResult, Envelope
+from aiosmtpd.smtp import SMTP, AuthResult
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from waitress.server import create_server
 
+from ops import failing
+from ops.failing import KINDS, Failures, Kind, percentage
 from ops.mailparts import CID, Content, readable, take_apart
 from settings import is_loopback
 
@@ -45,6 +48,7 @@ KEPT_BYTES = 256 * 2**20
 SIZE_LIMIT = 64 * 2**20
 
 TABS = ("html", "text", "headers", "source")
+SHARES = (0, 10, 25, 50, 100)  # percent of all mails, for the page's switch
 # Chromium opens a connection for these even where the policy forbids what they would load.
 PRECONNECTS = re.compile(r"<(?=(?:link|i?frame|fencedframe|object|embed)\b)", re.IGNORECASE)
 
@@ -66,6 +70,9 @@ HEADERS = {
     "X-DNS-Prefetch-Control": "off",
 }
 
+# Our Message-ID begins with the mail's id.
+OUR_MESSAGE_ID = re.compile(r"<([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})@[^>]*>")
+
 log = logging.getLogger("ops.catcher")
 
 
@@ -84,6 +91,12 @@ class Mail:
         return next((value for key, value in self.content.headers if key.lower() == name), None)
 
     @property
+    def id(self) -> str | None:
+        """Returns the id by which our API knows the mail."""
+        ours = OUR_MESSAGE_ID.fullmatch(self.header("message-id") or "")
+        return ours[1] if ours else None
+
+    @property
     def sender(self) -> str:
         """Returns the sender as a person would name it."""
         name, address = parseaddr(self.header("from") or "")
@@ -93,7 +106,7 @@ class Mail:
     def clock(self) -> str:
         """Returns the time of day, or the day if that is not today."""
         here, now = self.received_at.astimezone(), datetime.now().astimezone()
-        return f"{here:%H:%M}" if here.date() == now.date() else f"{here:%d %b}"
+        return f"{here:%H:%M:%S}" if here.date() == now.date() else f"{here:%d %b}"
 
     @property
     def blind(self) -> set[str]:
@@ -116,6 +129,7 @@ class Mail:
         """Returns the mail as `GET /messages` lists it. A header that it lacks is null."""
         return {
             "n": self.n,
+            "id": self.id,
             "received_at": self.received_at.isoformat(timespec="milliseconds"),
             "envelope_from": self.envelope_from,
             "envelope_to": self.envelope_to,
@@ -195,8 +209,8 @@ def add_headers() -> None:
 class Site:
     """Answers the routes of `make_app`."""
 
-    def __init__(self, inbox: Inbox) -> None:
-        self.inbox = inbox
+    def __init__(self, inbox: Inbox, failures: Failures, api: str) -> None:
+        self.inbox, self.failures, self.api = inbox, failures, api
 
     def find(self, n: int) -> Mail:
         for mail in self.inbox.mails:
@@ -212,7 +226,10 @@ class Site:
         mails, tab = self.inbox.mails[::-1], bottle.request.query.tab
         if mail and tab not in TABS:
             tab = "text" if mail.content.html is None else "html"
-        return render("catcher_page.html", version=version, mails=mails, mail=mail, tab=tab, tabs=TABS, kept=KEPT)
+        shown = {"version": version, "mails": mails, "mail": mail, "tab": tab, "tabs": TABS, "kept": KEPT}
+        return render(
+            "catcher_page.html", **shown, kinds=KINDS.values(), chaos=self.failures.chaos, shares=SHARES, api=self.api
+        )
 
     def html(self, n: int) -> str:
         mail = self.find(n)
@@ -234,6 +251,15 @@ class Site:
 
     def clear(self) -> None:
         self.inbox.clear()
+        self.failures.forget()
+        bottle.redirect("/", 303)
+
+    def set_chaos(self) -> None:
+        try:
+            self.failures.chaos = percentage(bottle.request.forms.get("percent", ""))
+        except argparse.ArgumentTypeError as error:
+            raise bottle.HTTPError(400, f"percent {error}.") from None
+        log.info("chaos percent=%d", self.failures.chaos)
         bottle.redirect("/", 303)
 
 
@@ -244,8 +270,8 @@ def download(name: str, content_type: str, data: bytes) -> bytes:
     return data
 
 
-def make_app(inbox: Inbox) -> Any:
-    site, app = Site(inbox), bottle.Bottle()
+def make_app(inbox: Inbox, failures: Failures, api: str) -> Any:
+    site, app = Site(inbox, failures, api), bottle.Bottle()
     app.route(["/", "/messages/<n:int>"], callback=site.page)
     app.route("/healthz", callback=lambda: "ok\n")
     app.route("/messages", callback=lambda: {"messages": [mail.summary() for mail in inbox.mails]})
@@ -253,6 +279,7 @@ def make_app(inbox: Inbox) -> Any:
     app.route("/messages/<n:int>/html", callback=site.html)
     app.route("/messages/<n:int>/attachments/<number:int>", callback=site.attachment)
     app.route("/clear", "POST", site.clear)
+    app.route("/chaos", "POST", site.set_chaos)
     app.add_hook("before_request", guard)
     app.add_hook("after_request", add_headers)
     app.default_error_handler = lambda error: render(
@@ -261,21 +288,63 @@ def make_app(inbox: Inbox) -> Any:
     return app
 
 
+class Envelope(aiosmtpd.smtp.Envelope):
+    """aiosmtpd's, and how the mail fails on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: Kind | None = None
+        self.at_dot: set[Kind] = set()
+
+
 class Handler:
     """aiosmtpd's handler. Logs one line per mail, which says where to look and nothing of what is in it."""
 
-    def __init__(self, inbox: Inbox, page: str) -> None:
-        self.inbox, self.page = inbox, page
+    def __init__(self, inbox: Inbox, failures: Failures, page: str) -> None:
+        self.inbox, self.failures, self.page = inbox, failures, page
 
-    async def handle_DATA(self, _server: object, _session: object, envelope: Envelope) -> str:
+    async def handle_MAIL(
+        self, _server: object, _session: object, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        envelope.mail_from, envelope.drawn = address, self.failures.draw()
+        envelope.mail_options.extend(options)
+        return "250 OK"
+
+    async def handle_RCPT(
+        self, _server: object, _session: object, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        for kind in filter(None, (envelope.drawn, self.failures.of_address(address))):
+            if not kind.at_dot:
+                log.info("refused a recipient as %s: %s", kind.name, kind.reply)
+                return kind.reply
+            envelope.at_dot.add(kind)
+        envelope.rcpt_tos.append(address)
+        envelope.rcpt_options.extend(options)
+        return "250 OK"
+
+    async def handle_DATA(self, server: SMTP, _session: object, envelope: Envelope) -> str:
         raw = envelope.original_content or b""
+        for kind in envelope.at_dot:
+            if kind.reply:
+                log.info("refused a mail as %s: %s", kind.name, kind.reply)
+                return kind.reply
+        if KINDS["slow"] in envelope.at_dot:
+            await asyncio.sleep(failing.SLOWNESS)
+        seen = {mail.header("message-id") for mail in self.inbox.mails}
         mail = self.inbox.catch(envelope.mail_from or "", envelope.rcpt_tos, raw)
         log.info("caught message n=%d size=%d %s/messages/%d", mail.n, len(raw), self.page, mail.n)
+        if KINDS["doubt"] in envelope.at_dot and mail.header("message-id") not in seen:
+            log.info("left it in doubt: hung up instead of an answer")
+            cast(asyncio.WriteTransport, server.transport).abort()
+            await asyncio.sleep(60)  # until aiosmtpd cancels it
         return f"250 OK caught as {mail.n}"
 
 
 class Session(SMTP):
     line_length_limit = SIZE_LIMIT  # a relay refuses lines over 998 bytes; here they are shown
+
+    def _create_envelope(self) -> Envelope:
+        return Envelope()
 
 
 def serve_smtp(listener: socket.socket, handler: Handler) -> None:
@@ -310,16 +379,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ops.catcher", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--smtp-port", type=int, default=1025)
     parser.add_argument("--mail-port", type=int, default=8025)
-    ports = parser.parse_args()
+    parser.add_argument("--api-port", type=int, default=8000, help="where a caught mail's attempts can be read")
+    parser.add_argument("--chaos", type=percentage, default=0, metavar="PERCENT", help="mails that fail at random")
+    given = parser.parse_args()
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.ERROR)
     log.setLevel(logging.INFO)
 
-    inbox = Inbox()
-    smtp, http = listen(ports.smtp_port, "--smtp-port"), listen(ports.mail_port, "--mail-port")
+    inbox, failures = Inbox(), Failures(given.chaos)
+    smtp, http = listen(given.smtp_port, "--smtp-port"), listen(given.mail_port, "--mail-port")
     page = "http://{}:{}".format(*http.getsockname())
-    Thread(target=serve_smtp, args=(smtp, Handler(inbox, page)), daemon=True).start()
+    Thread(target=serve_smtp, args=(smtp, Handler(inbox, failures, page)), daemon=True).start()
     log.info("catching mail on %s:%d, to be seen on %s/", *smtp.getsockname(), page)
-    create_server(make_app(inbox), sockets=[http], ident=None).run()
+    create_server(make_app(inbox, failures, f"http://127.0.0.1:{given.api_port}"), sockets=[http], ident=None).run()
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from process import sd_daemon
 from process.log import emit, set_up, where
 from queues.connection import Unavailable, connect, why_unavailable
 from queues.jobs import Jobs, NotFound, NotPossible
+from queues.table import EMAIL, QUEUES
 from settings import Settings, SettingsError, is_loopback, load
 from web.server import listen_on
 
@@ -53,6 +54,7 @@ CSP = (
     "style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+STYLE = Path(__file__).with_name("dashboard_style.css").read_text()
 MAX_BODY = 64 * 1024  # bytes; the buttons send none at all
 
 
@@ -67,6 +69,9 @@ PATCHES = (
     ("rq_dashboard/workers.html", "<%=", "<%-", 9),
     # It is in a string of the page's script and comes from the page's URL: a link could put its own script there.
     ("rq_dashboard/scripts/jobs.js", "'{{ queue.name }}'", "{{ queue.name|tojson }}", 1),
+    ("rq_dashboard/scripts/jobs.js", "queue_name = 'default'", f"queue_name = '{EMAIL}'", 4),
+    ("rq_dashboard/jobs.html", "contains all the queued jobs on", "contains the {{ registry_name }} jobs on", 1),
+    ("rq_dashboard/base.html", "</head>", f"<style>{STYLE}</style></head>", 1),
     ("rq_dashboard/base.html", '<script type="text/javascript">', '<script nonce="{{ nonce() }}">', 1),
 )
 
@@ -113,7 +118,20 @@ class ShownWorker(Worker):
         return super().all(connection, job_class=ShownJob, serializer=JsonOrNothing)
 
 
+class ShownQueue(Queue):
+    """RQ's, but one without a name is that of the e-mails, and ours are there before their first job."""
+
+    def __init__(self, name: str = EMAIL, *args: Any, **kwargs: Any) -> None:
+        super().__init__(name, *args, **kwargs)
+
+    @classmethod
+    def all(cls, connection: Redis, *args: Any, **kwargs: Any) -> list[Queue]:
+        found = {queue.name: queue for queue in super().all(connection, *args, **kwargs)}
+        return sorted(({name: cls(name, connection) for name in QUEUES} | found).values())
+
+
 upstream.config.serializer = JsonOrNothing
+upstream.Queue = ShownQueue
 upstream.Job = ShownJob
 upstream.Worker = ShownWorker
 upstream.RedisConnectionError = ()  # rq-dashboard answers it with 200; uncaught, it reaches our 503

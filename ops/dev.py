@@ -1,13 +1,14 @@
 """Starts everything on this machine: `bin/dev` runs Redis, the mail catcher, the API, both workers and the dashboard.
 
-Everything listens on loopback, the API key is `dev`, mail goes to the catcher unless SMTP_HOST is set, and the queue is
-kept under var/dev/ from one start to the next. It says what to do if a port is taken or there is no Redis, prints all
-addresses once everything answers, then a line per event. Ctrl-C stops it.
+Everything listens on loopback, the API knows the key `dev` beside those in `.env`, mail goes to the catcher unless
+SMTP_HOST is set, and the queue is kept under var/dev/ from one start to the next. It says what to do if a port is taken
+or there is no Redis, prints all addresses once everything answers, then a line per event. Ctrl-C stops it.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import os
 import re
@@ -30,6 +31,7 @@ from redis.exceptions import RedisError
 
 import settings
 from ops.aof import cut_unfinished
+from ops.failing import percentage
 from queues import keys
 from queues.table import QUEUES
 
@@ -44,9 +46,33 @@ class Failed(Exception):
     """Raised if a part cannot start, or ends by itself. The text is for the person at the terminal."""
 
 
-def find_redis_server() -> str | None:
-    """Returns a server from PATH, else the one that came with our packages."""
-    return shutil.which("valkey-server") or shutil.which("redis-server") or bundled_server()
+def redis_servers() -> list[str]:
+    """Returns the servers on PATH, then the one that came with our packages."""
+    found = shutil.which("valkey-server"), shutil.which("redis-server"), bundled_server()
+    return [server for server in found if server]
+
+
+def find_redis_server(data: Path | None = None) -> str | None:
+    """Returns the first server, of those that can read the folder `data`. Raises `Failed` if there are some, and none
+    can."""
+    servers = redis_servers()
+    if data is None or not servers:
+        return servers[0] if servers else None
+    for server in servers:
+        if can_read(server, data):
+            return server
+    raise Failed(
+        f"{servers[0]} cannot read {data}: a newer server wrote it, or it is damaged. Put that server first on PATH, "
+        f"or start with an empty queue, without the mail that waits in this one: rm -r {data}"
+    )
+
+
+def can_read(server: str, data: Path) -> bool:
+    """Asks the server's own redis-check-rdb, which redis-server and valkey-server are if called so. It refuses what a
+    newer one wrote."""
+    bases = [str(path) for path in data.glob("appendonlydir/*.base.rdb")]
+    name, quiet = Path(server).name.replace("server", "check-rdb"), subprocess.DEVNULL
+    return all(subprocess.run([name, base], executable=server, stdout=quiet).returncode == 0 for base in bases)
 
 
 def bundled_server() -> str | None:
@@ -67,18 +93,37 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         ("mail", 8025, "mail catcher, page"),
         ("redis", 6380, "Redis or Valkey"),
     ):
-        parser.add_argument(f"--{name}-port", type=int, default=port, metavar="PORT", help=f"{what} (default {port})")
+        parser.add_argument(
+            f"--{name}-port", type=port_number, default=port, metavar="PORT", help=f"{what} (default {port})"
+        )
+    chaos = "of a hundred mails to the catcher, so many fail at random"
+    parser.add_argument("--chaos", type=percentage, default=0, metavar="PERCENT", help=chaos)
     return parser.parse_args(arguments)
 
 
+def port_number(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, and is {text!r}")
+    return int(text)
+
+
 def check_ports(ports: dict[str, int]) -> None:
+    """Raises `Failed` unless each of them is free, this user's to take, and named once."""
+    flags: dict[int, str] = {}
     for flag, port in ports.items():
+        if flags.setdefault(port, flag) != flag:
+            raise Failed(f"Port {port} is given twice: choose another with {flags[port]} or {flag}.")
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
-            except OSError:
-                raise Failed(f"Port {port} is taken: stop what uses it, or choose another with {flag}.") from None
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    why = f"Port {port} is taken: stop what uses it, or choose another with {flag}."
+                else:
+                    why = f"Port {port} cannot be opened ({error.strerror}): choose another with {flag}."
+                    why += " Those below 1024 are root's." if error.errno == errno.EACCES else ""
+                raise Failed(why) from None
 
 
 class Stack:
@@ -88,6 +133,7 @@ class Stack:
         self.parts: dict[str, subprocess.Popen[str]] = {}
         self.environment = dict(os.environ)
         self.stopping = threading.Event()
+        self.redis_log = DATA / "redis.log"
 
     def start(self, name: str, answers: Callable[[], bool], *command: str) -> None:
         """Starts one part and waits until it answers. Raises `Failed` if it does not."""
@@ -106,7 +152,7 @@ class Stack:
         while not answers():
             if process.poll() is not None:
                 time.sleep(0.2)  # for its last lines to be printed
-                where = "redis.log in var/dev/ says why" if name == "redis" else "it says why above"
+                where = f"{self.redis_log} says why" if name == "redis" else "it says why above"
                 raise Failed(f"{name} stopped while starting (exit code {process.returncode}); {where}.")
             if self.stopping.is_set() or time.monotonic() > deadline:
                 raise Failed(f"{name} did not answer within {START_TIMEOUT} seconds.")
@@ -164,8 +210,7 @@ def worker_answers(redis: Redis, queue: str, stack: Stack) -> bool:
 
 def run(stack: Stack, ports: argparse.Namespace) -> None:
     """Starts the parts in order, each when the parts that it needs answer."""
-    server = find_redis_server()
-    if not server:
+    if not redis_servers():
         version = ".".join(map(str, sys.version_info[:2]))
         raise Failed(
             f"There is no redis-server or valkey-server on PATH, and for Python {version} none from PyPI: "
@@ -174,19 +219,21 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     configured = settings.load()
     for brought in ("redis_url_file", "api_keys_file"):
         if getattr(configured, brought):
-            raise Failed(f"bin/dev brings its own Redis and API key: take {brought.upper()} out of .env for it.")
+            raise Failed(f"bin/dev brings its own Redis and API key: {brought.upper()} must not be set for it.")
     catcher = configured.smtp_host is None
     names = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
     check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in names})
     data = DATA / ("catcher" if catcher else "relay")
     data.mkdir(parents=True, exist_ok=True)
+    server, stack.redis_log = find_redis_server(data), data / "redis.log"
     stack.environment |= child_settings(ports, configured)
     redis, python = Redis(port=ports.redis_port, socket_timeout=2), sys.executable
-    stack.start("redis", partial(redis_answers, redis), *redis_command(server, ports.redis_port, data))
+    stack.start("redis", partial(redis_answers, redis), *redis_command(str(server), ports.redis_port, data))
     if catcher:
-        flags = ("--smtp-port", str(ports.smtp_port), "--mail-port", str(ports.mail_port))
+        flags = [f"--{name}-port={getattr(ports, f'{name}_port')}" for name in ("smtp", "mail", "api")]
+        flags.append(f"--chaos={ports.chaos}")
         stack.start("catcher", partial(http_answers, ports.mail_port, "/healthz"), python, "-m", "ops.catcher", *flags)
-    stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, "service.py")
+    stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, "service.py", "--reload-templates")
     for queue in QUEUES:
         stack.start(queue, partial(worker_answers, redis, queue, stack), python, "worker.py", queue)
     dashboard = ("-m", "ops.dashboard", "--no-login")
@@ -205,12 +252,11 @@ def redis_command(server: str, port: int, data: Path) -> list[str]:
 
 
 def child_settings(ports: argparse.Namespace, configured: settings.Settings) -> dict[str, str]:
-    digest = hashlib.sha256(settings.DEV_KEY.encode()).hexdigest()
     chosen = {
         "PYTHONUNBUFFERED": "1",
         "REDIS_URL": f"redis://127.0.0.1:{ports.redis_port}/0",
         "LISTEN": f"127.0.0.1:{ports.api_port}",
-        "API_KEYS": f"dev:{digest}:full",
+        "API_KEYS": api_keys(configured),
         "DASHBOARD_LISTEN": f"127.0.0.1:{ports.dashboard_port}",
         "MAIL_FROM": configured.mail_from or "async-email <hello@example.com>",
     }
@@ -219,15 +265,26 @@ def child_settings(ports: argparse.Namespace, configured: settings.Settings) -> 
     return chosen
 
 
+def api_keys(configured: settings.Settings) -> str:
+    """Returns those that `bin/key` made, and bin/dev's own under a name that none of them has."""
+    names, name = {key.name for key in configured.api_keys}, settings.DEV_KEY
+    while name in names:
+        name += "-"
+    own = settings.ApiKey(name, hashlib.sha256(settings.DEV_KEY.encode()).hexdigest(), "full")
+    return ",".join(":".join(key) for key in (*configured.api_keys, own))
+
+
 def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:
-    mail = f"http://127.0.0.1:{ports.mail_port}"
+    mail = f"Caught mail    http://127.0.0.1:{ports.mail_port}"
     if configured.smtp_host:
-        mail = f"mail goes to {configured.smtp_host}:{configured.smtp_port}"
+        mail = f"Mail goes to   {configured.smtp_host}:{configured.smtp_port}"
+    names = ", ".join(key.name for key in configured.api_keys)
+    more = names and f" (and those in .env: {names})"
     return f"""
 async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.
 
-  API            http://127.0.0.1:{ports.api_port}      key: {settings.DEV_KEY}
-  Caught mail    {mail}
+  API            http://127.0.0.1:{ports.api_port}      key: {settings.DEV_KEY}{more}
+  {mail}
   Queues         http://127.0.0.1:{ports.dashboard_port}/rq/
 
 Send a mail:

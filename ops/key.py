@@ -141,7 +141,7 @@ def revoke(file: KeyFile, name: str) -> None:
 
 def changed(file: KeyFile) -> None:
     """Says how to make the API read its keys, which it does when it starts."""
-    restart = "restart the API (bin/dev brings a key of its own, and takes none from .env)"
+    restart = "restart the API (Ctrl-C, and bin/dev again)"
     if SERVER in file.path.parents:
         restart = "systemctl restart async-email-api    # drops no request"
     say(f"Written to {file.path}. The API uses it after: {restart}")

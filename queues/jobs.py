@@ -77,6 +77,10 @@ class NotFound(Exception):
     """There is no such job, or it is no longer kept."""
 
 
+class JobFailed(Exception):
+    """Raised by a job to fail in an ordinary way. The text is the reason, and all that RQ keeps and logs of it."""
+
+
 class NotPossible(Exception):
     """The job is in a state in which this cannot be done. The text says which."""
 

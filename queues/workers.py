@@ -33,6 +33,7 @@ from process import sd_daemon
 from process.log import emit, where
 from queues.connection import Redis, fail_fast, why_unavailable
 from queues.heartbeat import HEARTBEAT_SECONDS, LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
+from queues.jobs import JobFailed
 from queues.quarantine import StrictJob, Unreadable, set_aside, sift
 
 Functions = Mapping[str, Callable[..., Any]]
@@ -112,7 +113,20 @@ def register_again(worker: BaseWorker) -> None:
         pipeline.execute()
 
 
-class JobsWorker(Worker):
+class PlainFailures(BaseWorker):
+    """Tells of a job that failed in an ordinary way by the reason alone: whoever raised `JobFailed` has logged it."""
+
+    def _finalize_failure(self, job: rq.job.Job, queue: rq.Queue, execution: Execution, exc_info: Any) -> None:
+        if isinstance(exc_info[1], JobFailed):
+            exc_info = (*exc_info[:2], None)
+        super()._finalize_failure(job, queue, execution, exc_info)
+
+    def handle_exception(self, job: rq.job.Job, *exc_info: Any) -> None:
+        if not isinstance(exc_info[1], JobFailed):
+            super().handle_exception(job, *exc_info)
+
+
+class JobsWorker(PlainFailures, Worker):
     queue_class = Queue
 
     def run_maintenance_tasks(self) -> None:
@@ -145,7 +159,7 @@ class NoTimeout(BaseDeathPenalty):
     def cancel_death_penalty(self) -> None: ...
 
 
-class EmailWorker(SimpleWorker):
+class EmailWorker(PlainFailures, SimpleWorker):
     """One of a pool: an RQ worker that runs its jobs in its own thread.
 
     RQ's worker makes some fifteen round trips beside its job, several of them as heartbeats. This one makes three; the

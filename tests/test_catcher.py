@@ -17,15 +17,18 @@ from werkzeug.test import Client, TestResponse
 
 from ops import catcher
 from ops.catcher import Inbox, Mail, make_app
+from ops.failing import Failures
 
 PIXEL = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 SCRIPT = "<script>alert(1)</script>"
+FAILURES = Failures()
 
 
-def ask(inbox: Inbox, path: str, method: str = "GET", **environ: str) -> TestResponse:
+def ask(inbox: Inbox, path: str, method: str = "GET", data: Any = None, **environ: str) -> TestResponse:
     """One request to the application. Headers are written as in WSGI: `HTTP_ORIGIN`."""
     environ = {"HTTP_HOST": "127.0.0.1:8025", **environ}
-    return Client(make_app(inbox)).open(path, method=method, environ_overrides=environ)
+    app = make_app(inbox, FAILURES, "http://127.0.0.1:8000")
+    return Client(app).open(path, method=method, data=data, environ_overrides=environ)
 
 
 def compose(subject: str = "Hello", text: str = "Hi.\n", html: str | None = None) -> EmailMessage:
@@ -66,6 +69,7 @@ def test_a_mail_is_listed_with_its_envelope_its_headers_and_its_bodies(inbox: In
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", listed.pop("received_at"))
     assert listed == {
         "n": 1,
+        "id": None,
         "envelope_from": "ada@example.com",
         "envelope_to": ["bob@example.com", "hidden@example.com"],
         "from": "Ada <ada@example.com>",
@@ -210,6 +214,38 @@ def test_what_is_not_there_is_404(inbox: Inbox, path: str) -> None:
     assert ask(inbox, path).status_code == 404
 
 
+def test_a_mail_of_our_api_shows_the_command_that_shows_its_attempts(inbox: Inbox) -> None:
+    message, mail_id = compose(), "6d1f0a52-6f5e-4b57-9d0e-6a2f0b1c8f3d"
+    message["Message-ID"] = f"<{mail_id}@example.com>"
+    catch(inbox, message)
+    assert ask(inbox, "/messages").get_json()["messages"][0]["id"] == mail_id
+    command = f"curl http://127.0.0.1:8000/emails/{mail_id} -H 'Authorization: Bearer dev'"
+    assert command in ask(inbox, "/messages/1").text
+
+
+@pytest.mark.parametrize("message_id", ["<1@example.com>", "<'x-y@a.example>", "6d1f0a52-6f5e-4b57-9d0e-6a2f0b1c8f3d"])
+def test_another_mail_shows_none(inbox: Inbox, message_id: str) -> None:
+    catch(inbox, f"Message-ID: {message_id}\r\n\r\nHi.".encode())
+    assert "/emails/" not in ask(inbox, "/messages/1").text
+
+
+@pytest.mark.parametrize("percent", ["0", "1", "25", "100"])
+def test_the_page_has_a_switch_for_chaos(inbox: Inbox, percent: str) -> None:
+    answer = ask(inbox, "/chaos", "POST", {"percent": percent}, HTTP_ORIGIN="http://127.0.0.1:8025")
+    assert (answer.status_code, answer.headers["Location"]) == (303, "http://127.0.0.1:8025/")
+    page = ask(inbox, "/").text
+    assert f'<option value="{percent}" selected>' in page
+    assert (f"chaos: {percent} % of all mails fail" in page) == (percent != "0")
+
+
+@pytest.mark.parametrize("percent", ["", "-1", "101", "ten", "1.5", "٣"])
+def test_chaos_is_a_percentage(inbox: Inbox, percent: str) -> None:
+    FAILURES.chaos = 0
+    answer = ask(inbox, "/chaos", "POST", {"percent": percent})
+    assert (answer.status_code, FAILURES.chaos) == (400, 0)
+    assert "percent must be a number from 0 to 100, and is " in answer.text
+
+
 def test_an_empty_inbox_says_how_to_send_a_mail(inbox: Inbox) -> None:
     assert "curl" in ask(inbox, "/").text
 
@@ -342,8 +378,12 @@ def test_a_request_for_a_loopback_host_is_answered(inbox: Inbox, host: str) -> N
     "origin",
     ["null", "http://evil.example", "http://127.0.0.1:8000", "https://127.0.0.1:8025", "http://localhost:8025", ""],
 )
-def test_another_site_cannot_clear_the_inbox(inbox: Inbox, origin: str) -> None:
+def test_another_site_cannot_clear_the_inbox_or_make_mail_fail(inbox: Inbox, origin: str) -> None:
     catch(inbox, compose())
     assert ask(inbox, "/clear", "POST", HTTP_ORIGIN=origin).status_code == 403
     assert ask(inbox, "/clear").status_code == 405
     assert len(inbox.mails) == 1
+    FAILURES.chaos = 0
+    assert ask(inbox, "/chaos", "POST", {"percent": "100"}, HTTP_ORIGIN=origin).status_code == 403
+    assert ask(inbox, "/chaos?percent=100").status_code == 405
+    assert FAILURES.chaos == 0

@@ -57,6 +57,45 @@ def test_markup_in_a_job_is_shown_as_text_and_runs_nothing(served: Running, clie
     assert_nothing_ran(browser)
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("path", ["", "0/view/workers", "0/view/jobs/email/failed/8/asc/1", "0/view/job/a"])
+def test_a_page_fits_a_phone_and_is_dark_where_the_reader_wants_it(
+    served: Running, client: Redis, browser: Chrome, path: str
+) -> None:
+    fail(client, "a", error="mail.delivery.Failed: 550 at rcpt, 451 at rcpt\n")
+    phone = {"width": 380, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    try:
+        browser.get(served.page(f"/rq/{path}"))
+        eventually(lambda: "Loading..." not in browser.find_element(By.TAG_NAME, "body").text)
+        assert browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]") == [380, 380]
+        for table in browser.find_elements(By.CSS_SELECTOR, "table"):
+            assert table.rect["x"] + table.rect["width"] <= 380
+        colour = browser.find_element(By.CSS_SELECTOR, ".container").value_of_css_property("background-color")
+        assert colour == "rgba(27, 30, 33, 1)"
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_both_queues_are_there_before_their_first_job_and_the_jobs_are_those_of_the_first(
+    served: Running, client: Redis
+) -> None:
+    told = served.ask("GET", "/rq/0/data/queues.json").body["queues"]
+    assert [(queue["name"], queue["count"]) for queue in told] == [("email", 0), ("jobs", 0)]
+    Queue("theirs", connection=client).enqueue("os.getcwd")
+    told = served.ask("GET", "/rq/0/data/queues.json").body["queues"]
+    assert [queue["name"] for queue in told] == ["email", "jobs", "theirs"]
+    page = served.ask("GET", "/rq/0/view/jobs").body
+    assert 'id="select-queue" title="Queue name" value="email"' in page
+    assert '<option value="jobs">' in page
+    assert "'default'" not in page
+    page = served.ask("GET", "/rq/0/view/jobs/jobs/failed/8/asc/1").body
+    assert "contains the failed jobs on queue <strong>jobs</strong>" in page
+
+
 def assert_nothing_ran(browser: Chrome) -> None:
     browser.implicitly_wait(0)
     assert browser.find_elements(By.TAG_NAME, "img") == []

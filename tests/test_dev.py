@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -127,8 +128,71 @@ def test_a_taken_port_is_one_sentence_that_names_the_flag(project: Path) -> None
     assert running.process.returncode == 1
 
 
+@pytest.mark.parametrize("port", ["0", "65536", "99999", "-1", "80a", "", "1e3", "٨٠"])
+def test_what_is_no_port_is_one_sentence(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        dev.parse_arguments([f"--mail-port={port}"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"bin/dev: error: argument --mail-port: must be a number from 1 to 65535, and is {port!r}"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (
+            errno.EACCES,
+            "Port 80 cannot be opened (Permission denied): choose another with --api-port. Those below 1024",
+        ),
+        (errno.EPERM, "Port 80 cannot be opened (Operation not permitted): choose another with --api-port."),
+        (errno.EADDRNOTAVAIL, "Port 80 cannot be opened (Cannot assign requested address): choose another"),
+        (errno.EADDRINUSE, "Port 80 is taken: stop what uses it, or choose another with --api-port."),
+    ],
+)
+def test_a_port_is_called_taken_only_if_it_is(number: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
+    with pytest.raises(dev.Failed, match=re.escape(said)):
+        dev.check_ports({"--api-port": 80})
+
+
+def test_a_port_given_twice_is_one_sentence() -> None:
+    port = free_port()
+    with pytest.raises(
+        dev.Failed, match=rf"^Port {port} is given twice: choose another with --api-port or --mail-port"
+    ):
+        dev.check_ports({"--api-port": port, "--mail-port": port})
+
+
+def written_by(folder: Path, base: bytes) -> Path:
+    (folder / "appendonlydir").mkdir()
+    (folder / "appendonlydir" / "appendonly.aof.1.base.rdb").write_bytes(base)
+    return folder
+
+
+def test_a_queue_that_no_server_here_can_read_is_one_sentence_with_the_folder_and_the_remedy(tmp_path: Path) -> None:
+    """As Redis 7.0 finds what Valkey 9 wrote: `VALKEY080` where it looks for `REDIS`."""
+    folder = written_by(tmp_path, b"KEYDB999" + bytes(80))
+    with pytest.raises(dev.Failed, match=rf" cannot read {folder}: a newer server wrote it, .* rm -r {folder}$"):
+        dev.find_redis_server(folder)
+
+
+def test_of_two_servers_that_one_starts_which_can_read_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody installed redis-server after the bundled Valkey had written the folder."""
+    older = tmp_path / "redis-server"
+    older.write_text('#!/bin/sh\n! grep -q ^VALKEY "$1"\n')
+    older.chmod(0o755)
+    monkeypatch.setattr(dev, "redis_servers", lambda: [str(older), "/bin/true"])
+    assert dev.find_redis_server(tmp_path) == str(older)
+    written_by(tmp_path, b"VALKEY080")
+    assert dev.find_redis_server(tmp_path) == "/bin/true"
+
+
 def test_no_redis_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dev, "find_redis_server", lambda: None)
+    monkeypatch.setattr(dev, "redis_servers", lambda: [])
     with pytest.raises(dev.Failed, match=r"install one \(Debian, Ubuntu: sudo apt install redis-server\)"):
         dev.run(dev.Stack(), dev.parse_arguments([]))
 
@@ -158,9 +222,56 @@ def test_a_python_without_venv_is_one_sentence(project: Path, tmp_path: Path, mo
     assert ran.stderr.count("\n") == 1
 
 
+def test_a_key_that_bin_key_made_opens_the_api_beside_dev(running: Dev) -> None:
+    made = [sys.executable, "-c", "from ops.key import main; main()", "new", "dev", "--file", ".env"]
+    key = subprocess.run(made, cwd=running.project, capture_output=True, text=True, check=True).stdout.strip()
+    assert "key: dev (and those in .env: dev)" in running.start_and_read_the_welcome()
+    mail_id = Api(running.ports["api"], key).submit(MAIL)
+    assert Api(running.ports["api"], "dev").email(mail_id)["id"] == mail_id
+    assert Api(running.ports["api"], key).get(f"/emails/{mail_id}").body["name"] == "restricted_api_key"
+
+
+def venv(project: Path, tmp_path: Path, *arguments: str) -> list[str]:
+    """What bin/venv says, and the files that it has installed, with a pip that only says so."""
+    ran = subprocess.run([project / "bin/venv", *arguments], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    log = tmp_path / "pip.log"
+    installed = log.read_text().split() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return [*ran.stdout.splitlines(), *(name for name in installed if name.endswith(".txt"))]
+
+
+def test_bin_dev_installs_only_what_it_runs_and_bin_test_the_rest(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = tmp_path / "pip"
+    pip.write_text(f"#!/bin/sh\necho $* >>{tmp_path}/pip.log; echo Collecting six==1.0 from here\n")
+    pip.chmod(0o755)
+    fake(
+        tmp_path,
+        "python3",
+        f'case "$*" in *--clear*) mkdir -p .venv/bin && cp {pip} .venv/bin; exit;; esac\nexec {sys.executable} "$@"',
+        monkeypatch,
+    )
+    run = ["requirements.txt", "requirements-dev.txt"]
+    assert venv(project, tmp_path) == ["Making .venv (once; it takes about half a minute):", "  six==1.0", *run]
+    assert venv(project, tmp_path) == []
+    more = ["Adding to .venv what the tests need (once):", "  six==1.0", *run, "requirements-test.txt"]
+    assert venv(project, tmp_path, "--tests") == more
+    assert venv(project, tmp_path, "--tests") == venv(project, tmp_path) == []
+    (project / "requirements-test.txt").write_text("")
+    assert venv(project, tmp_path)[-2:] == run
+
+
+def test_bin_test_says_at_once_how_to_use_it(project: Path) -> None:
+    ran = subprocess.run([project / "bin/test", "-x", "--help"], capture_output=True, text=True, timeout=5, check=True)
+    assert "Arguments go to pytest" in ran.stdout
+    assert not (project / ".venv").exists()
+
+
 def test_with_a_relay_in_the_environment_there_is_no_catcher(monkeypatch: pytest.MonkeyPatch) -> None:
     ports = dev.parse_arguments([])
     monkeypatch.setenv("SMTP_HOST", "relay.example.com")
     configured = settings.load()
     assert "SMTP_HOST" not in dev.child_settings(ports, configured)
-    assert "mail goes to relay.example.com:587" in dev.welcome(ports, configured)
+    assert "Mail goes to   relay.example.com:587" in dev.welcome(ports, configured)

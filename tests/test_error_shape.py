@@ -37,6 +37,7 @@ CASES: dict[str, tuple[int, str, str, str, bytes | None, dict[str, str]]] = {
     "no such path": (404, "not_found", "GET", "/nothing", None, {}),
     "no such mail": (404, "not_found", "GET", f"/emails/{UNKNOWN_ID}", None, {}),
     "no such job": (404, "not_found", "GET", f"/jobs/{UNKNOWN_ID}", None, {}),
+    "path that is not UTF-8 at its end": (404, "not_found", "POST", "/emails%ff", b"{}", {}),
     "path that is not UTF-8": (404, "not_found", "GET", "/%ff%fe", None, {}),
     "unheard-of method": (405, "method_not_allowed", "BREW", "/emails", None, {}),
     "compressed": (415, "unsupported_media_type", "POST", "/emails", b"{}", {"Content-Encoding": "gzip"}),
@@ -98,7 +99,7 @@ def test_no_route_but_the_probes_answers_without_a_key(app_without_redis: Middle
 
 
 def test_only_the_probes_and_the_metrics_need_no_key() -> None:
-    assert {path for _, path, _, scope in web_app.ROUTES if not scope} == {"/healthz", "/readyz", "/metrics"}
+    assert {path for _, path, _, scope in web_app.ROUTES if not scope} == {"/", "/healthz", "/readyz", "/metrics"}
 
 
 @pytest.mark.parametrize("path", sorted({path for _, path in EACH}))
@@ -110,7 +111,7 @@ def test_every_route_says_which_methods_it_takes(app_without_redis: Middleware, 
     assert answer.headers["Allow"] in answer.body["message"]
 
 
-@pytest.mark.parametrize(("method", "path"), [one for one in EACH if one[1] not in ("/healthz", "/metrics")])
+@pytest.mark.parametrize(("method", "path"), [one for one in EACH if one[1] not in ("/", "/healthz", "/metrics")])
 def test_every_route_that_needs_redis_says_when_it_is_away(
     app_without_redis: Middleware, method: str, path: str
 ) -> None:
@@ -188,3 +189,18 @@ def test_a_name_with_two_addresses_is_served_alike_on_both(monkeypatch: pytest.M
         for address in both:
             [answer] = spoken(api.port, b"nonsense\r\n\r\n", host=address)
             held_to_the_shape(answer, 400, "validation_error")
+
+
+@pytest.mark.parametrize(
+    "request_line", ["GET / HTTP/1.1", "GET /nowhere HTTP/1.1", "GET /healthz HTTP/1.1", "G ET / HTTP/1.1"]
+)
+def test_every_answer_in_json_ends_with_a_line(api: Api, request_line: str) -> None:
+    with socket.create_connection(("127.0.0.1", api.port), timeout=10) as connection:
+        connection.sendall(f"{request_line}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        raw = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert raw.endswith(b"}\n")
+
+
+def test_the_first_page_says_what_this_is(api: Api) -> None:
+    answer = api.call("GET", "/", headers={"Authorization": ""})
+    assert answer.body == {"name": "async-email", "version": web_app.VERSION, "docs": "docs/api.md, beside service.py"}

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
+from rq import Queue
+from rq.serializers import JSONSerializer
 
 from process.log import EVENTS
 from tests.http_api import MAIL
@@ -32,7 +35,9 @@ def happen(house: House) -> None:
     house.worker()
     for to, state in (("ada@example.com", "sent"), ("gone@example.com", "failed")):
         api.wait_for(api.submit(MAIL | {"to": to}), state)
-    eventually(lambda: "Traceback" in house.log("worker-email"))  # RQ tells of each job that failed
+    with redis.Redis.from_url(house.environment["REDIS_URL"]) as client:
+        Queue("email", connection=client, serializer=JSONSerializer).enqueue("os.getcwd")
+    eventually(lambda: "Traceback" in house.log("worker-email"))  # RQ tells of each job that should not fail
 
 
 def lines(house: House, name: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from redis import Redis
 
 from tests.http_api import MAIL, stored
 from tests.redis_troubles import stopped
-from tests.servers import ROOT, Api, House, RedisServer, free_port
+from tests.servers import ROOT, Api, House, RedisServer, copy_project, eventually, free_port
 
 pytestmark = pytest.mark.usefixtures("client")
 Process = tuple[subprocess.Popen[bytes], Api]
@@ -94,3 +94,30 @@ def test_a_sender_that_no_mail_could_have_is_refused_at_the_start(tmp_path: Path
 def test_it_starts_while_redis_is_away(tmp_path: Path) -> None:
     with House(tmp_path, f"redis://127.0.0.1:{free_port()}") as house:
         assert house.api().post("/emails", MAIL).status == 503
+
+
+def test_a_broken_template_stops_the_start_with_one_sentence(house: House, tmp_path: Path) -> None:
+    root = copy_project(tmp_path)
+    (root / "templates" / "welcome" / "body.txt").write_text("Hello\n{{ name\n")
+    command = [sys.executable, str(root / "service.py")]
+    ran = subprocess.run(command, env=house.environment, cwd=house.directory, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("templates/welcome/body.txt, line 2: unexpected end of template")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_a_template_broken_while_it_runs_is_named_in_the_answer_and_in_the_log(house: House, tmp_path: Path) -> None:
+    house.root = copy_project(tmp_path)
+    port = free_port()
+    house.environment["LISTEN"] = f"127.0.0.1:{port}"
+    house.run("api-reload", str(house.root / "service.py"), "--reload-templates")
+    api = Api(port)
+    eventually(lambda: api.answers("/healthz"))
+    welcome = {"to": "ada@example.com", "template": {"id": "welcome", "variables": {"name": "Ada"}}}
+    assert api.post("/emails", welcome).status == 202
+    (house.root / "templates" / "welcome" / "body.txt").write_text("Hello {{ name }")
+    answer = api.post("/emails", welcome)
+    assert (answer.status, answer.body["name"]) == (500, "application_error")
+    assert answer.body["message"] == "templates/welcome/body.txt, line 1: unexpected '}'"
+    crashed = f'crashed request_id={answer.body["request_id"]} where="{answer.body["message"]}"'
+    assert crashed in house.log("api-reload")

@@ -23,7 +23,7 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
     "mail": {"smtp", "queues", "settings", "process.log"},
     "tasks": {"mail.delivery", "queues.offer", "settings"},
     "web": {"mail", "queues", "settings", "process"},
-    "service": {"web", "tasks", "mail.address", "queues", "settings", "process"},
+    "service": {"web", "tasks", "mail.address", "mail.templates", "queues", "settings", "process"},
     "worker": {"tasks", "mail.delivery", "queues", "settings", "process"},
 }
 HOMES = {  # an outside thing -> the only rooms or files that may import it

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jinja2 import TemplateNotFound
 
 from mail import templates
 from mail.request import Invalid
-from mail.templates import render
+from mail.templates import Broken, render
 from tests.sample_mails import HOSTILE_JSON, HOSTILE_TEXT, PROPERTY, Json
 
 
@@ -21,10 +21,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder that templates are read from."""
     monkeypatch.setattr(templates, "FOLDER", tmp_path)
     templates.environment.cache_clear()
-    templates.parts.cache_clear()
     yield tmp_path
     templates.environment.cache_clear()
-    templates.parts.cache_clear()
 
 
 def write(folder: Path, **files: str) -> None:
@@ -68,7 +66,7 @@ WRONG_KIND = [  # a template, and what it cannot make of `total`
 
 @pytest.mark.parametrize("template_id", UNKNOWN)
 def test_an_unknown_template_is_refused(template_id: str) -> None:
-    assert refusal(template_id, {"name": "Ada"}) == {"template.id": "no such template"}
+    assert refusal(template_id, {"name": "Ada"}) == {"template.id": "must be one of welcome"}
 
 
 def test_a_way_out_of_the_folder_to_a_template_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,16 +148,87 @@ def test_html_is_escaped_wherever_a_value_stands_in_it(folder: Path) -> None:
     assert subject == text == "<u> <U> <u> <u><i> <u> <u>"
 
 
-@pytest.mark.parametrize(("files", "text"), [({"text": "Hi\n\n"}, "Hi"), ({}, None)])
-def test_a_part_without_its_file_is_none(folder: Path, files: dict[str, str], text: str | None) -> None:
-    write(folder, **files)
-    assert render("x", {}) == ("", text, None)
+def test_a_part_without_its_file_is_none(folder: Path) -> None:
+    write(folder, text="Hi\n\n")
+    assert render("x", {}) == ("", "Hi", None)
+
+
+def test_a_folder_without_a_body_says_which_file_is_missing(folder: Path) -> None:
+    write(folder, subject="Hi", text_body="the name of a body is body.txt")
+    (folder / "y").mkdir()
+    (folder / "y" / "y.html").write_text("Hi")
+    for name in ("x", "y"):
+        assert refusal(name, {}) == {"template.id": f"the folder {folder.name}/{name} must hold body.txt or body.html"}
+    assert refusal("z", {}) == {"template.id": "there is no template"}
+
+
+BROKEN = [  # a file of the template `x`, its text, and what is said of it after the folder's name
+    ("body.txt", "Hi {{ name", "/x/body.txt, line 1: unexpected end of template"),
+    ("body.txt", "Hi\n{{ name }", "/x/body.txt, line 2: unexpected '}'"),
+    ("subject.txt", "{% if a %}Hi", "/x/subject.txt, line 1: Unexpected end of template"),
+    ("body.html", "<p>\n\n{% endfor %}", "/x/body.html, line 3: Encountered unknown tag 'endfor'"),
+    ("body.html", "{{ name|shout }}", "/x/body.html, line 1: No filter named 'shout'"),
+    ("body.html", "{% trans %}Hi{% endtrans %}", "/x/body.html, line 1: Encountered unknown tag 'trans'"),
+    ("body.html", "{{ name is loud }}", "/x/body.html, line 1: No test named 'loud'"),
+    ("body.html", "Hi\n{% include 'x/footer.html' %}", "/x/body.html, line 2: there is no FOLDER/x/footer.html"),
+    ("body.html", "{% extends 'base.html' %}", "/x/body.html, line 1: there is no FOLDER/base.html"),
+    ("part.html", "{% from 'x/no.html' import a %}", "/x/part.html, line 1: there is no FOLDER/x/no.html"),
+    ("body.txt", "Gr\xfc\xdfe", "/x/body.txt: must be UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "said"), BROKEN)
+def test_a_broken_template_is_found_when_the_api_starts(folder: Path, name: str, text: str, said: str) -> None:
+    """Mistakes from questions about Jinja: an open `{{`, `}` for `}}`, a block never closed, a filter of Django's."""
+    write(folder, text="Hi")
+    assert templates.faults() == []
+    (folder / "x" / name).write_text(text, encoding="latin-1")
+    templates.environment.cache_clear()
+    (fault,) = templates.faults()
+    assert fault.startswith(folder.name + said.replace("FOLDER", folder.name)), fault
+
+
+def test_what_may_be_missing_is_no_fault(folder: Path) -> None:
+    write(folder, text="{% include 'no.txt' ignore missing %}{% include ['x/a.txt', 'x/b.txt'] %}", b="{{ c }}")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "footer.html").write_text("no body, and no template either")
+    assert templates.faults() == []
+    assert render("x", {"c": "Hi"})[1] == "Hi"
+
+
+def test_a_folder_with_a_subject_and_no_body_is_found_when_the_api_starts(folder: Path) -> None:
+    write(folder, subject="Hi")
+    assert templates.faults() == [f"the folder {folder.name}/x must hold body.txt or body.html"]
+
+
+def test_an_edited_template_counts_at_once_where_that_is_asked_for(folder: Path) -> None:
+    write(folder, text="one", html="{% include 'x/footer.txt' %}", footer="one")
+
+    def edit(text: str) -> tuple[str, str | None, str | None]:
+        for name in ("body.txt", "footer.txt"):
+            (folder / "x" / name).write_text(text)
+            os.utime(folder / "x" / name, (len(text), len(text)))
+        return render("x", {})
+
+    assert render("x", {}) == edit("three") == ("", "one", "one")
+    templates.read_again_when_changed()
+    assert edit("seven?") == ("", "seven?", "seven?")
+    with pytest.raises(Broken, match=rf"^{folder.name}/x/body.txt, line 1: unexpected end of template"):
+        edit("{{ broken")
+    assert edit("mended!") == ("", "mended!", "mended!")
 
 
 def test_a_template_whose_include_is_missing_is_not_sent_without_it(folder: Path) -> None:
     write(folder, html="{% include 'x/footer.html' %}", text="Hi")
-    with pytest.raises(TemplateNotFound):  # the operator's fault, so a 500 and not the caller's 422
-        render("x", {})
+    with pytest.raises(Broken, match=r"x/body\.html: must include only files that there are"):
+        render("x", {})  # the operator's fault, so a 500 and not the caller's 422
+
+
+def test_what_a_variable_says_is_in_no_fault(folder: Path) -> None:
+    write(folder, text="{% include name %}")
+    with pytest.raises(Broken) as caught:
+        render("x", {"name": "ada@example.com"})
+    assert "ada" not in str(caught.value)
 
 
 def test_lines_of_a_block_leave_no_empty_lines_behind(folder: Path) -> None:

@@ -79,6 +79,42 @@ def test_callbacks_and_webhooks_that_a_job_brings_are_not_called(house: House, c
     assert status(client, job) == "finished"
 
 
+def test_a_mail_that_is_refused_is_one_line_in_the_log_and_in_the_failed_registry(
+    house: House, client: redis.Redis, tmp_path: Path
+) -> None:
+    with Relay() as relay:
+        relay.rcpt["ada@example.com"] = ["550 5.1.1 no such user"]
+        house.environment |= relay.environment(tmp_path) | {"LOG_LEVEL": "INFO"}
+        api = house.api()
+        house.worker("email")
+        mail_id = api.post("/emails", MAIL).body["id"]
+        api.wait_for(mail_id, "failed")
+        eventually(lambda: api.get(f"/jobs/{mail_id}").body["status"] == "failed")
+    job = Job.fetch(mail_id, client, serializer=JSONSerializer)
+    assert failure(client, job) == "mail.delivery.Failed: 550 at rcpt\n"
+    assert job.id in job.failed_job_registry.get_job_ids()
+    assert api.get(f"/jobs/{mail_id}").body["error"] == "mail.delivery.Failed: 550 at rcpt"
+    lines = [line for line in house.log("worker-email").splitlines() if mail_id in line or " INFO " not in line]
+    assert [line.partition(" INFO ")[2] for line in lines] == [f'failed id={mail_id} reason="550 at rcpt"']
+
+
+def test_a_task_may_fail_in_an_ordinary_way_and_else_has_its_traceback(
+    house: House, client: redis.Redis, tmp_path: Path
+) -> None:
+    task = "@task(retry_in=(0,))\ndef look(ordinary: bool) -> None:\n    {}\n"
+    body = "from queues.jobs import JobFailed\n    raise JobFailed('no such customer') if ordinary else KeyError('x')"
+    house.root = project_with(tmp_path / "project", task.format(body))
+    api = house.api()
+    house.worker("jobs")
+    for ordinary in (True, False):
+        job_id = api.post("/jobs", {"task": "look", "args": {"ordinary": ordinary}}).body["job_id"]
+        eventually(lambda job_id=job_id: api.get(f"/jobs/{job_id}").body["status"] == "failed")  # type: ignore[misc]
+        kept = failure(client, Job.fetch(job_id, client, serializer=JSONSerializer))
+        assert (kept == "queues.jobs.JobFailed: no such customer\n") == ordinary
+        assert ("Traceback" in kept) != ordinary
+        assert ("Traceback" in house.log("worker-jobs")) != ordinary
+
+
 def test_an_offered_task_runs_and_its_result_can_be_read(house: House, client: redis.Redis) -> None:
     """why_failed counts the mails that failed, by reason."""
     api = house.api()
@@ -255,6 +291,8 @@ LEANT_ON = {  # what we override in RQ, or call beyond its documentation -> its 
     "rq.worker.base:BaseWorker.prepare_job_execution": "d08dd32962e3f82a",
     "rq.worker.base:BaseWorker.handle_job_success": "9dda7c7d3ca18ee6",
     "rq.worker.base:BaseWorker.handle_job_failure": "7432afe53b9f84ec",
+    "rq.worker.base:BaseWorker.handle_exception": "fffd9b2925ac1432",
+    "rq.worker.base:BaseWorker._finalize_failure": "6d1b8bd1117e9641",
     "rq.worker.base:BaseWorker.handle_job_retry": "541a1b09523069c2",
     "rq.worker.base:BaseWorker.handle_execution_ended": "23748b027980a6cd",
     "rq.worker.base:BaseWorker.heartbeat": "63b1089fd146d19c",

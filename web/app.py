@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from bottle import Bottle, HTTPResponse, request
 from pydantic import Field, ValidationError
 
-from mail import counters, sweep
+from mail import counters, sweep, templates
 from mail.address import Mailbox
 from mail.draft import Expired, prepare
 from mail.message import Draft
@@ -33,7 +33,7 @@ from queues import health
 from queues.connection import weaknesses
 from queues.jobs import Accepted, Idempotency, Jobs, Policy
 from queues.offer import Task
-from settings import ApiKey, Settings
+from settings import ApiKey, Settings, SettingsError
 from web import context
 from web.body import SMALL_BODY, BodyBudget, read_json
 from web.errors import Refusal, as_refusal, bad_request, error_response, error_shape, json_response, routing_error
@@ -193,6 +193,10 @@ class Service:
     def _keeper(self, job_id: str) -> Outbox | Jobs:
         return self.outbox if self.outbox.exists(job_id) else self.jobs
 
+    def home(self) -> HTTPResponse:
+        """Says to a browser what this is."""
+        return json_response(200, {"name": "async-email", "version": VERSION, "docs": "docs/api.md, beside service.py"})
+
     def healthz(self) -> HTTPResponse:
         return json_response(200, {"status": "ok", "version": VERSION})
 
@@ -234,6 +238,7 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("GET", "/jobs/<job_id>", Service.get_job, "full"),
     ("POST", "/jobs/<job_id>/requeue", Service.requeue_job, "full"),
     ("DELETE", "/jobs/<job_id>", Service.delete_job, "full"),
+    ("GET", "/", Service.home, None),
     ("GET", "/healthz", Service.healthz, None),
     ("GET", "/readyz", Service.readyz, None),
     ("GET", "/metrics", Service.metrics, None),
@@ -241,6 +246,9 @@ ROUTES = (  # method, path, handler, scope that the key needs
 
 
 def make_app(settings: Settings, jobs: Jobs, offered: Mapping[str, Task]) -> Middleware:
+    """Returns the application. Raises `SettingsError` if it could not use one of the templates."""
+    if faults := templates.faults():
+        raise SettingsError(faults)
     service, app = Service(settings, jobs, offered), Bottle()
     app.config["catchall"] = False  # Bottle would print the exception, which may quote a request; Middleware does not
     app.default_error_handler = routing_error
@@ -254,6 +262,8 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
 
     def call(**ids: str) -> HTTPResponse:
         try:
+            if request.environ["PATH_INFO"].encode() != request.environ["bottle.raw_path"].encode("latin-1"):
+                raise Refusal(404, "not_found", "no such path")  # Bottle leaves out what is not UTF-8
             if scope is None:
                 return handler(service)
             context.current.get().key = authenticate(service.settings.api_keys, scope).name

@@ -9,6 +9,7 @@ The names of errors are Resend's; docs/api.md lists them.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 from bottle import HTTPError, HTTPResponse
 
 from mail.request import FieldError, Invalid
+from mail.templates import Broken
+from process.log import emit
 from queues.connection import Unavailable
 from queues.jobs import IdempotencyConflict, NotFound, NotPossible
 from web import context
@@ -51,6 +54,9 @@ def as_refusal(error: Exception) -> Refusal:
             return Refusal(404, "not_found", str(error) or "no such mail or job, or it is no longer kept")
         case NotPossible():
             return Refusal(409, "not_possible", str(error))
+        case Broken():
+            emit("crashed", logging.ERROR, request_id=context.current.get().request_id, where=error)
+            return Refusal(500, "application_error", str(error))
         case Unavailable():
             again = f"send this again in {RETRY_AFTER} seconds, with an Idempotency-Key so that it counts once"
             return Refusal(503, "service_unavailable", f"{error}; {again}", headers={"Retry-After": RETRY_AFTER})
@@ -68,8 +74,13 @@ def error_name(error: FieldError) -> str:
     return {"attachments": "invalid_attachment", "from": "invalid_from_address"}.get(root, "invalid_parameter")
 
 
+def as_line(body: Json) -> str:
+    """Returns JSON that ends with a line, as a terminal wants it after curl."""
+    return json.dumps(body) + "\n"
+
+
 def json_response(status: int, body: Json, headers: Mapping[str, str] | None = None) -> HTTPResponse:
-    return HTTPResponse(json.dumps(body), status, {"Content-Type": "application/json", **(headers or {})})
+    return HTTPResponse(as_line(body), status, {"Content-Type": "application/json", **(headers or {})})
 
 
 def error_response(refusal: Refusal) -> HTTPResponse:

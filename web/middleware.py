@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
@@ -15,7 +14,7 @@ from bottle import Bottle
 from mail import counters
 from process.log import emit, where
 from web.context import Context, current
-from web.errors import error_shape
+from web.errors import as_line, error_shape
 
 
 class Middleware:
@@ -48,7 +47,7 @@ class Middleware:
             emit("crashed", logging.ERROR, request_id=request_id, where=where(error))
             start("500 Internal Server Error", [("Content-Type", "application/json")])
             text = "this is a fault of the service; its log has the request_id"
-            return [json.dumps(error_shape(500, "application_error", text, request_id)).encode()]
+            return [as_line(error_shape(500, "application_error", text, request_id)).encode()]
 
 
 def log(environ: dict[str, Any], context: Context, status: str, seconds: float) -> None:

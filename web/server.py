@@ -12,7 +12,6 @@ Waitress: https://docs.pylonsproject.org/projects/waitress
 from __future__ import annotations
 
 import errno
-import json
 import socket
 import threading
 import time
@@ -29,7 +28,7 @@ from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from process import sd_daemon
 from queues.connection import is_silent
 from settings import Address
-from web.errors import error_shape
+from web.errors import as_line, error_shape
 from web.grammar import Parser
 from web.middleware import common_headers
 
@@ -63,7 +62,7 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
     def execute(self) -> None:
         error, request_id = self.request.error, uuid.uuid4().hex
         name, text = self.WORDS.get(error.code, ("application_error", "internal error"))
-        body = json.dumps(error_shape(error.code, name, text, request_id)).encode()
+        body = as_line(error_shape(error.code, name, text, request_id)).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers += [("Content-Type", "application/json"), *common_headers(request_id)]
         self.set_close_on_finish()

@@ -1,0 +1,91 @@
+"""docs/clients.md, run as it stands there. A language or package that is not here is skipped."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import ROOT, Api, House, RedisServer
+from tests.test_readme import DEV_KEY
+
+PAGE = (ROOT / "docs" / "clients.md").read_text()
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+RUN = {  # a language of the page -> what runs a file of it
+    "python": [os.environ.get("CLIENTS_PYTHON", sys.executable), "x.py"],
+    "js": ["node", "x.mjs"],
+    "php": ["php", "x.php"],
+}
+DJANGO = """
+from django.conf import settings
+settings.configure(EMAIL_BACKEND=EMAIL_BACKEND, ANYMAIL=ANYMAIL, DEFAULT_FROM_EMAIL=DEFAULT_FROM_EMAIL)
+from django.core.mail import EmailMessage
+message = EmailMessage("Hello", "Hello, Ada.", to=["ada@example.com"])
+message.send()
+print(message.anymail_status.message_id)
+"""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def here(redis_server: RedisServer, tmp_path: Path) -> Iterator[Api]:
+    with House(tmp_path, redis_server.url, API_KEYS=f"{DEV_KEY}:full") as house:
+        yield Api(house.api().port, "dev")
+
+
+def environment(api: Api) -> dict[str, str]:
+    names = ("MAIL_URL", "RESEND_API_URL", "RESEND_BASE_URL")
+    return {**os.environ, **dict.fromkeys(names, f"http://127.0.0.1:{api.port}")}
+
+
+EXAMPLES = {f"{language} {n}": (language, text) for language in RUN for n, text in enumerate(blocks(language), 1)}
+
+
+@pytest.mark.parametrize(("language", "text"), EXAMPLES.values(), ids=EXAMPLES)
+def test_an_example_sends_a_mail(here: Api, tmp_path: Path, language: str, text: str) -> None:
+    program, name = RUN[language]
+    if not shutil.which(program):
+        pytest.skip(f"there is no {program}")
+    if "anymail" in text:
+        text = text.replace("8000", str(here.port)) + DJANGO
+    (tmp_path / name).write_text(text)
+    if modules := os.environ.get("CLIENTS_NODE_MODULES"):
+        (tmp_path / "node_modules").symlink_to(modules)
+    ran = subprocess.run(
+        [program, name], cwd=tmp_path, env=environment(here), capture_output=True, text=True, timeout=60
+    )
+    if re.search(r"No module named|ERR_MODULE_NOT_FOUND", ran.stderr):
+        pytest.skip("a package of it is not installed")
+    assert UUID.fullmatch(ran.stdout.strip()), ran.stderr
+    seen = here.email(ran.stdout.strip())
+    assert (seen["to"], seen["subject"]) == (["ada@example.com"], "Hello")
+
+
+@pytest.mark.parametrize(
+    ("said", "sent"),
+    [(b"done: 3 files\n", 1), (b"", 0), (b"\x1b[32mok\x1b[0m\r\n", 1), (b"Gr\xfc\xdfe '\"$(id)\"'\\\n", 1), (b"\0", 0)],
+)
+def test_what_a_program_says_is_mailed(here: Api, tmp_path: Path, said: bytes, sent: int) -> None:
+    (script,) = blocks("sh")
+    (tmp_path / "mail-output").write_text(script)
+    command = ["sh", "mail-output", 'Backup of "web 1"']
+    ran = subprocess.run(command, cwd=tmp_path, env=environment(here), input=said, capture_output=True, check=True)
+    assert (b'"status": "queued"' in ran.stdout, ran.stderr) == (bool(sent), b"")
+
+
+def test_what_a_program_says_is_not_lost_in_silence(here: Api, tmp_path: Path) -> None:
+    (script,) = blocks("sh")
+    (tmp_path / "mail-output").write_text(script)
+    wrong = environment(here) | {"MAIL_KEY": "wrong"}
+    ran = subprocess.run(["sh", "mail-output", "x"], cwd=tmp_path, env=wrong, input=b"done", capture_output=True)
+    assert ran.returncode != 0
+    assert b"403" in ran.stderr
