@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from ops.checks.system import memory
 from ops.release import CLEAN_ENVIRONMENT, MARK, copy_files, release_id
 from ops.server import Fault, Server, text_of
 from ops.site import set_up_nginx
@@ -69,10 +70,10 @@ def install_packages(server: Server) -> None:
         apt_get_install(server, *missing)
     if "redis-server" in missing:  # nobody uses the instance that the package brings; ours has no port
         server.run("systemctl", "disable", "--now", "redis-server.service")
-    found = re.search(r"v=(\d+)\.(\d+)", server.ask("redis-server", "--version"))
-    if own_redis and not server.dry and found and (int(found[1]), int(found[2])) < (6, 2):
+    version = redis_version(server)
+    if own_redis and not server.dry and version < (6, 2):
         raise Fault(
-            f"Redis {found[1]}.{found[2]} is too old: RQ needs 6.2 to keep the jobs of a worker that is killed. Ubuntu "
+            f"Redis {version[0]}.{version[1]} is too old: RQ needs 6.2 to keep the jobs of a worker that is killed. Ubuntu "
             "22.04 has nothing newer.\nFollow 'Install Redis on Linux' at redis.io for Redis' own packages, or set "
             "REDIS_URL in /etc/async-email/async-email.env to a Redis elsewhere; then: sudo bin/install"
         )
@@ -189,11 +190,23 @@ def redis_password(server: Server) -> str:
     return unquote(urlsplit((text_of(server.credentials / "redis_url") or "").strip()).password or "")
 
 
+def redis_version(server: Server) -> tuple[int, int]:
+    """Returns that of the system's Redis; the newest imaginable where there is none to ask."""
+    found = re.search(r"v=(\d+)\.(\d+)", server.ask("redis-server", "--version"))
+    return (int(found[1]), int(found[2])) if found else (sys.maxsize, 0)
+
+
 def redis_configuration(server: Server) -> str:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     text = (server.tree / "deploy/redis/async-email.conf").read_text()
     digest = hashlib.sha256(redis_password(server).encode()).hexdigest()
-    return text.replace("#SHA256", f"#{digest}").replace("maxmemory MAXMEMORY", f"maxmemory {memory * 2 // 5 >> 20}mb")
+    text = text.replace("#SHA256", f"#{digest}").replace("maxmemory MAXMEMORY", f"maxmemory {most_memory() >> 20}mb")
+    return text if redis_version(server) >= (7, 0) else text.replace("\nshutdown-on-sigterm force\n", "\n")
+
+
+def most_memory() -> int:
+    """Returns how many bytes Redis may use of this machine."""
+    machine = memory()
+    return machine * 2 // 5 if machine >= 2**30 else machine // 4
 
 
 def ask_redis(server: Server, *words: str) -> str:

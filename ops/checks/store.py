@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from redis import Redis
 from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, RedisError, ResponseError
 
+from ops.checks import system
 from ops.checks.findings import FAULT, Finding, Findings, fault, lasting, note, ok, sized, warn
 from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
@@ -258,6 +260,8 @@ def memory(target: Target, settings: Settings) -> Findings:
         info: dict[str, Any] = redis.info()
     at, used, most = address(settings), info["used_memory"], info.get("maxmemory", 0)
     policy, machine = info.get("maxmemory_policy", ""), info.get("total_system_memory", 0)
+    if at.is_here:  # Redis sees the machine, and not the container around both
+        machine = min(machine or sys.maxsize, system.memory())
     yield from weak(info, at, target, "evicting", "full")
     if not most and policy != "noeviction":
         found = f"maxmemory-policy is {policy}: as soon as there is a limit, Redis drops mail silently"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.checks import machine, units
+from ops.checks import machine, system, units
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
 from tests.checks.support import Server, assert_finds, fake, listed, of, worst
@@ -86,6 +86,32 @@ def test_a_clock_that_nobody_sets_is_named(target: Target, tmp_path: Path, monke
     assert_finds(machine.clock(target), WARN, "not synchronised", "sudo timedatectl set-ntp true")
     fake(tmp_path, "timedatectl", "echo yes", monkeypatch)
     assert worst(machine.clock(target)).level == OK
+
+
+# fmt: off
+MEMORY = [  # what a container sees -> the bytes that it may use
+    ({}, None),  # no container
+    ({"proc/1/cgroup": "0::/init.scope\n", "sys/fs/cgroup/memory.max": "536870912\n"}, 512 << 20),  # nspawn, Docker
+    ({"proc/1/cgroup": "0::/init.scope\n", "sys/fs/cgroup/memory.max": "max\n"}, None),
+    ({"proc/1/cgroup": "0::/machine.slice/mail.scope/init.scope\n",  # without a namespace of its own
+      "sys/fs/cgroup/machine.slice/mail.scope/memory.max": "268435456\n",
+      "sys/fs/cgroup/machine.slice/memory.max": "536870912\n"}, 256 << 20),
+    ({"proc/1/cgroup": "4:cpu,cpuacct:/\n3:memory:/docker/1a\n",
+      "sys/fs/cgroup/memory/docker/1a/memory.limit_in_bytes": "1073741824\n"}, 1 << 30),  # version 1
+    ({"proc/1/cgroup": "3:memory:/\n",
+      "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),  # its word for no limit
+    ({"proc/meminfo": "MemTotal:         524288 kB\nMemFree: 1 kB\n"}, 512 << 20),  # LXC, as in Proxmox
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("files", "limit"), MEMORY)
+def test_the_memory_of_a_container_is_what_it_may_use(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
+    """In a container of 512 MB on a machine with 24 GB, Redis got 9.6 GB, and was killed 141 times."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert system.memory(tmp_path) == (limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 WORKER = "async-email-worker@email.service"
