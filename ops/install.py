@@ -73,9 +73,9 @@ def install_packages(server: Server) -> None:
     version = redis_version(server)
     if own_redis and not server.dry and version < (6, 2):
         raise Fault(
-            f"Redis {version[0]}.{version[1]} is too old: RQ needs 6.2 to keep the jobs of a worker that is killed. Ubuntu "
-            "22.04 has nothing newer.\nFollow 'Install Redis on Linux' at redis.io for Redis' own packages, or set "
-            "REDIS_URL in /etc/async-email/async-email.env to a Redis elsewhere; then: sudo bin/install"
+            f"Redis {version[0]}.{version[1]} is too old: RQ needs 6.2 to keep the jobs of a worker that is killed. "
+            "Ubuntu 22.04 has nothing newer.\nFollow 'Install Redis on Linux' at redis.io for Redis' own packages, or "
+            "set REDIS_URL in /etc/async-email/async-email.env to a Redis elsewhere; then: sudo bin/install"
         )
 
 
