@@ -13,7 +13,7 @@ from contextlib import suppress
 import tasks
 from mail.address import Mailbox
 from process import prefork
-from process.log import emit, set_up
+from process.log import emit, say_why_not, set_up
 from process.sd_daemon import on_stop
 from queues.connection import connect
 from queues.jobs import Jobs
@@ -38,10 +38,10 @@ def main() -> int:
         app = make_app(settings, Jobs(connect(settings.redis_url.get_secret_value())), tasks.OFFERED)
         sockets = listen_on(settings.listen)
     except SettingsError as error:
-        print(error, file=sys.stderr)
+        say_why_not(error)
         return 2
     except OSError as error:
-        print(f"LISTEN: cannot listen on {settings.listen}: {error.strerror}", file=sys.stderr)
+        say_why_not(f"LISTEN: cannot listen on {settings.listen}: {error.strerror}")
         return 2
     set_up(settings.log_level, settings.log_format)
     give_memory_back()

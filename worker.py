@@ -167,7 +167,7 @@ def main() -> int:
     try:
         current = settings.load(*QUEUES[queue].needs)
     except settings.SettingsError as error:
-        print(error, file=sys.stderr)
+        log.say_why_not(error)
         return 2
     log.set_up(current.log_level, current.log_format)
     try:
@@ -176,7 +176,7 @@ def main() -> int:
             pooled = QUEUES[queue].pooled
             worker = WorkerPool(queue, current) if pooled else make_worker(JobsWorker, queue, redis, ALLOWED[queue])
     except Unavailable as error:
-        print(f"REDIS_URL: {error}", file=sys.stderr)
+        log.say_why_not(f"REDIS_URL: {error}")
         return 1
     log.emit("worker_started", queue=queue)
     if isinstance(worker, WorkerPool):
