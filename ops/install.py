@@ -248,11 +248,13 @@ def start_services(server: Server) -> None:
 
 
 def runs_something_else(server: Server, unit: str) -> bool:
-    """Returns whether it runs, but not this release or not as this release's unit says."""
+    """Returns whether it runs, but not this release, not as its unit says, or with a file that has been made anew."""
     pid = server.ask("systemctl", "show", "--property=MainPID", "--value", unit)
     if pid in ("", "0"):
         return False
     template = re.sub("@.*", "@.service", unit)
+    if any(f"/{path.name}\n" in (text_of(server.units / template) or "") for path in server.written):
+        return True
     try:
         return template in server.changed_units or os.readlink(f"/proc/{pid}/cwd") != str(server.release)
     except OSError:

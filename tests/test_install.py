@@ -394,6 +394,32 @@ def test_a_site_that_nginx_does_not_take_is_taken_out_again(
     refused()
 
 
+# --- the services -----------------------------------------------------------------------------------------------------
+
+
+def test_a_service_whose_secret_was_made_anew_is_restarted(
+    server: Server, monkeypatch: pytest.MonkeyPatch, noted: list[str]
+) -> None:
+    """Else it runs on with the old one: 503 to every request, after the doctor's own remedy."""
+    install.configure(server)
+    install.make_release(server)
+    install.install_units(server)
+    again = Server(server.source, under=server.units.parents[2])
+    install.make_release(again)
+    install.install_units(again)
+    (again.credentials / "redis_url").unlink()
+    (again.credentials / "api_keys").unlink()
+    install.configure(again)
+    monkeypatch.setattr(Server, "ask", lambda _, *command, **__: "1" if "--property=MainPID" in command else "")
+    monkeypatch.setattr(os, "readlink", lambda _: str(again.release))
+    units = (*install.WORKERS, install.API, install.DASHBOARD)
+    assert [unit for unit in units if install.runs_something_else(again, unit)] == list(units)
+    again.written = {again.credentials / "api_keys"}
+    assert [unit for unit in units if install.runs_something_else(again, unit)] == [install.API]
+    again.written = set()
+    assert not any(install.runs_something_else(again, unit) for unit in units)
+
+
 # --- the units --------------------------------------------------------------------------------------------------------
 
 

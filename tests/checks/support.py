@@ -99,6 +99,7 @@ class Server:
             nginx=folder / "nginx",
             redis_data=folder,
             systemd=folder / "systemd",
+            credentials=folder / "run",
             selinux=folder / "enforce",
             user="nobody",
             owner=os.getuid(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.checks import machine, system, units
+from ops.checks import configuration, machine, system, units
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
 from tests.checks.support import Server, assert_finds, fake, listed, of, worst
@@ -28,7 +29,8 @@ def test_nginx_in_front_is_asked_as_anybody_would(server: Server, monkeypatch: p
     server.write("nginx/sites-enabled/async-email", "")
     well, moved = http("200 OK", '{"status": "ok"}'), http("301 Moved", location="https://acme.example/healthz")
     no_api, other = http("502 Bad Gateway"), http("404 Not Found")
-    with ScriptedRelay({"GREETING": raw(b""), "GET": [well, moved, no_api, no_api, other]}) as front:
+    ready = http("200 OK", '{"status": "ready"}')
+    with ScriptedRelay({"GREETING": raw(b""), "GET": [well, ready, moved, no_api, no_api, other]}) as front:
         server.target.http_port = front.port
         assert_finds(machine.nginx(server.target), OK, "the API answers through nginx")
         assert_finds(machine.nginx(server.target), OK, "to https")
@@ -36,7 +38,48 @@ def test_nginx_in_front_is_asked_as_anybody_would(server: Server, monkeypatch: p
         server.write("enforce", "1\n")
         assert_finds(machine.nginx(server.target), FAULT, "SELinux", "httpd_can_network_connect 1")
         assert_finds(machine.nginx(server.target), FAULT, "another site", "sites-enabled/default")
-    assert front.commands[0] == "GET /healthz HTTP/1.1"
+    assert [line for line in front.commands if line.startswith("GET")][:2] == [
+        "GET /healthz HTTP/1.1",
+        "GET /readyz HTTP/1.1",
+    ]
+
+
+NOT_READY = (
+    (
+        "Redis does not accept our password; send this again in 5 seconds",
+        "refuses mail with 503: Redis does not accept",
+    ),
+    ("Redis is out of memory (maxmemory is reached); send this again", "503: Redis is out of memory (maxmemory is rea"),
+    ("Redis keeps no append-only file, so a crash loses accepted mail", "503: Redis keeps no append-only file"),
+    ("Redis does not answer; send this again in 5 seconds", "503: Redis does not answer"),
+    ("Redis cannot write to its disk, so it refuses writes; send this", "503: Redis cannot write to its disk"),
+)
+
+
+@pytest.mark.parametrize(("message", "found"), NOT_READY)
+def test_an_api_that_is_up_and_refuses_every_mail_is_a_fault(
+    server: Server, monkeypatch: pytest.MonkeyPatch, message: str, found: str
+) -> None:
+    """All was said to be well while 1,125 of 1,125 requests were answered 503: the API ran with an old password."""
+    fake(server.folder, "nginx", "exit 0", monkeypatch)
+    server.write("nginx/sites-enabled/async-email", "")
+    well = http("200 OK", '{"status": "ok"}')
+    refuses = http("503 Service Unavailable", json.dumps({"statusCode": 503, "message": message}))
+    with ScriptedRelay({"GREETING": raw(b""), "GET": [well, refuses]}) as front:
+        server.target.http_port = front.port
+        said = listed(machine.nginx(server.target))
+    [one] = said
+    assert (one.level, found in one.found) == (FAULT, True)
+    assert "sudo systemctl restart async-email-api" in one.fix
+
+
+def test_an_api_that_does_not_start_is_not_blamed_on_nginx(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests wait in systemd's socket for it, as on each fresh installation without SMTP_HOST."""
+    fake(server.folder, "nginx", "exit 0", monkeypatch)
+    server.write("nginx/sites-enabled/async-email", "")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server.target.http_port, server.target.timeout = silent.getsockname()[1], 0.2
+        assert_finds(machine.nginx(server.target), FAULT, "the API does not answer", "settings and units")
 
 
 def test_nginx_that_is_not_set_up_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +219,43 @@ def test_a_unit_that_still_runs_the_last_release_is_named(server: Server) -> Non
             process.kill()
         assert said.level == level, said
     assert "still runs" not in said.found
+
+
+API, DASHBOARD = "async-email-api.service", "async-email-dashboard.service"
+
+
+def test_a_service_that_runs_with_an_older_file_than_there_is_now_is_named(server: Server) -> None:
+    """The commonest mistake: an edit without a restart. The doctor read the new file, and all was well."""
+    now = str(int(time.monotonic() * 1e6))
+    for path in (server.env, *(server.folder / "etc/credentials").iterdir()):
+        os.utime(path, (time.time() - 3600,) * 2)
+    server.units(*units.UNITS, ExecMainStartTimestampMonotonic=now)
+    assert worst(units.running(server.target)).level == OK
+    os.utime(server.env, (time.time() + 60,) * 2)
+    [said] = listed(units.running(server.target))
+    assert said.level == WARN
+    assert said.found.startswith(f"{server.env} was changed after it was read by {API} and async-email-worker@email")
+    assert said.fix == f"sudo systemctl restart {' '.join(configuration.SERVICES)}"
+    server.units(API, ActiveState="activating", SubState="auto-restart", ExecMainStartTimestampMonotonic=now)
+    assert not any("was changed" in one.found for one in listed(units.running(server.target)))
+
+
+@pytest.mark.parametrize("unit", configuration.SERVICES)
+def test_what_a_service_has_read_is_compared_with_what_is_there(server: Server, unit: str) -> None:
+    """Also a file that came back from a backup with its old date."""
+    passed = configuration.passed_to(unit, server.target)
+    for name, path in passed.items():
+        server.write(f"run/{unit}/{name}", path.read_text(), 0o600)
+        os.utime(path, (time.time() + 60,) * 2)  # saved again as it was
+    server.units(unit, ExecMainStartTimestampMonotonic="1")
+    assert worst(units.running(server.target)).level == OK
+    for path in passed.values():
+        before = path.read_text()
+        path.write_text(f"{before}#\n")
+        os.utime(path, (1, 1))
+        level = NOTE if unit == DASHBOARD else WARN
+        assert_finds(units.running(server.target), level, f"{path} was changed", f"sudo systemctl restart {unit}")
+        path.write_text(before)
 
 
 def test_where_there_is_no_systemd_nginx_or_timedatectl_nothing_is_wrong(
