@@ -36,6 +36,7 @@ from queues.table import QUEUES
 KNOWN = {"debian 12", "ubuntu 22.04", "ubuntu 24.04"}
 KEPT = 3  # releases
 WORKERS = tuple(f"async-email-worker@{queue}.service" for queue in QUEUES)
+WORKER = "async-email-worker@.service"
 API = "async-email-api.service"
 DASHBOARD = "async-email-dashboard.service"
 SOCKET = "async-email-api.socket"
@@ -229,6 +230,9 @@ def switch(server: Server) -> None:
 def start_services(server: Server) -> None:
     if server.ask("systemctl", "is-enabled", TARGET) != "enabled":
         server.run("systemctl", "enable", TARGET, SOCKET, *WORKERS, API, DASHBOARD)
+    enabled = [unit for unit in WORKERS if server.ask("systemctl", "is-enabled", unit) == "enabled"]
+    if enabled and WORKER in server.changed_units:  # it may have another [Install] now
+        server.run("systemctl", "enable", *enabled)
     if SOCKET in server.changed_units and server.ask("systemctl", "is-active", SOCKET) == "active":
         server.say("its unit has changed, so the API's socket is opened anew; for a moment requests are refused")
         server.run("systemctl", "restart", SOCKET)
@@ -330,6 +334,8 @@ def farewell(server: Server) -> str:
         "\nTry it:\n",
         f"    curl -X POST http://127.0.0.1/start-job -H 'Authorization: Bearer {server.new_key or 'YOUR-API-KEY'}' \\",
         '         -H \'Content-Type: application/json\' -d \'{"name": "Ada", "email": "you@example.com"}\'',
+        "\nKnown from guides: `systemctl status async-email-worker` and `journalctl -u async-email-api -f` work here.",
+        f"Instead of `redis-cli ping`, which asks another Redis than ours: sudo {server.current}/bin/doctor",
         f"\nTLS, backup, and what to do at night: {server.current}/docs/operations.md",
     ]
     return "\n".join(lines)
