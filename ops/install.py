@@ -149,7 +149,10 @@ def start_redis(server: Server) -> None:
         server.run("systemctl", "restart", REDIS)
     if server.dry:
         return
-    if "aof_enabled:0" in ask_redis(server, "info", "persistence"):
+    said = ask_redis(server, "info", "persistence")
+    if "loading:1" in said:  # it says aof_enabled:0 until it is done
+        raise Fault(f"{REDIS} is still reading its append-only file; wait, and then again: sudo bin/install")
+    if "aof_enabled:0" in said:
         switch_on_file(server)
     if "aof_enabled:1" not in ask_redis(server, "info", "persistence"):
         raise Fault(

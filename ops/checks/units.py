@@ -123,7 +123,7 @@ def about(unit: Unit, target: Target) -> Findings:
         yield why_not(unit)
     elif int(unit.get("NRestarts") or 0) >= OFTEN and up_for(unit) < LATELY:
         found = f"{name} has run for {lasting(up_for(unit))}, after {unit['NRestarts']} restarts"
-        yield warn(found, f"journalctl -u {name} -p warning -n 50")
+        yield warn(found, f"journalctl -u {name} -p warning -n 50; sudo journalctl -k -g 'Killed process'")
     if "-worker@" in name and unit.get("KillMode", "mixed") != "mixed":
         found = f"{name} has KillMode={unit['KillMode']}: a restart kills the jobs in progress"
         yield fault(found, f"sudo systemctl edit {name}: [Service] KillMode=mixed")
