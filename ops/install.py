@@ -64,6 +64,7 @@ def install_packages(server: Server) -> None:
         "redis-server": bool(shutil.which("redis-server")) or not own_redis,
         "nginx": bool(shutil.which("nginx")),
         "python3-venv": importlib.util.find_spec("ensurepip") is not None,
+        "logrotate": bool(shutil.which("logrotate")),  # nginx only recommends it, and its logs would grow for ever
         "ca-certificates": os.path.exists("/etc/ssl/certs/ca-certificates.crt"),
     }
     missing = [package for package, is_there in there.items() if not is_there]

@@ -13,6 +13,7 @@ import json
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ import pytest
 
 from settings import Settings
 from tests.http_api import MAIL, UNKNOWN_ID, WELCOME
+from tests.operations import block
 from tests.programs import program
 from tests.servers import ROOT, Answer, Api, House, eventually, free_port, heard
 from web import app, body
@@ -112,6 +114,48 @@ def test_nginx_takes_it(tmp_path: Path) -> None:
     ran = subprocess.run(nginx(tmp_path, "-t"), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "[warn]" not in ran.stderr
+
+
+def test_a_certificate_of_ones_own_takes_one_command_and_closes_port_80(tmp_path: Path) -> None:
+    """The page's own."""
+    port, tls = free_port(), free_port()
+    written(tmp_path, port=str(port), api=f"{HERE}:1")
+    (tmp_path / "site.conf").write_text(SITE)
+    edit = next(one for one in block("#tls: ").splitlines() if "sed -i" in one).removeprefix("sudo ")
+    subprocess.run(
+        edit.replace("/etc/nginx/sites-available/async-email", "site.conf"), shell=True, cwd=tmp_path, check=True
+    )
+    site = (tmp_path / "site.conf").read_text()
+    assert re.findall(r"^    listen (.*);$", site, re.MULTILINE) == [
+        "443 ssl default_server",
+        "[::]:443 ssl default_server",
+        "127.0.0.1:80",
+    ]
+    for old, new in (
+        ("    listen [::]:443 ssl default_server;\n", ""),
+        ("listen 443 ssl", f"listen {OUTSIDE}:{tls} ssl"),
+        ("127.0.0.1:80;", f"127.0.0.1:{port};"),
+        ("/etc/ssl/async-email.crt", "site.crt"),
+        ("/etc/ssl/private/async-email.key", "site.key"),
+        ("unix:/run/async-email/api.sock", f"{HERE}:1"),
+    ):
+        site = site.replace(old, new)
+    (tmp_path / "site.conf").write_text(site)
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", "2"]
+    subprocess.run([*command, "-keyout", "site.key", "-out", "site.crt"], check=True, capture_output=True, cwd=tmp_path)
+    with subprocess.Popen(nginx(tmp_path), stderr=subprocess.DEVNULL) as process:
+        try:
+            eventually(lambda: Api(port, host=HERE).answers("/nothing", 502))
+            context = ssl._create_unverified_context()
+            with closing(http.client.HTTPSConnection(OUTSIDE, tls, timeout=10, context=context)) as connection:
+                connection.request("GET", "/nothing")
+                answer = heard(connection.getresponse())
+            assert is_ours(answer, 404, "not_found")
+            assert answer.headers["Strict-Transport-Security"] == "max-age=31536000"
+            plain = Api(tls, host=OUTSIDE).get("/nothing")
+            assert is_ours(plain, 400, "validation_error")
+        finally:
+            process.terminate()
 
 
 def test_gixy_finds_nothing_unsafe(tmp_path: Path) -> None:

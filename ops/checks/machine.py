@@ -10,17 +10,20 @@ import ipaddress
 import json
 import os
 import re
+import shutil
 import socket
 from contextlib import closing
 from pathlib import Path
 
-from ops.checks.findings import Findings, fault, lasting, note, ok, warn
+from ops.checks.findings import Findings, fault, lasting, note, ok, sized, warn
 from ops.checks.store import address
 from ops.checks.system import NOT_RUN, run
 from ops.checks.target import Target
 from settings import Settings
 
 LISTENING = re.compile(r"^ *\d+: (\w+):(\w+) \S+ 0A ", re.MULTILINE)  # a line of /proc/net/tcp; 0A: tcp_states.h
+SOON = 14 * 86400  # seconds; certbot renews 30 days before
+LITTLE = 128 * 2**20  # bytes of disk
 PUBLIC = {22, 80, 443}  # ssh and nginx
 
 
@@ -91,6 +94,46 @@ def get(path: str, target: Target) -> tuple[int, bytes, str]:
         connection.request("GET", path)
         answer = connection.getresponse()
         return answer.status, answer.read(65536), answer.getheader("Location", "")
+
+
+def tls(target: Target) -> Findings:
+    """Checks that keys do not cross the network in the clear, and that no certificate of our site runs out."""
+    try:
+        site = (target.nginx / "sites-enabled" / "async-email").read_text()
+    except OSError:
+        yield note("the nginx site is not here: skipped")
+        return
+    certificates = sorted(set(re.findall(r"^\s*ssl_certificate\s+(\S+);", site, re.MULTILINE)))
+    if not certificates:
+        found = "nginx takes API keys without TLS; who shares the network can read them"
+        yield note(found, f"{target.opt}/current/docs/operations.md, TLS: certbot, or a certificate of your own")
+    for path in certificates:
+        fix = f"renew {path} (certbot: sudo certbot renew), then: sudo systemctl reload nginx"
+        if not runs_out(path, SOON):
+            yield ok(f"{path} is valid for more than {lasting(SOON)}")
+        elif runs_out(path, 0):
+            yield fault(f"{path} has expired: clients refuse this server", fix)
+        else:
+            yield warn(f"{path} expires within {lasting(SOON)}", fix)
+
+
+def runs_out(certificate: str, seconds: int) -> bool:
+    return "will expire" in run("openssl", "x509", "-noout", "-checkend", str(seconds), "-in", certificate).stdout
+
+
+def logs(target: Target) -> Findings:
+    """Checks that there is room for the log files of nginx and the system, and that somebody rotates them."""
+    if not target.installed or not target.logs.is_dir():
+        yield note("the service is not installed here: skipped")
+        return
+    free = shutil.disk_usage(target.logs).free
+    if free < LITTLE:
+        fix = "sudo journalctl --vacuum-size=200M; sudo du -xh /var/log | sort -h | tail"
+        yield warn(f"{sized(free)} free for logs in {target.logs}: what happens next may not be written down", fix)
+    else:
+        yield ok(f"{sized(free)} free for logs")
+    if target.nginx.is_dir() and run("logrotate", "--version").returncode == NOT_RUN:
+        yield warn("no logrotate: nginx' log files grow for ever", "sudo apt install logrotate")
 
 
 def ports(target: Target, settings: Settings) -> Findings:

@@ -100,6 +100,7 @@ class Server:
             redis_data=folder,
             systemd=folder / "systemd",
             credentials=folder / "run",
+            logs=folder,
             selinux=folder / "enforce",
             user="nobody",
             owner=os.getuid(),

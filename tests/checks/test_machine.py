@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +19,7 @@ from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
 from tests.checks.support import Server, assert_finds, fake, listed, of, worst
 from tests.scripted_relay import Act, ScriptedRelay, raw
-from tests.servers import free_port
+from tests.servers import ROOT, free_port
 
 
 def http(status: str, body: str = "", location: str = "") -> Act:
@@ -122,6 +124,35 @@ def test_a_port_of_ours_that_is_open_to_everybody_is_a_fault(target: Target) -> 
 @pytest.mark.skipif(sys.byteorder != "little", reason="the kernel of another machine writes them otherwise")
 def test_addresses_are_read_as_the_kernel_writes_them(line: str, local: bool) -> None:
     assert machine.is_local(line) is local
+
+
+def test_keys_in_the_clear_and_a_certificate_that_runs_out_are_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_finds(machine.tls(server.target), NOTE, "not here: skipped")
+    site = server.write("nginx/sites-enabled/async-email", (ROOT / "nginx" / "async-email.conf").read_text())
+    assert_finds(machine.tls(server.target), NOTE, "without TLS", "docs/operations.md, TLS")
+    certificate = server.folder / "site.crt"
+    site.write_text(f"server {{\n    ssl_certificate {certificate}; # managed by Certbot\n}}\n")
+    for days, level, found in (("60", OK, "is valid"), ("3", WARN, "expires within 14 days")):
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", days]
+        subprocess.run([*command, "-keyout", "/dev/null", "-out", certificate], check=True, capture_output=True)
+        assert_finds(machine.tls(server.target), level, f"{certificate} {found}")
+    monkeypatch.setattr(machine, "runs_out", lambda *_: True)
+    assert_finds(machine.tls(server.target), FAULT, f"{certificate} has expired", "sudo systemctl reload nginx")
+
+
+def test_a_full_disk_of_logs_is_named_and_logs_that_nobody_rotates(
+    server: Server, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (server.folder / "nginx").mkdir()
+    fake(server.folder, "logrotate", "exit 0", monkeypatch)
+    assert_finds(machine.logs(target), NOTE, "skipped")
+    assert worst(machine.logs(server.target)).level == OK
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    assert_finds(machine.logs(server.target), WARN, "1 MB free for logs", "journalctl --vacuum-size")
+    monkeypatch.setattr(machine, "run", lambda *_: subprocess.CompletedProcess((), system.NOT_RUN, "", ""))
+    assert_finds(machine.logs(server.target), WARN, "no logrotate", "sudo apt install logrotate")
 
 
 def test_a_clock_that_nobody_sets_is_named(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
