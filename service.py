@@ -16,7 +16,7 @@ import tasks
 from mail.address import Mailbox
 from mail.templates import read_again_when_changed
 from process import prefork
-from process.log import emit, set_up
+from process.log import emit, say_why_not, set_up
 from process.sd_daemon import on_stop
 from queues.connection import Unavailable, announcements, connect, reach
 from queues.jobs import Jobs
@@ -47,10 +47,10 @@ def main() -> int:
         app = make_app(settings, Jobs(redis), tasks.OFFERED)
         sockets = listen_on(settings.listen)
     except SettingsError as error:
-        print(error, file=sys.stderr)
+        say_why_not(error)
         return 2
     except OSError as error:
-        print(f"LISTEN: cannot listen on {settings.listen}: {error.strerror}", file=sys.stderr)
+        say_why_not(f"LISTEN: cannot listen on {settings.listen}: {error.strerror}")
         return 2
     set_up(settings.log_level, settings.log_format)
     give_memory_back()

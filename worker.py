@@ -184,10 +184,10 @@ def main() -> int:
             redis, pooled = connect(url, retrying=True), QUEUES[queue].pooled
             worker = WorkerPool(queue, current) if pooled else make_worker(JobsWorker, queue, redis, ALLOWED[queue])
     except settings.SettingsError as error:
-        print(error, file=sys.stderr)
+        log.say_why_not(error)
         return 2
     except Unavailable as error:
-        print(f"REDIS_URL: {error}", file=sys.stderr)
+        log.say_why_not(f"REDIS_URL: {error}")
         return 1
     log.set_up(current.log_level, current.log_format)
     announcements.begin(redis)

@@ -6,7 +6,8 @@ failing.py                      which mail the catcher refuses on purpose
 install.py                      bin/install: the steps from a bare server to a running one, and every upgrade
 server.py, release.py, site.py  the server they change, what of a clone is installed, the nginx site
 aof.py                          cuts what a crash left unfinished off Redis' append-only file
-key.py                          bin/key: makes, lists and revokes API keys
+key.py, breaker.py              bin/key: makes, lists and revokes API keys; bin/breaker: shows and closes it
+restore.py                      bin/restore: brings back what bin/backup has saved
 dashboard.py                    rq-dashboard behind a login
 doctor.py, checks/              bin/doctor: what is wrong here, and the command that fixes it
 """

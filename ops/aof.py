@@ -4,6 +4,8 @@ A crash may cut the file in the middle of MULTI ... EXEC. Redis, at least up to 
 whole, and leaves the half before it: the second start then runs that half together with the next transaction. Valkey 9
 removes all of it, and so does this; it prints what it cut.
 
+It also removes the temporary files of a run that was killed.
+
 It never cuts where the file is wrong elsewhere than at its end, and leaves to Redis what is not in a transaction. How
 far the file is whole, the server's own redis-check-aof says: redis-server and valkey-server are that if called so.
 bin/install copies this file out of the release, for the system's Python: it may import nothing of ours.
@@ -101,7 +103,18 @@ def cut_unfinished(server: str, directory: Path) -> str:
     return f"{path}: cut off the last transaction, which is not finished: {lost} bytes, from byte {whole} on"
 
 
+def remove_leftovers(directory: Path) -> str:
+    """Removes what a Redis that was killed while it wrote a file anew has left; nobody else does. Returns a line for
+    the log if there was anything."""
+    left = [path for path in directory.glob("temp-*") if re.fullmatch(r"temp-[\w-]+\.(?:aof|rdb)", path.name)]
+    for path in left:
+        path.unlink()
+    return f"{directory}: removed {len(left)} unfinished files of an earlier run" if left else ""
+
+
 if __name__ == "__main__":
     server, directory = sys.argv[1:]
+    if said := remove_leftovers(Path(directory)):
+        print(said, flush=True)
     if said := cut_unfinished(server, Path(directory)):
         print(said, flush=True)

@@ -40,7 +40,7 @@ from rq.serializers import JSONSerializer
 from waitress import create_server
 
 from process import sd_daemon
-from process.log import emit, set_up, where
+from process.log import emit, say_why_not, set_up, where
 from queues.connection import Unavailable, connect, why_unavailable
 from queues.jobs import Jobs, NotFound, NotPossible
 from queues.table import EMAIL, QUEUES
@@ -322,10 +322,10 @@ def main() -> int:
             raise SettingsError([f"DASHBOARD_LISTEN: {address} is not loopback; --no-login is for loopback only"])
         sockets = listen_on(address)
     except SettingsError as error:
-        print(error, file=sys.stderr)
+        say_why_not(error)
         return 2
     except OSError as error:
-        print(f"DASHBOARD_LISTEN: cannot listen on {address}: {error.strerror}", file=sys.stderr)
+        say_why_not(f"DASHBOARD_LISTEN: cannot listen on {address}: {error.strerror}")
         return 2
     app = make_app(settings, login)
     server = create_server(app, sockets=sockets, threads=4, ident=None, max_request_body_size=MAX_BODY)

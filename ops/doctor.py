@@ -34,6 +34,8 @@ def examine(target: Target) -> Iterator[Named]:
         for finding in check(target):
             broken |= finding.level == FAULT
             yield name, finding
+        if broken and check is packages.python:
+            return  # no package can be found then
     try:
         from ops.checks import table
     except Exception:

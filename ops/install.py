@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from ops.checks.system import memory
 from ops.release import CLEAN_ENVIRONMENT, MARK, copy_files, release_id
 from ops.server import Fault, Server, text_of
 from ops.site import set_up_nginx
@@ -35,6 +36,7 @@ from queues.table import QUEUES
 KNOWN = {"debian 12", "ubuntu 22.04", "ubuntu 24.04"}
 KEPT = 3  # releases
 WORKERS = tuple(f"async-email-worker@{queue}.service" for queue in QUEUES)
+WORKER = "async-email-worker@.service"
 API = "async-email-api.service"
 DASHBOARD = "async-email-dashboard.service"
 SOCKET = "async-email-api.socket"
@@ -62,6 +64,7 @@ def install_packages(server: Server) -> None:
         "redis-server": bool(shutil.which("redis-server")) or not own_redis,
         "nginx": bool(shutil.which("nginx")),
         "python3-venv": importlib.util.find_spec("ensurepip") is not None,
+        "logrotate": bool(shutil.which("logrotate")),  # nginx only recommends it, and its logs would grow for ever
         "ca-certificates": os.path.exists("/etc/ssl/certs/ca-certificates.crt"),
     }
     missing = [package for package, is_there in there.items() if not is_there]
@@ -69,12 +72,12 @@ def install_packages(server: Server) -> None:
         apt_get_install(server, *missing)
     if "redis-server" in missing:  # nobody uses the instance that the package brings; ours has no port
         server.run("systemctl", "disable", "--now", "redis-server.service")
-    found = re.search(r"v=(\d+)\.(\d+)", server.ask("redis-server", "--version"))
-    if own_redis and not server.dry and found and (int(found[1]), int(found[2])) < (6, 2):
+    version = redis_version(server)
+    if own_redis and not server.dry and version < (6, 2):
         raise Fault(
-            f"Redis {found[1]}.{found[2]} is too old: RQ needs 6.2 to keep the jobs of a worker that is killed. Ubuntu "
-            "22.04 has nothing newer.\nFollow 'Install Redis on Linux' at redis.io for Redis' own packages, or set "
-            "REDIS_URL in /etc/async-email/async-email.env to a Redis elsewhere; then: sudo bin/install"
+            f"Redis {version[0]}.{version[1]} is too old: RQ needs 6.2 to keep the jobs of a worker that is killed. "
+            "Ubuntu 22.04 has nothing newer.\nFollow 'Install Redis on Linux' at redis.io for Redis' own packages, or "
+            "set REDIS_URL in /etc/async-email/async-email.env to a Redis elsewhere; then: sudo bin/install"
         )
 
 
@@ -147,7 +150,10 @@ def start_redis(server: Server) -> None:
         server.run("systemctl", "restart", REDIS)
     if server.dry:
         return
-    if "aof_enabled:0" in ask_redis(server, "info", "persistence"):
+    said = ask_redis(server, "info", "persistence")
+    if "loading:1" in said:  # it says aof_enabled:0 until it is done
+        raise Fault(f"{REDIS} is still reading its append-only file; wait, and then again: sudo bin/install")
+    if "aof_enabled:0" in said:
         switch_on_file(server)
     if "aof_enabled:1" not in ask_redis(server, "info", "persistence"):
         raise Fault(
@@ -189,11 +195,23 @@ def redis_password(server: Server) -> str:
     return unquote(urlsplit((text_of(server.credentials / "redis_url") or "").strip()).password or "")
 
 
+def redis_version(server: Server) -> tuple[int, int]:
+    """Returns that of the system's Redis; the newest imaginable where there is none to ask."""
+    found = re.search(r"v=(\d+)\.(\d+)", server.ask("redis-server", "--version"))
+    return (int(found[1]), int(found[2])) if found else (sys.maxsize, 0)
+
+
 def redis_configuration(server: Server) -> str:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     text = (server.tree / "deploy/redis/async-email.conf").read_text()
     digest = hashlib.sha256(redis_password(server).encode()).hexdigest()
-    return text.replace("#SHA256", f"#{digest}").replace("maxmemory MAXMEMORY", f"maxmemory {memory * 2 // 5 >> 20}mb")
+    text = text.replace("#SHA256", f"#{digest}").replace("maxmemory MAXMEMORY", f"maxmemory {most_memory() >> 20}mb")
+    return text if redis_version(server) >= (7, 0) else text.replace("\nshutdown-on-sigterm force\n", "\n")
+
+
+def most_memory() -> int:
+    """Returns how many bytes Redis may use of this machine."""
+    machine = memory()
+    return machine * 2 // 5 if machine >= 2**30 else machine // 4
 
 
 def ask_redis(server: Server, *words: str) -> str:
@@ -216,6 +234,9 @@ def switch(server: Server) -> None:
 def start_services(server: Server) -> None:
     if server.ask("systemctl", "is-enabled", TARGET) != "enabled":
         server.run("systemctl", "enable", TARGET, SOCKET, *WORKERS, API, DASHBOARD)
+    enabled = [unit for unit in WORKERS if server.ask("systemctl", "is-enabled", unit) == "enabled"]
+    if enabled and WORKER in server.changed_units:  # it may have another [Install] now
+        server.run("systemctl", "enable", *enabled)
     if SOCKET in server.changed_units and server.ask("systemctl", "is-active", SOCKET) == "active":
         server.say("its unit has changed, so the API's socket is opened anew; for a moment requests are refused")
         server.run("systemctl", "restart", SOCKET)
@@ -235,11 +256,13 @@ def start_services(server: Server) -> None:
 
 
 def runs_something_else(server: Server, unit: str) -> bool:
-    """Returns whether it runs, but not this release or not as this release's unit says."""
+    """Returns whether it runs, but not this release, not as its unit says, or with a file that has been made anew."""
     pid = server.ask("systemctl", "show", "--property=MainPID", "--value", unit)
     if pid in ("", "0"):
         return False
     template = re.sub("@.*", "@.service", unit)
+    if any(f"/{path.name}\n" in (text_of(server.units / template) or "") for path in server.written):
+        return True
     try:
         return template in server.changed_units or os.readlink(f"/proc/{pid}/cwd") != str(server.release)
     except OSError:
@@ -315,6 +338,8 @@ def farewell(server: Server) -> str:
         "\nTry it:\n",
         f"    curl -X POST http://127.0.0.1/start-job -H 'Authorization: Bearer {server.new_key or 'YOUR-API-KEY'}' \\",
         '         -H \'Content-Type: application/json\' -d \'{"name": "Ada", "email": "you@example.com"}\'',
+        "\nKnown from guides: `systemctl status async-email-worker` and `journalctl -u async-email-api -f` work here.",
+        f"Instead of `redis-cli ping`, which asks another Redis than ours: sudo {server.current}/bin/doctor",
         f"\nTLS, backup, and what to do at night: {server.current}/docs/operations.md",
     ]
     return "\n".join(lines)

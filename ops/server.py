@@ -42,6 +42,7 @@ class Server:
         self.release = Path()  # known once `make_release` or `find_previous_release` has run
         self.going_back = False
         self.changed_units: set[str] = set()
+        self.written: set[Path] = set()
         self.new_key: str | None = None
         self.lines_said = 0
 
@@ -98,6 +99,7 @@ class Server:
             shutil.chown(new, group=group)
         new.chmod(mode)
         new.replace(path)
+        self.written.add(path)
 
     def folder(self, path: Path, mode: int, owner: str | None = None) -> None:
         if not os.path.isdir(path) and self.announce(f"make the folder {path}"):

@@ -3,6 +3,8 @@
 LOG_FORMAT=plain writes `time LEVEL name key=value ...`. LOG_FORMAT=json writes one object per line: `time` (ISO 8601,
 UTC), `level`, and then `event` with its fields, or, for a warning of RQ or Waitress, `logger` and `message`.
 
+In systemd's journal each line also has its priority: `journalctl -p warning`.
+
 No address, subject, body or secret is ever a value. RQ's and Waitress's own lines below WARNING appear in DEBUG only.
 """
 
@@ -15,10 +17,14 @@ import traceback
 from datetime import datetime, timezone
 from pathlib import Path
 
+from process.sd_daemon import prioritized
+
 # fmt: off
 EVENTS = frozenset({
     "api_started", "worker_started", "dashboard_started",
-    "request",  # an HTTP request was answered: method, route, status, ms, name of the key, id, request_id
+    # an HTTP request was answered: method, route, status, ms, name of the key, id, request_id; of a refusal also the
+    # error's name, the field, and the reason of a 503
+    "request",
     "crashed",  # a fault of ours in a request or a duty of the worker pool: where, and never what
     "stuck",  # a process of the API made no progress and was killed: process
     "sent", "delayed", "failed", "unknown",  # the result of an attempt, or a mail expired: id, reason, next_in
@@ -61,6 +67,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class JournalFormatter(logging.Formatter):
+    """Formats as another does, and adds what the journal wants."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        return prioritized(self.inner.format(record), record.levelno)
+
+
 def set_up(level: str, form: str = "plain") -> None:
     # No line shows source, thread or process, and finding them takes longer than writing the line.
     logging._srcfile = None
@@ -69,8 +86,13 @@ def set_up(level: str, form: str = "plain") -> None:
     if level != "DEBUG":
         handler.addFilter(_ours_or_a_warning)  # on the handler, since RQ sets the levels of its loggers itself
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JsonFormatter() if form == "json" else plain)
+    handler.setFormatter(JournalFormatter(JsonFormatter() if form == "json" else plain))
     logging.basicConfig(handlers=[handler], level=level)
+
+
+def say_why_not(reason: object) -> None:
+    """Writes to standard error why a process does not start, before it has a log."""
+    print(prioritized(str(reason), logging.ERROR), file=sys.stderr)
 
 
 def _ours_or_a_warning(record: logging.LogRecord) -> bool:

@@ -263,6 +263,8 @@ class Jobs:
         seen |= {name: _iso(getattr(job, name)) for name in ("created_at", "enqueued_at", "started_at", "ended_at")}
         if latest and latest.type == latest.Type.SUCCESSFUL:
             seen["result"] = latest.return_value
+        elif not latest and job.is_finished:
+            seen["result"] = job._result  # see queues.workers.shrink
         elif latest and latest.exc_string:
             seen["error"] = latest.exc_string.strip().splitlines()[-1]
         return seen

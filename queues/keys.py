@@ -9,6 +9,7 @@ from __future__ import annotations
 from rq import registry
 from rq.job import Job
 from rq.queue import Queue
+from rq.results import Result
 from rq.scheduler import SCHEDULER_LOCKING_KEY_TEMPLATE
 from rq.suspension import WORKERS_SUSPENDED
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
@@ -18,6 +19,11 @@ SUSPENDED = WORKERS_SUSPENDED  # exists while `rq suspend` holds
 
 def job(job_id: str) -> str:
     return str(Job.key_for(job_id))
+
+
+def results(job_id: str) -> str:
+    """Returns the stream with what the job's attempts returned or raised."""
+    return str(Result.get_key(job_id))  # type: ignore[no-untyped-call]
 
 
 def queue(name: str) -> str:

@@ -32,6 +32,18 @@ def transaction(number: int) -> bytes:
     return b"".join([command("MULTI"), *sets, command("EXEC")])
 
 
+def test_what_a_killed_redis_left_half_written_is_removed_before_the_next_start(tmp_path: Path) -> None:
+    """1.7 GB of them lay in the folder after 141 kills for want of memory."""
+    left = ("temp-rewriteaof-812.aof", "temp-rewriteaof-bg-812.aof", "temp-812.rdb")
+    kept = ("dump.rdb", "appendonly.aof", "temp-notes.txt", "a-temp-1.aof")
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    command: list[str | Path] = [sys.executable, "-I", ROOT / "ops" / "aof.py", "/nowhere/redis-server", tmp_path]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"{tmp_path}: removed 3 unfinished files of an earlier run" in ran.stdout
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
 WHOLE = command("SELECT", "0") + command("SET", "c", "1") + transaction(1)
 MULTI = len(command("MULTI"))
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,7 +20,7 @@ from rq.serializers import JSONSerializer
 from process.log import EVENTS
 from tests.http_api import MAIL
 from tests.relay import Relay
-from tests.servers import House, RedisServer, eventually
+from tests.servers import ROOT, House, RedisServer, eventually
 
 
 @pytest.fixture
@@ -60,6 +63,45 @@ def test_as_json_every_line_is_an_object_with_time_level_and_event(house: House)
     assert failed["reason"] == "550 at rcpt"
     narrated = [line for line in lines(house, "worker-email") if "logger" in line]
     assert any(line["logger"].startswith("rq.") for line in narrated)
+
+
+SAYS = """
+import logging
+from process.log import emit, say_why_not, set_up
+say_why_not("first\\nsecond")
+set_up("DEBUG", {form!r})
+for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
+    emit("busy", level)
+try:
+    1 / 0
+except ZeroDivisionError:
+    logging.getLogger("rq").exception("two\\nlines")
+"""
+
+
+@pytest.mark.parametrize("form", ["plain", "json"])
+@pytest.mark.parametrize("redirected", [False, True])
+def test_in_the_journal_each_line_has_its_priority_and_elsewhere_none(
+    tmp_path: Path, form: str, redirected: bool
+) -> None:
+    """`journalctl -p warning` showed nothing: all that we say was `info`."""
+    with (tmp_path / "log").open("w+") as log:
+        seen = os.fstat(log.fileno())
+        environment = {"JOURNAL_STREAM": f"{seen.st_dev}:{seen.st_ino + redirected}", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", SAYS.format(form=form)]
+        subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
+        log.seek(0)
+        written = log.read().splitlines()
+    found = [re.match(r"<(\d)>", line) for line in written]
+    if redirected:
+        assert not any(found)
+        return
+    priorities = [int(one[1]) for one in found if one]
+    assert len(priorities) == len(written)
+    assert sorted(set(priorities)) == [2, 3, 4, 6, 7]
+    assert priorities.count(3) >= 4  # also each line of a traceback, and of why a process does not start
+    if form == "json":
+        assert all(json.loads(line[3:]) for line in written[2:] if "first" not in line and "second" not in line)
 
 
 def test_plain_is_a_line_of_words_per_event(house: House) -> None:

@@ -253,6 +253,39 @@ def test_a_restart_of_its_redis_takes_no_mail(
     assert "CRITICAL" not in (installed_redis.directory / "log").read_text()
 
 
+def test_its_redis_stops_also_where_it_cannot_write_and_has_everything_afterwards(
+    installed_redis: InstalledRedis,
+) -> None:
+    """A full disk, a folder of another user's: by default Redis goes on, and systemd waits for it without end."""
+    with installed_redis.client() as client:
+        client.set("kept", "1")
+    (installed_redis.directory / "dump.rdb").mkdir()  # so that the snapshot cannot be written
+    installed_redis.process.send_signal(signal.SIGTERM)
+    assert installed_redis.process.wait(20) == 0
+    assert "Exit anyway" in (installed_redis.directory / "log").read_text()
+    installed_redis.start()
+    with installed_redis.client() as client:
+        assert client.get("kept") == b"1"
+
+
+@pytest.mark.parametrize(("version", "forced"), [("6.2.6", False), ("7.0.15", True), ("8.0.2", True)])
+def test_redis_6_gets_no_line_that_it_does_not_know(
+    server: Server, monkeypatch: pytest.MonkeyPatch, version: str, forced: bool
+) -> None:
+    monkeypatch.setattr(Server, "ask", lambda *_, **__: f"Redis server v={version} sha=00000000:0")
+    assert ("\nshutdown-on-sigterm" in install.redis_configuration(server)) is forced
+
+
+@pytest.mark.parametrize(
+    ("machine", "redis"), [(256 << 20, 64 << 20), (512 << 20, 128 << 20), (1 << 30, 409 << 20), (24 << 30, 9830 << 20)]
+)
+def test_redis_gets_two_fifths_of_the_memory_or_a_quarter_of_little(
+    monkeypatch: pytest.MonkeyPatch, machine: int, redis: int
+) -> None:
+    monkeypatch.setattr(install, "memory", lambda: machine)
+    assert install.most_memory() >> 20 == redis >> 20
+
+
 def test_under_its_redis_the_service_does_all_it_does(installed_redis: InstalledRedis, tmp_path: Path) -> None:
     with Relay() as relay, House(tmp_path, installed_redis.url, **relay.environment(tmp_path)) as house:
         api = house.api()
@@ -292,7 +325,7 @@ def test_its_redis_keeps_what_it_takes_and_obeys_nobody_else(installed_redis: In
         persistence, memory = client.info("persistence"), client.info("memory")
         assert persistence["aof_enabled"] == 1
         assert memory["maxmemory_policy"] == "noeviction"
-        assert memory["maxmemory"] == pytest.approx(0.4 * memory["total_system_memory"], rel=0.01)
+        assert memory["maxmemory"] == pytest.approx(install.most_memory(), rel=0.01)
         for command in ("FLUSHALL", "KEYS *", "CONFIG SET appendonly no", "SHUTDOWN", "ACL LIST", "REPLICAOF NO ONE"):
             with pytest.raises(redis.exceptions.NoPermissionError):
                 client.execute_command(*command.split())
@@ -359,6 +392,32 @@ def test_a_site_that_nginx_does_not_take_is_taken_out_again(
     site.set_up_nginx(server)
     (server.source / "nginx/async-email.conf").write_text("nonsense\n")
     refused()
+
+
+# --- the services -----------------------------------------------------------------------------------------------------
+
+
+def test_a_service_whose_secret_was_made_anew_is_restarted(
+    server: Server, monkeypatch: pytest.MonkeyPatch, noted: list[str]
+) -> None:
+    """Else it runs on with the old one: 503 to every request, after the doctor's own remedy."""
+    install.configure(server)
+    install.make_release(server)
+    install.install_units(server)
+    again = Server(server.source, under=server.units.parents[2])
+    install.make_release(again)
+    install.install_units(again)
+    (again.credentials / "redis_url").unlink()
+    (again.credentials / "api_keys").unlink()
+    install.configure(again)
+    monkeypatch.setattr(Server, "ask", lambda _, *command, **__: "1" if "--property=MainPID" in command else "")
+    monkeypatch.setattr(os, "readlink", lambda _: str(again.release))
+    units = (*install.WORKERS, install.API, install.DASHBOARD)
+    assert [unit for unit in units if install.runs_something_else(again, unit)] == list(units)
+    again.written = {again.credentials / "api_keys"}
+    assert [unit for unit in units if install.runs_something_else(again, unit)] == [install.API]
+    again.written = set()
+    assert not any(install.runs_something_else(again, unit) for unit in units)
 
 
 # --- the units --------------------------------------------------------------------------------------------------------

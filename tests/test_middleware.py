@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
 from tests.http_api import MAIL, app_with, ask
+from tests.redis_troubles import configured
 from tests.servers import Api, House, RedisServer, eventually
 
 pytestmark = pytest.mark.usefixtures("client")
@@ -44,6 +46,48 @@ def test_the_log_holds_nothing_that_a_caller_wrote(house: House, api: Api) -> No
     assert [answer.status for answer in answers] == [422, 422, 404, 404, 404, 405, 403]
     assert all(logged(house, answer.headers["X-Request-Id"]) for answer in answers)
     assert "planted" not in house.log("api").lower()
+
+
+# fmt: off
+REFUSED = [  # a request -> what its line says of it; `planted` stands where a caller may write what he likes
+    ("/emails", {"to": "planted", "subject": "s", "text": "t"}, 422, "name=invalid_parameter field=to[0] "),
+    ("/emails", {"subject": "s", "text": "t"}, 422, "name=missing_required_field field=to "),
+    ("/emails", MAIL | {"from": "planted"}, 422, "name=invalid_from_address field=from "),
+    ("/emails", MAIL | {"planted@example.com": 1}, 422, "name=invalid_parameter ms="),
+    ("/emails", MAIL | {"to[4917012345678]": 1}, 422, "name=invalid_parameter ms="),
+    ("/emails", MAIL | {"headers": {"X-Planted": "a\nb"}}, 422, "name=invalid_parameter field=headers "),
+    ("/emails", MAIL | {"attachments": [{"filename": "planted", "content": "?"}]}, 422,
+     "name=invalid_attachment field=attachments[0].content "),
+    ("/emails/batch", [MAIL, MAIL | {"subject": 1}], 422, "name=invalid_parameter field=[1].subject "),
+    ("/jobs", {"task": "why_failed", "args": {"planted": 1}}, 422, "name=invalid_parameter field=args "),
+    ("/jobs", {"task": "planted"}, 422, "name=invalid_parameter field=task "),
+    ("/emails", "planted", 422, "name=invalid_parameter field=body "),
+    ("/healthz", MAIL, 405, "name=method_not_allowed ms="),
+    ("/planted", MAIL, 404, "name=not_found ms="),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("path", "body", "status", "words"), REFUSED)
+def test_a_refusal_is_logged_with_the_names_of_error_and_field(
+    house: House, api: Api, path: str, body: Any, status: int, words: str
+) -> None:
+    answer = api.post(path, body)
+    line = logged(house, answer.headers["X-Request-Id"])
+    assert answer.status == status
+    assert " INFO request " in line
+    assert f" status={status} {words}" in line
+    assert "planted" not in line.lower()
+    assert "4917" not in line
+
+
+def test_a_503_is_a_warning_with_its_reason(house: House, api: Api, redis_server: RedisServer) -> None:
+    with configured(redis_server, maxmemory=1):
+        answer = api.post("/emails", MAIL)
+        ready = api.get("/readyz")
+    words = 'status=503 name=service_unavailable reason="Redis is out of memory (maxmemory is reached)" ms='
+    assert f" WARNING request method=POST route=/emails {words}" in logged(house, answer.headers["X-Request-Id"])
+    assert 'name=not_ready reason="Redis is out of memory: ' in logged(house, ready.headers["X-Request-Id"])
 
 
 def test_what_went_well_and_only_read_is_not_logged(house: House, api: Api) -> None:

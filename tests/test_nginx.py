@@ -7,22 +7,27 @@ nginx runs as whoever runs the tests, on a free port, with the site as it stands
 from __future__ import annotations
 
 import base64
+import http.client
+import ipaddress
 import json
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from settings import Settings
 from tests.http_api import MAIL, UNKNOWN_ID, WELCOME
+from tests.operations import block
 from tests.programs import program
-from tests.servers import ROOT, Answer, Api, House, eventually, free_port
+from tests.servers import ROOT, Answer, Api, House, eventually, free_port, heard
 from web import app, body
 
 SITE = (ROOT / "nginx" / "async-email.conf").read_text()
@@ -48,6 +53,7 @@ def written(directory: Path, **places: str) -> Path:
         ("unix:/run/async-email/api.sock", places["api"], 1),
         ("http://127.0.0.1:9181", f"http://127.0.0.1:{places.get('dashboard', '1')}", 1),
         ("proxy_read_timeout 30s", f"proxy_read_timeout {places.get('patience', '30s')}", 2),
+        ("    100.64.0.0/10 0;", f"    {places.get('private', '100.64.0.0/10')} 0;", 1),
         ("burst=200", f"burst={places.get('burst', '200')}", 1),
         ("rate=100r/s", f"rate={places.get('rate', '100r/s')}", 1),
     ):
@@ -108,6 +114,48 @@ def test_nginx_takes_it(tmp_path: Path) -> None:
     ran = subprocess.run(nginx(tmp_path, "-t"), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "[warn]" not in ran.stderr
+
+
+def test_a_certificate_of_ones_own_takes_one_command_and_closes_port_80(tmp_path: Path) -> None:
+    """The page's own."""
+    port, tls = free_port(), free_port()
+    written(tmp_path, port=str(port), api=f"{HERE}:1")
+    (tmp_path / "site.conf").write_text(SITE)
+    edit = next(one for one in block("#tls: ").splitlines() if "sed -i" in one).removeprefix("sudo ")
+    subprocess.run(
+        edit.replace("/etc/nginx/sites-available/async-email", "site.conf"), shell=True, cwd=tmp_path, check=True
+    )
+    site = (tmp_path / "site.conf").read_text()
+    assert re.findall(r"^    listen (.*);$", site, re.MULTILINE) == [
+        "443 ssl default_server",
+        "[::]:443 ssl default_server",
+        "127.0.0.1:80",
+    ]
+    for old, new in (
+        ("    listen [::]:443 ssl default_server;\n", ""),
+        ("listen 443 ssl", f"listen {OUTSIDE}:{tls} ssl"),
+        ("127.0.0.1:80;", f"127.0.0.1:{port};"),
+        ("/etc/ssl/async-email.crt", "site.crt"),
+        ("/etc/ssl/private/async-email.key", "site.key"),
+        ("unix:/run/async-email/api.sock", f"{HERE}:1"),
+    ):
+        site = site.replace(old, new)
+    (tmp_path / "site.conf").write_text(site)
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", "2"]
+    subprocess.run([*command, "-keyout", "site.key", "-out", "site.crt"], check=True, capture_output=True, cwd=tmp_path)
+    with subprocess.Popen(nginx(tmp_path), stderr=subprocess.DEVNULL) as process:
+        try:
+            eventually(lambda: Api(port, host=HERE).answers("/nothing", 502))
+            context = ssl._create_unverified_context()
+            with closing(http.client.HTTPSConnection(OUTSIDE, tls, timeout=10, context=context)) as connection:
+                connection.request("GET", "/nothing")
+                answer = heard(connection.getresponse())
+            assert is_ours(answer, 404, "not_found")
+            assert answer.headers["Strict-Transport-Security"] == "max-age=31536000"
+            plain = Api(tls, host=OUTSIDE).get("/nothing")
+            assert is_ours(plain, 400, "validation_error")
+        finally:
+            process.terminate()
 
 
 def test_gixy_finds_nothing_unsafe(tmp_path: Path) -> None:
@@ -217,6 +265,88 @@ def test_a_body_over_the_limit_is_refused_before_it_is_sent(front: Api, path: st
 
 def test_what_is_no_request_is_refused_in_the_same_shape(front: Api) -> None:
     assert is_ours(front.call("GET", "/", headers={"Host": "a b"}), 400, "validation_error")
+
+
+HOST = b"Host: x\r\n"
+NO_REQUESTS = [  # bytes -> status and name
+    (b"GET  HTTP/1.1\r\n" + HOST, 400, "validation_error"),
+    (b"GET foo HTTP/1.1\r\n" + HOST, 400, "validation_error"),
+    (b"get / HTTP/1.1\r\n" + HOST, 400, "validation_error"),
+    (b"GET / HTTP/1.2.3\r\n" + HOST, 400, "validation_error"),
+    (b"GET / HTTP/2.0\r\n" + HOST, 400, "validation_error"),
+    (b"PRI * HTTP/2.0\r\n", 400, "validation_error"),  # HTTP/2 with prior knowledge
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400, "validation_error"),  # TLS where there is none
+    (b"OPTIONS * HTTP/1.1\r\n" + HOST, 400, "validation_error"),
+    (b"CONNECT mail.example.com:25 HTTP/1.1\r\n" + HOST, 400, "validation_error"),
+    (b"GET /%zz HTTP/1.1\r\n" + HOST, 400, "validation_error"),
+    (b"GET /%00 HTTP/1.1\r\n" + HOST, 400, "validation_error"),
+    (b"GET /../../etc/passwd HTTP/1.1\r\n" + HOST, 400, "validation_error"),
+    (b"GET / HTTP/1.1\r\n", 400, "validation_error"),
+    (b"GET / HTTP/1.1\r\n" + HOST + HOST, 400, "validation_error"),
+    (b"GET / HTTP/1.1\r\n" + HOST + b"A B: c\r\n", 400, "validation_error"),
+    (b"GET / HTTP/1.1\r\n" + HOST + b"A: \0\r\n", 400, "validation_error"),
+    (b"POST /emails HTTP/1.1\r\n" + HOST + b"Content-Length: x\r\n", 400, "validation_error"),
+    (b"POST /emails HTTP/1.1\r\n" + HOST + b"Content-Length: 1\r\nContent-Length: 2\r\n", 400, "validation_error"),
+    (b"POST /emails HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: gzip\r\n", 501, "not_implemented"),
+    (b"TRACE / HTTP/1.1\r\n" + HOST, 405, "method_not_allowed"),
+    (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n" + HOST, 414, "validation_error"),
+    (b"GET /emails?" + b"a" * 40_000 + b" HTTP/1.1\r\n" + HOST, 414, "validation_error"),
+    (b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 9000 + b"\r\n", 431, "request_headers_too_large"),
+    (b"GET / HTTP/1.1\r\n" + HOST + (b"X: " + b"a" * 900 + b"\r\n") * 60, 431, "request_headers_too_large"),
+]
+
+
+@pytest.mark.parametrize("at", [HERE, OUTSIDE])
+@pytest.mark.parametrize(("sent", "status", "name"), NO_REQUESTS)
+def test_whatever_is_no_request_is_answered_in_the_same_shape(
+    front: Api, at: str, sent: bytes, status: int, name: str
+) -> None:
+    """nginx answered 500 in HTML: what has no path cannot be led to a named location."""
+    with socket.create_connection((at, front.port), 10) as connection:
+        with suppress(OSError):
+            connection.sendall(sent + b"\r\n")
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert is_ours(heard(answer), status, name)
+
+
+def test_an_application_server_on_the_same_network_is_not_limited(tmp_path: Path) -> None:
+    """Of 1,000 requests a second, 900 were refused. A stranger's limits stay."""
+    neighbour, stranger = "127.0.0.3", "127.0.0.4"
+    with serving(tmp_path, api=f"{HERE}:1", private=f"{neighbour}/32", rate="1r/m", burst="5") as front:
+        seen = {
+            who: Counter(ask_from(who, front.port, "/healthz") for _ in range(300 if who == neighbour else 10))
+            for who in (neighbour, stranger)
+        }
+    assert seen[neighbour] == {502: 300}
+    assert seen[stranger][429] >= 4
+
+
+def ask_from(address: str, port: int, path: str) -> int:
+    with closing(http.client.HTTPConnection(OUTSIDE, port, timeout=10, source_address=(address, 0))) as connection:
+        connection.request("GET", path)
+        return connection.getresponse().status
+
+
+@pytest.mark.parametrize(
+    ("address", "limited"),
+    [
+        ("10.1.2.3", False),
+        ("172.31.255.254", False),
+        ("192.168.1.10", False),
+        ("100.100.0.1", False),
+        ("fd12:3456::1", False),
+        ("172.32.0.1", True),
+        ("203.0.113.7", True),
+        ("2001:db8::1", True),
+        ("11.0.0.1", True),
+    ],
+)
+def test_private_networks_are_those_of_the_rfcs(address: str, limited: bool) -> None:
+    networks = re.findall(r"^    (\S+/\d+) 0;$", SITE, re.MULTILINE)
+    assert len(networks) == 6
+    assert all(ipaddress.ip_network(one).is_private or one == "100.64.0.0/10" for one in networks)
+    assert any(ipaddress.ip_address(address) in ipaddress.ip_network(one) for one in networks) is not limited
 
 
 def test_too_many_requests_are_told_when_to_come_again(tmp_path: Path) -> None:

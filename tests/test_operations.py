@@ -5,11 +5,14 @@ Its commands for a server are run on one, in tests/deploy/test_operations.py.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,14 +20,18 @@ import pytest
 import redis
 
 import settings
-from ops.checks import replies
+from ops import breaker, restore
+from ops.checks import configuration, replies
 from ops.checks.configuration import credentials_directory
+from ops.checks.target import Target
 from ops.server import Server
 from process.log import EVENTS
+from settings import Settings
 from smtp import pacing, verdict
 from tests.checks.support import fake
-from tests.operations import BLOCKS, PAGE, block, line
-from tests.servers import ROOT, RedisServer, eventually, project_files
+from tests.http_api import MAIL
+from tests.operations import BLOCKS, PAGE, line
+from tests.servers import ROOT, House, RedisServer, eventually, project_files
 
 OTHERS = {"REDISCLI_AUTH", "RQ_REDIS_URL"}  # variables of redis-cli and of RQ
 SAID_BY_OTHERS = {  # symptoms whose words are not ours
@@ -56,7 +63,7 @@ def test_each_path_is_one_of_the_installation() -> None:
     made = {value for value in vars(server).values() if isinstance(value, Path)}
     made |= {server.nginx / folder / "async-email" for folder in ("sites-available", "sites-enabled")}
     made |= {server.credentials / name for name in settings.SECRETS}
-    of_others = ("/etc/redis/async-email.", "/etc/systemd/system/", "/usr/local/sbin/async-email-backup")
+    of_others = ("/etc/redis/async-email.", "/etc/systemd/system/")
     for path in re.findall(r"(?<![\w$.])/(?:etc|opt|var/lib|usr/local)/[\w./@-]*async-email[\w./@-]*", PAGE):
         inside = Path(path).relative_to(server.current) if path.startswith(f"{server.current}/") else None
         if inside:
@@ -114,7 +121,33 @@ def test_each_symptom_and_each_503_is_titled_by_what_is_said_somewhere() -> None
 
 def test_what_is_said_of_the_breaker_is_so() -> None:
     assert (pacing.TROUBLES, pacing.PAUSE, verdict.LONGEST_HINT) == (3, 30, 12 * 3600)
-    assert tuple(line("queue DEL relay").split()[2:]) == tuple(pacing.Pacing(redis.Redis(), ()).breaker)
+
+
+def test_the_breaker_is_shown_and_closed_by_command(
+    client: redis.Redis, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(redis_url=redis_server.url, smtp_host="smtp.example.com")
+    monkeypatch.setattr(configuration, "load", lambda _: settings)
+    paces = pacing.Pacing(client, ())
+    assert breaker.main([]) == 0
+    assert capsys.readouterr().out.startswith("The breaker is closed: ")
+    assert paces.trouble(5 * 3600)
+    assert breaker.main([]) == 0
+    assert "all mail waits" in (said := capsys.readouterr().out)
+    assert "next try in 5 h" in said
+    assert paces.admit() is not None
+    assert breaker.main(["close"]) == 0
+    assert "The breaker is closed. " in capsys.readouterr().out
+    assert paces.admit() is None
+
+
+def test_without_settings_or_redis_the_breaker_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for loaded in (None, Settings(redis_url="redis://127.0.0.1:1/0")):
+        monkeypatch.setattr(configuration, "load", lambda _, loaded=loaded: loaded)
+        assert breaker.main([]) == 1
+        assert "bin/doctor" in capsys.readouterr().err
 
 
 def test_the_site_has_the_name_that_is_to_be_replaced() -> None:
@@ -184,9 +217,78 @@ def rewrite(client: redis.Redis, folder: Path) -> None:
     (folder / "rewritten").touch()
 
 
+def test_a_restore_brings_back_the_queue_and_cancels_what_was_sent_since(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RedisServer(data) as redis_server, House(tmp_path, redis_server.url) as house:
+        api = house.api()
+        sent, waits, in_hand = (api.submit(MAIL) for _ in range(3))
+        with redis_server.client() as client:
+            client.hset(f"rq:job:{in_hand}", "status", "started")
+            client.lrem("rq:queue:email", 0, in_hand)
+        file = backup(tmp_path, 0)
+        later = api.submit(MAIL)
+        log = tmp_path / "journal"
+        lines = (f"INFO sent id={sent} relay=x", f"INFO failed id={waits}", f"INFO sent id={in_hand}")
+        log.write_text("\n".join([*lines, json.dumps({"event": "sent", "id": later}), ""]))
+        fake(tmp_path, "journalctl", f'case "$*" in *--since\\ @1[0-9]*) cat {log};; esac', monkeypatch)
+        server = Server(ROOT, under=tmp_path / "machine")
+        server.redis_data = data
+        (tmp_path / "machine").mkdir()
+        server.run = stand_in(redis_server, server.run)  # type: ignore[method-assign]
+        loaded = Settings(redis_url=redis_server.url)
+        monkeypatch.setattr(configuration, "load", lambda _: loaded)
+        assert restore.restore(server, Target(ROOT), file, settings=True) == 0
+        assert [api.get(f"/emails/{one}").status for one in (sent, waits, in_hand, later)] == [200, 200, 200, 404]
+        assert [api.email(one)["status"] for one in (sent, waits)] == ["canceled", "queued"]
+    said = capsys.readouterr().out
+    assert "3 mails; 1 were in it, and are canceled" in said
+    assert f"{in_hand} was in hand" in said
+    assert (tmp_path / "machine/etc/async-email/async-email.env").read_text() == "A=B\n"
+    assert len(list(tmp_path.glob("redis-async-email.2*"))) == 1
+    assert not (tmp_path / "redis-async-email.new").exists()
+
+
+def stand_in(redis_server: RedisServer, run: Callable[..., bool]) -> Callable[..., bool]:
+    """What systemctl would do with Redis."""
+
+    def instead(*command: str | Path, may_fail: bool = False) -> bool:
+        if command[:2] == ("systemctl", "stop"):
+            redis_server.kill(signal.SIGTERM)
+        elif command[:2] == ("systemctl", "start"):
+            redis_server.start()
+        return command[0] == "systemctl" or run(*command)
+
+    return instead
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"another archive", b"cut"])
+def test_what_is_no_backup_stops_nothing(data: Path, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "file.tar.gz"
+    file.write_bytes(content)
+    if content == b"another archive":
+        subprocess.run(["tar", "-czf", file, "-C", tmp_path, "etc"], check=True)
+    if content == b"cut":
+        with RedisServer(data) as redis_server, redis_server.client() as client:
+            client.set("ballast", os.urandom(100_000))
+            whole = backup(tmp_path, 0).read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+    before = sorted(path for path in data.rglob("*"))
+    server = Server(ROOT, under=tmp_path / "machine")
+    server.redis_data = data
+    commands: list[str] = []
+    run = server.run
+    server.run = lambda *command, may_fail=False: commands.append(str(command[0])) or run(*command)  # type: ignore[method-assign, func-returns-value]
+    assert restore.restore(server, Target(ROOT), file, settings=False) == 1
+    assert "systemctl" not in commands
+    assert not (tmp_path / "redis-async-email.new").exists()
+    assert sorted(path for path in data.rglob("*")) == before
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/async-email").mkdir(parents=True)
+    (tmp_path / "etc/async-email/async-email.env").write_text("A=B\n")
     (tmp_path / "redis-async-email").mkdir()
     return tmp_path / "redis-async-email"
 
@@ -203,10 +305,10 @@ def count(server: RedisServer, over: threading.Event) -> None:
 
 
 def backup(tmp_path: Path, number: int) -> Path:
-    script = block("async-email-backup FILE").replace("/var/lib", str(tmp_path))
+    script = (ROOT / "bin" / "backup").read_text().replace("/var/lib", str(tmp_path)).replace("$(id -u)", "0")
     script = re.sub(r"-C / etc/async-email .*", f"-C {tmp_path} etc", script)
     file = tmp_path / f"backup-{number}.tar.gz"
-    command = ["sh", "-c", script, "async-email-backup", str(file)]
+    command = ["sh", "-c", script, "backup", str(file)]
     subprocess.run(command, check=True, capture_output=True)
     assert [path for path in tmp_path.iterdir() if path.name.startswith(f"{file.name}.")] == []
     return file

@@ -13,7 +13,8 @@ from tests.programs import program
 from tests.servers import ROOT
 
 UNITS = sorted(path for path in (ROOT / "systemd").rglob("*") if path.is_file())
-SERVICES = [path for path in UNITS if path.suffix == ".service"]
+SIGNPOST = ROOT / "systemd" / "async-email-worker.service"  # runs nothing
+SERVICES = [path for path in UNITS if path.suffix == ".service" and path != SIGNPOST]
 PROGRAMS = {  # service -> what it runs, and the secrets that this needs
     "async-email-api.service": ("service.py", {"redis_url", "api_keys"}),
     "async-email-worker@.service": ("worker.py %i", {"redis_url", "smtp_password"}),
@@ -156,7 +157,18 @@ def test_redis_is_waited_for_while_it_reads_but_not_for_ever_when_it_is_to_stop(
 
 def test_the_target_starts_and_restarts_all_of_it() -> None:
     for unit in UNITS:
-        if unit.name.endswith((".service", ".socket")):
-            assert words(unit, "Install", "WantedBy") == {"async-email.target"}, unit.name
+        all_workers = {SIGNPOST.name} if "worker@" in unit.name else set()
+        if unit.name.endswith((".service", ".socket")) and unit != SIGNPOST:
+            assert words(unit, "Install", "WantedBy") == {"async-email.target"} | all_workers, unit.name
         if unit.suffix == ".service":
-            assert words(unit, "Unit", "PartOf") == {"async-email.target"}, unit.name
+            assert words(unit, "Unit", "PartOf") == {"async-email.target"} | all_workers, unit.name
+
+
+def test_the_workers_have_the_name_that_guides_use_and_it_starts_none_by_itself() -> None:
+    """`systemctl status async-email-worker` was "Unit could not be found"."""
+    assert words(ROOT / "systemd" / "async-email.target", "Unit", "Wants") == {SIGNPOST.name}
+    assert not directives(SIGNPOST, "Unit").keys() & {"Wants", "Requires", "BindsTo", "Upholds"}
+    service = directives(SIGNPOST, "Service")
+    assert (service["Type"], service["RemainAfterExit"]) == (["oneshot"], ["yes"])
+    [says] = service["ExecStart"]
+    assert "async-email-worker@*" in says

@@ -36,7 +36,16 @@ from queues.offer import Task
 from settings import ApiKey, Settings, SettingsError
 from web import context
 from web.body import SMALL_BODY, BodyBudget, read_json
-from web.errors import Refusal, as_refusal, bad_request, error_response, error_shape, json_response, routing_error
+from web.errors import (
+    Refusal,
+    as_refusal,
+    bad_request,
+    error_response,
+    error_shape,
+    json_response,
+    note_refusal,
+    routing_error,
+)
 from web.middleware import Middleware
 
 VERSION = re.findall(r"^## (\S+)", (Path(__file__).parent.parent / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
@@ -210,6 +219,7 @@ class Service:
         seen |= sweep.swept(self.jobs.redis)
         if reasons:
             request_id = context.current.get().request_id
+            note_refusal("not_ready", "", 503, reasons[0])
             return json_response(503, seen | error_shape(503, "not_ready", "; ".join(reasons), request_id))
         return json_response(200, seen)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
 class Context:
-    """Holds the id of the request, and for its log line the name of its API key and the id of its mail or job."""
+    """Holds the id of the request, and for its log line the name of its API key, the id of its mail or job, and why it
+    was refused."""
 
     request_id: str
     key: str = ""
     id: str = ""
+    refusal: dict[str, str] = field(default_factory=dict)  # name, field and reason; nothing that the caller wrote
 
 
 current: ContextVar[Context] = ContextVar("current")

@@ -13,11 +13,13 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from bottle import HTTPError, HTTPResponse
 
-from mail.request import FieldError, Invalid
+from mail.request import FieldError, Invalid, StrictModel
 from mail.templates import Broken
 from process.log import emit
 from queues.connection import Unavailable
@@ -83,10 +85,30 @@ def json_response(status: int, body: Json, headers: Mapping[str, str] | None = N
     return HTTPResponse(as_line(body), status, {"Content-Type": "application/json", **(headers or {})})
 
 
+@lru_cache(maxsize=1)
+def own_words() -> frozenset[str]:
+    """Returns the names of fields that we have given."""
+    fields = {one.alias or name for model in StrictModel.__subclasses__() for name, one in model.model_fields.items()}
+    return frozenset(fields | {"", "body", "Idempotency-Key", "x-batch-validation"})
+
+
+def loggable(path: str) -> str:
+    """Returns a field's path as far as the words are ours: `headers` of `headers.X-Customer`, which a caller wrote."""
+    ours = takewhile(lambda word: re.sub(r"\[\d{1,4}\]", "", word) in own_words(), path.split("."))
+    return ".".join(ours)
+
+
 def error_response(refusal: Refusal) -> HTTPResponse:
     request_id = context.current.get().request_id
+    note_refusal(refusal.name, refusal.errors[0].field if refusal.errors else "", refusal.status, refusal.text)
     shape = error_shape(refusal.status, refusal.name, refusal.text, request_id, refusal.errors)
     return json_response(refusal.status, shape, refusal.headers)
+
+
+def note_refusal(name: str, path: str, status: int, reason: str) -> None:
+    """Remembers for the log line what was refused. Of a 503 also why: that names nothing of the request."""
+    shown = reason.partition("; ")[0] if status == 503 else ""
+    context.current.get().refusal = {"name": name, "field": loggable(path), "reason": shown}
 
 
 def routing_error(error: HTTPError) -> HTTPResponse:

@@ -55,10 +55,11 @@ def log(environ: dict[str, Any], context: Context, status: str, seconds: float) 
     quiet = environ["REQUEST_METHOD"] in ("GET", "HEAD") and status < "400"
     emit(
         "request",
-        logging.DEBUG if quiet else logging.INFO,
+        logging.DEBUG if quiet else logging.WARNING if status >= "500" else logging.INFO,
         method=environ["REQUEST_METHOD"] if route else "?",
         route=route.rule if route else "?",
         status=status[:3],
+        **context.refusal,
         ms=seconds * 1000,
         key=context.key,
         id=context.id,

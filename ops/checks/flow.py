@@ -70,9 +70,10 @@ def waiting(target: Target, settings: Settings) -> Findings:
         state, reasons = health.queue_states(Jobs(redis))[EMAIL], list(reasons_to_wait(redis, settings))
         unreadable = redis.zcount(UNREADABLE, time.time() - UNREADABLE_KEPT, "+inf")
         first: list[Any] = redis.zrange(OPEN, 0, 0, withscores=True)
+        failed, orphaned = failed_mails(redis)
     overdue = time.time() - first[0][1] if first else 0
     yield from reasons
-    age, queued, failed = state.oldest_queued or 0, counted(state.jobs["queued"], "mail"), state.jobs["failed"]
+    age, queued = state.oldest_queued or 0, counted(state.jobs["queued"], "mail")
     if age > LATE and not reasons:
         found = f"{queued} in the queue, the oldest for {lasting(age)}: nothing drains the queue, or too slowly"
         yield warn(found, f"journalctl -u async-email-worker@email -n 50; {target.restart('worker@email')}")
@@ -87,9 +88,24 @@ def waiting(target: Target, settings: Settings) -> Findings:
     if failed:
         fix = "look at the dashboard or GET /emails/ID; POST /jobs/ID/requeue sends one again"
         yield note(f"{counted(failed, 'mail')} failed for good", fix)
+    if orphaned:
+        found = f"{counted(orphaned, 'failed job')} without a mail: it is no longer kept, or was never accepted"
+        yield note(found, "the dashboard's button empties the list; there is nothing to send")
     if unreadable:
         fix = f"redis-cli ZRANGE {UNREADABLE} 0 -1; redis-cli HGETALL {UNREADABLE}:ID"
         yield note(f"unreadable jobs set aside: {unreadable}", fix)
+
+
+def failed_mails(redis: Redis) -> tuple[int, int]:
+    """Returns how many of the failed jobs have a mail, and how many have none."""
+    ids: list[Any] = redis.zrange(keys.failed(EMAIL), 0, -1)
+    kept = 0
+    for start in range(0, len(ids), 1000):
+        with redis.pipeline(transaction=False) as pipe:
+            for one in ids[start : start + 1000]:
+                pipe.exists(mail_key(one.decode(errors="replace")))
+            kept += sum(pipe.execute())
+    return kept, len(ids) - kept
 
 
 def reasons_to_wait(redis: Redis, settings: Settings) -> Findings:

@@ -1,25 +1,29 @@
 """Checks the machine around the service: nginx in front of it, ports that should not be open, and the clock.
 
-Asks `nginx -t`, /proc/net/tcp, `timedatectl`, and nginx with one GET /healthz, as a client from outside would.
+Asks `nginx -t`, /proc/net/tcp, `timedatectl`, and nginx for /healthz and /readyz, as a client on this machine would.
 """
 
 from __future__ import annotations
 
 import http.client
 import ipaddress
+import json
 import os
 import re
+import shutil
 import socket
 from contextlib import closing
 from pathlib import Path
 
-from ops.checks.findings import Findings, fault, note, ok, warn
+from ops.checks.findings import Findings, fault, lasting, note, ok, sized, warn
 from ops.checks.store import address
 from ops.checks.system import NOT_RUN, run
 from ops.checks.target import Target
 from settings import Settings
 
 LISTENING = re.compile(r"^ *\d+: (\w+):(\w+) \S+ 0A ", re.MULTILINE)  # a line of /proc/net/tcp; 0A: tcp_states.h
+SOON = 14 * 86400  # seconds; certbot renews 30 days before
+LITTLE = 128 * 2**20  # bytes of disk
 PUBLIC = {22, 80, 443}  # ssh and nginx
 
 
@@ -43,15 +47,16 @@ def nginx(target: Target) -> Findings:
 
 def through_nginx(target: Target) -> Findings:
     try:
-        with closing(http.client.HTTPConnection("127.0.0.1", target.http_port, timeout=target.timeout)) as connection:
-            connection.request("GET", "/healthz")
-            answer = connection.getresponse()
-            status, body, onward = answer.status, answer.read(4096), answer.getheader("Location", "")
+        status, body, onward = get("/healthz", target)
+    except TimeoutError:  # the request waits in systemd's socket for an API that does not start
+        found = f"nginx takes a request, and the API does not answer it within {lasting(target.timeout)}"
+        yield fault(found, f"see the lines about settings and units here; {target.restart('api')}")
+        return
     except (OSError, http.client.HTTPException):
         yield fault(f"nothing answers on port {target.http_port}", "sudo systemctl restart nginx; sudo nginx -t")
         return
     if status == 200 and b'"ok"' in body:
-        yield ok(f"the API answers through nginx on port {target.http_port}")
+        yield from takes_mail(target)
     elif status in (301, 302, 307, 308) and onward.startswith("https://"):
         yield ok(f"nginx redirects port {target.http_port} to https")
     elif status not in (502, 503, 504):
@@ -63,6 +68,72 @@ def through_nginx(target: Target) -> Findings:
     else:
         fix = "sudo systemctl restart async-email-api.socket async-email-api; sudo tail /var/log/nginx/error.log"
         yield fault(f"nginx answers {status}: the API does not answer it", fix)
+
+
+def takes_mail(target: Target) -> Findings:
+    """Looks at /readyz: an API that answers /healthz may still refuse every mail, as where it runs with an old password
+    of Redis, which the doctor, with the new one, reaches without trouble."""
+    try:
+        status, body, _ = get("/readyz", target)
+        message = str(json.loads(body)["message"]) if status == 503 else ""
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+        status, message = 0, ""
+    if status == 503 and message:
+        fix = f"see the line about Redis here; if that is well: {target.restart('api')}"
+        yield fault(f"the API answers, and refuses mail with 503: {message.partition('; ')[0]}", fix)
+    elif status in (200, 404):  # 404: a site of the operator's own, which keeps /readyz for itself
+        yield ok(f"the API answers through nginx on port {target.http_port}")
+    else:
+        found = f"the API answers /healthz, and not /readyz within {lasting(target.timeout)}"
+        yield fault(found, f"journalctl -u async-email-api -p warning -n 20; {target.restart('api')}")
+
+
+def get(path: str, target: Target) -> tuple[int, bytes, str]:
+    """Returns status, body, and where the answer redirects to."""
+    with closing(http.client.HTTPConnection("127.0.0.1", target.http_port, timeout=target.timeout)) as connection:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read(65536), answer.getheader("Location", "")
+
+
+def tls(target: Target) -> Findings:
+    """Checks that keys do not cross the network in the clear, and that no certificate of our site runs out."""
+    try:
+        site = (target.nginx / "sites-enabled" / "async-email").read_text()
+    except OSError:
+        yield note("the nginx site is not here: skipped")
+        return
+    certificates = sorted(set(re.findall(r"^\s*ssl_certificate\s+(\S+);", site, re.MULTILINE)))
+    if not certificates:
+        found = "nginx takes API keys without TLS; who shares the network can read them"
+        yield note(found, f"{target.opt}/current/docs/operations.md, TLS: certbot, or a certificate of your own")
+    for path in certificates:
+        fix = f"renew {path} (certbot: sudo certbot renew), then: sudo systemctl reload nginx"
+        if not runs_out(path, SOON):
+            yield ok(f"{path} is valid for more than {lasting(SOON)}")
+        elif runs_out(path, 0):
+            yield fault(f"{path} has expired: clients refuse this server", fix)
+        else:
+            yield warn(f"{path} expires within {lasting(SOON)}", fix)
+
+
+def runs_out(certificate: str, seconds: int) -> bool:
+    return "will expire" in run("openssl", "x509", "-noout", "-checkend", str(seconds), "-in", certificate).stdout
+
+
+def logs(target: Target) -> Findings:
+    """Checks that there is room for the log files of nginx and the system, and that somebody rotates them."""
+    if not target.installed or not target.logs.is_dir():
+        yield note("the service is not installed here: skipped")
+        return
+    free = shutil.disk_usage(target.logs).free
+    if free < LITTLE:
+        fix = "sudo journalctl --vacuum-size=200M; sudo du -xh /var/log | sort -h | tail"
+        yield warn(f"{sized(free)} free for logs in {target.logs}: what happens next may not be written down", fix)
+    else:
+        yield ok(f"{sized(free)} free for logs")
+    if target.nginx.is_dir() and run("logrotate", "--version").returncode == NOT_RUN:
+        yield warn("no logrotate: nginx' log files grow for ever", "sudo apt install logrotate")
 
 
 def ports(target: Target, settings: Settings) -> Findings:

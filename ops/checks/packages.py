@@ -11,6 +11,7 @@ import re
 import sys
 from collections import defaultdict
 from importlib import metadata
+from pathlib import Path
 
 from ops.checks.findings import Findings, fault, note, ok
 from ops.checks.target import Target
@@ -24,10 +25,23 @@ def python(target: Target) -> Findings:
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < OLDEST:
         yield fault(f"this is Python {version}, and 3.10 is needed", "sudo apt install python3.11 python3.11-venv")
+    elif (made := made_for()) not in ("", here := ".".join(map(str, sys.version_info[:2]))):
+        found = f"the .venv was made for Python {made}, and this is {here}: the system has another one now"
+        yield fault(found, install(target))
     elif sys.prefix == sys.base_prefix:
         yield note(f"Python {version}, and not that of .venv: {sys.executable}", "run bin/doctor")
     else:
         yield ok(f"Python {version} in {sys.prefix}")
+
+
+def made_for() -> str:
+    """Returns the `3.11` of the Python that has made this .venv; "" if there is nothing that says so."""
+    try:
+        text = Path(sys.prefix, "pyvenv.cfg").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"^version(?:_info)? = (\d+\.\d+)", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def pins(target: Target) -> Findings:

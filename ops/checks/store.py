@@ -11,13 +11,16 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from redis import Redis
 from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as NoAnswer
 
+from ops.checks import system
 from ops.checks.findings import FAULT, Finding, Findings, fault, lasting, note, ok, sized, warn
 from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
@@ -150,10 +153,15 @@ def refused(redis: Redis, at: Address, target: Target) -> Finding | None:
         return fault(f"Redis at {at} {trouble}", password(target))
     except NoPermissionError:
         return fault("Redis' ACL refuses us PING or INFO", "give the user +@all -@dangerous -@admin +info: ACL SETUSER")
-    except ResponseError:
+    except ResponseError as error:
+        if "MISCONF" in f"{error.status_code} {error}":  # it answers; what it cannot write is said by the next check
+            return None
         return fault(f"Redis at {at} refuses PING or INFO", "see its log: journalctl -u 'redis*'")
     except BusyLoadingError:
         return fault("Redis is still reading its append-only file", "wait, and try again; journalctl -u 'redis*' -f")
+    except NoAnswer:
+        fix = "systemctl status 'redis*', top: it may be stopped, swapping, or busy with one command"
+        return fault(f"Redis at {at} takes a connection and does not answer", fix)
     except (RedisError, OSError) as error:
         if "max number of clients" in str(error):  # redis-py makes it a ConnectionError like any other
             return fault("Redis has as many clients as it allows", "raise its maxclients, or lower WORKER_CONCURRENCY")
@@ -187,6 +195,9 @@ def append_only_file(target: Target, settings: Settings) -> Findings:
     at = address(settings)
     with client(settings) as redis:
         info: dict[str, Any] = redis.info()
+        if info.get("loading"):  # it says aof_enabled:0 until it is done
+            yield note("Redis is still reading its append-only file", "wait, and look again")
+            return
         wrong = list(weak(info, at, target, "no_aof", "aof_failing"))
         if not wrong and info.get("aof_last_bgrewrite_status") == "err":
             wrong = [fault("Redis cannot rewrite its append-only file", LOOK)]
@@ -258,6 +269,8 @@ def memory(target: Target, settings: Settings) -> Findings:
         info: dict[str, Any] = redis.info()
     at, used, most = address(settings), info["used_memory"], info.get("maxmemory", 0)
     policy, machine = info.get("maxmemory_policy", ""), info.get("total_system_memory", 0)
+    if at.is_here:  # Redis sees the machine, and not the container around both
+        machine = min(machine or sys.maxsize, system.memory())
     yield from weak(info, at, target, "evicting", "full")
     if not most and policy != "noeviction":
         found = f"maxmemory-policy is {policy}: as soon as there is a limit, Redis drops mail silently"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 import stat
 import subprocess
@@ -28,6 +29,32 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([program, *command[1:]], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return subprocess.CompletedProcess(command, NOT_RUN, "", "")
+
+
+def memory(under: Path = Path("/")) -> int:
+    """Returns the bytes of memory of this machine or, in a container, those that it may use: the least of what the
+    kernel has, what /proc/meminfo says (LXC) and the limits of the control groups above the first process."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    found += [
+        int(kib) << 10 for kib in re.findall(r"^MemTotal: +(\d+) kB", text_of(under / "proc/meminfo"), re.MULTILINE)
+    ]
+    for controllers, path in re.findall(r"^\d+:([^:]*):(/.*)$", text_of(under / "proc/1/cgroup"), re.MULTILINE):
+        # Version 2 has one tree, without a name; version 1 one for each controller.
+        tree, file = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        group = Path(path)
+        for one in (group, *group.parents):
+            limit = text_of(under / "sys/fs/cgroup" / tree / str(one).lstrip("/") / file).strip()
+            found += [int(limit)] if limit.isdigit() else []
+    return min(found)
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def find_user(name: str) -> User | None:

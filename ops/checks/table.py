@@ -39,6 +39,8 @@ CHECKS = {
     "workers": with_settings(flow.workers),
     "queue": with_settings(flow.waiting),
     "nginx": alone(machine.nginx),
+    "tls": alone(machine.tls),
+    "logs": alone(machine.logs),
     "ports": with_settings(machine.ports),
     "clock": alone(machine.clock),
     "redis clock": with_settings(store.clock),

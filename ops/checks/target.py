@@ -14,6 +14,8 @@ class Target:
     nginx: Path = Path("/etc/nginx")
     redis_data: Path = Path("/var/lib/redis-async-email")
     systemd: Path = Path("/run/systemd/system")
+    credentials: Path = Path("/run/credentials")  # what systemd has passed to each unit
+    logs: Path = Path("/var/log")
     selinux: Path = Path("/sys/fs/selinux/enforce")
     user: str = "async-email"
     owner: int = 0  # the user that the configuration must belong to: root

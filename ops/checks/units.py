@@ -1,4 +1,5 @@
-"""Checks systemd's units: installed, enabled, running, and from the current release; explains why one does not run.
+"""Checks systemd's units: installed, enabled, running, from the current release, and with the files that are there now;
+explains why one does not run.
 
 Asks `systemctl show` and /proc, and starts nothing. systemd.exec(5), "Process exit codes"; systemd.service(5), Result=
 """
@@ -8,6 +9,9 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ops.checks import configuration, store
@@ -18,7 +22,7 @@ from ops.checks.target import Target
 UNITS = ("async-email.target", "async-email-api.socket", *configuration.SERVICES)
 PROPERTIES = (
     "Id,LoadState,UnitFileState,NeedDaemonReload,ActiveState,SubState,Result,ExecMainStatus,MainPID,NRestarts,"
-    "ActiveEnterTimestampMonotonic,Restart,KillMode"
+    "ActiveEnterTimestampMonotonic,ExecMainStartTimestampMonotonic,Restart,KillMode"
 )
 OFTEN = 3  # restarts since it was started by hand or at boot
 LATELY = 3600  # seconds; an older trouble is over
@@ -70,6 +74,7 @@ def running(target: Target) -> Findings:
         yield note("not installed as services here, skipped")
     else:
         wrong = [*all_together(found), *(finding for unit in found for finding in about(unit, target))]
+        wrong += with_old_files(found, target)
         yield from wrong or [ok(f"{len(found)} units are enabled and running, from the current release")]
 
 
@@ -118,7 +123,7 @@ def about(unit: Unit, target: Target) -> Findings:
         yield why_not(unit)
     elif int(unit.get("NRestarts") or 0) >= OFTEN and up_for(unit) < LATELY:
         found = f"{name} has run for {lasting(up_for(unit))}, after {unit['NRestarts']} restarts"
-        yield warn(found, f"journalctl -u {name} -n 500 | grep -E 'WARNING|ERROR'")
+        yield warn(found, f"journalctl -u {name} -p warning -n 50; sudo journalctl -k -g 'Killed process'")
     if "-worker@" in name and unit.get("KillMode", "mixed") != "mixed":
         found = f"{name} has KillMode={unit['KillMode']}: a restart kills the jobs in progress"
         yield fault(found, f"sudo systemctl edit {name}: [Service] KillMode=mixed")
@@ -141,6 +146,36 @@ def why_not(unit: Unit) -> Finding:
     causes = causes or [(f"its last exit code was {code}", "journalctl -u {unit} -n 50")]
     fixes = "; ".join(fix.format(unit=name) for _, fix in reversed(causes))
     return fault(f"{state}: {', and '.join(meaning for meaning, _ in causes)}", fixes)
+
+
+def with_old_files(found: list[Unit], target: Target) -> Findings:
+    """Finds services that were not restarted after an edit: they read their files when they start, and only then."""
+    if not target.installed or not configuration.is_readable(target):
+        return
+    old: dict[Path, list[str]] = defaultdict(list)
+    for unit in found:
+        for path in changed_since_start(unit, target) if unit.get("ActiveState") == "active" else ():
+            old[path].append(unit["Id"])
+    for path, names in old.items():
+        mail_runs_on = set(names) != {"async-email-dashboard.service"}  # which is up before the first edit
+        text = f"{path} was changed after it was read by {' and '.join(names)}, so the change has no effect yet"
+        yield (warn if mail_runs_on else note)(text, f"sudo systemctl restart {' '.join(names)}")
+
+
+def changed_since_start(unit: Unit, target: Target) -> Iterator[Path]:
+    """Yields the files that are not what the unit has read: by their content, where systemd's copy can be seen, which
+    also tells of a file that came back with an old date; else by their date."""
+    name, started = unit.get("Id", ""), int(unit.get("ExecMainStartTimestampMonotonic") or 0) / 1e6
+    if name in configuration.SERVICES:
+        files = configuration.passed_to(name, target)
+    else:
+        files = {"": Path(store.OUR_CONF)} if name == store.OUR_UNIT else {}
+    for credential, path in files.items():
+        with suppress(OSError):  # that it is missing is said elsewhere
+            copy = target.credentials / name / (credential or "none")
+            changed = path.stat().st_mtime > time.time() - time.monotonic() + started
+            if path.read_bytes() != copy.read_bytes() if copy.is_file() else started and changed:
+                yield path
 
 
 def from_another_release(unit: Unit, target: Target) -> Findings:

@@ -99,6 +99,8 @@ class Server:
             nginx=folder / "nginx",
             redis_data=folder,
             systemd=folder / "systemd",
+            credentials=folder / "run",
+            logs=folder,
             selinux=folder / "enforce",
             user="nobody",
             owner=os.getuid(),

@@ -47,6 +47,20 @@ def test_a_mail_to_order_goes_the_whole_way(client: Any, redis_server: RedisServ
 
 
 @pytest.mark.parametrize(
+    "config", ["version = 3.9.2\n", "home = /usr/bin\nversion = 3.9.18\n", "version_info = 3.9.0.final.0\n"]
+)
+def test_another_python_under_the_venv_is_one_finding(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
+) -> None:
+    """It was thirty, one a package, after an upgrade of the system."""
+    (tmp_path / "pyvenv.cfg").write_text(config)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    [(name, finding)] = list(doctor.examine(target))
+    assert (name, finding.level) == ("python", FAULT)
+    assert finding.found.startswith("the .venv was made for Python 3.9, and this is 3.")
+
+
+@pytest.mark.parametrize(
     ("levels", "code", "end"),
     [
         ((OK, NOTE), 0, "All is well."),

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from ops.checks import machine, units
+from ops.checks import configuration, machine, system, units
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
 from tests.checks.support import Server, assert_finds, fake, listed, of, worst
 from tests.scripted_relay import Act, ScriptedRelay, raw
-from tests.servers import free_port
+from tests.servers import ROOT, free_port
 
 
 def http(status: str, body: str = "", location: str = "") -> Act:
@@ -28,7 +31,8 @@ def test_nginx_in_front_is_asked_as_anybody_would(server: Server, monkeypatch: p
     server.write("nginx/sites-enabled/async-email", "")
     well, moved = http("200 OK", '{"status": "ok"}'), http("301 Moved", location="https://acme.example/healthz")
     no_api, other = http("502 Bad Gateway"), http("404 Not Found")
-    with ScriptedRelay({"GREETING": raw(b""), "GET": [well, moved, no_api, no_api, other]}) as front:
+    ready = http("200 OK", '{"status": "ready"}')
+    with ScriptedRelay({"GREETING": raw(b""), "GET": [well, ready, moved, no_api, no_api, other]}) as front:
         server.target.http_port = front.port
         assert_finds(machine.nginx(server.target), OK, "the API answers through nginx")
         assert_finds(machine.nginx(server.target), OK, "to https")
@@ -36,7 +40,48 @@ def test_nginx_in_front_is_asked_as_anybody_would(server: Server, monkeypatch: p
         server.write("enforce", "1\n")
         assert_finds(machine.nginx(server.target), FAULT, "SELinux", "httpd_can_network_connect 1")
         assert_finds(machine.nginx(server.target), FAULT, "another site", "sites-enabled/default")
-    assert front.commands[0] == "GET /healthz HTTP/1.1"
+    assert [line for line in front.commands if line.startswith("GET")][:2] == [
+        "GET /healthz HTTP/1.1",
+        "GET /readyz HTTP/1.1",
+    ]
+
+
+NOT_READY = (
+    (
+        "Redis does not accept our password; send this again in 5 seconds",
+        "refuses mail with 503: Redis does not accept",
+    ),
+    ("Redis is out of memory (maxmemory is reached); send this again", "503: Redis is out of memory (maxmemory is rea"),
+    ("Redis keeps no append-only file, so a crash loses accepted mail", "503: Redis keeps no append-only file"),
+    ("Redis does not answer; send this again in 5 seconds", "503: Redis does not answer"),
+    ("Redis cannot write to its disk, so it refuses writes; send this", "503: Redis cannot write to its disk"),
+)
+
+
+@pytest.mark.parametrize(("message", "found"), NOT_READY)
+def test_an_api_that_is_up_and_refuses_every_mail_is_a_fault(
+    server: Server, monkeypatch: pytest.MonkeyPatch, message: str, found: str
+) -> None:
+    """All was said to be well while 1,125 of 1,125 requests were answered 503: the API ran with an old password."""
+    fake(server.folder, "nginx", "exit 0", monkeypatch)
+    server.write("nginx/sites-enabled/async-email", "")
+    well = http("200 OK", '{"status": "ok"}')
+    refuses = http("503 Service Unavailable", json.dumps({"statusCode": 503, "message": message}))
+    with ScriptedRelay({"GREETING": raw(b""), "GET": [well, refuses]}) as front:
+        server.target.http_port = front.port
+        said = listed(machine.nginx(server.target))
+    [one] = said
+    assert (one.level, found in one.found) == (FAULT, True)
+    assert "sudo systemctl restart async-email-api" in one.fix
+
+
+def test_an_api_that_does_not_start_is_not_blamed_on_nginx(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests wait in systemd's socket for it, as on each fresh installation without SMTP_HOST."""
+    fake(server.folder, "nginx", "exit 0", monkeypatch)
+    server.write("nginx/sites-enabled/async-email", "")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server.target.http_port, server.target.timeout = silent.getsockname()[1], 0.2
+        assert_finds(machine.nginx(server.target), FAULT, "the API does not answer", "settings and units")
 
 
 def test_nginx_that_is_not_set_up_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,11 +126,66 @@ def test_addresses_are_read_as_the_kernel_writes_them(line: str, local: bool) ->
     assert machine.is_local(line) is local
 
 
+def test_keys_in_the_clear_and_a_certificate_that_runs_out_are_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_finds(machine.tls(server.target), NOTE, "not here: skipped")
+    site = server.write("nginx/sites-enabled/async-email", (ROOT / "nginx" / "async-email.conf").read_text())
+    assert_finds(machine.tls(server.target), NOTE, "without TLS", "docs/operations.md, TLS")
+    certificate = server.folder / "site.crt"
+    site.write_text(f"server {{\n    ssl_certificate {certificate}; # managed by Certbot\n}}\n")
+    for days, level, found in (("60", OK, "is valid"), ("3", WARN, "expires within 14 days")):
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", days]
+        subprocess.run([*command, "-keyout", "/dev/null", "-out", certificate], check=True, capture_output=True)
+        assert_finds(machine.tls(server.target), level, f"{certificate} {found}")
+    monkeypatch.setattr(machine, "runs_out", lambda *_: True)
+    assert_finds(machine.tls(server.target), FAULT, f"{certificate} has expired", "sudo systemctl reload nginx")
+
+
+def test_a_full_disk_of_logs_is_named_and_logs_that_nobody_rotates(
+    server: Server, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (server.folder / "nginx").mkdir()
+    fake(server.folder, "logrotate", "exit 0", monkeypatch)
+    assert_finds(machine.logs(target), NOTE, "skipped")
+    assert worst(machine.logs(server.target)).level == OK
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    assert_finds(machine.logs(server.target), WARN, "1 MB free for logs", "journalctl --vacuum-size")
+    monkeypatch.setattr(machine, "run", lambda *_: subprocess.CompletedProcess((), system.NOT_RUN, "", ""))
+    assert_finds(machine.logs(server.target), WARN, "no logrotate", "sudo apt install logrotate")
+
+
 def test_a_clock_that_nobody_sets_is_named(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(tmp_path, "timedatectl", "echo no", monkeypatch)
     assert_finds(machine.clock(target), WARN, "not synchronised", "sudo timedatectl set-ntp true")
     fake(tmp_path, "timedatectl", "echo yes", monkeypatch)
     assert worst(machine.clock(target)).level == OK
+
+
+# fmt: off
+MEMORY = [  # what a container sees -> the bytes that it may use
+    ({}, None),  # no container
+    ({"proc/1/cgroup": "0::/init.scope\n", "sys/fs/cgroup/memory.max": "536870912\n"}, 512 << 20),  # nspawn, Docker
+    ({"proc/1/cgroup": "0::/init.scope\n", "sys/fs/cgroup/memory.max": "max\n"}, None),
+    ({"proc/1/cgroup": "0::/machine.slice/mail.scope/init.scope\n",  # without a namespace of its own
+      "sys/fs/cgroup/machine.slice/mail.scope/memory.max": "268435456\n",
+      "sys/fs/cgroup/machine.slice/memory.max": "536870912\n"}, 256 << 20),
+    ({"proc/1/cgroup": "4:cpu,cpuacct:/\n3:memory:/docker/1a\n",
+      "sys/fs/cgroup/memory/docker/1a/memory.limit_in_bytes": "1073741824\n"}, 1 << 30),  # version 1
+    ({"proc/1/cgroup": "3:memory:/\n",
+      "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),  # its word for no limit
+    ({"proc/meminfo": "MemTotal:         524288 kB\nMemFree: 1 kB\n"}, 512 << 20),  # LXC, as in Proxmox
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("files", "limit"), MEMORY)
+def test_the_memory_of_a_container_is_what_it_may_use(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
+    """In a container of 512 MB on a machine with 24 GB, Redis got 9.6 GB, and was killed 141 times."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert system.memory(tmp_path) == (limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 WORKER = "async-email-worker@email.service"
@@ -150,6 +250,43 @@ def test_a_unit_that_still_runs_the_last_release_is_named(server: Server) -> Non
             process.kill()
         assert said.level == level, said
     assert "still runs" not in said.found
+
+
+API, DASHBOARD = "async-email-api.service", "async-email-dashboard.service"
+
+
+def test_a_service_that_runs_with_an_older_file_than_there_is_now_is_named(server: Server) -> None:
+    """The commonest mistake: an edit without a restart. The doctor read the new file, and all was well."""
+    now = str(int(time.monotonic() * 1e6))
+    for path in (server.env, *(server.folder / "etc/credentials").iterdir()):
+        os.utime(path, (time.time() - 3600,) * 2)
+    server.units(*units.UNITS, ExecMainStartTimestampMonotonic=now)
+    assert worst(units.running(server.target)).level == OK
+    os.utime(server.env, (time.time() + 60,) * 2)
+    [said] = listed(units.running(server.target))
+    assert said.level == WARN
+    assert said.found.startswith(f"{server.env} was changed after it was read by {API} and async-email-worker@email")
+    assert said.fix == f"sudo systemctl restart {' '.join(configuration.SERVICES)}"
+    server.units(API, ActiveState="activating", SubState="auto-restart", ExecMainStartTimestampMonotonic=now)
+    assert not any("was changed" in one.found for one in listed(units.running(server.target)))
+
+
+@pytest.mark.parametrize("unit", configuration.SERVICES)
+def test_what_a_service_has_read_is_compared_with_what_is_there(server: Server, unit: str) -> None:
+    """Also a file that came back from a backup with its old date."""
+    passed = configuration.passed_to(unit, server.target)
+    for name, path in passed.items():
+        server.write(f"run/{unit}/{name}", path.read_text(), 0o600)
+        os.utime(path, (time.time() + 60,) * 2)  # saved again as it was
+    server.units(unit, ExecMainStartTimestampMonotonic="1")
+    assert worst(units.running(server.target)).level == OK
+    for path in passed.values():
+        before = path.read_text()
+        path.write_text(f"{before}#\n")
+        os.utime(path, (1, 1))
+        level = NOTE if unit == DASHBOARD else WARN
+        assert_finds(units.running(server.target), level, f"{path} was changed", f"sudo systemctl restart {unit}")
+        path.write_text(before)
 
 
 def test_where_there_is_no_systemd_nginx_or_timedatectl_nothing_is_wrong(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from redis import Redis
 from redis.exceptions import ResponseError
 
 from ops.checks import flow, store
@@ -167,6 +170,23 @@ def test_a_redis_that_refuses_to_tell_is_named(target: Target, tmp_path: Path) -
             assert_finds(store.reachable(target, at(there.port)), FAULT, found, "journalctl")
     settings = of(redis_url="redis://redis.nowhere.invalid/0")
     assert_finds(store.reachable(target, settings), FAULT, "redis.nowhere.invalid cannot be resolved", "correct it")
+
+
+def test_a_redis_that_hangs_reads_or_cannot_write_is_called_that(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were called another protocol, a Redis without a file, and a refusal of PING."""
+    with RedisServer(tmp_path) as redis:
+        os.kill(redis.process.pid, signal.SIGSTOP)
+        assert_finds(store.reachable(target, at(redis.port)), FAULT, "does not answer", "swapping")
+        os.kill(redis.process.pid, signal.SIGCONT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Redis, "info", lambda *_: {"redis_version": "7.0.15", "loading": 1, "aof_enabled": 0})
+        said = listed(store.append_only_file(target, at(1)))
+    assert [(one.level, "still reading" in one.found) for one in said] == [(NOTE, True)]
+    with RedisServer(tmp_path) as redis, disk_refuses(redis):
+        assert worst(store.reachable(target, at(redis.port))).level == OK
+        assert_finds(store.append_only_file(target, at(redis.port)), FAULT, "cannot write its snapshot", "df -h")
 
 
 def test_an_acl_without_dangerous_commands_is_enough_for_the_doctor(target: Target, tmp_path: Path) -> None:

@@ -81,6 +81,20 @@ def test_the_commands_that_people_know_show_what_they_expect(server: Server) -> 
     assert re.search(r"\bsent id=", journal)
 
 
+def test_the_workers_answer_to_the_name_of_the_guide(server: Server) -> None:
+    status = server.machine.admin("systemctl status async-email-worker --no-pager").stdout
+    assert "active (exited)" in status
+    assert "async-email-worker@email" in status
+    before = server.main_pids()
+    server.machine.run("systemctl restart async-email-worker")
+    eventually(server.is_up, 60)
+    changed = {unit for unit, pid in server.main_pids().items() if pid != before[unit]}
+    assert {unit.partition("@")[0] for unit in changed} == {"async-email-worker"}
+    server.machine.run("systemctl stop async-email-worker && systemctl start async-email-worker")
+    eventually(server.is_up, 60)
+    server.delivers()
+
+
 def test_no_secret_and_no_address_is_in_the_journal_or_a_process_title(server: Server) -> None:
     recipient = server.delivers()
     looks = ("journalctl --no-pager -o cat", "ps -eo args", f"systemctl show {' '.join(OURS)}")

@@ -13,7 +13,6 @@ from tests.servers import eventually
 
 pytestmark = pytest.mark.deploy
 
-BACKUP = "/usr/local/sbin/async-email-backup"
 CONF = "/etc/redis/redis-async-email.conf"
 SITE = "/etc/nginx/sites-available/async-email"
 
@@ -23,26 +22,22 @@ def bash(server: Server, commands: str) -> str:
 
 
 def test_a_backup_brings_the_queue_back_and_what_was_sent_since_is_not_sent_again(server: Server) -> None:
-    server.machine.write(BACKUP, block("async-email-backup FILE"))
-    server.machine.run(f"chmod 755 {BACKUP}")
     late = server.somebody()
     server.relay.rcpt[late] = ["451 4.7.1 later"]
     _, late_id = server.post(late)
     eventually(lambda: server.api.email(late_id)["status"] == "delayed")
     with server.relay_away():
         before = dict(server.post() for _ in range(3))
-        since = server.machine.says("date '+%F %T'")
-        bash(server, line("sudo async-email-backup /var/backups"))
+        bash(server, line("bin/backup /var/backups"))
     server.arrives(*before, seconds=90)
     after, after_id = server.post()
     server.arrives(after)
     eventually(lambda: {server.api.email(one)["status"] for one in (*before.values(), after_id)} == {"sent"})
 
-    bash(server, block("sudo tar -xzpf"))
+    bash(server, line("bin/restore /var/backups"))
     eventually(lambda: server.api.get("/healthz").status == 200)
     eventually(lambda: server.api.get(f"/emails/{late_id}").status == 200)
     assert server.api.get(f"/emails/{after_id}").status == 404
-    bash(server, block("-X DELETE").replace("2026-11-22 03:10", since).replace("KEY", server.key))
     assert {server.api.email(one)["status"] for one in before.values()} == {"canceled"}
     bash(server, "sudo systemctl start async-email.target")
     eventually(server.is_up, 60)
@@ -53,7 +48,9 @@ def test_a_backup_brings_the_queue_back_and_what_was_sent_since_is_not_sent_agai
 def test_the_configuration_in_a_backup_is_the_one_that_was_there(server: Server) -> None:
     kept = server.machine.says(f"cat {ENV} {CONF}; stat -c '%a %U %G' {ENV} {CONF} /etc/async-email")
     server.machine.run(f"echo nonsense > {ENV}; chmod 644 {ENV}; rm {CONF}")
-    bash(server, "sudo tar -xzpf /var/backups/async-email.tar.gz -C / etc && sudo systemctl reload nginx")
+    bash(server, f"{line('bin/restore /var/backups').replace('restore', 'restore --settings')}")
+    bash(server, "sudo systemctl start async-email.target")
+    eventually(server.is_up, 60)
     assert server.machine.says(f"cat {ENV} {CONF}; stat -c '%a %U %G' {ENV} {CONF} /etc/async-email") == kept
 
 
@@ -100,7 +97,8 @@ def test_redis_looked_into_and_the_breaker_closed_by_hand(server: Server) -> Non
     bash(server, f"{queue}\nqueue HSET relay:breaker open_until {far}")
     recipient, mail_id = server.post()
     eventually(lambda: server.api.email(mail_id)["status"] == "delayed")
-    bash(server, f"{queue}\n{line('queue DEL relay:breaker')}")
+    assert "all mail waits" in bash(server, block("bin/breaker close").splitlines()[0])
+    bash(server, line("bin/breaker close"))
     bash(server, f"{queue}\nqueue ZADD rq:scheduled:email XX 0 {mail_id}")
     server.arrives(recipient)
 
