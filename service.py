@@ -15,11 +15,13 @@ from contextlib import suppress
 import tasks
 from mail.address import Mailbox
 from mail.templates import read_again_when_changed
+from mail.templates import use as use_templates
 from process import prefork
 from process.log import emit, say_why_not, set_up
 from process.sd_daemon import on_stop
 from queues.connection import Unavailable, announcements, connect, reach
 from queues.jobs import Jobs
+from queues.offer import load_file
 from settings import Settings, SettingsError, load
 from web.app import VERSION, make_app
 from web.server import Server, listen_on
@@ -41,6 +43,10 @@ def main() -> int:
     try:
         settings = load("api_keys", "mail_from")
         check_sender(settings)
+        if settings.tasks_file:
+            load_file(settings.tasks_file)
+        if settings.templates_dir:
+            use_templates(settings.templates_dir)
         if given.reload_templates:
             read_again_when_changed()
         redis = connect(settings.redis_url.get_secret_value())

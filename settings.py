@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, FilePath, SecretStr, ValidationError, model_validator
+from pydantic import BeforeValidator, DirectoryPath, Field, FilePath, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -172,6 +172,9 @@ class Settings(BaseSettings):
     api_processes: Annotated[int, Field(ge=1, le=64)] = 2
     api_keys: Annotated[tuple[ApiKey, ...], parsed_by(parse_api_keys), NoDecode] = ()
     api_keys_file: FilePath | None = None
+
+    templates_dir: DirectoryPath | None = None
+    tasks_file: FilePath | None = None
 
     worker_concurrency: Annotated[int, Field(ge=1, le=64)] = 16
 

@@ -33,16 +33,17 @@ from queues.connection import (
     why_unavailable,
 )
 from queues.heartbeat import LEASE_SECONDS, MAINTENANCE_EVERY
-from queues.offer import offered_on
+from queues.offer import load_file, offered_on
 from queues.quarantine import sift
 from queues.table import EMAIL, QUEUES
 from queues.workers import EmailWorker, Functions, JobsWorker, Scheduler, make_worker
 
-ALLOWED: dict[str, Functions] = {
-    row.name: {name: getattr(tasks, name.removeprefix("tasks.")) for name in row.runs} | offered_on(row.name)
-    for row in QUEUES.values()
-}
 STUCK_AFTER = 120  # seconds beyond its timeout after which an attempt is taken for stuck
+
+
+def allowed(queue: str) -> Functions:
+    """Returns what a queue's workers may run, by the name that is in a job. TASKS_FILE must be loaded before."""
+    return {name: getattr(tasks, name.removeprefix("tasks.")) for name in QUEUES[queue].runs} | offered_on(queue)
 
 
 class WorkerPool:
@@ -56,7 +57,7 @@ class WorkerPool:
         self.settings = current
         self.delivery = delivery.current()
         self.redis = connect(current.redis_url.get_secret_value())  # fails fast: each second is another try
-        self.maintenance_worker = make_worker(EmailWorker, queue, self.redis, ALLOWED[queue])  # takes no jobs
+        self.maintenance_worker = make_worker(EmailWorker, queue, self.redis, allowed(queue))  # takes no jobs
         self.queue = self.maintenance_worker.queues[0]
         self.scheduler = Scheduler(queue, self.redis)
         self.workers: dict[threading.Thread, EmailWorker] = {}
@@ -102,7 +103,7 @@ class WorkerPool:
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
         while len(self.workers) < self.settings.worker_concurrency and not self.asked_to_stop.is_set():
             redis = connect(self.settings.redis_url.get_secret_value(), retrying=True)
-            worker = make_worker(EmailWorker, self.queue.name, redis, ALLOWED[self.queue.name])
+            worker = make_worker(EmailWorker, self.queue.name, redis, allowed(self.queue.name))
             worker.is_paused = self.is_paused
             thread = threading.Thread(target=worker.work, kwargs={"logging_level": None}, name=worker.name)
             self.workers[thread] = worker
@@ -173,16 +174,18 @@ class WorkerPool:
 
 def main() -> int:
     queue = sys.argv[1] if len(sys.argv) > 1 else EMAIL
-    if queue not in ALLOWED or len(sys.argv) > 2:
-        print(f"usage: worker.py [{'|'.join(ALLOWED)}]", file=sys.stderr)
+    if queue not in QUEUES or len(sys.argv) > 2:
+        print(f"usage: worker.py [{'|'.join(QUEUES)}]", file=sys.stderr)
         return 2
     try:
         current = settings.load(*QUEUES[queue].needs)
         url = current.redis_url.get_secret_value()
+        if current.tasks_file:
+            load_file(current.tasks_file)
         reach(url)
         with translating_errors():
             redis, pooled = connect(url, retrying=True), QUEUES[queue].pooled
-            worker = WorkerPool(queue, current) if pooled else make_worker(JobsWorker, queue, redis, ALLOWED[queue])
+            worker = WorkerPool(queue, current) if pooled else make_worker(JobsWorker, queue, redis, allowed(queue))
     except settings.SettingsError as error:
         log.say_why_not(error)
         return 2

@@ -46,6 +46,13 @@ def environment() -> Environment:
     )
 
 
+def use(folder: Path) -> None:
+    """Takes the templates from this folder, instead of the project's own."""
+    global FOLDER
+    FOLDER = folder
+    environment.cache_clear()
+
+
 def read_again_when_changed() -> None:
     """Makes an edited template count without a restart, for bin/dev. A new one always does."""
     environment().auto_reload = True

@@ -1,21 +1,24 @@
-"""`@task`: offers a function of tasks.py to `POST /jobs`.
+"""`@task`: offers a function of tasks.py, or of TASKS_FILE, to `POST /jobs`.
 
 Checks the arguments against the function's type hints in the API (422 with the field) and again in the worker.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model
 from rq import get_current_job
 
-from process.log import emit
+from process.log import emit, where
 from queues.table import JOBS, QUEUES
+from settings import SettingsError
 
 
 class Task(NamedTuple):
@@ -34,6 +37,19 @@ OFFERED: dict[str, Task] = {}
 def offered_on(queue: str) -> dict[str, Callable[..., Any]]:
     """Returns the functions that a queue's worker may run, by the name that is in a job."""
     return {f"tasks.{name}": task.function for name, task in OFFERED.items() if task.queue == queue}
+
+
+def load_file(path: Path) -> None:
+    """Imports a file of tasks that lives outside the project. Raises `SettingsError` with the line that is wrong."""
+    spec = importlib.util.spec_from_file_location("own_tasks", path)
+    if not spec or not spec.loader:
+        raise SettingsError(["TASKS_FILE: must be the path of a file that ends in .py"])
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except SyntaxError as error:
+        raise SettingsError([f"TASKS_FILE: {path}, line {error.lineno}: {error.msg}"]) from None
+    except Exception as error:
+        raise SettingsError([f"TASKS_FILE: {path} cannot be imported: {where(error)}"]) from None
 
 
 def task(
