@@ -23,7 +23,7 @@ from mail.states import EXPIRED, FINAL
 from mail.store import TOTALS
 from queues.connection import Redis, RedisError, translating_errors
 from queues.heartbeat import on_heartbeat
-from smtp.verdict import Verdict
+from smtp.policy import Verdict
 
 RESULTS = (*FINAL, EXPIRED)  # how a mail ended; sent again, it has two
 # How an attempt ended; `interrupted`: with its worker.

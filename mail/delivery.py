@@ -27,10 +27,10 @@ from queues.connection import connect
 from queues.jobs import JobFailed, Jobs, Retry, allow_exceptions, queued_at, run_again_in
 from smtp.envelope import Envelope
 from smtp.pacing import Pacing
-from smtp.policy import MESSAGE
+from smtp.policy import MESSAGE, Phase, Verdict
 from smtp.pool import SessionPool
 from smtp.relay import Relay
-from smtp.verdict import Outcome, Phase, Reply, Verdict
+from smtp.verdict import Outcome, Reply
 
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
 AFTER = {  # the reply that decided -> what the recipient is after the attempt

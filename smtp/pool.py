@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from smtp.envelope import Envelope
+from smtp.policy import Verdict
 from smtp.relay import Relay
 from smtp.session import Replies, Session, Stopped
-from smtp.verdict import Outcome, Reply, Verdict
+from smtp.verdict import Outcome, Reply
 
 MOST_MAILS = 100  # per session: some relays end it after that many, or slow it down
 OLDEST = 300  # seconds

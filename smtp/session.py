@@ -21,8 +21,9 @@ from enum import Enum
 
 from smtp import auth
 from smtp.envelope import Envelope, crlf_lines, dot_stuffed
+from smtp.policy import Phase, Verdict
 from smtp.relay import Relay, connect_any, tls_context
-from smtp.verdict import Phase, Reply, Verdict
+from smtp.verdict import Reply
 
 CHUNK = 64 * 1024  # bytes of the body
 LONGEST_LINE = 8192  # octets of a reply; RFC 5321 4.5.3.1.5 has 512

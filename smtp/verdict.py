@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from smtp.policy import MESSAGE, TOO_MANY, WITHOUT_RCPT, row_for
-from smtp.policy import Phase as Phase
-from smtp.policy import Verdict as Verdict
+from smtp.policy import MESSAGE, TOO_MANY, WITHOUT_RCPT, Phase, Verdict, row_for
 
 LONGEST_HINT = 12 * 3600  # seconds; what a relay asks for beyond that is not believed
 # "try again in 5 minutes", "retry after 300s", "come back in 00:04:59", "greylisted for 60 seconds". A time in what a

@@ -12,10 +12,11 @@ from typing import Any
 import trustme
 
 from smtp.envelope import Envelope
+from smtp.policy import Phase, Verdict
 from smtp.pool import SessionPool
 from smtp.relay import Relay
 from smtp.session import Session
-from smtp.verdict import Outcome, Phase, Reply, Verdict
+from smtp.verdict import Outcome, Reply
 from tests.scripted_relay import Script, ScriptedRelay
 from tests.smtp_samples import ADA, MIME, SENDER
 

@@ -24,8 +24,9 @@ from queues.connection import connect
 from queues.jobs import Jobs
 from settings import Settings
 from smtp.envelope import Envelope
+from smtp.policy import Phase, Verdict
 from smtp.relay import Relay
-from smtp.verdict import Outcome, Phase, Reply, Verdict
+from smtp.verdict import Outcome, Reply
 from tests.conversations import POOL, at, served
 from tests.scripted_relay import Line, ScriptedRelay, reset
 from tests.servers import eventually

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from smtp.verdict import Phase, Reply, Verdict
+from smtp.policy import Phase, Verdict
+from smtp.verdict import Reply
 from tests.conversations import another, at, attempt, fate, meet, opened, served
 from tests.scripted_relay import Line, Script, ScriptedRelay, Step, hang_up, raw, reset
 from tests.servers import eventually

@@ -11,8 +11,9 @@ import pytest
 
 from smtp import pool, session
 from smtp.envelope import Envelope
+from smtp.policy import Phase, Verdict
 from smtp.relay import Relay
-from smtp.verdict import Outcome, Phase, Verdict
+from smtp.verdict import Outcome
 from tests.conversations import POOL, another, at, fate, opened, served, took_less_than
 from tests.scripted_relay import OBLIGING, Act, Script, Step, drip, hang, hang_up, last_words, raw, reset, then
 from tests.servers import eventually

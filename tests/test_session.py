@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from smtp.verdict import Phase, Reply, Verdict
+from smtp.policy import Phase, Verdict
+from smtp.verdict import Reply
 from tests.conversations import ANSWERS, at, attempt, fate, meet, opened, took_less_than, write_ca
 from tests.relay import Relay as HonestRelay
 from tests.scripted_relay import Script, ScriptedRelay, Step, drip, hang, hang_up, last_words, raw, read_slowly, reset

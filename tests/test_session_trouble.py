@@ -22,8 +22,9 @@ import pytest
 import trustme
 
 from smtp.envelope import Envelope
+from smtp.policy import Phase, Verdict
 from smtp.session import Stopped
-from smtp.verdict import Phase, Reply, Verdict, judge
+from smtp.verdict import Reply, judge
 from tests.conversations import ANSWERS, at, attempt, fate, meet, opened, server_context, took_less_than
 from tests.scripted_relay import Line, Script, ScriptedRelay, Step, drip, hang, hang_up, last_words, raw
 from tests.servers import eventually, free_port

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smtp.verdict import Verdict
+from smtp.policy import Verdict
 
 ACCEPTED, TRY_AGAIN, REFUSED = Verdict.ACCEPTED, Verdict.TRY_AGAIN, Verdict.REFUSED
 IN_DOUBT, TROUBLE = Verdict.IN_DOUBT, Verdict.TROUBLE

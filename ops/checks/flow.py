@@ -28,7 +28,8 @@ from queues.jobs import Jobs
 from queues.quarantine import UNREADABLE, UNREADABLE_KEPT
 from queues.table import EMAIL, QUEUES
 from settings import Settings
-from smtp.verdict import Phase, Reply
+from smtp.policy import Phase
+from smtp.verdict import Reply
 
 SILENT = 2 * LEASE_SECONDS  # seconds; RQ's own worker, of the queue jobs, has a heartbeat of 30 seconds
 LATE = 300  # seconds that a mail may wait while nothing is wrong

@@ -14,7 +14,8 @@ from ops.checks import relay, replies
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
 from settings import Settings
-from smtp.verdict import Phase, Reply
+from smtp.policy import Phase
+from smtp.verdict import Reply
 from tests.checks.support import GMAIL, M365, PASSWORD, SES, Said, Server, assert_finds, listed, of, worst
 from tests.conversations import server_context
 from tests.scripted_relay import ScriptedRelay, Step, drip
