@@ -157,7 +157,7 @@ def start_redis(server: Server) -> None:
         switch_on_file(server)
     if "aof_enabled:1" not in ask_redis(server, "info", "persistence"):
         raise Fault(
-            f"{REDIS} does not answer as it should: it is not running (journalctl -u {REDIS}), has no append-only "
+            f"{REDIS} does not answer as it should: it is not running (sudo journalctl -u {REDIS}), has no append-only "
             f"file, or knows another password than the one in {server.credentials / 'redis_url'}.\nIf you changed "
             f"{server.redis_conf}, put it right; or move it away, and the next run makes a new one. The queue stays."
         )
@@ -338,7 +338,7 @@ def farewell(server: Server) -> str:
         "\nTry it:\n",
         f"    curl -X POST http://127.0.0.1/start-job -H 'Authorization: Bearer {server.new_key or 'YOUR-API-KEY'}' \\",
         '         -H \'Content-Type: application/json\' -d \'{"name": "Ada", "email": "you@example.com"}\'',
-        "\nKnown from guides: `systemctl status async-email-worker` and `journalctl -u async-email-api -f` work here.",
+        "\nKnown from guides: `systemctl status async-email-worker`, `sudo journalctl -u async-email-api -f`.",
         f"Instead of `redis-cli ping`, which asks another Redis than ours: sudo {server.current}/bin/doctor",
         f"\nTLS, backup, and what to do at night: {server.current}/docs/operations.md",
     ]
