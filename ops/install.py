@@ -33,7 +33,7 @@ from ops.server import Fault, Server, text_of
 from ops.site import set_up_nginx
 from queues.table import QUEUES
 
-KNOWN = {"debian 12", "ubuntu 22.04", "ubuntu 24.04"}
+KNOWN = {"debian 12", "debian 13"}  # tests/deploy has passed on them
 KEPT = 3  # releases
 WORKERS = tuple(f"async-email-worker@{queue}.service" for queue in QUEUES)
 WORKER = "async-email-worker@.service"
@@ -48,7 +48,7 @@ REDIS_SOCKET = "/run/redis-async-email/redis.sock"
 def check_machine(server: Server) -> None:
     release = platform.freedesktop_os_release()
     name = f"{release.get('ID', '?')} {release.get('VERSION_ID', '?')}"
-    server.say(name if name in KNOWN else f"{name}: untested (tested: {', '.join(sorted(KNOWN))}); going on")
+    server.say(name if name in KNOWN else f"{name}: not tried (tried: {', '.join(sorted(KNOWN))}); going on")
     if os.geteuid() != 0:
         server.stop_here("it needs root: sudo bin/install")
         server.say("without root some of what is there cannot be seen; sudo bin/install --dry-run sees all")
@@ -157,7 +157,7 @@ def start_redis(server: Server) -> None:
         switch_on_file(server)
     if "aof_enabled:1" not in ask_redis(server, "info", "persistence"):
         raise Fault(
-            f"{REDIS} does not answer as it should: it is not running (journalctl -u {REDIS}), has no append-only "
+            f"{REDIS} does not answer as it should: it is not running (sudo journalctl -u {REDIS}), has no append-only "
             f"file, or knows another password than the one in {server.credentials / 'redis_url'}.\nIf you changed "
             f"{server.redis_conf}, put it right; or move it away, and the next run makes a new one. The queue stays."
         )
@@ -232,10 +232,10 @@ def switch(server: Server) -> None:
 
 
 def start_services(server: Server) -> None:
+    enabled = [unit for unit in WORKERS if server.ask("systemctl", "is-enabled", unit) == "enabled"]
     if server.ask("systemctl", "is-enabled", TARGET) != "enabled":
         server.run("systemctl", "enable", TARGET, SOCKET, *WORKERS, API, DASHBOARD)
-    enabled = [unit for unit in WORKERS if server.ask("systemctl", "is-enabled", unit) == "enabled"]
-    if enabled and WORKER in server.changed_units:  # it may have another [Install] now
+    elif enabled and WORKER in server.changed_units:  # it may have another [Install] now
         server.run("systemctl", "enable", *enabled)
     if SOCKET in server.changed_units and server.ask("systemctl", "is-active", SOCKET) == "active":
         server.say("its unit has changed, so the API's socket is opened anew; for a moment requests are refused")
@@ -338,7 +338,7 @@ def farewell(server: Server) -> str:
         "\nTry it:\n",
         f"    curl -X POST http://127.0.0.1/start-job -H 'Authorization: Bearer {server.new_key or 'YOUR-API-KEY'}' \\",
         '         -H \'Content-Type: application/json\' -d \'{"name": "Ada", "email": "you@example.com"}\'',
-        "\nKnown from guides: `systemctl status async-email-worker` and `journalctl -u async-email-api -f` work here.",
+        "\nKnown from guides: `systemctl status async-email-worker`, `sudo journalctl -u async-email-api -f`.",
         f"Instead of `redis-cli ping`, which asks another Redis than ours: sudo {server.current}/bin/doctor",
         f"\nTLS, backup, and what to do at night: {server.current}/docs/operations.md",
     ]

@@ -77,7 +77,7 @@ def waiting(target: Target, settings: Settings) -> Findings:
     age, queued = state.oldest_queued or 0, counted(state.jobs["queued"], "mail")
     if age > LATE and not reasons:
         found = f"{queued} in the queue, the oldest for {lasting(age)}: nothing drains the queue, or too slowly"
-        yield warn(found, f"journalctl -u async-email-worker@email -n 50; {target.restart('worker@email')}")
+        yield warn(found, f"sudo journalctl -u async-email-worker@email -n 50; {target.restart('worker@email')}")
     else:
         yield ok(f"{queued} in the queue" + (f", the oldest for {lasting(age)}" if age else ""))
     if state.overdue > LATE:
@@ -128,7 +128,7 @@ def last_trouble(redis: Redis, settings: Settings) -> tuple[str, str]:
         attempts = json.loads(stored or b"[]")
         if attempts and attempts[-1].get("verdict") == "trouble":
             return explained(attempts[-1], settings)
-    return "its log says why", "journalctl -u async-email-worker@email -g breaker_opened -n 1"
+    return "its log says why", "sudo journalctl -u async-email-worker@email -g breaker_opened -n 1"
 
 
 def explained(attempt: dict[str, Any], settings: Settings) -> tuple[str, str]:

@@ -85,7 +85,7 @@ def takes_mail(target: Target) -> Findings:
         yield ok(f"the API answers through nginx on port {target.http_port}")
     else:
         found = f"the API answers /healthz, and not /readyz within {lasting(target.timeout)}"
-        yield fault(found, f"journalctl -u async-email-api -p warning -n 20; {target.restart('api')}")
+        yield fault(found, f"sudo journalctl -u async-email-api -p warning -n 20; {target.restart('api')}")
 
 
 def get(path: str, target: Target) -> tuple[int, bytes, str]:

@@ -31,7 +31,7 @@ OUR_CONF, OUR_SOCKETS = "/etc/redis/redis-async-email.conf", "/run/redis-async-e
 OLDEST = (6, 2)  # has BLMOVE, without which a killed worker loses the job it has just popped
 OUR_UNIT = "redis-server@async-email.service"
 LITTLE = 512 * 2**20  # bytes of disk
-LOOK = "df -h; journalctl -u 'redis*' -n 20 says why"
+LOOK = "df -h; sudo journalctl -u 'redis*' -n 20 says why"
 MAX_SKEW = 5  # seconds between two clocks
 
 
@@ -134,7 +134,9 @@ def how_to_reach(error: OSError, at: Address, target: Target) -> str:
     if isinstance(error, TimeoutError):
         return f"allow this machine in Redis' firewall or security group, port {at.port}"
     if at.is_our_own:
-        return "sudo systemctl enable --now redis-server@async-email; journalctl -u redis-server@async-email says why"
+        return (
+            "sudo systemctl enable --now redis-server@async-email; sudo journalctl -u redis-server@async-email says why"
+        )
     if at.is_here:
         if target.installed:
             return "sudo systemctl enable --now redis-server (or valkey-server)"
@@ -156,9 +158,11 @@ def refused(redis: Redis, at: Address, target: Target) -> Finding | None:
     except ResponseError as error:
         if "MISCONF" in f"{error.status_code} {error}":  # it answers; what it cannot write is said by the next check
             return None
-        return fault(f"Redis at {at} refuses PING or INFO", "see its log: journalctl -u 'redis*'")
+        return fault(f"Redis at {at} refuses PING or INFO", "see its log: sudo journalctl -u 'redis*'")
     except BusyLoadingError:
-        return fault("Redis is still reading its append-only file", "wait, and try again; journalctl -u 'redis*' -f")
+        return fault(
+            "Redis is still reading its append-only file", "wait, and try again; sudo journalctl -u 'redis*' -f"
+        )
     except NoAnswer:
         fix = "systemctl status 'redis*', top: it may be stopped, swapping, or busy with one command"
         return fault(f"Redis at {at} takes a connection and does not answer", fix)

@@ -38,7 +38,7 @@ EXITS = {  # exit code -> its meaning, its fix
     "216": ("216/GROUP: its group does not exist", "sudo bin/install, in your clone: it makes user and group"),
     "217": ("217/USER: its user does not exist", "sudo bin/install, in your clone: it makes the user"),
     "226": ("226/NAMESPACE: a folder that its sandbox names does not exist, or this container forbids sandboxes",
-            "journalctl -u {unit} -n 20 names the folder; in a container, allow nesting"),
+            "sudo journalctl -u {unit} -n 20 names the folder; in a container, allow nesting"),
     "228": ("228/SECCOMP: this kernel lacks the system call filter", "sudo systemctl edit {unit}: SystemCallFilter="),
     "243": ("243/CREDENTIALS: a file that its LoadCredential= names is missing",
             "sudo ls -l /etc/async-email /etc/async-email/credentials; sudo bin/install makes what is missing"),
@@ -47,12 +47,12 @@ EXITS = {  # exit code -> its meaning, its fix
 RESULTS = {  # Result= of a unit that did not end by an exit code
     "start-limit-hit": ("it failed too often: systemd gave up", "sudo systemctl reset-failed {unit}, and start it"),
     "oom-kill": ("the machine ran out of memory", "lower WORKER_CONCURRENCY, or take a larger machine"),
-    "watchdog": ("it hung and was ended by the watchdog", "journalctl -u {unit} -n 50"),
-    "timeout": ("it did not start or stop in time", "journalctl -u {unit} -n 50"),
-    "protocol": ("it ended before it said that it was ready", "journalctl -u {unit} -n 50"),
-    "signal": ("it was killed by a signal", "journalctl -u {unit} -n 50"),
-    "core-dump": ("it crashed", "journalctl -u {unit} -n 50"),
-    "resources": ("systemd could not give it what it asks for", "journalctl -u {unit} -n 20"),
+    "watchdog": ("it hung and was ended by the watchdog", "sudo journalctl -u {unit} -n 50"),
+    "timeout": ("it did not start or stop in time", "sudo journalctl -u {unit} -n 50"),
+    "protocol": ("it ended before it said that it was ready", "sudo journalctl -u {unit} -n 50"),
+    "signal": ("it was killed by a signal", "sudo journalctl -u {unit} -n 50"),
+    "core-dump": ("it crashed", "sudo journalctl -u {unit} -n 50"),
+    "resources": ("systemd could not give it what it asks for", "sudo journalctl -u {unit} -n 20"),
 }
 
 Unit = dict[str, str]
@@ -118,12 +118,12 @@ def about(unit: Unit, target: Target) -> Findings:
     if unit.get("LoadState") not in ("loaded", "not-found"):
         yield fault(f"{name} cannot be loaded ({unit.get('LoadState')})", f"systemd-analyze verify {name}")
     elif unit.get("SubState") == "start":
-        yield warn(f"{name} is just starting", f"look again in a minute; journalctl -u {name} -n 50")
+        yield warn(f"{name} is just starting", f"look again in a minute; sudo journalctl -u {name} -n 50")
     elif state not in ("active", "inactive"):
         yield why_not(unit)
     elif int(unit.get("NRestarts") or 0) >= OFTEN and up_for(unit) < LATELY:
         found = f"{name} has run for {lasting(up_for(unit))}, after {unit['NRestarts']} restarts"
-        yield warn(found, f"journalctl -u {name} -p warning -n 50; sudo journalctl -k -g 'Killed process'")
+        yield warn(found, f"sudo journalctl -u {name} -p warning -n 50; sudo journalctl -k -g 'Killed process'")
     if "-worker@" in name and unit.get("KillMode", "mixed") != "mixed":
         found = f"{name} has KillMode={unit['KillMode']}: a restart kills the jobs in progress"
         yield fault(found, f"sudo systemctl edit {name}: [Service] KillMode=mixed")
@@ -143,7 +143,7 @@ def why_not(unit: Unit) -> Finding:
     causes = [RESULTS[result]] if result in RESULTS else []
     if code in EXITS and result not in ("signal", "oom-kill", "watchdog", "core-dump"):
         causes.append(EXITS[code])
-    causes = causes or [(f"its last exit code was {code}", "journalctl -u {unit} -n 50")]
+    causes = causes or [(f"its last exit code was {code}", "sudo journalctl -u {unit} -n 50")]
     fixes = "; ".join(fix.format(unit=name) for _, fix in reversed(causes))
     return fault(f"{state}: {', and '.join(meaning for meaning, _ in causes)}", fixes)
 
