@@ -179,6 +179,7 @@ def main() -> int:
         return 2
     try:
         current = settings.load(*QUEUES[queue].needs)
+        log.set_up(current.log_level, current.log_format)
         url = current.redis_url.get_secret_value()
         if current.tasks_file:
             load_file(current.tasks_file)
@@ -192,7 +193,6 @@ def main() -> int:
     except Unavailable as error:
         log.say_why_not(f"REDIS_URL: {error}")
         return 1
-    log.set_up(current.log_level, current.log_format)
     announcements.begin(redis)
     log.emit("worker_started", queue=queue)
     if isinstance(worker, WorkerPool):

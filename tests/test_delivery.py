@@ -147,7 +147,7 @@ def test_a_delayed_mail_says_when_it_is_tried_next_and_has_its_crashes_forgotten
     house: House, api: Api, relay: Relay, client: redis.Redis
 ) -> None:
     house.environment["RETRY_SCHEDULE"] = "1h"
-    relay.data = ["451 4.3.0 not now"]
+    relay.data = ["451 4.7.1 not now"]
     mail_id = api.submit(mail())
     client.hset(f"rq:job:{mail_id}", "retries_left", 1)
     house.worker()
@@ -214,7 +214,7 @@ def test_a_delayed_mail_is_sent_although_redis_was_restarted_meanwhile(
     house: House, api: Api, relay: Relay, redis_server: RedisServer
 ) -> None:
     house.environment["RETRY_SCHEDULE"] = "4s"
-    relay.data = ["451 4.3.0 not now"]
+    relay.data = ["451 4.7.1 not now"]
     mail_id = delivered(house, api, "delayed")["id"]
     redis_server.kill()
     time.sleep(1)
