@@ -77,7 +77,8 @@ def main() -> int:
 
 def check_sender(settings: Settings) -> None:
     try:
-        Mailbox.parse(settings.mail_from)
+        if Mailbox.parse(settings.mail_from).is_local and not settings.allow_local_domains:
+            raise ValueError("must have a domain with a dot, unless ALLOW_LOCAL_DOMAINS=yes")
     except ValueError as error:
         raise SettingsError([f"MAIL_FROM: {error}"]) from None
 

@@ -274,7 +274,8 @@ def from_file(path: Path) -> dict[str, str]:
     cut = [one for one in assignments if one.comment and one.name.lower() in VERBATIM]
     if cut:
         raise SettingsError([f"{path.name} line {one.line}: {CUT.format(one.name)}" for one in cut])
-    return {one.name.lower(): one.value for one in assignments if one.value}
+    values = {one.name.lower(): one.value for one in assignments}
+    return {name: value for name, value in values.items() if value}
 
 
 NEEDED = {  # a setting that a process cannot run without -> what to write there

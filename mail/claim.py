@@ -144,7 +144,6 @@ class Claim:
             "settled_at": now,
             "in_line": "1" if reserved else "",
             "next_attempt_at": iso(now + next_in) if next_in else "",
-            **({"since": self.since.isoformat()} if self.since != self.created_at else {}),
         }
         words = [word for pair in fields.items() for word in pair]
         counts = [word for pair in self.counts.items() for word in pair]

@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from functools import lru_cache
 from typing import NoReturn
 
@@ -23,7 +22,7 @@ from mail.outbox import AFTER_A_CRASH, Outbox, jittered
 from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
-from queues.connection import connect
+from queues.connection import RedisError, Unavailable, connect
 from queues.jobs import JobFailed, Jobs, Retry, allow_exceptions, queued_at, run_again_in
 from smtp.envelope import Envelope
 from smtp.pacing import Pacing
@@ -116,7 +115,10 @@ class Delivery:
                 self._tell_breaker(said.reply, put_off)
 
     def _met_by_others(self, reply: Reply, put_off: bool) -> bool:
-        return self.pacing.refused_alike(reply.words, self.outbox.last_sent() or 0, put_off)
+        try:
+            return self.pacing.refused_alike(reply.words, self.outbox.last_sent() or 0, put_off)
+        except (Unavailable, RedisError):  # the reply is to be written down, however long that takes
+            return False
 
     def _conclude(self, claim: Claim, replies: Sequence[Reply]) -> str | Retry:
         state, pause = next_state(claim, replies, self.outbox.settings.retry_schedule)
@@ -142,6 +144,8 @@ class Delivery:
         return run_again_in(pause)
 
     def _tell_breaker(self, reply: Reply, put_off: bool) -> None:
+        if reply.repeated:
+            return  # the account, perhaps, or what one caller sends: others are to find out for themselves
         if reply.code is None or reply.verdict is Verdict.TROUBLE:
             inside = reply.phase in MESSAGE
             pause = 0 if reply.phase is Phase.RCPT else reply.pause  # which may be one recipient's
@@ -160,7 +164,7 @@ def take_up(claim: Claim) -> None:
     """Deals with the traces of earlier attempts, before this one."""
     asked_again = claim.state_before in (State.FAILED, State.UNKNOWN)
     if asked_again:
-        claim.counted, claim.since = 0, datetime.now(timezone.utc)
+        claim.counted = 0
     if claim.state_before == State.SENDING:
         died = {"verdict": "interrupted", "text": "the worker died in this attempt"}
         claim.attempts.append({"at": iso(time.time()), **died})
@@ -206,7 +210,7 @@ def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int]) 
         if _goes_on(replies):
             return State.DELAYED, 0
         if is_trouble(claim, replies):
-            return State.DELAYED, max(asked_for, jittered(PAUSE_ON_TROUBLE))
+            return State.DELAYED, max(asked_for, jittered(PAUSE_ON_TROUBLE * 2 ** _troubled(claim)))
         claim.counted += 1
         if claim.counted <= len(schedule):
             return State.DELAYED, max(asked_for, jittered(schedule[claim.counted - 1]))
@@ -220,6 +224,13 @@ def is_trouble(claim: Claim, replies: Sequence[Reply]) -> bool:
     """Returns whether nothing but the relay's trouble keeps the mail."""
     its_own = any(reply.verdict in (Verdict.TRY_AGAIN, Verdict.IN_DOUBT) for reply in replies)
     return not its_own and not _silenced(claim)
+
+
+def _troubled(claim: Claim) -> int:
+    """Returns how often the relay has put off this mail without charging it, 6 at most: each doubles the pause, to half
+    an hour. Mail that only waits for a relay that is away comes back within half a minute."""
+    inside = sum(one.get("phase") in MESSAGE for one in claim.attempts)
+    return min(6, max(0, inside - claim.counted - 1))
 
 
 def _goes_on(replies: Sequence[Reply]) -> bool:

@@ -27,7 +27,7 @@ PLAIN = re.compile(r"[!-~]{1,900}(?: {1,9}[!-~]{1,900})*")
 ENCODED_WORD = re.compile(r"=\?[^?]*\?[BbQq]\?.*?\?=")  # what a reader takes for one, also where RFC 2047 forbids it
 PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_.,+@()-]+(?: [A-Za-z0-9_.,+@()-]+)*")
 NAMED = re.compile(r";\s*name\*?=", re.IGNORECASE)
-INVITATION = re.compile(r"text/calendar\b.*;\s*method=", re.IGNORECASE)
+INVITATION = re.compile(r"text/calendar\s*;(?:.*;)?\s*method=", re.IGNORECASE)
 FOLD = ";\r\n "
 DELIMITER = b"--=_"  # how the lines between parts begin; a text that holds it is encoded, and then it does not
 
@@ -93,13 +93,16 @@ def mime_body(message: Message, seed: str) -> bytes:
     A part is its own header lines, an empty line and its content, with CRLF line ends throughout. An empty text is left
     out where there is html. `seed` makes the boundaries this mail's own, unlike those of a mail that it quotes.
     """
+    invitations = [one for one in message.attachments if _is_invitation(one)]
+    invitation = invitations[0] if len(invitations) == 1 else None  # of two alternatives a reader shows one
     inline = [_file(one) for one in message.attachments if "content_id" in one]
-    invitations = [_file(one) for one in message.attachments if _is_invitation(one)]
-    files = [_file(one) for one in message.attachments if "content_id" not in one and not _is_invitation(one)]
+    files = [_file(one) for one in message.attachments if "content_id" not in one and one is not invitation]
     versions = [_text("plain", message.text or "")] if message.text or not message.html else []
     if message.html:
         versions.append(_multipart('related; type="text/html"', [_text("html", message.html), *inline], f"r_{seed}"))
-    shown = _multipart("alternative", [*versions, *invitations], f"a_{seed}")
+    shown = _multipart(
+        "alternative", [*versions, *([_file(invitation, shown=True)] if invitation else [])], f"a_{seed}"
+    )
     return _multipart("mixed", [shown, *files], f"m_{seed}")
 
 
@@ -136,14 +139,14 @@ def _base64_lines(text: str) -> bytes:
     return "".join(f"{text[start : start + 76]}\r\n" for start in range(0, len(text), 76)).encode()
 
 
-def _file(one: dict[str, str]) -> bytes:
-    """Writes a file's part. An invitation has no disposition: it is shown."""
+def _file(one: dict[str, str], shown: bool = False) -> bytes:
+    """Writes a file's part; without a disposition if it is `shown`, as an invitation is."""
     disposition = "inline" if "content_id" in one else "attachment"
-    shown = f"Content-Disposition: {disposition}{FOLD}{filename_parameter(one['filename'])}"
+    stored = f"Content-Disposition: {disposition}{FOLD}{filename_parameter(one['filename'])}"
     lines = [
         f"Content-Type: {re.sub('; ?', FOLD, one['content_type'])}{_older_name(one)}",
         "Content-Transfer-Encoding: base64",
-        *([] if _is_invitation(one) else [shown]),
+        *([] if shown else [stored]),
         *([f"Content-ID: <{one['content_id']}>"] if "content_id" in one else []),
     ]
     return "\r\n".join([*lines, "", ""]).encode() + _base64_lines(one["content"])

@@ -49,7 +49,7 @@ local function beside(at)
 end
 """
 # KEYS: mail, claim, RQ's failed registry. ARGV: mail id, token, lease in ms, when the job was queued (seconds), when to
-# look at the mail if this attempt does not end.
+# look at the mail if this attempt does not end, now (ISO 8601: since when the mail waits, if a person has asked again).
 # A failed or unknown mail is claimed only if a person has queued it again since: RQ may run a job twice, and then the
 # second run must not be taken for a wish. Nor is one that the sweep found expired: the scheduler may queue its job
 # later on. A second call with the same token (a lost reply) finds its own claim.
@@ -64,7 +64,9 @@ end
 local holder = redis.call('GET', KEYS[2])
 if holder and holder ~= ARGV[2] then return {'busy', redis.call('PTTL', KEYS[2])} end
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
-if not holder then become(ARGV[1], 'sending', nil, ARGV[5], {'state_before', state}) end
+local fields = {'state_before', state}
+if state == 'failed' or state == 'unknown' then fields = {'state_before', state, 'since', ARGV[6]} end
+if not holder then become(ARGV[1], 'sending', nil, ARGV[5], fields) end
 return {'claimed', redis.call('HGETALL', KEYS[1])}
 """
 # KEYS: mail, claim. ARGV: mail id, then what removes its job, if it has one. Returns what stands in the way: the mail's
@@ -136,7 +138,8 @@ class Outbox:
         """
         token = uuid.uuid4().hex
         touched = [mail_key(mail_id), claim_key(mail_id), keys.failed(EMAIL)]
-        args = [mail_id, token, LEASE_SECONDS * 1000, queued_at, time.time() + LOOK_AFTER]
+        now = time.time()
+        args = [mail_id, token, LEASE_SECONDS * 1000, queued_at, now + LOOK_AFTER, iso(now)]
         reply = self.store.run(CLAIM, touched, args)
         verdict = reply[0].decode()
         if verdict == "busy":

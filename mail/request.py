@@ -86,7 +86,7 @@ def header_fits(headers: dict[str, str]) -> dict[str, str]:
             raise ValueError(f"{name} must be ASCII, with no more than 900 characters between two spaces")
         if STRUCTURED.fullmatch(name) and (not value.strip(" ") or " " * 10 in value):
             raise ValueError(f"{name} must not be empty or have ten spaces in a row")
-    return headers
+    return {name: value.strip(" ") if STRUCTURED.fullmatch(name) else value for name, value in headers.items()}
 
 
 def octets_or_base64(value: object) -> object:

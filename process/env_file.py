@@ -36,7 +36,8 @@ class Assignment(NamedTuple):
 
 
 def read(path: Path) -> list[Assignment]:
-    """Returns the file's assignments in its order; none if there is no file. Raises `Unreadable`, `OSError`."""
+    """Returns the file's assignments in its order, of which the last for a name counts; none if there is no file.
+    Raises `Unreadable`, `OSError`."""
     try:
         text = _decoded(path.read_bytes())
     except FileNotFoundError:
@@ -64,7 +65,7 @@ def _line(binding: Binding) -> int:
 
 def _name(binding: Binding) -> str:
     """Returns what the sentence is about: a setting's name, but no word of a line that is none."""
-    name = re.match(r"\s*(?:export\s+)?([A-Z][A-Z0-9_]*)\s*(?:=|$)", binding.original.string)
+    name = re.match(r"\s*(?:export\s+)?([A-Z][A-Z0-9_]*)\s*=", binding.original.string)
     return name[1] if name else "it"
 
 

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -97,7 +98,8 @@ def connect(url: str, *, retrying: bool = False) -> Redis:
             # A feature of Redis' cloud, asked for on each connection in a round trip that every other server refuses.
             maint_notifications_config=MaintNotificationsConfig(enabled=False),
         )
-        client.connection_pool.make_connection()  # which connects not yet, but takes the parameters
+        pool = client.connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # which connects not yet, but takes the parameters
     except (TypeError, ValueError, RedisError) as error:
         name = re.search(r"argument '(\w+)'", str(error))
         what = name[1] if name else "ssl_cert_reqs" if "Certificate" in str(error) else "one of its parameters"
@@ -165,6 +167,7 @@ CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "max number of clients reached": "Redis has no connection left: raise its maxclients",
     **NEVER,
 }
+REFUSES_WRITES = {CANNOT_NOW[word] for word in ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM")}
 WRONG_PASSWORD = "Redis does not accept our password"
 WORDS = re.compile(rf"\b({'|'.join(CANNOT_NOW)})\b")
 _silent = threading.Event()
@@ -203,6 +206,8 @@ def translating_errors() -> Iterator[None]:
 def why_unavailable(error: Exception) -> str | None:
     """Returns why Redis cannot work now, None if the exception says something else."""
     match error:
+        case Unavailable():
+            return str(error)
         case AuthenticationError():
             return WRONG_PASSWORD
         case BusyLoadingError():
@@ -225,7 +230,7 @@ class Announcements:
     """Logs once when Redis becomes unusable for this process, with the reason, and once when it is back."""
 
     def __init__(self) -> None:
-        self.place = ""
+        self.place, self.heard_at = "", 0.0
         self.reason: str | None = None
         self.lock = threading.Lock()
 
@@ -235,7 +240,9 @@ class Announcements:
 
     def note(self, reason: str | None) -> None:
         """Takes notice of why Redis cannot be used now; None if it can."""
-        if reason == self.reason or not self.place:
+        self.heard_at = time.monotonic() if reason else self.heard_at
+        still = reason is None and self.reason in REFUSES_WRITES and time.monotonic() - self.heard_at < 60
+        if reason == self.reason or still or not self.place:  # what only reads goes well meanwhile
             return
         with self.lock:
             changed, self.reason = reason != self.reason, reason

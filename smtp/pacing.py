@@ -23,6 +23,7 @@ from settings import Rate
 
 TROUBLES = 3  # in a row, until the breaker opens
 PAUSE: float = 30  # seconds that it stays open; then one mail may probe
+LONGEST = 15 * 60  # seconds; a pause that is asked for beyond that may be meant for one sender
 PROBE: float = 60  # seconds after which a probe that never came back is given up; and that others probe first
 ALIKE = 3  # different mails in a row that are put off or refused in the same words: it is about the account
 STREAK = 86400  # seconds for which such a row is remembered
@@ -145,7 +146,7 @@ class Pacing:
         many seconds the relay has asked to be left alone; then it opens at once, for that long. `put_off`: this mail
         has met with trouble of its own before, so it keeps an open breaker open and opens none."""
         self._troubled = True
-        args = [int(max(PAUSE, pause) * 1000), 1 if pause else TROUBLES, int(put_off)]
+        args = [int(max(PAUSE, min(pause, LONGEST)) * 1000), 1 if pause else TROUBLES, int(put_off)]
         return bool(self._trouble(keys=self.breaker, args=args))
 
     def refused_alike(self, words: str, last_sent: float, put_off: bool) -> bool:

@@ -77,7 +77,7 @@ ACCOUNT = (  # how they say that the account or its login may not send now
     r"|disabled for this account|permissions to submit|(smtp auth|authentication) .*mail client"
     r"|requires? (smtp )?authentication|(?<!proper )authentication (is )?required|(failed to|not) authenticated?\b"
 )
-ACCOUNT_BLOCKED = r"\b(account|user) .*(suspended|paused|disabled|activated|blocked|locked)"  # at RCPT: the recipient's
+ACCOUNT_BLOCKED = r"\baccount (\S+ ){0,4}(suspended|paused|disabled|activated|blocked|locked)"  # at RCPT: another's
 CLIENT = (  # how they say that this machine is not welcome
     r"client host (?!.*customer block)|helo command|messages from [\[\d]|connections will not be accepted"
     r"|temporarily blacklisted|untrusted ip|\bip( address)? (\S+ )?(is|has been) (temporarily )?(block|black|deny|list)"
@@ -172,8 +172,12 @@ TABLE = (
 )
 # fmt: on
 ENHANCED = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?!\S)\s*")
-# Anybody may choose an address, and whoever sends a mail its subject.
-CHOSEN = re.compile(r"subject of \([^)]*\)|<[^<>\s]*>|\[[^\[\]\s]*@[^\[\]\s]*\]|\S+@\S+")
+# Anybody may choose an address or a domain, and whoever sends a mail its subject.
+CHOSEN = re.compile(
+    r"subject of \([^)]*\)|<[^<>\s]*>|\[[^\[\]\s]*@[^\[\]\s]*\]|\S+@\S+"
+    r"|(?<![:.\w-])(?!storedrv\.|resolver\.)(?:[\w-]+\.)+[a-z][\w-]*",
+    re.IGNORECASE,
+)
 
 
 def row_for(phase: Phase, code: int | None, text: str = "") -> Row:

@@ -30,7 +30,7 @@ LONGEST_LINE = 8192  # octets of a reply; RFC 5321 4.5.3.1.5 has 512
 MOST_LINES = 200  # of a reply
 PATIENCE = 2  # seconds per reply that is only needed to keep a session
 LAST_WORDS = 0.2  # seconds; what the relay said before it hung up is here already
-UNSPEAKABLE = (553, "this address cannot be written into an SMTP command")
+UNSPEAKABLE = (553, "5.1.3 this address cannot be written into an SMTP command")
 
 
 class Stopped(Exception):

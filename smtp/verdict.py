@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from smtp.policy import MESSAGE, TOO_MANY, WITHOUT_RCPT, Phase, Verdict, row_for
+from smtp.policy import CHOSEN, MESSAGE, TOO_MANY, WITHOUT_RCPT, Phase, Verdict, row_for
 
 LONGEST_HINT = 12 * 3600  # seconds; what a relay asks for beyond that is not believed
 # "try again in 5 minutes", "retry after 300s", "come back in 00:04:59", "greylisted for 60 seconds". A time in what a
@@ -41,8 +41,11 @@ class Reply(NamedTuple):
 
     @property
     def is_about_the_mail(self) -> bool:
-        """Returns whether it puts off or refuses the mail as a whole; at RCPT it would be about one recipient."""
-        return self.phase in WITHOUT_RCPT and self.verdict in (Verdict.TRY_AGAIN, Verdict.REFUSED)
+        """Returns whether it puts off or refuses the mail as a whole, for no reason that is surely its own:
+        address, size or form. At RCPT it would be about one recipient."""
+        its_own = self.code == 552 or re.match(r"[45]\.[136]\.", self.text)
+        refused = self.verdict in (Verdict.TRY_AGAIN, Verdict.REFUSED)
+        return self.phase in WITHOUT_RCPT and refused and not its_own
 
     @property
     def words(self) -> str:
@@ -69,7 +72,7 @@ class Reply(NamedTuple):
     @property
     def is_against_pipelining(self) -> bool:
         """Returns whether it may be about several commands at once, which the relay has announced and does not take."""
-        lost = self.code == 503 or re.search("pipelin|synchroni", self.text, re.IGNORECASE)
+        lost = self.code == 503 or re.search("pipelin|synchroni", CHOSEN.sub("", self.text), re.IGNORECASE)
         return self.phase in (Phase.MAIL, Phase.RCPT, Phase.DATA) and bool(self.code and lost)
 
     @property

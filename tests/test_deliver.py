@@ -14,6 +14,7 @@ from mail import delivery
 from mail.claim import Claim, iso
 from mail.outbox import Outbox
 from mail.states import TROUBLE_TOO_LONG, State, Status
+from queues.connection import Unavailable
 from smtp import pacing
 from smtp.pacing import Wait
 from smtp.relay import Relay
@@ -180,9 +181,44 @@ def test_the_same_words_to_several_mails_in_a_row_are_about_the_account(outbox: 
         states = [told(made, mail_id) for mail_id in mails]
     own = "delayed" if phase == "DATA" else "failed"
     assert states[:4] == [own, own, "delayed", "delayed"]
+    assert not outbox.relay_in_trouble()  # others find out for themselves: it may be what one caller sends
     verdicts = [outbox.read(mail_id)["attempts"][-1]["verdict"] for mail_id in mails[:4]]
     assert verdicts[2:] == ["trouble", "trouble"]
     assert "trouble" not in verdicts[:2]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["552 5.3.4 too large", "552 message size exceeds the maximum", "550 5.6.0 bad lines", "553 5.1.8 no domain"],
+)
+def test_what_is_surely_a_mails_own_fault_is_never_the_accounts(outbox: Outbox, reply: str) -> None:
+    with served({"MAIL": reply}) as (_, relay):
+        made = delivers(outbox, relay)
+        assert {told(made, accept(outbox)) for _ in range(6)} == {"failed"}
+
+
+def test_a_reply_is_written_down_although_redis_cannot_count_it(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> bool:
+        raise Unavailable("Redis does not answer")
+
+    with served({".": "554 5.7.1 spam"}) as (_, relay):
+        made, mail_id = delivers(outbox, relay), accept(outbox)
+        monkeypatch.setattr(made.pacing, "refused_alike", away)
+        assert told(made, mail_id) == "failed"
+
+
+def test_each_trouble_that_a_mail_itself_meets_with_doubles_its_pause(outbox: Outbox) -> None:
+    with served({"MAIL": "454 4.7.0 quota"}) as (_, relay):
+        made, mail_id = delivers(outbox, relay), accept(outbox)
+        pauses = []
+        for _ in range(9):
+            again = made.deliver(mail_id)
+            assert isinstance(again, Retry)
+            pauses += again.intervals
+    for number, pause in enumerate(pauses):
+        assert 0.79 * 30 * 2 ** min(number, 6) <= pause <= 1.21 * 30 * 2 ** min(number, 6)
 
 
 def test_one_mail_refused_again_and_again_is_not_the_account(outbox: Outbox) -> None:
@@ -275,6 +311,18 @@ def test_who_asks_for_a_mail_again_gives_it_another_five_days(outbox: Outbox, cl
         delivery.take_up(again)
         again.settle(State.DELAYED, next_in=1)
         assert told(made, mail_id) == "delayed"
+
+
+def test_that_somebody_asked_again_is_known_although_the_first_attempt_after_it_died(
+    outbox: Outbox, client: Any
+) -> None:
+    mail_id = accept(outbox)
+    aged(client, mail_id, 5.1)
+    client.hset(f"mail:{mail_id}", mapping={"state": "failed", "settled_at": 1})
+    claim(outbox, mail_id)
+    client.delete(f"mail:{mail_id}:claim")
+    with served({"MAIL": "454 4.7.0 quota"}) as (_, relay):
+        assert told(delivers(outbox, relay), mail_id) == "delayed"
 
 
 # A relay that takes fewer recipients at once than a mail has

@@ -29,7 +29,6 @@ def faults(path: Path, content: bytes) -> list[str]:
         ("RETAIN_SENT='30d", FORM),
         ('SMTP_RATE="14/s" ,2000/d', FORM),  # python-dotenv#544: text behind the closing quote
         ('MAIL_FROM="Acme, Inc." <hello@example.com>', FORM),  # python-dotenv#356
-        ("SMTP_HOST", FORM),  # docker/compose#4189: a name without a value
         ('SMTP_PASSWORD="C:\\temp"', "must have no backslash within quotes"),  # symfony#29129: \t becomes a tab
         ("SMTP_PASSWORD='it\\'s'", "must have no backslash within quotes"),
         ('ON_DOUBT="hold\nSMTP_RATE=14/s"', "must have its closing quote on the same line"),
@@ -42,12 +41,29 @@ def test_a_line_that_is_not_what_it_was_meant_to_be_is_named(tmp_path: Path, lin
     assert found[0].startswith(f".env line 5: {line.partition('=')[0]} {fault}")
 
 
+def test_a_line_of_capitals_alone_may_be_a_secret_and_is_not_shown(tmp_path: Path) -> None:
+    assert "AKIAIOSFODNN7EXAMPLE" not in faults(tmp_path / ".env", b"SMTP_PASSWORD=\nAKIAIOSFODNN7EXAMPLE\n")[0]
+
+
+def test_of_a_name_that_is_set_twice_the_last_counts_also_if_it_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("ON_DOUBT=hold\nSMTP_PORT=25\nON_DOUBT=\nSMTP_PORT=26\n")
+    assert (settings.load().on_doubt, settings.load().smtp_port) == ("retry", 26)
+
+
 @pytest.mark.parametrize(
     "line",
     [f"SMTP PASSWORD={SECRET}", f'SMTP_PASSWORD="{SECRET}', SECRET, f"SMTP_PASSWORD: {SECRET}", f"'{SECRET}\\'' = 1"],
 )
 def test_no_fault_shows_what_may_be_a_secret(tmp_path: Path, line: str) -> None:
     assert SECRET not in " ".join(faults(tmp_path / ".env", line.encode()))
+
+
+def test_a_name_without_a_value_is_a_fault(tmp_path: Path) -> None:
+    """docker/compose#4189."""
+    assert faults(tmp_path / ".env", b"SMTP_HOST\n") == [f".env line 1: it {FORM}"]
 
 
 @pytest.mark.parametrize(

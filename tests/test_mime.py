@@ -425,7 +425,24 @@ def test_an_invitation_is_an_alternative_that_calendars_answer(kind: str) -> Non
     assert part["Content-Type"].params["name"] == "invite.ics"
 
 
-@pytest.mark.parametrize("kind", ["text/calendar", "text/calendar; charset=utf-8", "application/ics", "text/csv"])
+def test_of_several_invitations_none_hides_another() -> None:
+    file = {"filename": "a.ics", "content": HELLO, "content_type": "text/calendar; method=REQUEST"}
+    read = sent(mail(attachments=[file, file | {"filename": "b.ics"}]))
+    assert [one["disposition"] for one in read.files] == ["attachment", "attachment"]
+
+
+@pytest.mark.parametrize("value", [f"<{'a' * 62}@x.example> ", f" <{'a' * 80}@x.example>", "  <a@x.example>  "])
+def test_no_header_line_is_blank(value: str) -> None:
+    """RFC 5322 3.2.2: some readers end the header there."""
+    read = sent(mail(headers={"References": value}))
+    assert read.new["References"].strip() == value.strip()
+    assert all(line.strip() for line in read.header.split("\r\n"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["text/calendar", "text/calendar-x; method=REQUEST", "text/calendar; charset=utf-8", "application/ics", "text/csv"],
+)
 def test_a_calendar_that_asks_for_nothing_is_a_file(kind: str) -> None:
     [file] = sent(with_file(content_type=kind)).files
     assert file["disposition"] == "attachment"

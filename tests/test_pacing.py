@@ -185,6 +185,15 @@ def test_each_relay_has_its_own_breaker_and_rate(client: redis.Redis) -> None:
     assert other.admit() is not None
 
 
+def test_no_pause_keeps_all_mail_for_longer_than_a_quarter_of_an_hour(client: redis.Redis) -> None:
+    """It may be meant for one sender: `blocked for 12 hours`."""
+    relay = Pacing(client, ())
+    relay.trouble(pause=12 * 3600)
+    wait = relay.admit()
+    assert wait
+    assert 800 < wait.seconds <= 900
+
+
 def test_a_pause_that_the_relay_asked_for_is_not_made_shorter_by_more_trouble(client: redis.Redis) -> None:
     relay = Pacing(client, ())
     relay.trouble(pause=300)

@@ -197,6 +197,12 @@ def test_a_relay_that_does_not_take_pipelined_commands_gets_them_one_by_one(step
     assert len(there.accepted) == 2
 
 
+def test_an_address_in_a_refusal_does_not_turn_pipelining_off() -> None:
+    with served({"RCPT": "550 5.1.1 <pipeline@example.com> unknown"}, offers=PIPES) as (_, to):
+        assert fate(another(to)) == (Phase.RCPT, 550, REFUSED)
+        assert to not in POOL.one_by_one
+
+
 def test_a_relay_that_says_so_one_by_one_too_means_the_mail() -> None:
     with served({"MAIL": "503 5.5.1 no"}, offers=PIPES) as (there, to):
         assert fate(another(to)) == (Phase.MAIL, 503, TRY_AGAIN)

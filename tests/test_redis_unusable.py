@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import trustme
 
+from queues import connection
 from queues.connection import Unavailable, connect, reach
 from settings import SettingsError
 from tests.conversations import server_context
@@ -114,10 +116,12 @@ def test_a_worker_that_cannot_start_says_why_in_one_line(queue: str, end: str, t
 
 
 def test_each_process_says_once_when_it_begins_and_once_when_it_ends(tmp_path: Path) -> None:
-    settings = {"API_PROCESSES": "1", "SMTP_HOST": "relay.example.com"}
+    settings = {"API_PROCESSES": "1", "WORKER_CONCURRENCY": "1", "SMTP_HOST": "relay.example.com"}
     with RedisServer(tmp_path) as server, House(tmp_path, server.url, **settings) as house:
         api, _ = house.api(), house.worker()
-        eventually(lambda: "worker_started" in house.log("worker-email"))
+        eventually(
+            lambda: api.get("/readyz").body["workers"]
+        )  # a worker that begins outlasts a restart, and says nothing
         server.kill()
         for _ in range(5):
             assert api.get("/readyz").status == 503
@@ -137,3 +141,24 @@ def test_an_api_that_starts_before_its_redis_says_so(tmp_path: Path) -> None:
         api = house.api()
         assert "redis_unavailable" in house.log("api")
         assert api.get("/healthz").status == 200
+
+
+def test_a_pool_of_one_connection_has_it(redis_server: RedisServer) -> None:
+    with connect(f"{redis_server.url}?max_connections=1") as client:
+        assert client.ping()
+
+
+def test_a_redis_that_refuses_writes_is_not_back_because_it_answers_a_question(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = connection.Announcements()
+    told.place = "here"
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with caplog.at_level("INFO", logger="async-email"):
+        for _ in range(3):
+            told.note(connection.CANNOT_NOW["OOM"])
+            told.note(None)
+        clock[0] += 61
+        told.note(None)
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["redis_unavailable", "redis_back"]

@@ -23,6 +23,10 @@ with (Path(__file__).parent / "relay_replies.tsv").open(encoding="utf-8") as tab
 # Samples that the policy was not made from.
 OTHERS: list[tuple[Phase, int | None, str, Verdict]] = [
     (Phase.DOT, 454, "4.7.0 not now", TROUBLE),
+    (Phase.RCPT, 550, "lookup of host ratelimit.evil.example failed", REFUSED),
+    (Phase.RCPT, 451, "host lookup for throttle.evil.example did not complete", TRY_AGAIN),
+    (Phase.MAIL, 550, "sender domain sending-limit.example not verified", REFUSED),
+    (Phase.DOT, 554, "Message rejected: URL in user content is blocked", REFUSED),
     (Phase.RCPT, 552, "Requested mail action aborted", TRY_AGAIN),
     (
         Phase.RCPT,
