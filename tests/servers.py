@@ -108,7 +108,11 @@ class RedisServer:
         cut_unfinished(self.program, self.directory)
         quiet = subprocess.DEVNULL
         self.process = subprocess.Popen([self.program, *self.arguments()], stdout=quiet, stderr=quiet)
-        eventually(self.answers)
+        try:
+            eventually(self.answers)
+        except BaseException:
+            self.kill()
+            raise
 
     def answers(self) -> bool:
         with self.client() as client:
