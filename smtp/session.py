@@ -45,6 +45,8 @@ class _Client(smtplib.SMTP):
     """Reads replies within bounds: smtplib keeps all lines of one that never ends. Raises for what is not SMTP, which
     must be the last: the next reply might answer anything."""
 
+    ehlo_msg = "EHLO"  # as everybody writes it; some scanners look for it
+
     def getreply(self) -> tuple[int, bytes]:
         said: list[bytes] = []
         while len(said) < MOST_LINES:

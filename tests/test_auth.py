@@ -113,25 +113,25 @@ def test_a_relay_without_a_mechanism_that_is_known_here_is_told_apart(offered: l
 @pytest.mark.parametrize(
     ("reply", "said"),
     [
-        ("500 5.5.1 what?", ["ehlo", "helo"]),
-        ("502 5.5.1 what?", ["ehlo", "helo"]),
-        ("421 4.7.0 Try again later, closing connection. (EHLO)", ["ehlo"]),  # smtp-relay.gmail.com: overseerr#1887
-        ("550 5.7.1 your name is not known", ["ehlo"]),
-        ("504 5.5.2 <localhost>: Helo command rejected: need fully-qualified hostname", ["ehlo"]),  # Postfix
+        ("500 5.5.1 what?", ["EHLO", "helo"]),
+        ("502 5.5.1 what?", ["EHLO", "helo"]),
+        ("421 4.7.0 Try again later, closing connection. (EHLO)", ["EHLO"]),  # smtp-relay.gmail.com: overseerr#1887
+        ("550 5.7.1 your name is not known", ["EHLO"]),
+        ("504 5.5.2 <localhost>: Helo command rejected: need fully-qualified hostname", ["EHLO"]),  # Postfix
     ],
 )
 def test_helo_is_for_relays_that_do_not_know_ehlo(reply: str, said: list[str]) -> None:
     with ScriptedRelay({"EHLO": reply}) as there:
         outcome = attempt(at(there.port))
-    assert [one.split()[0] for one in there.commands if one.split()[0] in ("ehlo", "helo")] == said
-    if said == ["ehlo"]:
+    assert [one.split()[0] for one in there.commands if one.split()[0] in ("EHLO", "helo")] == said
+    if said == ["EHLO"]:
         assert outcome.reply.code == int(reply[:3])
 
 
 def test_the_relay_is_told_the_name_that_is_set() -> None:
     with ScriptedRelay({}) as there:
         attempt(at(there.port, ehlo_name="mailer.acme.example"))
-    assert there.commands[0] == "ehlo mailer.acme.example"
+    assert there.commands[0] == "EHLO mailer.acme.example"
 
 
 @pytest.mark.parametrize("machine", ["localhost", "localhost.localdomain", "web1"])

@@ -31,7 +31,7 @@ def test_many_mails_share_a_session(offers: list[str], security: str, certified:
             assert fate(another(to)) == (Phase.DOT, 250, ACCEPTED)
     assert there.accepted == [MIME] * 10
     assert there.connections == 1
-    assert [command.split()[0] for command in there.commands].count("ehlo") == 1
+    assert [command.split()[0] for command in there.commands].count("EHLO") == 1
     assert "RSET" not in there.commands
     assert there.commands[-1] == "QUIT"
 

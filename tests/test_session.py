@@ -45,7 +45,7 @@ def test_a_mail_goes_over_a_plain_connection_and_over_tls(
 def test_the_commands_are_those_of_rfc_5321_and_no_more() -> None:
     there, _ = meet({}, ADA, BOB, offers=["SIZE 35882577", "8BITMIME", "SMTPUTF8"])
     hello, *rest = there.commands
-    assert re.fullmatch(r"ehlo \S+", hello)
+    assert re.fullmatch(r"EHLO \S+", hello)
     envelope = [f"MAIL FROM:<{SENDER}> SIZE={len(MIME)}", f"RCPT TO:<{ADA}>", f"RCPT TO:<{BOB}>"]
     assert rest == [*envelope, "DATA", "QUIT"]
     assert there.accepted == [MIME]
@@ -60,7 +60,7 @@ def test_the_dot_does_not_wait_for_the_bodys_acknowledgement() -> None:
 def test_a_relay_that_refuses_ehlo_is_greeted_with_helo() -> None:
     there, outcome = meet({"EHLO": "502 5.5.1 what?"})
     assert outcome.reply.verdict is ACCEPTED
-    assert [command.split()[0] for command in there.commands[:3]] == ["ehlo", "helo", "MAIL"]
+    assert [command.split()[0] for command in there.commands[:3]] == ["EHLO", "helo", "MAIL"]
 
 
 @pytest.mark.parametrize("parting", ["421 closing", "500 what?", hang_up, reset, hang, drip(b"221 " + b"x" * 1000)])
@@ -111,7 +111,7 @@ def assert_arrives(there: ScriptedRelay, body: bytes) -> None:
     assert attempt(at(there.port), mime=MIME + body).reply.verdict is ACCEPTED
     [arrived] = there.bodies
     assert unstuffed(arrived) == re.sub(rb"\r\n|\r|\n|(?<=[^\r\n])\Z", b"\r\n", MIME + body)
-    assert {command.split()[0] for command in there.commands} <= {"ehlo", "MAIL", "RCPT", "DATA", "QUIT"}
+    assert {command.split()[0] for command in there.commands} <= {"EHLO", "MAIL", "RCPT", "DATA", "QUIT"}
 
 
 @pytest.mark.parametrize("before", LINE_ENDS)
@@ -228,7 +228,7 @@ def test_an_address_that_would_be_another_command_is_refused_unsent(evil: str) -
     assert [outcome.recipients[one].verdict for one in (ADA, BOB)] == [ACCEPTED, ACCEPTED]
     assert fate(refused) == (Phase.MAIL, 553, REFUSED)
     once = [f"MAIL FROM:<{SENDER}>", f"RCPT TO:<{ADA}>", f"RCPT TO:<{BOB}>", "DATA", "QUIT"]
-    assert [one for one in there.commands if not one.startswith("ehlo")] == [*once, "QUIT"]
+    assert [one for one in there.commands if not one.startswith("EHLO")] == [*once, "QUIT"]
     assert there.accepted == [MIME]
 
 

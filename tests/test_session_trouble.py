@@ -63,7 +63,7 @@ def test_without_a_good_certificate_nothing_is_sent(
     phase = Phase.STARTTLS if security == "starttls" else Phase.CONNECT
     assert fate(outcome) == (phase, None, TROUBLE)
     assert re.fullmatch(said, outcome.reply.text)
-    in_clear = ["ehlo", "STARTTLS"] if security == "starttls" else []
+    in_clear = ["EHLO", "STARTTLS"] if security == "starttls" else []
     assert [command.split()[0] for command in there.commands] == in_clear
     assert there.connections == 1
 
@@ -99,14 +99,14 @@ def test_without_starttls_neither_login_nor_mail_goes_out(
 ) -> None:
     there, outcome = meet(script, offers=offers, security="starttls", login=LOGIN, ca_file=ca_file)
     assert fate(outcome) == (Phase.STARTTLS, code, TROUBLE)
-    assert {command.split()[0] for command in there.commands} <= {"ehlo", "helo", "STARTTLS", "QUIT"}
+    assert {command.split()[0] for command in there.commands} <= {"EHLO", "helo", "STARTTLS", "QUIT"}
 
 
 def test_what_was_offered_before_tls_does_not_count_after_it(certified: dict[str, Any]) -> None:
     ehlo: list[Step] = ["250-relay.example\r\n250-STARTTLS\r\n250 AUTH PLAIN", "250 relay.example"]
     there, outcome = meet({"EHLO": ehlo}, security="starttls", login=LOGIN, **certified)
     assert fate(outcome) == (Phase.AUTH, None, TROUBLE)
-    assert [command.split()[0] for command in there.commands] == ["ehlo", "STARTTLS", "ehlo", "QUIT"]
+    assert [command.split()[0] for command in there.commands] == ["EHLO", "STARTTLS", "EHLO", "QUIT"]
 
 
 def test_a_reply_slipped_in_before_tls_is_not_taken_for_one_after_it(certified: dict[str, Any]) -> None:
