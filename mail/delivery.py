@@ -144,9 +144,9 @@ class Delivery:
         return run_again_in(pause)
 
     def _tell_breaker(self, reply: Reply, put_off: bool) -> None:
-        if reply.repeated:
-            return  # the account, perhaps, or what one caller sends: others are to find out for themselves
-        if reply.code is None or reply.verdict is Verdict.TROUBLE:
+        # What was said to several mails alike is about the account, or about what one caller sends. The relay is there,
+        # and others are to find out for themselves.
+        if not reply.repeated and (reply.code is None or reply.verdict is Verdict.TROUBLE):
             inside = reply.phase in MESSAGE
             pause = 0 if reply.phase is Phase.RCPT else reply.pause  # which may be one recipient's
             if self.pacing.trouble(pause, put_off and inside):

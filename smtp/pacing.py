@@ -87,7 +87,6 @@ if open_until > 0 and open_until <= now then return math.max(0, redis.call('PTTL
 return math.max(0, open_until - now)
 """
 
-
 # KEYS: breaker, streak. ARGV: digest of the relay's words, when a mail was last sent (seconds), whether this mail was
 # put off before, how long to remember it in ms. Returns how many different mails in a row have met with these words.
 REFUSED = """

@@ -221,6 +221,16 @@ def test_each_trouble_that_a_mail_itself_meets_with_doubles_its_pause(outbox: Ou
         assert 0.79 * 30 * 2 ** min(number, 6) <= pause <= 1.21 * 30 * 2 ** min(number, 6)
 
 
+def test_a_probe_that_is_refused_as_others_were_does_not_keep_the_breaker_open(outbox: Outbox, client: Any) -> None:
+    with served({".": ["554 5.7.1 spam"] * 3 + ["250 2.0.0 ok"]}) as (_, relay):
+        made, mails = delivers(outbox, relay), [accept(outbox) for _ in range(4)]
+        assert [told(made, mail_id) for mail_id in mails[:2]] == ["failed", "failed"]
+        client.hset("relay:breaker", "open_until", 1)  # for another reason; the pause is over
+        assert told(made, mails[2]) == "delayed"
+        assert not outbox.relay_in_trouble()
+        assert told(made, mails[3]) == "sent"
+
+
 def test_one_mail_refused_again_and_again_is_not_the_account(outbox: Outbox) -> None:
     with served({"DATA": "451 4.7.1 not this one"}) as (_, relay):
         made, mail_id = delivers(outbox, relay), accept(outbox)
