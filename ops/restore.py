@@ -44,7 +44,7 @@ def unpack(server: Server, file: Path) -> Path:
 
 
 def bring_back(server: Server, folder: Path, settings: Path | None) -> None:
-    """`settings` is the file that also has those, if they are wanted."""
+    """Brings the archive back; with `settings`, the file that has them, those too."""
     server.run("systemctl", "stop", "async-email.target", OUR_UNIT)
     aside = server.redis_data.with_name(f"{server.redis_data.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     if server.redis_data.exists():
