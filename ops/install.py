@@ -144,6 +144,8 @@ def start_redis(server: Server) -> None:
     if is_new:
         server.write(server.redis_conf, redis_configuration(server), 0o640, group="redis")
     server.folder(server.redis_data, 0o750, owner="redis")
+    if "redis" not in server.ask("id", "-nG", "async-email").split():  # whose socket it may use
+        server.run("usermod", "--append", "--groups", "redis", "async-email")
     copy_redis_unit(server)
     if is_new or not server.is_on(REDIS):
         server.run("systemctl", "enable", REDIS)
@@ -243,7 +245,8 @@ def start_services(server: Server) -> None:
     # A reader of the queue must understand what is written to it: new workers know the old jobs, not the reverse.
     order = (API, *WORKERS, DASHBOARD) if server.going_back else (*WORKERS, API, DASHBOARD)
     for unit in order:
-        if runs_something_else(server, unit):
+        tries_again = server.ask("systemctl", "is-active", unit) == "activating"  # it could not start before this
+        if tries_again or runs_something_else(server, unit):
             server.run("systemctl", "restart", unit, may_fail=True)
     server.run("systemctl", "start", TARGET)
     if server.dry:

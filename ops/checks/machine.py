@@ -24,6 +24,7 @@ from settings import Settings
 LISTENING = re.compile(r"^ *\d+: (\w+):(\w+) \S+ 0A ", re.MULTILINE)  # a line of /proc/net/tcp; 0A: tcp_states.h
 SOON = 14 * 86400  # seconds; certbot renews 30 days before
 LITTLE = 128 * 2**20  # bytes of disk
+LET_IN = re.compile(r"^(?:[\d,]*\b(?:80|443)\b|Nginx|WWW|Anywhere).* (?:ALLOW|LIMIT)", re.MULTILINE)  # `ufw status`
 PUBLIC = {22, 80, 443}  # ssh and nginx
 
 
@@ -155,6 +156,9 @@ def ports(target: Target, settings: Settings) -> Findings:
         yield note(found, "sudo ss -ltnp shows whose they are; close them in the security group or firewall")
     if not open_ones & ours.keys():
         yield ok("nothing of ours listens for other machines")
+    firewall = run("ufw", "status").stdout
+    if target.installed and "Status: active" in firewall and not LET_IN.search(firewall):
+        yield warn("ufw, this machine's firewall, lets nobody in to ports 80 and 443", "sudo ufw allow 80,443/tcp")
 
 
 def listeners() -> set[int]:

@@ -123,7 +123,7 @@ def connection_trouble(at: Address, target: Target) -> Findings:
     closed = denied_at(user, Path(at.path), 2) if user else None
     if closed:
         is_socket = stat.S_ISSOCK(closed.stat().st_mode)
-        fix = f"write unixsocketperm 777 into {OUR_CONF} (its password guards it), and restart it"
+        fix = f"sudo usermod -aG redis {target.user}; write unixsocketperm 770 into {OUR_CONF}, and restart it"
         found = f"the user {target.user} may not use {at}: {closed} denies it"
         yield fault(found, fix if is_socket else f"sudo chmod o+x {closed}")
 

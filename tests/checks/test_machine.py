@@ -155,6 +155,30 @@ def test_a_full_disk_of_logs_is_named_and_logs_that_nobody_rotates(
     assert_finds(machine.logs(server.target), WARN, "no logrotate", "sudo apt install logrotate")
 
 
+# fmt: off
+UFW = [  # what `ufw status` says of its rules -> the level of what the doctor says
+    ("22/tcp                     ALLOW       Anywhere", WARN),
+    ("80/tcp                     DENY        Anywhere", WARN),
+    ("8080/tcp                   ALLOW       Anywhere", WARN),
+    ("22/tcp                     ALLOW       Anywhere\n80,443/tcp                 ALLOW       Anywhere", OK),
+    ("443/tcp                    LIMIT       10.0.0.0/8", OK),
+    ("Nginx Full                 ALLOW       Anywhere", OK),
+    ("Anywhere                   ALLOW       10.0.0.7", OK),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("rules", "level"), UFW)
+def test_a_firewall_of_this_machine_that_lets_nobody_in_is_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch, rules: str, level: str
+) -> None:
+    monkeypatch.setattr(machine, "listeners", set)
+    fake(server.folder, "ufw", f"printf 'Status: active\n\nTo  Action  From\n--  ------  ----\n{rules}\n'", monkeypatch)
+    said = worst(machine.ports(server.target, of()))
+    assert said.level == level, said
+    assert level == OK or said.fix == "sudo ufw allow 80,443/tcp"
+
+
 def test_a_clock_that_nobody_sets_is_named(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(tmp_path, "timedatectl", "echo no", monkeypatch)
     assert_finds(machine.clock(target), WARN, "not synchronised", "sudo timedatectl set-ntp true")
@@ -214,6 +238,7 @@ UNITS = [
     ({"UnitFileState": "disabled"}, WARN, "gone after the next reboot", f"sudo systemctl enable {WORKER}"),
     ({"KillMode": "control-group"}, FAULT, "a restart kills the jobs", "KillMode=mixed"),
     ({"NeedDaemonReload": "yes"}, WARN, "changed on disk", "daemon-reload"),
+    ({"LimitNOFILE": "12"}, FAULT, "may open 12 files", f"systemctl edit {WORKER}"),
 ]
 # fmt: on
 
@@ -250,6 +275,17 @@ def test_a_unit_that_still_runs_the_last_release_is_named(server: Server) -> Non
             process.kill()
         assert said.level == level, said
     assert "still runs" not in said.found
+
+
+def test_a_unit_whose_program_was_replaced_while_it_ran_is_named(server: Server) -> None:
+    program = server.folder / "sleep"
+    shutil.copy2("/bin/sleep", program)
+    with subprocess.Popen([program, "60"]) as process:
+        server.units(WORKER, MainPID=str(process.pid))
+        assert worst(units.running(server.target)).level == OK
+        program.unlink()
+        assert_finds(units.running(server.target), WARN, "still runs a program that was replaced", "systemctl restart")
+        process.kill()
 
 
 API, DASHBOARD = "async-email-api.service", "async-email-dashboard.service"
