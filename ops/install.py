@@ -245,10 +245,11 @@ def start_services(server: Server) -> None:
     # A reader of the queue must understand what is written to it: new workers know the old jobs, not the reverse.
     order = (API, *WORKERS, DASHBOARD) if server.going_back else (*WORKERS, API, DASHBOARD)
     for unit in order:
-        tries_again = server.ask("systemctl", "is-active", unit) == "activating"  # it could not start before this
-        if tries_again or runs_something_else(server, unit):
+        if runs_something_else(server, unit):
             server.run("systemctl", "restart", unit, may_fail=True)
     server.run("systemctl", "start", TARGET)
+    if server.release / MARK in server.written:  # that they could not start without it counts no longer
+        server.run("systemctl", "reset-failed", *order)
     if server.dry:
         return
     waiting = [unit for unit in order if server.ask("systemctl", "is-active", unit) != "active"]

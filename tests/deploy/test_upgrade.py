@@ -71,6 +71,7 @@ def test_the_systems_own_upgrades_under_load(server: Server) -> None:
         [found] = [one for one in server.doctor().troubles() if "still runs a program that was replaced" in one.found]
         assert found.fix == f"sudo systemctl restart {REDIS}"
         apt_get(server, "install needrestart")
+        server.machine.run("needrestart -q -r a")
         eventually(server.is_up, 60)
     assert {one.split("(")[0] for one in load.refused} <= {"ConnectionRefusedError", "Response"}, load.refused
     server.arrives(*load.taken, seconds=120)
