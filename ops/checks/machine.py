@@ -24,6 +24,7 @@ from settings import Settings
 LISTENING = re.compile(r"^ *\d+: (\w+):(\w+) \S+ 0A ", re.MULTILINE)  # a line of /proc/net/tcp; 0A: tcp_states.h
 SOON = 14 * 86400  # seconds; certbot renews 30 days before
 LITTLE = 128 * 2**20  # bytes of disk
+TLS_PORT = re.compile(r"^\s*listen\s+(?!127\.|\[::1\])(?:\S*:)?(\d+)\s[^;#]*\bssl\b", re.MULTILINE)
 LET_IN = re.compile(r"^(?:[\d,]*\b(?:80|443)\b|Nginx|WWW|Anywhere).* (?:ALLOW|LIMIT)", re.MULTILINE)  # `ufw status`
 PUBLIC = {22, 80, 443}  # ssh and nginx
 
@@ -108,6 +109,10 @@ def tls(target: Target) -> Findings:
     if not certificates:
         found = "nginx takes API keys without TLS; who shares the network can read them"
         yield note(found, f"{target.opt}/current/docs/operations.md, TLS: certbot, or a certificate of your own")
+    missing = {int(port) for port in TLS_PORT.findall(site)} - listeners()
+    if missing:
+        found = f"nothing listens on port {min(missing)}, which the nginx site names: nginx runs on an older file"
+        yield fault(found, "sudo nginx -t && sudo systemctl restart nginx; sudo tail /var/log/nginx/error.log")
     for path in certificates:
         fix = f"renew {path} (certbot: sudo certbot renew), then: sudo systemctl reload nginx"
         if not runs_out(path, SOON):

@@ -138,6 +138,11 @@ def test_keys_in_the_clear_and_a_certificate_that_runs_out_are_named(
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", days]
         subprocess.run([*command, "-keyout", "/dev/null", "-out", certificate], check=True, capture_output=True)
         assert_finds(machine.tls(server.target), level, f"{certificate} {found}")
+    site.write_text(f"    listen [::]:443 ssl default_server;\n{site.read_text()}")
+    monkeypatch.setattr(machine, "listeners", set)
+    assert_finds(machine.tls(server.target), FAULT, "nothing listens on port 443", "sudo systemctl restart nginx")
+    monkeypatch.setattr(machine, "listeners", lambda: {443})
+    assert worst(machine.tls(server.target)).level == WARN
     monkeypatch.setattr(machine, "runs_out", lambda *_: True)
     assert_finds(machine.tls(server.target), FAULT, f"{certificate} has expired", "sudo systemctl reload nginx")
 

@@ -161,7 +161,7 @@ def test_a_certificate_of_ones_own_and_its_end(server: Server) -> None:
         assert "systemctl reload nginx" in found.fix
         eventually(lambda: "expired" in server.machine.admin(curl, check=False).stderr)
     finally:
-        server.machine.run(f"cp -p /var/tmp/kept-site {SITE} && systemctl reload nginx; rm /var/tmp/kept-site")
+        server.machine.run(f"cp -p /var/tmp/kept-site {SITE} && systemctl restart nginx; rm /var/tmp/kept-site")
         server.machine.run(f"rm -f ~admin/{name}.* ~admin/authority.crt /etc/ssl/async-email.crt")
 
 
