@@ -98,8 +98,14 @@ def make_user(server: Server) -> None:
 
 
 def make_release(server: Server) -> None:
-    release = server.release = server.releases / release_id(server.source, server.say)
-    python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"  # the system's next Python needs another .venv
+    release = server.releases / release_id(server.source, server.say)
+    python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+    if text_of(release / MARK) not in (
+        None,
+        python,
+    ):  # its .venv cannot be used any more, but what runs may run from it
+        release = release.with_name(f"{release.name}-{python.lower().replace(' ', '')}")
+    server.release = release
     if text_of(release / MARK) == python:
         server.say(f"{release} is there already")
         return

@@ -147,6 +147,16 @@ def test_a_release_that_was_not_finished_is_made_again(server: Server, noted: li
     assert noted == []
 
 
+def test_the_systems_next_python_gets_a_release_of_its_own_and_what_runs_keeps_its_files(server: Server) -> None:
+    install.make_release(server)
+    first = server.release
+    (first / release.MARK).write_text("Python 3.9")
+    install.make_release(server)
+    assert server.release.name.startswith(f"{first.name}-python3.")
+    assert (first / release.MARK).read_text() == "Python 3.9"
+    assert (server.release / "worker.py").exists()
+
+
 def test_the_switch_remembers_what_was_and_a_rollback_goes_there_and_back(server: Server, clone: Path) -> None:
     with pytest.raises(Fault, match="there is none"):
         install.find_previous_release(server)
