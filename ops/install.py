@@ -100,10 +100,7 @@ def make_user(server: Server) -> None:
 def make_release(server: Server) -> None:
     release = server.releases / release_id(server.source, server.say)
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
-    if text_of(release / MARK) not in (
-        None,
-        python,
-    ):  # its .venv cannot be used any more, but what runs may run from it
+    if text_of(release / MARK) not in (None, python):  # what runs may run from it, so it stays as it is
         release = release.with_name(f"{release.name}-{python.lower().replace(' ', '')}")
     server.release = release
     if text_of(release / MARK) == python:
