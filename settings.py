@@ -66,16 +66,26 @@ def parse_schedule(text: str) -> list[int]:
 
 
 class Rate(NamedTuple):
-    mails: int  # at most so many
+    most: int  # so many mails or requests
     seconds: int  # in any period of this length
+
+    def __str__(self) -> str:
+        return f"{self.most}/{next(unit for unit, seconds in UNITS.items() if seconds == self.seconds)}"
+
+    @classmethod
+    def parse(cls, text: str) -> Rate:
+        match = re.fullmatch(r"([1-9][0-9]{0,4})/([smhd])", text.strip())
+        if not match:
+            raise ValueError("must be a rate per second, minute, hour or day, such as 14/s")
+        return cls(int(match[1]), UNITS[match[2]])
 
 
 def parse_rates(text: str) -> tuple[Rate, ...]:
     """Returns the rates of `"14/s, 2000/d"`, all of which hold at once."""
-    parts = [re.fullmatch(r"([1-9][0-9]{0,4})/([smhd])", part.strip()) for part in text.split(",")]
-    if not all(parts):
-        raise ValueError("must be a rate per second, minute, hour or day: 14/s, or several such as 30/m,2000/d")
-    return tuple(Rate(int(part[1]), UNITS[part[2]]) for part in parts if part)
+    try:
+        return tuple(map(Rate.parse, text.split(",")))
+    except ValueError as error:
+        raise ValueError(f"{error}, or several such as 30/m,2000/d") from None
 
 
 class Address(NamedTuple):
@@ -102,20 +112,26 @@ def parse_address(text: str) -> Address:
 
 
 class ApiKey(NamedTuple):
-    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit; `full` may do everything."""
+    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit; `full` may do everything. `rate` is
+    how many requests it may make."""
 
     name: str
     sha256: str
     scope: str
+    rate: Rate | None = None
+
+    def __str__(self) -> str:
+        return ":".join([self.name, self.sha256, self.scope, *([str(self.rate)] if self.rate else [])])
 
 
 def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
     keys = []
     for number, entry in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
-        match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send))?", entry)
+        match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send)(?::([0-9]+/[smhd]))?)?", entry)
         if not match:  # the entry itself may be a key pasted in clear: never repeat it
-            raise ValueError(f"entry {number} must be name:sha256hex or name:sha256hex:scope, with scope full or send")
-        keys.append(ApiKey(match[1], match[2], match[3] or "full"))
+            form = "name:sha256hex, name:sha256hex:scope or name:sha256hex:scope:rate"
+            raise ValueError(f"entry {number} must be {form}, with scope full or send, and a rate such as 50/s")
+        keys.append(ApiKey(match[1], match[2], match[3] or "full", Rate.parse(match[4]) if match[4] else None))
     if len({key.name for key in keys}) < len(keys):
         raise ValueError("each name must be unique")
     return tuple(keys)

@@ -271,7 +271,7 @@ def api_keys(configured: settings.Settings) -> str:
     while name in names:
         name += "-"
     own = settings.ApiKey(name, hashlib.sha256(settings.DEV_KEY.encode()).hexdigest(), "full")
-    return ",".join(":".join(key) for key in (*configured.api_keys, own))
+    return ",".join(map(str, (*configured.api_keys, own)))
 
 
 def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:

@@ -124,7 +124,7 @@ class Pacing:
         self.breaker = [f"{relay}:breaker", f"{relay}:probe"]
         self.moments = [f"{relay}:gone", f"{relay}:told", f"{relay}:told_again"]
         self.streak = f"{relay}:streak"
-        self.rates = [number for rate in rates for number in (rate.mails, rate.seconds * 1000)]
+        self.rates = [number for rate in rates for number in (rate.most, rate.seconds * 1000)]
         self._admit, self._trouble, self._closed_for, self._refused = (
             Script(redis, HEAD + one) for one in (ADMIT, TROUBLE, CLOSED_FOR, REFUSED)
         )
