@@ -160,7 +160,7 @@ BROKEN: dict[str, dict[str, str]] = {
     "RedisDown": {"": GONE, "async_email_redis_up": stays(0)},
     "ApiDown": {"": GONE, 'up{job="async-email"}': stays(0)},
     "RedisKeepsNothing": {"async_email_redis_append_only": stays(0)},
-    "RedisNearlyFull": {"async_email_redis_memory_bytes": stays(801)},
+    "RedisNearlyFull": {"async_email_redis_memory_bytes": stays(701)},
     "ManyMailsFail": {FAILED: grows(6)},
     "MailsInDoubt": {"async_email_in_doubt_total": HAPPENS_ONCE},
     "MailsExpire": {EXPIRED: HAPPENS_ONCE},

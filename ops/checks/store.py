@@ -24,7 +24,7 @@ from ops.checks import system
 from ops.checks.findings import FAULT, Finding, Findings, fault, lasting, note, ok, sized, warn
 from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
-from queues.connection import connect, weaknesses
+from queues.connection import connect, is_full, weaknesses
 from settings import Settings, is_loopback
 
 OUR_CONF, OUR_SOCKETS = "/etc/redis/redis-async-email.conf", "/run/redis-async-email"
@@ -279,9 +279,9 @@ def memory(target: Target, settings: Settings) -> Findings:
     if not most and policy != "noeviction":
         found = f"maxmemory-policy is {policy}: as soon as there is a limit, Redis drops mail silently"
         yield warn(found, fix_of("evicting", at, target))
-    if most and used >= most:
+    if is_full(most, used - info.get("mem_not_counted_for_evict", 0)):
         yield note(f"uses {sized(used)} of {sized(most)}")
-    elif most and used > 0.8 * most:
+    elif most and used > 0.7 * most:
         yield warn(f"it is nearly full: {sized(used)} of {sized(most)}", "see why the queue grows, or raise maxmemory")
     elif machine and (most or used) > 0.75 * machine:
         found = f"it may use {sized(most or used)} of this machine's {sized(machine)}, and needs more while it saves"
