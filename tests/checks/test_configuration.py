@@ -39,7 +39,7 @@ def test_what_one_service_cannot_do_without_is_told_for_that_one(server: Server)
     server.env.write_text("SMTP_HOST=127.0.0.1\nMAIL_FROM=nobody in particular\n")
     assert_finds(configuration.values(server.target), FAULT, "MAIL_FROM: ")
     server.env.write_text(ENV + "SMTP_PASWORD=x\n")
-    assert_finds(configuration.values(server.target), FAULT, "SMTP_PASWORD in async-email.env is not a setting")
+    assert_finds(configuration.values(server.target), FAULT, "SMTP_PASWORD is not a setting; did you mean")
 
 
 def test_a_secret_that_a_unit_does_not_pass_is_missing_for_that_service_alone(server: Server) -> None:
