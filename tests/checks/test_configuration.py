@@ -127,8 +127,18 @@ def test_a_user_reads_what_one_of_its_groups_may(server: Server) -> None:
     assert denied_at(User(-1, []), path, 4) == path
 
 
-def test_a_file_named_in_the_settings_that_the_service_cannot_read_is_a_fault(server: Server) -> None:
-    secret = server.write("secret", PASSWORD, 0o600)
-    server.env.write_text(f"{ENV}SMTP_USERNAME=ada\nSMTP_PASSWORD_FILE={secret}\n")
-    found = "SMTP_PASSWORD_FILE: the user nobody cannot read"
-    assert_finds(configuration.modes(server.target), FAULT, found, "credentials")
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("SMTP_PASSWORD_FILE", "credentials"),
+        ("TASKS_FILE", "sudo chmod -R go+rX"),
+        ("TEMPLATES_DIR", "sudo chmod -R go+rX"),
+    ],
+)
+def test_what_is_named_in_the_settings_and_the_service_cannot_read_is_a_fault(
+    server: Server, name: str, remedy: str
+) -> None:
+    named = server.write("secret/file", PASSWORD, 0o600)
+    named.parent.chmod(0o700)
+    server.env.write_text(f"{ENV}SMTP_USERNAME=ada\n{name}={named if name.endswith('FILE') else named.parent}\n")
+    assert_finds(configuration.modes(server.target), FAULT, f"{name}: the user nobody cannot read", remedy)
