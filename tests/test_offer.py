@@ -104,7 +104,9 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_a_file_of_tasks_that_cannot_be_used_stops_the_start(own: Path, text: str, told: str) -> None:
     own.write_text(text)
-    with pytest.raises(SettingsError, match=f"^TASKS_FILE: {re.escape(f'{own}{told}')}"):
+    place, _, reason = told.partition(": ")
+    line = place.replace("2", "[23]")  # Python 3.10 is at the function when it decorates it
+    with pytest.raises(SettingsError, match=f"^TASKS_FILE: {re.escape(str(own))}{line}: {re.escape(reason)}"):
         load_file(own)
 
 
