@@ -2,7 +2,8 @@
 
 A process calls `load()` once, at its start, and gets a frozen `Settings` or a `SettingsError` that holds one sentence
 per fault, each naming its variable and none showing a value that may be secret. Values come from the environment, then
-from a file `.env` in the working directory; in `.env` an unknown name is a fault, most often a typing error.
+from a file `.env` in the working directory; in `.env` an unknown name is a fault, most often a typing error, and a
+name with two values is one.
 A secret may be in a file instead: `SMTP_PASSWORD_FILE=/path` for `SMTP_PASSWORD`. A service of systemd finds both among
 its credentials (`LoadCredential=`): `async-email.env` in place of `.env`, and `smtp_password`.
 
@@ -12,11 +13,12 @@ table list the same variables; a test compares them.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import ipaddress
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
@@ -287,11 +289,22 @@ def from_file(path: Path) -> dict[str, str]:
         raise SettingsError(error.faults) from None
     except OSError as error:
         raise SettingsError([f"{path} cannot be read: {error.strerror}"]) from None
-    cut = [one for one in assignments if one.comment and one.name.lower() in VERBATIM]
-    if cut:
-        raise SettingsError([f"{path.name} line {one.line}: {CUT.format(one.name)}" for one in cut])
-    values = {one.name.lower(): one.value for one in assignments}
-    return {name: value for name, value in values.items() if value}
+    if faults := [f"{path.name} line {one.line}: {text}" for one in assignments for text in _faults(one, assignments)]:
+        raise SettingsError(faults)
+    return {one.name.lower(): one.value for one in assignments if one.value}
+
+
+def _faults(one: env_file.Assignment, assignments: list[env_file.Assignment]) -> Iterator[str]:
+    known = [name.upper() for name in Settings.model_fields]
+    if one.value and one.name not in known:
+        meant = difflib.get_close_matches(one.name.upper(), known, 1)
+        advice = f"did you mean {meant[0]}?" if meant else "see .env.example for the names"
+        yield f"{one.name} is not a setting; {advice}"
+    elif one.comment and one.name.lower() in VERBATIM:
+        yield CUT.format(one.name)
+    for other in assignments:
+        if other.name == one.name and other.line < one.line and other.value not in ("", one.value):
+            yield f"{one.name} has another value in line {other.line}; only one may stay"
 
 
 NEEDED = {  # a setting that a process cannot run without -> what to write there
@@ -312,7 +325,7 @@ def load(*needed: str, **overrides: Any) -> Settings:
     try:
         settings = Settings(**{"from_file": from_file(file), "_secrets_dir": directory, **overrides})
     except ValidationError as error:
-        raise SettingsError(explain(error, file.name)) from None
+        raise SettingsError(explain(error)) from None
     missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not getattr(settings, name)]
     if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password):
         # Checked in the process that speaks to the relay: under systemd, no other one is given the password.
@@ -322,15 +335,13 @@ def load(*needed: str, **overrides: Any) -> Settings:
     return settings
 
 
-def explain(error: ValidationError, file: str) -> list[str]:
+def explain(error: ValidationError) -> list[str]:
     """Returns one sentence per fault."""
     faults: list[str] = []
     for fault in error.errors(include_input=False, include_url=False):
         text, name = fault["msg"].removeprefix("Value error, "), "".join(map(str, fault["loc"][:1])).upper()
         if not name:
             faults += text.splitlines()
-        elif fault["type"] == "extra_forbidden":
-            faults.append(f"{name} in {file} is not a setting; see .env.example for the names")
         elif fault["type"] != "default_factory_not_called":  # that is due to another fault, which is reported as well
             faults.append(f"{name}: {text[0].lower()}{text[1:]}")
     return faults

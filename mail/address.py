@@ -39,7 +39,12 @@ class Mailbox(NamedTuple):
         if not match:
             raise ValueError(f"must be one address such as {EXAMPLES}")
         name = (match["name"] or "").strip(" ")
-        return cls(display_name(name), strict_address(match["named"] or match["bare"] or ""))
+        try:
+            return cls(display_name(name), strict_address(match["named"] or match["bare"] or ""))
+        except ValueError:
+            if re.search("@[^@]*[,;][^@]*@", text):
+                raise ValueError("must be one address; each further one must be a string of its own") from None
+            raise
 
     @property
     def is_local(self) -> bool:

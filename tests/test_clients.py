@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from mail import request
 from tests.servers import ROOT, Api, House, RedisServer
 from tests.test_readme import DEV_KEY
+from web import errors
 
 PAGE = (ROOT / "docs" / "clients.md").read_text()
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -43,8 +45,7 @@ def here(redis_server: RedisServer, tmp_path: Path) -> Iterator[Api]:
 
 
 def environment(api: Api) -> dict[str, str]:
-    names = ("MAIL_URL", "RESEND_API_URL", "RESEND_BASE_URL")
-    return {**os.environ, **dict.fromkeys(names, f"http://127.0.0.1:{api.port}")}
+    return {**os.environ, "MAIL_URL": f"http://127.0.0.1:{api.port}"}
 
 
 EXAMPLES = {f"{language} {n}": (language, text) for language in RUN for n, text in enumerate(blocks(language), 1)}
@@ -89,3 +90,9 @@ def test_what_a_program_says_is_not_lost_in_silence(here: Api, tmp_path: Path) -
     ran = subprocess.run(["sh", "mail-output", "x"], cwd=tmp_path, env=wrong, input=b"done", capture_output=True)
     assert ran.returncode != 0
     assert b"403" in ran.stderr
+
+
+def test_what_is_not_here_is_listed_as_it_is_answered() -> None:
+    listed = PAGE.partition("## Not here")[2]
+    routes = (re.sub(r"\[\^/\]\+", "{id}", route) for route in errors.NOT_HERE)
+    assert [name for name in (*request.NOT_HERE, *routes) if f"`{name}`" not in listed] == []

@@ -52,6 +52,12 @@ def test_the_curl_for_a_whole_mail_sends_it(house: House) -> None:
     api.wait_for(run(block("sh", "Idempotency-Key: invoice"), api)["id"], "sent")
 
 
+def test_no_two_examples_share_an_idempotency_key() -> None:
+    pages = [README, *((ROOT / "docs" / f"{name}.md").read_text() for name in ("api", "clients", "operations"))]
+    keys = re.findall(r"(?:Idempotency-Key: |idempotency_?[kK]ey\"?: \")([\w/-]+)", "".join(pages))
+    assert sorted(keys) == ["invoice-2026-0042", "invoice-2026-0043", "welcome/1", "welcome/2"]
+
+
 def test_a_task_added_as_the_readme_says_runs(house: House, tmp_path: Path) -> None:
     added = block("python", "@task")
     assert len(added.strip().splitlines()) <= 5

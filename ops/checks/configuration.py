@@ -224,7 +224,7 @@ def files_named_in_settings(target: Target) -> Findings:
     """Finds those that root can read and the service cannot."""
     user, current = find_user(target.user), load(target)
     for name in Settings.model_fields:
-        path: Path | None = getattr(current, name, None) if name.endswith("_file") else None
+        path: Path | None = getattr(current, name, None) if name.endswith(("_file", "_dir")) else None
         if not path or user is None:
             continue
         if denied_at(user, path, 4) or str(path.resolve()).startswith(HIDDEN):
@@ -234,5 +234,7 @@ def files_named_in_settings(target: Target) -> Findings:
 def make_readable(name: str, path: Path, target: Target) -> str:
     if name == "smtp_ca_file":  # not a secret
         return f"sudo install -m 644 {path} /etc/ssl/async-email-relay.pem, and name that"
+    if name in ("tasks_file", "templates_dir"):
+        return f"sudo chmod -R go+rX {path}, in a folder that all may enter, outside of /home and /root"
     kept = target.etc / "credentials" / name.removesuffix("_file")
     return f"sudo install -m 600 {path} {kept}, and take {name.upper()} out of {target.file}"

@@ -39,7 +39,7 @@ def test_what_one_service_cannot_do_without_is_told_for_that_one(server: Server)
     server.env.write_text("SMTP_HOST=127.0.0.1\nMAIL_FROM=nobody in particular\n")
     assert_finds(configuration.values(server.target), FAULT, "MAIL_FROM: ")
     server.env.write_text(ENV + "SMTP_PASWORD=x\n")
-    assert_finds(configuration.values(server.target), FAULT, "SMTP_PASWORD in async-email.env is not a setting")
+    assert_finds(configuration.values(server.target), FAULT, "SMTP_PASWORD is not a setting; did you mean")
 
 
 def test_a_secret_that_a_unit_does_not_pass_is_missing_for_that_service_alone(server: Server) -> None:
@@ -127,8 +127,18 @@ def test_a_user_reads_what_one_of_its_groups_may(server: Server) -> None:
     assert denied_at(User(-1, []), path, 4) == path
 
 
-def test_a_file_named_in_the_settings_that_the_service_cannot_read_is_a_fault(server: Server) -> None:
-    secret = server.write("secret", PASSWORD, 0o600)
-    server.env.write_text(f"{ENV}SMTP_USERNAME=ada\nSMTP_PASSWORD_FILE={secret}\n")
-    found = "SMTP_PASSWORD_FILE: the user nobody cannot read"
-    assert_finds(configuration.modes(server.target), FAULT, found, "credentials")
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("SMTP_PASSWORD_FILE", "credentials"),
+        ("TASKS_FILE", "sudo chmod -R go+rX"),
+        ("TEMPLATES_DIR", "sudo chmod -R go+rX"),
+    ],
+)
+def test_what_is_named_in_the_settings_and_the_service_cannot_read_is_a_fault(
+    server: Server, name: str, remedy: str
+) -> None:
+    named = server.write("secret/file", PASSWORD, 0o600)
+    named.parent.chmod(0o700)
+    server.env.write_text(f"{ENV}SMTP_USERNAME=ada\n{name}={named if name.endswith('FILE') else named.parent}\n")
+    assert_finds(configuration.modes(server.target), FAULT, f"{name}: the user nobody cannot read", remedy)
