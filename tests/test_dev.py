@@ -11,12 +11,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import settings
-from ops import dev
+from ops import dev, lock
 from tests.checks.support import fake
 from tests.http_api import MAIL
 from tests.servers import Api, copy_project, eventually, free_port
@@ -57,10 +58,13 @@ class Dev:
         return rest
 
     def left_over(self) -> list[str]:
-        """Processes whose command line names this copy of the project or one of its ports."""
-        marks = [str(self.project), *map(str, self.ports.values())]
-        listed = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        return [line for line in listed.splitlines() if any(mark in line.split(maxsplit=1)[1] for mark in marks)]
+        """Processes, by pid and command, that run in this copy of the project."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if (process / "cwd").readlink().is_relative_to(self.project):
+                    found.append(f"{process.name} {(process / 'cmdline').read_text()}")
+        return found
 
 
 @pytest.fixture
@@ -103,6 +107,42 @@ def test_ctrl_c_stops_everything_and_the_next_start_finds_the_queue(running: Dev
     running.start_and_read_the_welcome()
     assert api.email(mail_id)["status"] == "sent"
     api.submit(MAIL)
+
+
+@pytest.mark.parametrize("how", ["kill -9", "closed terminal", "head"])
+def test_nothing_runs_on_however_it_ends(running: Dev, how: str) -> None:
+    running.start_and_read_the_welcome()
+    assert running.process.stdout
+    if how != "kill -9":
+        running.process.stdout.close()  # then nothing can be printed any more
+    if how == "head":
+        Api(running.ports["api"], key="dev").submit(MAIL)  # of which a line would be printed
+    else:
+        running.process.send_signal(signal.SIGKILL if how == "kill -9" else signal.SIGHUP)
+    assert running.process.wait(60) == (-signal.SIGKILL if how == "kill -9" else 0)
+    running.process.stdout.close()
+    eventually(lambda: running.left_over() == [], 30)
+
+
+def test_a_second_one_on_other_ports_leaves_the_queue_to_the_first(running: Dev) -> None:
+    """Two servers that append to one file send mail twice, and leave it unreadable."""
+    running.start_and_read_the_welcome()
+    said, _ = Dev(running.project).start().communicate(timeout=60)
+    folder, pid = running.project / "var/dev/catcher", running.process.pid
+    assert said == f"{folder} is in use by bin/dev (process {pid}): only one may write there, so end that one first\n"
+
+
+def test_a_redis_that_outlives_its_bin_dev_still_holds_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    with lock.take(tmp_path) as held:
+        lock.write(held, lock.Holder(dev=2**22 + 1, redis=os.getpid(), port=6380))
+        inherited = os.dup(held.fileno())
+    with pytest.raises(lock.Held, match=rf"by the Redis of an earlier bin/dev \(process {os.getpid()}\): only one"):
+        lock.take(tmp_path)
+    os.close(inherited)
+    lock.take(tmp_path).close()
 
 
 def test_a_transaction_that_a_crash_left_unfinished_is_cut_off_first(
@@ -203,12 +243,13 @@ def test_a_wrong_setting_is_told_before_anything_starts(project: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_a_part_that_dies_takes_the_rest_with_it_and_is_named(running: Dev) -> None:
+@pytest.mark.parametrize(("part", "word"), [("catcher", "ops.catcher"), ("redis", "-server 127.0.0.1")])
+def test_a_part_that_dies_takes_the_rest_with_it_and_is_named(running: Dev, part: str, word: str) -> None:
     running.start_and_read_the_welcome()
-    victim = next(line.split()[0] for line in running.left_over() if "ops.catcher" in line)
+    victim = next(line.split()[0] for line in running.left_over() if word in line)
     os.kill(int(victim), signal.SIGKILL)
-    rest, _ = running.process.communicate(timeout=60)
-    assert "catcher stopped by itself" in rest
+    rest, _ = running.process.communicate(timeout=20)  # without Redis nothing can finish, so that is not waited for
+    assert f"{part} was killed by signal 9. Stopping the rest." in rest
     assert running.process.returncode == 1
     assert running.left_over() == []
 
