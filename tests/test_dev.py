@@ -275,16 +275,14 @@ def test_a_key_that_bin_key_made_opens_the_api_beside_dev(running: Dev) -> None:
 def venv(project: Path, tmp_path: Path, *arguments: str) -> list[str]:
     """What bin/venv says, and the files that it has installed, with a pip that only says so."""
     ran = subprocess.run([project / "bin/venv", *arguments], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, ran.stderr
     log = tmp_path / "pip.log"
     installed = log.read_text().split() if log.exists() else []
     log.unlink(missing_ok=True)
-    return [*ran.stdout.splitlines(), *(name for name in installed if name.endswith(".txt"))]
+    return [*ran.stderr.splitlines(), *ran.stdout.splitlines(), *(name for name in installed if name.endswith(".txt"))]
 
 
-def test_bin_dev_installs_only_what_it_runs_and_bin_test_the_rest(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _no_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = tmp_path / "pip"
     pip.write_text(f"#!/bin/sh\necho $* >>{tmp_path}/pip.log; echo Collecting six==1.0 from here\n")
     pip.chmod(0o755)
@@ -294,6 +292,10 @@ def test_bin_dev_installs_only_what_it_runs_and_bin_test_the_rest(
         f'case "$*" in *--clear*) mkdir -p .venv/bin && cp {pip} .venv/bin; exit;; esac\nexec {sys.executable} "$@"',
         monkeypatch,
     )
+
+
+@pytest.mark.usefixtures("_no_pip")
+def test_bin_dev_installs_only_what_it_runs_and_bin_test_the_rest(project: Path, tmp_path: Path) -> None:
     run = ["requirements.txt", "requirements-dev.txt"]
     assert venv(project, tmp_path) == ["Making .venv (once; it takes about half a minute):", "  six==1.0", *run]
     assert venv(project, tmp_path) == []
@@ -302,6 +304,30 @@ def test_bin_dev_installs_only_what_it_runs_and_bin_test_the_rest(
     assert venv(project, tmp_path, "--tests") == venv(project, tmp_path) == []
     (project / "requirements-test.txt").write_text("")
     assert venv(project, tmp_path)[-2:] == run
+
+
+@pytest.mark.usefixtures("_no_pip")
+def test_a_venv_is_made_anew_only_for_a_reason_that_is_said_and_not_while_bin_dev_runs(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert venv(project, tmp_path, "--help")[0].startswith("Makes .venv")
+    own = project / ".venv/bin/python"
+    own.parent.mkdir(parents=True)
+    own.write_text(f"#!/bin/sh\necho {tmp_path}/programs/python3\n")
+    own.chmod(0o755)
+    assert venv(project, tmp_path)[0].startswith("Making .venv (anew, since it is not complete; it takes")
+    (tmp_path / "other/programs").mkdir(parents=True)
+    fake(tmp_path / "other", "python3", f'[ $# = 2 ] && exec {sys.executable} "$@"; echo another', monkeypatch)
+    assert venv(project, tmp_path) == []  # it keeps its own Python
+    (project / "requirements.txt").write_text("six==1.1\n")
+    (project / "var/dev/relay").mkdir(parents=True)
+    with lock.take(project / "var/dev/relay"):
+        [said] = venv(project, tmp_path)
+    why = "anew, since its Python or the requirements have changed"
+    assert (
+        said == f"Making .venv ({why}) must wait until nothing runs from it: end bin/dev (process {os.getpid()}) first."
+    )
+    assert venv(project, tmp_path)[0].startswith(f"Making .venv ({why}; it takes")
 
 
 def test_bin_test_says_at_once_how_to_use_it(project: Path) -> None:
