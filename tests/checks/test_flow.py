@@ -89,6 +89,9 @@ def test_an_open_breaker_is_explained_by_what_the_last_attempt_met_with(
     client.hset(f"mail:{mail_id}", "attempts", json.dumps([attempt]))
     assert_finds(flow.waiting(target, settings), FAULT, "534 at auth: Google wants an app password", "apppasswords")
     assert "planted" not in repr(listed(flow.waiting(target, settings)))
+    client.hset(f"mail:{mail_id}", "attempts", json.dumps([attempt | {"relay": "127.0.0.1:1"}]))
+    corrected = settings.model_copy(update={"smtp_host": "relay.example.com"})
+    assert_finds(flow.waiting(target, corrected), FAULT, "that was 127.0.0.1:1, and SMTP_HOST", "bin/breaker close")
 
 
 def test_the_checks_change_nothing_in_redis(
