@@ -249,6 +249,8 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
         if getattr(configured, brought):
             raise Failed(f"bin/dev brings its own Redis and API key: {brought.upper()} must not be set for it.")
     catcher = configured.smtp_host is None
+    if not catcher:
+        settings.load("mail_from")  # real mail is from nobody whom we have made up
     names = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
     data = lock.DATA / lock.FOLDERS[0 if catcher else 1]
     data.mkdir(parents=True, exist_ok=True)
@@ -308,7 +310,10 @@ def api_keys(configured: settings.Settings) -> str:
 def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:
     mail = f"Caught mail    http://127.0.0.1:{ports.mail_port}"
     if configured.smtp_host:
-        mail = f"Mail goes to   {configured.smtp_host}:{configured.smtp_port}"
+        mail = f"Mail goes to   {configured.smtp_host}:{configured.smtp_port}, from {configured.mail_from}"
+    path, body = "/start-job", '{"name": "Ada", "email": "ada@example.com"}'
+    if configured.templates_dir and not (configured.templates_dir / "welcome").is_dir():  # which /start-job needs
+        path, body = "/emails", '{"to": "ada@example.com", "subject": "Welcome, Ada", "text": "Hello."}'
     names = ", ".join(key.name for key in configured.api_keys)
     more = names and f" (and those in .env: {names})"
     return f"""
@@ -320,8 +325,8 @@ async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.
 
 Send a mail:
 
-  curl -X POST http://127.0.0.1:{ports.api_port}/start-job -H 'Authorization: Bearer {settings.DEV_KEY}' \\
-       -H 'Content-Type: application/json' -d '{{"name": "Ada", "email": "ada@example.com"}}'
+  curl -X POST http://127.0.0.1:{ports.api_port}{path} -H 'Authorization: Bearer {settings.DEV_KEY}' \\
+       -H 'Content-Type: application/json' -d '{body}'
 """
 
 

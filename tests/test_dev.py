@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 import settings
+from mail.address import Mailbox
+from mail.draft import prepare
 from ops import dev, lock
 from tests.checks.support import fake
 from tests.http_api import MAIL
@@ -336,9 +338,24 @@ def test_bin_test_says_at_once_how_to_use_it(project: Path) -> None:
     assert not (project / ".venv").exists()
 
 
-def test_with_a_relay_in_the_environment_there_is_no_catcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_relay_in_the_environment_there_is_no_catcher_and_no_sender_of_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ports = dev.parse_arguments([])
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SMTP_HOST", "relay.example.com")
+    with pytest.raises(settings.SettingsError, match=r"^MAIL_FROM is not set: name the sender"):
+        dev.run(dev.Stack(), ports)
+    monkeypatch.setenv("MAIL_FROM", "Acme <hello@acme.example>")
     configured = settings.load()
     assert "SMTP_HOST" not in dev.child_settings(ports, configured)
-    assert "Mail goes to   relay.example.com:587" in dev.welcome(ports, configured)
+    assert "Mail goes to   relay.example.com:587, from Acme <hello@acme.example>" in dev.welcome(ports, configured)
+
+
+def test_the_curl_needs_no_template_that_there_is_not(tmp_path: Path) -> None:
+    ports, own = dev.parse_arguments([]), settings.Settings(templates_dir=tmp_path)
+    said = dev.welcome(ports, own)
+    body = json.loads(re.findall(r"/emails .*\n.* -d '(.*)'", said)[0])
+    assert prepare(body, default_sender=Mailbox("", "a@example.com"), max_recipients=1)
+    (tmp_path / "welcome").mkdir()
+    assert "/start-job" in dev.welcome(ports, own)
