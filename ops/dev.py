@@ -134,7 +134,7 @@ class Stack:
         self.environment = dict(os.environ)
         self.stopping = threading.Event()
         self.guard: subprocess.Popen[str] | None = None
-        self.redis_log = lock.DATA / "redis.log"
+        self.redis_log = ROOT / lock.DATA / "redis.log"
 
     def begin(self, data: Path) -> TextIO:
         """Locks the data, and starts what stops the parts when this process has ended. Raises `lock.Held`."""
@@ -252,7 +252,7 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     if not catcher:
         settings.load("mail_from")  # real mail is from nobody whom we have made up
     names = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
-    data = lock.DATA / lock.FOLDERS[0 if catcher else 1]
+    data = ROOT / lock.DATA / lock.FOLDERS[0 if catcher else 1]
     data.mkdir(parents=True, exist_ok=True)
     held = stack.begin(data)
     check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in names})

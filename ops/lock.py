@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-DATA = Path(__file__).parent.parent / "var" / "dev"
+ROOT = Path(__file__).parent.parent
+DATA = Path("var", "dev")  # in a checkout
 FOLDERS = ("catcher", "relay")  # a queue for the catcher and one for a real relay, so that test mail is never sent
 PATIENCE = 5  # seconds; a Redis whose bin/dev was killed takes a moment to end
 
@@ -78,9 +79,9 @@ def holder_of(folder: Path) -> Holder | None:
     return None
 
 
-def holders(first: str = "", data: Path = DATA) -> list[Holder]:
-    """Returns who holds the folders here, that of the folder `first` before others."""
-    found = [holder_of(data / name) for name in sorted(FOLDERS, key=lambda name: name != first)]
+def holders(first: str = "", checkout: Path = ROOT) -> list[Holder]:
+    """Returns who holds the folders of a checkout, that of the folder `first` before others."""
+    found = [holder_of(checkout / DATA / name) for name in sorted(FOLDERS, key=lambda name: name != first)]
     return [holder for holder in found if holder]
 
 

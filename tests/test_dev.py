@@ -332,6 +332,12 @@ def test_a_venv_is_made_anew_only_for_a_reason_that_is_said_and_not_while_bin_de
     assert venv(project, tmp_path)[0].startswith(f"Making .venv ({why}; it takes")
 
 
+@pytest.mark.parametrize("name", ["breaker", "restore"])
+def test_a_command_without_its_venv_says_what_makes_one(project: Path, name: str) -> None:
+    ran = subprocess.run([project / "bin" / name], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr.partition(":")[0]) == (1, "there is no .venv here")
+
+
 def test_bin_test_says_at_once_how_to_use_it(project: Path) -> None:
     ran = subprocess.run([project / "bin/test", "-x", "--help"], capture_output=True, text=True, timeout=5, check=True)
     assert "Arguments go to pytest" in ran.stdout

@@ -148,7 +148,8 @@ def canary(target: Target, settings: Settings) -> Findings:
         draft = prepare({"to": [target.send_to], **TEST_MAIL}, default_sender=sender, max_recipients=1)
     except Invalid as invalid:
         wrong = invalid.errors[0]
-        yield fault(f"--send-to: {wrong.field}: {wrong.message}", "bin/doctor --send-to ada@example.com")
+        fix = f"MAIL_FROM: {target.edit}" if wrong.field == "from" else "bin/doctor --send-to ada@example.com"
+        yield fault(f"--send-to: {wrong.field}: {wrong.message}", fix)
         return
     with client(settings) as redis:
         outbox = Outbox(Jobs(redis), settings)

@@ -115,6 +115,8 @@ def test_a_mail_to_order_that_does_not_arrive_is_explained(
     target.send_to = "not an address"
     assert_finds(flow.canary(target, settings), FAULT, "--send-to", "ada@example.com")
     target.send_to = "ada@acme.shop"
+    unset = settings.model_copy(update={"mail_from": None})
+    assert_finds(flow.canary(target, unset), FAULT, "--send-to: from: is required", "MAIL_FROM: edit ")
     monkeypatch.setattr(flow, "CANARY_TIMEOUT", 0.2)
     assert_finds(flow.canary(target, settings), FAULT, "no worker has taken it", "worker.py email")
     refused = {"status": "failed", "attempts": [{"phase": "dot", "code": 550, "text": "5.4.5 Daily limit"}]}
