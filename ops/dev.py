@@ -108,22 +108,32 @@ def port_number(text: str) -> int:
 
 
 def check_ports(ports: dict[str, int]) -> None:
-    """Raises `Failed` unless each of them is free, this user's to take, and named once."""
+    """Raises `Failed`, with all that is wrong, unless each of them is free, this user's to take, and named once."""
     flags: dict[int, str] = {}
+    faults = []
     for flag, port in ports.items():
         if flags.setdefault(port, flag) != flag:
-            raise Failed(f"Port {port} is given twice: choose another with {flags[port]} or {flag}.")
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    why = f"Port {port} is taken: stop what uses it, or choose another with {flag}."
-                else:
-                    why = f"Port {port} cannot be opened ({error.strerror}): choose another with {flag}."
-                    why += " Those below 1024 are root's." if error.errno == errno.EACCES else ""
-                raise Failed(why) from None
+            faults.append(f"Port {port} is given twice: choose another with {flags[port]} or {flag}.")
+        elif number := refused(port):
+            if number == errno.EADDRINUSE:
+                why = f"Port {port} is taken: stop what uses it, or choose another with {flag}."
+            else:
+                why = f"Port {port} cannot be opened ({os.strerror(number)}): choose another with {flag}."
+                why += " Those below 1024 are root's." if number == errno.EACCES else ""
+            faults.append(why)
+    if faults:
+        raise Failed("\n".join(faults))
+
+
+def refused(port: int) -> int:
+    """Returns the number of the error with which the kernel refuses a port; 0 if it does not."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return error.errno or -1
+    return 0
 
 
 class Stack:

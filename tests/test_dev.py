@@ -160,13 +160,17 @@ def test_a_transaction_that_a_crash_left_unfinished_is_cut_off_first(
     assert log.read_bytes() == b""
 
 
-def test_a_taken_port_is_one_sentence_that_names_the_flag(project: Path) -> None:
+def test_each_taken_port_is_one_sentence_that_names_the_flag(project: Path) -> None:
     running = Dev(project)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", running.ports["mail"]))
-        taken.listen()
+    with socket.socket() as one, socket.socket() as other:
+        for taken, name in ((one, "api"), (other, "mail")):
+            taken.bind(("127.0.0.1", running.ports[name]))
+            taken.listen()
         said, _ = running.start().communicate(timeout=60)
-    assert said == f"Port {running.ports['mail']} is taken: stop what uses it, or choose another with --mail-port.\n"
+    assert said == "".join(
+        f"Port {running.ports[name]} is taken: stop what uses it, or choose another with --{name}-port.\n"
+        for name in ("api", "mail")
+    )
     assert running.process.returncode == 1
 
 
