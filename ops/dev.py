@@ -148,7 +148,12 @@ class Stack:
 
     def begin(self, data: Path) -> TextIO:
         """Locks the data, and starts what stops the parts when this process has ended. Raises `lock.Held`."""
-        self.lock = lock.take(data)
+        try:
+            data.mkdir(parents=True, exist_ok=True)
+            self.lock = lock.take(data)
+        except OSError as error:
+            why = f"{data} cannot be written ({error.strerror})"
+            raise Failed(f"{why}: run bin/dev as the user whose it is, or in a clone of your own.") from None
         command = [sys.executable, "-m", "ops.guard"]
         inherited = [self.lock.fileno()]
         self.guard = subprocess.Popen(
@@ -254,16 +259,10 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
             f"There is no redis-server or valkey-server on PATH, and for Python {version} none from PyPI: "
             "install one (Debian, Ubuntu: sudo apt install redis-server), or use Python 3.11 or later."
         )
-    configured = settings.load()
-    for brought in ("redis_url_file", "api_keys_file"):
-        if getattr(configured, brought):
-            raise Failed(f"bin/dev brings its own Redis and API key: {brought.upper()} must not be set for it.")
+    configured = load()
     catcher = configured.smtp_host is None
-    if not catcher:
-        settings.load("mail_from")  # real mail is from nobody whom we have made up
     names = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
     data = ROOT / lock.DATA / lock.FOLDERS[0 if catcher else 1]
-    data.mkdir(parents=True, exist_ok=True)
     held = stack.begin(data)
     check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in names})
     server, stack.redis_log = find_redis_server(data), data / "redis.log"
@@ -282,6 +281,17 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     dashboard = ("-m", "ops.dashboard", "--no-login")
     stack.start("dashboard", partial(http_answers, ports.dashboard_port, "/rq/"), python, *dashboard)
     stack.say(welcome(ports, configured))
+
+
+def load() -> settings.Settings:
+    """Loads the settings. Raises SettingsError, and `Failed` for those with which bin/dev cannot work."""
+    configured = settings.load()
+    for brought in ("redis_url_file", "api_keys_file"):
+        if getattr(configured, brought):
+            raise Failed(f"bin/dev brings its own Redis and API key: {brought.upper()} must not be set for it.")
+    if configured.smtp_host:
+        settings.load("mail_from")  # real mail is from nobody whom we have made up
+    return configured
 
 
 def redis_command(server: str, port: int, data: Path) -> list[str]:

@@ -243,6 +243,12 @@ def test_no_redis_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         dev.run(dev.Stack(), dev.parse_arguments([]))
 
 
+def test_data_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "var").touch()
+    with pytest.raises(dev.Failed, match=r"/var/dev cannot be written \(Not a directory\): run bin/dev as the user"):
+        dev.Stack().begin(tmp_path / "var/dev")
+
+
 def test_a_wrong_setting_is_told_before_anything_starts(project: Path) -> None:
     said, _ = Dev(project).start(SMTP_PORT="x").communicate(timeout=60)
     assert said.splitlines()[0].startswith("SMTP_PORT: ")
