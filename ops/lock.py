@@ -16,7 +16,7 @@ from typing import NamedTuple, TextIO
 ROOT = Path(__file__).parent.parent
 DATA = Path("var", "dev")  # in a checkout
 FOLDERS = ("catcher", "relay")  # a queue for the catcher and one for a real relay, so that test mail is never sent
-PATIENCE = 5  # seconds; a Redis whose bin/dev was killed takes a moment to end
+PATIENCE = 20  # seconds; what a killed bin/dev has left takes as long to end, at most (guard.py)
 
 
 class Held(Exception):
