@@ -55,6 +55,14 @@ class Mailbox(NamedTuple):
         return f"{phrase(self.name)} <{self.address}>" if self.name else self.address
 
 
+def default_sender(text: object, allow_local: bool) -> Mailbox:
+    """Reads the sender of mail that names none. Raises a `ValueError`."""
+    sender = Mailbox.parse(text)
+    if sender.is_local and not allow_local:
+        raise ValueError("must have a domain with a dot, unless ALLOW_LOCAL_DOMAINS=yes")
+    return sender
+
+
 def display_name(text: str) -> str:
     """Returns the name that `text` stands for, without its quotes. Raises a `ValueError`."""
     if re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):

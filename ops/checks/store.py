@@ -140,8 +140,7 @@ def how_to_reach(error: OSError, at: Address, target: Target) -> str:
     if at.is_here:
         if target.installed:
             return "sudo systemctl enable --now redis-server (or valkey-server)"
-        that = "REDIS_URL=redis://127.0.0.1:6380/0 bin/doctor"
-        return f"bin/dev brings one of its own, and {that} checks that one; on a server sudo bin/install does"
+        return "bin/dev brings one of its own, which is then looked at; on a server sudo bin/install does"
     return f"start Redis there, or correct REDIS_URL in {target.file}"
 
 
