@@ -156,8 +156,9 @@ def test_a_redis_that_takes_no_more_is_named(target: Target, tmp_path: Path) -> 
     with RedisServer(tmp_path) as redis, redis.client() as client:
         client.config_set("maxmemory", int(client.info()["used_memory"] * 1.2))
         assert_finds(store.memory(target, at(redis.port)), FAULT, "out of memory", "let the workers drain")
-        client.config_set("maxmemory", 140 << 20)
-        client.set("filling", "x" * (100 << 20))
+        client.config_set("maxmemory", 150 << 20)
+        for number in range(10):
+            client.set(f"filling:{number}", "x" * (10 << 20))
         assert_finds(store.memory(target, at(redis.port)), WARN, "it is nearly full", "raise maxmemory")
         client.config_set("maxclients", 1)
         assert_finds(store.reachable(target, at(redis.port)), FAULT, "as many clients as it allows", "maxclients")
