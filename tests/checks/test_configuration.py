@@ -110,7 +110,12 @@ def test_what_stops_the_start_of_a_checkout_is_a_fault(
 def test_a_template_that_cannot_work_stops_the_api_of_a_server_alone(server: Server) -> None:
     server.write("own/x/body.txt", "{{ name")
     server.env.write_text(f"{ENV}TEMPLATES_DIR={server.folder}/own\n")
-    assert_finds(configuration.values(server.target), FAULT, f"api will not start: {server.folder}/own/x/body.txt, line 1", "sudoedit")
+    assert_finds(
+        configuration.values(server.target),
+        FAULT,
+        f"api will not start: {server.folder}/own/x/body.txt, line 1",
+        "sudoedit",
+    )
 
 
 def test_in_a_checkout_the_redis_of_the_bin_dev_that_runs_is_the_one(
