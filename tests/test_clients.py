@@ -1,5 +1,5 @@
-"""docs/clients.md, run as it stands there, with the packages of tests/clients. A language or package that is not here is
-skipped, but with REQUIRE_CLIENTS=1 (as in CI) it fails."""
+"""docs/clients.md, run as it stands there, with the packages of tests/clients. A language or package that is not here
+is skipped, but with REQUIRE_CLIENTS=1 (as in CI) it fails."""
 
 from __future__ import annotations
 
