@@ -42,9 +42,12 @@ def port(host: str, wanted: int, target: Target) -> Findings:
     """Checks that the name resolves, and that its port answers."""
     try:
         addresses = sorted({str(one[4][0]) for one in socket.getaddrinfo(host, wanted, type=socket.SOCK_STREAM)})
-    except OSError:
-        fix = f"correct SMTP_HOST ({target.edit}); if other names fail too: resolvectl status"
-        yield fault(f"the name {host} cannot be resolved", fix)
+    except OSError as error:
+        if error.errno == socket.EAI_AGAIN:
+            fix = "cat /etc/resolv.conf names the name servers; let port 53 out to them (UDP and TCP), or name others"
+            yield fault(f"no name server answers, so {host} cannot be resolved", fix)
+        else:
+            yield fault(f"the name {host} cannot be resolved: there is none", f"correct SMTP_HOST ({target.edit})")
         return
     outcomes = {address: connect(address, wanted, target.timeout) for address in addresses}
     dead = {address: outcome for address, outcome in outcomes.items() if outcome != ANSWERS}
@@ -57,7 +60,7 @@ def port(host: str, wanted: int, target: Target) -> Findings:
         yield ok(f"{host}:{wanted} answers")
 
 
-ANSWERS, SILENT, REFUSED = "answers", "silent, as behind a firewall", "refused, nothing listens there"
+ANSWERS, SILENT, REFUSED = "answers", "silent, as behind a firewall", "refused"
 
 
 def connect(host: str, number: int, timeout: float) -> str:
@@ -85,7 +88,8 @@ def another_port(host: str, wanted: int, outcome: str, target: Target) -> str:
     if wanted == 25:
         return "SMTP_PORT=587: Amazon EC2 and most clouds block 25. No other port answers: see SMTP_HOST, firewall"
     if outcome == REFUSED:
-        return f"no other usual port answers either: correct SMTP_HOST and SMTP_PORT ({target.edit})"
+        listens = f"nothing listens there, or a firewall rejects it: correct SMTP_HOST and SMTP_PORT ({target.edit})"
+        return f"{listens}, or let TCP to port {wanted} out (sudo nft list ruleset); no other usual port answers either"
     return f"let TCP to port {wanted} out (security group, firewall); no other usual port answers either"
 
 

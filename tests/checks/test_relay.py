@@ -44,8 +44,8 @@ def test_a_port_that_refuses_is_named_with_one_that_answers(target: Target) -> N
     settings = at(free_port())
     with ScriptedRelay() as there:
         target.smtp_ports = (there.port,)
-        assert_finds(relay.login(target, settings), FAULT, "refused, nothing listens", f"SMTP_PORT={there.port} and")
-    assert_finds(relay.login(target, settings), FAULT, "refused", "no other usual port answers either: correct")
+        assert_finds(relay.login(target, settings), FAULT, ": refused", f"SMTP_PORT={there.port} and")
+    assert_finds(relay.login(target, settings), FAULT, ": refused", "or a firewall rejects it: correct SMTP_HOST")
 
 
 def test_a_port_that_a_firewall_closes_is_told_from_one_that_refuses(target: Target) -> None:
@@ -68,10 +68,22 @@ def test_a_server_without_a_relay_is_named(target: Target, server: Server) -> No
     assert_finds(relay.login(server.target, of()), FAULT, "SMTP_HOST is not set", "sudoedit")
 
 
-def test_a_name_that_does_not_exist_is_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=socket.gaierror(-2, "Name or service not known")))
-    settings = at(587, smtp_host="smtp.acme.example")
-    assert_finds(relay.login(target, settings), FAULT, "smtp.acme.example cannot be resolved", "SMTP_HOST")
+@pytest.mark.parametrize(
+    ("error", "found", "fix"),
+    [
+        (
+            socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+            "cannot be resolved: there is none",
+            "SMTP_HOST",
+        ),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure"), "no name server answers", "/etc/resolv.conf"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_told_from_a_name_server_that_is_away(
+    target: Target, monkeypatch: pytest.MonkeyPatch, error: OSError, found: str, fix: str
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=error))
+    assert_finds(relay.login(target, at(587, smtp_host="smtp.acme.example")), FAULT, found, fix)
 
 
 def day(days: int) -> datetime:
