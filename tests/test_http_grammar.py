@@ -132,6 +132,8 @@ AMBIGUOUS = {
     "chunked, chunked": post("Transfer-Encoding: chunked, chunked", body=EMPTY_CHUNK),
     "chunked twice": post(CHUNKED, CHUNKED, body=EMPTY_CHUNK),
     "chunked and a comma": post("Transfer-Encoding: chunked,", body=EMPTY_CHUNK),
+    **{f"chunked by {coding!r}": post(f"Transfer-Encoding: {coding}", body=EMPTY_CHUNK)
+       for coding in ("", ",", "\t", ",,")},
 }
 REFUSED: list[tuple[int, str, dict[str, bytes]]] = [  # the status, the name of the error, what is answered so
     (400, "validation_error", AMBIGUOUS),
