@@ -9,10 +9,11 @@ import email
 import io
 import json
 import re
+from collections.abc import Callable
 from email.header import decode_header, make_header
 from email.utils import getaddresses
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import h11
 from bottle import request
@@ -49,7 +50,7 @@ def as_we_read(data: bytes, step: int) -> Reading | str:
 
 
 def as_h11_reads(data: bytes) -> Reading | str:
-    connection, head, body = h11.Connection(h11.SERVER), None, b""
+    connection, head, body = h11.Connection(h11.SERVER, 2**17), None, b""
     headers: dict[str, str] = {}
     rest = data[2 * data.startswith(b"\r\n") :]  # RFC 9112, 2.2
     connection.receive_data(rest or b"\r")  # nothing would mean that the client has hung up
@@ -79,22 +80,13 @@ def check_http(data: bytes) -> None:
     assert found in ("refused", other) or (found == "more" and (bare or isinstance(other, str))), (found, other)
 
 
-def check_chunks(data: bytes) -> None:
-    check_http(CHUNKED + data)
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    assert len(dict(pairs)) == len(pairs)
-    return dict(pairs)
-
-
 def check_mail(data: bytes) -> None:
     """What is asked is refused by its field, or can be written, and is read back as it was asked."""
     request.bind({"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": len(data), "wsgi.input": io.BytesIO(data)})
     wrong: list[FieldError] = []
     try:
         body = read_json(2**20)
-        assert body == json.loads(data, object_pairs_hook=once)
+        assert body == json.loads(data, object_pairs_hook=lambda pairs: len(dict(pairs)) == len(pairs) and dict(pairs))
         json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
         message = prepare(body, default_sender=Mailbox("", SENDER), max_recipients=50).message
     except (Refusal, Invalid) as refused:
@@ -116,30 +108,13 @@ def check_mail(data: bytes) -> None:
     assert sum(not part.is_multipart() for part in read.walk()) == texts + len(message.attachments)
 
 
-class Wire:
-    """A relay's end of a socket: says the same, whatever it hears, and hangs up."""
-
-    def __init__(self, says: bytes) -> None:
-        self.says = io.BytesIO(says)
-        self.heard = b""
-        self.makefile, self.settimeout, self.close = lambda _: self.says, lambda _: None, lambda: None
-
-    def sendall(self, data: bytes) -> None:
-        self.heard += data
-
-
-class Wired(Session):
-    wire: Any
-
-    def connect(self) -> None:
-        self.smtp.sock = self.wire
-
-
 def check_smtp(data: bytes) -> None:
     """Whatever a relay says, the conversation ends with a reply, and a mail counts as accepted only if the last of as
     many replies as there were commands accepts it."""
-    session = Wired(at(25, login=LOGIN))
-    session.wire = wire = Wire(data)
+    says, heard, session = io.BytesIO(data), io.BytesIO(), Session(at(25, login=LOGIN))
+    quiet = {"settimeout": lambda seconds: None, "close": lambda: None}
+    wire = SimpleNamespace(makefile=lambda mode: says, sendall=heard.write, **quiet)
+    session.connect = lambda: setattr(session.smtp, "sock", wire)  # type: ignore[method-assign]
     try:
         session.begin(Envelope(SENDER, [ADA, BOB]), MIME)
         final = session.finish()
@@ -149,15 +124,16 @@ def check_smtp(data: bytes) -> None:
         assert 0 <= reply.pause <= LONGEST_HINT
         assert len(reply.text) <= 500
         assert reply.summary.isascii()
-    commands, _, body = wire.heard.partition(b"\r\nDATA\r\n")
+    commands, _, body = heard.getvalue().partition(b"\r\nDATA\r\n")
     assert body.endswith(b"\r\n.\r\n") or final.verdict not in (Verdict.ACCEPTED, Verdict.IN_DOUBT)
     if final.verdict is Verdict.ACCEPTED:
-        said = [line[:3] for line in data[: wire.says.tell()].split(b"\n") if line and line[3:4] != b"-"]
+        said = [line[:3] for line in data[: says.tell()].split(b"\n") if line and line[3:4] != b"-"]
         assert (said[-2], said[-1][:1]) == (b"354", b"2")
         assert len(said) == commands.count(b"\r\n") + 4  # and the greeting, the last of these commands, DATA and dot
 
 
-TARGETS = {"http": check_http, "chunks": check_chunks, "mail": check_mail, "smtp": check_smtp}
+TARGETS: dict[str, Callable[[bytes], None]] = {"http": check_http, "chunks": lambda data: check_http(CHUNKED + data)}
+TARGETS |= {"mail": check_mail, "smtp": check_smtp}
 
 
 def corpus(name: str) -> list[bytes]:
