@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import tasks
-from mail.address import Mailbox
+from mail.address import default_sender
 from mail.templates import read_again_when_changed
 from mail.templates import use as use_templates
 from process import prefork
@@ -77,8 +77,7 @@ def main() -> int:
 
 def check_sender(settings: Settings) -> None:
     try:
-        if Mailbox.parse(settings.mail_from).is_local and not settings.allow_local_domains:
-            raise ValueError("must have a domain with a dot, unless ALLOW_LOCAL_DOMAINS=yes")
+        default_sender(settings.mail_from, settings.allow_local_domains)
     except ValueError as error:
         raise SettingsError([f"MAIL_FROM: {error}"]) from None
 

@@ -2,7 +2,8 @@
 
 A process calls `load()` once, at its start, and gets a frozen `Settings` or a `SettingsError` that holds one sentence
 per fault, each naming its variable and none showing a value that may be secret. Values come from the environment, then
-from a file `.env` in the working directory; in `.env` an unknown name is a fault, most often a typing error.
+from a file `.env` in the working directory; in `.env` an unknown name is a fault, most often a typing error, and a
+name with two values is one.
 A secret may be in a file instead: `SMTP_PASSWORD_FILE=/path` for `SMTP_PASSWORD`. A service of systemd finds both among
 its credentials (`LoadCredential=`): `async-email.env` in place of `.env`, and `smtp_password`.
 
@@ -12,11 +13,12 @@ table list the same variables; a test compares them.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import ipaddress
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
@@ -66,16 +68,26 @@ def parse_schedule(text: str) -> list[int]:
 
 
 class Rate(NamedTuple):
-    mails: int  # at most so many
+    most: int  # so many mails or requests
     seconds: int  # in any period of this length
+
+    def __str__(self) -> str:
+        return f"{self.most}/{next(unit for unit, seconds in UNITS.items() if seconds == self.seconds)}"
+
+    @classmethod
+    def parse(cls, text: str) -> Rate:
+        match = re.fullmatch(r"([1-9][0-9]{0,4})/([smhd])", text.strip())
+        if not match:
+            raise ValueError("must be a rate per second, minute, hour or day, such as 14/s")
+        return cls(int(match[1]), UNITS[match[2]])
 
 
 def parse_rates(text: str) -> tuple[Rate, ...]:
     """Returns the rates of `"14/s, 2000/d"`, all of which hold at once."""
-    parts = [re.fullmatch(r"([1-9][0-9]{0,4})/([smhd])", part.strip()) for part in text.split(",")]
-    if not all(parts):
-        raise ValueError("must be a rate per second, minute, hour or day: 14/s, or several such as 30/m,2000/d")
-    return tuple(Rate(int(part[1]), UNITS[part[2]]) for part in parts if part)
+    try:
+        return tuple(map(Rate.parse, text.split(",")))
+    except ValueError as error:
+        raise ValueError(f"{error}, or several such as 30/m,2000/d") from None
 
 
 class Address(NamedTuple):
@@ -102,20 +114,26 @@ def parse_address(text: str) -> Address:
 
 
 class ApiKey(NamedTuple):
-    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit; `full` may do everything."""
+    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit; `full` may do everything. `rate` is
+    how many requests it may make."""
 
     name: str
     sha256: str
     scope: str
+    rate: Rate | None = None
+
+    def __str__(self) -> str:
+        return ":".join([self.name, self.sha256, self.scope, *([str(self.rate)] if self.rate else [])])
 
 
 def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
     keys = []
     for number, entry in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
-        match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send))?", entry)
+        match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send)(?::([0-9]+/[smhd]))?)?", entry)
         if not match:  # the entry itself may be a key pasted in clear: never repeat it
-            raise ValueError(f"entry {number} must be name:sha256hex or name:sha256hex:scope, with scope full or send")
-        keys.append(ApiKey(match[1], match[2], match[3] or "full"))
+            form = "name:sha256hex, name:sha256hex:scope or name:sha256hex:scope:rate"
+            raise ValueError(f"entry {number} must be {form}, with scope full or send, and a rate such as 50/s")
+        keys.append(ApiKey(match[1], match[2], match[3] or "full", Rate.parse(match[4]) if match[4] else None))
     if len({key.name for key in keys}) < len(keys):
         raise ValueError("each name must be unique")
     return tuple(keys)
@@ -272,11 +290,22 @@ def from_file(path: Path) -> dict[str, str]:
         raise SettingsError(error.faults) from None
     except OSError as error:
         raise SettingsError([f"{path} cannot be read: {error.strerror}"]) from None
-    cut = [one for one in assignments if one.comment and one.name.lower() in VERBATIM]
-    if cut:
-        raise SettingsError([f"{path.name} line {one.line}: {CUT.format(one.name)}" for one in cut])
-    values = {one.name.lower(): one.value for one in assignments}
-    return {name: value for name, value in values.items() if value}
+    if faults := [f"{path.name} line {one.line}: {text}" for one in assignments for text in _faults(one, assignments)]:
+        raise SettingsError(faults)
+    return {one.name.lower(): one.value for one in assignments if one.value}
+
+
+def _faults(one: env_file.Assignment, assignments: list[env_file.Assignment]) -> Iterator[str]:
+    known = [name.upper() for name in Settings.model_fields]
+    if one.value and one.name not in known:
+        meant = difflib.get_close_matches(one.name.upper(), known, 1)
+        advice = f"did you mean {meant[0]}?" if meant else "see .env.example for the names"
+        yield f"{one.name} is not a setting; {advice}"
+    elif one.comment and one.name.lower() in VERBATIM:
+        yield CUT.format(one.name)
+    for other in assignments:
+        if other.name == one.name and other.line < one.line and other.value not in ("", one.value):
+            yield f"{one.name} has another value in line {other.line}; only one may stay"
 
 
 NEEDED = {  # a setting that a process cannot run without -> what to write there
@@ -297,7 +326,7 @@ def load(*needed: str, **overrides: Any) -> Settings:
     try:
         settings = Settings(**{"from_file": from_file(file), "_secrets_dir": directory, **overrides})
     except ValidationError as error:
-        raise SettingsError(explain(error, file.name)) from None
+        raise SettingsError(explain(error)) from None
     missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not getattr(settings, name)]
     if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password):
         # Checked in the process that speaks to the relay: under systemd, no other one is given the password.
@@ -307,15 +336,13 @@ def load(*needed: str, **overrides: Any) -> Settings:
     return settings
 
 
-def explain(error: ValidationError, file: str) -> list[str]:
+def explain(error: ValidationError) -> list[str]:
     """Returns one sentence per fault."""
     faults: list[str] = []
     for fault in error.errors(include_input=False, include_url=False):
         text, name = fault["msg"].removeprefix("Value error, "), "".join(map(str, fault["loc"][:1])).upper()
         if not name:
             faults += text.splitlines()
-        elif fault["type"] == "extra_forbidden":
-            faults.append(f"{name} in {file} is not a setting; see .env.example for the names")
         elif fault["type"] != "default_factory_not_called":  # that is due to another fault, which is reported as well
             faults.append(f"{name}: {text[0].lower()}{text[1:]}")
     return faults

@@ -69,6 +69,8 @@ class WorkerPool:
     def work(self) -> None:
         """Sends mail until SIGTERM or its like, and then until every mail in hand has been dealt with."""
         sd_daemon.on_stop(self.handle_signal)
+        with suppress(RedisError):
+            self.delivery.pacing.try_now()
         while not self.asked_to_stop.is_set() or self.workers:
             self.tick()
             self.asked_to_stop.wait(1)

@@ -39,7 +39,12 @@ class Mailbox(NamedTuple):
         if not match:
             raise ValueError(f"must be one address such as {EXAMPLES}")
         name = (match["name"] or "").strip(" ")
-        return cls(display_name(name), strict_address(match["named"] or match["bare"] or ""))
+        try:
+            return cls(display_name(name), strict_address(match["named"] or match["bare"] or ""))
+        except ValueError:
+            if re.search("@[^@]*[,;][^@]*@", text):
+                raise ValueError("must be one address; each further one must be a string of its own") from None
+            raise
 
     @property
     def is_local(self) -> bool:
@@ -48,6 +53,14 @@ class Mailbox(NamedTuple):
 
     def __str__(self) -> str:
         return f"{phrase(self.name)} <{self.address}>" if self.name else self.address
+
+
+def default_sender(text: object, allow_local: bool) -> Mailbox:
+    """Reads the sender of mail that names none. Raises a `ValueError`."""
+    sender = Mailbox.parse(text)
+    if sender.is_local and not allow_local:
+        raise ValueError("must have a domain with a dot, unless ALLOW_LOCAL_DOMAINS=yes")
+    return sender
 
 
 def display_name(text: str) -> str:

@@ -33,16 +33,22 @@ CONTENT_TYPE = re.compile(rf"{TOKEN}/{TOKEN}(?:; ?{TOKEN}={TOKEN})*")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3}|\.\d{6})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
 COMPOSITE = ("multipart/", "message/")  # RFC 2046 5: these hold mail as it is, and never base64
 REQUIRED = "is required"
+NOT_HERE = {  # a field of Resend's API -> what to do without it; docs/clients.md lists the rest
+    "scheduled_at": "is not supported: a mail goes out at once, so send the request when it is due",
+    "attachments[].path": "is not supported: no file is fetched, so put it into content, in base64",
+    "attachments[].inline_content_id": "is not supported: its name must be content_id",
+    "topic_id": "is not supported: there are no topics, so leave it out",
+}
 MESSAGES = {  # pydantic's name of an error -> what it says to a caller who knows no Python
     "missing": REQUIRED,
     "extra_forbidden": "is not a known field",
     "string_type": "must be a string",
     "string_unicode": "must not contain half of a surrogate pair",
-    "string_too_short": "must be at least {min_length} characters long",
+    "string_too_short": "must be {min_length} or more characters long",
     "string_too_long": "must be at most {max_length} characters long",
     "string_pattern_mismatch": "must match {pattern}",
     "list_type": "must be a list",
-    "too_short": "must have at least {min_length} entries",
+    "too_short": "must have {min_length} or more entries",
     "too_long": "must have at most {max_length} entries",
     "dict_type": "must be a JSON object",
     "model_type": "must be a JSON object",
@@ -154,6 +160,8 @@ def time_with_zone(text: object) -> datetime:
 def header_name(name: str) -> str:
     if not re.fullmatch(r"[!-9;-~]{1,76}", name):
         raise ValueError("a header name must be 1 to 76 printable ASCII characters without a colon")
+    if name.lower() in ("from", "to", "cc", "bcc", "subject", "reply-to"):
+        raise ValueError(f"must be left out: the field {name.lower().replace('-', '_')} writes this header")
     if OURS.fullmatch(name):
         raise ValueError("must be left out: this service or the relay writes this header")
     return name
@@ -301,7 +309,10 @@ def field_errors(error: ValidationError, prefix: str = "") -> list[FieldError]:
     for fault in error.errors(include_input=False, include_url=False):
         parts = [part for part in fault["loc"] if part != "[key]"]  # pydantic's word for a name, here of a header
         path = prefix + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+        path = path.removeprefix(".")
         message = MESSAGES.get(fault["type"], "").format(**fault.get("ctx", {}))
+        if fault["type"] == "extra_forbidden":
+            message = NOT_HERE.get(re.sub(r"\[\d+\]", "[]", path), message)
         text = message or fault["msg"].removeprefix("Value error, ")
-        found.append(FieldError(path.removeprefix(".") or "body", text, missing=fault["type"] == "missing"))
-    return found
+        found.append(FieldError(path or "body", text, missing=fault["type"] == "missing"))
+    return sorted(found, key=lambda error: error.message not in NOT_HERE.values())

@@ -1,15 +1,16 @@
 """Jinja2 templates on disk -> subject, text, html.
 
 A template is a folder of `templates/`: `subject.txt`, and `body.txt`, `body.html` or both. Its name and its variables
-come from a request; its text never does. Values are escaped in HTML. Refuses, by name and before anything is stored, a
-variable that the template uses and the request lacks, and one that is written out and is neither text nor a number:
-Python would write `None` or `{'a': 1}` into the mail. The API looks at all of them when it starts (`faults`). The only
+come from a request; its text never does. Values are escaped in HTML. Refuses before anything is stored, and names with
+the template's line, a variable that is used and not given, or written out and neither text nor a number: Python would
+write `None` or `{'a': 1}` into the mail. The API looks at all of them when it starts (`faults`). The only
 home of `jinja2`.  https://jinja.palletsprojects.com/
 """
 
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,8 @@ from jinja2.exceptions import TemplateNotFound, TemplateRuntimeError, TemplateSy
 
 from mail.request import FieldError, Invalid
 
-FOLDER = Path(__file__).parent.parent / "templates"
+PROJECT = Path(__file__).parent.parent
+FOLDER = PROJECT / "templates"
 SUBJECT, BODIES = "subject.txt", ("body.txt", "body.html")
 # Not LookupError: TemplateNotFound is one, and an {% include %} of a missing file is not the caller's fault.
 # fmt: off
@@ -76,18 +78,25 @@ def parts(template_id: str) -> list[Template | None]:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", template_id) or not folder.is_dir():
         known = ", ".join(ids())
         raise Invalid(FieldError("template.id", f"must be one of {known}" if known else "there is no template"))
-    if not any((folder / name).is_file() for name in BODIES):
-        raise Invalid(FieldError("template.id", without_body(template_id)))
+    Invalid.raise_if(FieldError("template.id", fault) for fault in _missing_parts(template_id))
     names = [f"{template_id}/{name}" for name in (SUBJECT, *BODIES)]
     return [_loaded(name) if (FOLDER / name).is_file() else None for name in names]
 
 
 def ids() -> list[str]:
-    return sorted({path.parent.name for name in BODIES for path in FOLDER.glob(f"*/{name}")})
+    return sorted({path.parent.name for name in (SUBJECT, *BODIES) for path in FOLDER.glob(f"*/{name}")})
 
 
-def without_body(template_id: str) -> str:
-    return f"the folder {FOLDER.name}/{template_id} must hold {' or '.join(BODIES)}"
+def _missing_parts(template_id: str) -> Iterator[str]:
+    for names in ((SUBJECT,), BODIES):
+        if not any((FOLDER / template_id / name).is_file() for name in names):
+            yield f"the folder {shown(template_id)} must hold {' or '.join(names)}"
+
+
+def shown(name: str) -> str:
+    """Returns the path of a file or folder of templates, from the project's own folder on if it is in there."""
+    path = FOLDER / name
+    return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
 def faults() -> list[str]:
@@ -99,16 +108,20 @@ def faults() -> list[str]:
             found += _missing_files(name)
         except Broken as error:
             found.append(str(error))
-    without = (path.parent.name for path in sorted(FOLDER.glob(f"*/{SUBJECT}")))
-    return found + [without_body(one) for one in without if one not in ids()]
+    return found + [fault for template_id in ids() for fault in _missing_parts(template_id)]
 
 
 def _missing_files(name: str) -> Iterator[str]:
-    tree = environment().parse((FOLDER / name).read_text("utf-8"))
-    for node in tree.find_all((nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport)):
+    for node in _parsed(name).find_all((nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport)):
         wanted = getattr(node.template, "value", None)  # type: ignore[attr-defined]  # of a constant
-        if isinstance(wanted, str) and not getattr(node, "ignore_missing", False) and not (FOLDER / wanted).is_file():
-            yield f"{FOLDER.name}/{name}, line {node.lineno}: there is no {FOLDER.name}/{wanted}"
+        if not isinstance(wanted, str) or getattr(node, "ignore_missing", False):
+            continue
+        if ".." in wanted.split("/") or not FOLDER.joinpath(*wanted.split("/")).is_file():
+            yield f"{shown(name)}, line {node.lineno}: there is no {shown(wanted)}"
+
+
+def _parsed(name: str) -> nodes.Template:
+    return environment().parse((FOLDER / name).read_text("utf-8"))
 
 
 def _loaded(name: str) -> Template:
@@ -121,12 +134,22 @@ def _loaded(name: str) -> Template:
 def _broken(error: Exception, name: str) -> Broken:
     match error:
         case TemplateSyntaxError():
-            return Broken(f"{FOLDER.name}/{error.name or name}, line {error.lineno}: {error.message}")
+            return Broken(f"{shown(error.name or name)}, line {error.lineno}: {error.message}")
         case TemplateNotFound():
-            return Broken(f"{FOLDER.name}/{name}: must include only files that there are")  # a variable may name it
+            name, line = _last_line(error)
+            told = f"{shown(name)}, line {line}: "  # a variable may name the file, and must not be told
+            known = (fault for fault in _missing_files(name) if fault.startswith(told))
+            return Broken(next(known, f"{told}must include only files that there are"))
         case UnicodeDecodeError():
-            return Broken(f"{FOLDER.name}/{name}: must be UTF-8")
-    return Broken(f"{FOLDER.name}/{name}: cannot be read: {getattr(error, 'strerror', None)}")
+            return Broken(f"{shown(name)}: must be UTF-8")
+    return Broken(f"{shown(name)}: cannot be read: {getattr(error, 'strerror', None)}")
+
+
+def _last_line(error: Exception) -> tuple[str, int]:
+    """Returns in which template, by its name, and in which line of it an exception was raised."""
+    frames = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    path, line = [one for one in frames if one[0].is_relative_to(FOLDER)][-1]
+    return path.relative_to(FOLDER).as_posix(), line
 
 
 def _rendered(template: Template | None, variables: Mapping[str, Any]) -> str | None:
@@ -134,18 +157,45 @@ def _rendered(template: Template | None, variables: Mapping[str, Any]) -> str | 
         return None
     try:
         return template.render(variables).rstrip("\n")
-    except UndefinedError as error:
-        raise Invalid(_missing(error.message or "")) from None
     except (TemplateSyntaxError, TemplateNotFound) as error:
         raise _broken(error, template.name or "") from None
-    except DATA_ERRORS as error:
-        text = f"the template cannot be rendered with these values ({type(error).__name__})"
-        raise Invalid(FieldError("template.variables", text)) from None
+    except (Invalid, *DATA_ERRORS) as error:
+        name, line = _last_line(error)
+        place = f"{shown(name)}, line {line}"
+        if isinstance(error, UndefinedError):
+            raise Invalid(_missing(error.message or "", variables, name, line)) from None
+        reason = (
+            error.errors[0].message
+            if isinstance(error, Invalid)
+            else f"must suit the template ({type(error).__name__})"
+        )
+        raise Invalid(FieldError("template.variables", f"{reason}: {place}")) from None
 
 
-def _missing(message: str) -> FieldError:
+def _missing(message: str, variables: Mapping[str, Any], name: str, line: int) -> FieldError:
+    """Returns which variable, or which part of one, a line of a template needs."""
+    part = message.rpartition(" ")[2].strip("'")  # "'dict object' has no attribute 'total'"
     variable = re.fullmatch(r"'(\w+)' is undefined", message)
-    if variable:
-        return FieldError(f"template.variables.{variable[1]}", "is required by the template", missing=True)
-    part = message.rpartition(" ")[2]  # "'dict object' has no attribute 'total'"
-    return FieldError("template.variables", f"one of them must have {part}, which the template needs", missing=True)
+    paths = [variable[1]] if variable else sorted(_members(part, name, line)) or [part]
+    text = f"is required by the template: {shown(name)}, line {line}"
+    if len(paths) == 1 and (variable or re.split(r"[.\[]", paths[0])[0] in variables):
+        return FieldError(f"template.variables.{paths[0]}", text, missing=True)
+    return FieldError("template.variables", f"{' or '.join(paths)} {text}", missing=True)
+
+
+def _members(part: str, name: str, line: int) -> set[str]:
+    """Returns what is called `part` in this line, with the variable that it is a part of: `order.total`."""
+    found = _parsed(name).find_all((nodes.Getattr, nodes.Getitem))
+    paths = {_path(node) for node in found if node.lineno == line}
+    return {path for path in paths if path.endswith((f".{part}", f"[{part}]"))}
+
+
+def _path(node: nodes.Node) -> str:
+    match node:
+        case nodes.Name():
+            return node.name
+        case nodes.Getattr():
+            return f"{_path(node.node)}.{node.attr}"
+        case nodes.Getitem(arg=nodes.Const(value=value)):
+            return f"{_path(node.node)}[{value}]" if isinstance(value, int) else f"{_path(node.node)}.{value}"
+    return "(...)"

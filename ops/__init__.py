@@ -1,6 +1,7 @@
 """What people run beside the service. Nothing in the service imports it.
 
 dev.py                          bin/dev: all of it on this machine
+lock.py, guard.py               its data are locked, its parts end with it
 catcher.py, mailparts.py        its mail catcher: SMTP in and a page; what a mail's bytes hold
 failing.py                      which mail the catcher refuses on purpose
 install.py                      bin/install: the steps from a bare server to a running one, and every upgrade

@@ -2,7 +2,8 @@
 
 Everything listens on loopback, the API knows the key `dev` beside those in `.env`, mail goes to the catcher unless
 SMTP_HOST is set, and the queue is kept under var/dev/ from one start to the next. It says what to do if a port is taken
-or there is no Redis, prints all addresses once everything answers, then a line per event. Ctrl-C stops it.
+or there is no Redis, prints all addresses once everything answers, then a line per event. Ctrl-C stops it, and nothing
+runs on when it has ended, however it has (guard.py). Only one may use a queue at a time (lock.py).
 """
 
 from __future__ import annotations
@@ -24,21 +25,20 @@ from contextlib import closing, suppress
 from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from redis import Redis
 from redis.exceptions import RedisError
 
 import settings
+from ops import lock
 from ops.aof import cut_unfinished
 from ops.failing import percentage
 from queues import keys
 from queues.table import QUEUES
 
 ROOT = Path(__file__).parent.parent
-DATA = ROOT / "var" / "dev"  # has a queue for the catcher and one for a real relay, so that test mail is never sent
 START_TIMEOUT = 20  # seconds for each part to answer
-STOP_TIMEOUT = 15  # seconds for each part to finish its work
 COLOURS = {"redis": 31, "catcher": 35, "api": 32, "email": 36, "dashboard": 33}  # of a terminal; queues: 34
 
 
@@ -108,22 +108,32 @@ def port_number(text: str) -> int:
 
 
 def check_ports(ports: dict[str, int]) -> None:
-    """Raises `Failed` unless each of them is free, this user's to take, and named once."""
+    """Raises `Failed`, with all that is wrong, unless each of them is free, this user's to take, and named once."""
     flags: dict[int, str] = {}
+    faults = []
     for flag, port in ports.items():
         if flags.setdefault(port, flag) != flag:
-            raise Failed(f"Port {port} is given twice: choose another with {flags[port]} or {flag}.")
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    why = f"Port {port} is taken: stop what uses it, or choose another with {flag}."
-                else:
-                    why = f"Port {port} cannot be opened ({error.strerror}): choose another with {flag}."
-                    why += " Those below 1024 are root's." if error.errno == errno.EACCES else ""
-                raise Failed(why) from None
+            faults.append(f"Port {port} is given twice: choose another with {flags[port]} or {flag}.")
+        elif number := refused(port):
+            if number == errno.EADDRINUSE:
+                why = f"Port {port} is taken: stop what uses it, or choose another with {flag}."
+            else:
+                why = f"Port {port} cannot be opened ({os.strerror(number)}): choose another with {flag}."
+                why += " Those below 1024 are root's." if number == errno.EACCES else ""
+            faults.append(why)
+    if faults:
+        raise Failed("\n".join(faults))
+
+
+def refused(port: int) -> int:
+    """Returns the number of the error with which the kernel refuses a port; 0 if it does not."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return error.errno or -1
+    return 0
 
 
 class Stack:
@@ -133,9 +143,25 @@ class Stack:
         self.parts: dict[str, subprocess.Popen[str]] = {}
         self.environment = dict(os.environ)
         self.stopping = threading.Event()
-        self.redis_log = DATA / "redis.log"
+        self.guard: subprocess.Popen[str] | None = None
+        self.redis_log = ROOT / lock.DATA / "redis.log"
 
-    def start(self, name: str, answers: Callable[[], bool], *command: str) -> None:
+    def begin(self, data: Path) -> TextIO:
+        """Locks the data, and starts what stops the parts when this process has ended. Raises `lock.Held`."""
+        try:
+            data.mkdir(parents=True, exist_ok=True)
+            self.lock = lock.take(data)
+        except OSError as error:
+            why = f"{data} cannot be written ({error.strerror})"
+            raise Failed(f"{why}: run bin/dev as the user whose it is, or in a clone of your own.") from None
+        command = [sys.executable, "-m", "ops.guard"]
+        inherited = [self.lock.fileno()]
+        self.guard = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, pass_fds=inherited, text=True, start_new_session=True
+        )
+        return self.lock
+
+    def start(self, name: str, answers: Callable[[], bool], *command: str, inherited: Sequence[int] = ()) -> None:
         """Starts one part and waits until it answers. Raises `Failed` if it does not."""
         process = self.parts[name] = subprocess.Popen(
             command,
@@ -144,16 +170,17 @@ class Stack:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            pass_fds=inherited,
             text=True,
             start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which stops them in order
         )
+        if self.guard and self.guard.stdin:
+            print(name, process.pid, file=self.guard.stdin, flush=True)
         threading.Thread(target=self._show, args=[name, process], daemon=True).start()
         deadline = time.monotonic() + START_TIMEOUT
         while not answers():
             if process.poll() is not None:
-                time.sleep(0.2)  # for its last lines to be printed
-                where = f"{self.redis_log} says why" if name == "redis" else "it says why above"
-                raise Failed(f"{name} stopped while starting (exit code {process.returncode}); {where}.")
+                raise Failed(self.ending(name))
             if self.stopping.is_set() or time.monotonic() > deadline:
                 raise Failed(f"{name} did not answer within {START_TIMEOUT} seconds.")
             time.sleep(0.05)
@@ -163,29 +190,45 @@ class Stack:
         if sys.stdout.isatty():
             label = f"\033[{COLOURS.get(name, 34)}m{label}\033[0m"
         for line in process.stdout or ():
-            print(label, re.sub(r"^\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+ INFO ", r"\1 ", line.rstrip()), flush=True)
+            said = re.sub(r"^\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+ INFO ", r"\1 ", line.rstrip())
+            self.say(f"{label} {said}")
+
+    def say(self, text: str, file: TextIO | None = None) -> None:
+        """Prints a line. Stops everything if nobody can read it: the terminal is closed, `| head` has ended."""
+        try:
+            print(text, file=file, flush=True)
+        except OSError:
+            self.stopping.set()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+
+    def ending(self, name: str) -> str:
+        """Returns how a part has ended that should run."""
+        time.sleep(0.2)  # for its last lines to be printed
+        code = self.parts[name].returncode
+        if code < 0:
+            return f"{name} was killed by signal {-code}."
+        where = f"{self.redis_log} says why" if name == "redis" else "it says why above"
+        return f"{name} stopped by itself (exit code {code}); {where}."
 
     def wait(self) -> None:
         """Waits until Ctrl-C. Raises `Failed` when a part ends."""
         while not self.stopping.wait(0.2):
             for name, process in self.parts.items():
                 if process.poll() is not None:
-                    raise Failed(f"{name} stopped by itself; it says why above. Stopping the rest.")
+                    raise Failed(f"{self.ending(name)} Stopping the rest.")
 
     def stop(self) -> None:
-        """Stops all parts together; last what the others need while they finish: the catcher, then Redis."""
-        for group in (self.parts.keys() - {"catcher", "redis"}, {"catcher"}, {"redis"}):
-            parts = {name: process for name, process in self.parts.items() if name in group}
-            for process in parts.values():
-                process.terminate()
-            for name, process in parts.items():
-                try:
-                    process.wait(STOP_TIMEOUT)
-                except subprocess.TimeoutExpired:
-                    print(f"{name} did not finish within {STOP_TIMEOUT} seconds and was killed.", file=sys.stderr)
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # also what it may have left: its scheduler, a task
-                process.wait()
+        """Lets the guard stop all parts, and waits for it."""
+        if self.guard and self.guard.stdin:
+            with suppress(BrokenPipeError):
+                self.guard.stdin.close()
+            while self.guard.poll() is None:
+                for process in self.parts.values():
+                    process.poll()  # takes notice of its end, for which the guard waits
+                time.sleep(0.02)
+        for process in self.parts.values():
+            process.kill()  # if somebody has killed the guard
+            process.wait()
 
 
 def http_answers(port: int, path: str) -> bool:
@@ -216,19 +259,18 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
             f"There is no redis-server or valkey-server on PATH, and for Python {version} none from PyPI: "
             "install one (Debian, Ubuntu: sudo apt install redis-server), or use Python 3.11 or later."
         )
-    configured = settings.load()
-    for brought in ("redis_url_file", "api_keys_file"):
-        if getattr(configured, brought):
-            raise Failed(f"bin/dev brings its own Redis and API key: {brought.upper()} must not be set for it.")
+    configured = load()
     catcher = configured.smtp_host is None
     names = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
+    data = ROOT / lock.DATA / lock.FOLDERS[0 if catcher else 1]
+    held = stack.begin(data)
     check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in names})
-    data = DATA / ("catcher" if catcher else "relay")
-    data.mkdir(parents=True, exist_ok=True)
     server, stack.redis_log = find_redis_server(data), data / "redis.log"
     stack.environment |= child_settings(ports, configured)
     redis, python = Redis(port=ports.redis_port, socket_timeout=2), sys.executable
-    stack.start("redis", partial(redis_answers, redis), *redis_command(str(server), ports.redis_port, data))
+    command = redis_command(str(server), ports.redis_port, data)
+    stack.start("redis", partial(redis_answers, redis), *command, inherited=[held.fileno()])
+    lock.write(held, lock.Holder(os.getpid(), stack.parts["redis"].pid, ports.redis_port))
     if catcher:
         flags = [f"--{name}-port={getattr(ports, f'{name}_port')}" for name in ("smtp", "mail", "api")]
         flags.append(f"--chaos={ports.chaos}")
@@ -238,7 +280,18 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
         stack.start(queue, partial(worker_answers, redis, queue, stack), python, "worker.py", queue)
     dashboard = ("-m", "ops.dashboard", "--no-login")
     stack.start("dashboard", partial(http_answers, ports.dashboard_port, "/rq/"), python, *dashboard)
-    print(welcome(ports, configured), flush=True)
+    stack.say(welcome(ports, configured))
+
+
+def load() -> settings.Settings:
+    """Loads the settings. Raises SettingsError, and `Failed` for those with which bin/dev cannot work."""
+    configured = settings.load()
+    for brought in ("redis_url_file", "api_keys_file"):
+        if getattr(configured, brought):
+            raise Failed(f"bin/dev brings its own Redis and API key: {brought.upper()} must not be set for it.")
+    if configured.smtp_host:
+        settings.load("mail_from")  # real mail is from nobody whom we have made up
+    return configured
 
 
 def redis_command(server: str, port: int, data: Path) -> list[str]:
@@ -271,13 +324,16 @@ def api_keys(configured: settings.Settings) -> str:
     while name in names:
         name += "-"
     own = settings.ApiKey(name, hashlib.sha256(settings.DEV_KEY.encode()).hexdigest(), "full")
-    return ",".join(":".join(key) for key in (*configured.api_keys, own))
+    return ",".join(map(str, (*configured.api_keys, own)))
 
 
 def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:
     mail = f"Caught mail    http://127.0.0.1:{ports.mail_port}"
     if configured.smtp_host:
-        mail = f"Mail goes to   {configured.smtp_host}:{configured.smtp_port}"
+        mail = f"Mail goes to   {configured.smtp_host}:{configured.smtp_port}, from {configured.mail_from}"
+    path, body = "/start-job", '{"name": "Ada", "email": "ada@example.com"}'
+    if configured.templates_dir and not (configured.templates_dir / "welcome").is_dir():  # which /start-job needs
+        path, body = "/emails", '{"to": "ada@example.com", "subject": "Welcome, Ada", "text": "Hello."}'
     names = ", ".join(key.name for key in configured.api_keys)
     more = names and f" (and those in .env: {names})"
     return f"""
@@ -289,8 +345,8 @@ async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.
 
 Send a mail:
 
-  curl -X POST http://127.0.0.1:{ports.api_port}/start-job -H 'Authorization: Bearer {settings.DEV_KEY}' \\
-       -H 'Content-Type: application/json' -d '{{"name": "Ada", "email": "ada@example.com"}}'
+  curl -X POST http://127.0.0.1:{ports.api_port}{path} -H 'Authorization: Bearer {settings.DEV_KEY}' \\
+       -H 'Content-Type: application/json' -d '{body}'
 """
 
 
@@ -303,14 +359,14 @@ def main() -> int:
         run(stack, ports)
         stack.wait()
         return 0
-    except (Failed, settings.SettingsError) as error:
+    except (Failed, lock.Held, settings.SettingsError) as error:
         if stack.stopping.is_set():
             return 0
-        print(error, file=sys.stderr)
+        stack.say(str(error), sys.stderr)
         return 1
     finally:
         if stack.parts:
-            print("Stopping ...", flush=True)
+            stack.say("Stopping ...")
         stack.stop()
 
 

@@ -30,9 +30,9 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("bounced", "refused for good", "550 5.1.1 there is no such mailbox"),
-        Kind("later", "put off the first time, then taken", "451 4.7.1 greylisted, try again later", 0),
+        Kind("later", "put off once for each address; Clear forgets that", "451 4.7.1 greylisted, try again later", 0),
         Kind("full", "put off each time", "452 4.2.2 the mailbox is full"),
-        Kind("throttled", "put off for a minute", "450 4.7.1 Error: too much mail from 127.0.0.1", 60),
+        Kind("throttled", "put off for a minute, once", "450 4.7.1 Error: too much mail from 127.0.0.1", 60),
         Kind("spam", "the whole mail is refused for good", "554 5.7.1 the mail looks like spam", at_dot=True),
         Kind("slow", f"taken after {SLOWNESS} seconds", at_dot=True),
         Kind("doubt", "taken, but the answer is lost the first time: the mail is in doubt", at_dot=True),

@@ -98,8 +98,11 @@ def make_user(server: Server) -> None:
 
 
 def make_release(server: Server) -> None:
-    release = server.release = server.releases / release_id(server.source, server.say)
-    python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"  # the system's next Python needs another .venv
+    release = server.releases / release_id(server.source, server.say)
+    python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+    if text_of(release / MARK) not in (None, python):  # what runs may run from it, so it stays as it is
+        release = release.with_name(f"{release.name}-{python.lower().replace(' ', '')}")
+    server.release = release
     if text_of(release / MARK) == python:
         server.say(f"{release} is there already")
         return
@@ -144,6 +147,8 @@ def start_redis(server: Server) -> None:
     if is_new:
         server.write(server.redis_conf, redis_configuration(server), 0o640, group="redis")
     server.folder(server.redis_data, 0o750, owner="redis")
+    if "redis" not in server.ask("id", "-nG", "async-email").split():  # whose socket it may use
+        server.run("usermod", "--append", "--groups", "redis", "async-email")
     copy_redis_unit(server)
     if is_new or not server.is_on(REDIS):
         server.run("systemctl", "enable", REDIS)
@@ -246,6 +251,8 @@ def start_services(server: Server) -> None:
         if runs_something_else(server, unit):
             server.run("systemctl", "restart", unit, may_fail=True)
     server.run("systemctl", "start", TARGET)
+    if server.release / MARK in server.written:  # that they could not start without it counts no longer
+        server.run("systemctl", "reset-failed", *order)
     if server.dry:
         return
     waiting = [unit for unit in order if server.ask("systemctl", "is-active", unit) != "active"]

@@ -1,4 +1,4 @@
-"""Makes, lists and revokes API keys: `bin/key new NAME [--scope send|full] | list | revoke NAME`.
+"""Makes, lists and revokes API keys: `bin/key new NAME [--scope send|full] [--rate 50/s] | list | revoke NAME`.
 
 On a server (where there is /etc/async-email) it works on the service's credential file, in a checkout on API_KEYS in
 `.env`; `--file` names another of either kind. A new key is printed once, alone on standard output; only its SHA-256 is
@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from process import env_file
-from settings import ApiKey, parse_api_keys
+from settings import ApiKey, Rate, parse_api_keys
 
 SERVER = Path("/etc/async-email")
 LINE = re.compile(r"^#?[ \t]*API_KEYS[ \t]*=.*$", re.MULTILINE)
@@ -61,7 +61,7 @@ class KeyFile:
             raise Refused(f"{self.path} cannot be read: {'; '.join(error.faults)}") from None
 
     def write(self, keys: Sequence[ApiKey]) -> None:
-        text = ",".join(":".join(key) for key in keys)
+        text = ",".join(map(str, keys))
         if self.is_env:
             text = with_line(self._text(), f"API_KEYS={text}")
         replace(self.path, text if text.endswith("\n") or not text else text + "\n")
@@ -114,14 +114,14 @@ def replace(path: Path, text: str) -> None:
     os.close(directory)
 
 
-def new(file: KeyFile, name: str, scope: str) -> None:
+def new(file: KeyFile, name: str, scope: str, rate: Rate | None) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
         raise Refused("a name must be 1 to 64 letters, digits, '_', '.' or '-'")
     keys = file.read()
     if any(key.name == name for key in keys):
         raise Refused(f"there is a key {name} already; take another name, and revoke the old one when nobody uses it")
     key = f"ae_{secrets.token_urlsafe(24)}"
-    file.write([*keys, ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), scope)])
+    file.write([*keys, ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), scope, rate)])
     say(f"The key {name} (scope {scope}); it is shown this once:")
     print(key, flush=True)
     changed(file)
@@ -161,10 +161,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument("name", metavar="NAME", help="who uses it; stands in the log")
     scopes = "send (the default): may submit mail and no more; full: may also read, requeue, cancel and run jobs"
     one.add_argument("--scope", choices=["send", "full"], default="send", help=scopes)
-    commands.add_parser("list", help="names and scopes", parents=[where])
+    one.add_argument("--rate", type=rate_of, help="how many requests it may make, such as 50/s; without, any number")
+    commands.add_parser("list", help="names, scopes and rates", parents=[where])
     old = commands.add_parser("revoke", help="refuse a key from now on", parents=[where])
     old.add_argument("name", metavar="NAME")
     return parser.parse_args(arguments)
+
+
+def rate_of(text: str) -> Rate:
+    try:
+        return Rate.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,12 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with file.locked():
             if given.command == "new":
-                new(file, given.name, given.scope)
+                new(file, given.name, given.scope, given.rate)
             elif given.command == "revoke":
                 revoke(file, given.name)
             else:
                 for key in file.read():
-                    print(f"{key.name:<24} {key.scope}")
+                    print(f"{key.name:<24} {key.scope}{f'  {key.rate}' if key.rate else ''}")
     except Refused as error:
         say(f"{error}.")
         return 1

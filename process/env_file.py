@@ -36,8 +36,7 @@ class Assignment(NamedTuple):
 
 
 def read(path: Path) -> list[Assignment]:
-    """Returns the file's assignments in its order, of which the last for a name counts; none if there is no file.
-    Raises `Unreadable`, `OSError`."""
+    """Returns the file's assignments in its order; none if there is no file. Raises `Unreadable`, `OSError`."""
     try:
         text = _decoded(path.read_bytes())
     except FileNotFoundError:

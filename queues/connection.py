@@ -255,9 +255,30 @@ class Announcements:
 announcements = Announcements()
 
 
+SPARE = 32 * 2**20  # bytes
+# Tells whether something may be accepted: not in the last twentieth of maxmemory, or the last 32 MB (of little, the
+# last quarter). Beyond maxmemory Redis would not let a worker take a mail from the queue, for ever; and mails in hand
+# are in its memory twice. Where INFO is forbidden, Redis itself refuses, at maxmemory.
+ROOM = f"""
+local function room()
+  local info = redis.pcall('INFO', 'memory')
+  if type(info) ~= 'string' then return true end
+  local function figure(name) return tonumber(string.match(info, '\\n' .. name .. ':(%d+)') or '0') end
+  local most, used = figure('maxmemory'), figure('used_memory') - figure('mem_not_counted_for_evict')
+  return most == 0 or most - used > math.max(most / 20, math.min(most / 4, {SPARE}))
+end
+"""
+
+
+def is_full(limit: int, used: int) -> bool:
+    """Returns what `ROOM` says, of `maxmemory` and what is used of it."""
+    return limit > 0 and limit - used <= max(limit / 20, min(limit / 4, SPARE))
+
+
 def weaknesses(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the (name, sentence) of each reason, found in Redis' INFO, why it may lose or refuse a mail. Pure."""
-    limit, used = info.get("maxmemory", 0), info.get("used_memory", 0)
+    limit = info.get("maxmemory", 0)
+    used = info.get("used_memory", 0) - info.get("mem_not_counted_for_evict", 0)
     evicts = limit > 0 and info.get("maxmemory_policy") != "noeviction"
     # fmt: off
     reasons = [
@@ -266,7 +287,7 @@ def weaknesses(info: Mapping[str, Any]) -> list[tuple[str, str]]:
         (info.get("aof_last_write_status", "ok") != "ok", "aof_failing",
          "Redis cannot write its append-only file; see its log and the disk"),
         (evicts, "evicting", "Redis evicts mail when memory is short: CONFIG SET maxmemory-policy noeviction"),
-        (0 < limit <= used, "full", "Redis is out of memory: raise maxmemory, or let the workers drain the queue"),
+        (is_full(limit, used), "full", "Redis is out of memory: raise maxmemory, or let the workers drain the queue"),
         (info.get("rdb_last_bgsave_status", "ok") != "ok", "snapshot_failing",
          "Redis cannot write its snapshot and may refuse writes; see its log and the disk"),
         (info.get("role", "master") != "master", "replica", "Redis is a replica and takes no writes"),

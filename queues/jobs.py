@@ -26,7 +26,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
 from queues import keys
-from queues.connection import Redis, Script, translating_errors
+from queues.connection import ROOM, Redis, Script, translating_errors
 from queues.quarantine import StrictJob, Unreadable, set_aside
 from queues.table import QUEUES
 
@@ -51,6 +51,7 @@ if KEYS[2] ~= '' then
     return {fingerprint == ARGV[2] and 'replayed' or 'conflict', ids}
   end
 end
+if not room() then return redis.error_reply('OOM what is left of maxmemory is for mail that goes out') end
 run(5, 5 + ARGV[4])
 beside(5 + ARGV[4])
 if KEYS[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2] .. ' ' .. ARGV[1], 'EX', ARGV[3]) end
@@ -164,7 +165,7 @@ class Jobs:
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
         self.queues = {name: Queue(name, connection=redis, serializer=JSONSerializer) for name in QUEUES}
-        self._accept = lru_cache(lambda beside: Script(redis, RUN + beside + ACCEPT))
+        self._accept = lru_cache(lambda beside: Script(redis, RUN + ROOM + beside + ACCEPT))
         self._remove = Script(redis, REMOVE_JOB + "return remove_job(1)")
         self._template = lru_cache(self._record)
 

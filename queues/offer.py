@@ -5,20 +5,28 @@ Checks the arguments against the function's type hints in the API (422 with the 
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import inspect
 import json
+import sys
+import traceback
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, PydanticUserError, create_model
 from rq import get_current_job
 
-from process.log import emit, where
+from process.log import emit
+from queues.jobs import JobFailed, Retry, allow_exceptions
 from queues.table import JOBS, QUEUES
 from settings import SettingsError
+
+
+class NotATask(ValueError):
+    """The function cannot be offered. The text says what must be true of it."""
 
 
 class Task(NamedTuple):
@@ -40,52 +48,110 @@ def offered_on(queue: str) -> dict[str, Callable[..., Any]]:
 
 
 def load_file(path: Path) -> None:
-    """Imports a file of tasks that lives outside the project. Raises `SettingsError` with the line that is wrong."""
+    """Imports a file of tasks that lives outside the project, and which may import what is beside it. Raises
+    `SettingsError` with the line that is wrong."""
+    path = path.absolute()
     spec = importlib.util.spec_from_file_location("own_tasks", path)
     if not spec or not spec.loader:
         raise SettingsError(["TASKS_FILE: must be the path of a file that ends in .py"])
+    sys.path.append(str(path.parent))
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
     try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except SyntaxError as error:
-        raise SettingsError([f"TASKS_FILE: {path}, line {error.lineno}: {error.msg}"]) from None
+        spec.loader.exec_module(module)
     except Exception as error:
-        raise SettingsError([f"TASKS_FILE: {path} cannot be imported: {where(error)}"]) from None
+        raise SettingsError([f"TASKS_FILE: {_place(error, path)}: {_cause(error)}"]) from None
+
+
+def _place(error: Exception, path: Path) -> str:
+    """Returns the line that is wrong, or the last one of `path` on the way there."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f"{error.filename}, line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
+def _cause(error: Exception) -> str:
+    """Returns what is wrong. The text of an exception is shown where it is about code: another may quote a secret."""
+    if isinstance(error, (NotATask, SyntaxError)):
+        return getattr(error, "msg", str(error))
+    telling = isinstance(error, (ImportError, NameError, AttributeError, TypeError, KeyError, OSError))
+    return f"{type(error).__name__}: {error}" if telling else f"{type(error).__name__} was raised"
 
 
 def task(
-    *, queue: str = JOBS, timeout: int = 60, retry_in: tuple[int, ...] = (60, 300)
-) -> Callable[[Callable[..., Any]], Any]:
-    """Offers a function to `POST /jobs`, to run on a queue of queues.table; times in seconds.
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    queue: str = JOBS,
+    timeout: int = 60,
+    retry_in: tuple[int, ...] = (60, 300),
+) -> Callable[..., Any]:
+    """Offers a function to `POST /jobs`, to run on a queue of queues.table; times in seconds. Raises `NotATask`.
 
     RQ raises JobTimeoutException in it after `timeout`, and kills its process a minute later. After an exception it is
     tried again after each pause in `retry_in`, which must have at least one: else a worker killed at the wrong moment
-    fails a job that never ran. Raises `ValueError` for a pooled queue: nothing could interrupt a task there.
+    fails a job that never ran. A pooled queue takes no task: nothing could interrupt it there.
     """
-    if QUEUES[queue].pooled:
-        raise ValueError(f"a task must run on a queue that is not pooled, and {queue} is")
+    if function is None:
+        return partial(task, queue=queue, timeout=timeout, retry_in=retry_in)
+    _check_policy(queue, timeout, retry_in)
+    arguments = _arguments(function)
 
-    def offer(function: Callable[..., Any]) -> Callable[..., Any]:
-        hints = get_type_hints(function, include_extras=True)
-        fields: dict[str, Any] = {
-            name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
-            for name, parameter in inspect.signature(function).parameters.items()
-        }
-        config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
-        arguments = create_model(function.__name__, __config__=config, **fields)
+    @wraps(function)
+    def checked(**given: Any) -> Any:
+        valid = arguments.model_validate_json(json.dumps(given))
+        job = get_current_job()
+        try:
+            result = _called(function, {name: getattr(valid, name) for name in arguments.model_fields})
+        except Exception as error:
+            emit("task_failed", id=job and job.id, task=function.__name__, error=type(error).__name__)
+            raise
+        emit("task_finished", id=job and job.id, task=function.__name__)
+        return result
 
-        @wraps(function)
-        def checked(**given: Any) -> Any:
-            valid = arguments.model_validate_json(json.dumps(given))
-            job = get_current_job()
-            try:
-                result = function(**{name: getattr(valid, name) for name in fields})
-            except Exception as error:
-                emit("task_failed", id=job and job.id, task=function.__name__, error=type(error).__name__)
-                raise
-            emit("task_finished", id=job and job.id, task=function.__name__)
-            return result
+    OFFERED[function.__name__] = Task(checked, arguments, queue, timeout, retry_in)
+    return checked
 
-        OFFERED[function.__name__] = Task(checked, arguments, queue, timeout, retry_in)
-        return checked
 
-    return offer
+def _check_policy(queue: str, timeout: int, retry_in: tuple[int, ...]) -> None:
+    queues = [row.name for row in QUEUES.values() if not row.pooled]
+    if queue not in queues:
+        raise NotATask(f"queue must be one that is not pooled: {' or '.join(queues)}")
+    if type(timeout) is not int or timeout < 1:
+        raise NotATask("timeout must be a whole number of seconds, such as 300 for five minutes")
+    if not isinstance(retry_in, (tuple, list)) or not all(type(pause) is int and pause >= 0 for pause in retry_in):
+        raise NotATask("retry_in must be a tuple of pauses in whole seconds, such as (60, 300)")
+
+
+def _arguments(function: Callable[..., Any]) -> type[BaseModel]:
+    """Returns the model of a function's arguments, made from its type hints. Raises `NotATask`."""
+    if not inspect.isfunction(function):
+        raise NotATask("must stand before a function, as @task or with names: @task(timeout=300)")
+    hints, fields = get_type_hints(function, include_extras=True), dict[str, Any]()
+    for name, argument in inspect.signature(function).parameters.items():
+        if argument.kind not in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY) or name.startswith("_"):
+            raise NotATask(
+                f"{function.__name__}: its argument {name} must be a plain one, without * or / or _ before it"
+            )
+        if name not in hints:
+            raise NotATask(f"{function.__name__}: its argument {name} must have a type hint, such as {name}: str")
+        fields[name] = (hints[name], ... if argument.default is argument.empty else argument.default)
+    config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+    try:
+        return create_model(function.__name__, __config__=config, **fields)
+    except PydanticUserError as error:
+        raise NotATask(f"{function.__name__}: its arguments cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _called(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Returns the result. Raises `JobFailed` for one that nobody could read, and not to run again: the task has run."""
+    result = function(**arguments)
+    if inspect.iscoroutine(result):
+        result = asyncio.run(result)
+    try:
+        if not isinstance(result, Retry):
+            json.dumps(result, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        allow_exceptions(0)
+        raise JobFailed(f"the task has run, but what it returns must be JSON: {error}") from None
+    return result

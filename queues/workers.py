@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
@@ -19,7 +20,7 @@ import rq.intermediate_queue
 import rq.job
 from redis.client import Pipeline
 from rq import SimpleWorker, Worker, worker_registration
-from rq.exceptions import StopRequested
+from rq.exceptions import DequeueTimeout, StopRequested
 from rq.executions import Execution
 from rq.job import JobStatus
 from rq.registry import StartedJobRegistry
@@ -32,7 +33,7 @@ from rq.worker.base import BaseWorker, WorkerStatus
 from process import sd_daemon
 from process.log import emit, where
 from queues import keys
-from queues.connection import Redis, fail_fast, why_unavailable
+from queues.connection import Redis, announcements, fail_fast, is_hopeless, why_unavailable
 from queues.heartbeat import HEARTBEAT_SECONDS, LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
 from queues.jobs import JobFailed
 from queues.quarantine import StrictJob, Unreadable, set_aside, sift
@@ -102,6 +103,26 @@ class Queue(rq.Queue):
     def acquire_maintenance_lock(self) -> bool:
         return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=LOCKED_FOR))
 
+    @classmethod
+    def dequeue_any(cls, *args: Any, **options: Any) -> Any:
+        """Waits a second for a Redis that is full or takes no writes, where RQ's worker would quit."""
+        with unless_unavailable():
+            return super().dequeue_any(*args, **options)
+        time.sleep(1)
+        raise DequeueTimeout(1, "Redis")
+
+
+@contextmanager
+def unless_unavailable() -> Iterator[None]:
+    """Notes that Redis cannot work now, where that is no reason to end: the same is asked again soon."""
+    try:
+        yield
+        announcements.note(None)
+    except Exception as error:
+        if not (reason := why_unavailable(error)):
+            raise
+        announcements.note(reason)
+
 
 def register_again(worker: BaseWorker) -> None:
     """Registers a worker that Redis has forgotten (FLUSHALL; it stood still for minutes). RQ does this at its birth
@@ -115,7 +136,12 @@ def register_again(worker: BaseWorker) -> None:
 
 
 class PlainFailures(BaseWorker):
-    """Tells of a job that failed in an ordinary way by the reason alone: whoever raised `JobFailed` has logged it."""
+    """Tells of a job that failed in an ordinary way by the reason alone: whoever raised `JobFailed` has logged it. Ends
+    quietly, also while Redis cannot work."""
+
+    def register_death(self) -> None:
+        with unless_unavailable():
+            super().register_death()  # type: ignore[no-untyped-call]
 
     def _finalize_failure(self, job: rq.job.Job, queue: rq.Queue, execution: Execution, exc_info: Any) -> None:
         if isinstance(exc_info[1], JobFailed):
@@ -145,10 +171,21 @@ class JobsWorker(PlainFailures, Worker):
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """Registers again if need be, and feeds the watchdog. RQ calls this around each job and each wait for one, and
         twice a minute while a job runs."""
-        super().heartbeat(timeout, pipeline)
-        if pipeline is None and not self.connection.sismember(self.redis_workers_keys, self.key):
-            register_again(self)
-        sd_daemon.tell("WATCHDOG=1")
+        with unless_unavailable():
+            super().heartbeat(timeout, pipeline)
+            if pipeline is None and not self.connection.sismember(self.redis_workers_keys, self.key):
+                register_again(self)
+        if not is_hopeless(announcements.reason or ""):
+            sd_daemon.tell("WATCHDOG=1")
+
+    def set_state(self, state: str, pipeline: Pipeline | None = None) -> None:
+        with unless_unavailable():
+            super().set_state(state, pipeline)
+
+    def _start_scheduler(self, *_: object, **__: object) -> None:
+        self.scheduler = PatientScheduler(self.queues, self.connection, serializer=self.serializer)
+        if self.scheduler.acquire_locks():  # type: ignore[no-untyped-call]
+            self.scheduler.start()  # type: ignore[no-untyped-call]
 
 
 class NoTimeout(BaseDeathPenalty):
@@ -291,6 +328,18 @@ def make_worker(kind: type[AnyWorker], queue: str, redis: Redis, allowed: Functi
         maintenance_interval=MAINTENANCE_EVERY,
         log_job_description=False,
     )
+
+
+class PatientScheduler(RQScheduler):
+    """RQ's scheduler in a process of its own, which waits for a Redis that cannot work now."""
+
+    def heartbeat(self) -> None:
+        with unless_unavailable():
+            super().heartbeat()  # type: ignore[no-untyped-call]
+
+    def enqueue_scheduled_jobs(self) -> None:
+        with unless_unavailable():
+            super().enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
 
 
 class Scheduler(RQScheduler):

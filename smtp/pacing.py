@@ -4,9 +4,9 @@
 back to RQ's scheduler: it holds no worker and loses no attempt. The rate is counted when a mail goes, so a window such
 as 14/s is never exceeded, however late a worker is; mails that wait reserve different moments, so that they do not all
 come back at once. The breaker opens after some troubles in a row (no connection, TLS, login, throttle; see
-smtp.policy), lets one mail probe every half minute, and closes when one gets through. While it is open, workers take
-no mail from the queue: a long queue waits where it is. No mail makes trouble for the others: one that was put off
-before opens no breaker, and probes only if no other mail does.
+smtp.policy), lets one mail probe every half minute and when a worker starts, and closes when one gets through. While it
+is open, workers take no mail from the queue: a long queue waits where it is. No mail makes trouble for the others: one
+that was put off before opens no breaker, and probes only if no other mail does.
 
 Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), `relay:streak` (hash:
 words, mails, since), and lists of moments in ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails),
@@ -87,6 +87,9 @@ if open_until > 0 and open_until <= now then return math.max(0, redis.call('PTTL
 return math.max(0, open_until - now)
 """
 
+# KEYS: breaker. An open one stays open, but a mail may try.
+TRY_NOW = "if open_until > now then redis.call('HSET', KEYS[1], 'open_until', now) end"
+
 # KEYS: breaker, streak. ARGV: digest of the relay's words, when a mail was last sent (seconds), whether this mail was
 # put off before, how long to remember it in ms. Returns how many different mails in a row have met with these words.
 REFUSED = """
@@ -124,9 +127,9 @@ class Pacing:
         self.breaker = [f"{relay}:breaker", f"{relay}:probe"]
         self.moments = [f"{relay}:gone", f"{relay}:told", f"{relay}:told_again"]
         self.streak = f"{relay}:streak"
-        self.rates = [number for rate in rates for number in (rate.mails, rate.seconds * 1000)]
-        self._admit, self._trouble, self._closed_for, self._refused = (
-            Script(redis, HEAD + one) for one in (ADMIT, TROUBLE, CLOSED_FOR, REFUSED)
+        self.rates = [number for rate in rates for number in (rate.most, rate.seconds * 1000)]
+        self._admit, self._trouble, self._closed_for, self._refused, self._try_now = (
+            Script(redis, HEAD + one) for one in (ADMIT, TROUBLE, CLOSED_FOR, REFUSED, TRY_NOW)
         )
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
@@ -169,6 +172,10 @@ class Pacing:
         """Returns the seconds for which no mail can go, because the breaker is open or another mail probes; 0 as long
         as this process has met with no trouble itself."""
         return self._closed_for(keys=self.breaker) / 1000 if self._troubled else 0.0
+
+    def try_now(self) -> None:
+        """Lets a mail probe at once, when a worker starts: its settings may be corrected ones."""
+        self._try_now(keys=self.breaker[:1])
 
 
 def in_trouble(redis: Redis, relay: str = "relay") -> bool:

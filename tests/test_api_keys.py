@@ -7,8 +7,8 @@ from hashlib import sha256
 import pytest
 import redis
 
-from tests.http_api import ANY_ID, JOB, MAIL, UNKNOWN_ID, WELCOME, app_with, held_to_the_shape, served
-from tests.servers import Api, RedisServer
+from tests.http_api import ANY_ID, JOB, MAIL, UNKNOWN_ID, WELCOME, app_with, ask, held_to_the_shape, served
+from tests.servers import Answer, Api, RedisServer
 from web import app as web_app
 
 pytestmark = pytest.mark.usefixtures("client")
@@ -74,3 +74,27 @@ def test_a_key_is_compared_with_every_known_key_in_constant_time(
         status = api.call("GET", f"/jobs/{UNKNOWN_ID}", headers={"Authorization": f"Bearer {given}"}).status
     assert status == (404 if given in known else 403)
     assert compared == list(known.values())
+
+
+def test_a_key_makes_as_many_requests_as_it_may_in_all_processes_together(
+    redis_server: RedisServer, client: redis.Redis
+) -> None:
+    """A bucket of ten, which fills up evenly: one more every six seconds."""
+    keys = ",".join(
+        f"{one}:{sha256(one.encode()).hexdigest()}:send{rate}" for one, rate in (("few", ":10/m"), ("any", ""))
+    )
+    apps = [app_with(redis_server.url, api_keys=keys) for _ in range(2)]
+
+    def post(which: int, key: str = "few") -> Answer:
+        return ask(apps[which % 2], "POST", "/emails", MAIL, HTTP_AUTHORIZATION=f"Bearer {key}")
+
+    assert [post(n).status for n in range(10)] == [202] * 10
+    refused = post(10)
+    held_to_the_shape(refused, 429, "rate_limit_exceeded")
+    assert refused.body["message"].startswith("this API key may make 10/m requests")
+    assert 1 <= int(refused.headers["Retry-After"]) <= 6
+    assert client.llen("rq:queue:email") == 10
+    assert [post(n, "any").status for n in range(12)] == [202] * 12
+    client.incrbyfloat("limit:key:few", -6_000)  # as after six seconds
+    assert [post(n).status for n in range(2)] == [202, 429]
+    assert 0 < client.pttl("limit:key:few") <= 60_000

@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from email.message import EmailMessage
+from pathlib import Path
 from threading import Thread
 
 import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
+from mail.templates import render
 from tests.browser import wait_for
 from tests.servers import ROOT, Api
 from tests.test_catcher import MALFORMED, compose, illustrated
@@ -207,6 +209,17 @@ def test_a_new_mail_appears_on_the_open_page_without_a_reload(browser: Chrome, r
     assert browser.find_element(By.ID, "count").text == "2 mails"
     assert browser.execute_script("return window.sameDocument")
     assert browser.switch_to.active_element.get_property("href") == running.page + "/messages/1"
+    assert browser.get_log("browser") == []  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.browser
+def test_the_welcome_mail_fits_a_phone(browser: Chrome, tmp_path: Path) -> None:
+    mail = tmp_path / "mail.html"
+    mail.write_text(render("welcome", {"name": "Ada"})[2] or "")
+    phone = {"width": 360, "height": 800, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    browser.get(mail.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 360
 
 
 @pytest.mark.browser

@@ -11,12 +11,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import settings
-from ops import dev
+from mail.address import Mailbox
+from mail.draft import prepare
+from ops import dev, lock
 from tests.checks.support import fake
 from tests.http_api import MAIL
 from tests.servers import Api, copy_project, eventually, free_port
@@ -57,10 +60,13 @@ class Dev:
         return rest
 
     def left_over(self) -> list[str]:
-        """Processes whose command line names this copy of the project or one of its ports."""
-        marks = [str(self.project), *map(str, self.ports.values())]
-        listed = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        return [line for line in listed.splitlines() if any(mark in line.split(maxsplit=1)[1] for mark in marks)]
+        """Processes, by pid and command, that run in this copy of the project."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if (process / "cwd").readlink().is_relative_to(self.project):
+                    found.append(f"{process.name} {(process / 'cmdline').read_text()}")
+        return found
 
 
 @pytest.fixture
@@ -105,6 +111,42 @@ def test_ctrl_c_stops_everything_and_the_next_start_finds_the_queue(running: Dev
     api.submit(MAIL)
 
 
+@pytest.mark.parametrize("how", ["kill -9", "closed terminal", "head"])
+def test_nothing_runs_on_however_it_ends(running: Dev, how: str) -> None:
+    running.start_and_read_the_welcome()
+    assert running.process.stdout
+    if how != "kill -9":
+        running.process.stdout.close()  # then nothing can be printed any more
+    if how == "head":
+        Api(running.ports["api"], key="dev").submit(MAIL)  # of which a line would be printed
+    else:
+        running.process.send_signal(signal.SIGKILL if how == "kill -9" else signal.SIGHUP)
+    assert running.process.wait(60) == (-signal.SIGKILL if how == "kill -9" else 0)
+    running.process.stdout.close()
+    eventually(lambda: running.left_over() == [], 30)
+
+
+def test_a_second_one_on_other_ports_leaves_the_queue_to_the_first(running: Dev) -> None:
+    """Two servers that append to one file send mail twice, and leave it unreadable."""
+    running.start_and_read_the_welcome()
+    said, _ = Dev(running.project).start().communicate(timeout=60)
+    folder, pid = running.project / "var/dev/catcher", running.process.pid
+    assert said == f"{folder} is in use by bin/dev (process {pid}): only one may write there, so end that one first\n"
+
+
+def test_a_redis_that_outlives_its_bin_dev_still_holds_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    with lock.take(tmp_path) as held:
+        lock.write(held, lock.Holder(dev=2**22 + 1, redis=os.getpid(), port=6380))
+        inherited = os.dup(held.fileno())
+    with pytest.raises(lock.Held, match=rf"by the Redis of an earlier bin/dev \(process {os.getpid()}\): only one"):
+        lock.take(tmp_path)
+    os.close(inherited)
+    lock.take(tmp_path).close()
+
+
 def test_a_transaction_that_a_crash_left_unfinished_is_cut_off_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,13 +160,17 @@ def test_a_transaction_that_a_crash_left_unfinished_is_cut_off_first(
     assert log.read_bytes() == b""
 
 
-def test_a_taken_port_is_one_sentence_that_names_the_flag(project: Path) -> None:
+def test_each_taken_port_is_one_sentence_that_names_the_flag(project: Path) -> None:
     running = Dev(project)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", running.ports["mail"]))
-        taken.listen()
+    with socket.socket() as one, socket.socket() as other:
+        for taken, name in ((one, "api"), (other, "mail")):
+            taken.bind(("127.0.0.1", running.ports[name]))
+            taken.listen()
         said, _ = running.start().communicate(timeout=60)
-    assert said == f"Port {running.ports['mail']} is taken: stop what uses it, or choose another with --mail-port.\n"
+    assert said == "".join(
+        f"Port {running.ports[name]} is taken: stop what uses it, or choose another with --{name}-port.\n"
+        for name in ("api", "mail")
+    )
     assert running.process.returncode == 1
 
 
@@ -197,18 +243,25 @@ def test_no_redis_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         dev.run(dev.Stack(), dev.parse_arguments([]))
 
 
+def test_data_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "var").touch()
+    with pytest.raises(dev.Failed, match=r"/var/dev cannot be written \(Not a directory\): run bin/dev as the user"):
+        dev.Stack().begin(tmp_path / "var/dev")
+
+
 def test_a_wrong_setting_is_told_before_anything_starts(project: Path) -> None:
     said, _ = Dev(project).start(SMTP_PORT="x").communicate(timeout=60)
     assert said.splitlines()[0].startswith("SMTP_PORT: ")
     assert "Traceback" not in said
 
 
-def test_a_part_that_dies_takes_the_rest_with_it_and_is_named(running: Dev) -> None:
+@pytest.mark.parametrize(("part", "word"), [("catcher", "ops.catcher"), ("redis", "-server 127.0.0.1")])
+def test_a_part_that_dies_takes_the_rest_with_it_and_is_named(running: Dev, part: str, word: str) -> None:
     running.start_and_read_the_welcome()
-    victim = next(line.split()[0] for line in running.left_over() if "ops.catcher" in line)
+    victim = next(line.split()[0] for line in running.left_over() if word in line)
     os.kill(int(victim), signal.SIGKILL)
-    rest, _ = running.process.communicate(timeout=60)
-    assert "catcher stopped by itself" in rest
+    rest, _ = running.process.communicate(timeout=20)  # without Redis nothing can finish, so that is not waited for
+    assert f"{part} was killed by signal 9. Stopping the rest." in rest
     assert running.process.returncode == 1
     assert running.left_over() == []
 
@@ -234,16 +287,14 @@ def test_a_key_that_bin_key_made_opens_the_api_beside_dev(running: Dev) -> None:
 def venv(project: Path, tmp_path: Path, *arguments: str) -> list[str]:
     """What bin/venv says, and the files that it has installed, with a pip that only says so."""
     ran = subprocess.run([project / "bin/venv", *arguments], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, ran.stderr
     log = tmp_path / "pip.log"
     installed = log.read_text().split() if log.exists() else []
     log.unlink(missing_ok=True)
-    return [*ran.stdout.splitlines(), *(name for name in installed if name.endswith(".txt"))]
+    return [*ran.stderr.splitlines(), *ran.stdout.splitlines(), *(name for name in installed if name.endswith(".txt"))]
 
 
-def test_bin_dev_installs_only_what_it_runs_and_bin_test_the_rest(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _no_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = tmp_path / "pip"
     pip.write_text(f"#!/bin/sh\necho $* >>{tmp_path}/pip.log; echo Collecting six==1.0 from here\n")
     pip.chmod(0o755)
@@ -253,6 +304,10 @@ def test_bin_dev_installs_only_what_it_runs_and_bin_test_the_rest(
         f'case "$*" in *--clear*) mkdir -p .venv/bin && cp {pip} .venv/bin; exit;; esac\nexec {sys.executable} "$@"',
         monkeypatch,
     )
+
+
+@pytest.mark.usefixtures("_no_pip")
+def test_bin_dev_installs_only_what_it_runs_and_bin_test_the_rest(project: Path, tmp_path: Path) -> None:
     run = ["requirements.txt", "requirements-dev.txt"]
     assert venv(project, tmp_path) == ["Making .venv (once; it takes about half a minute):", "  six==1.0", *run]
     assert venv(project, tmp_path) == []
@@ -263,15 +318,60 @@ def test_bin_dev_installs_only_what_it_runs_and_bin_test_the_rest(
     assert venv(project, tmp_path)[-2:] == run
 
 
+@pytest.mark.usefixtures("_no_pip")
+def test_a_venv_is_made_anew_only_for_a_reason_that_is_said_and_not_while_bin_dev_runs(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert venv(project, tmp_path, "--help")[0].startswith("Makes .venv")
+    own = project / ".venv/bin/python"
+    own.parent.mkdir(parents=True)
+    own.write_text(f"#!/bin/sh\necho {tmp_path}/programs/python3\n")
+    own.chmod(0o755)
+    assert venv(project, tmp_path)[0].startswith("Making .venv (anew, since it is not complete; it takes")
+    (tmp_path / "other/programs").mkdir(parents=True)
+    fake(tmp_path / "other", "python3", f'[ $# = 2 ] && exec {sys.executable} "$@"; echo another', monkeypatch)
+    assert venv(project, tmp_path) == []  # it keeps its own Python
+    (project / "requirements.txt").write_text("six==1.1\n")
+    (project / "var/dev/relay").mkdir(parents=True)
+    with lock.take(project / "var/dev/relay"):
+        [said] = venv(project, tmp_path)
+    why = "anew, since its Python or the requirements have changed"
+    assert (
+        said == f"Making .venv ({why}) must wait until nothing runs from it: end bin/dev (process {os.getpid()}) first."
+    )
+    assert venv(project, tmp_path)[0].startswith(f"Making .venv ({why}; it takes")
+
+
+@pytest.mark.parametrize("name", ["breaker", "restore"])
+def test_a_command_without_its_venv_says_what_makes_one(project: Path, name: str) -> None:
+    ran = subprocess.run([project / "bin" / name], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr.partition(":")[0]) == (1, "there is no .venv here")
+
+
 def test_bin_test_says_at_once_how_to_use_it(project: Path) -> None:
     ran = subprocess.run([project / "bin/test", "-x", "--help"], capture_output=True, text=True, timeout=5, check=True)
     assert "Arguments go to pytest" in ran.stdout
     assert not (project / ".venv").exists()
 
 
-def test_with_a_relay_in_the_environment_there_is_no_catcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_relay_in_the_environment_there_is_no_catcher_and_no_sender_of_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ports = dev.parse_arguments([])
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SMTP_HOST", "relay.example.com")
+    with pytest.raises(settings.SettingsError, match=r"^MAIL_FROM is not set: name the sender"):
+        dev.run(dev.Stack(), ports)
+    monkeypatch.setenv("MAIL_FROM", "Acme <hello@acme.example>")
     configured = settings.load()
     assert "SMTP_HOST" not in dev.child_settings(ports, configured)
-    assert "Mail goes to   relay.example.com:587" in dev.welcome(ports, configured)
+    assert "Mail goes to   relay.example.com:587, from Acme <hello@acme.example>" in dev.welcome(ports, configured)
+
+
+def test_the_curl_needs_no_template_that_there_is_not(tmp_path: Path) -> None:
+    ports, own = dev.parse_arguments([]), settings.Settings(templates_dir=tmp_path)
+    said = dev.welcome(ports, own)
+    body = json.loads(re.findall(r"/emails .*\n.* -d '(.*)'", said)[0])
+    assert prepare(body, default_sender=Mailbox("", "a@example.com"), max_recipients=1)
+    (tmp_path / "welcome").mkdir()
+    assert "/start-job" in dev.welcome(ports, own)

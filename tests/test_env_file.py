@@ -45,12 +45,27 @@ def test_a_line_of_capitals_alone_may_be_a_secret_and_is_not_shown(tmp_path: Pat
     assert "AKIAIOSFODNN7EXAMPLE" not in faults(tmp_path / ".env", b"SMTP_PASSWORD=\nAKIAIOSFODNN7EXAMPLE\n")[0]
 
 
-def test_of_a_name_that_is_set_twice_the_last_counts_also_if_it_is_empty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / ".env").write_text("ON_DOUBT=hold\nSMTP_PORT=25\nON_DOUBT=\nSMTP_PORT=26\n")
-    assert (settings.load().on_doubt, settings.load().smtp_port) == ("retry", 26)
+NAMES = [  # what a file says, and what is said of it
+    ("MAIL_FORM=a@b.co", [".env line 1: MAIL_FORM is not a setting; did you mean MAIL_FROM?"]),
+    ("\nsmtp_port=25", [".env line 2: smtp_port is not a setting; did you mean SMTP_PORT?"]),
+    ("SMTP_PASS=hunter2", [".env line 1: SMTP_PASS is not a setting; did you mean SMTP_PASSWORD?"]),
+    ("DEBUG=1", [".env line 1: DEBUG is not a setting; see .env.example for the names"]),
+    ("SMTP_PORT=25\nSMTP_PORT=26", [".env line 2: SMTP_PORT has another value in line 1; only one may stay"]),
+    ("ON_DOUBT=hold\n\nexport ON_DOUBT=", [".env line 3: ON_DOUBT has another value in line 1; only one may stay"]),
+    ("X=1\nSMTP_HOST=a\nSMTP_HOST=b", [".env line 1: X is not", ".env line 3: SMTP_HOST has another"]),
+    ("SMTP_PORT=25\nSMTP_PORT=25\nON_DOUBT=\nON_DOUBT=hold\nNOTHING=", []),  # can be read in one way only
+]
+
+
+@pytest.mark.parametrize(("text", "told"), NAMES)
+def test_a_name_that_is_none_or_has_two_values_is_a_fault(tmp_path: Path, text: str, told: list[str]) -> None:
+    (tmp_path / ".env").write_text(text)
+    found: list[str] = []
+    try:
+        assert settings.from_file(tmp_path / ".env") == {"smtp_port": "25", "on_doubt": "hold"}
+    except settings.SettingsError as error:
+        found = error.faults
+    assert [fault[: len(begin)] for fault, begin in zip(found, told, strict=True)] == told
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,28 @@ def test_a_conflict_has_the_one_shape(api: Api, client: redis.Redis) -> None:
     held_to_the_shape(api.post(f"/jobs/{job_id}/requeue", None), 409, "not_possible")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "told"),
+    [
+        (
+            "GET",
+            "/emails?limit=5",
+            405,
+            "the method must be one of POST; mails cannot be listed; GET /emails/ID shows one",
+        ),
+        ("PATCH", "/emails/x", 405, "; a mail cannot be changed; DELETE /jobs/ID cancels it, and another can be sent"),
+        ("POST", "/emails/x/cancel", 404, "no such path; DELETE /jobs/ID cancels a mail"),
+        ("POST", "/domains", 404, "no such path"),
+    ],
+)
+def test_what_a_client_of_resend_asks_for_in_vain_has_its_replacement_told(
+    app_without_redis: Middleware, method: str, path: str, status: int, told: str
+) -> None:
+    path, _, query = path.partition("?")
+    answer = ask(app_without_redis, method, path, None, QUERY_STRING=query)
+    assert (answer.status, answer.body["message"].endswith(told)) == (status, True)
+
+
 def test_an_answer_to_HEAD_has_the_headers_and_no_body(api: Api) -> None:
     answer = api.call("HEAD", "/nothing")
     assert (answer.status, answer.body) == (404, None)
@@ -175,7 +197,9 @@ def test_what_waitress_refuses_is_answered_in_the_one_shape(
 def test_a_body_of_exactly_the_limit_is_read(api: Api, client: redis.Redis) -> None:
     whole = json.dumps(MAIL).encode().ljust(LIMIT)
     assert api.call("POST", "/emails", raw=whole).status == 202
-    held_to_the_shape(api.call("POST", "/emails", raw=whole + b" "), 413, "request_too_large")
+    answer = api.call("POST", "/emails", raw=whole + b" ")
+    held_to_the_shape(answer, 413, "request_too_large")
+    assert answer.body["message"] == f"the body exceeds the limit of {LIMIT} bytes (MAX_MESSAGE_BYTES)"
 
 
 def test_a_name_with_two_addresses_is_served_alike_on_both(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import redis
 
 from ops import install, release, site
 from ops.server import Fault, Server
-from settings import from_file, load
+from settings import ApiKey, from_file, load
 from tests.http_api import MAIL
 from tests.relay import Relay
 from tests.servers import ROOT, House, RedisServer, copy_project, eventually, mode
@@ -147,6 +147,16 @@ def test_a_release_that_was_not_finished_is_made_again(server: Server, noted: li
     assert noted == []
 
 
+def test_the_systems_next_python_gets_a_release_of_its_own_and_what_runs_keeps_its_files(server: Server) -> None:
+    install.make_release(server)
+    first = server.release
+    (first / release.MARK).write_text("Python 3.9")
+    install.make_release(server)
+    assert server.release.name.startswith(f"{first.name}-python3.")
+    assert (first / release.MARK).read_text() == "Python 3.9"
+    assert (server.release / "worker.py").exists()
+
+
 def test_the_switch_remembers_what_was_and_a_rollback_goes_there_and_back(server: Server, clone: Path) -> None:
     with pytest.raises(Fault, match="there is none"):
         install.find_previous_release(server)
@@ -184,7 +194,7 @@ def test_secrets_are_made_once_and_only_root_reads_them(server: Server) -> None:
     key = server.new_key
     assert key
     settings = load(from_file=from_file(server.env), _secrets_dir=server.credentials)  # as the service reads it
-    assert settings.api_keys == (("default", hashlib.sha256(key.encode()).hexdigest(), "full"),)
+    assert settings.api_keys == (ApiKey("default", hashlib.sha256(key.encode()).hexdigest(), "full"),)
     assert settings.redis_url.get_secret_value().startswith("unix://async-email:")
     assert settings.dashboard_password
     assert not settings.smtp_password

@@ -177,7 +177,7 @@ def test_a_redis_that_fills_up_holds_whole_jobs_only(redis_server: RedisServer, 
 
     submit(range(1))
     used: Any = real.redis.info("memory")
-    limit = used["used_memory"] + 500_000
+    limit = used["used_memory"] + 1_500_000
     with configured(redis_server, maxmemory=limit), pytest.raises(Unavailable, match="out of memory"):
         submit(range(1, 200))
     assert 2 < len(queued(real)) < 200

@@ -46,6 +46,8 @@ def test_a_new_key_is_printed_once_and_only_its_digest_is_written(credential: Pa
         ("api_keys", SHOP, ("new", "shop"), "there is a key shop already"),
         ("api_keys", SHOP, ("new", "a:b"), "a name must be 1 to 64 letters"),
         ("api_keys", SHOP, ("new", ""), "a name must be 1 to 64 letters"),
+        ("api_keys", f"shop:{DIGEST}:send:9/x", ("new", "other"), "and a rate such as 50/s"),
+        ("api_keys", f"shop:{DIGEST}:send:0/s", ("new", "other"), "must be a rate per second"),
         ("api_keys", SHOP, ("revoke", "other"), "there is no key other; there are: shop"),
         ("api_keys", "shop:a-key-in-clear", ("new", "other"), "entry 1 must be name:sha256hex"),
         (".env", "API_KEYS_FILE=/elsewhere\n", ("new", "shop"), "name that file with --file"),
@@ -65,8 +67,10 @@ def test_what_is_refused_changes_nothing_and_quotes_no_key(
 def test_names_and_scopes_are_listed_and_the_last_key_is_revoked_with_a_warning(credential: Path) -> None:
     run(credential, "new", "shop")
     run(credential, "new", "admin", "--scope", "full")
+    run(credential, "new", "reports", "--rate", "600/m")
     listed = [line.split() for line in run(credential, "list").stdout.splitlines()]
-    assert listed == [["shop", "send"], ["admin", "full"]]
+    assert listed == [["shop", "send"], ["admin", "full"], ["reports", "send", "600/m"]]
+    run(credential, "revoke", "reports")
     assert "WARNING" not in run(credential, "revoke", "shop").stderr
     ran = run(credential, "revoke", "admin")
     assert ran.returncode == 0

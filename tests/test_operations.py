@@ -33,10 +33,14 @@ from tests.http_api import MAIL
 from tests.operations import BLOCKS, PAGE, line
 from tests.servers import ROOT, House, RedisServer, eventually, project_files
 
-OTHERS = {"REDISCLI_AUTH", "RQ_REDIS_URL"}  # variables of redis-cli and of RQ
+OTHERS = {  # variables of redis-cli, of RQ and of clients
+    *("REDISCLI_AUTH", "RQ_REDIS_URL"),
+    *("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS", "MAIL_URL", "MAIL_KEY"),
+}
 SAID_BY_OTHERS = {  # symptoms whose words are not ours
     "535 5.7.8 Username and Password not accepted": "Gmail",
     "Connection timed out": os.strerror(110),
+    "454 4.7.1 Relay access denied": "Postfix",
     "Bad file format reading the append only file": "Redis, see tests/deploy/test_operations.py",
     "502 Bad Gateway": "nginx, see tests/test_nginx.py",
 }
@@ -92,6 +96,25 @@ def test_the_examples_are_for_the_relays_whose_refusals_the_doctor_explains() ->
     hosts = re.findall(r"^SMTP_HOST=(\S+)", PAGE, re.MULTILINE)
     for pattern in (replies.GMAIL, replies.MICROSOFT, replies.SES):
         assert any(re.search(pattern, host) for host in hosts), pattern
+
+
+def test_a_task_of_an_operators_own_sends_a_mail(redis_server: RedisServer, tmp_path: Path) -> None:
+    (text,) = (text for language, text in BLOCKS if language == "python")
+    shutil.copytree(ROOT / "templates" / "welcome", tmp_path / "templates" / "reminder")
+    for part in (tmp_path / "templates" / "reminder").iterdir():
+        part.write_text("Dear {{ customer }}")
+    names = {"TASKS_FILE": str(tmp_path / "own.py"), "TEMPLATES_DIR": str(tmp_path / "templates")}
+    with House(tmp_path, redis_server.url, **names) as house:
+        (tmp_path / "key").write_text("full-key\n")
+        (tmp_path / "own.py").write_text(text)
+        api = house.api()
+        (tmp_path / "own.py").write_text(text.replace("127.0.0.1", f"127.0.0.1:{api.port}"))
+        house.worker("jobs")
+        asked = {"task": "remind", "args": {"customer": "Ada", "email": "ada@example.com"}}
+        jobs = [api.post("/jobs", asked).body["job_id"] for _ in range(2)]
+        eventually(lambda: all("result" in api.get(f"/jobs/{one}").body for one in jobs))
+        (mail_id,) = {api.get(f"/jobs/{one}").body["result"] for one in jobs}
+        assert api.get(f"/emails/{mail_id}").body["subject"] == "Dear Ada"
 
 
 def test_a_password_with_odd_characters_goes_into_its_own_file(tmp_path: Path) -> None:

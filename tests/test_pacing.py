@@ -128,6 +128,18 @@ def test_a_relay_that_asks_for_a_pause_gets_it_at_once(client: redis.Redis) -> N
     assert relay.admit()
 
 
+def test_a_worker_that_starts_lets_a_mail_probe_at_once(client: redis.Redis) -> None:
+    """Whoever has corrected the settings and restarted would wait for half a minute, and be told nothing."""
+    started = Pacing(client, ())
+    started.try_now()
+    assert started.admit() is None  # there is no breaker
+    assert started.trouble(pause=300)
+    Pacing(client, ()).try_now()
+    assert in_trouble(client)
+    assert started.admit() is None
+    assert started.admit()  # while that one probes
+
+
 def test_a_worker_that_met_with_trouble_knows_how_long_to_take_no_mail(
     client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

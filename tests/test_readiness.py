@@ -95,7 +95,12 @@ SOUND = {"aof_enabled": 1, "role": "master", "maxmemory": 0, "maxmemory_policy":
         ({"maxmemory": 9, "maxmemory_policy": "volatile-ttl"}, "evicting"),
         ({"maxmemory_policy": "volatile-ttl"}, None),
         ({"maxmemory": 5}, "full"),
-        ({"maxmemory": 6}, None),
+        ({"maxmemory": 7}, None),
+        ({"maxmemory": 128 << 20, "used_memory": 97 << 20}, "full"),  # 32 MB are kept
+        ({"maxmemory": 128 << 20, "used_memory": 95 << 20}, None),
+        ({"maxmemory": 128 << 20, "used_memory": 97 << 20, "mem_not_counted_for_evict": 2 << 20}, None),
+        ({"maxmemory": 1 << 30, "used_memory": 974 << 20}, "full"),  # a twentieth
+        ({"maxmemory": 1 << 30, "used_memory": 972 << 20}, None),
         ({"rdb_last_bgsave_status": "err"}, "snapshot_failing"),
         ({"role": "slave"}, "replica"),
     ],

@@ -9,14 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from secrets import token_hex
 
 import pytest
 import redis
 
 from chaos.proxy import Proxy
 from tests.http_api import ANY_ID, MAIL, QUEUES, SUBMITTED, app_with, keys, served, stored, submitted
-from tests.redis_troubles import TROUBLES, Trouble, killed, stopped
-from tests.servers import Answer, Api, RedisServer, eventually
+from tests.redis_troubles import TROUBLES, Trouble, configured, killed, stopped
+from tests.relay import Relay
+from tests.servers import Answer, Api, House, RedisServer, eventually
 
 pytestmark = pytest.mark.usefixtures("client")
 every_trouble = pytest.mark.parametrize(("trouble", "said"), TROUBLES, ids=[one.__name__ for one, _ in TROUBLES])
@@ -43,6 +46,27 @@ def test_redis_in_trouble_is_said_within_three_seconds_and_leaves_nothing_half_s
     assert again.status == 202
     assert stored(client) == {before, again.body["id"]}
     assert stored_meanwhile <= {again.body["id"]}
+
+
+def test_a_redis_that_is_full_has_room_left_to_move_what_is_stored(
+    redis_server: RedisServer, client: redis.Redis, tmp_path: Path
+) -> None:
+    """Beyond maxmemory it would not even let a worker take a mail from the queue, for ever."""
+    most = int(client.info("memory")["used_memory"]) + 12_000_000
+    with (
+        configured(redis_server, maxmemory=most),
+        Relay() as relay,
+        House(
+            tmp_path, redis_server.url, SMTP_HOST="127.0.0.1", SMTP_PORT=str(relay.port), SMTP_SECURITY="none"
+        ) as house,
+    ):
+        api = house.api()
+        statuses = [api.post("/emails", MAIL | {"text": token_hex(50_000)}).status for _ in range(200)]
+        assert sorted(set(statuses)) == [202, 503]
+        assert client.info("memory")["used_memory"] < most * 0.98
+        house.worker()
+        eventually(lambda: len(relay.accepted) == statuses.count(202))
+        assert "Traceback" not in house.log("worker-email")
 
 
 @pytest.mark.parametrize("trouble", [killed, stopped])

@@ -213,6 +213,19 @@ REFUSED: dict[str, list[tuple[str, Json]]] = {  # what is wrong -> the field tha
         ("attachments[0].content_id", with_file(content_id="logo") | {"html": html}) for html in (None, "")
     ],
 }
+INSTEAD = [  # what there is not, and what is said of it
+    ("scheduled_at: is not supported: a mail goes out at once", mail(scheduled_at="in 1 min")),
+    ("attachments[0].path: is not supported: no file is fetched", mail(attachments=[{"path": "https://a.example/x"}])),
+    ("attachments[0].inline_content_id: is not supported: its name", with_file(inline_content_id="logo")),
+    ("topic_id: is not supported: there are no topics", mail(topic_id="news")),
+    ("headers.Reply-To: must be left out: the field reply_to writes", mail(headers={"Reply-To": "ada@example.com"})),
+    ("headers.BCC: must be left out: the field bcc writes", mail(headers={"BCC": "ada@example.com"})),
+    ("headers.Date: must be left out: this service or the relay writes", mail(headers={"Date": "today"})),
+    ("to: must have 1 or more entries", mail(to=[])),
+    *(("to[0]: must be one address; each further one must be a string of its own", mail(to=to)) for to in (
+        "a@b.co, c@d.co", "a@b.co;c@d.co", "Ada <a@b.co>, Bob <c@d.co>", "a@b.co,c@d.co,e@f.co", "a@b.co ; B <c@d.co>",
+    )),
+]
 # fmt: on
 EACH = [(field, body) for rows in REFUSED.values() for field, body in rows]
 NAMES = [f"{what}-{number}" for what, rows in REFUSED.items() for number in range(len(rows))]
@@ -223,6 +236,12 @@ def test_what_cannot_be_sent_as_asked_is_refused_by_its_field(field: str, body: 
     [(named, message)] = refusal(body).items()
     assert named == field
     assert not re.search(r"(?i)input|valid|dictionary|instance|pattern|item", message)  # the caller knows no Python
+
+
+@pytest.mark.parametrize(("told", "body"), INSTEAD)
+def test_a_refusal_says_what_to_do_instead(told: str, body: Json) -> None:
+    with pytest.raises(Invalid, match=f"^{re.escape(told)}"):
+        accepted(body)
 
 
 @pytest.mark.parametrize("body", [None, True, 7, "x", [], [mail()]])

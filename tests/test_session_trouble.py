@@ -266,7 +266,7 @@ def test_a_text_of_ours_names_no_address() -> None:
 def test_a_relay_that_refuses_the_connection_is_trouble() -> None:
     outcome = attempt(at(free_port()))
     assert fate(outcome) == (Phase.CONNECT, None, TROUBLE)
-    assert outcome.reply.text == "Connection refused"
+    assert outcome.reply.summary == "no reply at connect (Connection refused)"
 
 
 def test_a_name_without_an_address_is_trouble(monkeypatch: pytest.MonkeyPatch) -> None:

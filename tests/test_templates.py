@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def write(folder: Path, **files: str) -> None:
     """A template called `x`: subject, text, html."""
     (folder / "x").mkdir()
-    for part, text in files.items():
+    for part, text in ({"subject": "Hi"} | files).items():
         name = {"subject": "subject.txt", "text": "body.txt", "html": "body.html"}.get(part, f"{part}.txt")
         (folder / "x" / name).write_text(text, encoding="utf-8")
 
@@ -85,10 +85,32 @@ def test_a_missing_variable_is_named() -> None:
     assert (error.field, error.missing) == ("template.variables.name", True)
 
 
-def test_what_is_missing_inside_a_variable_is_named(folder: Path) -> None:
-    write(folder, text="{{ order.total }}")
-    told = refusal("x", {"order": {}})
-    assert told == {"template.variables": "one of them must have 'total', which the template needs"}
+WITHIN = "is required by the template: FOLDER/x/body.txt, line 2"
+MISSING = [  # a template, its variables, and what is said
+    ("\n{% if note %}{{ note }}{% endif %}", {}, ("template.variables.note", WITHIN)),
+    ("\n{{ order.total }}", {"order": {}}, ("template.variables.order.total", WITHIN)),
+    ("{{ order.id }}\n{{ order.id }}{{ order['sum'].net }}", {"order": {"id": 1, "sum": 2}},
+     ("template.variables.order.sum.net", WITHIN)),
+    ("\n{{ order[1].price }}", {"order": [{"price": 1}]}, ("template.variables.order[1]", WITHIN)),
+    ("{% for one in of %}\n{{ one.price }}{% endfor %}", {"of": [{}]}, ("template.variables", f"one.price {WITHIN}")),
+    ("\n{{ a.name }}{{ b.name }}", {"a": {"name": 1}, "b": 2}, ("template.variables", f"a.name or b.name {WITHIN}")),
+    ("\n{{ (of|first).name }}", {"of": [{}]}, ("template.variables", f"(...).name {WITHIN}")),
+    ("\n{{ of[key] }}", {"of": {}, "key": "size"}, ("template.variables", f"size {WITHIN}")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "variables", "said"), MISSING)
+def test_what_a_template_needs_is_named(
+    folder: Path, text: str, variables: dict[str, Json], said: tuple[str, str]
+) -> None:
+    write(folder, text=text)
+    assert refusal("x", variables) == {said[0]: said[1].replace("FOLDER", str(folder))}
+
+
+@pytest.mark.parametrize("text", ["{% if note is defined %}{{ note }}{% endif %}", "{{ note|default('') }}"])
+def test_a_variable_may_be_optional(folder: Path, text: str) -> None:
+    write(folder, text=text)
+    assert (render("x", {})[1], render("x", {"note": "Hi"})[1]) == ("", "Hi")
 
 
 def test_a_variable_that_the_template_does_not_use_is_ignored() -> None:
@@ -107,7 +129,8 @@ def test_text_of_a_request_is_no_template() -> None:
 @pytest.mark.parametrize("value", [None, [], ["Ada"], {}, {"a": 1}, {"__html__": "<b>"}, [[[[]]]]])
 def test_a_value_that_is_neither_text_nor_a_number_is_not_written_into_a_mail(value: Json) -> None:
     told = refusal("welcome", {"name": value})
-    assert told == {"template.variables": "a value that is written out must be text or a number"}
+    place = "templates/welcome/subject.txt, line 1"
+    assert told == {"template.variables": f"a value that is written out must be text or a number: {place}"}
 
 
 def test_a_method_of_a_value_is_not_written_into_a_mail(folder: Path) -> None:
@@ -117,8 +140,10 @@ def test_a_method_of_a_value_is_not_written_into_a_mail(folder: Path) -> None:
 
 @pytest.mark.parametrize(("template", "value"), WRONG_KIND)
 def test_a_variable_of_the_wrong_kind_is_refused(folder: Path, template: str, value: Json) -> None:
-    write(folder, text=template)
-    assert list(refusal("x", {"total": value})) == ["template.variables"]
+    write(folder, text=f"Hi\n{template}")
+    [(field, told)] = refusal("x", {"total": value}).items()
+    assert field.startswith("template.variables")
+    assert told.endswith(f": {folder}/x/body.txt, line 2")
 
 
 def test_a_value_nested_without_end_or_a_number_without_end_is_refused(folder: Path) -> None:
@@ -150,15 +175,33 @@ def test_html_is_escaped_wherever_a_value_stands_in_it(folder: Path) -> None:
 
 def test_a_part_without_its_file_is_none(folder: Path) -> None:
     write(folder, text="Hi\n\n")
-    assert render("x", {}) == ("", "Hi", None)
+    assert render("x", {}) == ("Hi", "Hi", None)
 
 
-def test_a_folder_without_a_body_says_which_file_is_missing(folder: Path) -> None:
-    write(folder, subject="Hi", text_body="the name of a body is body.txt")
+PARTS = [  # the files of a folder, and those of which it must have one
+    ({"subject.txt", "text.txt"}, "body.txt or body.html"),
+    ({"body.txt", "subject.html"}, "subject.txt"),
+    ({"body.html"}, "subject.txt"),
+]
+
+
+@pytest.mark.parametrize(("files", "lacking"), PARTS)
+def test_a_folder_without_a_part_is_found_at_the_start_and_sends_nothing(
+    folder: Path, files: set[str], lacking: str
+) -> None:
+    (folder / "x").mkdir()
+    for name in files:
+        (folder / "x" / name).write_text("Hi")
+    told = f"the folder {folder}/x must hold {lacking}"
+    assert templates.faults() == [told]
+    assert refusal("x", {}) == {"template.id": told}
+
+
+def test_a_folder_without_any_part_is_no_template(folder: Path) -> None:
     (folder / "y").mkdir()
     (folder / "y" / "y.html").write_text("Hi")
-    for name in ("x", "y"):
-        assert refusal(name, {}) == {"template.id": f"the folder {folder.name}/{name} must hold body.txt or body.html"}
+    assert templates.faults() == []
+    assert list(refusal("y", {})) == ["template.id"]
     assert refusal("z", {}) == {"template.id": "there is no template"}
 
 
@@ -172,6 +215,8 @@ BROKEN = [  # a file of the template `x`, its text, and what is said of it after
     ("body.html", "{{ name is loud }}", "/x/body.html, line 1: No test named 'loud'"),
     ("body.html", "Hi\n{% include 'x/footer.html' %}", "/x/body.html, line 2: there is no FOLDER/x/footer.html"),
     ("body.html", "{% extends 'base.html' %}", "/x/body.html, line 1: there is no FOLDER/base.html"),
+    ("body.html", "{% include '../footer.html' %}", "/x/body.html, line 1: there is no FOLDER/../footer.html"),
+    ("body.html", "{% include '/x/no.txt' %}", "/x/body.html, line 1: there is no /x/no.txt"),
     ("part.html", "{% from 'x/no.html' import a %}", "/x/part.html, line 1: there is no FOLDER/x/no.html"),
     ("body.txt", "Gr\xfc\xdfe", "/x/body.txt: must be UTF-8"),
 ]
@@ -181,11 +226,12 @@ BROKEN = [  # a file of the template `x`, its text, and what is said of it after
 def test_a_broken_template_is_found_when_the_api_starts(folder: Path, name: str, text: str, said: str) -> None:
     """Mistakes from questions about Jinja: an open `{{`, `}` for `}}`, a block never closed, a filter of Django's."""
     write(folder, text="Hi")
+    (folder.parent / "footer.html").write_text("beyond the folder, so that no template can have it")
     assert templates.faults() == []
     (folder / "x" / name).write_text(text, encoding="latin-1")
     templates.environment.cache_clear()
     (fault,) = templates.faults()
-    assert fault.startswith(folder.name + said.replace("FOLDER", folder.name)), fault
+    assert fault.startswith(f"{folder}{said.replace('FOLDER', str(folder))}"), fault
 
 
 def test_what_may_be_missing_is_no_fault(folder: Path) -> None:
@@ -194,11 +240,6 @@ def test_what_may_be_missing_is_no_fault(folder: Path) -> None:
     (folder / "parts" / "footer.html").write_text("no body, and no template either")
     assert templates.faults() == []
     assert render("x", {"c": "Hi"})[1] == "Hi"
-
-
-def test_a_folder_with_a_subject_and_no_body_is_found_when_the_api_starts(folder: Path) -> None:
-    write(folder, subject="Hi")
-    assert templates.faults() == [f"the folder {folder.name}/x must hold body.txt or body.html"]
 
 
 def test_an_edited_template_counts_at_once_where_that_is_asked_for(folder: Path) -> None:
@@ -210,25 +251,26 @@ def test_an_edited_template_counts_at_once_where_that_is_asked_for(folder: Path)
             os.utime(folder / "x" / name, (len(text), len(text)))
         return render("x", {})
 
-    assert render("x", {}) == edit("three") == ("", "one", "one")
+    assert render("x", {}) == edit("three") == ("Hi", "one", "one")
     templates.read_again_when_changed()
-    assert edit("seven?") == ("", "seven?", "seven?")
-    with pytest.raises(Broken, match=rf"^{folder.name}/x/body.txt, line 1: unexpected end of template"):
+    assert edit("seven?") == ("Hi", "seven?", "seven?")
+    with pytest.raises(Broken, match=rf"^{folder}/x/body.txt, line 1: unexpected end of template"):
         edit("{{ broken")
-    assert edit("mended!") == ("", "mended!", "mended!")
+    assert edit("mended!") == ("Hi", "mended!", "mended!")
 
 
-def test_a_template_whose_include_is_missing_is_not_sent_without_it(folder: Path) -> None:
-    write(folder, html="{% include 'x/footer.html' %}", text="Hi")
-    with pytest.raises(Broken, match=r"x/body\.html: must include only files that there are"):
-        render("x", {})  # the operator's fault, so a 500 and not the caller's 422
-
-
-def test_what_a_variable_says_is_in_no_fault(folder: Path) -> None:
-    write(folder, text="{% include name %}")
-    with pytest.raises(Broken) as caught:
-        render("x", {"name": "ada@example.com"})
-    assert "ada" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Hi\n{% include '../no.html' %}", "body.html, line 2: there is no FOLDER/../no.html"),
+        ("Hi\n{% include 'x/part.txt' %}", "part.txt, line 2: there is no FOLDER/x/no.html"),
+        ("Hi\n\n{% include name %}", "body.html, line 3: must include only files that there are"),  # a variable's text
+    ],
+)
+def test_a_template_whose_include_is_missing_is_not_sent_without_it(folder: Path, text: str, told: str) -> None:
+    write(folder, html=text, part="\n{% include 'x/no.html' %}")
+    with pytest.raises(Broken, match=f"^{folder}/x/{told.replace('FOLDER', str(folder))}$"):
+        render("x", {"name": "ada@example.com"})  # the operator's fault, so a 500 and not the caller's 422
 
 
 def test_lines_of_a_block_leave_no_empty_lines_behind(folder: Path) -> None:

@@ -22,8 +22,10 @@ from rq.webhook import Webhook
 
 from queues import health
 from queues.jobs import Jobs
+from queues.table import QUEUES
 from queues.workers import EmailWorker, make_worker
 from settings import Settings
+from tests.http_api import JOB
 from tests.relay import Relay
 from tests.scripted_relay import Line, ScriptedRelay
 from tests.servers import House, RedisServer, eventually, project_with
@@ -205,13 +207,40 @@ def test_a_worker_whose_thread_ended_is_replaced(house: House, client: redis.Red
     house.worker("email")
     eventually(lambda: len(registered(client)) == 2)
     first = {worker.name for worker in registered(client)}
-    client.config_set("maxmemory", 1)
+    client.set("rq:queue:email", "no list")
     client.client_kill_filter(_type="normal", skipme=True)  # the next command is refused, and RQ's worker quits
     eventually(lambda: house.log("worker-email").count("quitting") >= 2)
-    client.config_set("maxmemory", 0)
+    client.delete("rq:queue:email")
     mail_id = eventually(lambda: api.post("/emails", MAIL).body.get("id"))
     api.wait_for(mail_id, "sent")
     eventually(lambda: len({worker.name for worker in registered(client)} - first) == 2)
+
+
+def test_a_redis_that_takes_nothing_ends_no_worker_and_is_said_once(house: House, client: redis.Redis) -> None:
+    """Each thread of the pool ended with a traceback and was replaced, each second; the worker for jobs gave up."""
+    api = house.api()
+    processes = {queue: house.worker(queue) for queue in QUEUES}
+
+    def logs() -> list[str]:
+        return [house.log(f"worker-{queue}") for queue in QUEUES]
+
+    eventually(lambda: len(registered(client)) > 16)
+    client.config_set("maxmemory", 1)
+    try:
+        client.client_kill_filter(_type="normal", skipme=True)
+        eventually(lambda: all("redis_unavailable" in log for log in logs()))
+        time.sleep(3)
+    finally:
+        client.config_set("maxmemory", 0)
+    mail_id = eventually(lambda: api.post("/emails", MAIL).body.get("id"))
+    api.wait_for(mail_id, "sent")
+    job_id = api.post("/jobs", JOB).body["job_id"]
+    eventually(lambda: api.get(f"/jobs/{job_id}").body["status"] == "finished")
+    assert [process.poll() for process in processes.values()] == [None] * len(QUEUES)
+    assert not [log for log in logs() if "Traceback" in log]
+    said = {queue: house.log(f"worker-{queue}").count("redis_unavailable") for queue in QUEUES}
+    assert said["email"] == 1
+    assert said["jobs"] <= 2  # RQ's scheduler is a process of its own there
 
 
 def test_a_heartbeat_from_a_future_that_the_clock_has_left_is_clamped(house: House, client: redis.Redis) -> None:
@@ -322,6 +351,9 @@ LEANT_ON = {  # what we override in RQ, or call beyond its documentation -> its 
     "rq.worker.base:BaseWorker.run_maintenance_tasks": "3d8a446b5354fce3",
     "rq.worker.base:BaseWorker.clean_registries": "e2c9790c8156c72c",
     "rq.worker.base:BaseWorker.set_state": "bb8d4f1d93ff078b",
+    "rq.worker.base:BaseWorker.register_death": "cb2b0be150213a99",
+    "rq.worker.base:BaseWorker._start_scheduler": "49c229109608aa31",
+    "rq.queue:Queue.dequeue_any": "2452e56ad5197396",
     "rq.worker.base:BaseWorker.check_for_suspension": "e8095ae1fcf966bd",
     "rq.worker.base:BaseWorker.subscribe": "3437c20bb267958f",
     "rq.worker.base:BaseWorker._install_signal_handlers": "f30e3c58661a235a",
@@ -369,7 +401,7 @@ def test_what_the_workers_lean_on_in_rq_is_as_it_was(name: str) -> None:
     assert digest_of(name) == LEANT_ON[name]
 
 
-OURS = ("EmailWorker", "JobsWorker", "NoTimeout", "Job", "Queue", "IntermediateQueue", "Scheduler")
+OURS = ("EmailWorker", "JobsWorker", "NoTimeout", "Job", "Queue", "IntermediateQueue", "Scheduler", "PatientScheduler")
 
 
 @pytest.mark.parametrize("which", [*(f"queues.workers:{name}" for name in OURS), "queues.quarantine:StrictJob"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import re
 import time
 import uuid
@@ -32,6 +33,7 @@ from mail.states import State
 from queues import health
 from queues.connection import weaknesses
 from queues.jobs import Accepted, Idempotency, Jobs, Policy
+from queues.limits import Limits
 from queues.offer import Task
 from settings import ApiKey, Settings, SettingsError
 from web import context
@@ -65,6 +67,15 @@ def authenticate(keys: tuple[ApiKey, ...], scope: str) -> ApiKey:
     if scope == "full" and found[0].scope != "full":
         raise Refusal(401, "restricted_api_key", "this API key may only submit mail")
     return found[0]
+
+
+def hold_to_its_rate(key: ApiKey, limits: Limits) -> None:
+    """Raises `Refusal` (429, RFC 6585) if the key has made as many requests as it may."""
+    wait = limits.take(f"key:{key.name}", key.rate) if key.rate else 0
+    if wait:
+        seconds = str(math.ceil(wait))
+        text = f"this API key may make {key.rate} requests; send this again in {seconds} seconds"
+        raise Refusal(429, "rate_limit_exceeded", text, headers={"Retry-After": seconds})
 
 
 def is_permissive() -> bool:
@@ -104,6 +115,7 @@ class Service:
         self.offered = offered
         self.jobs = jobs
         self.outbox = Outbox(jobs, settings)
+        self.limits = Limits(jobs.redis)
         self.large_bodies = BodyBudget(settings.max_message_bytes)
         self.sender = Mailbox.parse(settings.mail_from) if settings.mail_from else None
 
@@ -276,7 +288,9 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
                 raise Refusal(404, "not_found", "no such path")  # Bottle leaves out what is not UTF-8
             if scope is None:
                 return handler(service)
-            context.current.get().key = authenticate(service.settings.api_keys, scope).name
+            key = authenticate(service.settings.api_keys, scope)
+            context.current.get().key = key.name
+            hold_to_its_rate(key, service.limits)
             with service.large_bodies.reserve(min(request.content_length, service.settings.max_message_bytes)):
                 return handler(service, **ids)
         except Exception as error:  # in no variable of ours: it would hold itself, and the body, by its traceback

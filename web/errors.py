@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
-from bottle import HTTPError, HTTPResponse
+from bottle import HTTPError, HTTPResponse, request
 
 from mail.request import FieldError, Invalid, StrictModel
 from mail.templates import Broken
@@ -28,6 +28,11 @@ from web import context
 
 Json = dict[str, Any]
 RETRY_AFTER = "5"  # seconds
+NOT_HERE = {  # what clients of Resend's API ask for -> what to do without it; docs/clients.md lists the rest
+    r"GET /emails": "mails cannot be listed; GET /emails/ID shows one",
+    r"PATCH /emails/[^/]+": "a mail cannot be changed; DELETE /jobs/ID cancels it, and another can be sent",
+    r"POST /emails/[^/]+/cancel": "DELETE /jobs/ID cancels a mail",
+}
 
 
 @dataclass(eq=False)
@@ -113,10 +118,11 @@ def note_refusal(name: str, path: str, status: int, reason: str) -> None:
 
 def routing_error(error: HTTPError) -> HTTPResponse:
     """Answers what Bottle refuses by itself: no such path, or not with this method."""
-    allow = error.headers.get("Allow")
+    allow, asked = error.headers.get("Allow"), f"{request.method} {request.path}"
+    instead = next((f"; {text}" for pattern, text in NOT_HERE.items() if re.fullmatch(pattern, asked)), "")
     if not allow:
-        return error_response(Refusal(error.status_code, "not_found", "no such path"))
-    text = f"the method must be one of {allow}"
+        return error_response(Refusal(error.status_code, "not_found", f"no such path{instead}"))
+    text = f"the method must be one of {allow}{instead}"
     return error_response(Refusal(405, "method_not_allowed", text, headers={"Allow": allow}))
 
 

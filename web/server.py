@@ -54,7 +54,7 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 
     WORDS: ClassVar = {
         400: ("validation_error", "the request must be HTTP as in RFC 9112"),
-        413: ("request_too_large", "the body exceeds the limit"),
+        413: ("request_too_large", "the body exceeds the limit of {limit} bytes (MAX_MESSAGE_BYTES)"),
         431: ("request_headers_too_large", "the headers exceed the limit"),
         501: ("not_implemented", "the transfer encoding must be chunked"),
     }
@@ -62,6 +62,7 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
     def execute(self) -> None:
         error, request_id = self.request.error, uuid.uuid4().hex
         name, text = self.WORDS.get(error.code, ("application_error", "internal error"))
+        text = text.format(limit=self.channel.adj.max_request_body_size - 1)
         body = as_line(error_shape(error.code, name, text, request_id)).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers += [("Content-Type", "application/json"), *common_headers(request_id)]

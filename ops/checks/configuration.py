@@ -18,11 +18,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import settings
-from mail.address import Mailbox
+from mail import templates
+from mail.address import default_sender
+from ops import lock
 from ops.checks.findings import Findings, fault, note, ok, warn
 from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
 from process import env_file
+from queues.offer import load_file
 from queues.table import QUEUES
 from settings import Settings, SettingsError
 
@@ -44,9 +47,18 @@ def load(target: Target) -> Settings | None:
     """Returns the settings of all services together, for the other checks; None if they cannot be read."""
     try:
         with as_a_unit(every_file(target)) if target.installed else nullcontext():
-            return settings.load()
+            current = settings.load()
+            return current if target.installed else with_redis_of_dev(current, target)
     except (SettingsError, OSError):
         return None
+
+
+def with_redis_of_dev(current: Settings, target: Target) -> Settings:
+    """Names the Redis of the bin/dev that runs in this checkout, unless REDIS_URL names one."""
+    ports = [one.port for one in lock.holders("relay" if current.smtp_host else "catcher", target.code) if one.port]
+    if not ports or "redis_url" in current.model_fields_set:
+        return current
+    return settings.load(redis_url=f"redis://127.0.0.1:{ports[0]}/0")
 
 
 def every_file(target: Target) -> dict[str, Path]:
@@ -114,7 +126,9 @@ def faults_of(credentials: dict[str, Path], needed: tuple[str, ...]) -> list[str
         return missing
     try:
         with as_a_unit(credentials):
-            load_checked(*needed)
+            current = settings.load(*needed)
+            if "api_keys" in needed:
+                check_what_the_api_reads(current)
     except SettingsError as error:
         return error.faults
     return []
@@ -122,7 +136,12 @@ def faults_of(credentials: dict[str, Path], needed: tuple[str, ...]) -> list[str
 
 def in_a_checkout(target: Target) -> Findings:
     try:
-        current = load_checked()
+        current = settings.load()
+        check_what_the_api_reads(current)
+        needed = ("smtp_host", "mail_from") if current.smtp_host else ("smtp_host",)
+        settings.load(*needed, smtp_host=current.smtp_host or "127.0.0.1")  # the catcher, as bin/dev does
+        if current.tasks_file:
+            load_file(current.tasks_file)
     except SettingsError as error:
         yield from (fault(sentence, target.edit) for sentence in error.faults)
         return
@@ -132,15 +151,21 @@ def in_a_checkout(target: Target) -> Findings:
         yield note(f"not set: {', '.join(missing)}; bin/dev does without, a server does not", target.edit)
 
 
-def load_checked(*needed: str) -> Settings:
-    """Loads the settings, and checks MAIL_FROM as service.py does before it starts. Raises SettingsError."""
-    current = settings.load(*needed)
+def check_what_the_api_reads(current: Settings) -> None:
+    """Looks at sender and templates as the API does before it starts. Raises SettingsError."""
+    before, faults = templates.FOLDER, []
     try:
         if current.mail_from:
-            Mailbox.parse(current.mail_from)
+            default_sender(current.mail_from, current.allow_local_domains)
     except ValueError as error:
-        raise SettingsError([f"MAIL_FROM: {error}"]) from None
-    return current
+        faults.append(f"MAIL_FROM: {error}")
+    try:
+        templates.use(current.templates_dir or before)
+        faults += templates.faults()
+    finally:
+        templates.use(before)
+    if faults:
+        raise SettingsError(faults)
 
 
 def shell(target: Target) -> Findings:
@@ -224,7 +249,7 @@ def files_named_in_settings(target: Target) -> Findings:
     """Finds those that root can read and the service cannot."""
     user, current = find_user(target.user), load(target)
     for name in Settings.model_fields:
-        path: Path | None = getattr(current, name, None) if name.endswith("_file") else None
+        path: Path | None = getattr(current, name, None) if name.endswith(("_file", "_dir")) else None
         if not path or user is None:
             continue
         if denied_at(user, path, 4) or str(path.resolve()).startswith(HIDDEN):
@@ -234,5 +259,7 @@ def files_named_in_settings(target: Target) -> Findings:
 def make_readable(name: str, path: Path, target: Target) -> str:
     if name == "smtp_ca_file":  # not a secret
         return f"sudo install -m 644 {path} /etc/ssl/async-email-relay.pem, and name that"
+    if name in ("tasks_file", "templates_dir"):
+        return f"sudo chmod -R go+rX {path}, in a folder that all may enter, outside of /home and /root"
     kept = target.etc / "credentials" / name.removesuffix("_file")
     return f"sudo install -m 600 {path} {kept}, and take {name.upper()} out of {target.file}"

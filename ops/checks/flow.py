@@ -29,6 +29,7 @@ from queues.quarantine import UNREADABLE, UNREADABLE_KEPT
 from queues.table import EMAIL, QUEUES
 from settings import Settings
 from smtp.policy import Phase
+from smtp.relay import Relay
 from smtp.verdict import Reply
 
 SILENT = 2 * LEASE_SECONDS  # seconds; RQ's own worker, of the queue jobs, has a heartbeat of 30 seconds
@@ -127,6 +128,9 @@ def last_trouble(redis: Redis, settings: Settings) -> tuple[str, str]:
         stored: Any = redis.hget(mail_key(mail_id.decode()), "attempts")
         attempts = json.loads(stored or b"[]")
         if attempts and attempts[-1].get("verdict") == "trouble":
+            now = str(Relay.of(settings))
+            if settings.smtp_host and (then := attempts[-1].get("relay", now)) != now:
+                return f"that was {then}, and SMTP_HOST and SMTP_PORT name another now", "bin/breaker close"
             return explained(attempts[-1], settings)
     return "its log says why", "sudo journalctl -u async-email-worker@email -g breaker_opened -n 1"
 
@@ -144,7 +148,8 @@ def canary(target: Target, settings: Settings) -> Findings:
         draft = prepare({"to": [target.send_to], **TEST_MAIL}, default_sender=sender, max_recipients=1)
     except Invalid as invalid:
         wrong = invalid.errors[0]
-        yield fault(f"--send-to: {wrong.field}: {wrong.message}", "bin/doctor --send-to ada@example.com")
+        fix = f"MAIL_FROM: {target.edit}" if wrong.field == "from" else "bin/doctor --send-to ada@example.com"
+        yield fault(f"--send-to: {wrong.field}: {wrong.message}", fix)
         return
     with client(settings) as redis:
         outbox = Outbox(Jobs(redis), settings)

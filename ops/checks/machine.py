@@ -24,6 +24,8 @@ from settings import Settings
 LISTENING = re.compile(r"^ *\d+: (\w+):(\w+) \S+ 0A ", re.MULTILINE)  # a line of /proc/net/tcp; 0A: tcp_states.h
 SOON = 14 * 86400  # seconds; certbot renews 30 days before
 LITTLE = 128 * 2**20  # bytes of disk
+TLS_PORT = re.compile(r"^\s*listen\s+(?!127\.|\[::1\])(?:\S*:)?(\d+)\s[^;#]*\bssl\b", re.MULTILINE)
+LET_IN = re.compile(r"^(?:[\d,]*\b(?:80|443)\b|Nginx|WWW|Anywhere).* (?:ALLOW|LIMIT)", re.MULTILINE)  # `ufw status`
 PUBLIC = {22, 80, 443}  # ssh and nginx
 
 
@@ -107,6 +109,10 @@ def tls(target: Target) -> Findings:
     if not certificates:
         found = "nginx takes API keys without TLS; who shares the network can read them"
         yield note(found, f"{target.opt}/current/docs/operations.md, TLS: certbot, or a certificate of your own")
+    missing = {int(port) for port in TLS_PORT.findall(site)} - listeners()
+    if missing:
+        found = f"nothing listens on port {min(missing)}, which the nginx site names: nginx runs on an older file"
+        yield fault(found, "sudo nginx -t && sudo systemctl restart nginx; sudo tail /var/log/nginx/error.log")
     for path in certificates:
         fix = f"renew {path} (certbot: sudo certbot renew), then: sudo systemctl reload nginx"
         if not runs_out(path, SOON):
@@ -155,6 +161,9 @@ def ports(target: Target, settings: Settings) -> Findings:
         yield note(found, "sudo ss -ltnp shows whose they are; close them in the security group or firewall")
     if not open_ones & ours.keys():
         yield ok("nothing of ours listens for other machines")
+    firewall = run("ufw", "status").stdout
+    if target.installed and "Status: active" in firewall and not LET_IN.search(firewall):
+        yield warn("ufw, this machine's firewall, lets nobody in to ports 80 and 443", "sudo ufw allow 80,443/tcp")
 
 
 def listeners() -> set[int]:

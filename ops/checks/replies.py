@@ -79,7 +79,8 @@ ROWS = (
      "the relay's certificate comes from an authority that this machine does not know",
      "sudo apt install ca-certificates; for a relay of your own: SMTP_CA_FILE=its authority in PEM"),
     (ANY, STARTTLS, "none|5..", r"not supported|STARTTLS", "the relay offers no STARTTLS on this port",
-     "SMTP_SECURITY=tls and SMTP_PORT=465, or another port; a login is never sent unencrypted"),
+     "SMTP_SECURITY=tls and SMTP_PORT=465, or another port; for a relay of your own network without a login: "
+     "SMTP_SECURITY=none"),
     (ANY, STARTTLS, ".*", "", "the relay cannot do TLS now", "ask its operator; see also SMTP_PORT, SMTP_SECURITY"),
     (ANY, AUTH, "none", r"offers no AUTH", "the relay offers no login here: it wants TLS first, or no login at all",
      "SMTP_SECURITY=starttls; or take SMTP_USERNAME and SMTP_PASSWORD out"),

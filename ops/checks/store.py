@@ -24,7 +24,7 @@ from ops.checks import system
 from ops.checks.findings import FAULT, Finding, Findings, fault, lasting, note, ok, sized, warn
 from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
-from queues.connection import connect, weaknesses
+from queues.connection import connect, is_full, weaknesses
 from settings import Settings, is_loopback
 
 OUR_CONF, OUR_SOCKETS = "/etc/redis/redis-async-email.conf", "/run/redis-async-email"
@@ -123,7 +123,7 @@ def connection_trouble(at: Address, target: Target) -> Findings:
     closed = denied_at(user, Path(at.path), 2) if user else None
     if closed:
         is_socket = stat.S_ISSOCK(closed.stat().st_mode)
-        fix = f"write unixsocketperm 777 into {OUR_CONF} (its password guards it), and restart it"
+        fix = f"sudo usermod -aG redis {target.user}; write unixsocketperm 770 into {OUR_CONF}, and restart it"
         found = f"the user {target.user} may not use {at}: {closed} denies it"
         yield fault(found, fix if is_socket else f"sudo chmod o+x {closed}")
 
@@ -140,8 +140,7 @@ def how_to_reach(error: OSError, at: Address, target: Target) -> str:
     if at.is_here:
         if target.installed:
             return "sudo systemctl enable --now redis-server (or valkey-server)"
-        that = "REDIS_URL=redis://127.0.0.1:6380/0 bin/doctor"
-        return f"bin/dev brings one of its own, and {that} checks that one; on a server sudo bin/install does"
+        return "bin/dev brings one of its own, which is then looked at; on a server sudo bin/install does"
     return f"start Redis there, or correct REDIS_URL in {target.file}"
 
 
@@ -279,9 +278,9 @@ def memory(target: Target, settings: Settings) -> Findings:
     if not most and policy != "noeviction":
         found = f"maxmemory-policy is {policy}: as soon as there is a limit, Redis drops mail silently"
         yield warn(found, fix_of("evicting", at, target))
-    if most and used >= most:
+    if is_full(most, used - info.get("mem_not_counted_for_evict", 0)):
         yield note(f"uses {sized(used)} of {sized(most)}")
-    elif most and used > 0.8 * most:
+    elif most and used > 0.7 * most:
         yield warn(f"it is nearly full: {sized(used)} of {sized(most)}", "see why the queue grows, or raise maxmemory")
     elif machine and (most or used) > 0.75 * machine:
         found = f"it may use {sized(most or used)} of this machine's {sized(machine)}, and needs more while it saves"

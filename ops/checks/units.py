@@ -22,10 +22,11 @@ from ops.checks.target import Target
 UNITS = ("async-email.target", "async-email-api.socket", *configuration.SERVICES)
 PROPERTIES = (
     "Id,LoadState,UnitFileState,NeedDaemonReload,ActiveState,SubState,Result,ExecMainStatus,MainPID,NRestarts,"
-    "ActiveEnterTimestampMonotonic,ExecMainStartTimestampMonotonic,Restart,KillMode"
+    "ActiveEnterTimestampMonotonic,ExecMainStartTimestampMonotonic,Restart,KillMode,LimitNOFILE"
 )
 OFTEN = 3  # restarts since it was started by hand or at boot
 LATELY = 3600  # seconds; an older trouble is over
+FEW_FILES = 512  # open files and connections; the API's processes take 400 connections each
 
 # fmt: off
 EXITS = {  # exit code -> its meaning, its fix
@@ -127,7 +128,11 @@ def about(unit: Unit, target: Target) -> Findings:
     if "-worker@" in name and unit.get("KillMode", "mixed") != "mixed":
         found = f"{name} has KillMode={unit['KillMode']}: a restart kills the jobs in progress"
         yield fault(found, f"sudo systemctl edit {name}: [Service] KillMode=mixed")
+    if ours(unit) and 0 < int(unit.get("LimitNOFILE") or 0) < FEW_FILES:
+        found = f"{name} may open {unit['LimitNOFILE']} files and connections, which is too few"
+        yield fault(found, f"sudo systemctl edit {name}: [Service] LimitNOFILE=4096; then restart it")
     yield from from_another_release(unit, target)
+    yield from from_another_program(unit)
 
 
 def up_for(unit: Unit) -> float:
@@ -176,6 +181,17 @@ def changed_since_start(unit: Unit, target: Target) -> Iterator[Path]:
             changed = path.stat().st_mtime > time.time() - time.monotonic() + started
             if path.read_bytes() != copy.read_bytes() if copy.is_file() else started and changed:
                 yield path
+
+
+def from_another_program(unit: Unit) -> Findings:
+    """Finds a unit whose program was replaced while it ran, as by an upgrade of the system."""
+    try:
+        program = os.readlink(f"/proc/{unit.get('MainPID', '0')}/exe")
+    except OSError:  # not root, or it does not run
+        return
+    if program.endswith(" (deleted)"):
+        found = f"{unit.get('Id')} still runs a program that was replaced since, as by an upgrade of the system"
+        yield warn(found, f"sudo systemctl restart {unit.get('Id')}")
 
 
 def from_another_release(unit: Unit, target: Target) -> Findings:

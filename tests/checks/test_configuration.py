@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ops import lock
 from ops.checks import configuration
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.system import User, denied_at, find_user
@@ -39,7 +41,7 @@ def test_what_one_service_cannot_do_without_is_told_for_that_one(server: Server)
     server.env.write_text("SMTP_HOST=127.0.0.1\nMAIL_FROM=nobody in particular\n")
     assert_finds(configuration.values(server.target), FAULT, "MAIL_FROM: ")
     server.env.write_text(ENV + "SMTP_PASWORD=x\n")
-    assert_finds(configuration.values(server.target), FAULT, "SMTP_PASWORD in async-email.env is not a setting")
+    assert_finds(configuration.values(server.target), FAULT, "SMTP_PASWORD is not a setting; did you mean")
 
 
 def test_a_secret_that_a_unit_does_not_pass_is_missing_for_that_service_alone(server: Server) -> None:
@@ -81,6 +83,64 @@ def test_in_a_checkout_the_environment_counts(target: Target, monkeypatch: pytes
     assert_finds(configuration.modes(target), WARN, "can be read by other users", "chmod 600")
     monkeypatch.setenv("ON_DOUBT", "maybe")
     assert_finds(configuration.values(target), FAULT, "ON_DOUBT: input should be 'retry' or 'hold'", ".env.example")
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"SMTP_USERNAME": "ada"}, "SMTP_USERNAME and SMTP_PASSWORD go together"),
+        ({"SMTP_HOST": "smtp.example.com"}, "MAIL_FROM is not set"),
+        ({"MAIL_FROM": "root@localhost"}, "MAIL_FROM: must have a domain with a dot"),
+        ({"TEMPLATES_DIR": "own"}, "own/x/body.txt, line 1"),
+        ({"TASKS_FILE": "own/tasks.py"}, "own/tasks.py, line 2"),
+    ],
+)
+def test_what_stops_the_start_of_a_checkout_is_a_fault(
+    target: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], said: str
+) -> None:
+    (tmp_path / "own/x").mkdir(parents=True)
+    (tmp_path / "own/x/subject.txt").write_text("Hello")
+    (tmp_path / "own/x/body.txt").write_text("{{ name")
+    (tmp_path / "own/tasks.py").write_text("import os\nbut not so\n")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert_finds(configuration.values(target), FAULT, said, ".env")
+
+
+def test_a_template_that_cannot_work_stops_the_api_of_a_server_alone(server: Server) -> None:
+    server.write("own/x/body.txt", "{{ name")
+    server.env.write_text(f"{ENV}TEMPLATES_DIR={server.folder}/own\n")
+    assert_finds(
+        configuration.values(server.target),
+        FAULT,
+        f"api will not start: {server.folder}/own/x/body.txt, line 1",
+        "sudoedit",
+    )
+
+
+def test_in_a_checkout_the_redis_of_the_bin_dev_that_runs_is_the_one(
+    target: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def url() -> str:
+        loaded = configuration.load(target)
+        return loaded.redis_url.get_secret_value() if loaded else ""
+
+    target.code, usual = tmp_path, url()
+    relay, catcher = folders = [tmp_path / "var/dev" / name for name in ("relay", "catcher")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with lock.take(relay) as held, lock.take(catcher) as other:
+        assert url() == usual  # neither is there yet
+        lock.write(held, lock.Holder(os.getpid(), os.getpid(), 6381))
+        assert url() == "redis://127.0.0.1:6381/0"
+        lock.write(other, lock.Holder(os.getpid(), os.getpid(), 6382))
+        assert url() == "redis://127.0.0.1:6382/0"
+        monkeypatch.setenv("SMTP_HOST", "smtp.example.com")
+        assert url() == "redis://127.0.0.1:6381/0"
+        monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:6383/0")
+        assert url() == "redis://127.0.0.1:6383/0"
+    monkeypatch.delenv("REDIS_URL")
+    assert url() == usual
 
 
 @pytest.mark.parametrize("name", ["etc", "etc/credentials", "etc/async-email.env", "etc/credentials/redis_url"])
@@ -127,8 +187,18 @@ def test_a_user_reads_what_one_of_its_groups_may(server: Server) -> None:
     assert denied_at(User(-1, []), path, 4) == path
 
 
-def test_a_file_named_in_the_settings_that_the_service_cannot_read_is_a_fault(server: Server) -> None:
-    secret = server.write("secret", PASSWORD, 0o600)
-    server.env.write_text(f"{ENV}SMTP_USERNAME=ada\nSMTP_PASSWORD_FILE={secret}\n")
-    found = "SMTP_PASSWORD_FILE: the user nobody cannot read"
-    assert_finds(configuration.modes(server.target), FAULT, found, "credentials")
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("SMTP_PASSWORD_FILE", "credentials"),
+        ("TASKS_FILE", "sudo chmod -R go+rX"),
+        ("TEMPLATES_DIR", "sudo chmod -R go+rX"),
+    ],
+)
+def test_what_is_named_in_the_settings_and_the_service_cannot_read_is_a_fault(
+    server: Server, name: str, remedy: str
+) -> None:
+    named = server.write("secret/file", PASSWORD, 0o600)
+    named.parent.chmod(0o700)
+    server.env.write_text(f"{ENV}SMTP_USERNAME=ada\n{name}={named if name.endswith('FILE') else named.parent}\n")
+    assert_finds(configuration.modes(server.target), FAULT, f"{name}: the user nobody cannot read", remedy)

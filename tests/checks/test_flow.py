@@ -89,6 +89,9 @@ def test_an_open_breaker_is_explained_by_what_the_last_attempt_met_with(
     client.hset(f"mail:{mail_id}", "attempts", json.dumps([attempt]))
     assert_finds(flow.waiting(target, settings), FAULT, "534 at auth: Google wants an app password", "apppasswords")
     assert "planted" not in repr(listed(flow.waiting(target, settings)))
+    client.hset(f"mail:{mail_id}", "attempts", json.dumps([attempt | {"relay": "127.0.0.1:1"}]))
+    corrected = settings.model_copy(update={"smtp_host": "relay.example.com"})
+    assert_finds(flow.waiting(target, corrected), FAULT, "that was 127.0.0.1:1, and SMTP_HOST", "bin/breaker close")
 
 
 def test_the_checks_change_nothing_in_redis(
@@ -112,6 +115,8 @@ def test_a_mail_to_order_that_does_not_arrive_is_explained(
     target.send_to = "not an address"
     assert_finds(flow.canary(target, settings), FAULT, "--send-to", "ada@example.com")
     target.send_to = "ada@acme.shop"
+    unset = settings.model_copy(update={"mail_from": None})
+    assert_finds(flow.canary(target, unset), FAULT, "--send-to: from: is required", "MAIL_FROM: edit ")
     monkeypatch.setattr(flow, "CANARY_TIMEOUT", 0.2)
     assert_finds(flow.canary(target, settings), FAULT, "no worker has taken it", "worker.py email")
     refused = {"status": "failed", "attempts": [{"phase": "dot", "code": 550, "text": "5.4.5 Daily limit"}]}

@@ -138,6 +138,11 @@ def test_keys_in_the_clear_and_a_certificate_that_runs_out_are_named(
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", days]
         subprocess.run([*command, "-keyout", "/dev/null", "-out", certificate], check=True, capture_output=True)
         assert_finds(machine.tls(server.target), level, f"{certificate} {found}")
+    site.write_text(f"    listen [::]:443 ssl default_server;\n{site.read_text()}")
+    monkeypatch.setattr(machine, "listeners", set)
+    assert_finds(machine.tls(server.target), FAULT, "nothing listens on port 443", "sudo systemctl restart nginx")
+    monkeypatch.setattr(machine, "listeners", lambda: {443})
+    assert worst(machine.tls(server.target)).level == WARN
     monkeypatch.setattr(machine, "runs_out", lambda *_: True)
     assert_finds(machine.tls(server.target), FAULT, f"{certificate} has expired", "sudo systemctl reload nginx")
 
@@ -153,6 +158,30 @@ def test_a_full_disk_of_logs_is_named_and_logs_that_nobody_rotates(
     assert_finds(machine.logs(server.target), WARN, "1 MB free for logs", "journalctl --vacuum-size")
     monkeypatch.setattr(machine, "run", lambda *_: subprocess.CompletedProcess((), system.NOT_RUN, "", ""))
     assert_finds(machine.logs(server.target), WARN, "no logrotate", "sudo apt install logrotate")
+
+
+# fmt: off
+UFW = [  # what `ufw status` says of its rules -> the level of what the doctor says
+    ("22/tcp                     ALLOW       Anywhere", WARN),
+    ("80/tcp                     DENY        Anywhere", WARN),
+    ("8080/tcp                   ALLOW       Anywhere", WARN),
+    ("22/tcp                     ALLOW       Anywhere\n80,443/tcp                 ALLOW       Anywhere", OK),
+    ("443/tcp                    LIMIT       10.0.0.0/8", OK),
+    ("Nginx Full                 ALLOW       Anywhere", OK),
+    ("Anywhere                   ALLOW       10.0.0.7", OK),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("rules", "level"), UFW)
+def test_a_firewall_of_this_machine_that_lets_nobody_in_is_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch, rules: str, level: str
+) -> None:
+    monkeypatch.setattr(machine, "listeners", set)
+    fake(server.folder, "ufw", f"printf 'Status: active\n\nTo  Action  From\n--  ------  ----\n{rules}\n'", monkeypatch)
+    said = worst(machine.ports(server.target, of()))
+    assert said.level == level, said
+    assert level == OK or said.fix == "sudo ufw allow 80,443/tcp"
 
 
 def test_a_clock_that_nobody_sets_is_named(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +243,7 @@ UNITS = [
     ({"UnitFileState": "disabled"}, WARN, "gone after the next reboot", f"sudo systemctl enable {WORKER}"),
     ({"KillMode": "control-group"}, FAULT, "a restart kills the jobs", "KillMode=mixed"),
     ({"NeedDaemonReload": "yes"}, WARN, "changed on disk", "daemon-reload"),
+    ({"LimitNOFILE": "12"}, FAULT, "may open 12 files", f"systemctl edit {WORKER}"),
 ]
 # fmt: on
 
@@ -250,6 +280,17 @@ def test_a_unit_that_still_runs_the_last_release_is_named(server: Server) -> Non
             process.kill()
         assert said.level == level, said
     assert "still runs" not in said.found
+
+
+def test_a_unit_whose_program_was_replaced_while_it_ran_is_named(server: Server) -> None:
+    program = server.folder / "sleep"
+    shutil.copy2("/bin/sleep", program)
+    with subprocess.Popen([program, "60"]) as process:
+        server.units(WORKER, MainPID=str(process.pid))
+        assert worst(units.running(server.target)).level == OK
+        program.unlink()
+        assert_finds(units.running(server.target), WARN, "still runs a program that was replaced", "systemctl restart")
+        process.kill()
 
 
 API, DASHBOARD = "async-email-api.service", "async-email-dashboard.service"

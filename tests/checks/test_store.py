@@ -72,7 +72,7 @@ def test_a_socket_that_the_service_may_not_use_is_named(server: Server, tmp_path
     path = server.folder / "redis.sock"
     with RedisServer(tmp_path, "--unixsocket", str(path), "--unixsocketperm", "700"):
         settings = of(redis_url=f"unix://{path}")
-        assert_finds(store.reachable(server.target, settings), FAULT, "nobody may not use", "unixsocketperm 777")
+        assert_finds(store.reachable(server.target, settings), FAULT, "nobody may not use", "usermod -aG redis nobody")
         path.chmod(0o777)
         assert worst(store.reachable(server.target, settings)).level == OK
 
@@ -154,7 +154,11 @@ def test_a_redis_that_cannot_write_its_files_is_named(target: Target, tmp_path: 
 
 def test_a_redis_that_takes_no_more_is_named(target: Target, tmp_path: Path) -> None:
     with RedisServer(tmp_path) as redis, redis.client() as client:
-        client.config_set("maxmemory", int(client.info()["used_memory"] * 1.1))
+        client.config_set("maxmemory", int(client.info()["used_memory"] * 1.2))
+        assert_finds(store.memory(target, at(redis.port)), FAULT, "out of memory", "let the workers drain")
+        client.config_set("maxmemory", 150 << 20)
+        for number in range(10):
+            client.set(f"filling:{number}", "x" * (10 << 20))
         assert_finds(store.memory(target, at(redis.port)), WARN, "it is nearly full", "raise maxmemory")
         client.config_set("maxclients", 1)
         assert_finds(store.reachable(target, at(redis.port)), FAULT, "as many clients as it allows", "maxclients")

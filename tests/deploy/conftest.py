@@ -1,13 +1,14 @@
-"""One machine for all tests here: booted bare, installed as README says, and given back to each test in good order.
+"""One machine for all tests here, of each Debian: booted bare, installed as README says, and given back to each test in
+good order.
 
     bare       a machine booted from nothing, with a clone of this commit, and a relay beside it
     installed  the same after `bin/install`, with what was seen on the way
     server     the same after its one file was edited: it sends mail
 
 Booting one needs root, and all of this takes minutes, so it is done only when it is asked for with REQUIRE_DEPLOY=1, as
-CI does: REQUIRE_DEPLOY=1 bin/test tests/deploy. pytest's `--durations=0` says how long each step took: booting,
-installing and configuring are the setup of the first test that needs it. All tests here run in one process, which has
-the machine, beside all other tests (tests/side_by_side.py).
+CI does: REQUIRE_DEPLOY=1 bin/test tests/deploy (-k debian-13 takes that machine alone). `--durations=0` says how long
+each step took: booting, installing and configuring are the setup of the first test that needs it. All tests of one
+machine run in one process, beside all other tests (tests/side_by_side.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deploy.machine import booted, missing
+from tests.deploy.machine import SUITES, booted, missing
 from tests.deploy.server import Bare, Installed, Server
 from tests.relay import Relay
 from tests.servers import eventually
@@ -25,13 +26,16 @@ from tests.servers import eventually
 LOGIN, RELAY = ("AKIAEXAMPLE", "the relay's password is this"), "smtp.shop.internal"
 
 
-@pytest.fixture(scope="session")
-def bare() -> Iterator[Bare]:
+@pytest.fixture(scope="session", params=SUITES)
+def bare(request: pytest.FixtureRequest) -> Iterator[Bare]:
     if os.environ.get("REQUIRE_DEPLOY") != "1":
         pytest.skip("it boots a machine and takes minutes; REQUIRE_DEPLOY=1 asks for it")
     if reason := missing():
         pytest.fail(reason)
-    with booted() as machine, Relay(LOGIN, "starttls", host=machine.network.host, name=RELAY, port=587) as relay:
+    with (
+        booted(SUITES[request.param]) as machine,
+        Relay(LOGIN, "starttls", host=machine.network.host, name=RELAY, port=587) as relay,
+    ):
         yield Bare(machine, relay)
 
 

@@ -1,9 +1,9 @@
-"""A server to deploy on: a bare Debian 12, made by debootstrap and booted by systemd-nspawn with systemd as PID 1.
+"""A server to deploy on: a bare Debian 12 or 13, made by debootstrap and booted with systemd by systemd-nspawn.
 
 It is what a hoster gives: ssh, sudo, git, curl, Python and no more, a user `admin` who may use sudo, and a network of
 its own (network.py). `admin` does a command as that user would, `run` as root; `reboot` does what it says; `clone` puts
 this commit there as `git clone` does. Two things come from the host, or nothing could be installed: apt's sources, if
-it is a Debian 12 too, and pip's settings with the certificates that they name. Nothing is left behind: it ends what it
+it is a Debian too, and pip's settings with the certificates that they name. Nothing is left behind: it ends what it
 started by process id.
 """
 
@@ -30,7 +30,7 @@ PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "python3", "python3-venv", "ca-certificates", "curl"),
     *("git", "iproute2", "procps", "openssh-server", "sudo"),
 )
-SUITE = "bookworm"  # Debian 12
+SUITES = {"debian-12": "bookworm", "debian-13": "trixie"}
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 Ran = subprocess.CompletedProcess[str]
@@ -136,14 +136,14 @@ class Machine:
 
 
 @contextmanager
-def booted() -> Iterator[Machine]:
+def booted(suite: str) -> Iterator[Machine]:
     with ExitStack() as undo:
         laid = undo.enter_context(network())
         directory = Path(tempfile.mkdtemp(prefix="async-email-deploy-", dir="/var/tmp"))
         undo.callback(shutil.rmtree, directory)
         root = directory / "root"
-        sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root))
-        furnish(root, laid.host)
+        sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", suite, str(root))
+        furnish(root, suite, laid.host)
         sh("chroot", str(root), "useradd", "--create-home", "--shell=/bin/bash", "--groups=sudo", "admin")
         machine = Machine(laid, directory, undo.enter_context(control_groups(laid.name)))
         undo.callback(machine.kill)
@@ -179,16 +179,19 @@ def removed(group: str) -> bool:
     return True
 
 
-def furnish(root: Path, name_server: str) -> None:
+def furnish(root: Path, suite: str, name_server: str) -> None:
     """What a hoster's image has besides packages."""
     (root / "etc/hostname").write_text("mailhost\n")
     (root / "etc/hosts").write_text("127.0.0.1 localhost mailhost\n::1 localhost\n")
     (root / "etc/sudoers.d/admin").write_text("admin ALL=(ALL) NOPASSWD:ALL\n")
     (root / "etc/resolv.conf").unlink(missing_ok=True)
     (root / "etc/resolv.conf").write_text(f"nameserver {name_server}\n")
-    if platform.freedesktop_os_release().get("VERSION_CODENAME") == SUITE:
+    host = platform.freedesktop_os_release()
+    if host["ID"] == "debian":
         shutil.rmtree(root / "etc/apt")
         shutil.copytree("/etc/apt", root / "etc/apt")
+        for sources in (root / "etc/apt").glob("sources.list*/*.sources"):
+            sources.write_text(sources.read_text().replace(host["VERSION_CODENAME"], suite))
     settings = pip_settings()
     (root / "etc/pip.conf").write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
     for file in (Path(value) for value in settings.values() if Path(value).is_file()):  # certificate authorities

@@ -193,7 +193,9 @@ class Server:
     def processes(self, unit: str) -> list[int]:
         """All of the unit's, as the kernel counts them."""
         group = self.shows(unit, "ControlGroup")
-        return [int(pid) for pid in self.machine.says(f"cat /sys/fs/cgroup/systemd{group}/cgroup.procs").split()]
+        tops = f"/sys/fs/cgroup/systemd{group}", f"/sys/fs/cgroup{group}"  # cgroup v1 and v2
+        listed = self.machine.says(f"cat {tops[0]}/cgroup.procs || cat {tops[1]}/cgroup.procs")
+        return [int(pid) for pid in listed.split()]
 
     def is_up(self) -> bool:
         states = self.machine.run(f"systemctl is-active {' '.join(UNITS)}", check=False).stdout.split()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.deploy.server import CA_FILE, COMMANDS, DASHBOARD, EMAIL, ENV, JOBS, REDIS, Server
+from tests.deploy.server import CA_FILE, CLONE, COMMANDS, DASHBOARD, EMAIL, ENV, JOBS, REDIS, Server
 from tests.servers import eventually
 
 pytestmark = pytest.mark.deploy
@@ -87,6 +87,25 @@ FAILURES = (
     Failure("a secret of somebody else's", f"chown admin {SECRETS}/api_keys", "does not belong to root"),
     Failure("code that the service may change", f"chown async-email {CURRENT}/worker.py", "may change the code"),
     Failure("an authority that it cannot read", f"chmod 600 {CA_FILE}", "cannot read", CA_FILE, f"chmod 644 {CA_FILE}"),
+    # what an upgrade of the system leaves behind, and what fills up
+    Failure(
+        "another Python than the one that made the .venv, and a /tmp that runs no program",
+        f"mount -t tmpfs -o noexec tmpfs /tmp && cd {CURRENT}/.venv && mv lib/python3.* lib/python3.9"
+        " && sed -i 's/^version = .*/version = 3.9.2/' pyvenv.cfg && printf 'Python 3.9' > complete"
+        " && systemctl restart async-email.target",
+        "made for Python 3.9",
+        "sudo bin/install",
+        f"cd ~admin/{CLONE} && bin/install && umount -l /tmp",
+    ),
+    Failure(
+        "no room for logs",
+        "mount -t tmpfs -o size=2m tmpfs /var/log && mkdir /var/log/nginx && ! head -c 4m /dev/zero > /var/log/full",
+        "0 KB free for logs",
+        "du -xh /var/log",
+        "umount -l /var/log",
+        level="warn",
+    ),
+    Failure("nobody rotates logs", "apt-get remove -y -qq logrotate", "no logrotate", "apt install", level="warn"),
     # what ran by hand and not as a service, and which log to read
     Failure("a worker is stopped", f"systemctl stop {JOBS}", JOBS),
     Failure("a worker is not enabled", f"systemctl disable {EMAIL}", "not enabled", level="warn"),

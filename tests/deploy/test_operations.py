@@ -4,8 +4,10 @@ a queue looked into and repaired, removal. What is done is undone, by the page's
 from __future__ import annotations
 
 import shlex
+from datetime import datetime, timedelta, timezone
 
 import pytest
+import trustme
 
 from tests.deploy.server import ENV, REDIS, Server
 from tests.operations import block, line
@@ -131,6 +133,36 @@ def test_the_site_takes_a_name(server: Server) -> None:
     bash(server, line("sudo sed -i 's/server_name"))
     assert server.machine.says(f"grep -c 'server_name mail.example.com;' {SITE}") == "1"
     server.machine.run(f"nginx -t && mv /var/tmp/kept-site {SITE}")
+
+
+def test_a_certificate_of_ones_own_and_its_end(server: Server) -> None:
+    server.machine.run(f"cp -p {SITE} /var/tmp/kept-site")
+    name = "mail.example.com"
+    authority = trustme.CA()
+
+    def bring(until: datetime | None = None) -> None:
+        certificate = authority.issue_cert(name, not_after=until)
+        chain = "".join(blob.bytes().decode() for blob in certificate.cert_chain_pems)
+        server.machine.run(f"cat > ~admin/{name}.crt", given=chain)
+        server.machine.run(f"cat > ~admin/{name}.key", given=certificate.private_key_pem.bytes().decode())
+        bash(server, block("sudo install -m 644 mail.example.com.crt"))
+
+    try:
+        server.machine.run("cat > ~admin/authority.crt", given=authority.cert_pem.bytes().decode())
+        bring()
+        curl = f"curl -sS --cacert authority.crt --resolve {name}:443:{server.machine.address} https://{name}/healthz"
+        eventually(lambda: '"ok"' in server.machine.admin(curl, check=False).stdout)
+        with pytest.raises(OSError, match="refused"):
+            server.api.get("/healthz")  # port 80, from outside
+        assert [one for one in server.doctor().findings if one.level == "ok" and "is valid for more than" in one.found]
+        bring(datetime.now(timezone.utc) - timedelta(days=1))
+        [found] = [one for one in server.doctor().findings if "has expired" in one.found]
+        assert found.level == "fault"
+        assert "systemctl reload nginx" in found.fix
+        eventually(lambda: "expired" in server.machine.admin(curl, check=False).stderr)
+    finally:
+        server.machine.run(f"cp -p /var/tmp/kept-site {SITE} && systemctl restart nginx; rm /var/tmp/kept-site")
+        server.machine.run(f"rm -f ~admin/{name}.* ~admin/authority.crt /etc/ssl/async-email.crt")
 
 
 def test_it_is_removed_and_comes_back_with_queue_and_secrets(server: Server) -> None:
