@@ -142,8 +142,9 @@ def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
 def parse_host(text: str) -> str:
     """Returns a host's name or address as it stands. A port, a scheme or a login beside it is no part of it."""
     host = text.strip()
-    with suppress(ValueError):
-        return str(ipaddress.ip_address(host))
+    if re.fullmatch(r"[0-9A-Fa-f.:]+(%[\w.-]+)?", host):  # ipaddress takes any text behind %
+        with suppress(ValueError):
+            return str(ipaddress.ip_address(host))
     if not re.fullmatch(r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*\.?", host) or len(host) > 253:
         raise ValueError("must be a host's name or address alone, such as smtp.example.com; its port is SMTP_PORT")
     return host

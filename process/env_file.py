@@ -59,7 +59,7 @@ def _decoded(data: bytes) -> str:
 def _line(binding: Binding) -> int:
     """Returns the number of the line on which the assignment begins; the parser counts from the blank lines before."""
     text = binding.original.string
-    return binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+    return binding.original.line + len(re.findall("\r\n|\n|\r", text[: len(text) - len(text.lstrip())]))
 
 
 def _name(binding: Binding) -> str:

@@ -133,3 +133,8 @@ def test_a_hash_that_would_cut_a_value_is_a_fault(tmp_path: Path, monkeypatch: p
 
 def test_no_file_is_no_settings(tmp_path: Path) -> None:
     assert read(tmp_path / ".env") == []
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_blank_lines_of_any_kind_are_counted(tmp_path: Path, end: str) -> None:
+    assert faults(tmp_path / ".env", f"A=1{end * 3}SMTP_HOST{end}".encode())[0].startswith(".env line 4: it ")

@@ -66,6 +66,7 @@ def faults(*needed: str, **variables: str) -> list[str]:
                 "user@smtp.example.com",
                 "[smtp.example.com]",
                 "-relay",
+                "fe80::1% eth0",
             )
         ),
         ({"EHLO_NAME": "web 1"}, "EHLO_NAME: must be a full name, such as mail.example.com"),
@@ -99,7 +100,9 @@ def test_half_a_login_is_refused_by_who_speaks_to_the_relay(variable: str) -> No
     load("mail_from", mail_from="a@example.com")  # the API, which has no business with the password
 
 
-@pytest.mark.parametrize("host", ["smtp.example.com", "relay", "mail_relay", "10.0.0.1", "::1", "smtp.müller.example."])
+@pytest.mark.parametrize(
+    "host", ["smtp.example.com", "relay", "mail_relay", "10.0.0.1", "fe80::1%eth0", "smtp.müller.example."]
+)
 def test_every_host_is_taken(host: str) -> None:
     assert given(SMTP_HOST=host).smtp_host == host
 

@@ -99,10 +99,10 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         # Waitress joins the values of fields of one name with a comma.
         if not HOST.fullmatch(self.headers.get("HOST", "" if self.version == "1.0" else ",")):
             raise ParsingError("it must have exactly one Host")
-        # Waitress leaves a Transfer-Encoding that it ignores. RFC 9112, 6.1: the framing is faulty.
-        if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
+        codings = [coding.strip(b" \t\r").lower() for coding in CODINGS.findall(header_plus)]
+        if codings and (self.version == "1.0" or "CONTENT_LENGTH" in self.headers):  # RFC 9112, 6.1: faulty framing
             raise ParsingError("its body must end in one way only")
-        if self.chunked:
-            if [coding.strip(b" \t\r").lower() for coding in CODINGS.findall(header_plus)] != [b"chunked"]:
-                raise ParsingError("it must be chunked once only")
+        if codings not in ([], [b"chunked"]):  # Waitress takes one that is empty for none
+            raise ParsingError("it must be chunked once only")
+        if codings:
             self.body_rcv = Chunks(self.body_rcv.getbuf())
