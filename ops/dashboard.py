@@ -6,7 +6,7 @@ this is missing in rq-dashboard 0.9.0: we patch its templates as they are loaded
 refuse to start if a release no longer fits.
 
 Refuses to run without a password, except on loopback with `--no-login`; then it answers to loopback names only, since
-any web page can point a name of its own at 127.0.0.1 (DNS rebinding).
+any web page can point a name of its own at 127.0.0.1 (web/hosts.py).
 Standards: HTTP Basic (RFC 7617), Fetch Metadata and Content Security Policy 3 (W3C).
 """
 
@@ -16,11 +16,10 @@ import argparse
 import hmac
 import json
 import logging
-import re
 import secrets
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,7 @@ from queues.connection import Unavailable, connect, why_unavailable
 from queues.jobs import Jobs, NotFound, NotPossible
 from queues.table import EMAIL, QUEUES
 from settings import Settings, SettingsError, is_loopback, load
+from web.hosts import ALLOWED, add_flag, is_local, is_same_origin
 from web.server import listen_on
 
 PACKAGE = Path(upstream.__file__).parent  # rq_dashboard, as it is installed
@@ -185,10 +185,10 @@ class Dashboard(Flask):
         emit("crashed", logging.ERROR, where=where(exc_info[1]))
 
 
-def make_app(settings: Settings, login: bool) -> Dashboard:
+def make_app(settings: Settings, login: bool, names: Collection[str] = ()) -> Dashboard:
     """Returns the WSGI application. Raises RuntimeError if the installed rq-dashboard is not the one that we patch."""
     app = Dashboard(settings.redis_url.get_secret_value())
-    app.before_request(partial(demand_login, settings) if login else refuse_foreign_names)
+    app.before_request(partial(demand_login, settings) if login else partial(refuse_foreign_names, names))
     app.before_request(refuse_other_origins)
     app.before_request(refuse_other_instances)
     app.after_request(add_headers)
@@ -220,26 +220,14 @@ def demand_login(settings: Settings) -> Response | None:
     return Response("Log in with DASHBOARD_USERNAME and DASHBOARD_PASSWORD.\n", 401, challenge, mimetype="text/plain")
 
 
-def refuse_foreign_names() -> Response | None:
-    name = re.sub(r":\d+$", "", request.headers.get("Host", "")).strip("[]").lower()
-    if is_loopback(name):
-        return None
-    return plain(403, "Without a login this answers to loopback names only. Open it as http://localhost:PORT/rq/.")
+def refuse_foreign_names(names: Collection[str]) -> Response | None:
+    return None if is_local(request.headers.get("Host", ""), names) else plain(421, f"Without a login {ALLOWED}.")
 
 
 def refuse_other_origins() -> Response | None:
-    if request.method in READING or is_same_origin():
+    if request.method in READING or is_same_origin(request.headers.get):
         return None
     return plain(403, "A request that changes something must come from one of the dashboard's own pages.")
-
-
-def is_same_origin() -> bool:
-    site = request.headers.get("Sec-Fetch-Site")
-    if site is not None:
-        return site == "same-origin"
-    # Browsers omit it if the page came over plain http from another machine; they always send Origin.
-    _, _, host = request.headers.get("Origin", "").partition("://")
-    return bool(host) and host == request.headers.get("Host")
 
 
 def refuse_other_instances() -> None:
@@ -314,7 +302,9 @@ def compact_queue(redis: Redis, queue_name: str) -> Response:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ops.dashboard", description="rq-dashboard under /rq/")
     parser.add_argument("--no-login", action="store_true", help="ask for no password; on loopback only")
-    login = not parser.parse_args().no_login
+    add_flag(parser)
+    given = parser.parse_args()
+    login = not given.no_login
     try:
         settings = load("dashboard_password") if login else load()
         address = settings.dashboard_listen
@@ -327,7 +317,7 @@ def main() -> int:
     except OSError as error:
         say_why_not(f"DASHBOARD_LISTEN: cannot listen on {address}: {error.strerror}")
         return 2
-    app = make_app(settings, login)
+    app = make_app(settings, login, given.allow_host)
     server = create_server(app, sockets=sockets, threads=4, ident=None, max_request_body_size=MAX_BODY)
     set_up(settings.log_level, settings.log_format)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a browser asks for six files

@@ -1,8 +1,9 @@
 """Starts everything on this machine: `bin/dev` runs Redis, the mail catcher, the API, both workers and the dashboard.
 
-Everything listens on loopback, the API knows the key `dev` beside those in `.env`, mail goes to the catcher unless
-SMTP_HOST is set, and the queue is kept under var/dev/ from one start to the next. It says what to do if a port is taken
-or there is no Redis, prints all addresses once everything answers, then a line per event. Ctrl-C stops it.
+Everything listens on loopback and answers to its names only (web/hosts.py; --allow-host adds one), the API knows the
+key `dev` beside those in `.env`, mail goes to the catcher unless SMTP_HOST is set, and the queue is kept under var/dev/
+from one start to the next. It says what to do if a port is taken or there is no Redis, prints all addresses once
+everything answers, then a line per event. Ctrl-C stops it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ops.aof import cut_unfinished
 from ops.failing import percentage
 from queues import keys
 from queues.table import QUEUES
+from web.hosts import add_flag
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "var" / "dev"  # has a queue for the catcher and one for a real relay, so that test mail is never sent
@@ -98,6 +100,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         )
     chaos = "of a hundred mails to the catcher, so many fail at random"
     parser.add_argument("--chaos", type=percentage, default=0, metavar="PERCENT", help=chaos)
+    add_flag(parser)
     return parser.parse_args(arguments)
 
 
@@ -221,22 +224,24 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
         if getattr(configured, brought):
             raise Failed(f"bin/dev brings its own Redis and API key: {brought.upper()} must not be set for it.")
     catcher = configured.smtp_host is None
-    names = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
-    check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in names})
+    parts = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
+    check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in parts})
     data = DATA / ("catcher" if catcher else "relay")
     data.mkdir(parents=True, exist_ok=True)
     server, stack.redis_log = find_redis_server(data), data / "redis.log"
     stack.environment |= child_settings(ports, configured)
     redis, python = Redis(port=ports.redis_port, socket_timeout=2), sys.executable
+    names = [f"--allow-host={name}" for name in ports.allow_host]
     stack.start("redis", partial(redis_answers, redis), *redis_command(str(server), ports.redis_port, data))
     if catcher:
         flags = [f"--{name}-port={getattr(ports, f'{name}_port')}" for name in ("smtp", "mail", "api")]
-        flags.append(f"--chaos={ports.chaos}")
+        flags += [f"--chaos={ports.chaos}", *names]
         stack.start("catcher", partial(http_answers, ports.mail_port, "/healthz"), python, "-m", "ops.catcher", *flags)
-    stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, "service.py", "--reload-templates")
+    api = ("service.py", "--reload-templates", *names)
+    stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, *api)
     for queue in QUEUES:
         stack.start(queue, partial(worker_answers, redis, queue, stack), python, "worker.py", queue)
-    dashboard = ("-m", "ops.dashboard", "--no-login")
+    dashboard = ("-m", "ops.dashboard", "--no-login", *names)
     stack.start("dashboard", partial(http_answers, ports.dashboard_port, "/rq/"), python, *dashboard)
     print(welcome(ports, configured), flush=True)
 
