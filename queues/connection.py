@@ -221,6 +221,11 @@ def why_unavailable(error: Exception) -> str | None:
     return None
 
 
+def is_wrong_type(error: Exception) -> bool:
+    """Returns whether a key holds another type than the command is for."""
+    return isinstance(error, ResponseError) and "WRONGTYPE" in f"{error.status_code} {error}"
+
+
 def is_hopeless(reason: str) -> bool:
     """Returns whether only another setting, and no waiting, helps against what `why_unavailable` returned."""
     return reason == WRONG_PASSWORD or reason in NEVER.values()

@@ -25,7 +25,7 @@ from rq.job import JOB_ID_PATTERN, parse_job_id
 
 from process.log import emit
 from queues import keys
-from queues.connection import Script
+from queues.connection import Script, is_wrong_type
 from settings import LONGEST_DURATION
 
 UNREADABLE = "jobs:unreadable"  # sorted set: ids of jobs that were set aside, by when; the hashes are at <this>:<id>
@@ -69,7 +69,7 @@ class StrictJob(rq.job.Job):
         try:
             super().refresh()  # type: ignore[no-untyped-call]
         except ResponseError as error:
-            if "WRONGTYPE" not in f"{error.status_code} {error}":
+            if not is_wrong_type(error):
                 raise
             raise Unreadable from error
 

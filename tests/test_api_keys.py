@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import Any
 
 import pytest
 import redis
@@ -74,3 +75,14 @@ def test_a_key_is_compared_with_every_known_key_in_constant_time(
         status = api.call("GET", f"/jobs/{UNKNOWN_ID}", headers={"Authorization": f"Bearer {given}"}).status
     assert status == (404 if given in known else 403)
     assert compared == list(known.values())
+
+
+def test_a_thousand_wrong_keys_ask_redis_nothing_and_the_right_one_works_among_them(
+    api: Api, client: redis.Redis
+) -> None:
+    client.config_resetstat()
+    refused = {Api(api.port, f"ae_{number:032}").post("/emails", MAIL).status for number in range(1000)}
+    commands: Any = client.info("commandstats")
+    assert refused == {403}
+    assert not {"cmdstat_evalsha", "cmdstat_get", "cmdstat_hget", "cmdstat_incr"} & set(commands)
+    assert api.post("/emails", MAIL).status == 202
