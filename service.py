@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +26,7 @@ from queues.offer import load_file
 from settings import Settings, SettingsError, load
 from web import hosts
 from web.app import VERSION, make_app
-from web.server import Server, listen_on
+from web.server import MOST_CONNECTIONS, Server, listen_on, room_for
 
 M_MMAP_THRESHOLD = -3  # mallopt(3)
 
@@ -72,6 +73,8 @@ def main() -> int:
         with app.accepting.handed_over():
             server.run(alive)
 
+    if (room := room_for(len(sockets))) < MOST_CONNECTIONS:
+        emit("few_descriptors", logging.WARNING, connections=room)
     emit("api_started", listen=settings.listen, processes=settings.api_processes, version=VERSION)
     prefork.run(settings.api_processes, serve)
     return 0
