@@ -6,10 +6,13 @@ Waitress refuses is in tests/test_http_grammar.py.
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 import logging
 import re
 import socket
+from types import TracebackType
 from typing import Any
 
 import pytest
@@ -73,6 +76,21 @@ def test_an_answer_to_HEAD_has_the_headers_and_no_body(api: Api) -> None:
     assert (answer.status, answer.body) == (404, None)
     assert answer.headers["Content-Type"] == "application/json"
     assert answer.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize("raw", [b"{", b"\xff", b"[" * 99, b'{"to": 1}', b'{"a": 1, "a": 2}', b"[1e999]"])
+def test_a_refused_body_is_held_by_nothing(raw: bytes) -> None:
+    """A hundred of 10 MB would take the machine down until the garbage collector finds the cycle of a traceback."""
+    app = app_with(f"redis://127.0.0.1:{free_port()}")
+    gc.collect()
+    gc.disable()
+    try:
+        given = {"wsgi.input": io.BytesIO(raw + b" " * LIMIT), "CONTENT_LENGTH": str(len(raw) + LIMIT)}
+        answer = ask(app, "POST", "/emails", CONTENT_TYPE="application/json", **given)  # type: ignore[arg-type]
+        left = [one for one in gc.get_objects() if isinstance(one, TracebackType)]
+    finally:
+        gc.enable()
+    assert (400 <= answer.status < 500, left) == (True, [])
 
 
 # --- every route in turn ----------------------------------------------------------------------------------------------
