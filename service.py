@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,8 +24,9 @@ from queues.connection import Unavailable, announcements, connect, reach
 from queues.jobs import Jobs
 from queues.offer import load_file
 from settings import Settings, SettingsError, load
+from web import hosts
 from web.app import VERSION, make_app
-from web.server import Server, listen_on
+from web.server import MOST_CONNECTIONS, Server, listen_on, room_for
 
 M_MMAP_THRESHOLD = -3  # mallopt(3)
 
@@ -39,6 +41,7 @@ def give_memory_back() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="service.py", description="Serves the HTTP API.")
     parser.add_argument("--reload-templates", action="store_true", help="use an edited template at once")
+    hosts.add_flag(parser)
     given = parser.parse_args()
     try:
         settings = load("api_keys", "mail_from")
@@ -50,7 +53,7 @@ def main() -> int:
         if given.reload_templates:
             read_again_when_changed()
         redis = connect(settings.redis_url.get_secret_value())
-        app = make_app(settings, Jobs(redis), tasks.OFFERED)
+        app = make_app(settings, Jobs(redis), tasks.OFFERED, given.allow_host)
         sockets = listen_on(settings.listen)
     except SettingsError as error:
         say_why_not(error)
@@ -70,6 +73,8 @@ def main() -> int:
         with app.accepting.handed_over():
             server.run(alive)
 
+    if (room := room_for(len(sockets))) < MOST_CONNECTIONS:
+        emit("few_descriptors", logging.WARNING, connections=room)
     emit("api_started", listen=settings.listen, processes=settings.api_processes, version=VERSION)
     prefork.run(settings.api_processes, serve)
     return 0

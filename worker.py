@@ -34,7 +34,7 @@ from queues.connection import (
 )
 from queues.heartbeat import LEASE_SECONDS, MAINTENANCE_EVERY
 from queues.offer import load_file, offered_on
-from queues.quarantine import sift
+from queues.quarantine import put_aside, sift
 from queues.table import EMAIL, QUEUES
 from queues.workers import EmailWorker, Functions, JobsWorker, Scheduler, make_worker
 
@@ -188,6 +188,7 @@ def main() -> int:
         reach(url)
         with translating_errors():
             redis, pooled = connect(url, retrying=True), QUEUES[queue].pooled
+            put_aside(redis, keys.kinds(queue))  # RQ could not even register
             worker = WorkerPool(queue, current) if pooled else make_worker(JobsWorker, queue, redis, allowed(queue))
     except settings.SettingsError as error:
         log.say_why_not(error)

@@ -12,6 +12,7 @@ Fields: `accepted`, RESULTS, `delayed`, `in_doubt`, `attempt:<verdict>`, and of 
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_left
 from collections import Counter
@@ -58,7 +59,15 @@ def totals(redis: Redis) -> Counter[str]:
     """Returns every total, by its field. Raises `Unavailable`."""
     with translating_errors():
         stored: Any = redis.hgetall(TOTALS)
-    return Counter({field.decode(): int(number) for field, number in stored.items()})
+    return Counter({field.decode(errors="replace"): int(number(count)) for field, count in stored.items()})
+
+
+def number(stored: bytes | str | None) -> float:
+    """Returns a figure that Redis holds; 0 for what is none."""
+    with suppress(ValueError):
+        if math.isfinite(found := float(stored or 0)):
+            return found
+    return 0.0
 
 
 class Gathered:

@@ -19,13 +19,15 @@ from datetime import datetime
 from typing import Any
 
 from mail.claim import Busy, Claim, Recipient, iso, recipients_from_json, recipients_to_json, timestamp
+from mail.counters import number
 from mail.message import Draft, Message, message_id
 from mail.states import State, effective_state
 from mail.store import LAST_SENT, LOOK_AFTER, Store, claim_key, look_at, mail_key
 from queues import keys
-from queues.connection import translating_errors
+from queues.connection import is_wrong_type, translating_errors
 from queues.heartbeat import LEASE_SECONDS
 from queues.jobs import REMOVE_JOB, Accepted, Beside, Idempotency, Jobs, NotFound, NotPossible, Policy, not_removed
+from queues.quarantine import DAMAGED
 from queues.table import EMAIL
 from settings import Settings
 from smtp.pacing import in_trouble
@@ -33,6 +35,7 @@ from smtp.pacing import in_trouble
 # Seconds. RQ's own retries, for an attempt whose worker died or that raised what nobody expected; a mail whose every
 # attempt kills its worker is parked as failed after four.
 AFTER_A_CRASH = (1, 5, 30)
+NO_MAIL = "what is stored under this id cannot be read as a mail"
 MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # other keys of ours begin with mail:, too
 # fmt: off
 SHOWN = ("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at", "reason",
@@ -172,12 +175,23 @@ class Outbox:
             pipe = self.jobs.redis.pipeline(transaction=False)  # a full Redis refuses a transaction, even to read
             pipe.hmget(mail_key(mail_id), SHOWN)
             pipe.hget(keys.job(mail_id), "status")
-            values, job_status = pipe.execute()
+            values, job_status = pipe.execute(raise_on_error=False)
+            for error in (values, job_status):
+                if isinstance(error, Exception) and not is_wrong_type(error):
+                    raise error
+        if isinstance(values, Exception):
+            raise NotFound(NO_MAIL)
         if values[0] is None:
             raise NotFound
+        try:
+            return self._shown(mail_id, values, job_status if isinstance(job_status, bytes) else b"")
+        except DAMAGED:
+            raise NotFound(NO_MAIL) from None
+
+    def _shown(self, mail_id: str, values: list[bytes | None], job_status: bytes) -> dict[str, Any]:
         stored = {name: (value or b"").decode() for name, value in zip(SHOWN, values, strict=True)}
         expired = 0 < timestamp(stored["expires_at"]) <= time.time()
-        state, reason = effective_state(stored["state"], (job_status or b"").decode(), stored["reason"], expired)
+        state, reason = effective_state(stored["state"], job_status.decode(), stored["reason"], expired)
         outline = Message.from_json(stored["outline"])
         return {
             "object": "email",
@@ -212,7 +226,7 @@ class Outbox:
             job = []
         with translating_errors():
             refused = self.store.run(REMOVE_JOB + CANCEL, [mail_key(mail_id), claim_key(mail_id)], [mail_id, *job])
-        match [word.decode() for word in refused]:
+        match [word.decode(errors="replace") for word in refused]:
             case [_, status]:
                 raise not_removed(status)
             case ["gone"]:
@@ -224,7 +238,11 @@ class Outbox:
         """Queues a failed mail again with all its attempts, also if its job was deleted. Raises as `Jobs.requeue`."""
         with translating_errors():
             expires_at: Any = self.jobs.redis.hget(mail_key(mail_id), "expires_at")
-        if expires_at and timestamp(expires_at.decode()) <= time.time():
+        try:
+            has_expired = bool(expires_at) and timestamp(expires_at.decode()) <= time.time()
+        except ValueError:
+            raise NotFound(NO_MAIL) from None
+        if has_expired:
             raise NotPossible("the mail has expired and will not be sent; submit it anew")
         try:
             self.jobs.requeue(mail_id)
@@ -242,8 +260,8 @@ class Outbox:
                 for mail_id in ids[start : start + 500]:
                     pipe.hmget(mail_key(mail_id.decode()), "reason", "settled_at")
                 for reason, settled_at in pipe.execute():
-                    if reason and float(settled_at or 0) >= since:
-                        yield reason.decode()
+                    if reason and number(settled_at) >= since:
+                        yield reason.decode(errors="replace")
 
     def relay_in_trouble(self) -> bool:
         """Returns whether the relay's breaker is open, so that all mail waits. Raises `Unavailable`."""
@@ -252,7 +270,7 @@ class Outbox:
     def last_sent(self) -> float | None:
         with translating_errors():
             moment = self.jobs.redis.get(LAST_SENT)
-        return float(moment) if moment else None
+        return number(moment) or None
 
 
 def jittered(pause: int) -> int:

@@ -67,7 +67,8 @@ COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)} | {State.QUE
 # become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `look_at` is when mail.sweep
 # looks at a mail that is not final; `fields` are written with the state.
 # But for a new mail, it begins with a command that frees memory: Redis looks for memory before a script's first write
-# only, and a mail that was sent must be written down on a full Redis, too.
+# only, and a mail that was sent must be written down on a full Redis, too. And if TOTALS or OPEN hold something else
+# (pcall), which mail.sweep puts aside.
 BECOME = """
 local function may(was, state) return (FOLLOWS[was or ''] or {})[state] end
 
@@ -79,13 +80,13 @@ local function become(id, state, now, look_at, fields)
   redis.call('HSET', mail, 'state', state, unpack(fields))
   local counted = COUNTED[state]
   if state == 'failed' and redis.call('HGET', mail, 'reason') == EXPIRED then counted = EXPIRED end
-  if counted and was ~= state then redis.call('HINCRBY', TOTALS, counted, 1) end  -- sent twice is one mail
+  if counted and was ~= state then redis.pcall('HINCRBY', TOTALS, counted, 1) end  -- sent twice is one mail
   if KEPT[state] then
     redis.call('EXPIRE', mail, KEPT[state])
-    redis.call('ZREM', OPEN, id)
+    redis.pcall('ZREM', OPEN, id)
   else
     if was then redis.call('PERSIST', mail) end
-    redis.call('ZADD', OPEN, look_at, id)
+    redis.pcall('ZADD', OPEN, look_at, id)
   end
   if state == 'sent' then redis.call('SET', LAST_SENT, now) end
   return true

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from mail.states import FINAL, State, transition
-from queues.connection import Redis, Script, Unavailable, fail_fast, translating_errors
+from queues.connection import SOMETHING_ELSE, Redis, Script, Unavailable, fail_fast, translating_errors
 from queues.heartbeat import LEASE_SECONDS
 from settings import Settings
 
@@ -64,5 +64,7 @@ class Store:
             try:
                 with translating_errors():
                     return self.run(body, keys, args)
-            except Unavailable:
+            except Unavailable as error:
+                if str(error) == SOMETHING_ELSE:
+                    raise
                 time.sleep(1)

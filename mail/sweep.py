@@ -22,14 +22,18 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mail.claim import iso, timestamp
+from mail.counters import number
 from mail.outbox import Outbox
-from mail.store import OPEN, SWEPT, claim_key, look_at, mail_key
+from mail.store import LAST_SENT, OPEN, SWEPT, TOTALS, claim_key, look_at, mail_key
 from queues import keys
 from queues.connection import Redis, ResponseError, translating_errors, why_unavailable
 from queues.jobs import rq_now
+from queues.quarantine import put_aside
 from queues.table import EMAIL
+from smtp import pacing
 
 AT_ONCE = 1000  # mails looked at in one go
+KINDS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"} | pacing.KINDS  # our shared keys
 LOOK_AGAIN = 300  # seconds
 MAIL_ID = re.compile(rb"[\w-]+")
 
@@ -105,9 +109,7 @@ class Finding(NamedTuple):
 def sweep(outbox: Outbox) -> Iterator[Finding]:
     """Looks at the mails that are overdue. Yields those that were stuck or have expired, and what is no mail."""
     redis, now = outbox.jobs.redis, time.time()
-    if redis.type(OPEN) not in (b"zset", b"none"):
-        redis.rename(OPEN, f"{OPEN}:unreadable")  # each mail comes into a new one with its next attempt
-        yield Finding(OPEN, "unreadable", "it is no sorted set")
+    put_aside(redis, KINDS)  # each mail comes into a new OPEN with its next attempt
     overdue: list[Any] = redis.zrangebyscore(OPEN, 0, now, start=0, num=AT_ONCE)
     trouble_since = iso(now - outbox.settings.trouble_for) if overdue and outbox.relay_in_trouble() else ""
     for entry in overdue:
@@ -162,5 +164,6 @@ def swept(redis: Redis) -> dict[str, Any]:
     """Returns what the sweeps have done so far, as `GET /readyz` shows it. Raises `Unavailable`."""
     with translating_errors():
         at, repaired, given_up = redis.hmget(SWEPT, ["at", "repaired", "given_up"])
-    ago = round(max(0.0, time.time() - float(at)), 3) if at else None
-    return {"last_sweep_seconds_ago": ago, "mails_repaired": int(repaired or 0), "mails_given_up": int(given_up or 0)}
+    ago = round(max(0.0, time.time() - number(at)), 3) if at else None
+    counts = {"mails_repaired": int(number(repaired)), "mails_given_up": int(number(given_up))}
+    return {"last_sweep_seconds_ago": ago, **counts}

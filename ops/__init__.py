@@ -9,6 +9,6 @@ server.py, release.py, site.py  the server they change, what of a clone is insta
 aof.py                          cuts what a crash left unfinished off Redis' append-only file
 key.py, breaker.py              bin/key: makes, lists and revokes API keys; bin/breaker: shows and closes it
 restore.py                      bin/restore: brings back what bin/backup has saved
-dashboard.py                    rq-dashboard behind a login
+dashboard.py, login.py          rq-dashboard behind a login that is slow to guess
 doctor.py, checks/              bin/doctor: what is wrong here, and the command that fixes it
 """

@@ -6,8 +6,8 @@ Accepts every mail, however malformed, but to addresses that fail on purpose (fa
 at most) in memory with their bytes as they came, and shows each as well as possible. A caught mail is hostile: its text
 is escaped, its HTML runs no script and loads nothing from anywhere; no address or subject is logged. `GET /messages`
 lists the mails as JSON, the oldest first; `GET /messages/{n}.eml` is one as received. Accepts any login. Refuses TLS,
-mails over 64 MiB, every interface except 127.0.0.1, and requests that name another host (DNS rebinding). SMTP is RFC
-5321 with SIZE, 8BITMIME (6152) and SMTPUTF8 (6531).
+mails over 64 MiB, every interface except 127.0.0.1, and what a page of another site may send (web/hosts.py). SMTP is
+RFC 5321 with SIZE, 8BITMIME (6152) and SMTPUTF8 (6531).
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import signal
 import socket
 import sys
 from base64 import b64encode
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import getaddresses, parseaddr
@@ -30,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, cast
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 import aiosmtpd.smtp
 import bottle
@@ -41,7 +40,7 @@ from waitress.server import create_server
 from ops import failing
 from ops.failing import KINDS, Failures, Kind, percentage
 from ops.mailparts import CID, Content, readable, take_apart
-from settings import is_loopback
+from web.hosts import ALLOWED, add_flag, is_local, is_same_origin
 
 KEPT = 500
 KEPT_BYTES = 256 * 2**20
@@ -188,17 +187,15 @@ def render(template: str, **values: Any) -> str:
     return TEMPLATES.get_template(template).render(nonce=nonce, **values)
 
 
-def guard() -> None:
-    """Refuses what a browser sends for another site, whose name may point here and whose forms may be posted here.
-
-    Browsers name that site in Host or in Origin.
-    """
-    host, origin = bottle.request.get_header("Host", ""), bottle.request.get_header("Origin")
-    is_ours = bottle.request.method != "POST" or origin in (None, f"http://{host}")
-    with suppress(ValueError):  # raised for a Host that is none
-        if is_ours and is_loopback(urlsplit(f"//{host}").hostname or ""):
-            return
-    raise bottle.HTTPError(403, "The mail catcher answers its own page on this machine only.")
+def guard(names: Collection[str]) -> None:
+    """Refuses what a browser sends for another site, whose name may point here and whose forms may be posted here. No
+    browser posts without Origin, so without it it is curl."""
+    header = bottle.request.get_header
+    if not is_local(header("Host", ""), names):
+        raise bottle.HTTPError(421, f"{ALLOWED[0].upper()}{ALLOWED[1:]}.")
+    from_curl = header("Origin") is None and header("Sec-Fetch-Site") is None
+    if bottle.request.method == "POST" and not (from_curl or is_same_origin(header)):
+        raise bottle.HTTPError(403, "The request must come from the mail catcher's own page.")
 
 
 def add_headers() -> None:
@@ -270,7 +267,7 @@ def download(name: str, content_type: str, data: bytes) -> bytes:
     return data
 
 
-def make_app(inbox: Inbox, failures: Failures, api: str) -> Any:
+def make_app(inbox: Inbox, failures: Failures, api: str, names: Collection[str] = ()) -> Any:
     site, app = Site(inbox, failures, api), bottle.Bottle()
     app.route(["/", "/messages/<n:int>"], callback=site.page)
     app.route("/healthz", callback=lambda: "ok\n")
@@ -280,7 +277,7 @@ def make_app(inbox: Inbox, failures: Failures, api: str) -> Any:
     app.route("/messages/<n:int>/attachments/<number:int>", callback=site.attachment)
     app.route("/clear", "POST", site.clear)
     app.route("/chaos", "POST", site.set_chaos)
-    app.add_hook("before_request", guard)
+    app.add_hook("before_request", partial(guard, names))
     app.add_hook("after_request", add_headers)
     app.default_error_handler = lambda error: render(
         "catcher_error.html", status=error.status_line, sentence=error.body
@@ -381,6 +378,7 @@ def main() -> None:
     parser.add_argument("--mail-port", type=int, default=8025)
     parser.add_argument("--api-port", type=int, default=8000, help="where a caught mail's attempts can be read")
     parser.add_argument("--chaos", type=percentage, default=0, metavar="PERCENT", help="mails that fail at random")
+    add_flag(parser)
     given = parser.parse_args()
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.ERROR)
     log.setLevel(logging.INFO)
@@ -390,7 +388,8 @@ def main() -> None:
     page = "http://{}:{}".format(*http.getsockname())
     Thread(target=serve_smtp, args=(smtp, Handler(inbox, failures, page)), daemon=True).start()
     log.info("catching mail on %s:%d, to be seen on %s/", *smtp.getsockname(), page)
-    create_server(make_app(inbox, failures, f"http://127.0.0.1:{given.api_port}"), sockets=[http], ident=None).run()
+    app = make_app(inbox, failures, f"http://127.0.0.1:{given.api_port}", given.allow_host)
+    create_server(app, sockets=[http], ident=None).run()
 
 
 if __name__ == "__main__":

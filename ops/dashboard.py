@@ -6,21 +6,22 @@ this is missing in rq-dashboard 0.9.0: we patch its templates as they are loaded
 refuse to start if a release no longer fits.
 
 Refuses to run without a password, except on loopback with `--no-login`; then it answers to loopback names only, since
-any web page can point a name of its own at 127.0.0.1 (DNS rebinding).
-Standards: HTTP Basic (RFC 7617), Fetch Metadata and Content Security Policy 3 (W3C).
+any web page can point a name of its own at 127.0.0.1 (web/hosts.py).
+Standards: Fetch Metadata and Content Security Policy 3 (W3C); login.py has the login's.
 """
 
 from __future__ import annotations
 
 import argparse
-import hmac
 import json
 import logging
+import math
 import re
 import secrets
 import signal
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -33,22 +34,27 @@ from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import RedisError
 from rq import Queue, Worker
-from rq.exceptions import NoSuchJobError
+from rq.exceptions import DeserializationError, NoSuchJobError
 from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 from waitress import create_server
 
+from ops.login import Login
 from process import sd_daemon
 from process.log import emit, say_why_not, set_up, where
-from queues.connection import Unavailable, connect, why_unavailable
+from queues.connection import Unavailable, connect, is_wrong_type, why_unavailable
 from queues.jobs import Jobs, NotFound, NotPossible
+from queues.quarantine import DAMAGED, StrictJob
 from queues.table import EMAIL, QUEUES
 from settings import Settings, SettingsError, is_loopback, load
+from web.hosts import ALLOWED, add_flag, is_local, is_same_origin
 from web.server import listen_on
 
 PACKAGE = Path(upstream.__file__).parent  # rq_dashboard, as it is installed
 READING = {"GET", "HEAD", "OPTIONS"}
+REGISTRIES = ("queued", "started", "finished", "failed", "deferred", "scheduled", "canceled")
+UNREADABLE = "(cannot be read)"
 CSP = (
     "default-src 'none'; script-src 'self' 'nonce-{nonce}' 'unsafe-eval'; "  # eval: Underscore compiles its templates
     "style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
@@ -98,18 +104,38 @@ class JsonOrNothing:
 
     @staticmethod
     def loads(data: bytes) -> Any:
+        """Returns what a browser can read, too: no NaN and no Infinity."""
         try:
-            return json.loads(data)
-        except ValueError:
+            return json.loads(data, parse_constant=str, parse_float=lambda text: finite(float(text)))
+        except (ValueError, RecursionError):
             return "(not JSON)"
 
 
-class ShownJob(Job):
+def finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def readable(read: Callable[[], Any], otherwise: Any) -> Any:
+    """Returns what can be read, or something else if it is damaged: it is one of many on a page."""
+    try:
+        return read()
+    except (*DAMAGED, DeserializationError, NoSuchJobError, zlib.error, RedisError) as error:
+        if isinstance(error, RedisError) and not is_wrong_type(error):
+            raise
+        return otherwise
+
+
+class ShownJob(StrictJob):
     def __init__(self, id: str | None = None, connection: Redis | None = None, serializer: Any = None) -> None:
         super().__init__(id, connection, JsonOrNothing)
 
-    def get_call_string(self) -> str | None:
-        return self.description  # the arguments are not shown, and may not be JSON
+    def latest_result(self, timeout: int = 0) -> Any:
+        return readable(partial(super().latest_result, timeout), None)
+
+    def get_call_string(self) -> Any:
+        return readable(super().get_call_string, UNREADABLE)
 
 
 class ShownWorker(Worker):
@@ -117,17 +143,34 @@ class ShownWorker(Worker):
     def all(cls, connection: Redis | None = None, *_: Any, **__: Any) -> list[Any]:
         return super().all(connection, job_class=ShownJob, serializer=JsonOrNothing)
 
+    @classmethod
+    def find_by_key(cls, worker_key: str, connection: Redis, *args: Any, **kwargs: Any) -> Any:
+        shown = cls([], worker_key, connection=connection, prepare_for_work=False)
+        shown._state = UNREADABLE
+        return readable(lambda: super(ShownWorker, cls).find_by_key(worker_key, connection, *args, **kwargs), shown)
+
+    def refresh(self) -> None:
+        super().refresh()  # type: ignore[no-untyped-call]
+        finite(self.total_working_time)
+
+    def get_current_job(self) -> Any:
+        return readable(super().get_current_job, None)
+
 
 class ShownQueue(Queue):
     """RQ's, but one without a name is that of the e-mails, and ours are there before their first job."""
+
+    job_class = ShownJob
 
     def __init__(self, name: str = EMAIL, *args: Any, **kwargs: Any) -> None:
         super().__init__(name, *args, **kwargs)
 
     @classmethod
     def all(cls, connection: Redis, *args: Any, **kwargs: Any) -> list[Queue]:
-        found = {queue.name: queue for queue in super().all(connection, *args, **kwargs)}
-        return sorted(({name: cls(name, connection) for name in QUEUES} | found).values())
+        prefix = cls.redis_queue_namespace_prefix
+        found: Any = connection.smembers(cls.redis_queues_keys)
+        names = {key.decode().removeprefix(prefix) for key in found if key.startswith(prefix.encode())}
+        return sorted(cls(name, connection) for name in names - {""} | {*QUEUES})
 
 
 upstream.config.serializer = JsonOrNothing
@@ -139,15 +182,24 @@ upstream.RedisConnectionError = ()  # rq-dashboard answers it with 200; uncaught
 upstream.blueprint.before_request_funcs[None].remove(upstream.push_rq_connection)
 
 
-class ReadOnly:
-    """Makes a Redis client read-only: RQ cleans up while it lists, and looking must not change anything."""
+def is_text(name: object) -> bool:
+    return not isinstance(name, bytes) or readable(name.decode, None) is not None
 
+
+class ReadOnly:
+    """Makes a Redis client read-only: RQ cleans up while it lists, and looking must not change anything. Leaves out
+    names and ids that are no text, which RQ fails at."""
+
+    MEMBERS = frozenset({"LRANGE", "SMEMBERS", "ZRANGE"})
     COMMANDS = frozenset({"EXISTS", "HGET", "HGETALL", "LLEN", "LRANGE", "SMEMBERS", "XREVRANGE", "ZCARD", "ZRANGE"})
     CLEANING = frozenset({"LREM", "SREM"})  # of ids without a job; the workers' maintenance does it too
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         if args[0] in self.COMMANDS:
-            return super().execute_command(*args, **options)  # type: ignore[misc]
+            answer = super().execute_command(*args, **options)  # type: ignore[misc]
+            if args[0] in self.MEMBERS and isinstance(answer, (list, set)):  # not a pipeline's promise
+                return type(answer)(one for one in answer if is_text(one))
+            return answer
         if args[0] in self.CLEANING:
             return 0
         raise PermissionError(f"a page that only reads must not send {args[0]} to Redis")
@@ -185,12 +237,12 @@ class Dashboard(Flask):
         emit("crashed", logging.ERROR, where=where(exc_info[1]))
 
 
-def make_app(settings: Settings, login: bool) -> Dashboard:
+def make_app(settings: Settings, login: bool, names: Collection[str] = ()) -> Dashboard:
     """Returns the WSGI application. Raises RuntimeError if the installed rq-dashboard is not the one that we patch."""
     app = Dashboard(settings.redis_url.get_secret_value())
-    app.before_request(partial(demand_login, settings) if login else refuse_foreign_names)
+    app.before_request(Login(settings).demand if login else partial(refuse_foreign_names, names))
     app.before_request(refuse_other_origins)
-    app.before_request(refuse_other_instances)
+    app.before_request(refuse_other_pages)
     app.after_request(add_headers)
     app.context_processor(lambda: {"nonce": nonce})
     app.register_error_handler(RedisError, explain_redis)
@@ -206,46 +258,25 @@ def make_app(settings: Settings, login: bool) -> Dashboard:
     return app
 
 
-def demand_login(settings: Settings) -> Response | None:
-    """Checks HTTP Basic. Both fields are always compared, in constant time, so that the delay reveals nothing."""
-    if settings.dashboard_password is None:
-        raise PermissionError("DASHBOARD_PASSWORD must be set")
-    given = request.authorization
-    username, password = (given.username or "", given.password or "") if given else ("", "")
-    right_username = hmac.compare_digest(username.encode(), settings.dashboard_username.encode())
-    right_password = hmac.compare_digest(password.encode(), settings.dashboard_password.get_secret_value().encode())
-    if right_username & right_password:
-        return None
-    challenge = {"WWW-Authenticate": 'Basic realm="dashboard", charset="UTF-8"'}
-    return Response("Log in with DASHBOARD_USERNAME and DASHBOARD_PASSWORD.\n", 401, challenge, mimetype="text/plain")
-
-
-def refuse_foreign_names() -> Response | None:
-    name = re.sub(r":\d+$", "", request.headers.get("Host", "")).strip("[]").lower()
-    if is_loopback(name):
-        return None
-    return plain(403, "Without a login this answers to loopback names only. Open it as http://localhost:PORT/rq/.")
+def refuse_foreign_names(names: Collection[str]) -> Response | None:
+    return None if is_local(request.headers.get("Host", ""), names) else plain(421, f"Without a login {ALLOWED}.")
 
 
 def refuse_other_origins() -> Response | None:
-    if request.method in READING or is_same_origin():
+    if request.method in READING or is_same_origin(request.headers.get):
         return None
     return plain(403, "A request that changes something must come from one of the dashboard's own pages.")
 
 
-def is_same_origin() -> bool:
-    site = request.headers.get("Sec-Fetch-Site")
-    if site is not None:
-        return site == "same-origin"
-    # Browsers omit it if the page came over plain http from another machine; they always send Origin.
-    _, _, host = request.headers.get("Origin", "").partition("://")
-    return bool(host) and host == request.headers.get("Host")
-
-
-def refuse_other_instances() -> None:
-    """Answers 404 for any Redis but number 0, the only one; rq-dashboard answers 500."""
-    if (request.view_args or {}).get("instance_number"):
+def refuse_other_pages() -> Response | None:
+    """Answers 404 for any Redis but number 0, the only one, and bounds a page; rq-dashboard answers 500, or tries."""
+    asked = request.view_args or {}
+    if asked.get("instance_number") or asked.get("registry_name", "queued") not in REGISTRIES:
         abort(404)
+    for name, most in (("per_page", 1000), ("page", 10**9)):
+        if not re.fullmatch("[0-9]{1,10}", str(asked.get(name, 1))) or not 1 <= int(asked.get(name, 1)) <= most:
+            return plain(400, f"{name} must be a number from 1 to {most}")
+    return None
 
 
 def nonce() -> str:
@@ -269,9 +300,13 @@ def plain(status: int, reason: object) -> Response:
 
 
 def explain_redis(error: RedisError) -> Response:
-    """Answers 503 if Redis is unavailable. Raises any other error again; Flask logs it and answers 500."""
+    """Answers 503 if Redis is unavailable, or holds what nobody can show. Raises any other error again; Flask logs it
+    and answers 500."""
     if reason := why_unavailable(error):
         return plain(503, reason)
+    if is_wrong_type(error):
+        emit("crashed", logging.ERROR, where=where(error))
+        return plain(503, "Redis holds something else at one of RQ's keys")
     raise error
 
 
@@ -281,32 +316,32 @@ def replace_views(app: Dashboard) -> None:
         endpoint = f"rq_dashboard.{view.__name__}"
         if endpoint not in app.view_functions:
             raise RuntimeError(f"rq-dashboard no longer has a view {view.__name__}")
-        app.view_functions[endpoint] = partial(view, app.writer)
+        app.view_functions[endpoint] = partial(view, app)
     for rule in app.url_map.iter_rules():
         if rule.methods and rule.methods - READING:
             rule.methods -= {"GET", "HEAD"}
 
 
-def requeue_job_view(redis: Redis, job_id: str) -> Response:
-    Jobs(redis).requeue(job_id)
+def requeue_job_view(app: Dashboard, job_id: str) -> Response:
+    Jobs(app.writer).requeue(job_id)
     return jsonify(status="OK")
 
 
-def requeue_all(redis: Redis, queue_name: str) -> Response:
+def requeue_all(app: Dashboard, queue_name: str) -> Response:
     """Queues every failed job again, except those that cannot be: gone, not ours, or already taken by a worker."""
-    jobs, requeued = Jobs(redis), 0
-    for job_id in FailedJobRegistry(queue_name, connection=redis).get_job_ids(cleanup=False):
+    jobs, requeued = Jobs(app.writer), 0
+    for job_id in FailedJobRegistry(queue_name, connection=app.reader).get_job_ids(cleanup=False):
         with suppress(NotFound, NotPossible):
             jobs.requeue(job_id)
             requeued += 1
     return jsonify(status="OK", count=requeued)
 
 
-def compact_queue(redis: Redis, queue_name: str) -> Response:
+def compact_queue(app: Dashboard, queue_name: str) -> Response:
     """Removes ids without a job. rq-dashboard renames the live queue for it, and a crash half-way would lose that."""
-    queue = Queue(queue_name, connection=redis, serializer=JsonOrNothing)
-    for job_id in queue.get_job_ids():
-        if not Job.exists(job_id, redis):
+    queue = Queue(queue_name, connection=app.writer, serializer=JsonOrNothing)
+    for job_id in Queue(queue_name, connection=app.reader).get_job_ids():
+        if not Job.exists(job_id, app.reader):
             queue.remove(job_id)
     return jsonify(status="OK")
 
@@ -314,7 +349,9 @@ def compact_queue(redis: Redis, queue_name: str) -> Response:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ops.dashboard", description="rq-dashboard under /rq/")
     parser.add_argument("--no-login", action="store_true", help="ask for no password; on loopback only")
-    login = not parser.parse_args().no_login
+    add_flag(parser)
+    given = parser.parse_args()
+    login = not given.no_login
     try:
         settings = load("dashboard_password") if login else load()
         address = settings.dashboard_listen
@@ -327,7 +364,7 @@ def main() -> int:
     except OSError as error:
         say_why_not(f"DASHBOARD_LISTEN: cannot listen on {address}: {error.strerror}")
         return 2
-    app = make_app(settings, login)
+    app = make_app(settings, login, given.allow_host)
     server = create_server(app, sockets=sockets, threads=4, ident=None, max_request_body_size=MAX_BODY)
     set_up(settings.log_level, settings.log_format)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a browser asks for six files

@@ -1,9 +1,10 @@
 """Starts everything on this machine: `bin/dev` runs Redis, the mail catcher, the API, both workers and the dashboard.
 
-Everything listens on loopback, the API knows the key `dev` beside those in `.env`, mail goes to the catcher unless
-SMTP_HOST is set, and the queue is kept under var/dev/ from one start to the next. It says what to do if a port is taken
-or there is no Redis, prints all addresses once everything answers, then a line per event. Ctrl-C stops it, and nothing
-runs on when it has ended, however it has (guard.py). Only one may use a queue at a time (lock.py).
+Everything listens on loopback and answers to its names only (web/hosts.py; --allow-host adds one), the API knows the
+key `dev` beside those in `.env`, mail goes to the catcher unless SMTP_HOST is set, and the queue is kept under var/dev/
+from one start to the next. It says what to do if a port is taken or there is no Redis, prints all addresses once
+everything answers, then a line per event. Ctrl-C stops it, and nothing runs on when it has ended, however it has
+(guard.py). Only one may use a queue at a time (lock.py).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ops.aof import cut_unfinished
 from ops.failing import percentage
 from queues import keys
 from queues.table import QUEUES
+from web.hosts import add_flag
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT = 20  # seconds for each part to answer
@@ -98,6 +100,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         )
     chaos = "of a hundred mails to the catcher, so many fail at random"
     parser.add_argument("--chaos", type=percentage, default=0, metavar="PERCENT", help=chaos)
+    add_flag(parser)
     return parser.parse_args(arguments)
 
 
@@ -261,24 +264,26 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
         )
     configured = load()
     catcher = configured.smtp_host is None
-    names = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
+    parts = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
     data = ROOT / lock.DATA / lock.FOLDERS[0 if catcher else 1]
     held = stack.begin(data)
-    check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in names})
+    check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in parts})
     server, stack.redis_log = find_redis_server(data), data / "redis.log"
     stack.environment |= child_settings(ports, configured)
     redis, python = Redis(port=ports.redis_port, socket_timeout=2), sys.executable
     command = redis_command(str(server), ports.redis_port, data)
     stack.start("redis", partial(redis_answers, redis), *command, inherited=[held.fileno()])
     lock.write(held, lock.Holder(os.getpid(), stack.parts["redis"].pid, ports.redis_port))
+    names = [f"--allow-host={name}" for name in ports.allow_host]
     if catcher:
         flags = [f"--{name}-port={getattr(ports, f'{name}_port')}" for name in ("smtp", "mail", "api")]
-        flags.append(f"--chaos={ports.chaos}")
+        flags += [f"--chaos={ports.chaos}", *names]
         stack.start("catcher", partial(http_answers, ports.mail_port, "/healthz"), python, "-m", "ops.catcher", *flags)
-    stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, "service.py", "--reload-templates")
+    api = ("service.py", "--reload-templates", *names)
+    stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, *api)
     for queue in QUEUES:
         stack.start(queue, partial(worker_answers, redis, queue, stack), python, "worker.py", queue)
-    dashboard = ("-m", "ops.dashboard", "--no-login")
+    dashboard = ("-m", "ops.dashboard", "--no-login", *names)
     stack.start("dashboard", partial(http_answers, ports.dashboard_port, "/rq/"), python, *dashboard)
     stack.say(welcome(ports, configured))
 

@@ -26,6 +26,7 @@ EVENTS = frozenset({
     # error's name, the field, and the reason of a 503
     "request",
     "crashed",  # a fault of ours in a request or a duty of the worker pool: where, and never what
+    "few_descriptors",  # a process of the API may open so few files that it takes only `connections`
     "stuck",  # a process of the API made no progress and was killed: process
     "sent", "delayed", "failed", "unknown",  # the result of an attempt, or a mail expired: id, reason, next_in
     "task_finished", "task_failed",  # the result of a job of POST /jobs: id, task, error
@@ -34,6 +35,7 @@ EVENTS = frozenset({
     "breaker_opened", "breaker_closed",  # all mail waits for the relay, because of `reason`; it flows again
     "repaired", "given_up",  # what the sweep did with a mail that was stuck: id, reason
     "redis_unavailable", "redis_back",  # this process cannot use Redis, because of `reason`; it can again: at
+    "login_refused",  # a wrong login at the dashboard; at most one every ten seconds once there were ten
     "unreadable",  # a job or an entry of a registry that was set aside, so that the others go on: id, reason
 })
 # fmt: on

@@ -144,6 +144,7 @@ CLUSTER = "Redis is a cluster, and must be a single server or its primary"
 OLDEST = (6, 2)  # below it, RQ loses the job of a worker that is killed
 TOO_OLD = "Redis is too old: it must be 6.2 or later"
 NO_ANSWER = "Redis does not answer"
+SOMETHING_ELSE = "Redis holds something else at one of our keys; the workers put it aside"
 NEVER = {  # a word of an error that only another setting ends -> the reason
     "DB index is out of range": "Redis has no database of the number in REDIS_URL",
     "CERTIFICATE_VERIFY_FAILED": "Redis' certificate is not trusted: name its authority with ?ssl_ca_certs=FILE",
@@ -177,7 +178,8 @@ _probing = threading.RLock()
 
 @contextmanager
 def translating_errors() -> Iterator[None]:
-    """Raises `Unavailable` for an error that says that Redis cannot work now; a fault of ours stays what it is.
+    """Raises `Unavailable` for an error that says that Redis cannot work now, or holds something else where we look; a
+    fault of ours stays what it is.
 
     Lets one caller at a time ask a Redis that is silent, and refuses the others at once: if each waited for the
     time-out, a request in the queue for a thread of Waitress would wait for one after another.
@@ -197,6 +199,8 @@ def translating_errors() -> Iterator[None]:
         if reason := why_unavailable(error):
             announcements.note(reason)
             raise Unavailable(reason) from None
+        if is_wrong_type(error):  # a worker puts it aside soon
+            raise Unavailable(SOMETHING_ELSE) from None
         raise
     finally:
         if silent:
@@ -219,6 +223,11 @@ def why_unavailable(error: Exception) -> str | None:
             said = WORDS.search(f"{getattr(error, 'status_code', '')} {error}")
             return CANNOT_NOW[said[1]] if said else None if isinstance(error, ResponseError) else NO_ANSWER
     return None
+
+
+def is_wrong_type(error: Exception) -> bool:
+    """Returns whether a key holds another type than the command is for."""
+    return isinstance(error, ResponseError) and "WRONGTYPE" in f"{error.status_code} {error}"
 
 
 def is_hopeless(reason: str) -> bool:

@@ -55,7 +55,7 @@ def _queue_state(jobs: Jobs, name: str) -> QueueState:
     pipe.zrange(keys.scheduled(name), 0, 0, withscores=True)
     pipe.smembers(keys.workers(name))
     *counts, head, first, workers = pipe.execute()
-    pipe.hget(keys.job(head.decode() if head else ""), "enqueued_at")
+    pipe.hget(keys.job(head.decode(errors="replace") if head else ""), "enqueued_at")
     for worker in workers:
         pipe.hget(worker, "last_heartbeat")
     oldest, *silences = map(age, pipe.execute())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -27,7 +28,7 @@ from rq.utils import now, utcformat
 
 from queues import keys
 from queues.connection import ROOM, Redis, Script, translating_errors
-from queues.quarantine import StrictJob, Unreadable, set_aside
+from queues.quarantine import DAMAGED, StrictJob, Unreadable, set_aside
 from queues.table import QUEUES
 
 # Runs the commands from ARGV[at] to before ARGV[stop], each as the number of its words and the words.
@@ -48,7 +49,7 @@ if KEYS[2] ~= '' then
   local known = redis.call('GET', KEYS[2])
   if known then
     local fingerprint, ids = string.match(known, '^(%w+) (.+)$')
-    return {fingerprint == ARGV[2] and 'replayed' or 'conflict', ids}
+    return {fingerprint == ARGV[2] and 'replayed' or 'conflict', ids or ''}
   end
 end
 if not room() then return redis.error_reply('OOM what is left of maxmemory is for mail that goes out') end
@@ -225,7 +226,7 @@ class Jobs:
             known: Any = self.redis.get(idempotency.key)
         if not known:
             return None
-        fingerprint, ids = known.decode().split(" ")
+        fingerprint, _, ids = known.decode(errors="replace").partition(" ")
         if fingerprint != idempotency.fingerprint:
             raise IdempotencyConflict
         return Accepted(tuple(ids.split(",")), replayed=True)
@@ -258,8 +259,11 @@ class Jobs:
     def read(self, job_id: str) -> dict[str, Any]:
         """Returns a job's state. `result` is what its function returned, `error` the last line of its traceback."""
         job = self.fetch(job_id)
-        with translating_errors():
-            latest = job.latest_result()
+        try:
+            with translating_errors():
+                latest = job.latest_result()
+        except (*DAMAGED, zlib.error):
+            latest = None
         seen: dict[str, Any] = {"job_id": job.id, "task": _task(job), "status": job.get_status(False).value}
         seen |= {name: _iso(getattr(job, name)) for name in ("created_at", "enqueued_at", "started_at", "ended_at")}
         if latest and latest.type == latest.Type.SUCCESSFUL:

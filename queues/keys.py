@@ -6,7 +6,7 @@ queue a job a second time.
 
 from __future__ import annotations
 
-from rq import registry
+from rq import Worker, registry
 from rq.job import Job
 from rq.queue import Queue
 from rq.results import Result
@@ -50,3 +50,11 @@ ready = registry.ReadyJobRegistry.key_template.format
 failed = registry.FailedJobRegistry.key_template.format
 deferred = registry.DeferredJobRegistry.key_template.format
 canceled = registry.CanceledJobRegistry.key_template.format
+
+
+def kinds(name: str) -> dict[str, str]:
+    """Returns the keys that a queue shares with all its workers, and the type of each."""
+    lists = dict.fromkeys((queue(name), intermediate(name)), "list")
+    sets = dict.fromkeys((workers(name), Queue.redis_queues_keys, Worker.redis_workers_keys), "set")
+    registries = (scheduled, started, ready, failed, deferred, canceled)
+    return lists | sets | {registry(name): "zset" for registry in registries}

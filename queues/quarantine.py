@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +26,7 @@ from rq.job import JOB_ID_PATTERN, parse_job_id
 
 from process.log import emit
 from queues import keys
-from queues.connection import Script
+from queues.connection import Script, is_wrong_type
 from settings import LONGEST_DURATION
 
 UNREADABLE = "jobs:unreadable"  # sorted set: ids of jobs that were set aside, by when; the hashes are at <this>:<id>
@@ -69,7 +70,7 @@ class StrictJob(rq.job.Job):
         try:
             super().refresh()  # type: ignore[no-untyped-call]
         except ResponseError as error:
-            if "WRONGTYPE" not in f"{error.status_code} {error}":
+            if not is_wrong_type(error):
                 raise
             raise Unreadable from error
 
@@ -103,6 +104,21 @@ def set_aside(redis: Redis, job_id: str, error: Unreadable) -> None:
         emit("unreadable", logging.ERROR, id=job_id, reason=type(error.__cause__).__name__)
 
 
+def put_aside(redis: Redis, kinds: Mapping[str, str]) -> list[str]:
+    """Renames each key that holds another type than its own, and returns their names: whoever needs it makes a new one,
+    and what was there is kept as long as an unreadable job."""
+    with redis.pipeline(transaction=False) as commands:
+        for key in kinds:
+            commands.type(key)
+        held = [one.decode() for one in commands.execute()]
+    others = [key for key, is_held in zip(kinds, held, strict=True) if is_held not in (kinds[key], "none")]
+    for key in others:
+        redis.rename(key, f"{UNREADABLE}:{key}")
+        redis.expire(f"{UNREADABLE}:{key}", UNREADABLE_KEPT)
+        emit("unreadable", logging.ERROR, reason=f"another type than {kinds[key]} at {key}")
+    return others
+
+
 AT_ONCE = 1000  # entries of a registry that are read together, as many as RQ's scheduler takes
 JOB, EXECUTION = re.compile(rb"[\w-]+"), re.compile(rb"[\w-]+:[\w-]+")  # what RQ writes into a registry
 
@@ -110,6 +126,7 @@ JOB, EXECUTION = re.compile(rb"[\w-]+"), re.compile(rb"[\w-]+:[\w-]+")  # what R
 def sift(queue: rq.Queue) -> bool:
     """Removes what would stop RQ from the lists and registries that it reads next. Returns whether there was any."""
     redis, name, now = queue.connection, queue.name, time.time()
+    others = put_aside(redis, keys.kinds(name))
     popped: list[Any] = redis.lrange(queue.intermediate_queue_key, 0, -1)
     taken_out = sum(int(redis.lrem(queue.intermediate_queue_key, 0, one)) for one in _foreign(popped, JOB))
     for key, until, shape in (
@@ -122,7 +139,7 @@ def sift(queue: rq.Queue) -> bool:
         taken_out += sum(int(redis.zrem(key, one)) for one in foreign)
         ids = [one.split(b":")[0].decode() for one in entries if one not in foreign]
         taken_out += _unreadable(queue, ids)
-    return taken_out > 0
+    return taken_out > 0 or bool(others)
 
 
 def _foreign(entries: list[Any], shape: re.Pattern[bytes]) -> list[Any]:

@@ -31,7 +31,11 @@ STREAK = 86400  # seconds for which such a row is remembered
 HEAD = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local open_until = tonumber(redis.call('HGET', KEYS[1], 'open_until') or '0')
+local function moment(written)  -- 0 for none, and for what is none
+  local at = tonumber(written) or 0
+  return at < 1e15 and at or 0
+end
+local open_until = moment(redis.call('HGET', KEYS[1], 'open_until'))
 """  # in ms; before each script, whose first key is the breaker
 # KEYS: breaker, probe, gone, told, told_again. ARGV: PAUSE and PROBE in ms, whether the mail had a reservation, then
 # mails and period (ms) of each rate. A new mail lines up behind all reservations; one that returns at its moment goes,
@@ -47,7 +51,7 @@ local function next_free(moments)
   for i = 5, #ARGV, 2 do
     local mails, period = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
     local nth = redis.call('LINDEX', moments, mails - 1)
-    if nth and tonumber(nth) + period > free then free = tonumber(nth) + period end
+    if nth and moment(nth) + period > free then free = moment(nth) + period end
     if mails > most then most = mails end
   end
   return free
@@ -74,7 +78,8 @@ return {'go', redis.call('EXISTS', KEYS[1])}
 # whether it has opened now.
 TROUBLE = """
 if ARGV[3] == '1' and open_until == 0 then return 0 end
-local troubles = redis.call('HINCRBY', KEYS[1], 'troubles', 1)
+local troubles = (tonumber(redis.call('HGET', KEYS[1], 'troubles')) or 0) + 1
+redis.call('HSET', KEYS[1], 'troubles', troubles)
 redis.call('DEL', KEYS[2])
 if open_until == 0 and troubles < tonumber(ARGV[2]) then return 0 end
 redis.call('HSET', KEYS[1], 'open_until', math.max(open_until, now + ARGV[1]))
@@ -94,13 +99,22 @@ TRY_NOW = "if open_until > now then redis.call('HSET', KEYS[1], 'open_until', no
 # put off before, how long to remember it in ms. Returns how many different mails in a row have met with these words.
 REFUSED = """
 local words, since = unpack(redis.call('HMGET', KEYS[2], 'words', 'since'))
-if words ~= ARGV[1] or tonumber(ARGV[2]) > tonumber(since) then
+if words ~= ARGV[1] or tonumber(ARGV[2]) > moment(since) then
   redis.call('DEL', KEYS[2])
   redis.call('HSET', KEYS[2], 'words', ARGV[1], 'since', now / 1000)
 end
 redis.call('PEXPIRE', KEYS[2], ARGV[4])
-return redis.call('HINCRBY', KEYS[2], 'mails', 1 - ARGV[3])
+local mails = (tonumber(redis.call('HGET', KEYS[2], 'mails')) or 0) + 1 - ARGV[3]
+redis.call('HSET', KEYS[2], 'mails', mails)
+return mails
 """
+
+
+KINDS = {  # the keys of `relay`, and the type of each
+    **dict.fromkeys(("relay:breaker", "relay:streak"), "hash"),
+    **dict.fromkeys(("relay:gone", "relay:told", "relay:told_again"), "list"),
+    "relay:probe": "string",
+}
 
 
 class Wait(NamedTuple):

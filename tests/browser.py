@@ -19,6 +19,7 @@ from tests.programs import program
 FLAGS = (
     *("--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync", "--window-size=1280,900"),
     *("--disable-background-networking", "--disable-component-update"),
+    "--host-resolver-rules=MAP *.rebound.example 127.0.0.1",  # a page of another site, as DNS rebinding has it
     "--no-sandbox",  # CI runs as root, where Chromium has no sandbox
 )
 

@@ -43,9 +43,12 @@ class Running(NamedTuple):
     port: int
     output: Path
 
-    def ask(self, method: str, path: str, headers: dict[str, str] | None = None, password: str = PASSWORD) -> Answer:
+    def ask(
+        self, method: str, path: str, headers: dict[str, str] | None = None, password: str | None = PASSWORD
+    ) -> Answer:
         login = base64.b64encode(f"admin:{password}".encode()).decode()
-        return Api(self.port).call(method, path, headers={"Authorization": f"Basic {login}"} | (headers or {}))
+        given = {"Authorization": f"Basic {login}" if password else ""}
+        return Api(self.port).call(method, path, headers=given | (headers or {}))
 
     def post(self, path: str) -> Answer:
         return self.ask("POST", path, SAME_ORIGIN)

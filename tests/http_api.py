@@ -159,7 +159,8 @@ def ask(app: middleware.Middleware, method: str, path: str, body: object = None,
     heard: list[Any] = []
     text = b"".join(app(asked, lambda status, headers, _=None: heard.append((status, headers))))
     [(status, headers)] = heard
-    return Answer(int(status.split()[0]), json.loads(text), dict(headers))
+    is_json = dict(headers)["Content-Type"] == "application/json"
+    return Answer(int(status.split()[0]), json.loads(text) if is_json else text.decode(), dict(headers))
 
 
 @contextmanager

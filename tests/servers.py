@@ -244,10 +244,10 @@ class House:
         self.processes.append(start([sys.executable, *command], self.directory / f"{name}.log", **options))
         return self.processes[-1]
 
-    def api(self) -> Api:
+    def api(self, **options: Any) -> Api:
         port = free_port()
         self.environment["LISTEN"] = f"127.0.0.1:{port}"
-        self.run("api", str(self.root / "service.py"))
+        self.run("api", str(self.root / "service.py"), **options)
         api = Api(port)
         eventually(lambda: api.answers("/healthz"))
         return api

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import Any
 
 import pytest
 import redis
@@ -98,3 +99,14 @@ def test_a_key_makes_as_many_requests_as_it_may_in_all_processes_together(
     client.incrbyfloat("limit:key:few", -6_000)  # as after six seconds
     assert [post(n).status for n in range(2)] == [202, 429]
     assert 0 < client.pttl("limit:key:few") <= 60_000
+
+
+def test_a_thousand_wrong_keys_ask_redis_nothing_and_the_right_one_works_among_them(
+    api: Api, client: redis.Redis
+) -> None:
+    client.config_resetstat()
+    refused = {Api(api.port, f"ae_{number:032}").post("/emails", MAIL).status for number in range(1000)}
+    commands: Any = client.info("commandstats")
+    assert refused == {403}
+    assert not {"cmdstat_evalsha", "cmdstat_get", "cmdstat_hget", "cmdstat_incr"} & set(commands)
+    assert api.post("/emails", MAIL).status == 202

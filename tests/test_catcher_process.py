@@ -10,6 +10,7 @@ import socketserver
 import subprocess
 import sys
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import suppress
 from email.message import EmailMessage
@@ -17,6 +18,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from selenium.common import WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
@@ -149,37 +151,81 @@ def test_a_mails_html_and_its_inline_image_are_seen_in_the_frame(browser: Chrome
     assert browser.find_element(By.TAG_NAME, "img").get_property("naturalWidth") == 1
 
 
-HOSTILE = """<!doctype html><title>before</title>
-<script>document.title = "ran"; new Image().src = "{0}/script"; parent.document.title = "ran"</script>
-<meta http-equiv="refresh" content="0; url={0}/refresh">
-<link rel="stylesheet" href="{0}/sheet"><link rel="preconnect" href="{0}"><LINK rel="prefetch" href="{0}/prefetch">
-<style>@import url("{0}/import"); @font-face {{ font-family: F; src: url("{0}/font") }} p {{ font-family: F }}</style>
-<img src="{0}/image" onerror="document.title = 'ran'"><img srcset="{0}/srcset 1x"><p background="{0}/background">x
-<table background="{0}/table"><tr><td style="background: url({0}/style)">x</table>
-<iframe src="{0}/frame"></iframe><IFRAME
-src="{0}/frame"></IFRAME><iframe srcdoc="<img src='{0}/srcdoc'>"></iframe><object data="{0}/object"></object>
-<embed src="{0}/embed"><video src="{0}/video" poster="{0}/poster" autoplay></video>
-<audio src="{0}/audio" autoplay></audio>
-<svg><image href="{0}/svg"/><script>document.title = "ran"</script></svg>
-<form action="{0}/form"><input name="a" autofocus onfocus="document.title = 'ran'"><button id="submit">b</button></form>
-<a id="js" href="javascript:document.title = 'ran'" target="_self">x</a><p id="end">end"""
+RAN = "document.title='ran';parent.document.title='ran';location='URL/ran'"
+SVG = b64encode(
+    b"<svg xmlns='http://www.w3.org/2000/svg' onload=\"location='//x'\"><script>document.title='ran'</script></svg>"
+)
+HOSTILE = [line.partition("\t")[2] for line in Path(__file__).with_name("hostile_html.tsv").read_text().splitlines()]
+CHARSETS = {  # a charset and a body in which bytes, or the mail's own word for them, would be a script elsewhere
+    "utf-7": b"+ADw-script+AD4-document.title+AD0AJw-ran+ACc-+ADw-/script+AD4-",
+    "utf-7 in a meta": b"<meta charset=utf-7>+ADw-script+AD4-document.title+AD0AJw-ran+ACc-+ADw-/script+AD4-",
+    "utf-16": "\ufeff<script>document.title='ran'</script>".encode("utf-16-le"),
+    "iso-2022-jp": b"<img alt='\x1b$B'><img title='\x1b(B' onerror=document.title='ran' src=x>",
+    "hz-gb-2312": b"<script>document.title='~{\x1b'</script>",
+    "x-user-defined": b"\xbcscript\xbedocument.title='ran'\xbc/script\xbe",
+}
+
+
+def hostile_mails(url: str) -> list[bytes]:
+    words = {"&NEWLINE;": "\n", "SVG": SVG.decode(), "RUN": RAN, "URL": url}
+    bodies = [re.sub("|".join(words), lambda word: words[word[0]], html).replace("URL", url) for html in HOSTILE]
+    mails = [("utf-8", body.encode()) for body in bodies] + [(name.split()[0], body) for name, body in CHARSETS.items()]
+    head = "Content-Type: text/html; charset={}\r\n\r\n<title>before</title>"
+    raw = [head.format(charset).encode() + body for charset, body in mails]
+    return [*raw, illustrated(data=b64decode(SVG), kind="image/svg+xml").as_bytes()]
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("path", ["/messages/1", "/messages/1/html"])
-def test_a_mail_runs_and_reaches_nothing(browser: Chrome, running: Catcher, stranger: Stranger, path: str) -> None:
+def test_a_mail_runs_and_reaches_nothing_also_if_all_of_it_is_clicked(
+    browser: Chrome, running: Catcher, stranger: Stranger
+) -> None:
+    """Forms of the HTML5 Security Cheatsheet, PortSwigger's cheat sheet, and tests of mail clients' remote content."""
     url, heard = stranger
-    running.send(compose(html=HOSTILE.format(url)))
-    browser.get(running.page + path)
-    if path == "/messages/1":
-        loaded_frame(browser)
-    for control in ("submit", "js"):
-        browser.find_element(By.ID, control).click()
+    browser.implicitly_wait(0)
+    page = browser.current_window_handle
+    mails = hostile_mails(url)
+    for mail in mails:
+        running.send(mail)
+    for n in range(1, len(mails) + 1):
+        for path in (f"/messages/{n}", f"/messages/{n}/html"):
+            browser.get(running.page + path)
+            if not path.endswith("html"):
+                browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
+            for control in browser.find_elements(By.CSS_SELECTOR, "a, button, input, summary, text, math"):
+                with suppress(WebDriverException):
+                    control.click()
+            browser.switch_to.default_content()
+            for target in browser.execute_cdp_cmd("Target.getTargets", {})["targetInfos"]:
+                assert target["title"] != "ran", mails[n - 1]
+                if target["type"] == "page" and target["targetId"] != page:  # a tab that a click has opened
+                    browser.execute_cdp_cmd("Target.closeTarget", {"targetId": target["targetId"]})
+            assert browser.current_url.partition("#")[0] == running.page + path, mails[n - 1]
+        assert heard == [], mails[n - 1]
     time.sleep(1.5)  # a refresh, a preconnect or a font takes a moment
-    assert browser.find_element(By.ID, "end").text == "end"
-    browser.switch_to.default_content()
-    assert browser.title in ("before", "Hello · Mail catcher")
     assert heard == []
+    assert len(running.get("/messages").body["messages"]) == len(mails)
+
+
+@pytest.mark.browser
+def test_what_headers_say_is_seen_as_text(browser: Chrome, running: Catcher) -> None:
+    """In the list, in each view of the mail, and as the open page draws itself anew."""
+    browser.implicitly_wait(0)
+    bad = "</title></script></pre><script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
+    message = compose(bad, text=f"{bad} javascript:alert(1) http://a.example/\"onclick='document.title=1'", html="<p>")
+    message.replace_header("From", f'"{bad}" <a@example.com>')
+    message["Cc"] = message["Reply-To"] = message["X-Evil"] = message["X-<b>"] = bad
+    message.add_attachment(b"x", maintype="application", subtype="x", filename=f"{bad}.txt")
+    browser.get(running.page)
+    running.send(message)
+    wait_for(browser, lambda page: page.find_elements(By.CSS_SELECTOR, "#list li"))
+    for path in ("", *(f"/messages/1?tab={tab}" for tab in ("html", "text", "headers", "source"))):
+        browser.get(running.page + path)
+        assert bad in browser.find_element(By.TAG_NAME, "body").text
+        assert browser.title in ("(1) Mail catcher", f"{bad} · Mail catcher")
+        assert (
+            browser.find_elements(By.CSS_SELECTOR, "img, body script:not([nonce]), [onclick], a[href^='javascript']")
+            == []
+        )
 
 
 @pytest.mark.browser

@@ -8,6 +8,8 @@ import pickle
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import pytest
 from redis import Redis
 from rq import Queue
 from rq.command import send_kill_horse_command
-from rq.job import JobStatus
+from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry
 from rq.results import Result
 from selenium.webdriver import Chrome
@@ -38,6 +40,8 @@ from tests.dashboards import (
 )
 from tests.dashboards import served as served
 from tests.servers import ROOT, RedisServer, eventually
+from tests.test_unreadable import KINDS as JOB_KINDS
+from tests.test_unreadable import poison
 
 MARKUP = "<img src=x onerror=\"document.title='pwned'\">"
 
@@ -283,12 +287,79 @@ def test_what_is_not_there_is_answered_with_404(served: Running, client: Redis, 
     assert served.get(path).status == 404
 
 
-def test_a_fault_is_logged_by_its_place_and_not_by_its_text(served: Running, client: Redis) -> None:
-    client.set("rq:job:a", "not what RQ keeps there")
-    answer = served.get("/rq/0/view/job/a")
-    assert answer.status == 500
+GOOD_WORKER = {"state": "busy", "queues": "email", "pid": "1", "birth": "2026-01-01T00:00:00.000000Z"}
+POISON: dict[str, Callable[[Any], object]] = {  # what is written beside good jobs and workers
+    **{f"a job: {kind}": partial(poison, job_id="odd", kind=kind) for kind in JOB_KINDS},
+    "a job: no description": lambda to: to.hset("rq:job:odd", mapping={"data": "[1]", "description": ""}),
+    "a job: a description of no text": lambda to: to.hset("rq:job:odd", "description", b"\xff"),
+    "its result: a string": lambda to: to.set("rq:results:odd", "x"),
+    "its result: no type": lambda to: to.xadd("rq:results:odd", {"x": "y"}),
+    "its result: no base64": lambda to: to.xadd("rq:results:odd", {"type": "1", "return_value": "!"}),
+    "its result: no zlib": lambda to: to.xadd("rq:results:odd", {"type": "2", "exc_string": "!"}),
+    "its result: no number": lambda to: Result.create(
+        Job.fetch("odd", to), Result.Type.SUCCESSFUL, ttl=9, return_value=float("nan")
+    ),
+    "its meta": lambda to: to.hset("rq:job:odd", "meta", b"\xff"),
+    "a worker: a string": lambda to: to.set("rq:worker:odd", "x"),
+    "a worker: empty": lambda to: to.hset("rq:worker:odd", "x", "y"),
+    **{
+        f"a worker: {field}": partial(
+            lambda to, field: to.hset("rq:worker:odd", mapping=GOOD_WORKER | {field: b"\xff"}), field=field
+        )
+        for field in (*GOOD_WORKER, "last_heartbeat", "failed_job_count", "total_working_time", "version")
+    },
+    "a worker: no number": lambda to: to.hset("rq:worker:odd", mapping={"total_working_time": "nan"}),
+    "a worker: of no queue": lambda to: to.hset("rq:worker:odd", mapping={"queues": ",", "pid": "x" * 9999}),
+    "a worker: its executions": lambda to: to.set("rq:worker:odd:executions", "x"),
+    "a worker: an execution": lambda to: to.sadd("rq:worker:odd:executions", b"\xff", "a", "a:b:c", "odd:1"),
+    "the set of workers": lambda to: to.sadd("rq:workers", b"\xff", "", "x", "rq:worker:"),
+    "the set of queues": lambda to: to.sadd("rq:queues", b"\xff", "", "x", "rq:queue:"),
+    "the queue": lambda to: to.rpush("rq:queue:email", b"\xff", "", "a:b:c", "x" * 99_999),
+    "a registry": lambda to: to.zadd("rq:failed:email", {b"\xff": 1, "": 2, "a:b:c": 3}),
+    "those started": lambda to: to.zadd("rq:wip:email", {b"\xff": 1, "": 2, "a:b:c": 3}),
+}
+
+
+@pytest.mark.parametrize("kind", POISON)
+def test_what_is_damaged_spoils_no_page(served: Running, client: Redis, kind: str) -> None:
+    occupy_a_worker(client, enqueue(client, "a"))
+    fail(client, "a")
+    occupy_a_worker(client, fail(client, "odd"), "odd")
+    POISON[kind](client)
+    for path in [
+        *LOOKING,
+        "/rq/0/data/job/odd.json",
+        "/rq/0/view/job/odd",
+        "/rq/0/data/jobs/email/queued/8/asc/1.json",
+    ]:
+        answer = served.get(path)
+        assert answer.status in (200, 302, 404), path
+        assert ": nan" not in str(answer.body)  # which no browser reads
+    assert served.get("/rq/0/data/jobs/email/failed/8/asc/1.json").body["jobs"][0]["id"] == "a"
+    assert "w1" in [worker["name"] for worker in served.get("/rq/0/data/workers.json").body["workers"]]
+    for path in CHANGING:
+        assert served.post(path).status in (200, 404, 409), path
+
+
+@pytest.mark.parametrize("key", ["rq:queue:email", "rq:failed:email", "rq:queues", "rq:workers"])
+def test_a_key_of_rqs_with_something_else_is_a_plain_503_and_logged_by_its_place(
+    served: Running, client: Redis, key: str
+) -> None:
+    client.set(key, "a secret")
+    seen = [served.get(path) for path in LOOKING]
+    assert {answer.status for answer in seen} <= {200, 302, 404, 503}
+    assert any(answer.body == "Redis holds something else at one of RQ's keys\n" for answer in seen)
     assert 'crashed where="ResponseError' in served.output.read_text()
-    assert "WRONGTYPE" not in served.output.read_text() + str(answer.body)
+    assert "WRONGTYPE" not in served.output.read_text()
+
+
+@pytest.mark.parametrize("per_page", ["0", "-1", "-8", "1001", "10000000000", "x", "1.5", "", "%00"])
+@pytest.mark.parametrize("page", ["1", "0", "-7", "x", "99999999999999999999"])
+def test_a_page_is_of_1_to_1000_jobs(served: Running, client: Redis, per_page: str, page: str) -> None:
+    for number in range(3):
+        fail(client, str(number))
+    for path in (f"data/jobs/email/failed/{per_page}/asc/{page}.json", f"view/jobs/email/queued/{per_page}/dsc/{page}"):
+        assert served.get(f"/rq/0/{path}").status in (200, 400, 404), path
 
 
 def test_a_worker_busy_with_a_json_job_is_listed(served: Running, redis_server: RedisServer, client: Redis) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import resource
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
+import redis
 
 from queues import connection
 from tests import http_api
-from tests.servers import Api
+from tests.servers import Api, House, eventually
 from tests.test_structure import digest_of
 from web import server
 
@@ -175,6 +178,55 @@ def test_a_client_that_pipelines_has_one_turn_in_each_round(api: Api, app: Namin
         before = app.started
         connection.makefile("rb").read()
     assert before < 20
+
+
+def test_a_newcomer_waits_for_two_rounds_and_not_for_a_round_for_each_before_him(api: Api, app: Naming) -> None:
+    app.pause = 0.005
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(connected(api)).sendall(pipelined(200))
+        eventually(lambda: app.started > 20)
+        idle = [stack.enter_context(connected(api)) for _ in range(40)]
+        before = app.started
+        assert api.get("/").status == 200
+        assert app.started - before < 20 * 10
+        assert all(is_open(one) for one in idle)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "sockets", "room", "raised"),
+    [
+        (1024, 524_288, 1, 400, None),
+        (1024, 524_288, 2, 400, 1656),
+        (256, 524_288, 1, 400, 856),
+        (256, -1, 1, 400, 856),
+        (-1, -1, 2, 400, None),
+        (256, 256, 1, 100, 256),
+        (256, 512, 2, 114, 512),
+        (50, 50, 1, 1, 50),
+    ],
+)
+def test_as_many_connections_are_taken_as_there_are_descriptors_for(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, sockets: int, room: int, raised: int | None
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    assert min(server.room_for(sockets), server.MOST_CONNECTIONS) == room
+    assert asked == ([(raised, hard)] if raised else [])
+
+
+def test_with_256_descriptors_it_serves_and_says_so(house: House, client: redis.Redis) -> None:
+    api = house.api(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)))
+    begun = b"POST /emails HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9000000\r\n\r\n"
+    with ExitStack() as stack:
+        for number in range(600):
+            with suppress(ConnectionError):  # closed already, for one that came later
+                stack.enter_context(connected(api)).sendall(begun + bytes(number % 2 * 600_000))
+        assert [api.post("/emails", http_api.MAIL).status for _ in range(5)] == [202] * 5
+    log = house.log("api")
+    assert log.count("few_descriptors connections=100") == 1
+    assert not re.search("Too many open files|accept|crashed", log)
 
 
 LEANT_ON = {  # what server.py overrides or calls beyond Waitress's documentation -> its source in 3.0.2

@@ -3,6 +3,7 @@
 app.py         the routes, and what each answers
 context.py     what is known of the request that is being answered
 body.py        a request's body: strict JSON, bounded
+hosts.py       what a page of another site may not send
 errors.py      the one error shape; our exceptions in HTTP's words
 middleware.py  request id, common headers, log line
 metrics.py     GET /metrics

@@ -15,7 +15,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +35,7 @@ from queues.connection import weaknesses
 from queues.jobs import Accepted, Idempotency, Jobs, Policy
 from queues.limits import Limits
 from queues.offer import Task
-from settings import ApiKey, Settings, SettingsError
+from settings import DEV_KEY, ApiKey, Settings, SettingsError
 from web import context
 from web.body import SMALL_BODY, BodyBudget, read_json
 from web.errors import (
@@ -48,6 +48,7 @@ from web.errors import (
     note_refusal,
     routing_error,
 )
+from web.hosts import ALLOWED, is_local
 from web.middleware import Middleware
 
 VERSION = re.findall(r"^## (\S+)", (Path(__file__).parent.parent / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
@@ -110,9 +111,10 @@ class JobRequest(StrictModel):
 class Service:
     """The handlers. Each returns its answer, or raises what `as_refusal` knows."""
 
-    def __init__(self, settings: Settings, jobs: Jobs, offered: Mapping[str, Task]) -> None:
+    def __init__(self, settings: Settings, jobs: Jobs, offered: Mapping[str, Task], names: Collection[str]) -> None:
         self.settings = settings
         self.offered = offered
+        self.names = names
         self.jobs = jobs
         self.outbox = Outbox(jobs, settings)
         self.limits = Limits(jobs.redis)
@@ -267,11 +269,12 @@ ROUTES = (  # method, path, handler, scope that the key needs
 )
 
 
-def make_app(settings: Settings, jobs: Jobs, offered: Mapping[str, Task]) -> Middleware:
-    """Returns the application. Raises `SettingsError` if it could not use one of the templates."""
+def make_app(settings: Settings, jobs: Jobs, offered: Mapping[str, Task], names: Collection[str] = ()) -> Middleware:
+    """Returns the application. Raises `SettingsError` if it could not use one of the templates. With the key `dev`, it
+    answers only to loopback names and to `names`."""
     if faults := templates.faults():
         raise SettingsError(faults)
-    service, app = Service(settings, jobs, offered), Bottle()
+    service, app = Service(settings, jobs, offered, names), Bottle()
     app.config["catchall"] = False  # Bottle would print the exception, which may quote a request; Middleware does not
     app.default_error_handler = routing_error
     for method, path, handler, scope in ROUTES:
@@ -286,6 +289,8 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
         try:
             if request.environ["PATH_INFO"].encode() != request.environ["bottle.raw_path"].encode("latin-1"):
                 raise Refusal(404, "not_found", "no such path")  # Bottle leaves out what is not UTF-8
+            if service.settings.knows_dev_key and not is_local(request.environ.get("HTTP_HOST", ""), service.names):
+                raise Refusal(421, "misdirected_request", f"with the key {DEV_KEY}, {ALLOWED}")
             if scope is None:
                 return handler(service)
             key = authenticate(service.settings.api_keys, scope)

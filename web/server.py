@@ -12,6 +12,8 @@ Waitress: https://docs.pylonsproject.org/projects/waitress
 from __future__ import annotations
 
 import errno
+import logging
+import resource
 import socket
 import threading
 import time
@@ -37,7 +39,8 @@ LONG = 0.1  # seconds for one request; less may be the machine being busy
 # Seconds. A draining process closes no connection on which a request may be under way: nginx closes an idle one after 2
 # (keepalive_timeout in nginx/async-email.conf).
 QUIET_AFTER, DRAINED_AFTER = 3, 20
-MOST_CONNECTIONS = 400  # of a process, on each socket; each needs a file descriptor, a large body one more
+MOST_CONNECTIONS = 400  # of a process, on each socket
+PER_CONNECTION, BESIDE = 2, 56  # file descriptors: one more for a large body; Redis, the log, Waitress' own
 UNREAD_FOR = 30  # seconds after which a client that reads nothing of its answer is cut off
 
 
@@ -86,7 +89,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def __init__(self, server: BaseWSGIServer, *rest: Any, **how: Any) -> None:
         super().__init__(server, *rest, **how)
         self.waits_since = time.monotonic()
-        if len(server.active_channels) > MOST_CONNECTIONS:
+        if len(server.active_channels) > min(MOST_CONNECTIONS, server.room):
             self._make_room()
 
     def _make_room(self) -> None:
@@ -126,6 +129,19 @@ def bound(family: int, address: Any) -> socket.socket:
         one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     one.bind(address)
     return one
+
+
+def room_for(sockets: int) -> int:
+    """Returns how many connections the limit of file descriptors leaves on each socket. Raises it first as far as may
+    be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = PER_CONNECTION * MOST_CONNECTIONS * sockets + BESIDE
+    if 0 <= soft < wanted:  # below 0: no limit
+        soft = min(wanted, hard) if hard >= 0 else wanted
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < 0:
+        return MOST_CONNECTIONS
+    return max(1, (soft - BESIDE) // PER_CONNECTION // sockets)
 
 
 class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
@@ -180,6 +196,7 @@ class Server:
         self.app = app
         self.map: dict[int, Any] = {}  # what Waitress watches
         self.dispatcher = Dispatcher()
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # under load it warns at every request
         self.waitress = create_server(
             app,
             map=self.map,
@@ -197,6 +214,7 @@ class Server:
         for one in self.listeners:
             one.channel_class = Channel
             one.pull_trigger = self._wake
+            one.room = room_for(len(sockets))
         self.stopping = False
         self.loop = threading.get_ident()
 
@@ -229,7 +247,19 @@ class Server:
     def _turn(self, seconds: float) -> None:
         """Waits at most `seconds` for something to do, and does it."""
         wasyncore.loop(timeout=0 if self.dispatcher.is_behind else seconds, use_poll=True, map=self.map, count=1)
+        self._accept_more()
         self.dispatcher.answer()
+
+    def _accept_more(self) -> None:
+        """Accepts as many connections as there are, or half of those that there may be. Waitress takes one in a round,
+        so the last of many newcomers would wait for as many rounds, each of which serves all that are in."""
+        for one in self.listeners:
+            for _ in range(min(len(one.active_channels), one.room // 2, 50)):
+                before = len(one.active_channels)
+                if one.readable():
+                    one.handle_accept()
+                if len(one.active_channels) == before:
+                    break
 
     def _drain(self, deadline: float, alive: Callable[[], None]) -> None:
         """Answers what is under way and accepts nothing more: others do, on the same sockets, or will soon."""
