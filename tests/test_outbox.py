@@ -68,6 +68,12 @@ def test_an_attempt_that_raises_gives_its_claim_back(outbox: Outbox, mail_id: st
     assert claim(outbox, mail_id).state_before == "sending"
 
 
+def test_a_settled_attempt_asks_redis_for_nothing_more(taken: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
+    with taken.held():
+        taken.settle(State.SENT)
+        monkeypatch.setattr(taken.store, "run", lambda *_: pytest.fail("asked"))
+
+
 def test_a_mail_that_is_no_longer_kept_cannot_be_claimed(outbox: Outbox, client: Any) -> None:
     assert outbox.claim("gone-mail", 0) == "gone"
     assert client.keys("*gone-mail*") == []

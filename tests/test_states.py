@@ -25,6 +25,8 @@ def client() -> fakeredis.FakeRedis:
 def bring(outbox: Outbox, client: Any, how: str) -> str:
     """Brings a mail into a state: an attempt settles it so, or what is named happens."""
     mail_id = accept(outbox, expires_in=-1 if how == "expired" else 0)
+    if how in ("claimed", "canceled twice", "given up"):  # each after it was put off
+        claim(outbox, mail_id).settle(State.DELAYED, reason="450 at rcpt", next_in=60)
     match how:
         case "claimed":
             claim(outbox, mail_id)
@@ -49,14 +51,14 @@ def bring(outbox: Outbox, client: Any, how: str) -> str:
     ("how", "state", "counted", "kept_for"),
     [
         ("accepted", State.QUEUED, [], 0),
-        ("claimed", State.SENDING, [], 0),
+        ("claimed", State.SENDING, ["delayed"], 0),
         ("claimed again", State.SENDING, ["failed"], 0),
         (State.DELAYED, State.DELAYED, ["delayed"], 0),
         (State.SENT, State.SENT, ["sent"], 3 * DAY + 3600),
         (State.FAILED, State.FAILED, ["failed"], 15 * DAY),
         (State.UNKNOWN, State.UNKNOWN, ["unknown"], 15 * DAY),
-        ("canceled twice", State.CANCELED, ["canceled"], 15 * DAY),
-        ("given up", State.FAILED, ["failed"], 15 * DAY),
+        ("canceled twice", State.CANCELED, ["delayed", "canceled"], 15 * DAY),
+        ("given up", State.FAILED, ["delayed", "failed"], 15 * DAY),
         ("expired", State.FAILED, ["expired"], 15 * DAY),
     ],
 )
@@ -71,6 +73,7 @@ def test_a_state_is_counted_kept_and_watched_however_a_mail_comes_into_it(
     assert client.zrange("mail:open", 0, -1) == ([] if kept_for else [mail_id.encode()])
     assert (b"content" in mail) == (state not in (State.SENT, State.CANCELED))
     assert bool(mail.get(b"next_attempt_at")) == (state == State.DELAYED)
+    assert bool(mail.get(b"reason")) == (state not in (State.QUEUED, State.SENDING))
     assert (outbox.last_sent() is not None) == (state == State.SENT)
 
 
