@@ -8,6 +8,7 @@ from typing import Any
 
 import fakeredis
 import pytest
+from redis.exceptions import ConnectionError
 from rq import Retry
 
 from mail import delivery
@@ -110,10 +111,12 @@ def test_a_mail_comes_back_as_one_with_a_reservation_if_pacing_has_given_it_one(
     assert outbox.read(mail_id)["status"] == "delayed"
 
 
-def test_a_mail_that_the_relay_has_put_off_has_no_reservation(outbox: Outbox) -> None:
+def test_a_mail_that_the_relay_has_put_off_has_no_reservation(outbox: Outbox, caplog: pytest.LogCaptureFixture) -> None:
     mail_id = accept(outbox)
-    with served({"DATA": "451 later"}) as (_, to):
-        assert isinstance(delivers(outbox, to).deliver(mail_id), Retry)
+    with caplog.at_level(0), served({"DATA": "451 later"}) as (_, to):
+        again = delivers(outbox, to).deliver(mail_id)
+    assert isinstance(again, Retry)
+    assert f'delayed id={mail_id} reason="451 at data" next_in={again.intervals[0]}s' in caplog.text
     assert not claim(outbox, mail_id).reserved
 
 
@@ -197,11 +200,12 @@ def test_what_is_surely_a_mails_own_fault_is_never_the_accounts(outbox: Outbox, 
         assert {told(made, accept(outbox)) for _ in range(6)} == {"failed"}
 
 
+@pytest.mark.parametrize("error", [Unavailable("Redis does not answer"), ConnectionError()])
 def test_a_reply_is_written_down_although_redis_cannot_count_it(
-    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def away(*_: object) -> bool:
-        raise Unavailable("Redis does not answer")
+        raise error
 
     with served({".": "554 5.7.1 spam"}) as (_, relay):
         made, mail_id = delivers(outbox, relay), accept(outbox)

@@ -85,9 +85,12 @@ def test_the_state_after_an_attempt(on_doubt: str, replies: list[Reply], state: 
     assert after(claim("pending", "pending", on_doubt=on_doubt), *replies)[0] == state
 
 
-def test_the_pauses_follow_the_schedule_and_then_the_mail_fails() -> None:
-    taken = claim("pending")
-    pauses = [after(taken, LATER) for _ in range(3)]
+@pytest.mark.parametrize("reply", [LATER, SILENCE])
+def test_the_pauses_follow_the_schedule_and_then_the_mail_fails(reply: Reply) -> None:
+    taken, pauses = claim("pending"), []
+    for _ in range(3):
+        delivery.take_up(taken)
+        pauses.append(after(taken, reply))
     assert [state for state, _ in pauses] == ["delayed", "delayed", "failed"]
     assert 8 <= pauses[0][1] <= 12
     assert 80 <= pauses[1][1] <= 120
@@ -137,7 +140,7 @@ def test_what_earlier_attempts_have_left_is_taken_up(before: str, on_doubt: str,
     assert [one.status for one in taken.recipients] == are.split()
     assert taken.counted == (0 if before in ("failed", "unknown") else 2)
     died = before == "sending"
-    assert [one["verdict"] for one in taken.attempts] == ["interrupted"] * died
+    assert [(one["verdict"], set(one)) for one in taken.attempts] == [("interrupted", {"at", "verdict", "text"})] * died
     assert (taken.counts["attempt:interrupted"], taken.counts["in_doubt"]) == (died, died and "in_doubt" in were)
 
 
@@ -149,8 +152,9 @@ def test_a_held_doubt_outlasts_the_attempts_at_the_others() -> None:
     assert [one.status for one in taken.recipients] == ["in_doubt", "accepted"]
 
 
-def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -> None:
-    silent = Reply(Phase.RCPT, None, "timed out")
+@pytest.mark.parametrize("phase", [Phase.MAIL, Phase.RCPT, Phase.DATA])
+def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last(phase: Phase) -> None:
+    silent = Reply(phase, None, "timed out")
     taken = claim("pending")
     assert [after(taken, silent)[0] for _ in range(5)] == ["delayed"] * 4 + ["failed"]
     assert taken.counted == 3

@@ -9,7 +9,7 @@ import fakeredis
 import pytest
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
-from mail.claim import Busy, Claim, ClaimLost
+from mail.claim import Busy, Claim, ClaimLost, iso
 from mail.outbox import Outbox, jittered
 from mail.states import State, Status
 from queues import heartbeat
@@ -221,6 +221,10 @@ def test_what_the_sender_chose_is_in_the_claim_and_shown(outbox: Outbox, expires
     assert taken.expires_at == (one.expires_at.timestamp() if one.expires_at else 0)
     assert seen["expires_at"] == (one.expires_at.isoformat() if one.expires_at else None)
     assert (taken.has_expired(), taken.has_expired(within=61)) == (False, bool(expires_in))
+
+
+def test_moments_are_written_with_milliseconds() -> None:
+    assert [iso(0), iso(1.5)] == ["1970-01-01T00:00:00.000+00:00", "1970-01-01T00:00:01.500+00:00"]
 
 
 def test_jitter_stays_within_a_fifth() -> None:

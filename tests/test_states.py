@@ -109,8 +109,8 @@ PREVIEWS = [  # the state that is stored, the status of the job, the state that 
     ("failed", "failed", "failed"), ("failed", "", "failed"), ("unknown", "failed", "unknown"),
     ("failed", "queued", "queued"), ("failed", "scheduled", "queued"), ("unknown", "queued", "queued"),
     ("sending", "failed", "failed"), ("sending", "scheduled", "delayed"), ("delayed", "stopped", "failed"),
-    ("queued", "canceled", "failed"), ("queued", "failed", "failed"), ("queued", "finished", "queued"),
-    ("queued", "", "failed"), ("delayed", "", "failed"),
+    ("sending", "queued", "delayed"), ("queued", "canceled", "failed"), ("queued", "failed", "failed"),
+    ("queued", "finished", "queued"), ("queued", "", "failed"), ("delayed", "", "failed"),
 ]
 # fmt: on
 
