@@ -140,6 +140,7 @@ def test_a_failed_mail_is_claimed_again_only_if_it_was_queued_again_since(
 
 @pytest.mark.parametrize("state", ["failed", "unknown"])
 def test_rq_does_not_try_a_mail_again_that_was_given_up(outbox: Outbox, client: Any, state: str, mail_id: str) -> None:
+    assert client.hmget(f"rq:job:{mail_id}", "retries_left", "retry_intervals") == [b"3", b"[1, 5, 30]"]
     claim(outbox, mail_id).settle(State(state), reason="x")
     assert client.hget(f"rq:job:{mail_id}", "retries_left") == b"0"
     assert client.hexists(f"rq:job:{mail_id}", "data")
