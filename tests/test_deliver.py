@@ -36,9 +36,11 @@ def delivers(outbox: Outbox, to: Relay) -> delivery.Delivery:
     return made
 
 
-def test_a_mail_goes_to_all_its_recipients_once_however_often_its_job_runs(outbox: Outbox) -> None:
+def test_a_mail_goes_to_all_its_recipients_once_however_often_its_job_runs(
+    outbox: Outbox, caplog: pytest.LogCaptureFixture
+) -> None:
     mail_id = accept(outbox)
-    with served() as (there, to):
+    with caplog.at_level(0), served() as (there, to):
         made = delivers(outbox, to)
         assert [made.deliver(mail_id) for _ in range(2)] == ["sent", "sent"]
     assert [one for one in there.commands if one.startswith("RCPT")] == [f"RCPT TO:<{who}>" for who in RECIPIENTS]
@@ -46,6 +48,7 @@ def test_a_mail_goes_to_all_its_recipients_once_however_often_its_job_runs(outbo
     seen = outbox.read(mail_id)
     assert [one["status"] for one in seen["recipients"]] == ["accepted", "accepted"]
     assert seen["reason"] is None
+    assert f"nothing_to_do id={mail_id} state=sent" in caplog.text
 
 
 def test_a_mail_with_nobody_left_to_serve_is_settled_without_the_relay(outbox: Outbox, client: Any) -> None:
@@ -120,13 +123,14 @@ def test_a_mail_that_the_relay_has_put_off_has_no_reservation(outbox: Outbox, ca
     assert not claim(outbox, mail_id).reserved
 
 
-def test_the_breaker_hears_of_each_conversation(outbox: Outbox, client: Any) -> None:
-    with served({"GREETING": ["421 busy", "421 busy", "421 busy", "220 ready"]}) as (_, to):
+def test_the_breaker_hears_of_each_conversation(outbox: Outbox, client: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(0), served({"GREETING": ["421 busy", "421 busy", "421 busy", "220 ready"]}) as (_, to):
         made, mails = delivers(outbox, to), [accept(outbox) for _ in range(4)]
         for mail_id in mails[:3]:
             assert not outbox.relay_in_trouble()
             assert isinstance(made.deliver(mail_id), Retry)
         assert outbox.relay_in_trouble()
+        assert 'breaker_opened reason="421 at greeting"' in caplog.text
         client.hset("relay:breaker", "open_until", 1)  # the pause is over
         assert made.deliver(mails[3]) == "sent"
         assert not outbox.relay_in_trouble()

@@ -118,6 +118,11 @@ def test_a_relay_that_says_when_is_obeyed(phase: Phase, code: int, text: str, at
     assert at_least <= pause <= at_most
 
 
+def test_a_refusal_keeps_nobody_waiting_for_whom_there_was_no_room() -> None:
+    full = Reply(Phase.RCPT, 452, "4.5.3 too many recipients")
+    assert after(claim("pending", "pending", "pending"), OK, NEVER, full) == ("delayed", 0)
+
+
 def test_of_several_pauses_asked_for_the_longest_counts() -> None:
     minutes = Reply(Phase.RCPT, 450, "4.2.1 try again in 5 minutes")
     assert after(claim("pending", "pending"), minutes, LATER) == ("delayed", 301)
