@@ -76,6 +76,14 @@ def test_a_mail_that_has_expired_or_will_before_its_next_attempt_fails_at_once(
     assert [one["code"] for one in outbox.read(mail_id)["attempts"]] == codes
 
 
+def test_the_job_of_a_canceled_mail_ends_well(outbox: Outbox) -> None:
+    mail_id = accept(outbox)
+    outbox.cancel(mail_id)
+    with served() as (there, to):
+        assert delivers(outbox, to).deliver(mail_id) == "canceled"
+    assert there.connections == 0
+
+
 def test_a_refused_mail_fails_with_code_and_phase(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
     with served({"RCPT": "550 5.1.1 no user"}) as (_, to), pytest.raises(delivery.Failed, match=r"^550 at rcpt$"):

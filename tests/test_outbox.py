@@ -14,7 +14,7 @@ from mail.outbox import Outbox, jittered
 from mail.states import State, Status
 from queues import heartbeat
 from queues.heartbeat import LEASE_SECONDS
-from queues.jobs import NotPossible
+from queues.jobs import NotFound, NotPossible
 from tests.mails import accept, claim, draft
 from tests.servers import eventually
 
@@ -74,8 +74,10 @@ def test_a_settled_attempt_asks_redis_for_nothing_more(taken: Claim, monkeypatch
         monkeypatch.setattr(taken.store, "run", lambda *_: pytest.fail("asked"))
 
 
-def test_a_mail_that_is_no_longer_kept_cannot_be_claimed(outbox: Outbox, client: Any) -> None:
+def test_a_mail_that_is_no_longer_kept_cannot_be_claimed_or_canceled(outbox: Outbox, client: Any) -> None:
     assert outbox.claim("gone-mail", 0) == "gone"
+    with pytest.raises(NotFound):
+        outbox.cancel("gone-mail")
     assert client.keys("*gone-mail*") == []
 
 

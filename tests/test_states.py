@@ -111,6 +111,7 @@ PREVIEWS = [  # the state that is stored, the status of the job, the state that 
     ("sending", "failed", "failed"), ("sending", "scheduled", "delayed"), ("delayed", "stopped", "failed"),
     ("sending", "queued", "delayed"), ("queued", "canceled", "failed"), ("queued", "failed", "failed"),
     ("queued", "finished", "queued"), ("queued", "", "failed"), ("delayed", "", "failed"),
+    ("failed", "started", "queued"),
 ]
 # fmt: on
 

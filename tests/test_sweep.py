@@ -183,6 +183,7 @@ def test_a_mail_given_up_can_be_queued_again_with_its_content(outbox: Outbox, cl
     swept_now(outbox)
     assert outbox.read(mail_id)["status"] == state
     outbox.requeue(mail_id)
+    assert client.lrange(QUEUE, 0, -1) == [mail_id.encode()]
     taken = claim(outbox, mail_id)
     assert taken.message.text == "t"
     assert client.ttl(f"mail:{mail_id}") == -1
