@@ -42,6 +42,9 @@ def bring(outbox: Outbox, client: Any, how: str) -> str:
             list(sweep(outbox))
         case "expired":
             list(sweep(outbox))
+        case "failed and canceled" | "unknown and canceled":
+            claim(outbox, mail_id).settle(State(how.split()[0]), reason="550 at rcpt")
+            outbox.cancel(mail_id)
         case State():
             claim(outbox, mail_id).settle(how, reason="550 at rcpt", next_in=60 if how == State.DELAYED else 0)
     return mail_id
@@ -58,6 +61,8 @@ def bring(outbox: Outbox, client: Any, how: str) -> str:
         (State.FAILED, State.FAILED, ["failed"], 15 * DAY),
         (State.UNKNOWN, State.UNKNOWN, ["unknown"], 15 * DAY),
         ("canceled twice", State.CANCELED, ["delayed", "canceled"], 15 * DAY),
+        ("failed and canceled", State.CANCELED, ["failed", "canceled"], 15 * DAY),
+        ("unknown and canceled", State.CANCELED, ["unknown", "canceled"], 15 * DAY),
         ("given up", State.FAILED, ["delayed", "failed"], 15 * DAY),
         ("expired", State.FAILED, ["expired"], 15 * DAY),
     ],
@@ -80,6 +85,15 @@ def test_a_state_is_counted_kept_and_watched_however_a_mail_comes_into_it(
 def test_from_a_final_state_only_a_person_goes_on() -> None:
     assert set(FOLLOWS) == {None, *State}
     assert set().union(*(FOLLOWS[state] for state in FINAL)) == {State.SENDING, State.CANCELED, State.SENT}
+
+
+@pytest.mark.parametrize("state", State)
+def test_that_a_mail_was_sent_is_written_over_every_state(outbox: Outbox, client: Any, state: State) -> None:
+    mail_id = accept(outbox)
+    late = claim(outbox, mail_id)
+    client.hset(f"mail:{mail_id}", "state", state)
+    late.settle(State.SENT)
+    assert outbox.read(mail_id)["status"] == "sent"
 
 
 @pytest.mark.parametrize("state", [State.SENT, State.CANCELED])
