@@ -82,7 +82,8 @@ def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
     ],
 )
 def test_the_state_after_an_attempt(on_doubt: str, replies: list[Reply], state: str) -> None:
-    assert after(claim("pending", "pending", on_doubt=on_doubt), *replies)[0] == state
+    after_it, pause = after(claim("pending", "pending", on_doubt=on_doubt), *replies)
+    assert (after_it, pause > 0) == (state, state == "delayed")
 
 
 @pytest.mark.parametrize("reply", [LATER, SILENCE])
@@ -94,6 +95,7 @@ def test_the_pauses_follow_the_schedule_and_then_the_mail_fails(reply: Reply) ->
     assert [state for state, _ in pauses] == ["delayed", "delayed", "failed"]
     assert 8 <= pauses[0][1] <= 12
     assert 80 <= pauses[1][1] <= 120
+    assert pauses[2][1] == 0
 
 
 def test_trouble_never_counts_and_never_ends() -> None:
