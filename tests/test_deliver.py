@@ -181,6 +181,15 @@ def test_a_recipient_that_is_put_off_or_refused_makes_no_trouble_for_others(outb
     assert not outbox.relay_in_trouble()
 
 
+@pytest.mark.parametrize(("phase", "opens"), [("RCPT", False), ("MAIL", True)])
+def test_a_pause_that_the_relay_asks_for_opens_the_breaker_unless_it_may_be_a_recipients(
+    outbox: Outbox, phase: str, opens: bool
+) -> None:
+    with served({phase: "421 4.7.0 try again in 10 minutes"}) as (_, relay):
+        assert told(delivers(outbox, relay), accept(outbox)) == "delayed"
+    assert outbox.relay_in_trouble() == opens
+
+
 @pytest.mark.parametrize(
     ("phase", "reply"),
     [
