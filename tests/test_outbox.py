@@ -191,8 +191,10 @@ def test_that_somebody_was_served_is_written_as_soon_as_redis_takes_it(
         return run(*args)
 
     monkeypatch.setattr(outbox.store, "run", sometimes)
-    monkeypatch.setattr(time, "sleep", lambda _: None)
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
     taken.settle(State(state), reason="x")
+    assert pauses == [1, 1, 1]
     assert client.hget(f"mail:{mail_id}", "state") == state.encode()
     assert outbox.read(mail_id)["recipients"][0]["status"] == "accepted"
 

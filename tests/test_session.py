@@ -185,6 +185,7 @@ def test_a_refusal_outlives_the_connection(script: Script, phase: Phase) -> None
     ("step", "reply", "verdict"),
     [
         ("GREETING", "554 5.7.1 go away", TROUBLE),
+        ("EHLO", "554 5.7.1 not from there", TROUBLE),
         ("MAIL", "451 4.3.0 not now", TROUBLE),
         ("MAIL", "550 5.7.1 not you", REFUSED),
         ("MAIL", "530 5.7.0 Must issue a STARTTLS command first", TROUBLE),
