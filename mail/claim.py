@@ -46,8 +46,7 @@ return 1
 """
 # KEYS: mail, claim. ARGV: token.
 RELEASE = """
-if redis.call('GET', KEYS[2]) == ARGV[1] then return redis.call('DEL', KEYS[2]) end
-return 0
+if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
 """
 
 

@@ -22,8 +22,7 @@ SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
 LOOK_AFTER = 2 * LEASE_SECONDS  # seconds after which a mail should have moved on, and mail.sweep looks at it
 # KEYS: mail, claim. ARGV: token, lease in ms.
 RENEW = """
-if redis.call('GET', KEYS[2]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[2], ARGV[2]) end
-return 0
+if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('PEXPIRE', KEYS[2], ARGV[2]) end
 """
 
 

@@ -108,7 +108,7 @@ class Session:
         self.opened_at = time.monotonic()
         self.aborted = threading.Event()
         self.handle: socket.socket | None = None
-        self.smtp = _Client(local_hostname=relay.ehlo_name, timeout=relay.timeout)
+        self.smtp = _Client(local_hostname=relay.ehlo_name)
         # starttls() checks the certificate against this name, which smtplib knows only when it connects by itself.
         self.smtp._host = relay.host  # type: ignore[attr-defined]
 
@@ -279,8 +279,7 @@ class Session:
 
     def reset(self) -> bool:
         """Resets the session for the next mail. Returns False if its state is unknown: then it must be closed."""
-        usable = (State.READY, State.IN_TRANSACTION, State.AWAITING_FINAL_REPLY)
-        if self.state not in usable or (self.last and not self.last.leaves_the_session):
+        if self.state not in (State.READY, State.IN_TRANSACTION) or (self.last and not self.last.leaves_the_session):
             return False
         try:
             self.sock.settimeout(PATIENCE)

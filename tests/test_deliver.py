@@ -8,6 +8,7 @@ from typing import Any
 
 import fakeredis
 import pytest
+from redis.exceptions import ConnectionError
 from rq import Retry
 
 from mail import delivery
@@ -35,9 +36,11 @@ def delivers(outbox: Outbox, to: Relay) -> delivery.Delivery:
     return made
 
 
-def test_a_mail_goes_to_all_its_recipients_once_however_often_its_job_runs(outbox: Outbox) -> None:
+def test_a_mail_goes_to_all_its_recipients_once_however_often_its_job_runs(
+    outbox: Outbox, caplog: pytest.LogCaptureFixture
+) -> None:
     mail_id = accept(outbox)
-    with served() as (there, to):
+    with caplog.at_level(0), served() as (there, to):
         made = delivers(outbox, to)
         assert [made.deliver(mail_id) for _ in range(2)] == ["sent", "sent"]
     assert [one for one in there.commands if one.startswith("RCPT")] == [f"RCPT TO:<{who}>" for who in RECIPIENTS]
@@ -45,6 +48,7 @@ def test_a_mail_goes_to_all_its_recipients_once_however_often_its_job_runs(outbo
     seen = outbox.read(mail_id)
     assert [one["status"] for one in seen["recipients"]] == ["accepted", "accepted"]
     assert seen["reason"] is None
+    assert f"nothing_to_do id={mail_id} state=sent" in caplog.text
 
 
 def test_a_mail_with_nobody_left_to_serve_is_settled_without_the_relay(outbox: Outbox, client: Any) -> None:
@@ -70,6 +74,14 @@ def test_a_mail_that_has_expired_or_will_before_its_next_attempt_fails_at_once(
     assert there.connections == len(codes)
     assert client.hmget(f"mail:{mail_id}", "state", "reason", "next_attempt_at") == [b"failed", b"expired", b""]
     assert [one["code"] for one in outbox.read(mail_id)["attempts"]] == codes
+
+
+def test_the_job_of_a_canceled_mail_ends_well(outbox: Outbox) -> None:
+    mail_id = accept(outbox)
+    outbox.cancel(mail_id)
+    with served() as (there, to):
+        assert delivers(outbox, to).deliver(mail_id) == "canceled"
+    assert there.connections == 0
 
 
 def test_a_refused_mail_fails_with_code_and_phase(outbox: Outbox, client: Any) -> None:
@@ -110,20 +122,23 @@ def test_a_mail_comes_back_as_one_with_a_reservation_if_pacing_has_given_it_one(
     assert outbox.read(mail_id)["status"] == "delayed"
 
 
-def test_a_mail_that_the_relay_has_put_off_has_no_reservation(outbox: Outbox) -> None:
+def test_a_mail_that_the_relay_has_put_off_has_no_reservation(outbox: Outbox, caplog: pytest.LogCaptureFixture) -> None:
     mail_id = accept(outbox)
-    with served({"DATA": "451 later"}) as (_, to):
-        assert isinstance(delivers(outbox, to).deliver(mail_id), Retry)
+    with caplog.at_level(0), served({"DATA": "451 later"}) as (_, to):
+        again = delivers(outbox, to).deliver(mail_id)
+    assert isinstance(again, Retry)
+    assert f'delayed id={mail_id} reason="451 at data" next_in={again.intervals[0]}s' in caplog.text
     assert not claim(outbox, mail_id).reserved
 
 
-def test_the_breaker_hears_of_each_conversation(outbox: Outbox, client: Any) -> None:
-    with served({"GREETING": ["421 busy", "421 busy", "421 busy", "220 ready"]}) as (_, to):
+def test_the_breaker_hears_of_each_conversation(outbox: Outbox, client: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(0), served({"GREETING": ["421 busy", "421 busy", "421 busy", "220 ready"]}) as (_, to):
         made, mails = delivers(outbox, to), [accept(outbox) for _ in range(4)]
         for mail_id in mails[:3]:
             assert not outbox.relay_in_trouble()
             assert isinstance(made.deliver(mail_id), Retry)
         assert outbox.relay_in_trouble()
+        assert 'breaker_opened reason="421 at greeting"' in caplog.text
         client.hset("relay:breaker", "open_until", 1)  # the pause is over
         assert made.deliver(mails[3]) == "sent"
         assert not outbox.relay_in_trouble()
@@ -166,6 +181,15 @@ def test_a_recipient_that_is_put_off_or_refused_makes_no_trouble_for_others(outb
     assert not outbox.relay_in_trouble()
 
 
+@pytest.mark.parametrize(("phase", "opens"), [("RCPT", False), ("MAIL", True)])
+def test_a_pause_that_the_relay_asks_for_opens_the_breaker_unless_it_may_be_a_recipients(
+    outbox: Outbox, phase: str, opens: bool
+) -> None:
+    with served({phase: "421 4.7.0 try again in 10 minutes"}) as (_, relay):
+        assert told(delivers(outbox, relay), accept(outbox)) == "delayed"
+    assert outbox.relay_in_trouble() == opens
+
+
 @pytest.mark.parametrize(
     ("phase", "reply"),
     [
@@ -197,11 +221,12 @@ def test_what_is_surely_a_mails_own_fault_is_never_the_accounts(outbox: Outbox, 
         assert {told(made, accept(outbox)) for _ in range(6)} == {"failed"}
 
 
+@pytest.mark.parametrize("error", [Unavailable("Redis does not answer"), ConnectionError()])
 def test_a_reply_is_written_down_although_redis_cannot_count_it(
-    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def away(*_: object) -> bool:
-        raise Unavailable("Redis does not answer")
+        raise error
 
     with served({".": "554 5.7.1 spam"}) as (_, relay):
         made, mail_id = delivers(outbox, relay), accept(outbox)

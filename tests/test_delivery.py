@@ -206,7 +206,7 @@ def test_a_mail_that_is_in_no_list_any_more_is_found_and_sent(house: House, api:
     client.zadd("mail:open", {mail_id: 1})
     house.worker()
     api.wait_for(mail_id, "sent")
-    assert f"repaired id={mail_id}" in house.log("worker-email")
+    assert f'repaired id={mail_id} reason="its job was queued and in no list"' in house.log("worker-email")
     assert api.get("/readyz").body["mails_repaired"] == 1
 
 

@@ -82,15 +82,20 @@ def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
     ],
 )
 def test_the_state_after_an_attempt(on_doubt: str, replies: list[Reply], state: str) -> None:
-    assert after(claim("pending", "pending", on_doubt=on_doubt), *replies)[0] == state
+    after_it, pause = after(claim("pending", "pending", on_doubt=on_doubt), *replies)
+    assert (after_it, pause > 0) == (state, state == "delayed")
 
 
-def test_the_pauses_follow_the_schedule_and_then_the_mail_fails() -> None:
-    taken = claim("pending")
-    pauses = [after(taken, LATER) for _ in range(3)]
+@pytest.mark.parametrize("reply", [LATER, SILENCE])
+def test_the_pauses_follow_the_schedule_and_then_the_mail_fails(reply: Reply) -> None:
+    taken, pauses = claim("pending"), []
+    for _ in range(3):
+        delivery.take_up(taken)
+        pauses.append(after(taken, reply))
     assert [state for state, _ in pauses] == ["delayed", "delayed", "failed"]
     assert 8 <= pauses[0][1] <= 12
     assert 80 <= pauses[1][1] <= 120
+    assert pauses[2][1] == 0
 
 
 def test_trouble_never_counts_and_never_ends() -> None:
@@ -115,6 +120,11 @@ def test_a_relay_that_says_when_is_obeyed(phase: Phase, code: int, text: str, at
     assert at_least <= pause <= at_most
 
 
+def test_a_refusal_keeps_nobody_waiting_for_whom_there_was_no_room() -> None:
+    full = Reply(Phase.RCPT, 452, "4.5.3 too many recipients")
+    assert after(claim("pending", "pending", "pending"), OK, NEVER, full) == ("delayed", 0)
+
+
 def test_of_several_pauses_asked_for_the_longest_counts() -> None:
     minutes = Reply(Phase.RCPT, 450, "4.2.1 try again in 5 minutes")
     assert after(claim("pending", "pending"), minutes, LATER) == ("delayed", 301)
@@ -137,7 +147,7 @@ def test_what_earlier_attempts_have_left_is_taken_up(before: str, on_doubt: str,
     assert [one.status for one in taken.recipients] == are.split()
     assert taken.counted == (0 if before in ("failed", "unknown") else 2)
     died = before == "sending"
-    assert [one["verdict"] for one in taken.attempts] == ["interrupted"] * died
+    assert [(one["verdict"], set(one)) for one in taken.attempts] == [("interrupted", {"at", "verdict", "text"})] * died
     assert (taken.counts["attempt:interrupted"], taken.counts["in_doubt"]) == (died, died and "in_doubt" in were)
 
 
@@ -149,8 +159,9 @@ def test_a_held_doubt_outlasts_the_attempts_at_the_others() -> None:
     assert [one.status for one in taken.recipients] == ["in_doubt", "accepted"]
 
 
-def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last() -> None:
-    silent = Reply(Phase.RCPT, None, "timed out")
+@pytest.mark.parametrize("phase", [Phase.MAIL, Phase.RCPT, Phase.DATA])
+def test_a_relay_that_goes_silent_on_one_mail_again_and_again_counts_at_last(phase: Phase) -> None:
+    silent = Reply(phase, None, "timed out")
     taken = claim("pending")
     assert [after(taken, silent)[0] for _ in range(5)] == ["delayed"] * 4 + ["failed"]
     assert taken.counted == 3

@@ -9,12 +9,12 @@ import fakeredis
 import pytest
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
-from mail.claim import Busy, Claim, ClaimLost
+from mail.claim import Busy, Claim, ClaimLost, iso
 from mail.outbox import Outbox, jittered
 from mail.states import State, Status
 from queues import heartbeat
 from queues.heartbeat import LEASE_SECONDS
-from queues.jobs import NotPossible
+from queues.jobs import NotFound, NotPossible
 from tests.mails import accept, claim, draft
 from tests.servers import eventually
 
@@ -68,8 +68,16 @@ def test_an_attempt_that_raises_gives_its_claim_back(outbox: Outbox, mail_id: st
     assert claim(outbox, mail_id).state_before == "sending"
 
 
-def test_a_mail_that_is_no_longer_kept_cannot_be_claimed(outbox: Outbox, client: Any) -> None:
+def test_a_settled_attempt_asks_redis_for_nothing_more(taken: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
+    with taken.held():
+        taken.settle(State.SENT)
+        monkeypatch.setattr(taken.store, "run", lambda *_: pytest.fail("asked"))
+
+
+def test_a_mail_that_is_no_longer_kept_cannot_be_claimed_or_canceled(outbox: Outbox, client: Any) -> None:
     assert outbox.claim("gone-mail", 0) == "gone"
+    with pytest.raises(NotFound):
+        outbox.cancel("gone-mail")
     assert client.keys("*gone-mail*") == []
 
 
@@ -134,6 +142,7 @@ def test_a_failed_mail_is_claimed_again_only_if_it_was_queued_again_since(
 
 @pytest.mark.parametrize("state", ["failed", "unknown"])
 def test_rq_does_not_try_a_mail_again_that_was_given_up(outbox: Outbox, client: Any, state: str, mail_id: str) -> None:
+    assert client.hmget(f"rq:job:{mail_id}", "retries_left", "retry_intervals") == [b"3", b"[1, 5, 30]"]
     claim(outbox, mail_id).settle(State(state), reason="x")
     assert client.hget(f"rq:job:{mail_id}", "retries_left") == b"0"
     assert client.hexists(f"rq:job:{mail_id}", "data")
@@ -182,8 +191,10 @@ def test_that_somebody_was_served_is_written_as_soon_as_redis_takes_it(
         return run(*args)
 
     monkeypatch.setattr(outbox.store, "run", sometimes)
-    monkeypatch.setattr(time, "sleep", lambda _: None)
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
     taken.settle(State(state), reason="x")
+    assert pauses == [1, 1, 1]
     assert client.hget(f"mail:{mail_id}", "state") == state.encode()
     assert outbox.read(mail_id)["recipients"][0]["status"] == "accepted"
 
@@ -215,6 +226,10 @@ def test_what_the_sender_chose_is_in_the_claim_and_shown(outbox: Outbox, expires
     assert taken.expires_at == (one.expires_at.timestamp() if one.expires_at else 0)
     assert seen["expires_at"] == (one.expires_at.isoformat() if one.expires_at else None)
     assert (taken.has_expired(), taken.has_expired(within=61)) == (False, bool(expires_in))
+
+
+def test_moments_are_written_with_milliseconds() -> None:
+    assert [iso(0), iso(1.5)] == ["1970-01-01T00:00:00.000+00:00", "1970-01-01T00:00:01.500+00:00"]
 
 
 def test_jitter_stays_within_a_fifth() -> None:

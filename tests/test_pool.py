@@ -100,11 +100,17 @@ def test_a_reply_is_judged_by_its_own_phase_and_leaves_a_session_in_order_or_non
 )
 def test_a_session_whose_rset_is_not_answered_250_is_closed(answer: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "PATIENCE", 0.2)
-    with served({"RCPT": ["550 5.1.1 no", "250 ok"], "RSET": answer}) as (there, to):
+    with served({"RCPT": ["550 5.1.1 no", "250 ok"], "RSET": answer}) as (there, to), took_less_than(4):
         assert another(to).reply.verdict is REFUSED
         assert another(to).reply.verdict is ACCEPTED
         assert there.connections == 2
     assert there.accepted == [MIME]
+
+
+def test_a_session_in_which_the_relay_waits_for_a_mail_to_nobody_is_not_kept() -> None:
+    with served({"RCPT": "550 5.1.1 no"}, offers=PIPES) as (_, to):
+        assert another(to).reply.verdict is REFUSED
+        assert not POOL.idle
 
 
 @WAYS

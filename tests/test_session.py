@@ -57,8 +57,9 @@ def test_the_dot_does_not_wait_for_the_bodys_acknowledgement() -> None:
         assert session.smtp.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_a_relay_that_refuses_ehlo_is_greeted_with_helo() -> None:
-    there, outcome = meet({"EHLO": "502 5.5.1 what?"})
+@pytest.mark.parametrize("refusal", ["500 5.5.1 what?", "502 5.5.1 what?"])
+def test_a_relay_that_refuses_ehlo_is_greeted_with_helo(refusal: str) -> None:
+    there, outcome = meet({"EHLO": refusal})
     assert outcome.reply.verdict is ACCEPTED
     assert [command.split()[0] for command in there.commands[:3]] == ["EHLO", "helo", "MAIL"]
 
@@ -184,6 +185,7 @@ def test_a_refusal_outlives_the_connection(script: Script, phase: Phase) -> None
     ("step", "reply", "verdict"),
     [
         ("GREETING", "554 5.7.1 go away", TROUBLE),
+        ("EHLO", "554 5.7.1 not from there", TROUBLE),
         ("MAIL", "451 4.3.0 not now", TROUBLE),
         ("MAIL", "550 5.7.1 not you", REFUSED),
         ("MAIL", "530 5.7.0 Must issue a STARTTLS command first", TROUBLE),
@@ -224,11 +226,12 @@ def test_an_address_that_would_be_another_command_is_refused_unsent(evil: str) -
     with ScriptedRelay() as there:
         outcome = attempt(at(there.port), ADA, evil, BOB)
         refused = attempt(at(there.port), ADA, BOB, sender=evil)
+        assert fate(attempt(at(there.port), evil)) == (Phase.RCPT, 553, REFUSED)
     assert outcome.recipients[evil].verdict is REFUSED
     assert [outcome.recipients[one].verdict for one in (ADA, BOB)] == [ACCEPTED, ACCEPTED]
     assert fate(refused) == (Phase.MAIL, 553, REFUSED)
     once = [f"MAIL FROM:<{SENDER}>", f"RCPT TO:<{ADA}>", f"RCPT TO:<{BOB}>", "DATA", "QUIT"]
-    assert [one for one in there.commands if not one.startswith("EHLO")] == [*once, "QUIT"]
+    assert [one for one in there.commands if not one.startswith("EHLO")] == [*once, "QUIT", "QUIT"]
     assert there.accepted == [MIME]
 
 

@@ -99,6 +99,7 @@ def test_without_starttls_neither_login_nor_mail_goes_out(
 ) -> None:
     there, outcome = meet(script, offers=offers, security="starttls", login=LOGIN, ca_file=ca_file)
     assert fate(outcome) == (Phase.STARTTLS, code, TROUBLE)
+    assert code or outcome.reply.text == "STARTTLS extension not supported by server."
     assert {command.split()[0] for command in there.commands} <= {"EHLO", "helo", "STARTTLS", "QUIT"}
 
 
@@ -320,6 +321,7 @@ def test_a_deadline_that_passes_while_connecting_counts(monkeypatch: pytest.Monk
     with black_hole() as nowhere, ScriptedRelay() as there, monkeypatch.context() as patched:
         resolve_to(patched, nowhere, there.port)
         outcome = attempt(at(25, timeout=1, deadline=0.1))
+        eventually(lambda: there.connections)
     assert fate(outcome) == (Phase.CONNECT, None, TROUBLE)
     assert outcome.reply.text == TOO_LONG
     assert not there.commands

@@ -25,6 +25,8 @@ def client() -> fakeredis.FakeRedis:
 def bring(outbox: Outbox, client: Any, how: str) -> str:
     """Brings a mail into a state: an attempt settles it so, or what is named happens."""
     mail_id = accept(outbox, expires_in=-1 if how == "expired" else 0)
+    if how in ("claimed", "canceled twice", "given up"):  # each after it was put off
+        claim(outbox, mail_id).settle(State.DELAYED, reason="450 at rcpt", next_in=60)
     match how:
         case "claimed":
             claim(outbox, mail_id)
@@ -40,6 +42,9 @@ def bring(outbox: Outbox, client: Any, how: str) -> str:
             list(sweep(outbox))
         case "expired":
             list(sweep(outbox))
+        case "failed and canceled" | "unknown and canceled":
+            claim(outbox, mail_id).settle(State(how.split()[0]), reason="550 at rcpt")
+            outbox.cancel(mail_id)
         case State():
             claim(outbox, mail_id).settle(how, reason="550 at rcpt", next_in=60 if how == State.DELAYED else 0)
     return mail_id
@@ -49,14 +54,16 @@ def bring(outbox: Outbox, client: Any, how: str) -> str:
     ("how", "state", "counted", "kept_for"),
     [
         ("accepted", State.QUEUED, [], 0),
-        ("claimed", State.SENDING, [], 0),
+        ("claimed", State.SENDING, ["delayed"], 0),
         ("claimed again", State.SENDING, ["failed"], 0),
         (State.DELAYED, State.DELAYED, ["delayed"], 0),
         (State.SENT, State.SENT, ["sent"], 3 * DAY + 3600),
         (State.FAILED, State.FAILED, ["failed"], 15 * DAY),
         (State.UNKNOWN, State.UNKNOWN, ["unknown"], 15 * DAY),
-        ("canceled twice", State.CANCELED, ["canceled"], 15 * DAY),
-        ("given up", State.FAILED, ["failed"], 15 * DAY),
+        ("canceled twice", State.CANCELED, ["delayed", "canceled"], 15 * DAY),
+        ("failed and canceled", State.CANCELED, ["failed", "canceled"], 15 * DAY),
+        ("unknown and canceled", State.CANCELED, ["unknown", "canceled"], 15 * DAY),
+        ("given up", State.FAILED, ["delayed", "failed"], 15 * DAY),
         ("expired", State.FAILED, ["expired"], 15 * DAY),
     ],
 )
@@ -71,12 +78,22 @@ def test_a_state_is_counted_kept_and_watched_however_a_mail_comes_into_it(
     assert client.zrange("mail:open", 0, -1) == ([] if kept_for else [mail_id.encode()])
     assert (b"content" in mail) == (state not in (State.SENT, State.CANCELED))
     assert bool(mail.get(b"next_attempt_at")) == (state == State.DELAYED)
+    assert bool(mail.get(b"reason")) == (state not in (State.QUEUED, State.SENDING))
     assert (outbox.last_sent() is not None) == (state == State.SENT)
 
 
 def test_from_a_final_state_only_a_person_goes_on() -> None:
     assert set(FOLLOWS) == {None, *State}
     assert set().union(*(FOLLOWS[state] for state in FINAL)) == {State.SENDING, State.CANCELED, State.SENT}
+
+
+@pytest.mark.parametrize("state", State)
+def test_that_a_mail_was_sent_is_written_over_every_state(outbox: Outbox, client: Any, state: State) -> None:
+    mail_id = accept(outbox)
+    late = claim(outbox, mail_id)
+    client.hset(f"mail:{mail_id}", "state", state)
+    late.settle(State.SENT)
+    assert outbox.read(mail_id)["status"] == "sent"
 
 
 @pytest.mark.parametrize("state", [State.SENT, State.CANCELED])
@@ -106,8 +123,9 @@ PREVIEWS = [  # the state that is stored, the status of the job, the state that 
     ("failed", "failed", "failed"), ("failed", "", "failed"), ("unknown", "failed", "unknown"),
     ("failed", "queued", "queued"), ("failed", "scheduled", "queued"), ("unknown", "queued", "queued"),
     ("sending", "failed", "failed"), ("sending", "scheduled", "delayed"), ("delayed", "stopped", "failed"),
-    ("queued", "canceled", "failed"), ("queued", "failed", "failed"), ("queued", "finished", "queued"),
-    ("queued", "", "failed"), ("delayed", "", "failed"),
+    ("sending", "queued", "delayed"), ("queued", "canceled", "failed"), ("queued", "failed", "failed"),
+    ("queued", "finished", "queued"), ("queued", "", "failed"), ("delayed", "", "failed"),
+    ("failed", "started", "queued"),
 ]
 # fmt: on
 

@@ -174,11 +174,16 @@ def test_a_mail_in_doubt_whose_job_is_over_is_unknown(outbox: Outbox, client: An
     assert outbox.read(mail_id)["status"] == "unknown"
 
 
-def test_a_mail_given_up_can_be_queued_again_with_its_content(outbox: Outbox, client: Any) -> None:
+@pytest.mark.parametrize("state", ["failed", "unknown"])
+def test_a_mail_given_up_can_be_queued_again_with_its_content(outbox: Outbox, client: Any, state: str) -> None:
     mail_id = accept(outbox)
-    client.delete(QUEUE, f"rq:job:{mail_id}")
+    if state == "unknown":
+        claim(outbox, mail_id).mark_in_doubt({"b@example.com": Status.IN_DOUBT})
+    client.delete(QUEUE, f"rq:job:{mail_id}", f"mail:{mail_id}:claim")
     swept_now(outbox)
+    assert outbox.read(mail_id)["status"] == state
     outbox.requeue(mail_id)
+    assert client.lrange(QUEUE, 0, -1) == [mail_id.encode()]
     taken = claim(outbox, mail_id)
     assert taken.message.text == "t"
     assert client.ttl(f"mail:{mail_id}") == -1
