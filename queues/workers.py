@@ -140,6 +140,7 @@ class PlainFailures(BaseWorker):
     quietly, also while Redis cannot work."""
 
     def register_death(self) -> None:
+        self.connection = fail_fast(self.connection)  # it would try for over a minute to say that it is gone
         with unless_unavailable():
             super().register_death()  # type: ignore[no-untyped-call]
 
@@ -183,7 +184,7 @@ class JobsWorker(PlainFailures, Worker):
             super().set_state(state, pipeline)
 
     def _start_scheduler(self, *_: object, **__: object) -> None:
-        self.scheduler = PatientScheduler(self.queues, self.connection, serializer=self.serializer)
+        self.scheduler = PatientScheduler(self.queues, fail_fast(self.connection), serializer=self.serializer)
         if self.scheduler.acquire_locks():  # type: ignore[no-untyped-call]
             self.scheduler.start()  # type: ignore[no-untyped-call]
 
@@ -331,7 +332,12 @@ def make_worker(kind: type[AnyWorker], queue: str, redis: Redis, allowed: Functi
 
 
 class PatientScheduler(RQScheduler):
-    """RQ's scheduler in a process of its own, which waits for a Redis that cannot work now."""
+    """RQ's scheduler in a process of its own, which asks a Redis that cannot work now again a second later, and ends
+    without it."""
+
+    def stop(self) -> None:
+        with unless_unavailable():
+            super().stop()  # type: ignore[no-untyped-call]
 
     def heartbeat(self) -> None:
         with unless_unavailable():

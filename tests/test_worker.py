@@ -387,6 +387,7 @@ LEANT_ON = {  # what we override in RQ, or call beyond its documentation -> its 
     "rq.intermediate_queue:IntermediateQueue.get_first_seen": "9e0c1dfb01455f3f",
     "rq.registry:StartedJobRegistry.cleanup": "c5cd78c27fc023d6",
     "rq.registry:ReadyJobRegistry.enqueue_jobs": "2809ef714ffa5575",
+    "rq.scheduler:RQScheduler.stop": "580a762f2bf94180",
     "rq.scheduler:RQScheduler.work": "5d1810bdd4392089",
     "rq.scheduler:RQScheduler.enqueue_scheduled_jobs": "a31620c83110baeb",
     "rq.scheduler:RQScheduler.acquire_locks": "4d15324e1639d356",
