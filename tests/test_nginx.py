@@ -183,15 +183,15 @@ def test_its_limits_are_the_services_own() -> None:
 
 
 def test_a_mail_is_accepted(front: Api) -> None:
-    for path, mail in (("/start-job", WELCOME), ("/emails", MAIL), ("/emails/batch", [MAIL, MAIL])):
-        assert front.post(path, mail).status == 202
+    bodies = {"/start-job": WELCOME, "/emails": MAIL, "/emails/batch": [MAIL, MAIL]}
+    assert [front.post(path, body).status for path, body in bodies.items()] == [202, 200, 200]
 
 
 @pytest.mark.parametrize("path", ["/emails", "/emails/batch"])
 def test_attachments_pass_where_they_may_come(front: Api, path: str) -> None:
     content = base64.b64encode(bytes(2**20)).decode()
     mail = MAIL | {"attachments": [{"filename": "zeros", "content": content}]}
-    assert front.post(path, [mail] if path.endswith("batch") else mail).status == 202
+    assert front.post(path, [mail] if path.endswith("batch") else mail).status == 200
 
 
 @pytest.mark.parametrize(("method", "rule", "scope"), [(route[0], route[1], route[3]) for route in app.ROUTES])

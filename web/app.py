@@ -1,7 +1,7 @@
 """The routes, and what each answers.
 
 A request is checked whole before anything is stored: key, size, JSON, fields. What passes is stored and queued in one
-atomic step and answered with 202 and an id; the workers send it later. Every answer but /metrics is JSON, also to
+atomic step and answered with an id; the workers send it later. Every answer but /metrics is JSON, also to
 what is not found, not allowed, too large or broken, and also where Waitress refuses before the app is asked.
 No address, subject, body or key is logged. docs/api.md describes the routes.
 """
@@ -126,11 +126,11 @@ class Service:
         asked = validate(StartJob, body)
         template = {"id": "welcome", "variables": {"name": asked.name}}
         mail = {"to": [Mailbox(asked.name, asked.email.address)], "template": template}
-        return accepted(self._submit(mail, idempotency(body)), "job_id")
+        return accepted(self._submit(mail, idempotency(body)), 202, "job_id")
 
     def post_email(self) -> HTTPResponse:
         body = read_json(self.settings.max_message_bytes)
-        return accepted(self._submit(body, idempotency(body)), "id")
+        return accepted(self._submit(body, idempotency(body)), 200, "id")
 
     def post_batch(self) -> HTTPResponse:
         """Accepts all or none; with `x-batch-validation: permissive` those that can be sent, and names the others."""
@@ -146,7 +146,7 @@ class Service:
         seen: dict[str, Any] = {"data": [{"id": mail_id} for mail_id in job.ids]}
         if permissive:
             seen["errors"] = [{"index": number, "message": f"{one.field}: {one.message}"} for number, one in errors]
-        return json_response(202, seen, replay(job))
+        return json_response(200, seen, replay(job))
 
     def _drafts(self, bodies: list[Any]) -> tuple[list[Draft], list[tuple[int, FieldError]]]:
         """Returns the mails that can be sent, and what is wrong with the others, by their index in the list."""
@@ -198,7 +198,7 @@ class Service:
             idempotency=idempotency(body),
             idempotency_ttl=self.settings.idempotency_ttl,
         )
-        return accepted(job, "job_id")
+        return accepted(job, 202, "job_id")
 
     def get_job(self, job_id: str) -> HTTPResponse:
         return json_response(200, self.jobs.read(job_id))
@@ -244,9 +244,9 @@ class Service:
         return HTTPResponse(metrics.exposition(self.outbox, VERSION), 200, {"Content-Type": metrics.CONTENT_TYPE})
 
 
-def accepted(job: Accepted, name: str) -> HTTPResponse:
+def accepted(job: Accepted, status: int, name: str) -> HTTPResponse:
     context.current.get().id = job.id
-    return json_response(202, {name: job.id, "status": State.QUEUED}, replay(job))
+    return json_response(status, {name: job.id, "status": State.QUEUED}, replay(job))
 
 
 def replay(job: Accepted) -> dict[str, str]:
