@@ -48,7 +48,7 @@ CASES: dict[str, tuple[int, str, str, str, bytes | None, dict[str, str]]] = {
     "other media type": (415, "unsupported_media_type", "POST", "/emails", b"{}", {"Content-Type": "text/plain"}),
     "field that is missing": (422, "missing_required_field", "POST", "/emails", b"{}", {}),
     "body that is not JSON": (400, "validation_error", "POST", "/emails", b"{", {}),
-    "field that is wrong": (422, "invalid_parameter", "POST", "/emails", b'{"to": 1}', {}),
+    "field that is wrong": (422, "validation_error", "POST", "/emails", b'{"to": 1}', {}),
     "bad sender": (422, "invalid_from_address", "POST", "/emails", json.dumps(MAIL | {"from": "x"}).encode(), {}),
     "bad attachment": (
         422, "invalid_attachment", "POST", "/emails", json.dumps(MAIL | {"attachments": [1]}).encode(), {},

@@ -98,12 +98,12 @@ def front(house: House, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ap
         yield front
 
 
-def is_ours(answer: Answer, status: int, name: str) -> bool:
+def is_ours(answer: Answer, status: int, type_: str) -> bool:
     """Whether it is the one error shape."""
     assert answer.status == status, answer
-    assert set(answer.body) == {"statusCode", "name", "message", "request_id"}
+    assert set(answer.body) == {"statusCode", "name", "type", "message", "request_id"}
     assert answer.body["request_id"] == answer.headers["X-Request-Id"]
-    return (answer.body["statusCode"], answer.body["name"]) == (status, name)
+    return (answer.body["statusCode"], answer.body["type"]) == (status, type_)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def test_redis_in_trouble_is_said_within_three_seconds_and_leaves_nothing_half_s
     before = submitted(api, "/emails")  # so that the connection is there when the trouble begins
     with trouble(redis_server):
         answer, seconds = timed(lambda: api.post("/emails", MAIL, Idempotency_Key="one"))
-    assert (answer.status, answer.body["name"]) == (503, "service_unavailable")
+    assert (answer.status, answer.body["type"]) == (503, "service_unavailable")
     assert said in answer.body["message"]
     assert answer.headers["Retry-After"] == "5"
     assert seconds < 3

@@ -92,7 +92,7 @@ def idempotency(body: object) -> Idempotency | None:
         return None
     if not re.fullmatch(r"[ -~]{1,256}", key):
         text = "must be 1 to 256 printable ASCII characters"
-        raise bad_request("Idempotency-Key", text, name="invalid_idempotency_key")
+        raise bad_request("Idempotency-Key", text, "invalid_idempotency_key")
     return Idempotency.of(context.current.get().key, request.route.rule, key, body)
 
 
