@@ -94,6 +94,11 @@ def test_a_key_makes_as_many_requests_as_it_may_in_all_processes_together(
     held_to_the_shape(refused, 429, "rate_limit_exceeded")
     assert refused.body["message"].startswith("this API key may make 10/m requests")
     assert 1 <= int(refused.headers["Retry-After"]) <= 6
+    told = {name.lower(): value for name, value in refused.headers.items() if name.startswith("Ratelimit-")}
+    assert told == {
+        **{"ratelimit-limit": "10", "ratelimit-policy": "10;w=60", "ratelimit-remaining": "0"},
+        "ratelimit-reset": refused.headers["Retry-After"],
+    }
     assert client.llen("rq:queue:email") == 10
     assert [post(n, "any").status for n in range(12)] == [200] * 12
     client.incrbyfloat("limit:key:few", -6_000)  # as after six seconds

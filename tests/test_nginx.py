@@ -354,6 +354,12 @@ def test_too_many_requests_are_told_when_to_come_again(tmp_path: Path) -> None:
         seen = [front.get("/healthz") for _ in range(10)]
     assert is_ours(seen[-1], 429, "rate_limit_exceeded")
     assert seen[-1].headers["Retry-After"] == "1"
+    [rate] = re.findall(r"rate=(\d+)r/s;", SITE)
+    told = {name: value for name, value in seen[-1].headers.items() if name.startswith("ratelimit-")}
+    assert told == {
+        **{"ratelimit-limit": rate, "ratelimit-policy": f"{rate};w=1"},
+        **{"ratelimit-remaining": "0", "ratelimit-reset": "1"},
+    }
 
 
 @pytest.mark.parametrize("at", [HERE, OUTSIDE])
@@ -362,6 +368,7 @@ def test_a_service_that_is_away_is_said_in_the_same_shape(tmp_path: Path, at: st
         answer = Api(front.port, host=at).post("/emails", {})
     assert is_ours(answer, 502, "service_unavailable")
     assert answer.headers["Retry-After"] == "5"
+    assert not [name for name in answer.headers if name.startswith("ratelimit-")]
 
 
 def test_a_request_without_an_answer_is_not_sent_a_second_time(tmp_path: Path) -> None:

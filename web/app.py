@@ -35,7 +35,7 @@ from queues.connection import weaknesses
 from queues.jobs import Accepted, Idempotency, Jobs, Policy
 from queues.limits import Limits
 from queues.offer import Task
-from settings import DEV_KEY, ApiKey, Settings, SettingsError
+from settings import DEV_KEY, ApiKey, Rate, Settings, SettingsError
 from web import context
 from web.body import SMALL_BODY, BodyBudget, read_json
 from web.errors import (
@@ -73,10 +73,16 @@ def authenticate(keys: tuple[ApiKey, ...], scope: str) -> ApiKey:
 def hold_to_its_rate(key: ApiKey, limits: Limits) -> None:
     """Raises `Refusal` (429, RFC 6585) if the key has made as many requests as it may."""
     wait = limits.take(f"key:{key.name}", key.rate) if key.rate else 0
-    if wait:
+    if key.rate and wait:
         seconds = str(math.ceil(wait))
         text = f"this API key may make {key.rate} requests; send this again in {seconds} seconds"
-        raise Refusal(429, "rate_limit_exceeded", text, headers={"Retry-After": seconds})
+        raise Refusal(429, "rate_limit_exceeded", text, headers=rate_headers(key.rate, seconds))
+
+
+def rate_headers(rate: Rate, seconds: str) -> dict[str, str]:
+    """Returns the headers of a 429, under the names that clients of Resend's API read."""
+    told = {"limit": str(rate.most), "policy": f"{rate.most};w={rate.seconds}", "remaining": "0", "reset": seconds}
+    return {"Retry-After": seconds, **{f"RateLimit-{name}": value for name, value in told.items()}}
 
 
 def is_permissive() -> bool:
