@@ -1,9 +1,10 @@
 """Shows whether the promise is kept when things die: `.venv/bin/python -m chaos` plays the scenes of chaos/scenes.py.
 
 Each scene has its own Redis or Valkey, API, workers and relay, and a client that submits mail while one fault happens.
-Then every 202 is held against the relay's log and the API: sent once, doubled (and whether that was allowed), lost, in
-doubt, failed, and how long it took. Scenes run side by side, for they mostly wait. At the end stands a table; the exit
-code is 1 if any scene broke the promise, and what its processes logged is then kept. A seed repeats the same choices.
+Then every accepted mail is held against the relay's log and the API: sent once, doubled (and whether that was allowed),
+lost, in doubt, failed, and how long it took. Scenes run side by side, for they mostly wait. At the end stands a table;
+the exit code is 1 if any scene broke the promise, and what its processes logged is then kept. A seed repeats the same
+choices.
 """
 
 from __future__ import annotations

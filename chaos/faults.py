@@ -48,7 +48,7 @@ def kill_api(stage: Stage) -> None:
 
 
 def kill_api_unheard(stage: Stage) -> None:
-    """Kills the API when a mail is stored and its 202 has not left."""
+    """Kills the API when a mail is stored and its answer has not left."""
     stage.proxy.lose(ACCEPT, 3, then=lambda: stage.signal("api"))
     eventually(lambda: stage.proxy.lost == 3, 90)
 

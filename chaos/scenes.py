@@ -68,7 +68,7 @@ def killed_at(point: str) -> Scene:
 MORE = [
     Scene("workers killed", "two e-mail workers are killed at random moments", kill_workers_at_random, workers=2),
     Scene("API killed", "the API is killed four times while it accepts", kill_api, held=False),
-    Scene("API killed before its 202", "the API stores a mail and dies", kill_api_unheard, held=False, proxied=True),
+    Scene("API killed before its answer", "the API stores a mail and dies", kill_api_unheard, held=False, proxied=True),
     Scene("dashboard killed", "the dashboard is killed twice", kill_dashboard, held=False),
     Scene("power cut", "API, workers and Redis are killed at the same moment", cut_power, workers=2),
     Scene("poison mail", "a mail kills its worker each time", poison, workers=0),

@@ -2,7 +2,7 @@
 
 Everything is real but the relay, which writes down each mail that it accepts and misbehaves on request. The
 processes run as an operator runs them, with default settings but for addresses, on loopback and free ports. The client
-is a good one: it sends each mail with an Idempotency-Key, and the same request again until it is answered 202. The
+is a good one: it sends each mail with an Idempotency-Key, and the same request again until it is accepted. The
 keeper starts again whatever ends, as systemd does with Restart=always.
 """
 
@@ -36,6 +36,7 @@ from tests.servers import ROOT, Api, House, RedisServer, eventually, free_port
 QUICK = ",".join(["1s"] * 50)  # a RETRY_SCHEDULE that no scene uses up
 PROMISE = 120  # seconds in which what a killed worker held is sent, with default settings and no operator
 REFUSED = "refused-"  # how an address begins that the relay refuses for good, if the scene wants that
+TAKEN = (200, 202)  # how a request is answered that the API has stored
 REPEAT_AFTER = 0.5  # seconds until the client sends a request again
 TESTS = ROOT / "tests"
 
@@ -294,14 +295,14 @@ class Stage:
             self.over.wait(REPEAT_AFTER)
 
     def post(self, mail: Mail) -> str | None:
-        """Returns the mail's id, if the answer is 202."""
+        """Returns the mail's id, if it was accepted."""
         try:
             answer = self.api.post("/emails", mail.body, Idempotency_Key=mail.key)
         except (OSError, http.client.HTTPException, json.JSONDecodeError):
             self.answers[0] += 1
             return None
         self.answers[answer.status] += 1
-        return str(answer.body["id"]) if answer.status == 202 else None
+        return str(answer.body["id"]) if answer.status in TAKEN else None
 
     def get(self, path: str) -> dict[str, Any] | None:
         try:
@@ -311,7 +312,7 @@ class Stage:
         return dict(answer.body) if answer.status == 200 else None
 
     def wait_until_final(self) -> float:
-        """Waits until every mail is final. Returns the slowest's seconds from the fault's end or its 202."""
+        """Waits until every mail is final. Returns the slowest's seconds from the fault's end or its answer."""
         deadline = time.monotonic() + self.scene.limit + 30  # beyond the promise, to see by how much it was broken
         pending, slowest = dict(self.accepted), 0.0
         while pending and time.monotonic() < deadline:

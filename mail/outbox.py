@@ -14,7 +14,7 @@ import re
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -83,6 +83,12 @@ if status and status ~= '' then return {state, status} end
 become(ARGV[1], 'canceled', nil, nil, {})
 return {}
 """
+# A state that Resend does not have -> its word for it: SDKs fail at any other.
+LAST_EVENT: Mapping[str, str] = {
+    State.SENDING: "queued",
+    State.DELAYED: "delivery_delayed",
+    State.UNKNOWN: "delivery_delayed",
+}
 
 
 def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
@@ -197,10 +203,11 @@ class Outbox:
             "object": "email",
             "id": mail_id,
             "status": state,
-            "last_event": state,  # Resend's name for it
+            "last_event": LAST_EVENT.get(state, state),
             "from": str(outline.sender),
             **{name: [str(box) for box in getattr(outline, name)] for name in ("to", "cc", "bcc", "reply_to")},
             "subject": outline.subject,
+            **dict.fromkeys(("html", "text", "scheduled_at")),  # the content is never shown
             "tags": outline.tags,
             "message_id": stored["message_id"],
             "created_at": stored["created_at"],

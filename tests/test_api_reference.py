@@ -1,4 +1,4 @@
-"""docs/api.md says what there is: its routes, its examples and its names of errors."""
+"""docs/api.md says what there is: its routes, its examples and its types of errors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 import redis
 
 from mail.outbox import Outbox
-from tests.http_api import fail, job_of, submitted, work
+from tests.http_api import RESEND_NAMES, fail, job_of, submitted, work
 from tests.servers import ROOT, Api
 from web import app as web_app
-from web import server
+from web import errors, server
 
 DOCS = ROOT / "docs" / "api.md"
 
@@ -63,21 +63,34 @@ def test_every_route_has_an_example_in_the_reference_that_is_answered_so(
     assert shown == routes - {("GET", "/metrics")}  # which is no JSON; tests/test_metrics.py has it
 
 
-def error_names() -> set[str]:
-    """Returns the names in web/ that `Refusal` and `error_shape` are given, and those looked up for them."""
-    names = {name for name, _ in server.JsonErrorTask.WORDS.values()}
+def error_types() -> set[str]:
+    """Returns the types of errors in web/ that `Refusal` and `error_shape` are given, and those looked up for them."""
+    types = {type_ for type_, _ in server.JsonErrorTask.WORDS.values()}
     trees = [ast.parse(file.read_text()) for file in (ROOT / "web").glob("*.py")]
     for node in [node for tree in trees for node in ast.walk(tree)]:
         called = isinstance(node, ast.Call) and ast.unparse(node.func) in ("Refusal", "bad_request", "error_shape")
         if called or (
-            isinstance(node, ast.FunctionDef) and node.name in ("error_name", "bad_request", "routing_error")
+            isinstance(node, ast.FunctionDef) and node.name in ("error_type", "bad_request", "routing_error")
         ):
             words = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]
-            names |= {word for word in words if isinstance(word, str) and re.fullmatch("[a-z]+(_[a-z]+)+", word)}
-    return names
+            types |= {word for word in words if isinstance(word, str) and re.fullmatch("[a-z]+(_[a-z]+)+", word)}
+    return types
 
 
-def test_every_error_name_is_in_the_references_table_and_no_row_is_out_of_date() -> None:
-    rows = re.findall(r"^\| `([a-z_]+)` \| (\d{3}) \|", DOCS.read_text(), re.MULTILINE)
-    assert {name for name, _ in rows} == error_names()
-    assert len(error_names()) > 15
+NGINX = set(re.findall(r'"name": "(\w+)", "type": "(\w+)"', (ROOT / "nginx" / "async-email.conf").read_text()))
+
+
+def test_every_error_type_is_in_the_references_table_and_no_row_is_out_of_date() -> None:
+    rows = re.findall(r"^\| `([a-z_]+)` \| `([a-z_]+)` \| (\d{3}) \|", DOCS.read_text(), re.MULTILINE)
+    types = error_types() | {type_ for _, type_ in NGINX}
+    assert {(type_, name) for type_, name, _ in rows} == {(one, errors.NAMES.get(one, one)) for one in types}
+    assert len(types) > 15
+
+
+def test_every_error_has_a_name_that_resend_has_and_nginx_says_the_same() -> None:
+    assert {errors.NAMES.get(type_, type_) for type_ in error_types()} <= RESEND_NAMES
+    assert {(errors.NAMES.get(type_, type_), type_) for _, type_ in NGINX} == NGINX
+    assert {name for name, _ in NGINX} <= RESEND_NAMES
+    assert errors.NAMES.keys() == (error_types() | {type_ for _, type_ in NGINX}) - RESEND_NAMES
+    site = (ROOT / "nginx" / "async-email.conf").read_text()
+    assert site.count('"name"') == len(re.findall(r'"name": "\w+", "type": "\w+", "message"', site)) > 10

@@ -1,6 +1,6 @@
 """When things die: a dozen faults of chaos/scenes.py at once, in real time and with the default settings.
 
-Among what each scene promises: every mail that was answered 202 is sent once, or again only where the relay's answer
+Among what each scene promises: every mail that was accepted is sent once, or again only where the relay's answer
 was lost; nothing is lost; the API says what the relay's log says; and what a killed worker held is sent within two
 minutes. Nothing is put forward (but in the poison's scene, which says so), so the scenes wait; they run side by side,
 each on a stage of its own, and take as long as the slowest. `python -m chaos` plays all of them, longer.
@@ -24,7 +24,7 @@ CHOSEN = [  # scene and ON_DOUBT
     ("killed in maintenance", "retry"),
     ("poison mail", "retry"),
     ("power cut", "retry"),
-    ("API killed before its 202", "retry"),
+    ("API killed before its answer", "retry"),
     ("Redis full", "retry"),
     ("reply to accept lost", "retry"),
     ("reply to settle lost", "hold"),

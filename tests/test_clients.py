@@ -3,6 +3,7 @@ is skipped, but with REQUIRE_CLIENTS=1 (as in CI) it fails."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from mail import request
 from tests import programs
+from tests.redis_troubles import stopped
 from tests.servers import ROOT, Api, House, RedisServer
 from tests.test_readme import DEV_KEY
 from web import errors
@@ -49,23 +51,29 @@ def environment(api: Api) -> dict[str, str]:
     return {**os.environ, "MAIL_URL": f"http://127.0.0.1:{api.port}"}
 
 
+def run(language: str, text: str, directory: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs a program, or skips the test where its language or a package of it is not installed."""
+    wanted, name = RUN[language]
+    program = programs.program("REQUIRE_CLIENTS", wanted)
+    (directory / name).write_text(text)
+    modules, link = os.environ.get("CLIENTS_NODE_MODULES"), directory / "node_modules"
+    if modules and not link.exists():
+        link.symlink_to(modules)
+    command = [program, name]
+    ran = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60)
+    if re.search(r"No module named|ERR_MODULE_NOT_FOUND", ran.stderr) and os.environ.get("REQUIRE_CLIENTS") != "1":
+        pytest.skip("a package of it is not installed")
+    return ran
+
+
 EXAMPLES = {f"{language} {n}": (language, text) for language in RUN for n, text in enumerate(blocks(language), 1)}
 
 
 @pytest.mark.parametrize(("language", "text"), EXAMPLES.values(), ids=EXAMPLES)
 def test_an_example_sends_a_mail(here: Api, tmp_path: Path, language: str, text: str) -> None:
-    wanted, name = RUN[language]
-    program = programs.program("REQUIRE_CLIENTS", wanted)
     if "anymail" in text:
         text = text.replace("8000", str(here.port)) + DJANGO
-    (tmp_path / name).write_text(text)
-    if modules := os.environ.get("CLIENTS_NODE_MODULES"):
-        (tmp_path / "node_modules").symlink_to(modules)
-    ran = subprocess.run(
-        [program, name], cwd=tmp_path, env=environment(here), capture_output=True, text=True, timeout=60
-    )
-    if re.search(r"No module named|ERR_MODULE_NOT_FOUND", ran.stderr) and os.environ.get("REQUIRE_CLIENTS") != "1":
-        pytest.skip("a package of it is not installed")
+    ran = run(language, text, tmp_path, environment(here))
     assert UUID.fullmatch(ran.stdout.strip()), ran.stderr
     seen = here.email(ran.stdout.strip())
     assert (seen["to"], seen["subject"]) == (["ada@example.com"], "Hello")
@@ -96,3 +104,72 @@ def test_what_is_not_here_is_listed_as_it_is_answered() -> None:
     listed = PAGE.partition("## Not here")[2]
     routes = (re.sub(r"\[\^/\]\+", "{id}", route) for route in errors.NOT_HERE)
     assert [name for name in (*request.NOT_HERE, *routes) if f"`{name}`" not in listed] == []
+
+
+# --- what is refused is an error of each client -----------------------------------------------------------------------
+
+# Each program sends the mail MAIL with the key ONCE, and prints what it makes of the answer.
+CLIENTS = {
+    "resend for Python": (
+        "python",
+        """
+import json, os
+import resend
+resend.api_url, resend.api_key = os.environ["MAIL_URL"], "dev"
+try:
+    resend.Emails.send(json.loads(os.environ["MAIL"]), {"idempotency_key": os.environ["ONCE"]})
+    print("sent")
+except resend.exceptions.ResendError as error:
+    print(type(error).__name__, error.code, error.error_type)
+""",
+    ),
+    "resend for Node": (
+        "js",
+        """
+import { Resend } from "resend";
+const resend = new Resend("dev", { baseUrl: process.env.MAIL_URL });
+const { data, error } = await resend.emails.send(JSON.parse(process.env.MAIL), { idempotencyKey: process.env.ONCE });
+console.log(error ? `error ${error.statusCode} ${error.name}` : data.id && "sent");
+""",
+    ),
+    "django-anymail": (
+        "python",
+        """
+import json, os
+from django.conf import settings
+settings.configure(ANYMAIL={"RESEND_API_KEY": "dev", "RESEND_API_URL": os.environ["MAIL_URL"] + "/"})
+from anymail.exceptions import AnymailRequestsAPIError
+from django.core.mail import EmailMessage, get_connection
+mail = json.loads(os.environ["MAIL"])
+backend = get_connection("anymail.backends.resend.EmailBackend")
+backend.open()
+backend.session.headers["Idempotency-Key"] = os.environ["ONCE"]
+try:
+    sent = EmailMessage(mail["subject"], mail["text"], mail["from"], [mail["to"]], connection=backend).send()
+    print("sent" if sent else "nothing")
+except AnymailRequestsAPIError as error:
+    print(type(error).__name__, error.status_code, error.response.json()["name"])
+""",
+    ),
+}
+GOOD = {"from": "Acme <hello@acme.example>", "to": "ada@example.com", "subject": "Hello", "text": "Hello, Ada."}
+PYTHONS = {422: "ValidationError", 409: "ResendError", 503: "ResendError"}
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_refusal_is_an_error_of_the_client(here: Api, redis_server: RedisServer, tmp_path: Path, client: str) -> None:
+    language, text = CLIENTS[client]
+    error = {"resend for Node": "error", "django-anymail": "AnymailRequestsAPIError"}
+
+    def told(mail: dict[str, str], once: str) -> str:
+        words = {"MAIL": json.dumps(mail), "ONCE": f"{client} {once}"}
+        return run(language, text, tmp_path, environment(here) | words).stdout.strip()
+
+    def refused(status: int, name: str) -> str:
+        return f"{error.get(client, PYTHONS[status])} {status} {name}"
+
+    assert told(GOOD, "one") == "sent"
+    assert told(GOOD | {"to": "ada@-.example"}, "two") == refused(422, "validation_error")
+    assert told(GOOD | {"subject": "Other"}, "one") == refused(409, "invalid_idempotent_request")
+    with stopped(redis_server):
+        assert told(GOOD, "three") == refused(503, "application_error")

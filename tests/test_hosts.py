@@ -98,7 +98,7 @@ def test_with_the_key_dev_the_api_answers_to_no_other_name_on_any_path(redis_ser
     for method, rule, *_ in ROUTES:
         path = rule.replace("<mail_id>", "1").replace("<job_id>", "1")
         answer = ask(known, method, path, HTTP_HOST="evil.example:8000", HTTP_AUTHORIZATION="Bearer dev")
-        assert (answer.status, answer.body["name"]) == (421, "misdirected_request"), path
+        assert (answer.status, answer.body["type"]) == (421, "misdirected_request"), path
         assert answer.body["message"] == f"with the key dev, {ALLOWED}"
     assert ask(known, "GET", "/healthz", HTTP_HOST="[::1]:8000").status == 200
     assert ask(app_with(redis_server.url), "GET", "/healthz", HTTP_HOST="evil.example").status == 200

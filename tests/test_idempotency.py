@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import redis
 
-from tests.http_api import JOB, MAIL, SUBMITTED, app_with, held_to_the_shape, keys, served
+from tests.http_api import ACCEPTED, JOB, MAIL, SUBMITTED, app_with, held_to_the_shape, keys, served
 from tests.servers import Api, RedisServer
 
 pytestmark = pytest.mark.usefixtures("client")
@@ -18,7 +18,7 @@ def test_a_request_with_the_same_key_is_answered_again_and_done_once(api: Api, c
     first = api.post(path, SUBMITTED[path], Idempotency_Key="order 66")
     reordered = dict(reversed(SUBMITTED[path].items()))
     again = [api.post(path, body, Idempotency_Key="order 66") for body in (SUBMITTED[path], reordered)]
-    assert {answer.status for answer in (first, *again)} == {202}
+    assert {answer.status for answer in (first, *again)} == {ACCEPTED[path]}
     assert all(answer.body == first.body for answer in again)
     assert [answer.headers.get("Idempotent-Replayed") for answer in (first, *again)] == [None, "true", "true"]
     assert len(keys(client, "rq:job:*")) == 1
@@ -31,7 +31,7 @@ def test_a_request_with_the_same_key_is_answered_again_and_done_once(api: Api, c
 def test_the_same_key_for_another_request_is_a_conflict(
     api: Api, client: redis.Redis, path: str, change: dict[str, Any]
 ) -> None:
-    assert api.post(path, SUBMITTED[path], Idempotency_Key="one").status == 202
+    assert api.post(path, SUBMITTED[path], Idempotency_Key="one").status == ACCEPTED[path]
     answer = api.post(path, SUBMITTED[path] | change, Idempotency_Key="one")
     assert (answer.status, answer.body["name"]) == (409, "invalid_idempotent_request")
     assert len(keys(client, "rq:job:*")) == 1
@@ -72,5 +72,5 @@ def test_a_refused_request_does_not_use_its_key_up(api: Api, client: redis.Redis
         assert api.post(path, {**body, "nonsense": 1}, Idempotency_Key="one").status == 422
         assert client.dbsize() == 0
         answer = api.post(path, body, Idempotency_Key="one")
-        assert (answer.status, answer.headers.get("Idempotent-Replayed")) == (202, None)
+        assert (answer.status, answer.headers.get("Idempotent-Replayed")) == (ACCEPTED[path], None)
         client.flushall()

@@ -128,7 +128,7 @@ def test_a_job_that_runs_is_neither_queued_again_nor_canceled(api: Api, client: 
     job_id = submitted(api, path)
     job_of(client, job_id).set_status(JobStatus.STARTED)
     requeued, canceled = api.post(f"/jobs/{job_id}/requeue", None), api.call("DELETE", f"/jobs/{job_id}")
-    assert [(one.status, one.body["name"]) for one in (requeued, canceled)] == [(409, "not_possible")] * 2
+    assert [(one.status, one.body["type"]) for one in (requeued, canceled)] == [(409, "not_possible")] * 2
     assert requeued.body["message"] == "only a failed job can be queued again; this one is started"
     assert canceled.body["message"] == "a job that is started cannot be canceled any more"
     assert client.llen(f"rq:queue:{QUEUES[path]}") == 1

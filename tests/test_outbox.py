@@ -35,6 +35,30 @@ def taken(outbox: Outbox, mail_id: str) -> Claim:
     return claim(outbox, mail_id)
 
 
+# fmt: off
+RESEND_EVENTS = {  # as its SDKs for .NET and Rust have them, which fail at any other
+    "bounced", "canceled", "clicked", "complained", "delivered", "delivery_delayed",
+    "failed", "opened", "queued", "scheduled", "sent", "suppressed",
+}
+# fmt: on
+
+
+def test_the_last_event_is_a_word_that_resend_has_and_the_status_is_the_true_one(
+    client: Any, outbox: Outbox, mail_id: str
+) -> None:
+    seen = {}
+    for state in State:
+        client.hset(f"mail:{mail_id}", "state", state)
+        client.hset(f"rq:job:{mail_id}", "status", "started" if state == State.SENDING else "finished")
+        shown = outbox.read(mail_id)
+        seen[shown["status"]] = shown["last_event"]
+        assert (shown["html"], shown["text"], shown["scheduled_at"]) == (None, None, None)
+    assert set(seen) == set(State)
+    assert set(seen.values()) <= RESEND_EVENTS
+    ours = {status: event for status, event in seen.items() if status != event}
+    assert ours == {"sending": "queued", "delayed": "delivery_delayed", "unknown": "delivery_delayed"}
+
+
 def test_a_claimed_mail_is_busy_for_everybody_else(outbox: Outbox, mail_id: str) -> None:
     claim(outbox, mail_id)
     with pytest.raises(Busy) as busy:

@@ -1,4 +1,4 @@
-"""GET /healthz and GET /readyz: whether the process answers, and whether a 202 would mean what it says."""
+"""GET /healthz and GET /readyz: whether the process answers, and whether mail that it accepts is safe."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The routes, and what each answers.
 
 A request is checked whole before anything is stored: key, size, JSON, fields. What passes is stored and queued in one
-atomic step and answered with 202 and an id; the workers send it later. Every answer but /metrics is JSON, also to
+atomic step and answered with an id; the workers send it later. Every answer but /metrics is JSON, also to
 what is not found, not allowed, too large or broken, and also where Waitress refuses before the app is asked.
 No address, subject, body or key is logged. docs/api.md describes the routes.
 """
@@ -35,7 +35,7 @@ from queues.connection import weaknesses
 from queues.jobs import Accepted, Idempotency, Jobs, Policy
 from queues.limits import Limits
 from queues.offer import Task
-from settings import DEV_KEY, ApiKey, Settings, SettingsError
+from settings import DEV_KEY, ApiKey, Rate, Settings, SettingsError
 from web import context
 from web.body import SMALL_BODY, BodyBudget, read_json
 from web.errors import (
@@ -73,10 +73,16 @@ def authenticate(keys: tuple[ApiKey, ...], scope: str) -> ApiKey:
 def hold_to_its_rate(key: ApiKey, limits: Limits) -> None:
     """Raises `Refusal` (429, RFC 6585) if the key has made as many requests as it may."""
     wait = limits.take(f"key:{key.name}", key.rate) if key.rate else 0
-    if wait:
+    if key.rate and wait:
         seconds = str(math.ceil(wait))
         text = f"this API key may make {key.rate} requests; send this again in {seconds} seconds"
-        raise Refusal(429, "rate_limit_exceeded", text, headers={"Retry-After": seconds})
+        raise Refusal(429, "rate_limit_exceeded", text, headers=rate_headers(key.rate, seconds))
+
+
+def rate_headers(rate: Rate, seconds: str) -> dict[str, str]:
+    """Returns the headers of a 429, under the names that clients of Resend's API read."""
+    told = {"limit": str(rate.most), "policy": f"{rate.most};w={rate.seconds}", "remaining": "0", "reset": seconds}
+    return {"Retry-After": seconds, **{f"RateLimit-{name}": value for name, value in told.items()}}
 
 
 def is_permissive() -> bool:
@@ -92,7 +98,7 @@ def idempotency(body: object) -> Idempotency | None:
         return None
     if not re.fullmatch(r"[ -~]{1,256}", key):
         text = "must be 1 to 256 printable ASCII characters"
-        raise bad_request("Idempotency-Key", text, name="invalid_idempotency_key")
+        raise bad_request("Idempotency-Key", text, "invalid_idempotency_key")
     return Idempotency.of(context.current.get().key, request.route.rule, key, body)
 
 
@@ -126,11 +132,11 @@ class Service:
         asked = validate(StartJob, body)
         template = {"id": "welcome", "variables": {"name": asked.name}}
         mail = {"to": [Mailbox(asked.name, asked.email.address)], "template": template}
-        return accepted(self._submit(mail, idempotency(body)), "job_id")
+        return accepted(self._submit(mail, idempotency(body)), 202, "job_id")
 
     def post_email(self) -> HTTPResponse:
         body = read_json(self.settings.max_message_bytes)
-        return accepted(self._submit(body, idempotency(body)), "id")
+        return accepted(self._submit(body, idempotency(body)), 200, "id")
 
     def post_batch(self) -> HTTPResponse:
         """Accepts all or none; with `x-batch-validation: permissive` those that can be sent, and names the others."""
@@ -146,7 +152,7 @@ class Service:
         seen: dict[str, Any] = {"data": [{"id": mail_id} for mail_id in job.ids]}
         if permissive:
             seen["errors"] = [{"index": number, "message": f"{one.field}: {one.message}"} for number, one in errors]
-        return json_response(202, seen, replay(job))
+        return json_response(200, seen, replay(job))
 
     def _drafts(self, bodies: list[Any]) -> tuple[list[Draft], list[tuple[int, FieldError]]]:
         """Returns the mails that can be sent, and what is wrong with the others, by their index in the list."""
@@ -198,7 +204,7 @@ class Service:
             idempotency=idempotency(body),
             idempotency_ttl=self.settings.idempotency_ttl,
         )
-        return accepted(job, "job_id")
+        return accepted(job, 202, "job_id")
 
     def get_job(self, job_id: str) -> HTTPResponse:
         return json_response(200, self.jobs.read(job_id))
@@ -244,9 +250,9 @@ class Service:
         return HTTPResponse(metrics.exposition(self.outbox, VERSION), 200, {"Content-Type": metrics.CONTENT_TYPE})
 
 
-def accepted(job: Accepted, name: str) -> HTTPResponse:
+def accepted(job: Accepted, status: int, name: str) -> HTTPResponse:
     context.current.get().id = job.id
-    return json_response(202, {name: job.id, "status": State.QUEUED}, replay(job))
+    return json_response(status, {name: job.id, "status": State.QUEUED}, replay(job))
 
 
 def replay(job: Accepted) -> dict[str, str]:

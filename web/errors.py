@@ -1,9 +1,10 @@
 """The one error shape, and our exceptions in HTTP's words.
 
-    {"statusCode": 422, "name": "invalid_parameter", "message": "...",
+    {"statusCode": 409, "name": "validation_error", "type": "not_possible", "message": "...",
      "errors": [{"field": "to[0]", "message": "..."}], "request_id": "..."}
 
-The names of errors are Resend's; docs/api.md lists them.
+`type` is our word; docs/api.md lists them. `name` is always one that Resend has: its SDK for PHP takes an error of
+another name for a success.
 """
 
 from __future__ import annotations
@@ -28,6 +29,17 @@ from web import context
 
 Json = dict[str, Any]
 RETRY_AFTER = "5"  # seconds
+NAMES = {  # a type that Resend does not have -> its name there; any other has its own
+    "misdirected_request": "validation_error",
+    "not_implemented": "validation_error",
+    "not_possible": "validation_error",
+    "not_ready": "application_error",
+    "request_headers_too_large": "validation_error",
+    "request_timeout": "validation_error",  # nginx alone says this
+    "request_too_large": "validation_error",
+    "service_unavailable": "application_error",
+    "unsupported_media_type": "validation_error",
+}
 NOT_HERE = {  # what clients of Resend's API ask for -> what to do without it; docs/clients.md lists the rest
     r"GET /emails": "mails cannot be listed; GET /emails/ID shows one",
     r"PATCH /emails/[^/]+": "a mail cannot be changed; DELETE /jobs/ID cancels it, and another can be sent",
@@ -40,7 +52,7 @@ class Refusal(Exception):
     """An answer with an error. `headers` are those that it has beside the common ones."""
 
     status: int
-    name: str
+    type: str
     text: str
     errors: Sequence[FieldError] = ()
     headers: Mapping[str, str] | None = None
@@ -53,7 +65,7 @@ def as_refusal(error: Exception) -> Refusal:
             return error
         case Invalid():
             first = error.errors[0]
-            return Refusal(422, error_name(first), f"{first.field}: {first.message}", error.errors)
+            return Refusal(422, error_type(first), f"{first.field}: {first.message}", error.errors)
         case IdempotencyConflict():
             text = "this Idempotency-Key was used for a different request; use a new key for a new request"
             return Refusal(409, "invalid_idempotent_request", text)
@@ -70,15 +82,15 @@ def as_refusal(error: Exception) -> Refusal:
     raise error
 
 
-def bad_request(field: str, text: str, name: str = "validation_error") -> Refusal:
-    return Refusal(400, name, f"{field}: {text}", [FieldError(field, text)])
+def bad_request(field: str, text: str, type_: str = "validation_error") -> Refusal:
+    return Refusal(400, type_, f"{field}: {text}", [FieldError(field, text)])
 
 
-def error_name(error: FieldError) -> str:
+def error_type(error: FieldError) -> str:
     if error.missing:
         return "missing_required_field"
     root = re.split(r"[.\[]", error.field)[0]
-    return {"attachments": "invalid_attachment", "from": "invalid_from_address"}.get(root, "invalid_parameter")
+    return {"attachments": "invalid_attachment", "from": "invalid_from_address"}.get(root, "validation_error")
 
 
 def as_line(body: Json) -> str:
@@ -105,15 +117,15 @@ def loggable(path: str) -> str:
 
 def error_response(refusal: Refusal) -> HTTPResponse:
     request_id = context.current.get().request_id
-    note_refusal(refusal.name, refusal.errors[0].field if refusal.errors else "", refusal.status, refusal.text)
-    shape = error_shape(refusal.status, refusal.name, refusal.text, request_id, refusal.errors)
+    note_refusal(refusal.type, refusal.errors[0].field if refusal.errors else "", refusal.status, refusal.text)
+    shape = error_shape(refusal.status, refusal.type, refusal.text, request_id, refusal.errors)
     return json_response(refusal.status, shape, refusal.headers)
 
 
-def note_refusal(name: str, path: str, status: int, reason: str) -> None:
+def note_refusal(type_: str, path: str, status: int, reason: str) -> None:
     """Remembers for the log line what was refused. Of a 503 also why: that names nothing of the request."""
     shown = reason.partition("; ")[0] if status == 503 else ""
-    context.current.get().refusal = {"name": name, "field": loggable(path), "reason": shown}
+    context.current.get().refusal = {"name": type_, "field": loggable(path), "reason": shown}
 
 
 def routing_error(error: HTTPError) -> HTTPResponse:
@@ -126,8 +138,8 @@ def routing_error(error: HTTPError) -> HTTPResponse:
     return error_response(Refusal(405, "method_not_allowed", text, headers={"Allow": allow}))
 
 
-def error_shape(status: int, name: str, text: str, request_id: str, errors: Sequence[FieldError] = ()) -> Json:
-    shape: Json = {"statusCode": status, "name": name, "message": text}
+def error_shape(status: int, type_: str, text: str, request_id: str, errors: Sequence[FieldError] = ()) -> Json:
+    shape: Json = {"statusCode": status, "name": NAMES.get(type_, type_), "type": type_, "message": text}
     if errors:
         shape["errors"] = [{"field": error.field, "message": error.message} for error in errors]
     return shape | {"request_id": request_id}

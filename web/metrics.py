@@ -71,7 +71,7 @@ class Scrape(Collector):
         text = "When a mail was last sent; 0: never."
         yield gauge("last_sent_timestamp_seconds", text, self.outbox.last_sent() or 0)
         yield histogram(SMTP, "smtp", "Sessions with the relay, the time for one mail.", counts)
-        yield histogram(ACCEPT, "accept", "Requests that were answered with 202, in the API.", counts)
+        yield histogram(ACCEPT, "accept", "Requests that were accepted, in the API.", counts)
 
     def queues(self) -> Iterator[Metric]:
         states = health.queue_states(self.outbox.jobs)

@@ -35,7 +35,7 @@ class Middleware:
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             self.answered += 1
             seconds = time.perf_counter() - started
-            if status.startswith("202"):
+            if environ["REQUEST_METHOD"] == "POST" and status < "3":
                 self.accepting.add(seconds)
             log(environ, context, status, seconds)
             return start_response(status, headers + common_headers(request_id), exc_info)

@@ -64,9 +64,9 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 
     def execute(self) -> None:
         error, request_id = self.request.error, uuid.uuid4().hex
-        name, text = self.WORDS.get(error.code, ("application_error", "internal error"))
+        type_, text = self.WORDS.get(error.code, ("application_error", "internal error"))
         text = text.format(limit=self.channel.adj.max_request_body_size - 1)
-        body = as_line(error_shape(error.code, name, text, request_id)).encode()
+        body = as_line(error_shape(error.code, type_, text, request_id)).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers += [("Content-Type", "application/json"), *common_headers(request_id)]
         self.set_close_on_finish()
