@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from mail import forms
 from mail.address import Mailbox, header_text
 from mail.message import PIECE, STRUCTURED
 
@@ -36,7 +37,7 @@ REQUIRED = "is required"
 NOT_HERE = {  # a field of Resend's API -> what to do without it; docs/clients.md lists the rest
     "scheduled_at": "is not supported: a mail goes out at once, so send the request when it is due",
     "attachments[].path": "is not supported: no file is fetched, so put it into content, in base64",
-    "attachments[].inline_content_id": "is not supported: its name must be content_id",
+    "attachments[].inline_content_id": "is the older name of content_id: leave one of the two out",
     "topic_id": "is not supported: there are no topics, so leave it out",
 }
 MESSAGES = {  # pydantic's name of an error -> what it says to a caller who knows no Python
@@ -95,16 +96,6 @@ def header_fits(headers: dict[str, str]) -> dict[str, str]:
     return {name: value.strip(" ") if STRUCTURED.fullmatch(name) else value for name, value in headers.items()}
 
 
-def octets_or_base64(value: object) -> object:
-    """Takes a list of octets too, as clients in Python and PHP send it; the body's reader has checked their range."""
-    if isinstance(value, list):
-        try:
-            return base64.b64encode(bytes(value)).decode()
-        except (TypeError, ValueError):
-            raise ValueError("must be base64, or a list of octets from 0 to 255") from None
-    return value
-
-
 def one_or_list(value: object) -> object:
     if not isinstance(value, (str, list)):
         raise ValueError("must be an address or a list of addresses")
@@ -137,6 +128,7 @@ def file_name(text: str) -> str:
 
 
 def media_type(text: str) -> str:
+    text = re.sub(rf'="({TOKEN})"', r"=\1", text)  # anymail writes charset="utf-8", which is the same (RFC 2045 5.1)
     if not CONTENT_TYPE.fullmatch(text):
         raise ValueError("must be a media type such as application/pdf or text/csv; charset=utf-8")
     if text.lower().startswith(COMPOSITE):
@@ -144,6 +136,14 @@ def media_type(text: str) -> str:
     names = [parameter.partition("=")[0].strip().lower() for parameter in text.split(";")[1:]]
     if len(set(names)) < len(names):
         raise ValueError("one of its parameters is given twice")
+    return text
+
+
+def content_id(text: str) -> str:
+    """Returns the id without its angle brackets. Any text will do: `Attachment.cid` is what is written of it."""
+    text = header_text(text).strip(" ").removeprefix("<").removesuffix(">")
+    if not text or "<" in text or ">" in text:
+        raise ValueError("must be a name such as logo.png, without < and >")
     return text
 
 
@@ -175,7 +175,7 @@ HeaderValue = Annotated[str, Field(max_length=16_000), AfterValidator(header_tex
 HeaderText = Annotated[str, Field(max_length=998), AfterValidator(header_text)]
 BodyText = Annotated[str, AfterValidator(body_text)]
 TagWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,256}$")]
-ContentId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._@+-]{1,128}$")]
+ContentId = Annotated[str, Field(max_length=128), AfterValidator(content_id)]
 
 
 class StrictModel(BaseModel):
@@ -188,18 +188,28 @@ Model = TypeVar("Model", bound=StrictModel)
 class Attachment(StrictModel):
     """A file. With `content_id` it is shown inside the HTML, where `<img src="cid:...">` names it."""
 
-    filename: Annotated[str, Field(max_length=200), AfterValidator(file_name)]
-    content: Annotated[str, BeforeValidator(octets_or_base64), AfterValidator(canonical_base64)]
+    filename: Annotated[str, Field(max_length=200), AfterValidator(file_name)] | None = None
+    content: Annotated[str, BeforeValidator(forms.octets_or_base64), AfterValidator(canonical_base64)]
     content_type: Annotated[str, Field(max_length=200), AfterValidator(media_type)] | None = None
     content_id: ContentId | None = None
 
     @property
     def type(self) -> str:
         # guess_type takes URLs, and "Re: notes#1.pdf" looks like one; so it sees the ending alone
-        guessed, encoding = mimetypes.guess_type("file" + PurePosixPath(self.filename).suffix)
+        guessed, encoding = mimetypes.guess_type("file" + PurePosixPath(self.filename or "").suffix)
         if not guessed or encoding or guessed.startswith(COMPOSITE):
             guessed = "application/octet-stream"
         return self.content_type or guessed
+
+    @property
+    def cid(self) -> str | None:
+        """Returns the content_id as a header can hold it (RFC 2392): a file's name may have spaces."""
+        return self.content_id and re.sub(r"[^A-Za-z0-9._@+-]", "_", self.content_id)
+
+    def stored(self) -> dict[str, str]:
+        """Returns the file as a worker finds it. One without a name gets one."""
+        named = {"filename": self.filename or forms.file_name_of(self.type), "content": self.content}
+        return {**named, "content_type": self.type, **({"content_id": self.cid} if self.cid else {})}
 
 
 class Tag(StrictModel):
@@ -226,7 +236,9 @@ class Request(StrictModel):
     headers: Annotated[
         dict[HeaderName, HeaderValue], Field(max_length=50, default_factory=dict), AfterValidator(header_fits)
     ]
-    attachments: Annotated[list[Attachment], Field(max_length=50, default_factory=list)]
+    attachments: Annotated[
+        list[Annotated[Attachment, BeforeValidator(forms.attachment)]], Field(max_length=50, default_factory=list)
+    ]
     tags: Annotated[list[Tag], Field(max_length=50, default_factory=list)]
     template: TemplateUse | None = None
     # Not in Resend's API: how this mail is to be treated, not what it says.
@@ -270,7 +282,7 @@ def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:
         yield FieldError("to", f"to, cc and bcc must have at most {max_recipients} recipients together, not {count}")
     for number in _repeated([name.lower() for name in request.headers]):
         yield FieldError(f"headers.{list(request.headers)[number]}", "is given twice, in different cases")
-    for number in _repeated([one.content_id for one in request.attachments]):
+    for number in _repeated([one.cid for one in request.attachments]):
         yield FieldError(f"attachments[{number}].content_id", "is given twice")
     if not request.template:
         if request.subject is None:

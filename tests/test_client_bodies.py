@@ -1,0 +1,69 @@
+"""The bodies that real clients send, as they come over the wire, and what is made of each.
+
+Taken from the packages themselves where they install (resend for Python 2.52 and Node 6.38, anymail 15.2), else from
+their sources.
+"""
+
+from __future__ import annotations
+
+import json
+from operator import attrgetter
+from typing import Any
+
+import pytest
+
+from tests.sample_mails import accepted, refusal
+from web.body import check_values
+
+ACME = '"from":"Acme <hello@acme.example>","to":["ada@example.com"],"subject":"Hello"'
+BODY = f'{ACME},"html":"<p>Hi"'
+HELLO = {"filename": "a.txt", "content": "aGVsbG8=", "content_type": "text/plain"}
+# fmt: off
+TAKEN: list[tuple[str, str, dict[str, Any]]] = [  # client and form, its body, what is in the mail
+    ("python list(bytes), ruby .bytes, go []int, rust Vec<u8>",
+     f'{{{BODY},"attachments":[{{"filename":"a.txt","content":[104,101,108,108,111]}}]}}', {"attachments": [HELLO]}),
+    ("node Buffer before 6.3x", f'{{{BODY},"attachments":[{{"filename":"a.txt",'
+     '"content":{"type":"Buffer","data":[104,101,108,108,111]}}]}', {"attachments": [HELLO]}),
+    ("node filename false", f'{{{BODY},"attachments":[{{"content":"aGVsbG8=","filename":false,'
+     '"content_type":"text/plain"}]}', {"attachments": [HELLO | {"filename": "attachment.txt"}]}),
+    ("java, .NET null in a file", f'{{{BODY},"attachments":[{{"filename":null,"content":"aGVsbG8=","path":null,'
+     '"content_type":null,"content_id":null}]}',
+     {"attachments": [HELLO | {"filename": "attachment.bin", "content_type": "application/octet-stream"}]}),
+    ("python both names of an id", f'{{{BODY},"attachments":[{{"filename":"a.txt","content":"aGVsbG8=",'
+     '"content_id":"logo","inline_content_id":"logo"}]}', {"attachments": [HELLO | {"content_id": "logo"}]}),
+    ("python, go inline_content_id", f'{{{BODY},"attachments":[{{"filename":"a.txt","content":"aGVsbG8=",'
+     '"inline_content_id":"logo"}]}', {"attachments": [HELLO | {"content_id": "logo"}]}),
+    ("laravel content_id is the file's name", f'{{{ACME},"html":"<img src=\\"cid:my logo.png\\"><i cid:my%20logo.png>",'
+     '"attachments":[{"filename":"a.txt","content":"aGVsbG8=","content_id":"<my logo.png>"}]}',
+     {"attachments": [HELLO | {"content_id": "my_logo.png"}],
+      "html": '<img src="cid:my_logo.png"><i cid:my_logo.png>'}),
+    ("anymail a type with a quoted charset", f'{{{BODY},"attachments":[{{"content":"aGVsbG8=","filename":"a.txt",'
+     '"content_type":"text/plain; charset=\\"utf-8\\""}]}',
+     {"attachments": [HELLO | {"content_type": "text/plain; charset=utf-8"}]}),
+]
+REFUSED: list[tuple[str, str, str, str]] = [  # client and form, its body, the field that is named, what is said of it
+    ("node path", f'{{{BODY},"attachments":[{{"path":"https://a.example/x.png"}}]}}',
+     "attachments[0].path", "no file is fetched"),
+    ("two ids", f'{{{BODY},"attachments":[{{"content":"","content_id":"a","inline_content_id":"b"}}]}}',
+     "attachments[0].inline_content_id", "leave one of the two out"),
+    ("Buffer of other numbers", f'{{{BODY},"attachments":[{{"content":{{"type":"Buffer","data":[256]}}}}]}}',
+     "attachments[0].content", "from 0 to 255"),
+    ("an id that ends a line", f'{{{BODY},"attachments":[{{"content":"","content_id":"a\\r\\nBcc: x"}}]}}',
+     "attachments[0].content_id", "line break"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("body", "expected"), [row[1:] for row in TAKEN], ids=[row[0] for row in TAKEN])
+def test_what_a_client_means_is_what_is_sent(body: str, expected: dict[str, Any]) -> None:
+    message = accepted(json.loads(body))
+    assert {name: attrgetter(name)(message) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("body", "field", "told"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_what_would_be_another_mail_is_refused(body: str, field: str, told: str) -> None:
+    assert told in refusal(json.loads(body))[field]
+
+
+def test_the_octets_of_a_file_are_not_counted_as_values() -> None:
+    check_values({"attachments": [{"content": {"type": "Buffer", "data": [255] * 100_000}}]})
