@@ -13,6 +13,9 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
+# Headers that mail libraries hand over with the rest, and that say nothing of which this service writes another.
+WRITTEN_ANYWAY = re.compile(r"sender|date|message-id|mime-version|content-.*", re.IGNORECASE)
+
 
 def attachment(value: Any) -> Any:
     """Takes `null` as absent, `filename` also as false, and `inline_content_id` as the older name of `content_id`."""
@@ -24,6 +27,33 @@ def attachment(value: Any) -> Any:
     if one.get("inline_content_id") == one.get("content_id", one.get("inline_content_id")):
         one = {{"inline_content_id": "content_id"}.get(name, name): member for name, member in one.items()}
     return one
+
+
+def headers(value: Any) -> Any:
+    """Takes PHP's `[]` as no headers, a list of `{name, value}` as an object, and leaves out what this service writes
+    in any case. A number becomes its text, and a list one text: of message ids with spaces between, else with commas.
+    """
+    if isinstance(value, list) and all(isinstance(one, dict) and set(one) == {"name", "value"} for one in value):
+        pairs = [(one["name"], one["value"]) for one in value]
+        value = dict(pairs) if all(isinstance(name, str) for name, _ in pairs) else value
+        if len(value) < len(pairs):
+            raise ValueError("must not have a name twice; give the header a list of values")
+    if not isinstance(value, dict):
+        return value
+    return {name: header_value(name, member) for name, member in value.items() if not WRITTEN_ANYWAY.fullmatch(name)}
+
+
+def header_value(name: str, value: Any) -> Any:
+    if isinstance(value, list) and value:
+        values = [header_value(name, one) for one in value if not isinstance(one, list)]
+        glue = " " if name.lower() in ("references", "in-reply-to") else ", "
+        return glue.join(values) if all(isinstance(one, str) for one in values) and len(values) == len(value) else value
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def empty_object(value: object) -> object:
+    """Takes PHP's `[]` as `{}`, and null as well."""
+    return {} if value in ([], None) else value
 
 
 def octets_or_base64(value: object) -> object:

@@ -160,7 +160,9 @@ def time_with_zone(text: object) -> datetime:
 def header_name(name: str) -> str:
     if not re.fullmatch(r"[!-9;-~]{1,76}", name):
         raise ValueError("a header name must be 1 to 76 printable ASCII characters without a colon")
-    if name.lower() in ("from", "to", "cc", "bcc", "subject", "reply-to"):
+    if name.lower() == "reply-to":
+        return name  # `_reply_to_header` sees whether it only repeats the field
+    if name.lower() in ("from", "to", "cc", "bcc", "subject"):
         raise ValueError(f"must be left out: the field {name.lower().replace('-', '_')} writes this header")
     if OURS.fullmatch(name):
         raise ValueError("must be left out: this service or the relay writes this header")
@@ -219,7 +221,7 @@ class Tag(StrictModel):
 
 class TemplateUse(StrictModel):
     id: str
-    variables: dict[str, Any] = {}
+    variables: Annotated[dict[str, Any], BeforeValidator(forms.empty_object)] = {}
 
 
 class Request(StrictModel):
@@ -234,7 +236,10 @@ class Request(StrictModel):
     html: BodyText | None = None
     text: BodyText | None = None
     headers: Annotated[
-        dict[HeaderName, HeaderValue], Field(max_length=50, default_factory=dict), AfterValidator(header_fits)
+        dict[HeaderName, HeaderValue],
+        Field(max_length=50, default_factory=dict),
+        AfterValidator(header_fits),
+        BeforeValidator(forms.headers),
     ]
     attachments: Annotated[
         list[Annotated[Attachment, BeforeValidator(forms.attachment)]], Field(max_length=50, default_factory=list)
@@ -261,7 +266,7 @@ def parse(body: object, *, default_sender: Mailbox | None, max_recipients: int, 
         if default_sender:
             body = {"from": default_sender, **body}
     request = validate(Request, body)
-    Invalid.raise_if(_conflicts(request, max_recipients))
+    Invalid.raise_if((*_reply_to_header(request), *_conflicts(request, max_recipients)))
     if not local_domains:
         Invalid.raise_if(_local_domains(request))
     return request
@@ -273,6 +278,14 @@ def validate(model: type[Model], body: object, prefix: str = "") -> Model:
         return model.model_validate(body)
     except ValidationError as error:
         raise Invalid(*field_errors(error, prefix)) from None
+
+
+def _reply_to_header(request: Request) -> Iterator[FieldError]:
+    """Takes away a header Reply-To that repeats the field, as Symfony's bridge writes it."""
+    for name in [name for name in request.headers if name.lower() == "reply-to"]:
+        named = re.findall(r"[^\s<>,;]+@[^\s<>,;]+", request.headers.pop(name).lower())
+        if not request.reply_to or any(box.address.lower() not in named for box in request.reply_to):
+            yield FieldError(f"headers.{name}", "must be left out: the field reply_to writes this header")
 
 
 def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:

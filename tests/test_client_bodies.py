@@ -40,6 +40,19 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [  # client and form, its body, w
     ("anymail a type with a quoted charset", f'{{{BODY},"attachments":[{{"content":"aGVsbG8=","filename":"a.txt",'
      '"content_type":"text/plain; charset=\\"utf-8\\""}]}',
      {"attachments": [HELLO | {"content_type": "text/plain; charset=utf-8"}]}),
+    ("php, laravel headers []", f'{{{BODY},"headers":[],"cc":[],"bcc":[],"reply_to":[],"text":null}}', {"headers": {}}),
+    ("swoosh headers as a list", f'{{{BODY},"headers":[{{"name":"X-A","value":"1"}},{{"name":"X-B","value":"é"}}]}}',
+     {"headers": {"X-A": "1", "X-B": "é"}}),
+    ("anymail X-Tag, rails numbers and lists",
+     f'{{{BODY},"headers":{{"X-Tag":["a","b"],"X-N":7,"X-F":[1.5,2],"References":["<1@b.co>","<2@b.co>"]}}}}',
+     {"headers": {"X-Tag": "a, b", "X-N": "7", "X-F": "1.5, 2", "References": "<1@b.co> <2@b.co>"}}),
+    ("anymail, rails what we write anyway", f'{{{BODY},"headers":{{"Message-ID":"<1@acme.example>",'
+     '"date":"Fri, 27 Nov 2026 01:53:04 +0000","MIME-Version":"1.0","Content-Transfer-Encoding":"7bit",'
+     '"X-Tags":"[\\"a b\\"]"}}', {"headers": {"X-Tags": '["a b"]'}}),
+    ("symfony headers repeat", f'{{{BODY},"reply_to":"R <r@acme.example>","headers":{{"Sender":"a@b.example",'
+     '"Reply-To":"R <R@acme.example>, s@acme.example","X-A":"1"}}',
+     {"headers": {"X-A": "1"}, "reply_to": [("R", "r@acme.example")]}),
+    ("php variables []", f'{{{ACME},"template":{{"id":"welcome","variables":[]}}}}', {"subject": "Hello"}),
 ]
 REFUSED: list[tuple[str, str, str, str]] = [  # client and form, its body, the field that is named, what is said of it
     ("node path", f'{{{BODY},"attachments":[{{"path":"https://a.example/x.png"}}]}}',
@@ -50,6 +63,12 @@ REFUSED: list[tuple[str, str, str, str]] = [  # client and form, its body, the f
      "attachments[0].content", "from 0 to 255"),
     ("an id that ends a line", f'{{{BODY},"attachments":[{{"content":"","content_id":"a\\r\\nBcc: x"}}]}}',
      "attachments[0].content_id", "line break"),
+    ("headers one name twice", f'{{{BODY},"headers":[{{"name":"X-A","value":"1"}},{{"name":"X-A","value":"2"}}]}}',
+     "headers", "a list of values"),
+    ("symfony another Reply-To", f'{{{BODY},"reply_to":"r@acme.example","headers":{{"Reply-To":"xr@acme.example"}}}}',
+     "headers.Reply-To", "the field reply_to"),
+    ("a value that ends a line", f'{{{BODY},"headers":{{"X-A":["1","2\\r\\nBcc: x@b.co"]}}}}',
+     "headers.X-A", "line break"),
 ]
 # fmt: on
 
