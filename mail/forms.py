@@ -17,6 +17,13 @@ from urllib.parse import quote
 WRITTEN_ANYWAY = re.compile(r"sender|date|message-id|mime-version|content-.*", re.IGNORECASE)
 
 
+def request(body: dict[str, Any]) -> dict[str, Any]:
+    """Takes null as absent, and where Go writes it anyway also an empty `from`, and an empty `subject` of a template."""
+    fields = {name: value for name, value in body.items() if value is not None}
+    empty = {"from", "subject"} if fields.get("template") else {"from"}
+    return {name: value for name, value in fields.items() if name not in empty or value != ""}
+
+
 def attachment(value: Any) -> Any:
     """Takes `null` as absent, `filename` also as false, and `inline_content_id` as the older name of `content_id`."""
     if not isinstance(value, dict):

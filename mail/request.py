@@ -262,7 +262,7 @@ class Rendered(StrictModel):
 def parse(body: object, *, default_sender: Mailbox | None, max_recipients: int, local_domains: bool = False) -> Request:
     """Checks the body of `POST /emails`. Raises `Invalid` with every field that is wrong."""
     if isinstance(body, dict):
-        body = {name: value for name, value in body.items() if value is not None}  # serializers write null for absent
+        body = forms.request(body)
         if default_sender:
             body = {"from": default_sender, **body}
     request = validate(Request, body)

@@ -53,6 +53,9 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [  # client and form, its body, w
      '"Reply-To":"R <R@acme.example>, s@acme.example","X-A":"1"}}',
      {"headers": {"X-A": "1"}, "reply_to": [("R", "r@acme.example")]}),
     ("php variables []", f'{{{ACME},"template":{{"id":"welcome","variables":[]}}}}', {"subject": "Hello"}),
+    ("go a template", '{"from":"","to":["ada@example.com"],"subject":"","template":{"id":"welcome"}}',
+     {"sender": ("Acme", "hello@example.com"), "subject": "Of the template"}),
+    ("go an empty subject of one's own", '{"from":"","to":["ada@example.com"],"subject":"","text":"Hi"}', {"subject": ""}),
 ]
 REFUSED: list[tuple[str, str, str, str]] = [  # client and form, its body, the field that is named, what is said of it
     ("node path", f'{{{BODY},"attachments":[{{"path":"https://a.example/x.png"}}]}}',
@@ -75,7 +78,8 @@ REFUSED: list[tuple[str, str, str, str]] = [  # client and form, its body, the f
 
 @pytest.mark.parametrize(("body", "expected"), [row[1:] for row in TAKEN], ids=[row[0] for row in TAKEN])
 def test_what_a_client_means_is_what_is_sent(body: str, expected: dict[str, Any]) -> None:
-    message = accepted(json.loads(body))
+    asked = json.loads(body)
+    message = accepted(asked, ("Of the template", "Hi", None) if "template" in asked else None)
     assert {name: attrgetter(name)(message) for name in expected} == expected
 
 
