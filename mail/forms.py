@@ -18,7 +18,7 @@ WRITTEN_ANYWAY = re.compile(r"sender|date|message-id|mime-version|content-.*", r
 
 
 def request(body: dict[str, Any]) -> dict[str, Any]:
-    """Takes null as absent, and where Go writes it anyway also an empty `from`, and an empty `subject` of a template."""
+    """Takes null as absent, and an empty `from`, and an empty `subject` beside a template: Go always writes both."""
     fields = {name: value for name, value in body.items() if value is not None}
     empty = {"from", "subject"} if fields.get("template") else {"from"}
     return {name: value for name, value in fields.items() if name not in empty or value != ""}

@@ -55,7 +55,17 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [  # client and form, its body, w
     ("php variables []", f'{{{ACME},"template":{{"id":"welcome","variables":[]}}}}', {"subject": "Hello"}),
     ("go a template", '{"from":"","to":["ada@example.com"],"subject":"","template":{"id":"welcome"}}',
      {"sender": ("Acme", "hello@example.com"), "subject": "Of the template"}),
-    ("go an empty subject of one's own", '{"from":"","to":["ada@example.com"],"subject":"","text":"Hi"}', {"subject": ""}),
+    ("go a subject of one's own", '{"from":"","to":["ada@example.com"],"subject":"","text":"Hi"}', {"subject": ""}),
+    *((f"symfony, swoosh, anymail: {written}", json.dumps(
+        {"from": f"{written} <a@acme.example>", "to": f"{written}<b@b.co>", "subject": "", "text": "Hi"}),
+       {"sender": (name, "a@acme.example"), "to": [(name, "b@b.co")]}) for written, name in (
+        ("Acme, Inc.", "Acme, Inc."), ("Müller & Co. (GmbH)", "Müller & Co. (GmbH)"), ("a: b; [c]", "a: b; [c]"),
+        ('Ada "Bo" \\ L.', 'Ada "Bo" \\ L.'), ("hello@acme.example", "hello@acme.example"),
+        ('"Lovelace, Ada"', "Lovelace, Ada"), ('"=?utf-8?q?x?="', "=?utf-8?q?x?="),
+        ("=?utf-8?q?M=C3=BCller=2C_Ada?=", "Müller, Ada"), ("=?UTF-8?B?w4l0w6k=?= B.", "Été B."),
+        ("=?utf-8?q?=C3?= =?utf-8?q?=A9?=  x", "é  x"), ("=?iso-8859-1*de?q?=FC?=", "ü"),
+        *((same, same) for same in ("=?rot13?q?a?=", "=?iso-8859-99?q?a?=", "=?utf-8?q?=FF?=", "a=?utf-8?q?b?=")),
+    )),
 ]
 REFUSED: list[tuple[str, str, str, str]] = [  # client and form, its body, the field that is named, what is said of it
     ("node path", f'{{{BODY},"attachments":[{{"path":"https://a.example/x.png"}}]}}',
