@@ -21,7 +21,16 @@ def request(body: dict[str, Any]) -> dict[str, Any]:
     """Takes null as absent, and an empty `from`, and an empty `subject` beside a template: Go always writes both."""
     fields = {name: value for name, value in body.items() if value is not None}
     empty = {"from", "subject"} if fields.get("template") else {"from"}
+    fields.pop("topic_id", None)  # there are no topics, so nobody has left one: the mail is the same without
     return {name: value for name, value in fields.items() if name not in empty or value != ""}
+
+
+def tag(value: Any) -> Any:
+    """Takes Symfony's `{"X-Tag": "welcome"}` as a name and its value."""
+    if isinstance(value, dict) and len(value) == 1 and not set(value) & {"name", "value"}:
+        [(name, word)] = value.items()
+        return {"name": name, "value": word}
+    return value
 
 
 def attachment(value: Any) -> Any:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -38,7 +39,7 @@ NOT_HERE = {  # a field of Resend's API -> what to do without it; docs/clients.m
     "scheduled_at": "is not supported: a mail goes out at once, so send the request when it is due",
     "attachments[].path": "is not supported: no file is fetched, so put it into content, in base64",
     "attachments[].inline_content_id": "is the older name of content_id: leave one of the two out",
-    "topic_id": "is not supported: there are no topics, so leave it out",
+    "react": "is not supported: it is a component of JavaScript, so render it to html",
 }
 MESSAGES = {  # pydantic's name of an error -> what it says to a caller who knows no Python
     "missing": REQUIRED,
@@ -244,11 +245,18 @@ class Request(StrictModel):
     attachments: Annotated[
         list[Annotated[Attachment, BeforeValidator(forms.attachment)]], Field(max_length=50, default_factory=list)
     ]
-    tags: Annotated[list[Tag], Field(max_length=50, default_factory=list)]
+    tags: Annotated[list[Annotated[Tag, BeforeValidator(forms.tag)]], Field(max_length=50, default_factory=list)]
     template: TemplateUse | None = None
     # Not in Resend's API: how this mail is to be treated, not what it says.
     expires_at: Annotated[datetime, BeforeValidator(time_with_zone)] | None = None
     on_doubt: Literal["retry", "hold"] | None = None
+
+
+INSIDE: dict[str, type[BaseModel]] = {
+    "attachments": Attachment,
+    "tags": Tag,
+    "template": TemplateUse,
+}  # what a field's objects are
 
 
 class Rendered(StrictModel):
@@ -277,7 +285,7 @@ def validate(model: type[Model], body: object, prefix: str = "") -> Model:
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise Invalid(*field_errors(error, prefix)) from None
+        raise Invalid(*field_errors(error, prefix, model)) from None
 
 
 def _reply_to_header(request: Request) -> Iterator[FieldError]:
@@ -328,7 +336,15 @@ def content_errors(request: Request, text: str | None, html: str | None) -> Iter
             yield FieldError(f"attachments[{number}].content_id", "needs html that shows it, and there is none")
 
 
-def field_errors(error: ValidationError, prefix: str = "") -> list[FieldError]:
+def nearest(unknown: str, model: type[BaseModel]) -> str:
+    """Returns the question whether a field of nearly this name was meant, or nothing."""
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    snake = re.sub(r"(?<=[a-z])(?=[A-Z])|-", "_", unknown).lower()  # replyTo, Reply-To
+    found = get_close_matches(snake[:100], names, 1, cutoff=0.75)
+    return f"; did you mean `{found[0]}`?" if found else ""
+
+
+def field_errors(error: ValidationError, prefix: str = "", model: type[BaseModel] | None = None) -> list[FieldError]:
     """Translates pydantic's errors; a field is written as one would in code: `attachments[0].content`."""
     found = []
     for fault in error.errors(include_input=False, include_url=False):
@@ -337,7 +353,9 @@ def field_errors(error: ValidationError, prefix: str = "") -> list[FieldError]:
         path = path.removeprefix(".")
         message = MESSAGES.get(fault["type"], "").format(**fault.get("ctx", {}))
         if fault["type"] == "extra_forbidden":
-            message = NOT_HERE.get(re.sub(r"\[\d+\]", "[]", path), message)
+            where = INSIDE.get(str(parts[0]), model) if len(parts) > 1 else model
+            question = nearest(str(parts[-1]), where) if where else ""
+            message = NOT_HERE.get(re.sub(r"\[\d+\]", "[]", path), message + question)
         text = message or fault["msg"].removeprefix("Value error, ")
         found.append(FieldError(path or "body", text, missing=fault["type"] == "missing"))
     return sorted(found, key=lambda error: error.message not in NOT_HERE.values())

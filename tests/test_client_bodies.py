@@ -66,6 +66,9 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [  # client and form, its body, w
         ("=?utf-8?q?=C3?= =?utf-8?q?=A9?=  x", "é  x"), ("=?iso-8859-1*de?q?=FC?=", "ü"),
         *((same, same) for same in ("=?rot13?q?a?=", "=?iso-8859-99?q?a?=", "=?utf-8?q?=FF?=", "a=?utf-8?q?b?=")),
     )),
+    ("symfony tags", f'{{{BODY},"tags":[{{"X-Tag":"welcome"}},{{"name":"a","value":"b"}}]}}',
+     {"tags": [{"name": "X-Tag", "value": "welcome"}, {"name": "a", "value": "b"}]}),
+    ("python, node topic_id", f'{{{BODY},"topic_id":"t1"}}', {"tags": []}),
 ]
 REFUSED: list[tuple[str, str, str, str]] = [  # client and form, its body, the field that is named, what is said of it
     ("node path", f'{{{BODY},"attachments":[{{"path":"https://a.example/x.png"}}]}}',
@@ -82,6 +85,8 @@ REFUSED: list[tuple[str, str, str, str]] = [  # client and form, its body, the f
      "headers.Reply-To", "the field reply_to"),
     ("a value that ends a line", f'{{{BODY},"headers":{{"X-A":["1","2\\r\\nBcc: x@b.co"]}}}}',
      "headers.X-A", "line break"),
+    ("node react", f'{{{BODY},"react":{{}}}}', "react", "render it to html"),
+    ("symfony a tag of other characters", f'{{{BODY},"tags":[{{"X-Tag":"a b"}}]}}', "tags[0].value", "must match"),
 ]
 # fmt: on
 

@@ -215,10 +215,16 @@ REFUSED: dict[str, list[tuple[str, Json]]] = {  # what is wrong -> the field tha
 INSTEAD = [  # what there is not, and what is said of it
     ("scheduled_at: is not supported: a mail goes out at once", mail(scheduled_at="in 1 min")),
     ("attachments[0].path: is not supported: no file is fetched", mail(attachments=[{"path": "https://a.example/x"}])),
-    ("topic_id: is not supported: there are no topics", mail(topic_id="news")),
     ("headers.Reply-To: must be left out: the field reply_to writes", mail(headers={"Reply-To": "ada@example.com"})),
     ("headers.BCC: must be left out: the field bcc writes", mail(headers={"BCC": "ada@example.com"})),
     ("headers.Received: must be left out: this service or the relay writes", mail(headers={"Received": "today"})),
+    *((f"{field}: is not a known field; did you mean `{meant}`?", body) for field, meant, body in (
+        ("replyTo", "reply_to", mail(replyTo="a@b.co")), ("Reply-To", "reply_to", mail(**{"Reply-To": "a@b.co"})),
+        ("To", "to", mail(To="a@b.co")), ("attachment", "attachments", mail(attachment=[])),
+        ("attachments[0].contentType", "content_type", with_file(contentType="a/b")),
+        ("tags[0].vlaue", "value", mail(tags=[{"name": "a", "value": "b", "vlaue": "c"}])),
+        ("template.variable", "variables", mail(text=None, template={"id": "a", "variable": {}})),
+    )),
     ("to: must have 1 or more entries", mail(to=[])),
     *(("to[0]: must be one address; each further one must be a string of its own", mail(to=to)) for to in (
         "a@b.co, c@d.co", "a@b.co;c@d.co", "Ada <a@b.co>, Bob <c@d.co>", "a@b.co,c@d.co,e@f.co", "a@b.co ; B <c@d.co>",
