@@ -92,7 +92,8 @@ def file_name_of(content_type: str) -> str:
 
 def html_with_ids(html: str | None, ids: dict[str, str]) -> str | None:
     """Returns the html with each `cid:` that names an id written as its new one: as text, or percent-encoded."""
-    changed = {written: new for old, new in ids.items() if old != new for written in (old, quote(old), escape(old))}
+    spellings = (str, quote, lambda old: quote(old, safe=""), escape)
+    changed = {spell(old): new for old, new in ids.items() if old != new for spell in spellings}
     if not html or not changed:
         return html
     longest_first = sorted(changed, key=len, reverse=True)

@@ -1,7 +1,7 @@
 """What a caller may ask for: the fields of `POST /emails`, each checked once, before anything is stored.
 
 Refuses, by the name of the field, what could not be sent exactly as asked: a control character in anything that ends in
-a header, a header that this service writes, base64 that a decoder may read differently. What passes can always be
+a header, a header that contradicts ours, base64 that a decoder may read differently. What passes can always be
 written as MIME, so nothing fails later in a worker. Pure: no I/O, no settings, no clock.
 """
 
@@ -252,11 +252,8 @@ class Request(StrictModel):
     on_doubt: Literal["retry", "hold"] | None = None
 
 
-INSIDE: dict[str, type[BaseModel]] = {
-    "attachments": Attachment,
-    "tags": Tag,
-    "template": TemplateUse,
-}  # what a field's objects are
+# A field -> what the objects in it are.
+INSIDE: dict[str, type[BaseModel]] = {"attachments": Attachment, "tags": Tag, "template": TemplateUse}
 
 
 class Rendered(StrictModel):
@@ -354,7 +351,7 @@ def field_errors(error: ValidationError, prefix: str = "", model: type[BaseModel
         message = MESSAGES.get(fault["type"], "").format(**fault.get("ctx", {}))
         if fault["type"] == "extra_forbidden":
             where = INSIDE.get(str(parts[0]), model) if len(parts) > 1 else model
-            question = nearest(str(parts[-1]), where) if where else ""
+            question = nearest(str(parts[-1]), where) if where and len(found) < 10 else ""  # a body may have thousands
             message = NOT_HERE.get(re.sub(r"\[\d+\]", "[]", path), message + question)
         text = message or fault["msg"].removeprefix("Value error, ")
         found.append(FieldError(path or "body", text, missing=fault["type"] == "missing"))
