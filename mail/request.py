@@ -343,15 +343,16 @@ def nearest(unknown: str, model: type[BaseModel]) -> str:
 
 def field_errors(error: ValidationError, prefix: str = "", model: type[BaseModel] | None = None) -> list[FieldError]:
     """Translates pydantic's errors; a field is written as one would in code: `attachments[0].content`."""
-    found = []
+    found: list[FieldError] = []
     for fault in error.errors(include_input=False, include_url=False):
         parts = [part for part in fault["loc"] if part != "[key]"]  # pydantic's word for a name, here of a header
         path = prefix + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
         path = path.removeprefix(".")
         message = MESSAGES.get(fault["type"], "").format(**fault.get("ctx", {}))
         if fault["type"] == "extra_forbidden":
-            where = INSIDE.get(str(parts[0]), model) if len(parts) > 1 else model
-            question = nearest(str(parts[-1]), where) if where and len(found) < 10 else ""  # a body may have thousands
+            loc = fault["loc"]
+            where = INSIDE.get(str(loc[0]), model) if len(loc) > 1 else model
+            question = nearest(str(loc[-1]), where) if where and len(found) < 10 else ""  # a body may have thousands
             message = NOT_HERE.get(re.sub(r"\[\d+\]", "[]", path), message + question)
         text = message or fault["msg"].removeprefix("Value error, ")
         found.append(FieldError(path or "body", text, missing=fault["type"] == "missing"))

@@ -117,7 +117,7 @@ REFUSED: dict[str, list[tuple[str, Json]]] = {  # what is wrong -> the field tha
     ],
     "an unknown field": [
         ("colour", mail(colour="red")), ("sender", mail(sender="a@b.example")), ("To", mail(To="a@b.example")),
-        ("body", mail(**{"": 1})),
+        ("body", mail(**{"": 1})), ("body", mail(**{"[key]": 1})),
         ("attachments[0].path", with_file(path="/etc/passwd")),
         ("tags[0].x", mail(tags=[{"name": "a", "value": "b", "x": 1}])),
         ("template.text", mail(text=None, template={"id": "welcome", "text": "{{ x }}"})),
