@@ -69,6 +69,20 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [  # client and form, its body, w
     ("symfony tags", f'{{{BODY},"tags":[{{"X-Tag":"welcome"}},{{"name":"a","value":"b"}}]}}',
      {"tags": [{"name": "X-Tag", "value": "welcome"}, {"name": "a", "value": "b"}]}),
     ("python, node topic_id", f'{{{BODY},"topic_id":"t1"}}', {"tags": []}),
+    ("anymail 15.2, whole", r"""{"from": "\"Acme, Inc. (M\u00fcller)\" <hello@acme.example>",
+      "to": ["\"Lovelace, Ada\" <ada@b.co>", "\"M\u00fcller & Co. (GmbH)\" <m@b.co>"],
+      "cc": ["bob@b.co"], "subject": "Hello", "reply_to": ["\"R, \u00dc\" <r@b.co>"],
+      "headers": {"X-Custom": "7", "Message-ID": "<1@acme.example>", "X-Metadata": "{\"note\": \"\\u00fc\"}"},
+      "text": "Hi", "html": "<img src=\"cid:179.49.128.img@inline\">", "attachments": [
+      {"content": "aGVsbG8=", "filename": "a.txt", "content_type": "text/plain; charset=\"utf-8\"",
+      "content_id": "179.49.128.img@inline"}]}""",
+     {"sender": ("Acme, Inc. (Müller)", "hello@acme.example"), "recipients": ["ada@b.co", "m@b.co", "bob@b.co"],
+      "reply_to": [("R, Ü", "r@b.co")], "headers": {"X-Custom": "7", "X-Metadata": '{"note": "\\u00fc"}'},
+      "html": '<img src="cid:179.49.128.img@inline">'}),
+    ("node 6.38, whole", '{"attachments":[{"content":"aGVsbG8=","filename":"a.txt","content_type":"text/plain"}],'
+     '"from":"Acme <hello@acme.example>","html":"<p>Hi","reply_to":"x@acme.example","subject":"Hello",'
+     '"tags":[{"name":"a","value":"b"}],"to":["ada@example.com"],"topic_id":null}',
+     {"attachments": [HELLO], "reply_to": [("", "x@acme.example")], "tags": [{"name": "a", "value": "b"}]}),
 ]
 REFUSED: list[tuple[str, str, str, str]] = [  # client and form, its body, the field that is named, what is said of it
     ("node path", f'{{{BODY},"attachments":[{{"path":"https://a.example/x.png"}}]}}',
