@@ -77,7 +77,8 @@ def display_name(text: str) -> str:
     if re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):
         text = re.sub(r"\\(.)", r"\1", text[1:-1])
     elif re.search(r"^\"|[<>]|@.*[,;]|[,;].*@", text):
-        raise ValueError('special characters in a display name need double quotes: "Lovelace, Ada" <ada@example.com>')
+        told = "with an address, an angle bracket or a quote that does not close needs double quotes"
+        raise ValueError(f'a display name {told}: "Lovelace, Ada" <ada@example.com>')
     else:
         text = header_text(decoded(text))
     if len(text) > 200:
