@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from base64 import b64decode
+from binascii import a2b_qp
+from itertools import groupby
 from typing import NamedTuple
 
 from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
@@ -16,6 +19,8 @@ from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, valida
 SPECIAL_USE_DOMAIN_NAMES.clear()
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+ENCODED = r"=\?(?:utf-8|us-ascii|iso-8859-\d\d?|windows-125\d)(?:\*[A-Za-z-]*)?\?[bq]\?[!->@-~]*\?="
+ENCODED_WORDS = re.compile(rf"(?<!\S){ENCODED}(?: +{ENCODED})*(?!\S)", re.IGNORECASE)
 EXAMPLES = "ada@example.com or Ada Lovelace <ada@example.com>"
 
 
@@ -64,14 +69,41 @@ def default_sender(text: object, allow_local: bool) -> Mailbox:
 
 
 def display_name(text: str) -> str:
-    """Returns the name that `text` stands for, without its quotes. Raises a `ValueError`."""
+    """Returns the name that `text` stands for, without its quotes or encoding. Raises a `ValueError`.
+
+    Clients write names without the quotes that RFC 5322 wants. Before the only <...> a name can be nothing else, but if
+    it holds an address and a separator, or begins like a quoted string and is none.
+    """
     if re.fullmatch(r'"(?:[^"\\]|\\.)*"', text):
         text = re.sub(r"\\(.)", r"\1", text[1:-1])
-    elif re.search(r'[",;:@\\()\[\]<>]', text):
-        raise ValueError('special characters in a display name need double quotes: "Lovelace, Ada" <ada@example.com>')
+    elif re.search(r"^\"|[<>]|@.*[,;]|[,;].*@", text):
+        told = "with an address, an angle bracket or a quote that does not close needs double quotes"
+        raise ValueError(f'a display name {told}: "Lovelace, Ada" <ada@example.com>')
+    else:
+        text = header_text(decoded(text))
     if len(text) > 200:
         raise ValueError("the display name must be at most 200 characters long")
     return text.strip(" ")
+
+
+def decoded(text: str) -> str:
+    """Returns the text with its RFC 2047 words decoded, or as it is if one of them cannot be."""
+    try:
+        return ENCODED_WORDS.sub(lambda found: _decoded(found[0].split()), text)
+    except (ValueError, LookupError):
+        return text
+
+
+def _decoded(words: list[str]) -> str:
+    """Decodes words that stand together: the space between them does not count, and a character may lie across two."""
+    parts = [word.split("?")[1:4] for word in words]
+    text = ""
+    for charset, group in groupby(parts, key=lambda part: part[0].partition("*")[0].lower()):
+        octets = (
+            b64decode(body, validate=True) if kind in "bB" else a2b_qp(body, header=True) for _, kind, body in group
+        )
+        text += b"".join(octets).decode(charset)
+    return text
 
 
 def phrase(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from mail.address import Mailbox
+from mail.forms import html_with_ids
 from mail.message import Draft, Message
 from mail.request import FieldError, Invalid, Rendered, Request, content_errors, parse, validate
 from mail.templates import render
@@ -33,9 +34,11 @@ def compose(request: Request, rendered: tuple[str, str | None, str | None] | Non
         subject=subject or "",
         tags=[tag.model_dump() for tag in request.tags],
         text=text,
-        html=html,
+        html=html_with_ids(
+            html, {one.content_id: one.cid for one in request.attachments if one.content_id and one.cid}
+        ),
         headers=request.headers,
-        attachments=[one.model_dump(exclude_none=True) | {"content_type": one.type} for one in request.attachments],
+        attachments=[one.stored() for one in request.attachments],
     )
 
 

@@ -1,7 +1,7 @@
 """What a caller may ask for: the fields of `POST /emails`, each checked once, before anything is stored.
 
 Refuses, by the name of the field, what could not be sent exactly as asked: a control character in anything that ends in
-a header, a header that this service writes, base64 that a decoder may read differently. What passes can always be
+a header, a header that contradicts ours, base64 that a decoder may read differently. What passes can always be
 written as MIME, so nothing fails later in a worker. Pure: no I/O, no settings, no clock.
 """
 
@@ -13,11 +13,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from mail import forms
 from mail.address import Mailbox, header_text
 from mail.message import PIECE, STRUCTURED
 
@@ -36,8 +38,8 @@ REQUIRED = "is required"
 NOT_HERE = {  # a field of Resend's API -> what to do without it; docs/clients.md lists the rest
     "scheduled_at": "is not supported: a mail goes out at once, so send the request when it is due",
     "attachments[].path": "is not supported: no file is fetched, so put it into content, in base64",
-    "attachments[].inline_content_id": "is not supported: its name must be content_id",
-    "topic_id": "is not supported: there are no topics, so leave it out",
+    "attachments[].inline_content_id": "is the older name of content_id: leave one of the two out",
+    "react": "is not supported: it is a component of JavaScript, so render it to html",
 }
 MESSAGES = {  # pydantic's name of an error -> what it says to a caller who knows no Python
     "missing": REQUIRED,
@@ -95,16 +97,6 @@ def header_fits(headers: dict[str, str]) -> dict[str, str]:
     return {name: value.strip(" ") if STRUCTURED.fullmatch(name) else value for name, value in headers.items()}
 
 
-def octets_or_base64(value: object) -> object:
-    """Takes a list of octets too, as clients in Python and PHP send it; the body's reader has checked their range."""
-    if isinstance(value, list):
-        try:
-            return base64.b64encode(bytes(value)).decode()
-        except (TypeError, ValueError):
-            raise ValueError("must be base64, or a list of octets from 0 to 255") from None
-    return value
-
-
 def one_or_list(value: object) -> object:
     if not isinstance(value, (str, list)):
         raise ValueError("must be an address or a list of addresses")
@@ -137,6 +129,7 @@ def file_name(text: str) -> str:
 
 
 def media_type(text: str) -> str:
+    text = re.sub(rf'="({TOKEN})"', r"=\1", text)  # anymail writes charset="utf-8", which is the same (RFC 2045 5.1)
     if not CONTENT_TYPE.fullmatch(text):
         raise ValueError("must be a media type such as application/pdf or text/csv; charset=utf-8")
     if text.lower().startswith(COMPOSITE):
@@ -144,6 +137,14 @@ def media_type(text: str) -> str:
     names = [parameter.partition("=")[0].strip().lower() for parameter in text.split(";")[1:]]
     if len(set(names)) < len(names):
         raise ValueError("one of its parameters is given twice")
+    return text
+
+
+def content_id(text: str) -> str:
+    """Returns the id without its angle brackets. Any text will do: `Attachment.cid` is what is written of it."""
+    text = header_text(text).strip(" ").removeprefix("<").removesuffix(">")
+    if not text or "<" in text or ">" in text:
+        raise ValueError("must be a name such as logo.png, without < and >")
     return text
 
 
@@ -160,7 +161,9 @@ def time_with_zone(text: object) -> datetime:
 def header_name(name: str) -> str:
     if not re.fullmatch(r"[!-9;-~]{1,76}", name):
         raise ValueError("a header name must be 1 to 76 printable ASCII characters without a colon")
-    if name.lower() in ("from", "to", "cc", "bcc", "subject", "reply-to"):
+    if name.lower() == "reply-to":
+        return name  # `_reply_to_header` sees whether it only repeats the field
+    if name.lower() in ("from", "to", "cc", "bcc", "subject"):
         raise ValueError(f"must be left out: the field {name.lower().replace('-', '_')} writes this header")
     if OURS.fullmatch(name):
         raise ValueError("must be left out: this service or the relay writes this header")
@@ -175,7 +178,7 @@ HeaderValue = Annotated[str, Field(max_length=16_000), AfterValidator(header_tex
 HeaderText = Annotated[str, Field(max_length=998), AfterValidator(header_text)]
 BodyText = Annotated[str, AfterValidator(body_text)]
 TagWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,256}$")]
-ContentId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._@+-]{1,128}$")]
+ContentId = Annotated[str, Field(max_length=128), AfterValidator(content_id)]
 
 
 class StrictModel(BaseModel):
@@ -188,18 +191,28 @@ Model = TypeVar("Model", bound=StrictModel)
 class Attachment(StrictModel):
     """A file. With `content_id` it is shown inside the HTML, where `<img src="cid:...">` names it."""
 
-    filename: Annotated[str, Field(max_length=200), AfterValidator(file_name)]
-    content: Annotated[str, BeforeValidator(octets_or_base64), AfterValidator(canonical_base64)]
+    filename: Annotated[str, Field(max_length=200), AfterValidator(file_name)] | None = None
+    content: Annotated[str, BeforeValidator(forms.octets_or_base64), AfterValidator(canonical_base64)]
     content_type: Annotated[str, Field(max_length=200), AfterValidator(media_type)] | None = None
     content_id: ContentId | None = None
 
     @property
     def type(self) -> str:
         # guess_type takes URLs, and "Re: notes#1.pdf" looks like one; so it sees the ending alone
-        guessed, encoding = mimetypes.guess_type("file" + PurePosixPath(self.filename).suffix)
+        guessed, encoding = mimetypes.guess_type("file" + PurePosixPath(self.filename or "").suffix)
         if not guessed or encoding or guessed.startswith(COMPOSITE):
             guessed = "application/octet-stream"
         return self.content_type or guessed
+
+    @property
+    def cid(self) -> str | None:
+        """Returns the content_id as a header can hold it (RFC 2392): a file's name may have spaces."""
+        return self.content_id and re.sub(r"[^A-Za-z0-9._@+-]", "_", self.content_id)
+
+    def stored(self) -> dict[str, str]:
+        """Returns the file as a worker finds it. One without a name gets one."""
+        named = {"filename": self.filename or forms.file_name_of(self.type), "content": self.content}
+        return {**named, "content_type": self.type, **({"content_id": self.cid} if self.cid else {})}
 
 
 class Tag(StrictModel):
@@ -209,7 +222,7 @@ class Tag(StrictModel):
 
 class TemplateUse(StrictModel):
     id: str
-    variables: dict[str, Any] = {}
+    variables: Annotated[dict[str, Any], BeforeValidator(forms.empty_object)] = {}
 
 
 class Request(StrictModel):
@@ -224,14 +237,23 @@ class Request(StrictModel):
     html: BodyText | None = None
     text: BodyText | None = None
     headers: Annotated[
-        dict[HeaderName, HeaderValue], Field(max_length=50, default_factory=dict), AfterValidator(header_fits)
+        dict[HeaderName, HeaderValue],
+        Field(max_length=50, default_factory=dict),
+        AfterValidator(header_fits),
+        BeforeValidator(forms.headers),
     ]
-    attachments: Annotated[list[Attachment], Field(max_length=50, default_factory=list)]
-    tags: Annotated[list[Tag], Field(max_length=50, default_factory=list)]
+    attachments: Annotated[
+        list[Annotated[Attachment, BeforeValidator(forms.attachment)]], Field(max_length=50, default_factory=list)
+    ]
+    tags: Annotated[list[Annotated[Tag, BeforeValidator(forms.tag)]], Field(max_length=50, default_factory=list)]
     template: TemplateUse | None = None
     # Not in Resend's API: how this mail is to be treated, not what it says.
     expires_at: Annotated[datetime, BeforeValidator(time_with_zone)] | None = None
     on_doubt: Literal["retry", "hold"] | None = None
+
+
+# A field -> what the objects in it are.
+INSIDE: dict[str, type[BaseModel]] = {"attachments": Attachment, "tags": Tag, "template": TemplateUse}
 
 
 class Rendered(StrictModel):
@@ -245,11 +267,11 @@ class Rendered(StrictModel):
 def parse(body: object, *, default_sender: Mailbox | None, max_recipients: int, local_domains: bool = False) -> Request:
     """Checks the body of `POST /emails`. Raises `Invalid` with every field that is wrong."""
     if isinstance(body, dict):
-        body = {name: value for name, value in body.items() if value is not None}  # serializers write null for absent
+        body = forms.request(body)
         if default_sender:
             body = {"from": default_sender, **body}
     request = validate(Request, body)
-    Invalid.raise_if(_conflicts(request, max_recipients))
+    Invalid.raise_if((*_reply_to_header(request), *_conflicts(request, max_recipients)))
     if not local_domains:
         Invalid.raise_if(_local_domains(request))
     return request
@@ -260,7 +282,15 @@ def validate(model: type[Model], body: object, prefix: str = "") -> Model:
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise Invalid(*field_errors(error, prefix)) from None
+        raise Invalid(*field_errors(error, prefix, model)) from None
+
+
+def _reply_to_header(request: Request) -> Iterator[FieldError]:
+    """Takes away a header Reply-To that repeats the field, as Symfony's bridge writes it."""
+    for name in [name for name in request.headers if name.lower() == "reply-to"]:
+        named = re.findall(r"[^\s<>,;]+@[^\s<>,;]+", request.headers.pop(name).lower())
+        if not request.reply_to or any(box.address.lower() not in named for box in request.reply_to):
+            yield FieldError(f"headers.{name}", "must be left out: the field reply_to writes this header")
 
 
 def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:
@@ -270,7 +300,7 @@ def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:
         yield FieldError("to", f"to, cc and bcc must have at most {max_recipients} recipients together, not {count}")
     for number in _repeated([name.lower() for name in request.headers]):
         yield FieldError(f"headers.{list(request.headers)[number]}", "is given twice, in different cases")
-    for number in _repeated([one.content_id for one in request.attachments]):
+    for number in _repeated([one.cid for one in request.attachments]):
         yield FieldError(f"attachments[{number}].content_id", "is given twice")
     if not request.template:
         if request.subject is None:
@@ -303,16 +333,27 @@ def content_errors(request: Request, text: str | None, html: str | None) -> Iter
             yield FieldError(f"attachments[{number}].content_id", "needs html that shows it, and there is none")
 
 
-def field_errors(error: ValidationError, prefix: str = "") -> list[FieldError]:
+def nearest(unknown: str, model: type[BaseModel]) -> str:
+    """Returns the question whether a field of nearly this name was meant, or nothing."""
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    snake = re.sub(r"(?<=[a-z])(?=[A-Z])|-", "_", unknown).lower()  # replyTo, Reply-To
+    found = get_close_matches(snake[:100], names, 1, cutoff=0.75)
+    return f"; did you mean `{found[0]}`?" if found else ""
+
+
+def field_errors(error: ValidationError, prefix: str = "", model: type[BaseModel] | None = None) -> list[FieldError]:
     """Translates pydantic's errors; a field is written as one would in code: `attachments[0].content`."""
-    found = []
+    found: list[FieldError] = []
     for fault in error.errors(include_input=False, include_url=False):
         parts = [part for part in fault["loc"] if part != "[key]"]  # pydantic's word for a name, here of a header
         path = prefix + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
         path = path.removeprefix(".")
         message = MESSAGES.get(fault["type"], "").format(**fault.get("ctx", {}))
         if fault["type"] == "extra_forbidden":
-            message = NOT_HERE.get(re.sub(r"\[\d+\]", "[]", path), message)
+            loc = fault["loc"]
+            where = INSIDE.get(str(loc[0]), model) if len(loc) > 1 else model
+            question = nearest(str(loc[-1]), where) if where and len(found) < 10 else ""  # a body may have thousands
+            message = NOT_HERE.get(re.sub(r"\[\d+\]", "[]", path), message + question)
         text = message or fault["msg"].removeprefix("Value error, ")
         found.append(FieldError(path or "body", text, missing=fault["type"] == "missing"))
     return sorted(found, key=lambda error: error.message not in NOT_HERE.values())

@@ -138,7 +138,7 @@ def boxes(draw: st.DrawFn, local: st.SearchStrategy[str] = LOCAL | WIDE_LOCAL) -
     if not name:
         form = draw(st.sampled_from(["{}", "<{}>", " {} "]))
         return Box(form.format(f"{before}@{written}"), "", f"{before}@{domain}")
-    is_plain = not re.search(r'[",;:@\\()\[\]<>]', name)
+    is_plain = not re.search(r'["@<>]|=\?', name)
     quoted = '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
     said = draw(st.sampled_from([quoted, name])) if is_plain else quoted
     return Box(f"{said} <{before}@{written}>", name.strip(" "), f"{before}@{domain}")

@@ -40,7 +40,7 @@ NO_ADDRESS = [
 @pytest.mark.parametrize("address", NO_ADDRESS)
 def test_what_a_parser_could_read_in_two_ways_is_no_address(address: str) -> None:
     assert list(refusal(mail(to=address))) == ["to[0]"]
-    assert list(refusal(mail(**{"from": address}))) == ["from"]
+    assert list(refusal(mail(**{"from": address or "@"}))) == ["from"]  # an empty one is absent
 
 
 @pytest.mark.parametrize("glue", [", ", ",", ";", "; ", " ", "> <"])
@@ -52,11 +52,10 @@ def test_two_addresses_in_one_are_refused(form: str, glue: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["Lovelace, Ada", "Ada; Bob", "Ada (x)", "Ada: x", "a@b.example", "a\\b", 'A "Ada" B', '"a", "b"', '"a\\"', "a<b"],
+    "name", ['"a", "b"', '"a\\"', "a<b", "a@b.example, c", "c; a@b.example", '"', "=?utf-8?q?a=0D=0ABcc:_x?="]
 )
-def test_a_name_with_special_characters_is_refused_without_its_quotes(name: str) -> None:
-    assert "double quotes" in refusal(mail(to=f"{name} <ada@example.com>"))["to[0]"]
+def test_a_name_that_could_be_more_than_a_name_is_refused(name: str) -> None:
+    assert list(refusal(mail(to=f"{name} <ada@example.com>"))) == ["to[0]"]
 
 
 def test_the_case_of_a_local_part_is_kept() -> None:

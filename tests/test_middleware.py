@@ -26,6 +26,14 @@ def test_a_request_is_one_line_that_names_the_route_and_the_id(house: House, api
     assert re.fullmatch(pattern.format(answer.body["id"]), logged(house, "order-66.a_b"))
 
 
+def test_slashes_before_a_path_are_one(api: Api) -> None:
+    """One RESEND_BASE_URL serves Ruby's SDK, which needs a slash after it, and Node's, which adds one."""
+    mail_id = api.post("//emails", MAIL, Idempotency_Key="k").body["id"]
+    assert api.post("/emails", MAIL, Idempotency_Key="k").body["id"] == mail_id
+    assert api.get(f"//emails/{mail_id}").body["id"] == mail_id
+    assert [api.get(path).status for path in ("///healthz", "//", "/emails//x", "//nowhere")] == [200, 200, 404, 404]
+
+
 def test_a_change_to_a_job_is_logged_with_its_id(house: House, api: Api) -> None:
     mail_id = api.post("/emails", MAIL).body["id"]
     answer = api.call("DELETE", f"/jobs/{mail_id}")

@@ -40,6 +40,8 @@ class Middleware:
             log(environ, context, status, seconds)
             return start_response(status, headers + common_headers(request_id), exc_info)
 
+        if environ["PATH_INFO"].startswith("//"):  # Node's SDK adds a slash to a URL that Ruby's needs one after
+            environ["PATH_INFO"] = "/" + environ["PATH_INFO"].lstrip("/")
         try:
             body: Iterable[bytes] = self.app(environ, start)
             return body
