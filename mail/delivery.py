@@ -122,7 +122,7 @@ class Delivery:
 
     def _conclude(self, claim: Claim, replies: Sequence[Reply]) -> str | Retry:
         state, pause = next_state(claim, replies, self.outbox.settings.retry_schedule)
-        why = reason(replies) if state != State.SENT else ""
+        why = reason(claim, replies) if state != State.SENT else ""
         if state == State.DELAYED and is_trouble(claim, replies) and claim.age > self.outbox.settings.trouble_for:
             return self._end(claim, given_up(claim), f"{TROUBLE_TOO_LONG}: {why}")
         return self._end(claim, state, why, pause)
@@ -248,9 +248,13 @@ def _silenced(claim: Claim) -> bool:
     return len(last) == 3 and all(one.get("phase") in inside and one["code"] is None for one in last)
 
 
-def reason(replies: Sequence[Reply]) -> str:
-    """Returns code and phase of everything but success, without repetition: `550 at rcpt, 451 at rcpt`."""
+def reason(claim: Claim, replies: Sequence[Reply]) -> str:
+    """Returns code and phase of everything but success, without repetition: `550 at rcpt, 451 at rcpt`; and what
+    refused a recipient in an earlier attempt: `550 before`."""
     bad = [reply.summary for reply in replies if reply.verdict is not Verdict.ACCEPTED]
+    now = {reply.code for reply in replies}
+    refused = [one.code for one in claim.recipients if one.status == Status.REFUSED and one.code not in now]
+    bad += [f"{code} before" for code in refused]
     return ", ".join(dict.fromkeys(bad)) or "held: the relay may have accepted it"
 
 

@@ -210,6 +210,8 @@ class Stack:
         code = self.parts[name].returncode
         if code < 0:
             return f"{name} was killed by signal {-code}."
+        if code == 0:
+            return f"{name} was told to stop, and did."
         where = f"{self.redis_log} says why" if name == "redis" else "it says why above"
         return f"{name} stopped by itself (exit code {code}); {where}."
 

@@ -175,7 +175,19 @@ def test_whom_the_final_dot_puts_in_doubt() -> None:
 
 def test_the_reason_is_code_and_phase_and_never_the_relays_words() -> None:
     told = Reply(Phase.RCPT, 550, "<secret@example.com> unknown")
-    assert delivery.reason([OK, told, told, LATER]) == "550 at rcpt, 450 at rcpt"
+    assert delivery.reason(claim("accepted"), [OK, told, told, LATER]) == "550 at rcpt, 450 at rcpt"
+
+
+def test_the_reason_is_also_what_an_earlier_attempt_met_with() -> None:
+    """It said `held: the relay may have accepted it`, though nobody was in doubt."""
+    taken = claim("pending", "pending", "pending")
+    for replies, why in (([OK, NEVER, LATER], "550 at rcpt, 450 at rcpt"), ([LATER], "450 at rcpt, 550 before")):
+        assert after(taken, *replies)[0] == "delayed"
+        assert delivery.reason(taken, replies) == why
+    assert after(taken, OK)[0] == "failed"
+    assert delivery.reason(taken, [OK]) == "550 before"
+    doubtful = claim("in_doubt", on_doubt="hold")
+    assert delivery.reason(doubtful, []).startswith("held: ")
 
 
 def test_an_attempt_is_recorded_with_what_the_relay_said() -> None:
