@@ -18,11 +18,10 @@ from queues.table import EMAIL
 
 
 class QueueState(NamedTuple):
-    """A queue in numbers: its jobs by state, the workers that are registered and those with a recent heartbeat, the age
-    of the job that waits longest and how late the scheduler is, both in seconds."""
+    """A queue in numbers: its jobs by state, the workers with a recent heartbeat, the age of the job that waits longest
+    and how late the scheduler is, both in seconds."""
 
     jobs: dict[str, int]
-    registered: int
     workers: int
     oldest_queued: float | None
     overdue: float
@@ -35,7 +34,7 @@ def state(jobs: Jobs) -> dict[str, Any]:
     return {
         "info": info,
         "queued": seen.jobs["queued"],
-        "workers": seen.registered,
+        "workers": seen.workers,
         "oldest_queued_seconds": seen.oldest_queued,
         "overdue_seconds": seen.overdue,
     }
@@ -61,7 +60,6 @@ def _queue_state(jobs: Jobs, name: str) -> QueueState:
     oldest, *silences = map(age, pipe.execute())
     return QueueState(
         jobs=dict(zip(("queued", "scheduled", "started", "failed", "deferred"), counts, strict=True)),
-        registered=len(workers),
         workers=sum(one is not None and one < LEASE_SECONDS + HEARTBEAT_SECONDS for one in silences),
         oldest_queued=oldest,
         overdue=round(max(0.0, time.time() - first[0][1]), 3) if first else 0,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import redis
+from rq.utils import now, utcformat
 
 from queues.connection import weaknesses
 from tests.http_api import held_to_the_shape, keys, submitted
@@ -34,9 +36,11 @@ def test_readyz_tells_how_the_queue_does(api: Api, client: redis.Redis) -> None:
     submitted(api, "/emails")
     submitted(api, "/jobs")
     client.set("mail:last_sent", time.time() - 60)
-    client.sadd("rq:workers:email", "a", "b")
+    client.sadd("rq:workers:email", "alive", "killed", "gone")
+    for worker, silent_for in (("alive", 5), ("killed", 90)):
+        client.hset(worker, "last_heartbeat", utcformat(now() - timedelta(seconds=silent_for)))
     seen = api.get("/readyz").body
-    assert (seen["queued"], seen["workers"]) == (1, 2)
+    assert (seen["queued"], seen["workers"]) == (1, 1)
     assert 60 <= seen["last_sent_seconds_ago"] < 70
     client.zadd("rq:scheduled:email", {"an-id": time.time() - 100, "another": time.time() + 100})
     client.hset("relay:breaker", "open_until", 1)
