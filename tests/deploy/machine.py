@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -71,8 +72,15 @@ class Machine:
         eventually(self._has_booted, 60)
 
     def _find_init(self) -> str:
+        """The child that is number 1 in a namespace of its own: for a moment there is another one, which makes it."""
         assert self.nspawn.poll() is None, (self.directory / "console.log").read_text()
-        return subprocess.run(["pgrep", "-P", str(self.nspawn.pid)], capture_output=True, text=True).stdout.strip()
+        children = subprocess.run(["pgrep", "-P", str(self.nspawn.pid)], capture_output=True, text=True).stdout.split()
+        for child in children:
+            with suppress(OSError):
+                numbers = re.findall(r"^NSpid:(.*)", Path(f"/proc/{child}/status").read_text(), re.MULTILINE)
+                if numbers[0].split()[1:] == ["1"]:
+                    return child
+        return ""
 
     def _has_booted(self) -> bool:
         state = self.run("systemctl is-system-running", check=False).stdout.strip()
@@ -88,9 +96,13 @@ class Machine:
         """The plug pulled. Everything in it ends with its PID 1."""
         if hasattr(self, "nspawn"):
             if self.nspawn.poll() is None:
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, AttributeError):
                     os.kill(self.init, signal.SIGKILL)
-            self.nspawn.wait()
+            try:
+                self.nspawn.wait(30)
+            except subprocess.TimeoutExpired:  # it has not come as far as having a PID 1
+                self.nspawn.kill()
+                self.nspawn.wait()
         shutil.rmtree(f"/run/systemd/nspawn/propagate/{self.network.name}", ignore_errors=True)
 
     # at its console
