@@ -199,7 +199,7 @@ class Stack:
     def say(self, text: str, file: TextIO | None = None) -> None:
         """Prints a line. Stops everything if nobody can read it: the terminal is closed, `| head` has ended."""
         try:
-            print(text, file=file, flush=True)
+            print(f"{text}\n", end="", file=file, flush=True)  # at once: several threads write
         except OSError:
             self.stopping.set()
             os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
