@@ -1,7 +1,7 @@
-"""The forms in which real clients write a field, each turned into our one form before it is checked. Pure.
+"""Turns the forms in which real clients write a field into our one form, before it is checked. Pure.
 
-Changes nothing of what a mail says and refuses nothing by itself but octets that are none: what it does not know it
-returns as it came, and `request.py` names what is wrong with it.
+Changes nothing of what a mail says. Returns a form that it does not know as it came: `request.py` says what is wrong
+with it. Raises a `ValueError` only for what no other check could see: octets out of range, a header given twice.
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ def _check_kind(server: Mapping[str, Any]) -> None:
 
 
 def fail_fast(redis: Redis) -> Redis:
-    """Returns a client of the same Redis for heartbeats, which are worth nothing late. A retrying one that finds its
-    connection dead waits up to a quarter of a minute for another, and all other heartbeats would wait behind it."""
+    """Returns a client of the same Redis for what is worth nothing late: heartbeats, and what a worker says at its end.
+    A retrying one that finds Redis away tries for over a minute, and all that comes after would wait for it."""
     pool = redis.connection_pool
     return Redis(connection_pool=type(pool)(pool.connection_class, **(pool.connection_kwargs | FAIL_FAST)))
 
@@ -280,7 +280,7 @@ end
 
 
 def is_full(limit: int, used: int) -> bool:
-    """Returns what `ROOM` says, of `maxmemory` and what is used of it."""
+    """Returns whether nothing more may be accepted, by the rule of `ROOM`. Takes bytes: `maxmemory`, and used."""
     return limit > 0 and limit - used <= max(limit / 20, min(limit / 4, SPARE))
 
 

@@ -332,7 +332,7 @@ def make_worker(kind: type[AnyWorker], queue: str, redis: Redis, allowed: Functi
 
 
 class PatientScheduler(RQScheduler):
-    """RQ's scheduler in a process of its own, which asks a Redis that cannot work now again a second later, and ends
+    """Runs RQ's scheduler in a process of its own: asks a Redis that cannot work now again a second later, and ends
     without it."""
 
     def stop(self) -> None:
