@@ -65,11 +65,13 @@ class Message:
 
 
 class Draft(NamedTuple):
-    """A mail to accept. After `expires_at` it is not sent any more, but fails; `on_doubt` overrides ON_DOUBT."""
+    """A mail to accept. After `expires_at` it is not sent any more, but fails; `on_doubt` overrides ON_DOUBT; `key` is
+    the name of the API key that submitted it."""
 
     message: Message
     expires_at: datetime | None = None
     on_doubt: str | None = None
+    key: str = ""
 
 
 def _dump(value: object) -> str:

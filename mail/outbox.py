@@ -39,7 +39,7 @@ NO_MAIL = "what is stored under this id cannot be read as a mail"
 MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # other keys of ours begin with mail:, too
 # fmt: off
 SHOWN = ("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at", "reason",
-         "expires_at", "on_doubt")
+         "expires_at", "on_doubt", "key")
 # fmt: on
 # ARGV[at] and on: of each mail the id, when to look at it if it does not move on, how many words its fields are, these.
 ACCEPT = """
@@ -101,6 +101,7 @@ def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
         "recipients": recipients_to_json([Recipient(address) for address in draft.message.recipients]),
         **({"expires_at": draft.expires_at.isoformat()} if draft.expires_at else {}),
         **({"on_doubt": draft.on_doubt} if draft.on_doubt else {}),
+        **({"key": draft.key} if draft.key else {}),
     }
 
 
@@ -211,6 +212,7 @@ class Outbox:
             "tags": outline.tags,
             "message_id": stored["message_id"],
             "created_at": stored["created_at"],
+            "key": stored["key"] or None,
             "next_attempt_at": stored["next_attempt_at"] or None,
             "expires_at": stored["expires_at"] or None,
             "on_doubt": stored["on_doubt"] or self.settings.on_doubt,

@@ -23,7 +23,7 @@ from web.middleware import Middleware
 MAIL_KEYS = {"mail:ID": "hash", "mail:ID:claim": "string", "rq:job:ID": "hash", "rq:results:ID": "stream"}
 SHARED = sweep.KINDS | {key: kind for name in QUEUES for key, kind in keys.kinds(name).items()}
 FIELDS: tuple[str, ...] = ("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at")
-FIELDS += ("reason", "expires_at", "on_doubt", "content", "since", "counted", "settled_at", "state_before")
+FIELDS += ("reason", "expires_at", "on_doubt", "key", "content", "since", "counted", "settled_at", "state_before")
 VALUES = (
     b"\xff",
     "garbage",

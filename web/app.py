@@ -176,12 +176,13 @@ class Service:
         return self.outbox.accept([draft], key)
 
     def _draft(self, body: Any) -> Draft:
-        return prepare(
+        draft = prepare(
             body,
             default_sender=self.sender,
             max_recipients=self.settings.max_recipients,
             local_domains=self.settings.allow_local_domains,
         )
+        return draft._replace(key=context.current.get().key)
 
     def get_email(self, mail_id: str) -> HTTPResponse:
         return json_response(200, self.outbox.read(mail_id))
