@@ -25,7 +25,8 @@ from queues.jobs import Jobs
 from queues.offer import load_file
 from settings import Settings, SettingsError, load
 from web import hosts
-from web.app import VERSION, make_app
+from web.app import make_app
+from web.handlers import VERSION
 from web.server import MOST_CONNECTIONS, Server, listen_on, room_for
 
 M_MMAP_THRESHOLD = -3  # mallopt(3)

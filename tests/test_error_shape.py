@@ -22,6 +22,7 @@ import redis
 from tests.http_api import MAIL, SUBMITTED, UNKNOWN_ID, app_with, ask, held_to_the_shape, served, spoken
 from tests.servers import Api, House, free_port
 from web import app as web_app
+from web import handlers
 from web.middleware import Middleware
 
 LIMIT = 100_000  # bytes
@@ -253,4 +254,4 @@ def test_every_answer_in_json_ends_with_a_line(api: Api, request_line: str) -> N
 
 def test_the_first_page_says_what_this_is(api: Api) -> None:
     answer = api.call("GET", "/", headers={"Authorization": ""})
-    assert answer.body == {"name": "async-email", "version": web_app.VERSION, "docs": "docs/api.md, beside service.py"}
+    assert answer.body == {"name": "async-email", "version": handlers.VERSION, "docs": "docs/api.md, beside service.py"}

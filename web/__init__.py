@@ -1,6 +1,8 @@
 """HTTP. Knows no SMTP and no key of Redis.
 
-app.py         the routes, and what each answers
+app.py         the routes, and what is around each
+handlers.py    what each route answers
+access.py      who asks, and what that API key may do
 context.py     what is known of the request that is being answered
 body.py        a request's body: strict JSON, bounded
 hosts.py       what a page of another site may not send

@@ -1,0 +1,43 @@
+"""Finds out who asks: the API key of a request, what its scope allows, and how often it may ask."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+
+from bottle import request
+
+from queues.limits import Limits
+from settings import ApiKey, Rate
+from web.errors import Refusal
+
+
+def authenticate(keys: tuple[ApiKey, ...], scope: str) -> ApiKey:
+    """Returns the caller's key. Compares all keys, each in constant time. Raises `Refusal`."""
+    scheme, _, secret = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    if scheme.lower() != "bearer" or not secret:
+        text = "the request must carry an API key: Authorization: Bearer <key>"
+        raise Refusal(401, "missing_api_key", text, headers={"WWW-Authenticate": "Bearer"})
+    digest = hashlib.sha256(secret.strip(" ").encode("latin-1")).hexdigest()  # WSGI's way to hand over bytes
+    found = [key for key in keys if hmac.compare_digest(key.sha256, digest)]
+    if not found:
+        raise Refusal(403, "invalid_api_key", "this API key is not known")
+    if scope == "full" and found[0].scope != "full":
+        raise Refusal(401, "restricted_api_key", "this API key may only submit mail")
+    return found[0]
+
+
+def hold_to_its_rate(key: ApiKey, limits: Limits) -> None:
+    """Raises `Refusal` (429, RFC 6585) if the key has made as many requests as it may."""
+    wait = limits.take(f"key:{key.name}", key.rate) if key.rate else 0
+    if key.rate and wait:
+        seconds = str(math.ceil(wait))
+        text = f"this API key may make {key.rate} requests; send this again in {seconds} seconds"
+        raise Refusal(429, "rate_limit_exceeded", text, headers=rate_headers(key.rate, seconds))
+
+
+def rate_headers(rate: Rate, seconds: str) -> dict[str, str]:
+    """Returns the headers of a 429, under the names that clients of Resend's API read."""
+    told = {"limit": str(rate.most), "policy": f"{rate.most};w={rate.seconds}", "remaining": "0", "reset": seconds}
+    return {"Retry-After": seconds, **{f"RateLimit-{name}": value for name, value in told.items()}}
