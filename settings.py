@@ -114,13 +114,19 @@ def parse_address(text: str) -> Address:
 
 
 class ApiKey(NamedTuple):
-    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit; `full` may do everything. `rate` is
+    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit, and
+    read what it submitted; `full` may do everything. `rate` is
     how many requests it may make."""
 
     name: str
     sha256: str
     scope: str
     rate: Rate | None = None
+
+    @property
+    def reads_only(self) -> str:
+        """Returns the name of the caller whose mails alone it may see: its own, or "" if it may see all."""
+        return "" if self.scope == "full" else self.name
 
     def __str__(self) -> str:
         return ":".join([self.name, self.sha256, self.scope, *([str(self.rate)] if self.rate else [])])

@@ -174,8 +174,9 @@ class Outbox:
             reserved=bool(stored.get("in_line")),
         )
 
-    def read(self, mail_id: str) -> dict[str, Any]:
-        """Returns a mail as `GET /emails/{id}` shows it. Raises `NotFound`, `Unavailable`."""
+    def read(self, mail_id: str, only: str = "") -> dict[str, Any]:
+        """Returns a mail as `GET /emails/{id}` shows it; with `only`, if the API key of this name submitted it. Raises
+        `NotFound`, `Unavailable`."""
         if not MAIL_ID.fullmatch(mail_id):
             raise NotFound
         with translating_errors():
@@ -186,6 +187,8 @@ class Outbox:
             for error in (values, job_status):
                 if isinstance(error, Exception) and not is_wrong_type(error):
                     raise error
+        if only and (isinstance(values, Exception) or values[SHOWN.index("key")] != only.encode()):
+            raise NotFound
         if isinstance(values, Exception):
             raise NotFound(NO_MAIL)
         if values[0] is None:
@@ -220,6 +223,11 @@ class Outbox:
             "recipients": json.loads(stored["recipients"]),
             "attempts": json.loads(stored["attempts"] or "[]"),
         }
+
+    def hold_to(self, mail_id: str, only: str) -> None:
+        """Raises `NotFound` for a mail that another API key than `only` submitted; "" may have any."""
+        if only:
+            self.read(mail_id, only)
 
     def exists(self, mail_id: str) -> bool:
         if not MAIL_ID.fullmatch(mail_id):

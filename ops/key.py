@@ -159,7 +159,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("new", help="make a key and print it, once", parents=[where])
     one.add_argument("name", metavar="NAME", help="who uses it; stands in the log")
-    scopes = "send (the default): may submit mail and no more; full: may also read, requeue, cancel and run jobs"
+    scopes = "send (the default): submits mail and reads it; full: reads all mail, requeues, cancels, runs jobs"
     one.add_argument("--scope", choices=["send", "full"], default="send", help=scopes)
     one.add_argument("--rate", type=rate_of, help="how many requests it may make, such as 50/s; without, any number")
     commands.add_parser("list", help="names, scopes and rates", parents=[where])

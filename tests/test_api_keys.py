@@ -8,25 +8,54 @@ from typing import Any
 import pytest
 import redis
 
+from mail.outbox import Outbox
+from queues.jobs import NotFound
 from tests.http_api import ANY_ID, JOB, MAIL, UNKNOWN_ID, WELCOME, app_with, ask, held_to_the_shape, served
 from tests.servers import Answer, Api, RedisServer
 from web import app as web_app
+from web.middleware import Middleware
 
 pytestmark = pytest.mark.usefixtures("client")
 
 
-def test_a_key_of_scope_send_may_submit_mail_and_nothing_else(api: Api) -> None:
+SUBMITS = {("POST", "/emails"), ("POST", "/emails/batch"), ("POST", "/start-job"), ("GET", "/emails/<mail_id>")}
+
+
+def test_a_key_of_scope_send_may_submit_mail_and_read_it_and_nothing_else(api: Api) -> None:
     sender = Api(api.port, "send-key")
     assert sender.post("/emails", MAIL).status == 200
     assert sender.post("/start-job", WELCOME).status == 202
-    for method, path in [*ANY_ID, ("POST", "/jobs")]:
+    for method, path in [*ANY_ID[1:], ("POST", "/jobs")]:
         answer = sender.call(method, path, JOB if path == "/jobs" else None)
         assert (answer.status, answer.body["name"]) == (401, "restricted_api_key"), path
-    assert {route[:2] for route in web_app.ROUTES if route[3] == "send"} == {
-        ("POST", "/emails"),
-        ("POST", "/emails/batch"),
-        ("POST", "/start-job"),
-    }
+    assert {route[:2] for route in web_app.ROUTES if route[3] == "send"} == SUBMITS
+
+
+def test_a_key_reads_what_it_submitted_and_of_the_rest_does_not_learn_that_it_is_there(
+    redis_server: RedisServer, client: redis.Redis, outbox: Outbox
+) -> None:
+    def app(*shop: str) -> Middleware:
+        given = [("all", "full", "all"), ("shop", "send", "shop"), ("blog", "send", "blog"), shop]
+        known = {name: f"{name}:{sha256(key.encode()).hexdigest()}:{scope}" for name, scope, key in filter(None, given)}
+        return app_with(redis_server.url, api_keys=",".join(known.values()))
+
+    def status(asked: Middleware, key: str, mail_id: str) -> int:
+        return ask(asked, "GET", f"/emails/{mail_id}", HTTP_AUTHORIZATION=f"Bearer {key}").status
+
+    mail_id = ask(app(), "POST", "/emails", MAIL, HTTP_AUTHORIZATION="Bearer shop").body["id"]
+    assert [status(app(), key, mail_id) for key in ("all", "shop", "blog")] == [200, 200, 404]
+    assert status(app("shop", "send", "rotated"), "rotated", mail_id) == 200
+    of_others = ask(app(), "GET", f"/emails/{mail_id}", HTTP_AUTHORIZATION="Bearer blog", HTTP_X_REQUEST_ID="1")
+    unknown = ask(app(), "GET", f"/emails/{UNKNOWN_ID}", HTTP_AUTHORIZATION="Bearer blog", HTTP_X_REQUEST_ID="1")
+    assert of_others == unknown
+    outbox.hold_to(mail_id, "")
+    outbox.hold_to(mail_id, "shop")
+    client.set(f"mail:{UNKNOWN_ID}", "no mail")
+    for other in (mail_id, UNKNOWN_ID):
+        with pytest.raises(NotFound, match=r"^$"):
+            outbox.hold_to(other, "blog")
+    client.hdel(f"mail:{mail_id}", "key")  # of a version that did not note it
+    assert [status(app(), key, mail_id) for key in ("all", "shop")] == [200, 404]
 
 
 # fmt: off

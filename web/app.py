@@ -25,7 +25,7 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("POST", "/start-job", Service.start_job, "send"),
     ("POST", "/emails", Service.post_email, "send"),
     ("POST", "/emails/batch", Service.post_batch, "send"),
-    ("GET", "/emails/<mail_id>", Service.get_email, "full"),
+    ("GET", "/emails/<mail_id>", Service.get_email, "send"),
     ("POST", "/jobs", Service.post_job, "full"),
     ("GET", "/jobs/<job_id>", Service.get_job, "full"),
     ("POST", "/jobs/<job_id>/requeue", Service.requeue_job, "full"),
@@ -62,7 +62,7 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
             if scope is None:
                 return handler(service)
             key = authenticate(service.settings.api_keys, scope)
-            context.current.get().key = key.name
+            context.current.get().caller = key
             hold_to_its_rate(key, service.limits)
             with service.large_bodies.reserve(min(request.content_length, service.settings.max_message_bytes)):
                 return handler(service, **ids)

@@ -140,7 +140,7 @@ class Service:
         return draft._replace(key=context.current.get().key)
 
     def get_email(self, mail_id: str) -> HTTPResponse:
-        return json_response(200, self.outbox.read(mail_id))
+        return json_response(200, self.outbox.read(mail_id, context.current.get().reads_only))
 
     def post_job(self) -> HTTPResponse:
         body = read_json(SMALL_BODY)
