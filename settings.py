@@ -115,7 +115,7 @@ def parse_address(text: str) -> Address:
 
 class ApiKey(NamedTuple):
     """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit, and
-    read what it submitted; `full` may do everything. `rate` is
+    read what it submitted; `test` too, but nothing of it is sent; `full` may do everything. `rate` is
     how many requests it may make."""
 
     name: str
@@ -135,10 +135,10 @@ class ApiKey(NamedTuple):
 def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
     keys = []
     for number, entry in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
-        match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send)(?::([0-9]+/[smhd]))?)?", entry)
+        match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send|test)(?::([0-9]+/[smhd]))?)?", entry)
         if not match:  # the entry itself may be a key pasted in clear: never repeat it
             form = "name:sha256hex, name:sha256hex:scope or name:sha256hex:scope:rate"
-            raise ValueError(f"entry {number} must be {form}, with scope full or send, and a rate such as 50/s")
+            raise ValueError(f"entry {number} must be {form}, with scope full, send or test, and a rate such as 50/s")
         keys.append(ApiKey(match[1], match[2], match[3] or "full", Rate.parse(match[4]) if match[4] else None))
     if len({key.name for key in keys}) < len(keys):
         raise ValueError("each name must be unique")

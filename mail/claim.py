@@ -76,7 +76,7 @@ class Recipient:
 class Claim:
     """One attempt's hold on one mail. `counted` is the number of attempts that count against it; `expires_at` is in
     seconds since 1970, 0 for a mail that does not expire; `reserved` says that it has its turn under SMTP_RATE now;
-    `counts` goes into the totals with the outcome."""
+    `counts` goes into the totals with the outcome. The recipients of a `test` are all served already."""
 
     store: Store
     id: str
@@ -92,6 +92,7 @@ class Claim:
     counted: int = 0
     expires_at: float = 0
     reserved: bool = False
+    test: bool = False
     settled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
 

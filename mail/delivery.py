@@ -135,7 +135,7 @@ class Delivery:
         if state == State.DELAYED and claim.has_expired(within=pause):
             return self._expire(claim)  # now rather than then: there will be no other attempt
         claim.settle(state, reason=reason, next_in=pause, reserved=reserved)
-        emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
+        emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None, test=claim.test or None)
         if state == State.SENT:
             return state
         if state != State.DELAYED:

@@ -40,6 +40,7 @@ class Status(str, Enum):
 
 FINAL = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED)  # nothing more happens unless a person asks
 TROUBLE_TOO_LONG = "the relay was in trouble for too long"  # why a mail failed that waited TROUBLE_FOR
+TEST = "test"  # what a mail that a key of scope `test` submitted is counted as once it is `sent`
 EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted under this name
 # `sent` follows all that is stored: an attempt that lost its claim may have sent the mail, and then it is the truth.
 FOLLOWS: Mapping[State | None, Set[State]] = {
@@ -59,7 +60,7 @@ DROPS: Mapping[State, tuple[str, ...]] = {
     State.SENT: ("next_attempt_at", "content"),
     State.CANCELED: ("next_attempt_at", "content"),
 }
-# What mail.counters counts a state as, but for a mail that has failed because it expired.
+# What mail.counters counts a state as, but for a test, and a mail that has failed because it expired.
 COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)} | {State.QUEUED: "accepted"}
 # Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT (keys) and KEPT (the
 # lifetimes of final states, in seconds).
@@ -80,6 +81,8 @@ local function become(id, state, now, look_at, fields)
   redis.call('HSET', mail, 'state', state, unpack(fields))
   local counted = COUNTED[state]
   if state == 'failed' and redis.call('HGET', mail, 'reason') == EXPIRED then counted = EXPIRED end
+  local test = state == 'sent' and redis.call('HEXISTS', mail, 'test') == 1
+  if test then counted = TEST end
   if counted and was ~= state then redis.pcall('HINCRBY', TOTALS, counted, 1) end  -- sent twice is one mail
   if KEPT[state] then
     redis.call('EXPIRE', mail, KEPT[state])
@@ -88,7 +91,7 @@ local function become(id, state, now, look_at, fields)
     if was then redis.call('PERSIST', mail) end
     redis.pcall('ZADD', OPEN, look_at, id)
   end
-  if state == 'sent' then redis.call('SET', LAST_SENT, now) end
+  if state == 'sent' and not test then redis.call('SET', LAST_SENT, now) end
   return true
 end
 """
@@ -102,7 +105,7 @@ LOST = {  # the status of a mail's job in RQ -> why the mail will not be sent al
 
 def transition(**constants: object) -> str:
     """Returns BECOME behind all that it uses, as local variables of the script."""
-    tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED}
+    tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED, "TEST": TEST}
     tables["TROUBLE_TOO_LONG"] = TROUBLE_TOO_LONG
     return "".join(f"local {name} = {_literal(value)}\n" for name, value in (constants | tables).items()) + BECOME
 

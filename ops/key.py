@@ -1,4 +1,4 @@
-"""Makes, lists and revokes API keys: `bin/key new NAME [--scope send|full] [--rate 50/s] | list | revoke NAME`.
+"""Makes, lists and revokes API keys: `bin/key new NAME [--scope send|test|full] [--rate 50/s] | list | revoke NAME`.
 
 On a server (where there is /etc/async-email) it works on the service's credential file, in a checkout on API_KEYS in
 `.env`; `--file` names another of either kind. A new key is printed once, alone on standard output; only its SHA-256 is
@@ -159,8 +159,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("new", help="make a key and print it, once", parents=[where])
     one.add_argument("name", metavar="NAME", help="who uses it; stands in the log")
-    scopes = "send (the default): submits mail and reads it; full: reads all mail, requeues, cancels, runs jobs"
-    one.add_argument("--scope", choices=["send", "full"], default="send", help=scopes)
+    scopes = (
+        "send (the default): submits mail and reads it; test: the same, and nothing is sent; "
+        "full: reads all mail, requeues, cancels, runs jobs"
+    )
+    one.add_argument("--scope", choices=["send", "test", "full"], default="send", help=scopes)
     one.add_argument("--rate", type=rate_of, help="how many requests it may make, such as 50/s; without, any number")
     commands.add_parser("list", help="names, scopes and rates", parents=[where])
     old = commands.add_parser("revoke", help="refuse a key from now on", parents=[where])

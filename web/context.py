@@ -23,6 +23,11 @@ class Context:
         return self.caller.name if self.caller else ""
 
     @property
+    def is_test(self) -> bool:
+        """Returns whether what this request submits is stored and answered as any mail, and never sent."""
+        return self.caller is not None and self.caller.scope == "test"
+
+    @property
     def reads_only(self) -> str:
         """Returns the name of the key whose mails alone this request may see, cancel or change; "" for all."""
         return self.caller.reads_only if self.caller else ""
