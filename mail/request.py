@@ -63,6 +63,7 @@ class FieldError:
     field: str
     message: str
     missing: bool = False
+    forbidden: bool = False  # to this caller; another may
 
 
 class Invalid(Exception):

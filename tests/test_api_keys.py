@@ -10,7 +10,7 @@ import redis
 
 from mail.outbox import Outbox
 from queues.jobs import NotFound
-from tests.http_api import ANY_ID, JOB, MAIL, UNKNOWN_ID, WELCOME, app_with, ask, held_to_the_shape, served
+from tests.http_api import ANY_ID, JOB, MAIL, UNKNOWN_ID, WELCOME, app_with, ask, fields, held_to_the_shape, served
 from tests.servers import Answer, Api, RedisServer
 from web import app as web_app
 from web.middleware import Middleware
@@ -104,6 +104,35 @@ def test_a_key_is_compared_with_every_known_key_in_constant_time(
         status = api.call("GET", f"/jobs/{UNKNOWN_ID}", headers={"Authorization": f"Bearer {given}"}).status
     assert status == (404 if given in known else 403)
     assert compared == list(known.values())
+
+
+@pytest.mark.parametrize("scope", ["send", "test", "full"])
+def test_a_key_sends_from_its_domains_and_from_no_other(
+    redis_server: RedisServer, client: redis.Redis, scope: str
+) -> None:
+    key = f"full:{sha256(b'full-key').hexdigest()}:{scope}::acme.example+xn--mller-kva.example"
+    app = app_with(redis_server.url, api_keys=key, mail_from="hello@example.com")
+
+    def held(path: str, body: Any, *named: str) -> None:
+        answer = ask(app, "POST", path, body)
+        if named:
+            held_to_the_shape(answer, 403, "from_not_allowed")
+            assert "must be an address at acme.example or xn--mller-kva.example" in answer.body["message"]
+        assert (answer.status, fields(answer)) == (403 if named else 200, list(named))
+
+    for sender in ("a@acme.example", "Acme <a@ACME.example>", "a@müller.example"):
+        held("/emails", MAIL | {"from": sender})
+    for sender in ("a@news.acme.example", "a@acme.example.com", "a@notacme.example", "acme.example <a@b.example>"):
+        held("/emails", MAIL | {"from": sender}, "from")
+    for path, body in (("/emails", MAIL), ("/emails", MAIL | {"from": ""}), ("/start-job", WELCOME)):
+        held(path, body, "from")  # MAIL_FROM's domain is another
+    assert client.llen("rq:queue:email") == 3
+    batch = [MAIL | {"from": "a@acme.example"}, MAIL]
+    held("/emails/batch", batch, "[1].from")
+    assert client.llen("rq:queue:email") == 3
+    permissive = ask(app, "POST", "/emails/batch", batch, HTTP_X_BATCH_VALIDATION="permissive").body
+    assert (len(permissive["data"]), [one["index"] for one in permissive["errors"]]) == (1, [1])
+    assert ask(app, "POST", "/emails", MAIL | {"to": "nobody"}).status == 422
 
 
 def test_a_key_makes_as_many_requests_as_it_may_in_all_processes_together(

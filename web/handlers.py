@@ -33,6 +33,7 @@ from queues.limits import Limits
 from queues.offer import Task
 from settings import Settings
 from web import context
+from web.access import hold_to_its_domains
 from web.body import SMALL_BODY, BodyBudget, read_json
 from web.errors import bad_request, error_shape, json_response, note_refusal
 
@@ -140,6 +141,8 @@ class Service:
             local_domains=self.settings.allow_local_domains,
         )
         asks = context.current.get()
+        if asks.caller:
+            hold_to_its_domains(asks.caller, draft.message.sender)
         return draft._replace(key=asks.key, test=asks.is_test)
 
     def get_email(self, mail_id: str) -> HTTPResponse:
