@@ -57,6 +57,10 @@ class Busy(Exception):
         self.seconds = seconds
 
 
+class Early(Busy):
+    """The mail is not to be sent before its `scheduled_at`, which is in so many seconds."""
+
+
 class ClaimLost(Exception):
     """The mail is no longer this attempt's: the lease ran out (this process stood still) and another has it, or it was
     canceled. Nothing was sent."""
@@ -93,6 +97,7 @@ class Claim:
     expires_at: float = 0
     reserved: bool = False
     test: bool = False
+    priority: str = "normal"
     settled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
 

@@ -41,10 +41,7 @@ NAMES = {  # a type that Resend does not have -> its name there; any other has i
     "service_unavailable": "application_error",
     "unsupported_media_type": "validation_error",
 }
-NOT_HERE = {  # what clients of Resend's API ask for -> what to do without it; docs/clients.md lists the rest
-    r"GET /emails": "mails cannot be listed; GET /emails/ID shows one",
-    r"PATCH /emails/[^/]+": "a mail cannot be changed; DELETE /jobs/ID cancels it, and another can be sent",
-    r"POST /emails/[^/]+/cancel": "DELETE /jobs/ID cancels a mail",
+NOT_HERE: dict[str, str] = {  # what clients ask for -> what to do without it; docs/clients.md lists the rest
 }
 
 
