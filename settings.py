@@ -135,6 +135,7 @@ class ApiKey(NamedTuple):
 
 
 DOMAIN = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
+ADDRESS = rf'[^\s\x00-\x1f\x7f@,;:()<>\[\]"\\]+@(?i:{DOMAIN})'
 API_KEY = re.compile(
     r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send|test)"
     rf"(?::(?:([0-9]+/[smhd])|(?=:))(?::((?i:{DOMAIN}(?:\+{DOMAIN})*)))?)?)?"
@@ -153,6 +154,21 @@ def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
     if len({key.name for key in keys}) < len(keys):
         raise ValueError("each name must be unique")
     return tuple(keys)
+
+
+def parse_redirect(text: str) -> str:
+    """Returns an address as it stands."""
+    if not re.fullmatch(ADDRESS, text.strip()):
+        raise ValueError("must be one address without a name, such as tester@acme.example")
+    return text.strip()
+
+
+def parse_allowlist(text: str) -> tuple[str, ...]:
+    """Returns addresses and domains, in small letters."""
+    entries = tuple(part.strip().lower() for part in text.split(","))
+    if not all(re.fullmatch(f"{ADDRESS}|{DOMAIN}", entry) for entry in entries):
+        raise ValueError("must be addresses and domains in ASCII, such as ada@example.com,acme.example")
+    return entries
 
 
 def parse_host(text: str) -> str:
@@ -202,6 +218,8 @@ class Settings(BaseSettings):
     smtp_rate: Annotated[tuple[Rate, ...], parsed_by(parse_rates), NoDecode] = ()
 
     mail_from: str | None = None
+    mail_redirect_to: Annotated[str, parsed_by(parse_redirect)] | None = None
+    mail_allowlist: Annotated[tuple[str, ...], parsed_by(parse_allowlist), NoDecode] = ()
 
     listen: Listen = Address("127.0.0.1", 8000)
     api_processes: Annotated[int, Field(ge=1, le=64)] = 2
@@ -290,6 +308,19 @@ class Settings(BaseSettings):
     def knows_dev_key(self) -> bool:
         """Returns whether anybody may ask the API, so that it must look at who makes a browser ask."""
         return hashlib.sha256(DEV_KEY.encode()).hexdigest() in (key.sha256 for key in self.api_keys)
+
+    def admits(self, address: str) -> bool:
+        """Returns whether mail may go to this address: to any, unless MAIL_ALLOWLIST or MAIL_REDIRECT_TO is set."""
+        named = {*self.mail_allowlist, *([self.mail_redirect_to.lower()] if self.mail_redirect_to else [])}
+        return not named or bool(named & {address.lower(), address.lower().rpartition("@")[2]})
+
+    @property
+    def staging(self) -> str:
+        """Returns what MAIL_ALLOWLIST and MAIL_REDIRECT_TO do, without an address; "" if neither is set."""
+        if not self.mail_redirect_to:
+            return "only recipients on MAIL_ALLOWLIST are served" if self.mail_allowlist else ""
+        whose = "mail for recipients that are not on MAIL_ALLOWLIST" if self.mail_allowlist else "all mail"
+        return f"{whose} goes to MAIL_REDIRECT_TO"
 
     @property
     def deliver_timeout(self) -> int:

@@ -69,6 +69,31 @@ def faults(*needed: str, **variables: str) -> list[str]:
                 "fe80::1% eth0",
             )
         ),
+        *(
+            ({"MAIL_REDIRECT_TO": text}, "MAIL_REDIRECT_TO: must be one address without a name, such as tester@")
+            for text in (
+                "acme.example",
+                "T <t@a.example>",
+                "a@b.example,c@d.example",
+                "a@müller.example",
+                "a b@c.example",
+            )
+        ),
+        *(
+            (
+                {"MAIL_ALLOWLIST": text},
+                "MAIL_ALLOWLIST: must be addresses and domains in ASCII, such as ada@example.com,",
+            )
+            for text in (
+                ",",
+                "acme.example,",
+                "*.acme.example",
+                "@acme.example",
+                "a@b@c.example",
+                "A <a@b.example>",
+                "a b",
+            )
+        ),
         ({"EHLO_NAME": "web 1"}, "EHLO_NAME: must be a full name, such as mail.example.com"),
         ({"REDIS_URL": "http://x"}, "REDIS_URL must start with redis://"),
         ({"REDIS_URL": "redis://:hunter2/x@host"}, "REDIS_URL must be a URL: write / # ? : @ in its password as"),
@@ -154,6 +179,26 @@ def test_a_secret_can_stand_in_a_file(tmp_path: Path) -> None:
     current = given(API_KEYS_FILE=str(tmp_path / "keys"), REDIS_URL_FILE=str(tmp_path / "redis"))
     assert current.api_keys == (ApiKey("shop", DIGEST, "send"),)
     assert current.redis_url.get_secret_value() == "redis://:pw@127.0.0.1/3"
+
+
+ADMITTED = {  # the settings -> addresses to which mail may go, and others
+    "": ("a@b.example", ""),
+    "MAIL_REDIRECT_TO": ("T@acme.example t@ACME.example", "a@b.example u@acme.example"),
+    "MAIL_ALLOWLIST": (
+        "x@b.example ADA@c.example ada@C.example",
+        "x@sub.b.example x@ab.example eve@c.example t@acme.example",
+    ),
+    "MAIL_ALLOWLIST MAIL_REDIRECT_TO": ("x@b.example ada@c.example t@acme.example", "eve@c.example u@acme.example"),
+}
+
+
+@pytest.mark.parametrize("names", ADMITTED)
+def test_mail_may_go_to_all_or_to_whom_staging_names(names: str) -> None:
+    given_to = {"MAIL_REDIRECT_TO": "t@acme.example", "MAIL_ALLOWLIST": "B.example, Ada@c.example"}
+    current = given(**{name: given_to[name] for name in names.split()})
+    for addresses, admitted in zip(ADMITTED[names], (True, False), strict=True):
+        assert [current.admits(one) for one in addresses.split()] == [admitted] * len(addresses.split())
+    assert sorted(re.findall("MAIL_[A-Z_]+", current.staging)) == names.split()
 
 
 def test_what_a_key_may_is_read_and_written_back_the_same() -> None:
