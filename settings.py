@@ -123,6 +123,7 @@ class ApiKey(NamedTuple):
     scope: str
     rate: Rate | None = None
     domains: tuple[str, ...] = ()
+    old: bool = False  # a newer one has its name
 
     @property
     def reads_only(self) -> str:
@@ -151,9 +152,11 @@ def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
             raise ValueError(f"entry {number} must be {form}, and domains in ASCII such as acme.example+acme.test")
         rate, domains = Rate.parse(match[4]) if match[4] else None, (match[5] or "").lower()
         keys.append(ApiKey(match[1], match[2], match[3] or "full", rate, tuple(filter(None, domains.split("+")))))
-    if len({key.name for key in keys}) < len(keys):
-        raise ValueError("each name must be unique")
-    return tuple(keys)
+    for same in ([one for one in keys if one.name == key.name] for key in keys):
+        if len(same) > 2 or len(set(same)) < len(same) or len({one._replace(sha256="") for one in same}) > 1:
+            raise ValueError("each name must be unique, or that of an old key and a new one that may do the same")
+    newest = {key.name: key for key in keys}
+    return tuple(key._replace(old=key != newest[key.name]) for key in keys)
 
 
 def parse_redirect(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from hashlib import sha256
 from typing import Any
 
@@ -13,7 +14,6 @@ from queues.jobs import NotFound
 from tests.http_api import ANY_ID, JOB, MAIL, UNKNOWN_ID, WELCOME, app_with, ask, fields, held_to_the_shape, served
 from tests.servers import Answer, Api, RedisServer
 from web import app as web_app
-from web.middleware import Middleware
 
 pytestmark = pytest.mark.usefixtures("client")
 
@@ -32,30 +32,34 @@ def test_a_key_of_scope_send_may_submit_mail_and_read_it_and_nothing_else(api: A
 
 
 def test_a_key_reads_what_it_submitted_and_of_the_rest_does_not_learn_that_it_is_there(
-    redis_server: RedisServer, client: redis.Redis, outbox: Outbox
+    redis_server: RedisServer, client: redis.Redis, outbox: Outbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def app(*shop: str) -> Middleware:
-        given = [("all", "full", "all"), ("shop", "send", "shop"), ("blog", "send", "blog"), shop]
-        known = {name: f"{name}:{sha256(key.encode()).hexdigest()}:{scope}" for name, scope, key in filter(None, given)}
-        return app_with(redis_server.url, api_keys=",".join(known.values()))
+    """A caller is known by its name: `shop` has an old key and a new one."""
+    given = (("all", "all", "full"), ("old", "shop", "send"), ("new", "shop", "send"), ("blog", "blog", "test"))
+    known = [f"{name}:{sha256(key.encode()).hexdigest()}:{scope}" for key, name, scope in given]
+    app = app_with(redis_server.url, api_keys=",".join(known))
 
-    def status(asked: Middleware, key: str, mail_id: str) -> int:
-        return ask(asked, "GET", f"/emails/{mail_id}", HTTP_AUTHORIZATION=f"Bearer {key}").status
+    def asked(key: str, method: str, path: str, body: object = None) -> Answer:
+        once = {"HTTP_IDEMPOTENCY_KEY": "1", "HTTP_X_REQUEST_ID": "1"}
+        return ask(app, method, path, body, HTTP_AUTHORIZATION=f"Bearer {key}", **once)
 
-    mail_id = ask(app(), "POST", "/emails", MAIL, HTTP_AUTHORIZATION="Bearer shop").body["id"]
-    assert [status(app(), key, mail_id) for key in ("all", "shop", "blog")] == [200, 200, 404]
-    assert status(app("shop", "send", "rotated"), "rotated", mail_id) == 200
-    of_others = ask(app(), "GET", f"/emails/{mail_id}", HTTP_AUTHORIZATION="Bearer blog", HTTP_X_REQUEST_ID="1")
-    unknown = ask(app(), "GET", f"/emails/{UNKNOWN_ID}", HTTP_AUTHORIZATION="Bearer blog", HTTP_X_REQUEST_ID="1")
-    assert of_others == unknown
-    outbox.hold_to(mail_id, "")
-    outbox.hold_to(mail_id, "shop")
+    def statuses(mail_id: str) -> list[int]:
+        return [asked(key, "GET", f"/emails/{mail_id}").status for key, _, _ in given]
+
+    with caplog.at_level(0):
+        mail_id, again, other = (asked(key, "POST", "/emails", MAIL).body["id"] for key in ("old", "new", "blog"))
+    assert re.findall(r"key=(.*?) id", caplog.text) == ["shop old_key=True", "shop", "blog"]
+    assert (again, other != mail_id) == (mail_id, True)
+    assert statuses(mail_id) == [200, 200, 200, 404]
+    assert asked("blog", "GET", f"/emails/{mail_id}") == asked("blog", "GET", f"/emails/{UNKNOWN_ID}")
+    for name in ("", "shop"):
+        outbox.hold_to(mail_id, name)
     client.set(f"mail:{UNKNOWN_ID}", "no mail")
-    for other in (mail_id, UNKNOWN_ID):
+    for one in (mail_id, UNKNOWN_ID):
         with pytest.raises(NotFound, match=r"^$"):
-            outbox.hold_to(other, "blog")
+            outbox.hold_to(one, "blog")
     client.hdel(f"mail:{mail_id}", "key")  # of a version that did not note it
-    assert [status(app(), key, mail_id) for key in ("all", "shop")] == [200, 404]
+    assert statuses(mail_id) == [200, 404, 404, 404]
 
 
 # fmt: off

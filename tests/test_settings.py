@@ -15,6 +15,7 @@ from settings import Address, ApiKey, Settings, SettingsError, load
 
 ROOT = Path(__file__).parent.parent
 DIGEST = hashlib.sha256(b"a key").hexdigest()
+OTHER = hashlib.sha256(b"another").hexdigest()
 PLAIN = {"SMTP_USERNAME": "ada", "SMTP_PASSWORD": "hunter2", "SMTP_SECURITY": "none"}
 
 
@@ -97,7 +98,13 @@ def faults(*needed: str, **variables: str) -> list[str]:
         ({"EHLO_NAME": "web 1"}, "EHLO_NAME: must be a full name, such as mail.example.com"),
         ({"REDIS_URL": "http://x"}, "REDIS_URL must start with redis://"),
         ({"REDIS_URL": "redis://:hunter2/x@host"}, "REDIS_URL must be a URL: write / # ? : @ in its password as"),
-        ({"API_KEYS": f"a:{DIGEST},a:{DIGEST}"}, "API_KEYS: each name must be unique"),
+        *(
+            (
+                {"API_KEYS": f"a:{DIGEST},{others}"},
+                "API_KEYS: each name must be unique, or that of an old key and a new",
+            )
+            for others in (f"a:{DIGEST}", f"a:{OTHER}:send", f"a:{OTHER}:full:9/s", f"b:{OTHER},a:{OTHER},a:{'c' * 64}")
+        ),
         ({"REDIS_URL": "reddis://:hunter2@host"}, "REDIS_URL must start with redis://"),
         ({"API_KEYS": f"a:{DIGEST}:admin"}, "API_KEYS: entry 1 must be name:sha256hex"),
         *(
