@@ -136,7 +136,8 @@ class ApiKey(NamedTuple):
 
 
 DOMAIN = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
-ADDRESS = rf'[^\s\x00-\x1f\x7f@,;:()<>\[\]"\\]+@(?i:{DOMAIN})'
+ATOM = r'[^\s\x00-\x1f\x7f@.,;:()<>\[\]"\\]+'
+ADDRESS = rf"{ATOM}(?:\.{ATOM})*@(?i:{DOMAIN})"
 API_KEY = re.compile(
     r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send|test)"
     rf"(?::(?:([0-9]+/[smhd])|(?=:))(?::((?i:{DOMAIN}(?:\+{DOMAIN})*)))?)?)?"

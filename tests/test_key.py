@@ -114,9 +114,6 @@ def test_a_rotated_key_is_two_of_a_name_until_the_old_one_is_revoked(credential:
     run(credential, "revoke", "shop", "--old")
     assert [(one.name, one.sha256) for one in KeyFile(credential).read()] == known[1:]
     assert [known[0], known[2]] == [("shop", hashlib.sha256(key.encode()).hexdigest()) for key in (old, new)]
-    run(credential, "rotate", "shop")
-    run(credential, "revoke", "shop")
-    assert [one.name for one in KeyFile(credential).read()] == ["blog"]
 
 
 def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path, credential: Path) -> None:
