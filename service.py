@@ -74,11 +74,16 @@ def main() -> int:
         with app.accepting.handed_over():
             server.run(alive)
 
-    if (room := room_for(len(sockets))) < MOST_CONNECTIONS:
-        emit("few_descriptors", logging.WARNING, connections=room)
-    emit("api_started", listen=settings.listen, processes=settings.api_processes, version=VERSION)
+    announce(settings, room_for(len(sockets)))
     prefork.run(settings.api_processes, serve)
     return 0
+
+
+def announce(settings: Settings, room: int) -> None:
+    if room < MOST_CONNECTIONS:
+        emit("few_descriptors", logging.WARNING, connections=room)
+    about = {"listen": settings.listen, "processes": settings.api_processes, "version": VERSION}
+    emit("api_started", **about, recipients=settings.staging)
 
 
 def check_sender(settings: Settings) -> None:

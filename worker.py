@@ -200,7 +200,7 @@ def main() -> int:
         log.say_why_not(f"REDIS_URL: {error}")
         return 1
     announcements.begin(redis)
-    log.emit("worker_started", queue=queue)
+    log.emit("worker_started", queue=queue, recipients=current.staging if pooled else "")
     if isinstance(worker, WorkerPool):
         worker.work()
         worker.delivery.pool.close_all()

@@ -338,10 +338,12 @@ def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:
     mail = f"Caught mail    http://127.0.0.1:{ports.mail_port}"
     if configured.smtp_host:
         mail = f"Mail goes to   {configured.smtp_host}:{configured.smtp_port}, from {configured.mail_from}"
+    if configured.staging:
+        mail += f"\n  Recipients     {configured.staging}"
     path, body = "/start-job", '{"name": "Ada", "email": "ada@example.com"}'
     if configured.templates_dir and not (configured.templates_dir / "welcome").is_dir():  # which /start-job needs
         path, body = "/emails", '{"to": "ada@example.com", "subject": "Welcome, Ada", "text": "Hello."}'
-    names = ", ".join(key.name for key in configured.api_keys)
+    names = ", ".join(dict.fromkeys(key.name for key in configured.api_keys))
     more = names and f" (and those in .env: {names})"
     return f"""
 async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.

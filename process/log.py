@@ -22,8 +22,8 @@ from process.sd_daemon import prioritized
 # fmt: off
 EVENTS = frozenset({
     "api_started", "worker_started", "dashboard_started",
-    # an HTTP request was answered: method, route, status, ms, name of the key, id, request_id; of a refusal also the
-    # error's name, the field, and the reason of a 503
+    # an HTTP request was answered: method, route, status, ms, name of the key, old_key (a newer one has its name), id,
+    # request_id; of a refusal also the error's name, the field, and the reason of a 503
     "request",
     "crashed",  # a fault of ours in a request or a duty of the worker pool: where, and never what
     "few_descriptors",  # a process of the API may open so few files that it takes only `connections`

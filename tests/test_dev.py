@@ -281,7 +281,7 @@ def test_a_key_that_bin_key_made_opens_the_api_beside_dev(running: Dev) -> None:
     assert "key: dev (and those in .env: dev)" in running.start_and_read_the_welcome()
     mail_id = Api(running.ports["api"], key).submit(MAIL)
     assert Api(running.ports["api"], "dev").email(mail_id)["id"] == mail_id
-    assert Api(running.ports["api"], key).get(f"/emails/{mail_id}").body["name"] == "restricted_api_key"
+    assert Api(running.ports["api"], key).get(f"/jobs/{mail_id}").body["name"] == "restricted_api_key"
 
 
 def venv(project: Path, tmp_path: Path, *arguments: str) -> list[str]:

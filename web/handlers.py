@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from mail import sweep
 from mail.address import Mailbox
-from mail.draft import Expired, prepare
+from mail.draft import Expired, prepare, redirected
 from mail.message import Draft
 from mail.outbox import Outbox
 from mail.request import FieldError, HeaderText, Invalid, OneMailbox, StrictModel, field_errors, validate
@@ -143,7 +143,8 @@ class Service:
         asks = context.current.get()
         if asks.caller:
             hold_to_its_domains(asks.caller, draft.message.sender)
-        return draft._replace(key=asks.key, test=asks.is_test)
+        message = redirected(draft.message, self.settings)
+        return draft._replace(message=message, key=asks.key, test=asks.is_test)
 
     def get_email(self, mail_id: str) -> HTTPResponse:
         return json_response(200, self.outbox.read(mail_id, context.current.get().reads_only))

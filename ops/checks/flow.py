@@ -13,7 +13,7 @@ from typing import Any
 from redis import Redis
 
 from mail.address import Mailbox
-from mail.draft import prepare
+from mail.draft import prepare, redirected
 from mail.outbox import Outbox
 from mail.request import Invalid
 from mail.states import FINAL, State
@@ -146,6 +146,7 @@ def canary(target: Target, settings: Settings) -> Findings:
     sender = Mailbox.parse(settings.mail_from) if settings.mail_from else None
     try:
         draft = prepare({"to": [target.send_to], **TEST_MAIL}, default_sender=sender, max_recipients=1)
+        draft = draft._replace(message=redirected(draft.message, settings))
     except Invalid as invalid:
         wrong = invalid.errors[0]
         fix = f"MAIL_FROM: {target.edit}" if wrong.field == "from" else "bin/doctor --send-to ada@example.com"
