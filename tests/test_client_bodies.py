@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from tests.sample_mails import accepted, refusal
-from web.body import check_values
 
 ACME = '"from":"Acme <hello@acme.example>","to":["ada@example.com"],"subject":"Hello"'
 BODY = f'{ACME},"html":"<p>Hi"'
@@ -115,7 +114,3 @@ def test_what_a_client_means_is_what_is_sent(body: str, expected: dict[str, Any]
 @pytest.mark.parametrize(("body", "field", "told"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
 def test_what_would_be_another_mail_is_refused(body: str, field: str, told: str) -> None:
     assert told in refusal(json.loads(body))[field]
-
-
-def test_the_octets_of_a_file_are_not_counted_as_values() -> None:
-    check_values({"attachments": [{"content": {"type": "Buffer", "data": [255] * 100_000}}]})
