@@ -6,7 +6,7 @@ forms.py     the forms in which real clients write a field -> our one form
 templates.py templates on disk -> subject, text, html
 message.py   Message, its stored form, and the draft that the outbox accepts
 draft.py     a request's body -> a draft: checked, its template rendered, composed
-mime.py      Message -> bytes
+mime.py      Message -> bytes (plain.py: html -> the text beside it)
 store.py     the mails in Redis: names of keys, how scripts are run
 states.py    the states, what follows what, and BECOME: the one place where a state changes
 outbox.py    the mails together: accept, claim, cancel, requeue, read
