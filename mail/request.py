@@ -29,6 +29,8 @@ OURS = re.compile(  # headers that this service writes or the relay adds; a call
     r"|dkim-signature|arc-.*|authentication-results|received-spf|delivered-to",
     re.IGNORECASE,
 )
+MAX_REPLY_TO = 50
+IN_A_LIST = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^,])+')  # one address of a header: commas in quotes part none
 MAX_HEADERS = 64_000  # characters of all values together
 TOKEN = r"[A-Za-z0-9!#$&^_.+-]+"
 CONTENT_TYPE = re.compile(rf"{TOKEN}/{TOKEN}(?:; ?{TOKEN}={TOKEN})*")
@@ -232,7 +234,7 @@ class Request(StrictModel):
     to: Annotated[Mailboxes, Field(min_length=1)]
     cc: Mailboxes = Field(default_factory=list)
     bcc: Mailboxes = Field(default_factory=list)
-    reply_to: Annotated[Mailboxes, Field(max_length=50, default_factory=list)]
+    reply_to: Annotated[Mailboxes, Field(max_length=MAX_REPLY_TO, default_factory=list)]
     subject: HeaderText | None = None
     html: BodyText | None = None
     text: BodyText | None = None
@@ -286,11 +288,27 @@ def validate(model: type[Model], body: object, prefix: str = "") -> Model:
 
 
 def _reply_to_header(request: Request) -> Iterator[FieldError]:
-    """Takes away a header Reply-To that repeats the field, as Symfony's bridge writes it."""
+    """Takes away a header Reply-To that has everybody in the field, and adds to the field whom it has besides:
+    Symfony's bridge writes all into the header, and the first of them into the field."""
     for name in [name for name in request.headers if name.lower() == "reply-to"]:
-        named = re.findall(r"[^\s<>,;]+@[^\s<>,;]+", request.headers.pop(name).lower())
-        if not request.reply_to or any(box.address.lower() not in named for box in request.reply_to):
-            yield FieldError(f"headers.{name}", "must be left out: the field reply_to writes this header")
+        told, known = "must be left out: the field reply_to writes this header", _by_address(request.reply_to)
+        try:
+            named = _by_address(map(Mailbox.parse, IN_A_LIST.findall(request.headers.pop(name))))
+        except ValueError:
+            named = {}
+        if not known or not known.keys() <= named.keys():
+            yield FieldError(f"headers.{name}", told)
+        elif len(named) > MAX_REPLY_TO:
+            yield FieldError(f"headers.{name}", f"must have at most {MAX_REPLY_TO} addresses")
+        else:
+            request.reply_to += [box for address, box in named.items() if address not in known]
+
+
+def _by_address(boxes: Iterable[Mailbox]) -> dict[str, Mailbox]:
+    found: dict[str, Mailbox] = {}
+    for box in boxes:
+        found.setdefault(box.address.lower(), box)
+    return found
 
 
 def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:

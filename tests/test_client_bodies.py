@@ -49,8 +49,11 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [  # client and form, its body, w
      '"date":"Fri, 27 Nov 2026 01:53:04 +0000","MIME-Version":"1.0","Content-Transfer-Encoding":"7bit",'
      '"X-Tags":"[\\"a b\\"]"}}', {"headers": {"X-Tags": '["a b"]'}}),
     ("symfony headers repeat", f'{{{BODY},"reply_to":"R <r@acme.example>","headers":{{"Sender":"a@b.example",'
-     '"Reply-To":"R <R@acme.example>, s@acme.example","X-A":"1"}}',
+     '"Reply-To":"R <R@acme.example>","X-A":"1"}}',
      {"headers": {"X-A": "1"}, "reply_to": [("R", "r@acme.example")]}),
+    ("symfony the others to reply to are in the header alone", f'{{{BODY},"reply_to":"R <r@acme.example>","headers":{{'
+     '"Reply-To":"R <r@Acme.example>, \\"S, T\\" <s@b.co>, =?utf-8?q?=C3=9C?= <u@b.co>, s@b.co"}}',
+     {"headers": {}, "reply_to": [("R", "r@acme.example"), ("S, T", "s@b.co"), ("Ü", "u@b.co")]}),
     ("php variables []", f'{{{ACME},"template":{{"id":"welcome","variables":[]}}}}', {"subject": "Hello"}),
     ("go a template", '{"from":"","to":["ada@example.com"],"subject":"","template":{"id":"welcome"}}',
      {"sender": ("Acme", "hello@example.com"), "subject": "Of the template"}),
@@ -96,6 +99,10 @@ REFUSED: list[tuple[str, str, str, str]] = [  # client and form, its body, the f
      "headers", "a list of values"),
     ("symfony another Reply-To", f'{{{BODY},"reply_to":"r@acme.example","headers":{{"Reply-To":"xr@acme.example"}}}}',
      "headers.Reply-To", "the field reply_to"),
+    *(("symfony a Reply-To that cannot be read",
+       f'{{{BODY},"reply_to":"r@b.co","headers":{{"Reply-To":"r@b.co, {other}"}}}}', "headers.Reply-To", told)
+      for other, told in (("S", "left out"), ('\\"S <s@b.co>', "left out"), ("a@b.co c@d.co", "left out"),
+                          (", ".join(f"p{number}@b.co" for number in range(50)), "at most 50"))),
     ("a value that ends a line", f'{{{BODY},"headers":{{"X-A":["1","2\\r\\nBcc: x@b.co"]}}}}',
      "headers.X-A", "line break"),
     ("node react", f'{{{BODY},"react":{{}}}}', "react", "render it to html"),
