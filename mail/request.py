@@ -16,6 +16,7 @@ from datetime import datetime
 from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -34,6 +35,9 @@ IN_A_LIST = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^,])+')  # one address of a heade
 MAX_HEADERS = 64_000  # characters of all values together
 TOKEN = r"[A-Za-z0-9!#$&^_.+-]+"
 CONTENT_TYPE = re.compile(rf"{TOKEN}/{TOKEN}(?:; ?{TOKEN}={TOKEN})*")
+HTTPS_URL = re.compile(  # RFC 3986, with neither a user nor a fragment
+    r"https://[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]{1,5})?(?:[/?](?:[A-Za-z0-9._~:/?@!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)?"
+)
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3}|\.\d{6})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
 COMPOSITE = ("multipart/", "message/")  # RFC 2046 5: these hold mail as it is, and never base64
 REQUIRED = "is required"
@@ -150,6 +154,13 @@ def content_id(text: str) -> str:
     return text
 
 
+def https_url(text: str) -> str:
+    """Refuses what cannot stand between < and > in List-Unsubscribe, and a comma: some readers take it for the end."""
+    if not HTTPS_URL.fullmatch(text):
+        raise ValueError("must be a URL such as https://acme.example/leave?who=42, in ASCII, a comma written as %2C")
+    return text
+
+
 def time_with_zone(text: object) -> datetime:
     """Reads a time with its zone (RFC 3339)."""
     try:
@@ -249,9 +260,20 @@ class Request(StrictModel):
     ]
     tags: Annotated[list[Annotated[Tag, BeforeValidator(forms.tag)]], Field(max_length=50, default_factory=list)]
     template: TemplateUse | None = None
-    # Not in Resend's API: how this mail is to be treated, not what it says.
+    # Not in Resend's API.
     expires_at: Annotated[datetime, BeforeValidator(time_with_zone)] | None = None
     on_doubt: Literal["retry", "hold"] | None = None
+    unsubscribe_url: Annotated[str, Field(max_length=800), AfterValidator(https_url)] | None = None
+    unsubscribe_email: OneMailbox | None = None
+
+    @property
+    def unsubscribe_headers(self) -> dict[str, str]:
+        """Returns the headers by which a mail program offers to unsubscribe (RFC 2369, RFC 6068, RFC 8058)."""
+        local, _, domain = self.unsubscribe_email.address.rpartition("@") if self.unsubscribe_email else ("", "", "")
+        ways = [f"<{self.unsubscribe_url}>"] if self.unsubscribe_url else []
+        ways += [f"<mailto:{quote(local, safe='+')}@{domain}>"] if domain else []
+        one_click = {"List-Unsubscribe-Post": "List-Unsubscribe=One-Click"} if self.unsubscribe_url else {}
+        return {"List-Unsubscribe": ", ".join(ways), **one_click} if ways else {}
 
 
 # A field -> what the objects in it are.
@@ -318,6 +340,12 @@ def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:
         yield FieldError("to", f"to, cc and bcc must have at most {max_recipients} recipients together, not {count}")
     for number in _repeated([name.lower() for name in request.headers]):
         yield FieldError(f"headers.{list(request.headers)[number]}", "is given twice, in different cases")
+    for name in request.headers if request.unsubscribe_headers else ():
+        if name.lower() in ("list-unsubscribe", "list-unsubscribe-post"):
+            told = "must be left out: unsubscribe_url and unsubscribe_email write this header"
+            yield FieldError(f"headers.{name}", told)
+    if request.unsubscribe_email and request.unsubscribe_email.name:
+        yield FieldError("unsubscribe_email", "must be an address without a name")
     for number in _repeated([one.cid for one in request.attachments]):
         yield FieldError(f"attachments[{number}].content_id", "is given twice")
     if not request.template:
@@ -330,8 +358,9 @@ def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:
 
 def _local_domains(request: Request) -> Iterator[FieldError]:
     told = "must have a domain with a dot; ALLOW_LOCAL_DOMAINS=yes admits the names of your own network"
-    if request.sender.is_local:
-        yield FieldError("from", told)
+    for field, one in (("from", request.sender), ("unsubscribe_email", request.unsubscribe_email)):
+        if one and one.is_local:
+            yield FieldError(field, told)
     for field in ("to", "cc", "bcc", "reply_to"):
         for number, box in enumerate(getattr(request, field)):
             if box.is_local:
