@@ -9,7 +9,7 @@ draft.py     a request's body -> a draft: checked, its template rendered, compos
 mime.py      Message -> bytes (plain.py: html -> the text beside it)
 store.py     the mails in Redis: names of keys, how scripts are run
 states.py    the states, what follows what, and BECOME: the one place where a state changes
-outbox.py    the mails together: accept, claim, cancel, requeue, read
+outbox.py    the mails together: accept, claim, cancel, requeue, read (attachments.py: the files of one)
 claim.py     one attempt's hold on one mail: mark, settle
 delivery.py  one attempt, top to bottom
 sweep.py     mails that got stuck: found, and queued again or given up

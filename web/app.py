@@ -26,6 +26,7 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("POST", "/emails", Service.post_email, "send"),
     ("POST", "/emails/batch", Service.post_batch, "send"),
     ("GET", "/emails/<mail_id>", Service.get_email, "full"),
+    ("GET", "/emails/<mail_id>/attachments", Service.get_attachments, "full"),
     ("POST", "/jobs", Service.post_job, "full"),
     ("GET", "/jobs/<job_id>", Service.get_job, "full"),
     ("POST", "/jobs/<job_id>/requeue", Service.requeue_job, "full"),

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from bottle import HTTPResponse, request
 from pydantic import Field, ValidationError
 
-from mail import sweep
+from mail import attachments, sweep
 from mail.address import Mailbox
 from mail.draft import Expired, prepare
 from mail.message import Draft
@@ -141,6 +141,12 @@ class Service:
 
     def get_email(self, mail_id: str) -> HTTPResponse:
         return json_response(200, self.outbox.read(mail_id))
+
+    def get_attachments(self, mail_id: str) -> HTTPResponse:
+        size = attachments.stored_size(self.jobs.redis, mail_id)
+        with self.large_bodies.reserve(min(size, self.settings.max_message_bytes)):
+            files = attachments.listed(self.jobs.redis, mail_id)
+        return json_response(200, {"object": "list", "has_more": False, "data": files})
 
     def post_job(self) -> HTTPResponse:
         body = read_json(SMALL_BODY)
