@@ -44,7 +44,7 @@ def test_the_files_of_a_mail_are_listed_until_its_content_is_dropped(api: Api, c
     held_to_the_shape(api.get(path), 404, "not_found")
     api.call("DELETE", f"/jobs/{mail_id}")
     assert api.get(path).body["data"] == []
-    assert "lists the files" in api.get(f"{path}/{UNKNOWN_ID}").body["message"]
+    assert "all but what is in the file" in api.get(f"{path}/{UNKNOWN_ID}").body["message"]
 
 
 @samples.WHOLE

@@ -43,7 +43,7 @@ NAMES = {  # a type that Resend does not have -> its name there; any other has i
 NOT_HERE = {  # what clients of Resend's API ask for -> what to do without it; docs/clients.md lists the rest
     r"GET /emails": "mails cannot be listed; GET /emails/ID shows one",
     r"PATCH /emails/[^/]+": "a mail cannot be changed; DELETE /jobs/ID cancels it, and another can be sent",
-    r"GET /emails/[^/]+/attachments/.+": "what a file holds is never shown; GET /emails/ID/attachments lists the files",
+    r"GET /emails/[^/]+/attachments/[^/]+": "GET /emails/ID/attachments has all but what is in the file",
     r"POST /emails/[^/]+/cancel": "DELETE /jobs/ID cancels a mail",
 }
 
