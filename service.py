@@ -27,6 +27,7 @@ from settings import Settings, SettingsError, load
 from web import hosts
 from web.app import make_app
 from web.handlers import VERSION
+from web.octets import ON_THE_WIRE
 from web.server import MOST_CONNECTIONS, Server, listen_on, room_for
 
 M_MMAP_THRESHOLD = -3  # mallopt(3)
@@ -69,7 +70,7 @@ def main() -> int:
         reach(settings.redis_url.get_secret_value())
 
     def serve(alive: Callable[[], None]) -> None:
-        server = Server(app, settings.max_message_bytes, sockets)
+        server = Server(app, ON_THE_WIRE * settings.max_message_bytes, sockets)
         on_stop(server.stop)
         with app.accepting.handed_over():
             server.run(alive)

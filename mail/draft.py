@@ -41,7 +41,7 @@ def compose(request: Request, rendered: tuple[str, str | None, str | None] | Non
         html=html_with_ids(
             html, {one.content_id: one.cid for one in request.attachments if one.content_id and one.cid}
         ),
-        headers=request.headers,
+        headers={**request.headers, **request.unsubscribe_headers},
         attachments=[one.stored() for one in request.attachments],
     )
 

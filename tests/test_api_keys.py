@@ -19,7 +19,12 @@ pytestmark = pytest.mark.usefixtures("client")
 
 
 SUBMITS = {("POST", "/emails"), ("POST", "/emails/batch"), ("POST", "/start-job"), ("GET", "/emails/<mail_id>")}
-SUBMITS |= {("GET", "/emails"), ("PATCH", "/emails/<mail_id>"), ("POST", "/emails/<mail_id>/cancel")}
+SUBMITS |= {
+    ("GET", "/emails"),
+    ("GET", "/emails/<mail_id>/attachments"),
+    ("PATCH", "/emails/<mail_id>"),
+    ("POST", "/emails/<mail_id>/cancel"),
+}
 
 
 def test_a_key_of_scope_send_may_submit_mail_and_read_it_and_nothing_else(api: Api) -> None:

@@ -41,7 +41,8 @@ NAMES = {  # a type that Resend does not have -> its name there; any other has i
     "service_unavailable": "application_error",
     "unsupported_media_type": "validation_error",
 }
-NOT_HERE: dict[str, str] = {  # what clients ask for -> what to do without it; docs/clients.md lists the rest
+NOT_HERE = {  # what clients of Resend's API ask for -> what to do without it; docs/clients.md lists the rest
+    r"GET /emails/[^/]+/attachments/[^/]+": "GET /emails/ID/attachments has all but what is in the file",
 }
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from bottle import HTTPResponse, request
 from pydantic import Field, ValidationError
 
-from mail import sweep
+from mail import attachments, sweep
 from mail.address import Mailbox
 from mail.draft import Expired, prepare, redirected
 from mail.message import Draft
@@ -148,6 +148,13 @@ class Service:
 
     def get_email(self, mail_id: str) -> HTTPResponse:
         return json_response(200, self.outbox.read(mail_id, context.current.get().reads_only))
+
+    def get_attachments(self, mail_id: str) -> HTTPResponse:
+        self.outbox.hold_to(mail_id, context.current.get().reads_only)
+        size = attachments.stored_size(self.jobs.redis, mail_id)
+        with self.large_bodies.reserve(min(size, self.settings.max_message_bytes)):
+            files = attachments.listed(self.jobs.redis, mail_id)
+        return json_response(200, {"object": "list", "has_more": False, "data": files})
 
     def post_job(self) -> HTTPResponse:
         body = read_json(SMALL_BODY)
