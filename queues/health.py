@@ -53,15 +53,21 @@ def _queue_state(jobs: Jobs, name: str) -> QueueState:
     pipe.lindex(keys.queue(name), 0)
     pipe.zrange(keys.scheduled(name), 0, 0, withscores=True)
     pipe.smembers(keys.workers(name))
-    *counts, head, first, workers = pipe.execute()
+    pipe.smembers(keys.LIMITS)
+    *counts, head, first, workers, limits = pipe.execute()
     pipe.hget(keys.job(head.decode(errors="replace") if head else ""), "enqueued_at")
     for worker in workers:
         pipe.hget(worker, "last_heartbeat")
-    oldest, *silences = map(age, pipe.execute())
+    for limit in limits:
+        if limit.startswith(f"{name}:".encode()):
+            pipe.zcard(keys.waiting(limit.decode(errors="replace")))
+    oldest, *seen = pipe.execute()
+    silences, waiting = map(age, seen[: len(workers)]), seen[len(workers) :]
+    states = ("queued", "scheduled", "started", "failed", "deferred", "rate_limited")
     return QueueState(
-        jobs=dict(zip(("queued", "scheduled", "started", "failed", "deferred"), counts, strict=True)),
+        jobs=dict(zip(states, (*counts, sum(waiting)), strict=True)),
         workers=sum(one is not None and one < LEASE_SECONDS + HEARTBEAT_SECONDS for one in silences),
-        oldest_queued=oldest,
+        oldest_queued=age(oldest),
         overdue=round(max(0.0, time.time() - first[0][1]), 3) if first else 0,
     )
 

@@ -392,6 +392,9 @@ LEANT_ON = {  # what we override in RQ, or call beyond its documentation -> its 
     "rq.scheduler:RQScheduler.enqueue_scheduled_jobs": "a31620c83110baeb",
     "rq.scheduler:RQScheduler.acquire_locks": "4d15324e1639d356",
     "rq.scheduler:RQScheduler.heartbeat": "8bf3e1cfc0a2839d",
+    "rq:rate_limit": "a100a9cb0851cac4",
+    "rq.queue:Queue.enqueue_job": "05ff025c22a03128",
+    "rq.queue:Queue._enqueue_rate_limited_job": "a610af91fc148871",
     "rq.timeouts:BaseDeathPenalty": "e2466980efb81666",
 }
 
