@@ -8,6 +8,7 @@ jobs.py        accept, requeue, cancel, read; what a running job asks of RQ
 health.py      the state of the queues, for readyz, metrics and the doctor
 workers.py     RQ's workers and scheduler, changed
 quarantine.py  jobs that RQ cannot read, set aside so that the others go on
+cron.py        tasks that are queued by themselves, at their times
 limits.py      how often something may be done, for all processes together
 offer.py       @task: what `POST /jobs` may call
 """

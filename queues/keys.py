@@ -7,6 +7,8 @@ queue a job a second time.
 from __future__ import annotations
 
 from rq import Worker, registry
+from rq.cron_job_registry import get_registry_key as cron_jobs
+from rq.cron_scheduler_registry import get_registry_key as cron_schedulers
 from rq.defaults import RQ_KEY_PREFIX
 from rq.job import Job
 from rq.queue import Queue
@@ -17,6 +19,7 @@ from rq.suspension import WORKERS_SUSPENDED
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 SUSPENDED = WORKERS_SUSPENDED  # exists while `rq suspend` holds
+CRON_SCHEDULER = f"{RQ_KEY_PREFIX}:cron_scheduler:{{}}"
 LIMITS = RateLimitRegistry.rl_keys_key  # the names of tasks with `concurrency` that have jobs: <queue>:tasks.<task>
 
 
@@ -65,4 +68,5 @@ def kinds(name: str) -> dict[str, str]:
     lists = dict.fromkeys((queue(name), intermediate(name)), "list")
     sets = dict.fromkeys((workers(name), Queue.redis_queues_keys, Worker.redis_workers_keys, LIMITS), "set")
     registries = (scheduled, started, ready, failed, deferred, canceled)
-    return lists | sets | {registry(name): "zset" for registry in registries}
+    cron = {cron_jobs(): "zset", cron_schedulers(): "zset", CRON_SCHEDULER.format(name): "hash"}
+    return lists | sets | {registry(name): "zset" for registry in registries} | cron
