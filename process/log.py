@@ -30,6 +30,7 @@ EVENTS = frozenset({
     "stuck",  # a process of the API made no progress and was killed: process
     "sent", "delayed", "failed", "unknown",  # the result of an attempt, or a mail expired: id, reason, next_in, test
     "task_finished", "task_failed",  # the result of a job of POST /jobs: id, task, error
+    "cron_queued",  # the time of a task with `cron` has come: id of its job, task, due
     "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
     "busy",  # a job for a mail that another attempt holds
     "breaker_opened", "breaker_closed",  # all mail waits for the relay, because of `reason`; it flows again

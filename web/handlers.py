@@ -28,7 +28,7 @@ from mail.request import FieldError, HeaderText, Invalid, OneMailbox, StrictMode
 from mail.states import State
 from queues import health
 from queues.connection import weaknesses
-from queues.jobs import Accepted, Call, Idempotency, Jobs, Policy
+from queues.jobs import Accepted, Call, Idempotency, Jobs
 from queues.limits import Limits
 from queues.offer import Task
 from settings import Settings
@@ -170,7 +170,7 @@ class Service:
             task.queue,
             f"tasks.{asked.task}",
             {str(uuid.uuid4()): Call((), asked.args)},
-            Policy(task.timeout, task.retry_in, self.settings.retain_sent, self.settings.retain_failed),
+            task.policy(self.settings),
             idempotency=idempotency(body),
             idempotency_ttl=self.settings.idempotency_ttl,
         )

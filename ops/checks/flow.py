@@ -23,6 +23,7 @@ from ops.checks.findings import Findings, counted, fault, lasting, note, ok, war
 from ops.checks.store import client
 from ops.checks.target import Target
 from queues import health, keys
+from queues.cron import planned
 from queues.heartbeat import LEASE_SECONDS
 from queues.jobs import Jobs
 from queues.quarantine import UNREADABLE, UNREADABLE_KEPT
@@ -64,6 +65,8 @@ def workers(target: Target, settings: Settings) -> Findings:
                 yield fault(found, target.restart(f"worker@{queue}"))
             else:
                 yield ok(f"queue {queue}: {counted(len(alive), 'worker')} and a scheduler, with recent heartbeats")
+            for task, due in planned(redis, queue).items():
+                yield ok(f"{task}: cron queues it next at {due.astimezone():%Y-%m-%d %H:%M}")
 
 
 def waiting(target: Target, settings: Settings) -> Findings:
