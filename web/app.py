@@ -14,7 +14,7 @@ from mail import counters, templates
 from queues.jobs import Jobs
 from queues.offer import Task
 from settings import DEV_KEY, Settings, SettingsError
-from web import context
+from web import catalog, context
 from web.access import authenticate, hold_to_its_rate
 from web.errors import Refusal, as_refusal, error_response, routing_error
 from web.handlers import Service
@@ -30,6 +30,11 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("GET", "/jobs/<job_id>", Service.get_job, "full"),
     ("POST", "/jobs/<job_id>/requeue", Service.requeue_job, "full"),
     ("DELETE", "/jobs/<job_id>", Service.delete_job, "full"),
+    ("GET", "/templates", catalog.list_templates, "full"),
+    ("GET", "/templates/<template_id>", catalog.get_template, "full"),
+    ("POST", "/templates/<template_id>/preview", catalog.preview_template, "full"),
+    ("GET", "/domains", catalog.list_domains, "full"),
+    ("GET", "/api-keys", catalog.list_api_keys, "full"),
     ("GET", "/", Service.home, None),
     ("GET", "/healthz", Service.healthz, None),
     ("GET", "/readyz", Service.readyz, None),

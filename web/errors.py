@@ -44,6 +44,9 @@ NOT_HERE = {  # what clients of Resend's API ask for -> what to do without it; d
     r"GET /emails": "mails cannot be listed; GET /emails/ID shows one",
     r"PATCH /emails/[^/]+": "a mail cannot be changed; DELETE /jobs/ID cancels it, and another can be sent",
     r"POST /emails/[^/]+/cancel": "DELETE /jobs/ID cancels a mail",
+    r"POST /templates": "a template is a folder of templates/ on the server",
+    r"POST /domains": "`from` may have any domain that the relay takes",
+    r"POST /api-keys": "bin/key on the server makes one",
 }
 
 
