@@ -16,9 +16,9 @@ from tests.http_api import RESEND_NAMES, fail, job_of, submitted, work
 from tests.programs import program
 from tests.servers import ROOT, Api
 from web import app as web_app
-from web import errors, server
+from web import errors, reference, server
 
-DOCS = ROOT / "docs" / "api.md"
+DOCS = reference.PAGE
 
 
 def test_every_route_has_its_heading_in_the_reference_and_no_heading_is_out_of_date() -> None:
@@ -27,8 +27,6 @@ def test_every_route_has_its_heading_in_the_reference_and_no_heading_is_out_of_d
     assert sorted(headings) == sorted(routes)
 
 
-EXAMPLE = re.compile(r"^```sh\n(curl .*?)\n```\n`(\d{3})`\n```json\n(.*?)\n```$", re.DOTALL | re.MULTILINE)
-CONSOLE = re.compile(r"^```console\n\$ (curl .*?)\n(.*?)\n```$", re.DOTALL | re.MULTILINE)
 UUID = re.compile("[0-9a-f]{8}-[0-9a-f-]{27}")
 
 
@@ -55,7 +53,7 @@ def test_every_route_has_an_example_in_the_reference_that_is_answered_so(
     failed = submitted(api, "/emails")
     fail(client, job_of(client, failed))
     ids: dict[str, str] = {}  # the reference's -> ours
-    examples = EXAMPLE.findall(DOCS.read_text())
+    examples = reference.EXAMPLE.findall(DOCS.read_text())
     for curl, status, documented in examples:
         body, answered = run(curl, api, ids, failed)
         answer, told = json.loads(body), json.loads(documented)
@@ -65,7 +63,7 @@ def test_every_route_has_an_example_in_the_reference_that_is_answered_so(
         ids.update({told[name]: answer[name] for name in ("id", "job_id") if name in told})
         if route_of(curl) == ("POST", "/jobs"):
             work(client, "jobs")
-    shown = CONSOLE.findall(DOCS.read_text())
+    shown = reference.CONSOLE.findall(DOCS.read_text())
     for curl, documented in shown:
         body, _ = run(curl, api, ids, failed)
         lines, shown_there = [re.sub(r" [\d.]+$", "", text, flags=re.M).splitlines() for text in (documented, body)]

@@ -146,8 +146,9 @@ def test_no_route_but_the_probes_answers_without_a_key(app_without_redis: Middle
         held_to_the_shape(answer, status, name)
 
 
-def test_only_the_probes_and_the_metrics_need_no_key() -> None:
-    assert {path for _, path, _, scope in web_app.ROUTES if not scope} == {"/", "/healthz", "/readyz", "/metrics"}
+def test_only_the_description_the_probes_and_the_metrics_need_no_key() -> None:
+    open_to_all = {path for _, path, _, scope in web_app.ROUTES if not scope}
+    assert open_to_all == {"/", "/openapi.json", "/healthz", "/readyz", "/metrics"}
 
 
 @pytest.mark.parametrize("path", sorted({path for _, path in EACH}))

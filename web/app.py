@@ -14,7 +14,7 @@ from mail import counters, templates
 from queues.jobs import Jobs
 from queues.offer import Task
 from settings import DEV_KEY, Settings, SettingsError
-from web import catalog, context
+from web import catalog, context, docs
 from web.access import authenticate, hold_to_its_rate
 from web.errors import Refusal, as_refusal, error_response, routing_error
 from web.handlers import Service
@@ -36,6 +36,7 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("GET", "/domains", catalog.list_domains, "full"),
     ("GET", "/api-keys", catalog.list_api_keys, "full"),
     ("GET", "/", Service.home, None),
+    ("GET", "/openapi.json", docs.openapi, None),
     ("GET", "/healthz", Service.healthz, None),
     ("GET", "/readyz", Service.readyz, None),
     ("GET", "/metrics", Service.metrics, None),
@@ -48,6 +49,7 @@ def make_app(settings: Settings, jobs: Jobs, offered: Mapping[str, Task], names:
     if faults := templates.faults():
         raise SettingsError(faults)
     service, app = Service(settings, jobs, offered, names), Bottle()
+    service.routes = ROUTES
     app.config["catchall"] = False  # Bottle would print the exception, which may quote a request; Middleware does not
     app.default_error_handler = routing_error
     for method, path, handler, scope in ROUTES:

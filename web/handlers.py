@@ -76,6 +76,7 @@ class Service:
         self.settings = settings
         self.offered = offered
         self.names = names
+        self.routes: tuple[Any, ...] = ()  # web.app's, which docs show
         self.jobs = jobs
         self.outbox = Outbox(jobs, settings)
         self.limits = Limits(jobs.redis)
