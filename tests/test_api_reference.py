@@ -24,7 +24,7 @@ DOCS = reference.PAGE
 def test_every_route_has_its_heading_in_the_reference_and_no_heading_is_out_of_date() -> None:
     headings = re.findall(r"^#+ ((?:GET|POST|PUT|PATCH|DELETE) \S+)$", DOCS.read_text(), re.MULTILINE)
     routes = [f"{method} {re.sub('<[a-z_]+>', '{id}', path)}" for method, path, _, _ in web_app.ROUTES]
-    assert sorted(headings) == sorted(routes)
+    assert sorted(headings) == sorted(set(routes) - {"GET /docs/{id}"})
 
 
 UUID = re.compile("[0-9a-f]{8}-[0-9a-f-]{27}")
@@ -68,7 +68,7 @@ def test_every_route_has_an_example_in_the_reference_that_is_answered_so(
         body, _ = run(curl, api, ids, failed)
         lines, shown_there = [re.sub(r" [\d.]+$", "", text, flags=re.M).splitlines() for text in (documented, body)]
         assert set(lines) <= set(shown_there), curl
-    routes = {route[:2] for route in web_app.ROUTES}
+    routes = {route[:2] for route in web_app.ROUTES if not route[1].startswith("/docs")}  # a page, and its files
     assert {route_of(curl) for curl, *_ in (*examples, *shown)} == routes
     assert DOCS.read_text().count("curl ") == len(examples) + len(shown)
 

@@ -148,7 +148,7 @@ def test_no_route_but_the_probes_answers_without_a_key(app_without_redis: Middle
 
 def test_only_the_description_the_probes_and_the_metrics_need_no_key() -> None:
     open_to_all = {path for _, path, _, scope in web_app.ROUTES if not scope}
-    assert open_to_all == {"/", "/openapi.json", "/healthz", "/readyz", "/metrics"}
+    assert open_to_all == {"/", "/openapi.json", "/docs", "/docs/<name>", "/healthz", "/readyz", "/metrics"}
 
 
 @pytest.mark.parametrize("path", sorted({path for _, path in EACH}))
@@ -259,4 +259,5 @@ def test_every_answer_in_json_ends_with_a_line(api: Api, request_line: str) -> N
 
 def test_the_first_page_says_what_this_is(api: Api) -> None:
     answer = api.call("GET", "/", headers={"Authorization": ""})
-    assert answer.body == {"name": "async-email", "version": handlers.VERSION, "docs": "docs/api.md, beside service.py"}
+    told = {"name": "async-email", "version": handlers.VERSION, "docs": "/docs", "openapi": "/openapi.json"}
+    assert answer.body == told

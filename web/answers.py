@@ -175,6 +175,7 @@ class Home(TypedDict):
     name: str
     version: str
     docs: str
+    openapi: str
 
 
 class Health(TypedDict):

@@ -1,7 +1,7 @@
 """The routes, and what is around each: authentication, the budget for large bodies, the one error shape.
 
-Every answer but /metrics is JSON, also to what is not found, not allowed, too large or broken, and also where Waitress
-refuses before the app is asked.
+Every answer but /docs and /metrics is JSON, also to what is not found, not allowed, too large or broken, and also where
+Waitress refuses before the app is asked.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("GET", "/api-keys", catalog.list_api_keys, "full"),
     ("GET", "/", Service.home, None),
     ("GET", "/openapi.json", docs.openapi, None),
+    ("GET", "/docs", docs.page, None),
+    ("GET", "/docs/<name>", docs.file, None),
     ("GET", "/healthz", Service.healthz, None),
     ("GET", "/readyz", Service.readyz, None),
     ("GET", "/metrics", Service.metrics, None),
@@ -67,7 +69,7 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
             if service.settings.knows_dev_key and not is_local(request.environ.get("HTTP_HOST", ""), service.names):
                 raise Refusal(421, "misdirected_request", f"with the key {DEV_KEY}, {ALLOWED}")
             if scope is None:
-                return handler(service)
+                return handler(service, **ids)
             key = authenticate(service.settings.api_keys, scope)
             context.current.get().key = key.name
             hold_to_its_rate(key, service.limits)

@@ -34,8 +34,18 @@ PAGE_QUERY: Json = {
     "after": {"type": "string"},
     "before": {"type": "string"},
 }
-BATCH_HEADER: Json = {"x-batch-validation": {"enum": ["strict", "permissive"]}}
-ONCE: Json = {"Idempotency-Key": {"type": "string", "pattern": "^[ -~]{1,256}$"}}
+ONCE: Json = {
+    "Idempotency-Key": {
+        **{"type": "string", "pattern": "^[ -~]{1,256}$"},
+        "description": "makes the request safe to repeat: it is carried out once",
+    },
+}
+BATCH_HEADER: Json = {
+    "x-batch-validation": {
+        **{"enum": ["strict", "permissive"]},
+        "description": "permissive: what is right is queued, though other mails are wrong",
+    },
+}
 
 
 class Operation(NamedTuple):
@@ -227,14 +237,14 @@ def refused(operation: Operation, path: str, scope: str | None) -> Json:
 
 
 def parameters(path: str, operation: Operation, told: reference.Section) -> list[Json]:
-    found: list[Json] = []
-    if "{id}" in path:
-        found.append({"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}})
-    found += [{"name": name, "in": "header", "schema": schema} for name, schema in operation.headers.items()]
-    for name, schema in operation.query.items():
-        text = {"description": told.fields[name]} if name in told.fields else {}
-        found.append({"name": name, "in": "query", "schema": schema, **text})
-    return found
+    wanted = [("id", "path", {"type": "string", "minLength": 1})] if "{id}" in path else []
+    wanted += [(name, "header", schema) for name, schema in operation.headers.items()]
+    wanted += [(name, "query", schema) for name, schema in operation.query.items()]
+    return [
+        {"name": name, "in": where, "required": where == "path", "schema": schema}
+        | ({"description": text} if (text := schema.get("description") or told.fields.get(name)) else {})
+        for name, where, schema in wanted
+    ]
 
 
 def refusal(status: str) -> Json:
