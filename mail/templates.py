@@ -105,7 +105,7 @@ def variables(template_id: str) -> dict[str, str | int | float | None]:
     for name in wanted:  # grows by what it includes
         _loaded(name)
         tree = _parsed(name)
-        wanted += [one for one in meta.find_referenced_templates(tree) if one and one not in wanted]
+        wanted += {*environment().list_templates()} & {*meta.find_referenced_templates(tree)} - {*wanted}
         found |= meta.find_undeclared_variables(tree)
         for node in tree.find_all((nodes.Filter, nodes.Test)):
             if node.name in ("default", "d", "defined") and isinstance(node.node, nodes.Name):

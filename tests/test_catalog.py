@@ -16,7 +16,7 @@ from tests.servers import Api, House
 pytestmark = pytest.mark.usefixtures("client")
 LISTED = {"id", "name", "alias", "status", "created_at", "updated_at", "published_at"}  # by Resend's SDK for Node
 FILES = {
-    "order/subject.txt": "Order {{ number }}\n",
+    "order/subject.txt": "Order {{ number }}{% include 'no.txt' ignore missing %}\n",
     "order/body.html": "<p>{% if note is defined %}{{ note }}{% endif %}{% include 'order/sum.html' %}",
     "order/sum.html": "{{ total }} {{ currency|default('EUR') }} {{ items|default(1) }} {{ a|d }}",
     "plain/subject.txt": "Hi",
@@ -44,7 +44,8 @@ def test_the_templates_are_listed_and_shown_as_they_are_written(api: Api) -> Non
     assert [set(one) for one in listed["data"]] == [LISTED, LISTED]
     shown = api.get("/templates/order").body
     assert set(shown) == LISTED | {"object", "from", "reply_to", "subject", "html", "text", "variables"}
-    assert (shown["subject"], shown["text"], shown["html"]) == ("Order {{ number }}", None, FILES["order/body.html"])
+    assert shown["subject"] == FILES["order/subject.txt"].strip()
+    assert (shown["text"], shown["html"]) == (None, FILES["order/body.html"])
     variables = {one["key"]: (one["type"], one["fallback_value"]) for one in shown["variables"]}
     assert variables == {
         **{"a": ("string", ""), "currency": ("string", "EUR"), "items": ("number", 1), "note": ("string", "")},
