@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, Undefined, UndefinedError, nodes
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, Undefined, UndefinedError, meta, nodes
 from jinja2.exceptions import TemplateNotFound, TemplateRuntimeError, TemplateSyntaxError
 
 from mail.request import FieldError, Invalid
@@ -85,6 +85,33 @@ def parts(template_id: str) -> list[Template | None]:
 
 def ids() -> list[str]:
     return sorted({path.parent.name for name in (SUBJECT, *BODIES) for path in FOLDER.glob(f"*/{name}")})
+
+
+def files(template_id: str) -> list[Path]:
+    """Returns the files of a template that there are."""
+    return [path for name in (SUBJECT, *BODIES) if (path := FOLDER / template_id / name).is_file()]
+
+
+def source(template_id: str) -> tuple[str | None, ...]:
+    """Returns (subject, text, html) as they are written. Raises `Invalid` and `Broken`."""
+    files = (Path(part.filename or "") if part else None for part in parts(template_id))
+    return tuple(file.read_text("utf-8").rstrip("\n") if file else None for file in files)
+
+
+def variables(template_id: str) -> dict[str, str | int | float | None]:
+    """Returns the variables that a template uses, each with what stands for it if it is not given; None: it must be.
+    Raises `Broken`."""
+    wanted, found, optional = [f"{template_id}/{path.name}" for path in files(template_id)], set[str](), {}
+    for name in wanted:  # grows by what it includes
+        _loaded(name)
+        tree = _parsed(name)
+        wanted += {*environment().list_templates()} & {*meta.find_referenced_templates(tree)} - {*wanted}
+        found |= meta.find_undeclared_variables(tree)
+        for node in tree.find_all((nodes.Filter, nodes.Test)):
+            if node.name in ("default", "d", "defined") and isinstance(node.node, nodes.Name):
+                given = getattr(node.args[0], "value", "") if node.args else ""
+                optional[node.node.name] = given if isinstance(given, (str, int, float)) else ""
+    return {name: optional.get(name) for name in sorted(found)}
 
 
 def _missing_parts(template_id: str) -> Iterator[str]:

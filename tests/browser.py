@@ -28,7 +28,7 @@ FLAGS = (
 def browser(tmp_path: Path) -> Iterator[Chrome]:
     options = ChromeOptions()
     options.binary_location = program("REQUIRE_BROWSER", "chromium", "chromium-browser", "google-chrome")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
         options.add_argument(flag)
     with Chrome(options, Service(program("REQUIRE_BROWSER", "chromedriver"))) as chrome:

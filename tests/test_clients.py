@@ -106,6 +106,64 @@ def test_what_is_not_here_is_listed_as_it_is_answered() -> None:
     assert [name for name in (*request.NOT_HERE, *routes) if f"`{name}`" not in listed] == []
 
 
+def test_every_example_of_the_page_is_run() -> None:
+    assert set(re.findall(r"^```(\w+)$", PAGE, re.MULTILINE)) == {*RUN, "sh"}
+
+
+# --- what the SDKs call -----------------------------------------------------------------------------------------------
+
+CALLS = {  # each program prints, call by call, what became of it
+    "python": """
+import json, os, resend
+resend.api_url, resend.api_key = os.environ["MAIL_URL"], "dev"
+mail = json.loads(os.environ["MAIL"])
+wrong, once = {**mail, "to": "x"}, {"idempotency_key": "python"}
+files = [{"filename": "a.txt", "content": one} for one in (list(b"Hi"), "SGk=")]
+sent = resend.Emails.send({**mail, "attachments": files}, once)["id"]
+some = resend.Batch.send([mail, wrong], {"batch_validation": "permissive"})
+print(json.dumps({
+    "again": resend.Emails.send({**mail, "attachments": files}, once)["id"] == sent,
+    "get": resend.Emails.get(sent)["subject"],
+    "batch": len(resend.Batch.send([mail, mail])["data"]),
+    "permissive": [len(some["data"]), some["errors"][0]["index"]],
+    "templates": [one["id"] for one in resend.Templates.list({"limit": 1})["data"]],
+    "template": resend.Templates.get("welcome")["variables"][0]["key"],
+    "domains": [one["name"] for one in resend.Domains.list()["data"]],
+    "keys": [one["name"] for one in resend.ApiKeys.list()["data"]],
+}))
+""",
+    "js": """
+import { Resend } from "resend";
+const { emails, batch, templates, domains, apiKeys } = new Resend("dev", { baseUrl: process.env.MAIL_URL });
+const did = async (call) => { const { data, error } = await call; if (error) throw error; return data; };
+const mail = JSON.parse(process.env.MAIL), wrong = { ...mail, to: "x" }, once = { idempotencyKey: "node" };
+const attachments = [Buffer.from("Hi"), "SGk="].map((content) => ({ filename: "a.txt", content }));
+const sent = await did(emails.send({ ...mail, attachments }, once));
+const some = await did(batch.send([mail, wrong], { batchValidation: "permissive" }));
+console.log(JSON.stringify({
+  again: (await did(emails.send({ ...mail, attachments }, once))).id === sent.id,
+  get: (await did(emails.get(sent.id))).subject,
+  batch: (await did(batch.send([mail, mail]))).data.length,
+  permissive: [some.data.length, some.errors[0].index],
+  templates: (await did(templates.list({ limit: 1 }))).data.map((one) => one.id),
+  template: (await did(templates.get("welcome"))).variables[0].key,
+  domains: (await did(domains.list())).data.map((one) => one.name),
+  keys: (await did(apiKeys.list())).data.map((one) => one.name),
+}));
+""",
+}
+DONE = {
+    **{"again": True, "get": "Hello", "batch": 2, "permissive": [1, 1], "templates": ["welcome"], "template": "name"},
+    **{"domains": ["example.com"], "keys": ["dev"]},
+}
+
+
+@pytest.mark.parametrize("language", CALLS)
+def test_each_call_of_the_sdk_is_answered_as_it_expects(here: Api, tmp_path: Path, language: str) -> None:
+    ran = run(language, CALLS[language], tmp_path, environment(here) | {"MAIL": json.dumps(GOOD)})
+    assert json.loads(ran.stdout or "null") == DONE, ran.stderr
+
+
 # --- what is refused is an error of each client -----------------------------------------------------------------------
 
 # Each program sends the mail MAIL with the key ONCE, and prints what it makes of the answer.

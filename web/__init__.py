@@ -3,6 +3,8 @@
 app.py         the routes, and what is around each
 handlers.py    what each route answers
 mails.py       mails listed, canceled, moved
+catalog.py     templates, domains and API keys, to read
+docs.py        GET /openapi.json, which openapi.py makes of answers.py (types) and reference.py (docs/api.md)
 access.py      who asks, and what that API key may do
 context.py     what is known of the request that is being answered
 body.py        a request's body: strict JSON, bounded

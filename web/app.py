@@ -1,7 +1,7 @@
 """The routes, and what is around each: authentication, the budget for large bodies, the one error shape.
 
-Every answer but /metrics is JSON, also to what is not found, not allowed, too large or broken, and also where Waitress
-refuses before the app is asked.
+Every answer but /docs and /metrics is JSON, also to what is not found, not allowed, too large or broken, and also where
+Waitress refuses before the app is asked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mail import counters, templates
 from queues.jobs import Jobs
 from queues.offer import Task
 from settings import DEV_KEY, Settings, SettingsError
-from web import context, mails
+from web import catalog, context, docs, mails
 from web.access import authenticate, hold_to_its_rate
 from web.errors import Refusal, as_refusal, error_response, routing_error
 from web.handlers import Service
@@ -34,7 +34,15 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("GET", "/jobs/<job_id>", Service.get_job, "full"),
     ("POST", "/jobs/<job_id>/requeue", Service.requeue_job, "full"),
     ("DELETE", "/jobs/<job_id>", Service.delete_job, "full"),
+    ("GET", "/templates", catalog.list_templates, "full"),
+    ("GET", "/templates/<template_id>", catalog.get_template, "full"),
+    ("POST", "/templates/<template_id>/preview", catalog.preview_template, "full"),
+    ("GET", "/domains", catalog.list_domains, "full"),
+    ("GET", "/api-keys", catalog.list_api_keys, "full"),
     ("GET", "/", Service.home, None),
+    ("GET", "/openapi.json", docs.openapi, None),
+    ("GET", "/docs", docs.page, None),
+    ("GET", "/docs/<name>", docs.file, None),
     ("GET", "/healthz", Service.healthz, None),
     ("GET", "/readyz", Service.readyz, None),
     ("GET", "/metrics", Service.metrics, None),
@@ -47,6 +55,7 @@ def make_app(settings: Settings, jobs: Jobs, offered: Mapping[str, Task], names:
     if faults := templates.faults():
         raise SettingsError(faults)
     service, app = Service(settings, jobs, offered, names), Bottle()
+    service.routes = ROUTES
     app.config["catchall"] = False  # Bottle would print the exception, which may quote a request; Middleware does not
     app.default_error_handler = routing_error
     for method, path, handler, scope in ROUTES:
@@ -64,7 +73,7 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
             if service.settings.knows_dev_key and not is_local(request.environ.get("HTTP_HOST", ""), service.names):
                 raise Refusal(421, "misdirected_request", f"with the key {DEV_KEY}, {ALLOWED}")
             if scope is None:
-                return handler(service)
+                return handler(service, **ids)
             key = authenticate(service.settings.api_keys, scope)
             context.current.get().caller = key
             hold_to_its_rate(key, service.limits)

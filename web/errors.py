@@ -43,6 +43,9 @@ NAMES = {  # a type that Resend does not have -> its name there; any other has i
 }
 NOT_HERE = {  # what clients of Resend's API ask for -> what to do without it; docs/clients.md lists the rest
     r"GET /emails/[^/]+/attachments/[^/]+": "GET /emails/ID/attachments has all but what is in the file",
+    r"POST /templates": "a template is a folder of templates/ on the server",
+    r"POST /domains": "`from` may have any domain that the relay takes",
+    r"POST /api-keys": "bin/key on the server makes one",
 }
 
 

@@ -79,6 +79,7 @@ class Service:
         self.settings = settings
         self.offered = offered
         self.names = names
+        self.routes: tuple[Any, ...] = ()  # web.app's, which docs show
         self.jobs = jobs
         self.outbox = Outbox(jobs, settings)
         self.limits = Limits(jobs.redis)
@@ -194,7 +195,8 @@ class Service:
 
     def home(self) -> HTTPResponse:
         """Says to a browser what this is."""
-        return json_response(200, {"name": "async-email", "version": VERSION, "docs": "docs/api.md, beside service.py"})
+        shown = {"name": "async-email", "version": VERSION, "docs": "/docs", "openapi": "/openapi.json"}
+        return json_response(200, shown)
 
     def healthz(self) -> HTTPResponse:
         return json_response(200, {"status": "ok", "version": VERSION})

@@ -38,7 +38,9 @@ class Middleware:
             if environ["REQUEST_METHOD"] == "POST" and status < "3":
                 self.accepting.add(seconds)
             log(environ, context, status, seconds)
-            return start_response(status, headers + common_headers(request_id), exc_info)
+            given = {name for name, _ in headers}
+            common = [one for one in common_headers(request_id) if one[0] not in given]
+            return start_response(status, headers + common, exc_info)
 
         if environ["PATH_INFO"].startswith("//"):  # Node's SDK adds a slash to a URL that Ruby's needs one after
             environ["PATH_INFO"] = "/" + environ["PATH_INFO"].lstrip("/")
