@@ -114,9 +114,9 @@ def parse_address(text: str) -> Address:
 
 
 class ApiKey(NamedTuple):
-    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit, and
-    read what it submitted; `test` too, but nothing of it is sent; `full` may do everything. `rate` is
-    how many requests it may make, `domains` are those that it may send from, if it may not from all."""
+    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit, and read what it submitted; `test`
+    the same, and nothing is sent; `full` may do everything. `rate` is how many requests it may make; `domains` are
+    those that it may send from, if not from all."""
 
     name: str
     sha256: str
@@ -127,7 +127,7 @@ class ApiKey(NamedTuple):
 
     @property
     def reads_only(self) -> str:
-        """Returns the name of the caller whose mails alone it may see: its own, or "" if it may see all."""
+        """Returns the name of the key whose mails alone this one may see: its own, or "" for all."""
         return "" if self.scope == "full" else self.name
 
     def __str__(self) -> str:

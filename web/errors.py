@@ -67,9 +67,8 @@ def as_refusal(error: Exception) -> Refusal:
             return error
         case Invalid():
             first = error.errors[0]
-            return Refusal(
-                403 if first.forbidden else 422, error_type(first), f"{first.field}: {first.message}", error.errors
-            )
+            status, text = 403 if first.forbidden else 422, f"{first.field}: {first.message}"
+            return Refusal(status, error_type(first), text, error.errors)
         case IdempotencyConflict():
             text = "this Idempotency-Key was used for a different request; use a new key for a new request"
             return Refusal(409, "invalid_idempotent_request", text)
