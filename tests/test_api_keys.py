@@ -31,7 +31,7 @@ def test_a_key_of_scope_send_may_submit_mail_and_read_it_and_nothing_else(api: A
     sender = Api(api.port, "send-key")
     assert sender.post("/emails", MAIL).status == 200
     assert sender.post("/start-job", WELCOME).status == 202
-    for method, path in [*ANY_ID[1:], ("POST", "/jobs")]:
+    for method, path in [*(one for one in ANY_ID if "/jobs/" in one[1]), ("POST", "/jobs")]:
         answer = sender.call(method, path, JOB if path == "/jobs" else None)
         assert (answer.status, answer.body["name"]) == (401, "restricted_api_key"), path
     assert {route[:2] for route in web_app.ROUTES if route[3] == "send"} == SUBMITS

@@ -42,6 +42,7 @@ def tightened() -> dict[str, Any]:
         if hasattr(answers, name) and "properties" in one:
             one["additionalProperties"] = False
     schemas["TemplateUse"]["properties"]["id"] = {"enum": ["welcome"]}
+    schemas["Preview"] |= {"properties": {"variables": {"enum": [{"name": "Ada"}, {}]}}}
     schemas["JobRequest"]["properties"] = {"task": {"enum": ["why_failed"]}, "args": {"enum": [{}, {"hours": 1}]}}
     return {**DOCUMENT, "components": {**DOCUMENT["components"], "schemas": schemas}}
 
