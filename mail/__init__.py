@@ -2,7 +2,7 @@
 
 address.py   a mailbox, checked
 request.py   what a caller may ask for: the fields of POST /emails
-forms.py     the forms in which real clients write a field -> our one form
+forms.py     the forms in which real clients write a field -> our one form (unsubscribe.py: two fields -> headers)
 moments.py   a time as clients write it
 templates.py templates on disk -> subject, text, html
 message.py   Message, its stored form, and the draft that the outbox accepts

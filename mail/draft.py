@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
+from mail import unsubscribe
 from mail.address import Mailbox
 from mail.forms import html_with_ids
 from mail.message import Draft, Message
@@ -41,7 +42,7 @@ def compose(request: Request, rendered: tuple[str, str | None, str | None] | Non
         html=html_with_ids(
             html, {one.content_id: one.cid for one in request.attachments if one.content_id and one.cid}
         ),
-        headers={**request.headers, **request.unsubscribe_headers},
+        headers={**request.headers, **unsubscribe.headers(request.unsubscribe_url, request.unsubscribe_email)},
         attachments=[one.stored() for one in request.attachments],
     )
 

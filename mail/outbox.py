@@ -321,6 +321,8 @@ class Outbox:
 
     def cancel(self, mail_id: str) -> None:
         """Stops a mail that is not being sent and not sent. Raises `NotFound`, `NotPossible`, `Unavailable`."""
+        if not MAIL_ID.fullmatch(mail_id):
+            raise NotFound
         try:
             job = self.jobs.removal(mail_id)
         except NotFound:  # somebody deleted the job; the mail is left
@@ -338,6 +340,8 @@ class Outbox:
     def reschedule(self, mail_id: str, moment: float) -> None:
         """Moves a scheduled mail that no attempt has taken yet to `moment` (seconds since 1970). Raises `NotFound`,
         `NotPossible`, `Unavailable`."""
+        if not MAIL_ID.fullmatch(mail_id):
+            raise NotFound
         with translating_errors():
             stored: Any = self.jobs.redis.hget(mail_key(mail_id), "expires_at")
             expires_at = timestamp((stored or b"").decode())

@@ -16,11 +16,10 @@ from datetime import datetime, timedelta
 from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import quote
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from mail import forms
+from mail import forms, unsubscribe
 from mail.address import Mailbox, header_text
 from mail.message import PIECE, STRUCTURED
 from mail.moments import time_or_delay, time_with_zone
@@ -36,9 +35,6 @@ IN_A_LIST = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^,])+')  # one address of a heade
 MAX_HEADERS = 64_000  # characters of all values together
 TOKEN = r"[A-Za-z0-9!#$&^_.+-]+"
 CONTENT_TYPE = re.compile(rf"{TOKEN}/{TOKEN}(?:; ?{TOKEN}={TOKEN})*")
-HTTPS_URL = re.compile(  # RFC 3986, with neither a user nor a fragment
-    r"https://[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]{1,5})?(?:[/?](?:[A-Za-z0-9._~:/?@!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)?"
-)
 COMPOSITE = ("multipart/", "message/")  # RFC 2046 5: these hold mail as it is, and never base64
 REQUIRED = "is required"
 NOT_HERE = {  # a field of Resend's API -> what to do without it; docs/clients.md lists the rest
@@ -154,13 +150,6 @@ def content_id(text: str) -> str:
     return text
 
 
-def https_url(text: str) -> str:
-    """Refuses what cannot stand between < and > in List-Unsubscribe, and a comma: some readers take it for the end."""
-    if not HTTPS_URL.fullmatch(text):
-        raise ValueError("must be a URL such as https://acme.example/leave?who=42, in ASCII, a comma written as %2C")
-    return text
-
-
 def header_name(name: str) -> str:
     if not re.fullmatch(r"[!-9;-~]{1,76}", name):
         raise ValueError("a header name must be 1 to 76 printable ASCII characters without a colon")
@@ -256,17 +245,8 @@ class Request(StrictModel):
     expires_at: Annotated[datetime, BeforeValidator(time_with_zone)] | None = None
     on_doubt: Literal["retry", "hold"] | None = None
     priority: Literal["high", "normal", "bulk"] = "normal"
-    unsubscribe_url: Annotated[str, Field(max_length=800), AfterValidator(https_url)] | None = None
+    unsubscribe_url: Annotated[str, Field(max_length=800), AfterValidator(unsubscribe.https_url)] | None = None
     unsubscribe_email: OneMailbox | None = None
-
-    @property
-    def unsubscribe_headers(self) -> dict[str, str]:
-        """Returns the headers by which a mail program offers to unsubscribe (RFC 2369, RFC 6068, RFC 8058)."""
-        local, _, domain = self.unsubscribe_email.address.rpartition("@") if self.unsubscribe_email else ("", "", "")
-        ways = [f"<{self.unsubscribe_url}>"] if self.unsubscribe_url else []
-        ways += [f"<mailto:{quote(local, safe='+')}@{domain}>"] if domain else []
-        one_click = {"List-Unsubscribe-Post": "List-Unsubscribe=One-Click"} if self.unsubscribe_url else {}
-        return {"List-Unsubscribe": ", ".join(ways), **one_click} if ways else {}
 
 
 # A field -> what the objects in it are.
@@ -333,8 +313,8 @@ def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:
         yield FieldError("to", f"to, cc and bcc must have at most {max_recipients} recipients together, not {count}")
     for number in _repeated([name.lower() for name in request.headers]):
         yield FieldError(f"headers.{list(request.headers)[number]}", "is given twice, in different cases")
-    for name in request.headers if request.unsubscribe_headers else ():
-        if name.lower() in ("list-unsubscribe", "list-unsubscribe-post"):
+    for name in request.headers if request.unsubscribe_url or request.unsubscribe_email else ():
+        if name.lower() in unsubscribe.HEADERS:
             told = "must be left out: unsubscribe_url and unsubscribe_email write this header"
             yield FieldError(f"headers.{name}", told)
     if request.unsubscribe_email and request.unsubscribe_email.name:

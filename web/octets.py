@@ -38,7 +38,10 @@ class File(Protocol):
 def read(file: File, size: int, limit: int) -> tuple[str, dict[str, str]]:
     """Reads `size` bytes. Returns the JSON, with a mark in place of each list of octets, and the base64 of these by
     their marks. Raises `Refusal` if that is longer than `limit`, `UnicodeDecodeError`."""
-    reader = Reader(file, size, limit)
+    first = file.read(min(PIECE, size))
+    if len(first) == size <= limit and not START.search(first):
+        return first.decode(), {}  # as most are
+    reader = Reader(file, size - len(first), limit, first)
     while reader.to_next_list() or reader.read_more():
         pass
     reader.write(reader.ahead)
@@ -48,10 +51,10 @@ def read(file: File, size: int, limit: int) -> tuple[str, dict[str, str]]:
 class Reader:
     """Turns a body into `text` and `lists`, piece by piece. What is read and not yet looked at is `ahead`."""
 
-    def __init__(self, file: File, size: int, limit: int) -> None:
-        self.file, self.unread = file, size
+    def __init__(self, file: File, unread: int, limit: int, ahead: bytes) -> None:
+        self.file, self.unread = file, unread
         self.limit = self.left = limit
-        self.ahead, self.found = b"", 0
+        self.ahead, self.found = ahead, 0
         self.text = bytearray()
         self.lists: dict[str, str] = {}
         self.mark = uuid.uuid4().hex  # no caller can know it

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
-from mail import forms, request
+from mail import forms, request, unsubscribe
 from mail.address import Mailbox, header_text
 from mail.listing import STATES
 from mail.moments import time_or_delay, time_with_zone
@@ -143,7 +143,7 @@ FORMS: Mapping[Any, Callable[[Json], Json]] = {
     request.one_or_list: or_one,
     time_with_zone: same,
     time_or_delay: lambda inner: {"anyOf": [inner["anyOf"][0], {"type": "string", "pattern": DELAY}]},
-    request.https_url: lambda inner: {**inner, "format": "uri", "pattern": "^https://"},
+    unsubscribe.https_url: lambda inner: {**inner, "format": "uri", "pattern": "^https://"},
     request.canonical_base64: same,
     request.header_name: same,
     request.header_fits: same,
