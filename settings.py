@@ -114,26 +114,42 @@ def parse_address(text: str) -> Address:
 
 
 class ApiKey(NamedTuple):
-    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit; `full` may do everything. `rate` is
-    how many requests it may make."""
+    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit, and
+    read what it submitted; `test` too, but nothing of it is sent; `full` may do everything. `rate` is
+    how many requests it may make, `domains` are those that it may send from, if it may not from all."""
 
     name: str
     sha256: str
     scope: str
     rate: Rate | None = None
+    domains: tuple[str, ...] = ()
+
+    @property
+    def reads_only(self) -> str:
+        """Returns the name of the caller whose mails alone it may see: its own, or "" if it may see all."""
+        return "" if self.scope == "full" else self.name
 
     def __str__(self) -> str:
-        return ":".join([self.name, self.sha256, self.scope, *([str(self.rate)] if self.rate else [])])
+        optional = [str(self.rate or ""), "+".join(self.domains)]
+        return ":".join([self.name, self.sha256, self.scope, *optional]).rstrip(":")
+
+
+DOMAIN = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
+API_KEY = re.compile(
+    r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send|test)"
+    rf"(?::(?:([0-9]+/[smhd])|(?=:))(?::((?i:{DOMAIN}(?:\+{DOMAIN})*)))?)?)?"
+)
 
 
 def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
     keys = []
     for number, entry in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
-        match = re.fullmatch(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send)(?::([0-9]+/[smhd]))?)?", entry)
+        match = API_KEY.fullmatch(entry)
         if not match:  # the entry itself may be a key pasted in clear: never repeat it
-            form = "name:sha256hex, name:sha256hex:scope or name:sha256hex:scope:rate"
-            raise ValueError(f"entry {number} must be {form}, with scope full or send, and a rate such as 50/s")
-        keys.append(ApiKey(match[1], match[2], match[3] or "full", Rate.parse(match[4]) if match[4] else None))
+            form = "name:sha256hex[:scope[:rate[:domains]]], with scope full, send or test, a rate such as 50/s or none"
+            raise ValueError(f"entry {number} must be {form}, and domains in ASCII such as acme.example+acme.test")
+        rate, domains = Rate.parse(match[4]) if match[4] else None, (match[5] or "").lower()
+        keys.append(ApiKey(match[1], match[2], match[3] or "full", rate, tuple(filter(None, domains.split("+")))))
     if len({key.name for key in keys}) < len(keys):
         raise ValueError("each name must be unique")
     return tuple(keys)

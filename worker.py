@@ -22,6 +22,7 @@ import tasks
 from mail import delivery
 from process import log, sd_daemon
 from queues import keys
+from queues.bulk import Bulk
 from queues.connection import (
     RedisError,
     Unavailable,
@@ -38,6 +39,7 @@ from queues.quarantine import put_aside, sift
 from queues.table import EMAIL, QUEUES
 from queues.workers import EmailWorker, Functions, JobsWorker, Scheduler, make_worker
 
+FED_PER_WORKER = 50  # bulk mails that a worker may have before it; more than it can send in a second
 STUCK_AFTER = 120  # seconds beyond its timeout after which an attempt is taken for stuck
 
 
@@ -60,6 +62,7 @@ class WorkerPool:
         self.maintenance_worker = make_worker(EmailWorker, queue, self.redis, allowed(queue))  # takes no jobs
         self.queue = self.maintenance_worker.queues[0]
         self.scheduler = Scheduler(queue, self.redis)
+        self.bulk = Bulk(self.redis, FED_PER_WORKER * current.worker_concurrency)
         self.workers: dict[threading.Thread, EmailWorker] = {}
         self.suspended = False  # by `rq suspend`
         self.asked_to_stop = threading.Event()
@@ -82,7 +85,7 @@ class WorkerPool:
 
     def tick(self) -> None:
         """Does one duty after the other. An error in one keeps from no other, and ends nothing."""
-        duties: list[Callable[[], object]] = [self.publish_heartbeats, self.watch, self.schedule]
+        duties: list[Callable[[], object]] = [self.publish_heartbeats, self.watch, self.schedule, self.bulk.feed]
         if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
             self.maintained_at = time.monotonic()
             duties += [self.clamp_future_heartbeats, lambda: sift(self.queue)]

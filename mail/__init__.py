@@ -3,13 +3,16 @@
 address.py   a mailbox, checked
 request.py   what a caller may ask for: the fields of POST /emails
 forms.py     the forms in which real clients write a field -> our one form
+moments.py   a time as clients write it
 templates.py templates on disk -> subject, text, html
 message.py   Message, its stored form, and the draft that the outbox accepts
 draft.py     a request's body -> a draft: checked, its template rendered, composed
 mime.py      Message -> bytes
 store.py     the mails in Redis: names of keys, how scripts are run
 states.py    the states, what follows what, and BECOME: the one place where a state changes
-outbox.py    the mails together: accept, claim, cancel, requeue, read
+outbox.py    the mails together: accept, claim, cancel, move, requeue, read
+index.py     the index of all mails, by state, recipient and tag
+listing.py   the mails that a query asks for, newest first
 claim.py     one attempt's hold on one mail: mark, settle
 delivery.py  one attempt, top to bottom
 sweep.py     mails that got stuck: found, and queued again or given up

@@ -57,6 +57,10 @@ class Busy(Exception):
         self.seconds = seconds
 
 
+class Early(Busy):
+    """The mail is not to be sent before its `scheduled_at`, which is in so many seconds."""
+
+
 class ClaimLost(Exception):
     """The mail is no longer this attempt's: the lease ran out (this process stood still) and another has it, or it was
     canceled. Nothing was sent."""
@@ -76,7 +80,7 @@ class Recipient:
 class Claim:
     """One attempt's hold on one mail. `counted` is the number of attempts that count against it; `expires_at` is in
     seconds since 1970, 0 for a mail that does not expire; `reserved` says that it has its turn under SMTP_RATE now;
-    `counts` goes into the totals with the outcome."""
+    `counts` goes into the totals with the outcome. The recipients of a `test` are all served already."""
 
     store: Store
     id: str
@@ -92,6 +96,8 @@ class Claim:
     counted: int = 0
     expires_at: float = 0
     reserved: bool = False
+    test: bool = False
+    priority: str = "normal"
     settled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
 

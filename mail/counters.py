@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from mail.states import EXPIRED, FINAL
+from mail.states import EXPIRED, FINAL, TEST
 from mail.store import TOTALS
 from queues.connection import Redis, RedisError, translating_errors
 from queues.heartbeat import on_heartbeat
 from smtp.policy import Verdict
 
-RESULTS = (*FINAL, EXPIRED)  # how a mail ended; sent again, it has two
+RESULTS = (*FINAL, EXPIRED, TEST)  # how a mail ended; sent again, it has two
 # How an attempt ended; `interrupted`: with its worker.
 VERDICTS = (*(verdict.value.replace(" ", "_") for verdict in Verdict), "interrupted")
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import NoReturn
 
 import settings
-from mail.claim import Busy, Claim, iso
+from mail.claim import Busy, Claim, Early, iso
 from mail.counters import SMTP
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
@@ -67,7 +67,7 @@ class Delivery:
         try:
             claim = self.outbox.claim(mail_id, queued_at())
         except Busy as busy:
-            emit("busy", id=mail_id, next_in=f"{busy.seconds:.0f}s")
+            emit("early" if isinstance(busy, Early) else "busy", id=mail_id, next_in=f"{busy.seconds:.0f}s")
             return run_again_in(busy.seconds + 1)
         if isinstance(claim, str):
             emit("nothing_to_do", id=mail_id, state=claim)
@@ -85,7 +85,7 @@ class Delivery:
             return self._conclude(claim, [])
         if claim.has_expired():
             return self._expire(claim)
-        wait = self.pacing.admit(claim.reserved, claim.was_put_off)
+        wait = self.pacing.admit(claim.reserved, claim.was_put_off, claim.priority)
         if wait and wait.is_trouble and claim.age > self.outbox.settings.trouble_for:
             return self._end(claim, given_up(claim), TROUBLE_TOO_LONG)
         if wait:
@@ -135,7 +135,7 @@ class Delivery:
         if state == State.DELAYED and claim.has_expired(within=pause):
             return self._expire(claim)  # now rather than then: there will be no other attempt
         claim.settle(state, reason=reason, next_in=pause, reserved=reserved)
-        emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None)
+        emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None, test=claim.test or None)
         if state == State.SENT:
             return state
         if state != State.DELAYED:

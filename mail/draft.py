@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from datetime import datetime, timedelta, timezone
 
 from mail.address import Mailbox
 from mail.forms import html_with_ids
@@ -10,9 +10,11 @@ from mail.message import Draft, Message
 from mail.request import FieldError, Invalid, Rendered, Request, content_errors, parse, validate
 from mail.templates import render
 
+LONGEST_DELAY = timedelta(days=30)
+
 
 class Expired(Invalid):
-    """Nothing is wrong with the request except that its `expires_at` has passed."""
+    """Nothing is wrong with the request except that its `expires_at` or `scheduled_at` has passed."""
 
 
 def compose(request: Request, rendered: tuple[str, str | None, str | None] | None = None) -> Message:
@@ -47,6 +49,20 @@ def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int
     request = parse(body, default_sender=default_sender, max_recipients=max_recipients, local_domains=local_domains)
     rendered = render(request.template.id, request.template.variables) if request.template else None
     message = compose(request, rendered)
-    if request.expires_at and request.expires_at.timestamp() <= time.time():
+    at = scheduled(request.scheduled_at) if request.scheduled_at is not None else None
+    if request.expires_at and request.expires_at <= datetime.now(timezone.utc):
         raise Expired(FieldError("expires_at", "must be in the future"))
-    return Draft(message, request.expires_at, request.on_doubt)
+    if request.expires_at and at and request.expires_at <= at:
+        raise Invalid(FieldError("expires_at", "must be after scheduled_at"))
+    return Draft(message, request.expires_at, request.on_doubt, scheduled_at=at, priority=request.priority)
+
+
+def scheduled(asked: datetime | timedelta) -> datetime:
+    """Returns the moment that was asked for. Raises `Invalid`, or `Expired` if it has passed."""
+    now = datetime.now(timezone.utc)
+    moment = now + asked if isinstance(asked, timedelta) else asked
+    if moment <= now:
+        raise Expired(FieldError("scheduled_at", "must be in the future"))
+    if moment > now + LONGEST_DELAY:
+        raise Invalid(FieldError("scheduled_at", f"must be within {LONGEST_DELAY.days} days"))
+    return moment

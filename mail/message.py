@@ -66,12 +66,16 @@ class Message:
 
 class Draft(NamedTuple):
     """A mail to accept. After `expires_at` it is not sent any more, but fails; `on_doubt` overrides ON_DOUBT; `key` is
-    the name of the API key that submitted it."""
+    the name of the API key that submitted it. A `test` is treated as any mail, and never sent. None is sent before its
+    `scheduled_at`."""
 
     message: Message
     expires_at: datetime | None = None
     on_doubt: str | None = None
     key: str = ""
+    test: bool = False
+    scheduled_at: datetime | None = None
+    priority: str = "normal"  # or "high" or "bulk"
 
 
 def _dump(value: object) -> str:

@@ -12,7 +12,7 @@ import mimetypes
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from mail import forms
 from mail.address import Mailbox, header_text
 from mail.message import PIECE, STRUCTURED
+from mail.moments import time_or_delay, time_with_zone
 
 CONTROL_IN_BODY = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 OURS = re.compile(  # headers that this service writes or the relay adds; a caller's would contradict them
@@ -32,11 +33,9 @@ OURS = re.compile(  # headers that this service writes or the relay adds; a call
 MAX_HEADERS = 64_000  # characters of all values together
 TOKEN = r"[A-Za-z0-9!#$&^_.+-]+"
 CONTENT_TYPE = re.compile(rf"{TOKEN}/{TOKEN}(?:; ?{TOKEN}={TOKEN})*")
-TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3}|\.\d{6})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
 COMPOSITE = ("multipart/", "message/")  # RFC 2046 5: these hold mail as it is, and never base64
 REQUIRED = "is required"
 NOT_HERE = {  # a field of Resend's API -> what to do without it; docs/clients.md lists the rest
-    "scheduled_at": "is not supported: a mail goes out at once, so send the request when it is due",
     "attachments[].path": "is not supported: no file is fetched, so put it into content, in base64",
     "attachments[].inline_content_id": "is the older name of content_id: leave one of the two out",
     "react": "is not supported: it is a component of JavaScript, so render it to html",
@@ -63,6 +62,7 @@ class FieldError:
     field: str
     message: str
     missing: bool = False
+    forbidden: bool = False  # to this caller; another may
 
 
 class Invalid(Exception):
@@ -148,16 +148,6 @@ def content_id(text: str) -> str:
     return text
 
 
-def time_with_zone(text: object) -> datetime:
-    """Reads a time with its zone (RFC 3339)."""
-    try:
-        if isinstance(text, str) and TIME.fullmatch(text):
-            return datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError:  # the 31st of February
-        pass
-    raise ValueError("must be a time with its zone, such as 2026-11-21T12:30:00Z")
-
-
 def header_name(name: str) -> str:
     if not re.fullmatch(r"[!-9;-~]{1,76}", name):
         raise ValueError("a header name must be 1 to 76 printable ASCII characters without a colon")
@@ -178,6 +168,7 @@ HeaderValue = Annotated[str, Field(max_length=16_000), AfterValidator(header_tex
 HeaderText = Annotated[str, Field(max_length=998), AfterValidator(header_text)]
 BodyText = Annotated[str, AfterValidator(body_text)]
 TagWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,256}$")]
+ScheduledAt = Annotated[datetime | timedelta, BeforeValidator(time_or_delay)]
 ContentId = Annotated[str, Field(max_length=128), AfterValidator(content_id)]
 
 
@@ -247,9 +238,11 @@ class Request(StrictModel):
     ]
     tags: Annotated[list[Annotated[Tag, BeforeValidator(forms.tag)]], Field(max_length=50, default_factory=list)]
     template: TemplateUse | None = None
+    scheduled_at: ScheduledAt | None = None
     # Not in Resend's API: how this mail is to be treated, not what it says.
     expires_at: Annotated[datetime, BeforeValidator(time_with_zone)] | None = None
     on_doubt: Literal["retry", "hold"] | None = None
+    priority: Literal["high", "normal", "bulk"] = "normal"
 
 
 # A field -> what the objects in it are.

@@ -38,8 +38,10 @@ class Status(str, Enum):
     __str__ = str.__str__
 
 
+SCHEDULED = "scheduled"  # what a mail with `scheduled_at` is called that is queued and that no attempt has taken yet
 FINAL = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED)  # nothing more happens unless a person asks
 TROUBLE_TOO_LONG = "the relay was in trouble for too long"  # why a mail failed that waited TROUBLE_FOR
+TEST = "test"  # what a mail that a key of scope `test` submitted is counted as once it is `sent`
 EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted under this name
 # `sent` follows all that is stored: an attempt that lost its claim may have sent the mail, and then it is the truth.
 FOLLOWS: Mapping[State | None, Set[State]] = {
@@ -59,10 +61,42 @@ DROPS: Mapping[State, tuple[str, ...]] = {
     State.SENT: ("next_attempt_at", "content"),
     State.CANCELED: ("next_attempt_at", "content"),
 }
-# What mail.counters counts a state as, but for a mail that has failed because it expired.
+# What mail.counters counts a state as, but for a test, and a mail that has failed because it expired.
 COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)} | {State.QUEUED: "accepted"}
-# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT (keys) and KEPT (the
-# lifetimes of final states, in seconds).
+LETTERS = {  # in mail.index
+    **{state.value: state.value[0] for state in State},
+    State.SENDING.value: "n",
+    State.SENT.value: "t",
+    State.CANCELED.value: "x",
+    SCHEDULED: "a",
+}
+# Moves the one member in mail.index that a mail has by its state. In pcall, for INDEX may hold something else, which
+# mail.sweep puts aside.
+REINDEX = """
+local function raw(hex)
+  return (string.gsub(hex, '%x%x', function(two) return string.char(tonumber(two, 16)) end))
+end
+
+local function member(id, state, key, scheduled_at)
+  local name = 0
+  for at = 1, #(key or '') do name = (name * 31 + string.byte(key, at)) % 2^32 end
+  if state == 'queued' and scheduled_at then state = SCHEDULED end
+  return 's' .. LETTERS[state] .. raw(string.format('%08x', name)) .. raw((string.gsub(id, '-', '')))
+end
+
+local function reindex(id, was, state)
+  if string.sub(id, 15, 15) ~= '7' then return end  -- accepted before there was an index
+  local key, scheduled_at = unpack(redis.call('HMGET', MAIL .. id, 'key', 'scheduled_at'))
+  if was then
+    redis.pcall('ZREM', INDEX, member(id, was, key, scheduled_at))
+  else
+    redis.pcall('SADD', KEY_NAMES, key or '')
+  end
+  redis.pcall('ZADD', INDEX, 0, member(id, state, key, scheduled_at))
+end
+"""
+# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX, KEY_NAMES
+# (keys) and KEPT (the lifetimes of final states, in seconds).
 #
 # become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `look_at` is when mail.sweep
 # looks at a mail that is not final; `fields` are written with the state.
@@ -80,6 +114,8 @@ local function become(id, state, now, look_at, fields)
   redis.call('HSET', mail, 'state', state, unpack(fields))
   local counted = COUNTED[state]
   if state == 'failed' and redis.call('HGET', mail, 'reason') == EXPIRED then counted = EXPIRED end
+  local test = state == 'sent' and redis.call('HEXISTS', mail, 'test') == 1
+  if test then counted = TEST end
   if counted and was ~= state then redis.pcall('HINCRBY', TOTALS, counted, 1) end  -- sent twice is one mail
   if KEPT[state] then
     redis.call('EXPIRE', mail, KEPT[state])
@@ -88,7 +124,8 @@ local function become(id, state, now, look_at, fields)
     if was then redis.call('PERSIST', mail) end
     redis.pcall('ZADD', OPEN, look_at, id)
   end
-  if state == 'sent' then redis.call('SET', LAST_SENT, now) end
+  if state == 'sent' and not test then redis.call('SET', LAST_SENT, now) end
+  if was ~= state then reindex(id, was, state) end
   return true
 end
 """
@@ -102,9 +139,10 @@ LOST = {  # the status of a mail's job in RQ -> why the mail will not be sent al
 
 def transition(**constants: object) -> str:
     """Returns BECOME behind all that it uses, as local variables of the script."""
-    tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED}
-    tables["TROUBLE_TOO_LONG"] = TROUBLE_TOO_LONG
-    return "".join(f"local {name} = {_literal(value)}\n" for name, value in (constants | tables).items()) + BECOME
+    tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED, "TEST": TEST}
+    tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED}
+    named = "".join(f"local {name} = {_literal(value)}\n" for name, value in (constants | tables).items())
+    return named + REINDEX + BECOME
 
 
 def _literal(value: object) -> str:
@@ -118,7 +156,9 @@ def _literal(value: object) -> str:
     return json.dumps(value)
 
 
-def effective_state(state: str, job_status: str, reason: str, expired: bool = False) -> tuple[str, str]:
+def effective_state(
+    state: str, job_status: str, reason: str, expired: bool = False, scheduled: bool = False
+) -> tuple[str, str]:
     """Returns the (state, reason) that a mail is about to have, for those who read it: that a failed mail was queued
     again is written by its next claim; that one has expired while it waited, or its job is gone, by the sweep."""
     over = expired and reason == EXPIRED
@@ -131,4 +171,6 @@ def effective_state(state: str, job_status: str, reason: str, expired: bool = Fa
         return State.FAILED, EXPIRED
     if state == State.SENDING and job_status in ("queued", "scheduled"):
         return State.DELAYED, "its worker died in the last attempt"
-    return (State.FAILED, LOST[job_status]) if job_status in LOST else (state, reason)
+    if job_status in LOST:
+        return State.FAILED, LOST[job_status]
+    return (SCHEDULED, "") if scheduled and state == State.QUEUED else (state, reason)

@@ -19,6 +19,9 @@ OPEN = "mail:open"  # sorted set: every mail that is not final, by the moment at
 LAST_SENT = "mail:last_sent"  # seconds since 1970
 TOTALS = "mail:totals"  # hash: what mail.counters counts
 SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
+INDEX = "mail:index"  # sorted set: mail.index
+KEY_NAMES = "mail:keys"  # set: the names of all API keys that have submitted a mail
+SECRET = "mail:secret"  # string: what makes an address into its HMAC in the index
 LOOK_AFTER = 2 * LEASE_SECONDS  # seconds after which a mail should have moved on, and mail.sweep looks at it
 # KEYS: mail, claim. ARGV: token, lease in ms.
 RENEW = """
@@ -45,7 +48,8 @@ class Store:
         self.renew = Script(fail_fast(redis), RENEW)
         # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
         kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
-        self._become = transition(MAIL=MAIL, OPEN=OPEN, LAST_SENT=LAST_SENT, TOTALS=TOTALS, SWEPT=SWEPT, KEPT=kept)
+        shared = {"OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT, "INDEX": INDEX}
+        self._become = transition(MAIL=MAIL, KEY_NAMES=KEY_NAMES, KEPT=kept, **shared)
         self._scripts: dict[str, Script] = {}
 
     def script(self, body: str) -> Script:

@@ -21,25 +21,30 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from mail import index
 from mail.claim import iso, timestamp
 from mail.counters import number
 from mail.outbox import Outbox
-from mail.store import LAST_SENT, OPEN, SWEPT, TOTALS, claim_key, look_at, mail_key
+from mail.store import INDEX, KEY_NAMES, LAST_SENT, OPEN, SECRET, SWEPT, TOTALS, claim_key, look_at, mail_key
 from queues import keys
 from queues.connection import Redis, ResponseError, translating_errors, why_unavailable
 from queues.jobs import rq_now
 from queues.quarantine import put_aside
-from queues.table import EMAIL
+from queues.table import BULK, EMAIL
 from smtp import pacing
 
 AT_ONCE = 1000  # mails looked at in one go
-KINDS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"} | pacing.KINDS  # our shared keys
+OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
+OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string"}
+OURS |= {keys.queue(BULK): "list"}
+KINDS = OURS | pacing.KINDS  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds
 MAIL_ID = re.compile(rb"[\w-]+")
 
-# KEYS: mail, claim, RQ's job, queue, intermediate queue, scheduled, started, failed. ARGV: mail id, now, when to look
-# again, now as RQ writes it, when the first in the queue was put there, whether the mail has expired ("" or "1"), since
-# when a mail must not have waited ("" while the relay is not in trouble), until when RQ keeps a failed job.
+# KEYS: mail, claim, RQ's job, queue, intermediate queue, scheduled, started, failed, bulk. ARGV: mail id, now, when to
+# look again, now as RQ writes it, when the first in the queue was put there, whether the mail has expired ("" or "1"),
+# since when a mail must not have waited ("" while the relay is not in trouble), until when RQ keeps a failed job, when
+# the first in bulk was put there.
 # One that has waited too long keeps its place in the queue, where a claim makes it harmless: a search takes long.
 # A queue is searched only for a job that is older than its first: in a queue of a million, nearly none.
 SWEEP = """
@@ -80,8 +85,10 @@ end
 
 local waits = false
 if status == 'queued' then
-  waits = ARGV[5] ~= '' and (redis.call('HGET', KEYS[3], 'enqueued_at') or '') >= ARGV[5]
-    or redis.call('LPOS', KEYS[4], id) or redis.call('LPOS', KEYS[5], id)
+  local queued_at = redis.call('HGET', KEYS[3], 'enqueued_at') or ''
+  local bulk = redis.call('HGET', KEYS[1], 'priority') == 'bulk'
+  waits = ARGV[5] ~= '' and queued_at >= ARGV[5] or bulk and ARGV[9] ~= '' and queued_at >= ARGV[9]
+    or redis.call('LPOS', KEYS[4], id) or redis.call('LPOS', KEYS[5], id) or bulk and redis.call('LPOS', KEYS[9], id)
 elseif status == 'scheduled' then
   waits = redis.call('ZSCORE', KEYS[6], id)
 elseif status == 'started' then
@@ -118,19 +125,20 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
         else:
             redis.zrem(OPEN, entry)
             yield Finding("", "unreadable", f"an entry of {OPEN} that names no mail")
+    index.trim(redis, now - outbox.settings.retain_sent)
     redis.hset(SWEPT, "at", now)
 
 
 def _look_at(outbox: Outbox, mail_id: str, now: float, trouble_since: str) -> Iterator[Finding]:
     redis = outbox.jobs.redis
     touched = [mail_key(mail_id), claim_key(mail_id), keys.job(mail_id), keys.queue(EMAIL), keys.intermediate(EMAIL)]
-    touched += [keys.scheduled(EMAIL), keys.started(EMAIL), keys.failed(EMAIL)]
+    touched += [keys.scheduled(EMAIL), keys.started(EMAIL), keys.failed(EMAIL), keys.queue(BULK)]
     try:
         expires_at = _expires_at(redis, mail_id)
         expired = 0 < expires_at <= now
         again = now + LOOK_AGAIN if expired else look_at(now + LOOK_AGAIN, expires_at)
-        args = [mail_id, now, again, rq_now(), _first_since(redis), "1" if expired else "", trouble_since]
-        args.append(now + outbox.settings.retain_failed)
+        args = [mail_id, now, again, rq_now(), _first_since(redis, EMAIL), "1" if expired else "", trouble_since]
+        args += [now + outbox.settings.retain_failed, _first_since(redis, BULK)]
         event, *why = (word.decode() for word in outbox.store.run(SWEEP, touched, args))
     except ResponseError as error:
         if why_unavailable(error):
@@ -151,9 +159,9 @@ def _expires_at(redis: Redis, mail_id: str) -> float:
         return 0
 
 
-def _first_since(redis: Redis) -> Any:
-    """Returns when the first job in the queue was put there, or "" if it cannot be read."""
-    head: Any = redis.lindex(keys.queue(EMAIL), 0)
+def _first_since(redis: Redis, queue: str) -> Any:
+    """Returns when the first job in a queue was put there, or "" if it cannot be read."""
+    head: Any = redis.lindex(keys.queue(queue), 0)
     try:
         return (head and redis.hget(keys.job(head.decode()), "enqueued_at")) or ""
     except (UnicodeDecodeError, ResponseError):  # it is no job; the worker that takes it sets it aside

@@ -1,4 +1,5 @@
-"""Makes, lists and revokes API keys: `bin/key new NAME [--scope send|full] [--rate 50/s] | list | revoke NAME`.
+"""Makes, lists and revokes API keys: `bin/key new NAME [--scope send|test|full] [--rate 50/s] [--from DOMAIN]`,
+`list`, `revoke NAME`.
 
 On a server (where there is /etc/async-email) it works on the service's credential file, in a checkout on API_KEYS in
 `.env`; `--file` names another of either kind. A new key is printed once, alone on standard output; only its SHA-256 is
@@ -22,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mail.address import strict_address
 from process import env_file
 from settings import ApiKey, Rate, parse_api_keys
 
@@ -114,14 +116,14 @@ def replace(path: Path, text: str) -> None:
     os.close(directory)
 
 
-def new(file: KeyFile, name: str, scope: str, rate: Rate | None) -> None:
+def new(file: KeyFile, name: str, scope: str, rate: Rate | None, domains: Sequence[str]) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
         raise Refused("a name must be 1 to 64 letters, digits, '_', '.' or '-'")
     keys = file.read()
     if any(key.name == name for key in keys):
         raise Refused(f"there is a key {name} already; take another name, and revoke the old one when nobody uses it")
     key = f"ae_{secrets.token_urlsafe(24)}"
-    file.write([*keys, ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), scope, rate)])
+    file.write([*keys, ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), scope, rate, tuple(domains))])
     say(f"The key {name} (scope {scope}); it is shown this once:")
     print(key, flush=True)
     changed(file)
@@ -159,10 +161,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("new", help="make a key and print it, once", parents=[where])
     one.add_argument("name", metavar="NAME", help="who uses it; stands in the log")
-    scopes = "send (the default): may submit mail and no more; full: may also read, requeue, cancel and run jobs"
-    one.add_argument("--scope", choices=["send", "full"], default="send", help=scopes)
+    scopes = (
+        "send (the default): submits mail and reads it; test: the same, and nothing is sent; "
+        "full: reads all mail, requeues, cancels, runs jobs"
+    )
+    one.add_argument("--scope", choices=["send", "test", "full"], default="send", help=scopes)
     one.add_argument("--rate", type=rate_of, help="how many requests it may make, such as 50/s; without, any number")
-    commands.add_parser("list", help="names, scopes and rates", parents=[where])
+    domains = "a domain that it may send from, not its subdomains; may be repeated; without, from any"
+    one.add_argument(
+        "--from", dest="domains", metavar="DOMAIN", type=domain_of, action="append", default=[], help=domains
+    )
+    commands.add_parser("list", help="names, scopes, rates and domains", parents=[where])
     old = commands.add_parser("revoke", help="refuse a key from now on", parents=[where])
     old.add_argument("name", metavar="NAME")
     return parser.parse_args(arguments)
@@ -175,18 +184,27 @@ def rate_of(text: str) -> Rate:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def domain_of(text: str) -> str:
+    """Returns a domain as mail has it: in small letters and A-labels."""
+    try:
+        return strict_address(f"somebody@{text}").rpartition("@")[2]
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be a domain, such as acme.example") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     file = KeyFile(getattr(given, "file", None) or default_file())
     try:
         with file.locked():
             if given.command == "new":
-                new(file, given.name, given.scope, given.rate)
+                new(file, given.name, given.scope, given.rate, given.domains)
             elif given.command == "revoke":
                 revoke(file, given.name)
             else:
                 for key in file.read():
-                    print(f"{key.name:<24} {key.scope}{f'  {key.rate}' if key.rate else ''}")
+                    sender = f"from {' '.join(key.domains)}" if key.domains else ""
+                    print("  ".join(filter(None, [f"{key.name:<24} {key.scope}", str(key.rate or ""), sender])))
     except Refused as error:
         say(f"{error}.")
         return 1

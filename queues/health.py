@@ -14,7 +14,11 @@ from queues import keys
 from queues.connection import translating_errors
 from queues.heartbeat import HEARTBEAT_SECONDS, LEASE_SECONDS
 from queues.jobs import Jobs
-from queues.table import EMAIL
+from queues.table import BULK, EMAIL
+
+# Where in a queue to look for the job that waits longest. The first is it, but for mails of priority `high`, of which
+# the newest is the first; so more are looked at, the more the further back.
+PLACES = (*(2**n - 1 for n in range(18)), -1)
 
 
 class QueueState(NamedTuple):
@@ -33,7 +37,7 @@ def state(jobs: Jobs) -> dict[str, Any]:
         info, seen = jobs.redis.info(), _queue_state(jobs, EMAIL)
     return {
         "info": info,
-        "queued": seen.jobs["queued"],
+        "queued": seen.jobs["queued"] + seen.jobs["bulk"],
         "workers": seen.workers,
         "oldest_queued_seconds": seen.oldest_queued,
         "overdue_seconds": seen.overdue,
@@ -50,18 +54,24 @@ def _queue_state(jobs: Jobs, name: str) -> QueueState:
     pipe.llen(keys.queue(name))
     for registry in (keys.scheduled, keys.started, keys.failed, keys.deferred):
         pipe.zcard(registry(name))
-    pipe.lindex(keys.queue(name), 0)
+    pipe.llen(keys.queue(BULK))
+    for place in PLACES:
+        pipe.lindex(keys.queue(name), place)
     pipe.zrange(keys.scheduled(name), 0, 0, withscores=True)
     pipe.smembers(keys.workers(name))
-    *counts, head, first, workers = pipe.execute()
-    pipe.hget(keys.job(head.decode(errors="replace") if head else ""), "enqueued_at")
+    *counts, bulk = (seen := pipe.execute())[:6]
+    *heads, first, workers = seen[6:]
+    for head in heads:
+        pipe.hget(keys.job(head.decode(errors="replace") if head else ""), "enqueued_at")
     for worker in workers:
         pipe.hget(worker, "last_heartbeat")
-    oldest, *silences = map(age, pipe.execute())
+    ages = list(map(age, pipe.execute()))
+    waiting, silences = [one for one in ages[: len(heads)] if one is not None], ages[len(heads) :]
+    by_state = dict(zip(("queued", "scheduled", "started", "failed", "deferred"), counts, strict=True))
     return QueueState(
-        jobs=dict(zip(("queued", "scheduled", "started", "failed", "deferred"), counts, strict=True)),
+        jobs=by_state | ({"bulk": bulk} if name == EMAIL else {}),
         workers=sum(one is not None and one < LEASE_SECONDS + HEARTBEAT_SECONDS for one in silences),
-        oldest_queued=oldest,
+        oldest_queued=max(waiting, default=None),
         overdue=round(max(0.0, time.time() - first[0][1]), 3) if first else 0,
     )
 

@@ -116,27 +116,49 @@ def flatten(commands: Pipeline) -> list[Any]:
     return [word for command, _ in commands.command_stack for word in (len(command), *command)]
 
 
+class Place(NamedTuple):
+    """Where a job waits: at the end of its queue or at its `front`; in the list of another name, `aside`; or in RQ's
+    scheduled registry until `at` (seconds since 1970)."""
+
+    at: int = 0
+    front: bool = False
+    aside: str = ""
+
+
+class Call(NamedTuple):
+    """What a job calls its function with, and where it waits."""
+
+    args: Sequence[str]
+    kwargs: dict[str, Any]
+    place: Place = Place()
+
+
 class JobTemplate:
     """Records what RQ writes to queue a job, with blanks for what differs between jobs: id, call and time. RQ itself
     would take a fifth of the CPU of an accepted mail. Raises `KeyError` if RQ does not write these blanks."""
 
     ID = "00000000-0000-0000-0000-000000000000"
+    AT = 2**37  # in the place of `Place.at`
 
     def __init__(self, function: str, words: list[Any]) -> None:
         self.function = function
         self.words = words
         values = {name: place + 1 for place, name in enumerate(words) if name in ("data", "created_at", "enqueued_at")}
-        self.data = values["data"]
-        self.times = (values["created_at"], values["enqueued_at"])
+        self.data = values.pop("data")
+        self.times = tuple(values.values())  # both, or for a scheduled job the first
         self.ids = [place for place, word in enumerate(words) if isinstance(word, str) and self.ID in word]
+        self.at = [place for place, word in enumerate(words) if word == self.AT]
 
-    def render(self, job_id: str, args: Sequence[str], kwargs: dict[str, Any]) -> list[Any]:
+    def render(self, job_id: str, call: Call) -> list[Any]:
         words, moment = self.words.copy(), rq_now()
         for place in self.ids:
             words[place] = words[place].replace(self.ID, job_id)
         for place in self.times:
             words[place] = moment
-        words[self.data] = json.dumps((self.function, None, args, kwargs))  # RQ packs it, and reads it unpacked as well
+        for place in self.at:
+            words[place] = call.place.at
+        # RQ packs it, and reads it unpacked as well
+        words[self.data] = json.dumps((self.function, None, call.args, call.kwargs))
         return words
 
 
@@ -174,7 +196,7 @@ class Jobs:
         self,
         queue: str,
         function: str,
-        calls: Mapping[str, tuple[Sequence[str], dict[str, Any]]],
+        calls: Mapping[str, Call],
         policy: Policy,
         *,
         beside: Beside = NOTHING,
@@ -183,14 +205,16 @@ class Jobs:
     ) -> Accepted:
         """Stores and queues jobs, and does what is `beside`, in one step.
 
-        `calls` has the arguments and keyword arguments of each job, by its id. Returns the ids, or those of an earlier
+        `calls` has the call of each job, by its id. Returns the ids, or those of an earlier
         request with the same idempotency key and fingerprint. Raises `IdempotencyConflict` if the fingerprint was
         another, `Unavailable` if Redis cannot store them: then nothing is stored, or all of it (a lost reply).
         """
         key, fingerprint = idempotency or ("", "")
         with translating_errors():
-            template, accept = self._template(queue, function, policy), self._accept(beside.source)
-            commands = [word for job_id, call in calls.items() for word in template.render(job_id, *call)]
+            accept, commands = self._accept(beside.source), list[Any]()
+            for job_id, call in calls.items():
+                place = call.place._replace(at=JobTemplate.AT if call.place.at else 0)
+                commands += self._template(queue, function, policy, place).render(job_id, call)
             touched = [keys.job(next(iter(calls))), key]
             words = [",".join(calls), fingerprint, idempotency_ttl, len(commands), *commands, *beside.words]
             try:
@@ -203,7 +227,7 @@ class Jobs:
             raise IdempotencyConflict
         return Accepted(tuple(ids.decode().split(",")), verdict == b"replayed")
 
-    def _record(self, queue: str, function: str, policy: Policy) -> JobTemplate:
+    def _record(self, queue: str, function: str, policy: Policy, place: Place) -> JobTemplate:
         job = Job.create(
             function,
             id=JobTemplate.ID,
@@ -216,9 +240,14 @@ class Jobs:
             connection=self.redis,
             serializer=JSONSerializer,
         )
+        job.enqueue_at_front = place.front
         commands = self.redis.pipeline()
-        self.queues[queue].enqueue_job(job, pipeline=commands)
-        return JobTemplate(function, flatten(commands))
+        if place.at:
+            self.queues[queue].schedule_job(job, datetime.fromtimestamp(place.at, timezone.utc), pipeline=commands)
+        else:
+            self.queues[queue].enqueue_job(job, pipeline=commands, at_front=place.front)
+        aside = {keys.queue(queue): keys.queue(place.aside)} if place.aside else {}
+        return JobTemplate(function, [aside.get(word, word) for word in flatten(commands)])
 
     def recall(self, idempotency: Idempotency) -> Accepted | None:
         """Returns what an earlier request with this key was answered. Raises `IdempotencyConflict` as `accept` does."""
@@ -318,6 +347,8 @@ class Jobs:
                 job.delete(pipeline=commands)
             except InvalidJobOperation:  # its hash vanished between the fetch and now
                 raise NotFound from None
+            except ValueError:  # an attempt ended between the look at its executions and now
+                return [job.key, "none"]
         status = job.get_status(False).value
         return [job.key, status if status in CANCELABLE else "none", *flatten(commands)]
 

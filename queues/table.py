@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 EMAIL, JOBS = "email", "jobs"
+BULK = "bulk"  # the list of mails that wait until the queue `email` is short; no worker takes from it
 
 
 class Row(NamedTuple):

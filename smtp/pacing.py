@@ -8,14 +8,18 @@ smtp.policy), lets one mail probe every half minute and when a worker starts, an
 is open, workers take no mail from the queue: a long queue waits where it is. No mail makes trouble for the others: one
 that was put off before opens no breaker, and probes only if no other mail does.
 
+A mail of priority `high` lines up behind nobody: it takes the next moment that the rate leaves, and waits for it in its
+worker. `bulk` mail lines up by itself, so that other mail need not wait until all of it has had its turn.
+
 Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), `relay:streak` (hash:
 words, mails, since), and lists of moments in ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails),
-`relay:told_again` (of returning ones).
+`relay:told_bulk` (of new bulk mails), `relay:told_again` (of returning ones).
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import NamedTuple
 
 from queues.connection import Redis, Script, translating_errors
@@ -25,6 +29,7 @@ TROUBLES = 3  # in a row, until the breaker opens
 PAUSE: float = 30  # seconds that it stays open; then one mail may probe
 LONGEST = 15 * 60  # seconds; a pause that is asked for beyond that may be meant for one sender
 PROBE: float = 60  # seconds after which a probe that never came back is given up; and that others probe first
+HOLD: float = 3  # seconds that a mail of priority `high` waits in its worker at most
 ALIKE = 3  # different mails in a row that are put off or refused in the same words: it is about the account
 STREAK = 86400  # seconds for which such a row is remembered
 
@@ -37,9 +42,11 @@ local function moment(written)  -- 0 for none, and for what is none
 end
 local open_until = moment(redis.call('HGET', KEYS[1], 'open_until'))
 """  # in ms; before each script, whose first key is the breaker
-# KEYS: breaker, probe, gone, told, told_again. ARGV: PAUSE and PROBE in ms, whether the mail had a reservation, then
-# mails and period (ms) of each rate. A new mail lines up behind all reservations; one that returns at its moment goes,
-# if there is room, or gets another moment soon: there may be hours between the ends of the two lines.
+# KEYS: breaker, probe, gone, told, told_again, told_bulk. ARGV: PAUSE and PROBE in ms, whether the mail had a
+# reservation, whether it was put off before, its priority, HOLD in ms, then mails and period (ms) of each rate. Returns
+# `go`, whether there was trouble, and in how many ms. A new mail lines up behind all reservations of its line; one that
+# returns at its moment goes, if there is room, or gets another moment soon: there may be hours between the ends of the
+# lines.
 ADMIT = """
 local mine_at = open_until
 if open_until > 0 and ARGV[4] == '1' then mine_at = open_until + ARGV[2] end
@@ -48,7 +55,7 @@ if mine_at > now then return {'breaker', mine_at - now} end
 local most = 0
 local function next_free(moments)
   local free = now
-  for i = 5, #ARGV, 2 do
+  for i = 7, #ARGV, 2 do
     local mails, period = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
     local nth = redis.call('LINDEX', moments, mails - 1)
     if nth and moment(nth) + period > free then free = moment(nth) + period end
@@ -61,17 +68,19 @@ local function reserve(moments, moment)
   redis.call('LTRIM', moments, 0, most - 1)
 end
 
-local returning = ARGV[3] == '1'
-local line = returning and KEYS[5] or KEYS[4]
+local high = ARGV[5] == 'high'
+local returning = high or ARGV[3] == '1'
+local line = returning and KEYS[5] or ARGV[5] == 'bulk' and KEYS[6] or KEYS[4]
 local free, turn = next_free(KEYS[3]), next_free(line)
-if free > now or (turn > now and not returning) then
+local soon = now + (high and ARGV[6] or 0)
+if free > soon or (turn > now and not returning) then
   turn = math.max(free, turn)
   reserve(line, turn)
   return {'rate', turn - now}
 end
 if open_until > 0 and not redis.call('SET', KEYS[2], '1', 'NX', 'PX', ARGV[2]) then return {'breaker', ARGV[1] / 4} end
-if most > 0 then reserve(KEYS[3], now) end
-return {'go', redis.call('EXISTS', KEYS[1])}
+if most > 0 then reserve(KEYS[3], free) end
+return {'go', redis.call('EXISTS', KEYS[1]), free - now}
 """
 
 # KEYS: breaker, probe. ARGV: for how long in ms, after how many troubles, whether the mail was put off before. Returns
@@ -112,7 +121,7 @@ return mails
 
 KINDS = {  # the keys of `relay`, and the type of each
     **dict.fromkeys(("relay:breaker", "relay:streak"), "hash"),
-    **dict.fromkeys(("relay:gone", "relay:told", "relay:told_again"), "list"),
+    **dict.fromkeys(("relay:gone", "relay:told", "relay:told_again", "relay:told_bulk"), "list"),
     "relay:probe": "string",
 }
 
@@ -139,7 +148,7 @@ class Pacing:
     def __init__(self, redis: Redis, rates: tuple[Rate, ...], relay: str = "relay") -> None:
         self.redis = redis
         self.breaker = [f"{relay}:breaker", f"{relay}:probe"]
-        self.moments = [f"{relay}:gone", f"{relay}:told", f"{relay}:told_again"]
+        self.moments = [f"{relay}:gone", f"{relay}:told", f"{relay}:told_again", f"{relay}:told_bulk"]
         self.streak = f"{relay}:streak"
         self.rates = [number for rate in rates for number in (rate.most, rate.seconds * 1000)]
         self._admit, self._trouble, self._closed_for, self._refused, self._try_now = (
@@ -147,13 +156,15 @@ class Pacing:
         )
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
-    def admit(self, reserved: bool = False, put_off: bool = False) -> Wait | None:
-        """Returns None for go, now. A go is counted, and wasted if the mail does not go. `reserved`: the mail had a
-        reservation. `put_off`: the relay has put this mail off before, so others probe first for a minute."""
-        args = [int(PAUSE * 1000), int(PROBE * 1000), int(reserved), int(put_off), *self.rates]
-        verdict, number = self._admit(keys=self.breaker + self.moments, args=args)
+    def admit(self, reserved: bool = False, put_off: bool = False, priority: str = "normal") -> Wait | None:
+        """Returns None for go, now: for a mail of `priority` high, after a wait of HOLD at most. A go is counted, and
+        wasted if the mail does not go. `reserved`: the mail had a reservation. `put_off`: the relay has put this mail
+        off before, so others probe first for a minute."""
+        args = [int(PAUSE * 1000), int(PROBE * 1000), int(reserved), int(put_off), priority, int(HOLD * 1000)]
+        verdict, number, *wait = self._admit(keys=self.breaker + self.moments, args=[*args, *self.rates])
         self._troubled = verdict == b"breaker" or (verdict == b"go" and number == 1)
         if verdict == b"go":
+            time.sleep(wait[0] / 1000)
             return None
         return Wait(number / 1000, WAITS[verdict.decode()], reserved=verdict == b"rate")
 

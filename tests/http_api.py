@@ -64,7 +64,7 @@ def stored(client: redis.Redis) -> set[str]:
     """The ids of the mails in Redis, each of which is there whole and queued once."""
     queued: list[bytes] = client.lrange("rq:queue:email", 0, -1)  # type: ignore[assignment]
     watched: list[bytes] = client.zrange("mail:open", 0, -1)  # type: ignore[assignment]
-    mails = {key.removeprefix("mail:") for key in keys(client, "mail:*") - {"mail:open", "mail:totals"}}
+    mails = {key.removeprefix("mail:") for key in keys(client, "mail:????????-*")}
     assert mails == {one.decode() for one in watched}
     assert mails == {key.removeprefix("rq:job:") for key in keys(client, "rq:job:*")}
     assert sorted(mails) == sorted(one.decode() for one in queued)

@@ -8,25 +8,55 @@ from typing import Any
 import pytest
 import redis
 
-from tests.http_api import ANY_ID, JOB, MAIL, UNKNOWN_ID, WELCOME, app_with, ask, held_to_the_shape, served
+from mail.outbox import Outbox
+from queues.jobs import NotFound
+from tests.http_api import ANY_ID, JOB, MAIL, UNKNOWN_ID, WELCOME, app_with, ask, fields, held_to_the_shape, served
 from tests.servers import Answer, Api, RedisServer
 from web import app as web_app
+from web.middleware import Middleware
 
 pytestmark = pytest.mark.usefixtures("client")
 
 
-def test_a_key_of_scope_send_may_submit_mail_and_nothing_else(api: Api) -> None:
+SUBMITS = {("POST", "/emails"), ("POST", "/emails/batch"), ("POST", "/start-job"), ("GET", "/emails/<mail_id>")}
+SUBMITS |= {("GET", "/emails"), ("PATCH", "/emails/<mail_id>"), ("POST", "/emails/<mail_id>/cancel")}
+
+
+def test_a_key_of_scope_send_may_submit_mail_and_read_it_and_nothing_else(api: Api) -> None:
     sender = Api(api.port, "send-key")
     assert sender.post("/emails", MAIL).status == 200
     assert sender.post("/start-job", WELCOME).status == 202
-    for method, path in [*ANY_ID, ("POST", "/jobs")]:
+    for method, path in [*ANY_ID[1:], ("POST", "/jobs")]:
         answer = sender.call(method, path, JOB if path == "/jobs" else None)
         assert (answer.status, answer.body["name"]) == (401, "restricted_api_key"), path
-    assert {route[:2] for route in web_app.ROUTES if route[3] == "send"} == {
-        ("POST", "/emails"),
-        ("POST", "/emails/batch"),
-        ("POST", "/start-job"),
-    }
+    assert {route[:2] for route in web_app.ROUTES if route[3] == "send"} == SUBMITS
+
+
+def test_a_key_reads_what_it_submitted_and_of_the_rest_does_not_learn_that_it_is_there(
+    redis_server: RedisServer, client: redis.Redis, outbox: Outbox
+) -> None:
+    def app(*shop: str) -> Middleware:
+        given = [("all", "full", "all"), ("shop", "send", "shop"), ("blog", "send", "blog"), shop]
+        known = {name: f"{name}:{sha256(key.encode()).hexdigest()}:{scope}" for name, scope, key in filter(None, given)}
+        return app_with(redis_server.url, api_keys=",".join(known.values()))
+
+    def status(asked: Middleware, key: str, mail_id: str) -> int:
+        return ask(asked, "GET", f"/emails/{mail_id}", HTTP_AUTHORIZATION=f"Bearer {key}").status
+
+    mail_id = ask(app(), "POST", "/emails", MAIL, HTTP_AUTHORIZATION="Bearer shop").body["id"]
+    assert [status(app(), key, mail_id) for key in ("all", "shop", "blog")] == [200, 200, 404]
+    assert status(app("shop", "send", "rotated"), "rotated", mail_id) == 200
+    of_others = ask(app(), "GET", f"/emails/{mail_id}", HTTP_AUTHORIZATION="Bearer blog", HTTP_X_REQUEST_ID="1")
+    unknown = ask(app(), "GET", f"/emails/{UNKNOWN_ID}", HTTP_AUTHORIZATION="Bearer blog", HTTP_X_REQUEST_ID="1")
+    assert of_others == unknown
+    outbox.hold_to(mail_id, "")
+    outbox.hold_to(mail_id, "shop")
+    client.set(f"mail:{UNKNOWN_ID}", "no mail")
+    for other in (mail_id, UNKNOWN_ID):
+        with pytest.raises(NotFound, match=r"^$"):
+            outbox.hold_to(other, "blog")
+    client.hdel(f"mail:{mail_id}", "key")  # of a version that did not note it
+    assert [status(app(), key, mail_id) for key in ("all", "shop")] == [200, 404]
 
 
 # fmt: off
@@ -75,6 +105,35 @@ def test_a_key_is_compared_with_every_known_key_in_constant_time(
         status = api.call("GET", f"/jobs/{UNKNOWN_ID}", headers={"Authorization": f"Bearer {given}"}).status
     assert status == (404 if given in known else 403)
     assert compared == list(known.values())
+
+
+@pytest.mark.parametrize("scope", ["send", "test", "full"])
+def test_a_key_sends_from_its_domains_and_from_no_other(
+    redis_server: RedisServer, client: redis.Redis, scope: str
+) -> None:
+    key = f"full:{sha256(b'full-key').hexdigest()}:{scope}::acme.example+xn--mller-kva.example"
+    app = app_with(redis_server.url, api_keys=key, mail_from="hello@example.com")
+
+    def held(path: str, body: Any, *named: str) -> None:
+        answer = ask(app, "POST", path, body)
+        if named:
+            held_to_the_shape(answer, 403, "from_not_allowed")
+            assert "must be an address at acme.example or xn--mller-kva.example" in answer.body["message"]
+        assert (answer.status, fields(answer)) == (403 if named else 200, list(named))
+
+    for sender in ("a@acme.example", "Acme <a@ACME.example>", "a@müller.example"):
+        held("/emails", MAIL | {"from": sender})
+    for sender in ("a@news.acme.example", "a@acme.example.com", "a@notacme.example", "acme.example <a@b.example>"):
+        held("/emails", MAIL | {"from": sender}, "from")
+    for path, body in (("/emails", MAIL), ("/emails", MAIL | {"from": ""}), ("/start-job", WELCOME)):
+        held(path, body, "from")  # MAIL_FROM's domain is another
+    assert client.llen("rq:queue:email") == 3
+    batch = [MAIL | {"from": "a@acme.example"}, MAIL]
+    held("/emails/batch", batch, "[1].from")
+    assert client.llen("rq:queue:email") == 3
+    permissive = ask(app, "POST", "/emails/batch", batch, HTTP_X_BATCH_VALIDATION="permissive").body
+    assert (len(permissive["data"]), [one["index"] for one in permissive["errors"]]) == (1, [1])
+    assert ask(app, "POST", "/emails", MAIL | {"to": "nobody"}).status == 422
 
 
 def test_a_key_makes_as_many_requests_as_it_may_in_all_processes_together(

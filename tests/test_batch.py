@@ -35,7 +35,7 @@ def test_a_batch_costs_one_round_trip(api: Api, client: redis.Redis) -> None:
     commands = client.info("stats")["total_commands_processed"]
     batch(api, [MAIL] * 100, Idempotency_Key="k")
     assert client.info("commandstats")["cmdstat_evalsha"]["calls"] == before + 1
-    assert client.info("stats")["total_commands_processed"] - commands < 1000  # of the script, and ours
+    assert client.info("stats")["total_commands_processed"] - commands < 1400  # of the script, and ours
 
 
 def test_one_bad_mail_keeps_a_batch_out(api: Api, client: redis.Redis) -> None:

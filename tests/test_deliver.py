@@ -108,7 +108,7 @@ def test_a_mail_comes_back_as_one_with_a_reservation_if_pacing_has_given_it_one(
 ) -> None:
     mail_id, asked = accept(outbox), []
 
-    def wait(returning: bool, _: bool) -> Wait:
+    def wait(returning: bool, *_: Any) -> Wait:
         asked.append(returning)
         return Wait(6.1, "wait", reserved)
 

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from datetime import datetime, timezone
 from typing import Any
 
 import fakeredis
@@ -25,7 +26,7 @@ from rq.serializers import JSONSerializer
 
 from queues import connection, heartbeat
 from queues.connection import Script, Unavailable
-from queues.jobs import Accepted, Beside, Idempotency, Jobs, NotFound, NotPossible, Policy
+from queues.jobs import Accepted, Beside, Call, Idempotency, Jobs, NotFound, NotPossible, Place, Policy
 from queues.table import EMAIL, JOBS
 from tests.http_api import fail
 from tests.redis_troubles import configured
@@ -50,7 +51,7 @@ POLICY = Policy(timeout=60, retry_in=(10, 20), result_ttl=100, failure_ttl=200)
 
 
 def accept(store: Jobs, job_id: str = ONE, policy: Policy = POLICY, **more: Any) -> Accepted:
-    return store.accept(JOBS, "tasks.why_failed", {job_id: ((), {})}, policy, **more)
+    return store.accept(JOBS, "tasks.why_failed", {job_id: Call((), {})}, policy, **more)
 
 
 def stored(store: Jobs, job_id: str = ONE) -> Job:
@@ -92,30 +93,45 @@ def test_an_accepted_job_is_queued_once(store: Jobs) -> None:
     assert store.redis.smembers("rq:queues") == {b"rq:queue:jobs"}
 
 
+def kept_in(redis: Any) -> tuple[Any, ...]:
+    """Where a job waits, and the fields that it has."""
+    lists = [redis.lrange(f"rq:queue:{name}", 0, -1) for name in (EMAIL, "bulk")]
+    return (*lists, redis.zrange("rq:scheduled:email", 0, -1, withscores=True), set(redis.hkeys(f"rq:job:{ONE}")))
+
+
+@pytest.mark.parametrize("place", [Place(), Place(front=True), Place(aside="bulk"), Place(at=1_900_000_000)])
 @pytest.mark.parametrize("retry_in", [(), (1, 5, 30)])
-def test_what_is_written_for_a_job_is_what_rq_would_write(real: Jobs, retry_in: tuple[int, ...]) -> None:
+def test_what_is_written_for_a_job_is_what_rq_would_write(real: Jobs, retry_in: tuple[int, ...], place: Place) -> None:
     times: dict[str, Any] = {"timeout": 150, "result_ttl": 300, "failure_ttl": 400}
-    real.accept(EMAIL, "tasks.deliver", {ONE: (["é"], {"a": [1]})}, Policy(retry_in=retry_in, **times))
-    ours, fields = stored(real).to_dict(), real.redis.hkeys(f"rq:job:{ONE}")
+    real.redis.rpush("rq:queue:email", "other")
+    real.accept(EMAIL, "tasks.deliver", {ONE: Call(["é"], {"a": [1]}, place)}, Policy(retry_in=retry_in, **times))
+    ours, seen = stored(real).to_dict(), kept_in(real.redis)
     real.redis.flushdb()
-    real.queues[EMAIL].enqueue_job(
-        Job.create(
-            "tasks.deliver",
-            args=["é"],
-            kwargs={"a": [1]},
-            id=ONE,
-            origin=EMAIL,
-            description=f"tasks.deliver {ONE}",
-            retry=Retry(max=3, interval=[1, 5, 30]) if retry_in else None,
-            connection=real.redis,
-            serializer=JSONSerializer,
-            **times,
-        )
+    real.redis.rpush("rq:queue:email", "other")
+    job = Job.create(
+        "tasks.deliver",
+        args=["é"],
+        kwargs={"a": [1]},
+        id=ONE,
+        origin=EMAIL,
+        description=f"tasks.deliver {ONE}",
+        retry=Retry(max=3, interval=[1, 5, 30]) if retry_in else None,
+        connection=real.redis,
+        serializer=JSONSerializer,
+        **times,
     )
+    job.enqueue_at_front = place.front
+    if place.at:
+        real.queues[EMAIL].schedule_job(job, datetime.fromtimestamp(place.at, timezone.utc))
+    else:
+        real.queues[EMAIL].enqueue_job(job, at_front=place.front)
+    if place.aside:
+        real.redis.lmove("rq:queue:email", "rq:queue:bulk", "RIGHT", "LEFT")
     theirs = stored(real).to_dict()
-    assert set(fields) == set(real.redis.hkeys(f"rq:job:{ONE}"))
-    assert ours.pop("created_at") == ours.pop("enqueued_at")
-    del theirs["created_at"], theirs["enqueued_at"]
+    assert seen == kept_in(real.redis)
+    assert ours.get("enqueued_at") == (None if place.at else ours["created_at"])
+    for written in (ours, theirs):
+        written["created_at"] = written["enqueued_at"] = None
     assert json.loads(zlib.decompress(ours.pop("data"))) == json.loads(zlib.decompress(theirs.pop("data")))
     assert ours == theirs
 
@@ -265,6 +281,19 @@ def test_a_job_one_of_whose_attempts_lost_its_worker_can_be_canceled(store: Jobs
     stored(store).set_status(JobStatus.SCHEDULED)
     store.cancel(ONE)
     assert not store.redis.keys(f"rq:*{ONE}")
+
+
+def test_a_job_whose_attempt_ends_while_it_is_canceled_is_left_as_it_is(
+    store: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(store)
+    with store.redis.pipeline() as pipe:
+        execution = Execution.create(stored(store), heartbeat.LEASE_SECONDS, pipe, worker_name="a-worker")
+        pipe.execute()
+    monkeypatch.setattr(Jobs, "_forget_lost_executions", lambda *_: store.redis.delete(execution.key))
+    with pytest.raises(NotPossible, match="look again"):
+        store.cancel(ONE)
+    assert queued(store) == [ONE]
 
 
 @pytest.mark.parametrize(("moved", "told"), [(JobStatus.STARTED, "is started"), (JobStatus.SCHEDULED, "look again")])

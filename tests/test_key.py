@@ -46,7 +46,7 @@ def test_a_new_key_is_printed_once_and_only_its_digest_is_written(credential: Pa
         ("api_keys", SHOP, ("new", "shop"), "there is a key shop already"),
         ("api_keys", SHOP, ("new", "a:b"), "a name must be 1 to 64 letters"),
         ("api_keys", SHOP, ("new", ""), "a name must be 1 to 64 letters"),
-        ("api_keys", f"shop:{DIGEST}:send:9/x", ("new", "other"), "and a rate such as 50/s"),
+        ("api_keys", f"shop:{DIGEST}:send:9/x", ("new", "other"), "a rate such as 50/s"),
         ("api_keys", f"shop:{DIGEST}:send:0/s", ("new", "other"), "must be a rate per second"),
         ("api_keys", SHOP, ("revoke", "other"), "there is no key other; there are: shop"),
         ("api_keys", "shop:a-key-in-clear", ("new", "other"), "entry 1 must be name:sha256hex"),
@@ -68,9 +68,13 @@ def test_names_and_scopes_are_listed_and_the_last_key_is_revoked_with_a_warning(
     run(credential, "new", "shop")
     run(credential, "new", "admin", "--scope", "full")
     run(credential, "new", "reports", "--rate", "600/m")
+    assert run(credential, "new", "blog", "--from", "a@acme.example").returncode == 2
+    run(credential, "new", "blog", "--from", "Acme.example", "--from", "müller.example")
     listed = [line.split() for line in run(credential, "list").stdout.splitlines()]
-    assert listed == [["shop", "send"], ["admin", "full"], ["reports", "send", "600/m"]]
-    run(credential, "revoke", "reports")
+    mine = ["blog", "send", "from", "acme.example", "xn--mller-kva.example"]
+    assert listed == [["shop", "send"], ["admin", "full"], ["reports", "send", "600/m"], mine]
+    for name in ("reports", "blog"):
+        run(credential, "revoke", name)
     assert "WARNING" not in run(credential, "revoke", "shop").stderr
     ran = run(credential, "revoke", "admin")
     assert ran.returncode == 0

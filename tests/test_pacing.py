@@ -32,24 +32,47 @@ def test_without_a_rate_and_without_trouble_everybody_goes(client: redis.Redis) 
     assert client.keys("relay:*") == []
 
 
-def test_a_window_is_never_exceeded_however_many_ask_at_once(client: redis.Redis) -> None:
-    shared = Pacing(client, (Rate(10, 1),))
+@pytest.mark.parametrize("in_a_hurry", [0, 3])
+def test_a_window_is_never_exceeded_however_many_ask_at_once(client: redis.Redis, in_a_hurry: int) -> None:
+    shared = Pacing(client, (Rate(10, 1), Rate(1000, 3600)))
     deadline = time.monotonic() + 2.5
 
-    def ask(_: int) -> list[int]:
-        """Returns when mails went, by the clock that counts."""
-        went: list[int] = []
+    def ask(number: int) -> int:
+        """Returns how many went that must not wait."""
+        went = 0
         while time.monotonic() < deadline:
-            if shared.admit(reserved=bool(went)) is None:
-                went.append(max(gone(client)))
+            went += shared.admit(went > 0, priority="high" if number < in_a_hurry else "bulk") is None
             time.sleep(0.005)
-        return went
+        return went if number < in_a_hurry else 0
 
     with ThreadPoolExecutor(8) as workers:
-        moments = sorted(moment for went in workers.map(ask, range(8)) for moment in went)
+        hurried = sum(workers.map(ask, range(8)))
+    moments = sorted(gone(client))
     assert len(moments) >= 20
-    for first, eleventh in zip(moments, moments[10:], strict=False):
-        assert eleventh - first >= 990  # two that went in the same moment may have read each other's
+    assert all(eleventh - first >= 1000 for first, eleventh in zip(moments, moments[10:], strict=False))
+    assert hurried >= 6 * bool(in_a_hurry)  # each has a place in every window but the first
+
+
+def test_bulk_mail_lines_up_behind_bulk_mail_alone(client: redis.Redis) -> None:
+    shared = Pacing(client, (Rate(2, 1),))
+    assert [shared.admit(priority="bulk") for _ in range(2)] == [None, None]
+    waits = [shared.admit(priority="bulk") for _ in range(20)]
+    assert waits[-1] is not None
+    assert waits[-1].seconds > 8
+    other = shared.admit()
+    assert other is not None
+    assert other.seconds < 2
+
+
+def test_a_mail_in_a_hurry_waits_in_its_worker_for_a_few_seconds_at_most(client: redis.Redis) -> None:
+    shared = Pacing(client, (Rate(1, 1),))
+    began = time.monotonic()
+    assert [shared.admit(priority="high") for _ in range(3)] == [None] * 3
+    assert time.monotonic() - began > 1.9
+    slow = Pacing(client, (Rate(1, 60),))
+    wait = slow.admit(priority="high")
+    assert wait is not None
+    assert (wait.reserved, 50 < wait.seconds <= 60) == (True, True)
 
 
 def test_several_rates_hold_at_once(client: redis.Redis) -> None:

@@ -55,9 +55,10 @@ def names_a_place(error: FieldError, body: Json) -> bool:
     present = {path.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for _, _, path in places(body)}
     one_person = re.fullmatch(r"(\w+)\[0\]", error.field)  # to: "ada@example.com" is to: ["ada@example.com"]
     parent = re.sub(r"(\.\w+|\[\d+\])$", "", error.field)
+    short_tag = re.fullmatch(r"tags\[\d+\]\.(name|value)", error.field)  # {"X-Tag": v} is {"name": "X-Tag", "value": v}
     return (
         error.field in present | FIELDS | {"body"}
-        or (error.missing and parent in present)
+        or ((error.missing or short_tag is not None) and parent in present)
         or (one_person is not None and isinstance(body[one_person[1]], str))
     )
 
@@ -213,7 +214,6 @@ REFUSED: dict[str, list[tuple[str, Json]]] = {  # what is wrong -> the field tha
     ],
 }
 INSTEAD = [  # what there is not, and what is said of it
-    ("scheduled_at: is not supported: a mail goes out at once", mail(scheduled_at="in 1 min")),
     ("attachments[0].path: is not supported: no file is fetched", mail(attachments=[{"path": "https://a.example/x"}])),
     ("headers.Reply-To: must be left out: the field reply_to writes", mail(headers={"Reply-To": "ada@example.com"})),
     ("headers.BCC: must be left out: the field bcc writes", mail(headers={"BCC": "ada@example.com"})),

@@ -75,6 +75,23 @@ def faults(*needed: str, **variables: str) -> list[str]:
         ({"API_KEYS": f"a:{DIGEST},a:{DIGEST}"}, "API_KEYS: each name must be unique"),
         ({"REDIS_URL": "reddis://:hunter2@host"}, "REDIS_URL must start with redis://"),
         ({"API_KEYS": f"a:{DIGEST}:admin"}, "API_KEYS: entry 1 must be name:sha256hex"),
+        *(
+            ({"API_KEYS": f"a:{DIGEST}:{rest}"}, "API_KEYS: entry 1 must be name:sha256hex[:scope[:rate[:domains]]]")
+            for rest in (
+                "send:",
+                "send::",
+                "send:9/s:",
+                "send:acme.example",
+                "send::a b",
+                "send::a@b.example",
+                "send::müller.example",
+                "send::-a.example",
+                "send::a..example",
+                ":9/s",
+                "send::a+",
+                "send::*",
+            )
+        ),
         ({"API_KEYS": "hunter2"}, "API_KEYS: entry 1 must be name:sha256hex"),
         ({"API_KEYS": f"a:{DIGEST},hunter2:hunter2:hunter2"}, "API_KEYS: entry 2 must be name:sha256hex"),
         ({"SMTP_PASSWORD": "hunter2", "DASHBOARD_PASSWORD": "hunter2", "SMTP_PORT": "x"}, "SMTP_PORT: input should be"),
@@ -137,6 +154,29 @@ def test_a_secret_can_stand_in_a_file(tmp_path: Path) -> None:
     current = given(API_KEYS_FILE=str(tmp_path / "keys"), REDIS_URL_FILE=str(tmp_path / "redis"))
     assert current.api_keys == (ApiKey("shop", DIGEST, "send"),)
     assert current.redis_url.get_secret_value() == "redis://:pw@127.0.0.1/3"
+
+
+def test_what_a_key_may_is_read_and_written_back_the_same() -> None:
+    written = [
+        f"{name}:{DIGEST}:{rest}"
+        for name, rest in (
+            ("a", "full"),
+            ("b", "send:9/m"),
+            ("c", "test::acme.example"),
+            ("d", "send:9/m:a.example+localhost"),
+        )
+    ]
+    read = given(API_KEYS=",".join([f"z:{DIGEST}", f"y:{DIGEST}:send::Acme.Example", *written])).api_keys
+    assert [key.domains for key in read] == [
+        (),
+        ("acme.example",),
+        (),
+        (),
+        ("acme.example",),
+        ("a.example", "localhost"),
+    ]
+    assert [key.rate for key in read] == [None, None, None, (9, 60), None, (9, 60)]
+    assert [str(key) for key in read[2:]] == written
 
 
 def test_an_unknown_name_in_dotenv_is_a_fault(tmp_path: Path) -> None:

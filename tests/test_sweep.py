@@ -14,8 +14,9 @@ from mail.claim import iso
 from mail.outbox import Outbox
 from mail.states import TROUBLE_TOO_LONG, State, Status
 from mail.sweep import Finding, sweep, swept
+from queues.bulk import Bulk
 from queues.jobs import NotPossible
-from tests.mails import accept, claim
+from tests.mails import accept, claim, draft
 
 QUEUE = "rq:queue:email"
 
@@ -68,6 +69,22 @@ def test_a_mail_whose_job_is_in_no_list_is_queued_again(outbox: Outbox, client: 
     assert client.ttl(f"rq:job:{stuck}") == -1
     assert swept_now(outbox) == []
     assert swept(client)["mails_repaired"] == 1
+
+
+def test_bulk_mail_waits_where_it_was_put_until_it_is_in_no_list(outbox: Outbox, client: Any) -> None:
+    lost, waiting, moved = (outbox.accept([draft()._replace(priority="bulk")]).id for _ in range(3))
+    assert client.lrange("rq:queue:bulk", 0, -1) == [one.encode() for one in (lost, waiting, moved)]
+    assert swept_now(outbox) == []
+    Bulk(client, most=1).feed()
+    assert (client.llen(QUEUE), client.llen("rq:queue:bulk")) == (1, 2)
+    client.lpop(QUEUE)
+    client.lmove("rq:queue:bulk", QUEUE, "RIGHT", "LEFT")
+    assert swept_now(outbox) == [Finding(lost, "repaired", "its job was queued and in no list")]
+    Bulk(client, most=5).feed()
+    assert client.lrange(QUEUE, 0, -1) == [one.encode() for one in (moved, lost, waiting)]
+    for one in (lost, waiting):
+        outbox.cancel(one)
+    assert client.lrange(QUEUE, 0, -1) == [moved.encode()]
 
 
 def test_a_mail_that_an_attempt_holds_is_left_alone(outbox: Outbox, client: Any) -> None:

@@ -13,7 +13,7 @@ from rq.exceptions import NoSuchJobError, StopRequested
 from rq.serializers import JSONSerializer
 
 from queues import health, workers
-from queues.jobs import Jobs, NotFound, Policy
+from queues.jobs import Call, Jobs, NotFound, Policy
 from queues.quarantine import UNREADABLE
 from queues.table import EMAIL, JOBS
 from tests.servers import House, eventually
@@ -52,7 +52,7 @@ def poison(client: Client, job_id: str, kind: str) -> None:
 
 
 def accept(client: Client, job_id: str, queue: str = JOBS) -> None:
-    Jobs(client).accept(queue, "tasks.why_failed", {job_id: ((), {})}, Policy(60, (1, 1), 60, 60))
+    Jobs(client).accept(queue, "tasks.why_failed", {job_id: Call((), {})}, Policy(60, (1, 1), 60, 60))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Finds out who asks: the API key of a request, what its scope allows, and how often it may ask."""
+"""Finds out who asks: the API key of a request, what it may do, how often, and from whom it may send."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import math
 
 from bottle import request
 
+from mail.address import Mailbox
+from mail.request import FieldError, Invalid
 from queues.limits import Limits
 from settings import ApiKey, Rate
 from web.errors import Refusal
@@ -24,8 +26,15 @@ def authenticate(keys: tuple[ApiKey, ...], scope: str) -> ApiKey:
     if not found:
         raise Refusal(403, "invalid_api_key", "this API key is not known")
     if scope == "full" and found[0].scope != "full":
-        raise Refusal(401, "restricted_api_key", "this API key may only submit mail")
+        raise Refusal(401, "restricted_api_key", "this API key may only submit mail, and read what it submitted")
     return found[0]
+
+
+def hold_to_its_domains(key: ApiKey, sender: Mailbox) -> None:
+    """Raises `Invalid`, which is a 403 then, if the key may not send from this domain. A domain has no subdomains."""
+    if key.domains and sender.address.rpartition("@")[2] not in key.domains:
+        told = f"must be an address at {' or '.join(key.domains)}: this API key may send from nowhere else"
+        raise Invalid(FieldError("from", told, forbidden=True))
 
 
 def hold_to_its_rate(key: ApiKey, limits: Limits) -> None:

@@ -13,7 +13,7 @@ from typing_extensions import NotRequired, TypedDict
 from mail.states import State, Status
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
-LastEvent = Literal["queued", "delivery_delayed", "sent", "failed", "canceled"]
+LastEvent = Literal["queued", "scheduled", "delivery_delayed", "sent", "failed", "canceled"]
 JobStatus = Literal["queued", "started", "deferred", "scheduled", "finished", "failed", "stopped", "canceled"]
 From = TypedDict("From", {"from": str})
 NoFrom = TypedDict("NoFrom", {"from": None})
@@ -66,29 +66,41 @@ class Attempt(TypedDict):
     verdict: str
 
 
-class Mail(From):
-    object: Literal["email"]
+class MailEntry(From):
+    """A mail in a list."""
+
     id: str
-    status: State
+    status: State | Literal["scheduled"]
     last_event: LastEvent
     to: list[str]
     cc: list[str]
     bcc: list[str]
     reply_to: list[str]
     subject: str
-    html: None
-    text: None
-    scheduled_at: None
+    scheduled_at: Time | None
     tags: list[NameAndValue]
     message_id: str
     created_at: Time
     key: str | None
+    test: bool
+    priority: Literal["high", "normal", "bulk"]
     next_attempt_at: Time | None
     expires_at: Time | None
     on_doubt: Literal["retry", "hold"]
     reason: str | None
+
+
+class Mail(MailEntry):
+    object: Literal["email"]
+    html: None
+    text: None
     recipients: list[Recipient]
     attempts: list[Attempt]
+
+
+class Changed(TypedDict):
+    object: Literal["email"]
+    id: str
 
 
 class JobState(TypedDict):
@@ -157,6 +169,10 @@ class ApiKeyName(TypedDict):
 class Page(TypedDict):
     object: Literal["list"]
     has_more: bool
+
+
+class Mails(Page):
+    data: list[MailEntry]
 
 
 class Templates(Page):

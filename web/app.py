@@ -14,7 +14,7 @@ from mail import counters, templates
 from queues.jobs import Jobs
 from queues.offer import Task
 from settings import DEV_KEY, Settings, SettingsError
-from web import catalog, context, docs
+from web import catalog, context, docs, mails
 from web.access import authenticate, hold_to_its_rate
 from web.errors import Refusal, as_refusal, error_response, routing_error
 from web.handlers import Service
@@ -25,7 +25,10 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("POST", "/start-job", Service.start_job, "send"),
     ("POST", "/emails", Service.post_email, "send"),
     ("POST", "/emails/batch", Service.post_batch, "send"),
-    ("GET", "/emails/<mail_id>", Service.get_email, "full"),
+    ("GET", "/emails", mails.list_mails, "send"),
+    ("GET", "/emails/<mail_id>", Service.get_email, "send"),
+    ("PATCH", "/emails/<mail_id>", mails.move_mail, "send"),
+    ("POST", "/emails/<mail_id>/cancel", mails.cancel_mail, "send"),
     ("POST", "/jobs", Service.post_job, "full"),
     ("GET", "/jobs/<job_id>", Service.get_job, "full"),
     ("POST", "/jobs/<job_id>/requeue", Service.requeue_job, "full"),
@@ -71,7 +74,7 @@ def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str |
             if scope is None:
                 return handler(service, **ids)
             key = authenticate(service.settings.api_keys, scope)
-            context.current.get().key = key.name
+            context.current.get().caller = key
             hold_to_its_rate(key, service.limits)
             with service.large_bodies.reserve(min(request.content_length, service.settings.max_message_bytes)):
                 return handler(service, **ids)

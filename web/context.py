@@ -5,16 +5,32 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from settings import ApiKey
+
 
 @dataclass
 class Context:
-    """Holds the id of the request, and for its log line the name of its API key, the id of its mail or job, and why it
-    was refused."""
+    """Holds the id of the request, who asks, and for its log line the id of its mail or job, and why it was refused."""
 
     request_id: str
-    key: str = ""
+    caller: ApiKey | None = None
     id: str = ""
     refusal: dict[str, str] = field(default_factory=dict)  # name, field and reason; nothing that the caller wrote
+
+    @property
+    def key(self) -> str:
+        """Returns the name of the request's API key."""
+        return self.caller.name if self.caller else ""
+
+    @property
+    def is_test(self) -> bool:
+        """Returns whether what this request submits is stored and answered as any mail, and never sent."""
+        return self.caller is not None and self.caller.scope == "test"
+
+    @property
+    def reads_only(self) -> str:
+        """Returns the name of the key whose mails alone this request may see, cancel or change; "" for all."""
+        return self.caller.reads_only if self.caller else ""
 
 
 current: ContextVar[Context] = ContextVar("current")

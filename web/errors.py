@@ -30,6 +30,7 @@ from web import context
 Json = dict[str, Any]
 RETRY_AFTER = "5"  # seconds
 NAMES = {  # a type that Resend does not have -> its name there; any other has its own
+    "from_not_allowed": "validation_error",  # Resend says 403 so, where a domain is not verified
     "misdirected_request": "validation_error",
     "not_implemented": "validation_error",
     "not_possible": "validation_error",
@@ -41,9 +42,6 @@ NAMES = {  # a type that Resend does not have -> its name there; any other has i
     "unsupported_media_type": "validation_error",
 }
 NOT_HERE = {  # what clients of Resend's API ask for -> what to do without it; docs/clients.md lists the rest
-    r"GET /emails": "mails cannot be listed; GET /emails/ID shows one",
-    r"PATCH /emails/[^/]+": "a mail cannot be changed; DELETE /jobs/ID cancels it, and another can be sent",
-    r"POST /emails/[^/]+/cancel": "DELETE /jobs/ID cancels a mail",
     r"POST /templates": "a template is a folder of templates/ on the server",
     r"POST /domains": "`from` may have any domain that the relay takes",
     r"POST /api-keys": "bin/key on the server makes one",
@@ -68,7 +66,9 @@ def as_refusal(error: Exception) -> Refusal:
             return error
         case Invalid():
             first = error.errors[0]
-            return Refusal(422, error_type(first), f"{first.field}: {first.message}", error.errors)
+            return Refusal(
+                403 if first.forbidden else 422, error_type(first), f"{first.field}: {first.message}", error.errors
+            )
         case IdempotencyConflict():
             text = "this Idempotency-Key was used for a different request; use a new key for a new request"
             return Refusal(409, "invalid_idempotent_request", text)
@@ -90,6 +90,8 @@ def bad_request(field: str, text: str, type_: str = "validation_error") -> Refus
 
 
 def error_type(error: FieldError) -> str:
+    if error.forbidden:
+        return "from_not_allowed"
     if error.missing:
         return "missing_required_field"
     root = re.split(r"[.\[]", error.field)[0]

@@ -28,11 +28,12 @@ from mail.request import FieldError, HeaderText, Invalid, OneMailbox, StrictMode
 from mail.states import State
 from queues import health
 from queues.connection import weaknesses
-from queues.jobs import Accepted, Idempotency, Jobs, Policy
+from queues.jobs import Accepted, Call, Idempotency, Jobs, Policy
 from queues.limits import Limits
 from queues.offer import Task
 from settings import Settings
 from web import context
+from web.access import hold_to_its_domains
 from web.body import SMALL_BODY, BodyBudget, read_json
 from web.errors import bad_request, error_shape, json_response, note_refusal
 
@@ -54,7 +55,9 @@ def idempotency(body: object) -> Idempotency | None:
     if not re.fullmatch(r"[ -~]{1,256}", key):
         text = "must be 1 to 256 printable ASCII characters"
         raise bad_request("Idempotency-Key", text, "invalid_idempotency_key")
-    return Idempotency.of(context.current.get().key, request.route.rule, key, body)
+    asks = context.current.get()
+    caller = f"{asks.key}:test" if asks.is_test else asks.key  # a test is no answer to a repeat that is meant to send
+    return Idempotency.of(caller, request.route.rule, key, body)
 
 
 class StartJob(StrictModel):
@@ -138,10 +141,13 @@ class Service:
             max_recipients=self.settings.max_recipients,
             local_domains=self.settings.allow_local_domains,
         )
-        return draft._replace(key=context.current.get().key)
+        asks = context.current.get()
+        if asks.caller:
+            hold_to_its_domains(asks.caller, draft.message.sender)
+        return draft._replace(key=asks.key, test=asks.is_test)
 
     def get_email(self, mail_id: str) -> HTTPResponse:
-        return json_response(200, self.outbox.read(mail_id))
+        return json_response(200, self.outbox.read(mail_id, context.current.get().reads_only))
 
     def post_job(self) -> HTTPResponse:
         body = read_json(SMALL_BODY)
@@ -156,7 +162,7 @@ class Service:
         job = self.jobs.accept(
             task.queue,
             f"tasks.{asked.task}",
-            {str(uuid.uuid4()): ((), asked.args)},
+            {str(uuid.uuid4()): Call((), asked.args)},
             Policy(task.timeout, task.retry_in, self.settings.retain_sent, self.settings.retain_failed),
             idempotency=idempotency(body),
             idempotency_ttl=self.settings.idempotency_ttl,

@@ -21,19 +21,15 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from mail import forms, request
 from mail.address import Mailbox, header_text
-from web import answers, reference
-from web.catalog import LONGEST_PAGE, Preview
+from mail.moments import time_or_delay, time_with_zone
+from web import answers, mails, reference
+from web.catalog import PageQuery, Preview
 from web.handlers import MAX_BATCH, VERSION, JobRequest, StartJob
 
 Json = dict[str, Any]
 Route = tuple[str, str, Callable[..., Any], str | None]
 NULL: Json = {"type": "null"}
 OCTETS: Json = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}}
-PAGE_QUERY: Json = {
-    "limit": {"type": "integer", "minimum": 1, "maximum": LONGEST_PAGE},
-    "after": {"type": "string"},
-    "before": {"type": "string"},
-}
 ONCE: Json = {
     "Idempotency-Key": {
         **{"type": "string", "pattern": "^[ -~]{1,256}$"},
@@ -49,12 +45,12 @@ BATCH_HEADER: Json = {
 
 
 class Operation(NamedTuple):
-    """A route: the type of its answer, its status, and of its body. `refused` are statuses beside the usual ones."""
+    """A route: the type of its answer, of its body and of its query. `refused` are statuses beside the usual ones."""
 
     answer: Any
     status: int = 200
     body: Any = None
-    query: Mapping[str, Json] = MappingProxyType({})
+    query: Any = None
     headers: Mapping[str, Json] = MappingProxyType({})
     refused: tuple[int, ...] = ()
 
@@ -64,16 +60,19 @@ OPERATIONS = {
     "POST /start-job": Operation(answers.Job, 202, StartJob, headers=ONCE),
     "POST /emails": Operation(answers.Queued, 200, request.Request, headers=ONCE),
     "POST /emails/batch": Operation(answers.Batch, 200, BatchOfMails, headers=ONCE | BATCH_HEADER),
+    "GET /emails": Operation(answers.Mails, query=mails.ListQuery),
     "GET /emails/{id}": Operation(answers.Mail),
+    "PATCH /emails/{id}": Operation(answers.Changed, 200, mails.Move, refused=(409,)),
+    "POST /emails/{id}/cancel": Operation(answers.Changed, refused=(409,)),
     "POST /jobs": Operation(answers.Job, 202, JobRequest, headers=ONCE),
     "GET /jobs/{id}": Operation(answers.JobState),
     "POST /jobs/{id}/requeue": Operation(answers.Job, 202, refused=(409,)),
     "DELETE /jobs/{id}": Operation(answers.Job, refused=(409,)),
-    "GET /templates": Operation(answers.Templates, query=PAGE_QUERY),
+    "GET /templates": Operation(answers.Templates, query=PageQuery),
     "GET /templates/{id}": Operation(answers.Template),
     "POST /templates/{id}/preview": Operation(answers.Previewed, 200, Preview),
-    "GET /domains": Operation(answers.Domains, query=PAGE_QUERY),
-    "GET /api-keys": Operation(answers.ApiKeys, query=PAGE_QUERY),
+    "GET /domains": Operation(answers.Domains, query=PageQuery),
+    "GET /api-keys": Operation(answers.ApiKeys, query=PageQuery),
     "GET /": Operation(answers.Home),
     "GET /healthz": Operation(answers.Health),
     "GET /readyz": Operation(answers.Ready),
@@ -117,6 +116,8 @@ def same(inner: Json) -> Json:
 
 
 MAILBOX: Json = {"type": "string", "format": "mailbox", "minLength": 3, "maxLength": 998}
+MOMENT: Json = {"type": "string", "format": "date-time"}
+DELAY: Json = {"type": "string", "pattern": "^in [0-9]{1,6} (min|minute|hour|day)s?$"}
 GENERAL = ("Keys and scopes", "Limits", "Idempotency", "Request ids")  # sections that are about every route
 # A function that validates -> what it takes, of what the schema inside it takes. Formats of our own: `mailbox`, `line`
 # (without a control character), `content` (with none but tab and line break), `file-name`, `media-type`.
@@ -127,7 +128,10 @@ FORMS: Mapping[Any, Callable[[Json], Json]] = {
     request.media_type: lambda inner: {**inner, "format": "media-type", "minLength": 3},
     request.content_id: lambda inner: {**inner, "format": "line", "minLength": 1},
     request.one_or_list: or_one,
-    request.time_with_zone: same,
+    time_with_zone: lambda _: MOMENT,
+    time_or_delay: lambda _: {"anyOf": [MOMENT, DELAY]},
+    mails.cursor_or_time: lambda _: {"type": "string", "minLength": 1},
+    mails.whole_number: same,
     request.canonical_base64: same,
     request.header_name: same,
     request.header_fits: same,
@@ -237,9 +241,10 @@ def refused(operation: Operation, path: str, scope: str | None) -> Json:
 
 
 def parameters(path: str, operation: Operation, told: reference.Section) -> list[Json]:
+    query = operation.query.model_json_schema(schema_generator=Schemas)["properties"] if operation.query else {}
     wanted = [("id", "path", {"type": "string", "minLength": 1})] if "{id}" in path else []
     wanted += [(name, "header", schema) for name, schema in operation.headers.items()]
-    wanted += [(name, "query", schema) for name, schema in operation.query.items()]
+    wanted += [(name, "query", schema.get("anyOf", [schema])[0]) for name, schema in query.items()]  # not null
     return [
         {"name": name, "in": where, "required": where == "path", "schema": schema}
         | ({"description": text} if (text := schema.get("description") or told.fields.get(name)) else {})

@@ -1,0 +1,134 @@
+"""The index of all mails: by state and key, by recipient, and by tag; each newest first.
+
+`mail:index` is a sorted set in which every score is 0, so that Redis orders the members by their bytes. A member ends
+with the 16 bytes of a mail's id, which is a UUIDv7 and so begins with the time:
+
+    s  a letter for the state  4 bytes made of the API key's name  id     exactly one of each mail
+    t  8 bytes made of a recipient's address                       id     one of each recipient
+    g  8 bytes made of a tag                                       id     one of each tag
+
+`accept` writes them, and BECOME moves a mail from state to state (mail.states), within their own scripts. An address is
+in it as its HMAC with a secret that is in Redis, too (`mail:secret`): who sees a member does not see an address.
+`mail:keys` holds the names of all keys. `trim` drops what belongs to mails that are no longer kept. A mail accepted
+before there was an index has another kind of id, and is in no list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mail.message import Message
+from mail.states import LETTERS
+from mail.store import INDEX, KEY_NAMES, SECRET, SWEPT, mail_key
+from queues.connection import Redis
+
+LAST = b"\xff" * 16  # an id behind all others
+SECRET_FOR = 60  # seconds for which a process relies on the secret that it has read: a FLUSHALL takes it away
+
+
+def new_id() -> str:
+    """Returns a UUIDv7 (RFC 9562 5.7, 6.2 method 3): of two, the one made later is the greater."""
+    milliseconds, rest = divmod(time.time_ns(), 1_000_000)
+    number = milliseconds << 80 | 7 << 76 | (rest * 4096 // 1_000_000) << 64 | 2 << 62 | secrets.randbits(62)
+    return str(uuid.UUID(int=number))
+
+
+def first_id(moment: float) -> bytes:
+    """Returns the least id that could be made at `moment`, in seconds since 1970."""
+    return max(0, round(moment * 1000)).to_bytes(6, "big") + bytes(10)
+
+
+def raw_id(mail_id: str) -> bytes | None:
+    """Returns the bytes of an id, or None for one of a mail that cannot be in the index."""
+    try:
+        found = uuid.UUID(mail_id)
+    except ValueError:
+        return None
+    return found.bytes if found.version == 7 and str(found) == mail_id else None
+
+
+def of_state(state: str, key: str) -> bytes:
+    """Returns how each member of a mail in this state begins that the key of this name has submitted."""
+    name = 0
+    for octet in key.encode():
+        name = (name * 31 + octet) % 2**32
+    return b"s" + LETTERS[state].encode() + name.to_bytes(4, "big")
+
+
+def of_tag(tag: str) -> bytes:
+    """Returns how each member of a mail with this tag (`name:value`) begins."""
+    return b"g" + hashlib.sha256(tag.encode()).digest()[:8]
+
+
+class Index:
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+        self._secret = (b"", 0.0)  # and when it was read, of time.monotonic()
+
+    def members(self, mail_id: str, message: Message) -> list[bytes]:
+        """Returns what `accept` writes: a member for each recipient and each tag."""
+        mail = uuid.UUID(mail_id).bytes
+        prefixes = [self.of_address(address) for address in message.recipients]
+        prefixes += [of_tag(f"{tag['name']}:{tag['value']}") for tag in message.tags]
+        return [prefix + mail for prefix in prefixes]
+
+    def of_address(self, address: str) -> bytes:
+        """Returns how each member of a mail to this address begins, whether in capitals or not. Raises redis-py's
+        errors."""
+        return b"t" + hmac.digest(self._key(), address.lower().encode(), "sha256")[:8]
+
+    def _key(self) -> bytes:
+        secret, read_at = self._secret
+        if not secret or time.monotonic() - read_at > SECRET_FOR:
+            with self.redis.pipeline(transaction=False) as pipe:
+                pipe.set(SECRET, secret or secrets.token_bytes(32), nx=True)
+                pipe.get(SECRET)
+                secret = pipe.execute()[1]
+            self._secret = (secret, time.monotonic())
+        return secret
+
+    def names(self) -> list[str]:
+        """Returns the names of all keys that have submitted mail; "" is for mail without one."""
+        known: Any = self.redis.smembers(KEY_NAMES)
+        return sorted(name.decode(errors="replace") for name in known)
+
+    def nearest(self, prefixes: Iterable[bytes], above: bytes, below: bytes, most: int, upwards: bool) -> list[bytes]:
+        """Returns the ids between `above` and `below` that begin with one of the prefixes: the `most` greatest, from
+        there down; or `upwards`, the least ones."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for prefix in prefixes:
+                low, high = b"(" + prefix + above, b"(" + prefix + below
+                if upwards:
+                    pipe.zrangebylex(INDEX, low, high, 0, most)
+                else:
+                    pipe.zrevrangebylex(INDEX, high, low, 0, most)
+            found = {member[-16:] for members in pipe.execute() for member in members}
+        return sorted(found, reverse=not upwards)[:most]
+
+
+def trim(redis: Redis, older_than: float) -> None:
+    """Looks at the next hundredth of the index, and drops the members of mails that were accepted before `older_than`
+    (seconds since 1970) and are no longer kept. Goes on where the last call has ended."""
+    left: int = max(1000, redis.zcard(INDEX) // 100)
+    at: Any = redis.hget(SWEPT, "index")
+    while left > 0:
+        members: Any = redis.zrangebylex(INDEX, b"(" + at if at else b"-", b"+", 0, min(left, 1000))
+        gone = _gone(redis, [one for one in members if one[-16:] < first_id(older_than)])
+        if gone:
+            redis.zrem(INDEX, *gone)
+        left -= len(members) or left
+        at = members[-1] if members else b""
+    redis.hset(SWEPT, "index", at)
+
+
+def _gone(redis: Redis, members: Sequence[bytes]) -> list[bytes]:
+    with redis.pipeline(transaction=False) as pipe:
+        for member in members:
+            pipe.exists(mail_key(str(uuid.UUID(bytes=member[-16:]))))
+        return [member for member, kept in zip(members, pipe.execute(), strict=True) if not kept]
