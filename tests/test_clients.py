@@ -121,7 +121,13 @@ wrong, once = {**mail, "to": "x"}, {"idempotency_key": "python"}
 files = [{"filename": "a.txt", "content": one} for one in (list(b"Hi"), "SGk=")]
 sent = resend.Emails.send({**mail, "attachments": files}, once)["id"]
 some = resend.Batch.send([mail, wrong], {"batch_validation": "permissive"})
+later = resend.Emails.send({**mail, "scheduled_at": "in 3 days"})["id"]
 print(json.dumps({
+    "moved": resend.Emails.update({"id": later, "scheduled_at": "in 4 days"})["id"] == later,
+    "canceled": resend.Emails.cancel(later)["id"] == later,
+    "last": resend.Emails.get(later)["last_event"],
+    "list": [one["id"] == later for one in resend.Emails.list({"limit": 1})["data"]],
+    "next": len(resend.Emails.list({"after": later, "limit": 1})["data"]),
     "again": resend.Emails.send({**mail, "attachments": files}, once)["id"] == sent,
     "get": resend.Emails.get(sent)["subject"],
     "batch": len(resend.Batch.send([mail, mail])["data"]),
@@ -140,7 +146,13 @@ const mail = JSON.parse(process.env.MAIL), wrong = { ...mail, to: "x" }, once = 
 const attachments = [Buffer.from("Hi"), "SGk="].map((content) => ({ filename: "a.txt", content }));
 const sent = await did(emails.send({ ...mail, attachments }, once));
 const some = await did(batch.send([mail, wrong], { batchValidation: "permissive" }));
+const { id } = await did(emails.send({ ...mail, scheduledAt: "in 3 days" }));
 console.log(JSON.stringify({
+  moved: (await did(emails.update({ id, scheduledAt: "in 4 days" }))).id === id,
+  canceled: (await did(emails.cancel(id))).id === id,
+  last: (await did(emails.get(id))).last_event,
+  list: (await did(emails.list({ limit: 1 }))).data.map((one) => one.id === id),
+  next: (await did(emails.list({ after: id, limit: 1 }))).data.length,
   again: (await did(emails.send({ ...mail, attachments }, once))).id === sent.id,
   get: (await did(emails.get(sent.id))).subject,
   batch: (await did(batch.send([mail, mail]))).data.length,
@@ -153,6 +165,7 @@ console.log(JSON.stringify({
 """,
 }
 DONE = {
+    **{"moved": True, "canceled": True, "last": "canceled", "list": [True], "next": 1},
     **{"again": True, "get": "Hello", "batch": 2, "permissive": [1, 1], "templates": ["welcome"], "template": "name"},
     **{"domains": ["example.com"], "keys": ["dev"]},
 }
