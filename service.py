@@ -27,6 +27,7 @@ from settings import Settings, SettingsError, load
 from web import hosts
 from web.app import make_app
 from web.handlers import VERSION
+from web.octets import ON_THE_WIRE
 from web.server import MOST_CONNECTIONS, Server, listen_on, room_for
 
 M_MMAP_THRESHOLD = -3  # mallopt(3)
@@ -69,16 +70,21 @@ def main() -> int:
         reach(settings.redis_url.get_secret_value())
 
     def serve(alive: Callable[[], None]) -> None:
-        server = Server(app, settings.max_message_bytes, sockets)
+        server = Server(app, ON_THE_WIRE * settings.max_message_bytes, sockets)
         on_stop(server.stop)
         with app.accepting.handed_over():
             server.run(alive)
 
-    if (room := room_for(len(sockets))) < MOST_CONNECTIONS:
-        emit("few_descriptors", logging.WARNING, connections=room)
-    emit("api_started", listen=settings.listen, processes=settings.api_processes, version=VERSION)
+    announce(settings, room_for(len(sockets)))
     prefork.run(settings.api_processes, serve)
     return 0
+
+
+def announce(settings: Settings, room: int) -> None:
+    if room < MOST_CONNECTIONS:
+        emit("few_descriptors", logging.WARNING, connections=room)
+    about = {"listen": settings.listen, "processes": settings.api_processes, "version": VERSION}
+    emit("api_started", **about, recipients=settings.staging)
 
 
 def check_sender(settings: Settings) -> None:

@@ -114,19 +114,20 @@ def parse_address(text: str) -> Address:
 
 
 class ApiKey(NamedTuple):
-    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit, and
-    read what it submitted; `test` too, but nothing of it is sent; `full` may do everything. `rate` is
-    how many requests it may make, `domains` are those that it may send from, if it may not from all."""
+    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit, and read what it submitted; `test`
+    the same, and nothing is sent; `full` may do everything. `rate` is how many requests it may make; `domains` are
+    those that it may send from, if not from all."""
 
     name: str
     sha256: str
     scope: str
     rate: Rate | None = None
     domains: tuple[str, ...] = ()
+    old: bool = False  # a newer one has its name
 
     @property
     def reads_only(self) -> str:
-        """Returns the name of the caller whose mails alone it may see: its own, or "" if it may see all."""
+        """Returns the name of the key whose mails alone this one may see: its own, or "" for all."""
         return "" if self.scope == "full" else self.name
 
     def __str__(self) -> str:
@@ -135,6 +136,8 @@ class ApiKey(NamedTuple):
 
 
 DOMAIN = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
+ATOM = r'[^\s\x00-\x1f\x7f@.,;:()<>\[\]"\\]+'
+ADDRESS = rf"{ATOM}(?:\.{ATOM})*@(?i:{DOMAIN})"
 API_KEY = re.compile(
     r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send|test)"
     rf"(?::(?:([0-9]+/[smhd])|(?=:))(?::((?i:{DOMAIN}(?:\+{DOMAIN})*)))?)?)?"
@@ -150,9 +153,26 @@ def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
             raise ValueError(f"entry {number} must be {form}, and domains in ASCII such as acme.example+acme.test")
         rate, domains = Rate.parse(match[4]) if match[4] else None, (match[5] or "").lower()
         keys.append(ApiKey(match[1], match[2], match[3] or "full", rate, tuple(filter(None, domains.split("+")))))
-    if len({key.name for key in keys}) < len(keys):
-        raise ValueError("each name must be unique")
-    return tuple(keys)
+    for same in ([one for one in keys if one.name == key.name] for key in keys):
+        if len(same) > 2 or len(set(same)) < len(same) or len({one._replace(sha256="") for one in same}) > 1:
+            raise ValueError("each name must be unique, or that of an old key and a new one that may do the same")
+    newest = {key.name: key for key in keys}
+    return tuple(key._replace(old=key != newest[key.name]) for key in keys)
+
+
+def parse_redirect(text: str) -> str:
+    """Returns an address as it stands."""
+    if not re.fullmatch(ADDRESS, text.strip()):
+        raise ValueError("must be one address without a name, such as tester@acme.example")
+    return text.strip()
+
+
+def parse_allowlist(text: str) -> tuple[str, ...]:
+    """Returns addresses and domains, in small letters."""
+    entries = tuple(part.strip().lower() for part in text.split(","))
+    if not all(re.fullmatch(f"{ADDRESS}|{DOMAIN}", entry) for entry in entries):
+        raise ValueError("must be addresses and domains in ASCII, such as ada@example.com,acme.example")
+    return entries
 
 
 def parse_host(text: str) -> str:
@@ -202,6 +222,8 @@ class Settings(BaseSettings):
     smtp_rate: Annotated[tuple[Rate, ...], parsed_by(parse_rates), NoDecode] = ()
 
     mail_from: str | None = None
+    mail_redirect_to: Annotated[str, parsed_by(parse_redirect)] | None = None
+    mail_allowlist: Annotated[tuple[str, ...], parsed_by(parse_allowlist), NoDecode] = ()
 
     listen: Listen = Address("127.0.0.1", 8000)
     api_processes: Annotated[int, Field(ge=1, le=64)] = 2
@@ -290,6 +312,19 @@ class Settings(BaseSettings):
     def knows_dev_key(self) -> bool:
         """Returns whether anybody may ask the API, so that it must look at who makes a browser ask."""
         return hashlib.sha256(DEV_KEY.encode()).hexdigest() in (key.sha256 for key in self.api_keys)
+
+    def admits(self, address: str) -> bool:
+        """Returns whether mail may go to this address: to any, unless MAIL_ALLOWLIST or MAIL_REDIRECT_TO is set."""
+        named = {*self.mail_allowlist, *([self.mail_redirect_to.lower()] if self.mail_redirect_to else [])}
+        return not named or bool(named & {address.lower(), address.lower().rpartition("@")[2]})
+
+    @property
+    def staging(self) -> str:
+        """Returns what MAIL_ALLOWLIST and MAIL_REDIRECT_TO do, without an address; "" if neither is set."""
+        if not self.mail_redirect_to:
+            return "only recipients on MAIL_ALLOWLIST are served" if self.mail_allowlist else ""
+        whose = "mail for recipients that are not on MAIL_ALLOWLIST" if self.mail_allowlist else "all mail"
+        return f"{whose} goes to MAIL_REDIRECT_TO"
 
     @property
     def deliver_timeout(self) -> int:

@@ -4,7 +4,8 @@ A function's name is a wire format: a job queued before an upgrade names it afte
 
 To offer a task, write a function with type hints at the end of this file and decorate it with `@task`. Its arguments
 are checked against the hints at the door (422 with the field) and again here. It must bear being run twice: a worker
-that is killed leaves a job that RQ starts again. What it returns must be JSON; all who may read jobs see it.
+that is killed leaves a job that RQ starts again. What it returns must be JSON; all who may read jobs see it. With
+`@task(cron="0 7 * * *")` it is also queued by itself.
 """
 
 from __future__ import annotations

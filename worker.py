@@ -3,7 +3,8 @@
 `email` is a pool: WORKER_CONCURRENCY RQ workers as threads of this process, each with its own Redis connection and SMTP
 session, for a mail is nearly all waiting. The main thread looks after them: signals, heartbeats, RQ's scheduler for
 mail that was put off, RQ's maintenance and our sweep. `jobs` is RQ's own worker, which forks for each job, so that a
-task that hangs or crashes can be killed. SIGTERM lets the jobs in hand finish.
+task that hangs or crashes can be killed; RQ's scheduler is a process of its own there, which also queues the tasks with
+`cron`. SIGTERM lets the jobs in hand finish.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from queues.connection import (
     why_unavailable,
 )
 from queues.heartbeat import LEASE_SECONDS, MAINTENANCE_EVERY
-from queues.offer import load_file, offered_on
+from queues.offer import load_file, offered_on, with_cron
 from queues.quarantine import put_aside, sift
 from queues.table import EMAIL, QUEUES
 from queues.workers import EmailWorker, Functions, JobsWorker, Scheduler, make_worker
@@ -193,6 +194,8 @@ def main() -> int:
             redis, pooled = connect(url, retrying=True), QUEUES[queue].pooled
             put_aside(redis, keys.kinds(queue))  # RQ could not even register
             worker = WorkerPool(queue, current) if pooled else make_worker(JobsWorker, queue, redis, allowed(queue))
+            if isinstance(worker, JobsWorker):
+                worker.cron = with_cron(queue, current)
     except settings.SettingsError as error:
         log.say_why_not(error)
         return 2
@@ -200,7 +203,7 @@ def main() -> int:
         log.say_why_not(f"REDIS_URL: {error}")
         return 1
     announcements.begin(redis)
-    log.emit("worker_started", queue=queue)
+    log.emit("worker_started", queue=queue, recipients=current.staging if pooled else "")
     if isinstance(worker, WorkerPool):
         worker.work()
         worker.delivery.pool.close_all()

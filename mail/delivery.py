@@ -31,6 +31,7 @@ from smtp.pool import SessionPool
 from smtp.relay import Relay
 from smtp.verdict import Outcome, Reply
 
+NOT_ADMITTED = "MAIL_ALLOWLIST or MAIL_REDIRECT_TO keeps it from a recipient"
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
 AFTER = {  # the reply that decided -> what the recipient is after the attempt
     Verdict.ACCEPTED: Status.ACCEPTED,
@@ -79,6 +80,9 @@ class Delivery:
                 self.dots.settled(claim.id)
 
     def _attempt(self, claim: Claim) -> str | Retry:
+        admits = self.outbox.settings.admits
+        if not all(admits(one.address) for one in claim.recipients if one.status != Status.ACCEPTED):
+            return self._end(claim, given_up(claim), NOT_ADMITTED)  # stored before that was set, or by another service
         take_up(claim)
         todo = [one.address for one in claim.recipients if one.status == Status.PENDING]
         if not todo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 from mail.address import Mailbox
@@ -9,6 +10,7 @@ from mail.forms import html_with_ids
 from mail.message import Draft, Message
 from mail.request import FieldError, Invalid, Rendered, Request, content_errors, parse, validate
 from mail.templates import render
+from settings import Settings
 
 LONGEST_DELAY = timedelta(days=30)
 
@@ -39,9 +41,32 @@ def compose(request: Request, rendered: tuple[str, str | None, str | None] | Non
         html=html_with_ids(
             html, {one.content_id: one.cid for one in request.attachments if one.content_id and one.cid}
         ),
-        headers=request.headers,
+        headers={**request.headers, **request.unsubscribe_headers},
         attachments=[one.stored() for one in request.attachments],
     )
+
+
+def redirected(message: Message, settings: Settings) -> Message:
+    """Returns the message with MAIL_REDIRECT_TO in place of each recipient to whom no mail may go. Who was meant is the
+    name beside that address: the mail and `GET /emails/{id}` show it in its place, and no reply goes there. Raises
+    `Invalid` for such recipients if there is no MAIL_REDIRECT_TO."""
+    if not settings.staging:
+        return message
+    if not settings.mail_redirect_to:
+        Invalid.raise_if(
+            FieldError(f"{name}[{number}]", "must be on MAIL_ALLOWLIST: this service sends to nobody else")
+            for name, boxes in (("to", message.to), ("cc", message.cc), ("bcc", message.bcc))
+            for number, box in enumerate(boxes)
+            if not settings.admits(box.address)
+        )
+    to, cc, bcc = ([_redirected(box, settings) for box in boxes] for boxes in (message.to, message.cc, message.bcc))
+    return replace(message, to=to, cc=cc, bcc=bcc)
+
+
+def _redirected(box: Mailbox, settings: Settings) -> Mailbox:
+    if settings.admits(box.address) or not settings.mail_redirect_to:
+        return box
+    return Mailbox(f"{box.name} <{box.address}>" if box.name else box.address, settings.mail_redirect_to)
 
 
 def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int, local_domains: bool = False) -> Draft:

@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from mail.address import Mailbox, phrase
 from mail.message import STRUCTURED, Message
+from mail.plain import text_of
 
 # Header text that needs no encoding and folds at its spaces. After the longest name (76) the longest word with the
 # longest run of spaces still ends before column 998.
@@ -90,14 +91,16 @@ def _wire(box: Mailbox) -> str:
 def mime_body(message: Message, seed: str) -> bytes:
     """Writes text, html, or both as alternatives; inline images related to the html; the other files mixed around all.
 
-    A part is its own header lines, an empty line and its content, with CRLF line ends throughout. An empty text is left
-    out where there is html. `seed` makes the boundaries this mail's own, unlike those of a mail that it quotes.
+    A part is its own header lines, an empty line and its content, with CRLF line ends throughout. Where there is html,
+    a text that is not given is made from it, and an empty one left out. `seed` makes the boundaries this mail's own,
+    unlike those of a mail that it quotes.
     """
     invitations = [one for one in message.attachments if _is_invitation(one)]
     invitation = invitations[0] if len(invitations) == 1 else None  # of two alternatives a reader shows one
     inline = [_file(one) for one in message.attachments if "content_id" in one]
     files = [_file(one) for one in message.attachments if "content_id" not in one and one is not invitation]
-    versions = [_text("plain", message.text or "")] if message.text or not message.html else []
+    text = text_of(message.html) if message.text is None and message.html else message.text
+    versions = [_text("plain", text or "")] if text or not message.html else []
     if message.html:
         versions.append(_multipart('related; type="text/html"', [_text("html", message.html), *inline], f"r_{seed}"))
     shown = _multipart(

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -30,9 +31,14 @@ OURS = re.compile(  # headers that this service writes or the relay adds; a call
     r"|dkim-signature|arc-.*|authentication-results|received-spf|delivered-to",
     re.IGNORECASE,
 )
+MAX_REPLY_TO = 50
+IN_A_LIST = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^,])+')  # one address of a header: commas in quotes part none
 MAX_HEADERS = 64_000  # characters of all values together
 TOKEN = r"[A-Za-z0-9!#$&^_.+-]+"
 CONTENT_TYPE = re.compile(rf"{TOKEN}/{TOKEN}(?:; ?{TOKEN}={TOKEN})*")
+HTTPS_URL = re.compile(  # RFC 3986, with neither a user nor a fragment
+    r"https://[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]{1,5})?(?:[/?](?:[A-Za-z0-9._~:/?@!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)?"
+)
 COMPOSITE = ("multipart/", "message/")  # RFC 2046 5: these hold mail as it is, and never base64
 REQUIRED = "is required"
 NOT_HERE = {  # a field of Resend's API -> what to do without it; docs/clients.md lists the rest
@@ -148,6 +154,13 @@ def content_id(text: str) -> str:
     return text
 
 
+def https_url(text: str) -> str:
+    """Refuses what cannot stand between < and > in List-Unsubscribe, and a comma: some readers take it for the end."""
+    if not HTTPS_URL.fullmatch(text):
+        raise ValueError("must be a URL such as https://acme.example/leave?who=42, in ASCII, a comma written as %2C")
+    return text
+
+
 def header_name(name: str) -> str:
     if not re.fullmatch(r"[!-9;-~]{1,76}", name):
         raise ValueError("a header name must be 1 to 76 printable ASCII characters without a colon")
@@ -223,7 +236,7 @@ class Request(StrictModel):
     to: Annotated[Mailboxes, Field(min_length=1)]
     cc: Mailboxes = Field(default_factory=list)
     bcc: Mailboxes = Field(default_factory=list)
-    reply_to: Annotated[Mailboxes, Field(max_length=50, default_factory=list)]
+    reply_to: Annotated[Mailboxes, Field(max_length=MAX_REPLY_TO, default_factory=list)]
     subject: HeaderText | None = None
     html: BodyText | None = None
     text: BodyText | None = None
@@ -243,6 +256,17 @@ class Request(StrictModel):
     expires_at: Annotated[datetime, BeforeValidator(time_with_zone)] | None = None
     on_doubt: Literal["retry", "hold"] | None = None
     priority: Literal["high", "normal", "bulk"] = "normal"
+    unsubscribe_url: Annotated[str, Field(max_length=800), AfterValidator(https_url)] | None = None
+    unsubscribe_email: OneMailbox | None = None
+
+    @property
+    def unsubscribe_headers(self) -> dict[str, str]:
+        """Returns the headers by which a mail program offers to unsubscribe (RFC 2369, RFC 6068, RFC 8058)."""
+        local, _, domain = self.unsubscribe_email.address.rpartition("@") if self.unsubscribe_email else ("", "", "")
+        ways = [f"<{self.unsubscribe_url}>"] if self.unsubscribe_url else []
+        ways += [f"<mailto:{quote(local, safe='+')}@{domain}>"] if domain else []
+        one_click = {"List-Unsubscribe-Post": "List-Unsubscribe=One-Click"} if self.unsubscribe_url else {}
+        return {"List-Unsubscribe": ", ".join(ways), **one_click} if ways else {}
 
 
 # A field -> what the objects in it are.
@@ -279,11 +303,27 @@ def validate(model: type[Model], body: object, prefix: str = "") -> Model:
 
 
 def _reply_to_header(request: Request) -> Iterator[FieldError]:
-    """Takes away a header Reply-To that repeats the field, as Symfony's bridge writes it."""
+    """Takes away a header Reply-To that has everybody in the field, and adds to the field whom it has besides:
+    Symfony's bridge writes all into the header, and the first of them into the field."""
     for name in [name for name in request.headers if name.lower() == "reply-to"]:
-        named = re.findall(r"[^\s<>,;]+@[^\s<>,;]+", request.headers.pop(name).lower())
-        if not request.reply_to or any(box.address.lower() not in named for box in request.reply_to):
-            yield FieldError(f"headers.{name}", "must be left out: the field reply_to writes this header")
+        told, known = "must be left out: the field reply_to writes this header", _by_address(request.reply_to)
+        try:
+            named = _by_address(map(Mailbox.parse, IN_A_LIST.findall(request.headers.pop(name))))
+        except ValueError:
+            named = {}
+        if not known or not known.keys() <= named.keys():
+            yield FieldError(f"headers.{name}", told)
+        elif len(named) > MAX_REPLY_TO:
+            yield FieldError(f"headers.{name}", f"must have at most {MAX_REPLY_TO} addresses")
+        else:
+            request.reply_to += [box for address, box in named.items() if address not in known]
+
+
+def _by_address(boxes: Iterable[Mailbox]) -> dict[str, Mailbox]:
+    found: dict[str, Mailbox] = {}
+    for box in boxes:
+        found.setdefault(box.address.lower(), box)
+    return found
 
 
 def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:
@@ -293,6 +333,12 @@ def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:
         yield FieldError("to", f"to, cc and bcc must have at most {max_recipients} recipients together, not {count}")
     for number in _repeated([name.lower() for name in request.headers]):
         yield FieldError(f"headers.{list(request.headers)[number]}", "is given twice, in different cases")
+    for name in request.headers if request.unsubscribe_headers else ():
+        if name.lower() in ("list-unsubscribe", "list-unsubscribe-post"):
+            told = "must be left out: unsubscribe_url and unsubscribe_email write this header"
+            yield FieldError(f"headers.{name}", told)
+    if request.unsubscribe_email and request.unsubscribe_email.name:
+        yield FieldError("unsubscribe_email", "must be an address without a name")
     for number in _repeated([one.cid for one in request.attachments]):
         yield FieldError(f"attachments[{number}].content_id", "is given twice")
     if not request.template:
@@ -305,8 +351,9 @@ def _conflicts(request: Request, max_recipients: int) -> Iterator[FieldError]:
 
 def _local_domains(request: Request) -> Iterator[FieldError]:
     told = "must have a domain with a dot; ALLOW_LOCAL_DOMAINS=yes admits the names of your own network"
-    if request.sender.is_local:
-        yield FieldError("from", told)
+    for field, one in (("from", request.sender), ("unsubscribe_email", request.unsubscribe_email)):
+        if one and one.is_local:
+            yield FieldError(field, told)
     for field in ("to", "cc", "bcc", "reply_to"):
         for number, box in enumerate(getattr(request, field)):
             if box.is_local:

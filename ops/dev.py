@@ -32,10 +32,13 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 import settings
+import tasks
 from ops import lock
 from ops.aof import cut_unfinished
 from ops.failing import percentage
 from queues import keys
+from queues.cron import next_time
+from queues.offer import load_file
 from queues.table import QUEUES
 from web.hosts import add_flag
 
@@ -338,17 +341,23 @@ def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:
     mail = f"Caught mail    http://127.0.0.1:{ports.mail_port}"
     if configured.smtp_host:
         mail = f"Mail goes to   {configured.smtp_host}:{configured.smtp_port}, from {configured.mail_from}"
+    if configured.staging:
+        mail += f"\n  Recipients     {configured.staging}"
     path, body = "/start-job", '{"name": "Ada", "email": "ada@example.com"}'
     if configured.templates_dir and not (configured.templates_dir / "welcome").is_dir():  # which /start-job needs
         path, body = "/emails", '{"to": "ada@example.com", "subject": "Welcome, Ada", "text": "Hello."}'
-    names = ", ".join(key.name for key in configured.api_keys)
+    if configured.tasks_file:
+        load_file(configured.tasks_file)
+    due = sorted((next_time(task.cron).astimezone(), name) for name, task in tasks.OFFERED.items() if task.cron)
+    cron = "".join(f"\n  Cron           {name}: next at {moment:%Y-%m-%d %H:%M}" for moment, name in due)
+    names = ", ".join(dict.fromkeys(key.name for key in configured.api_keys))
     more = names and f" (and those in .env: {names})"
     return f"""
 async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.
 
   API            http://127.0.0.1:{ports.api_port}      key: {settings.DEV_KEY}{more}
   {mail}
-  Queues         http://127.0.0.1:{ports.dashboard_port}/rq/
+  Queues         http://127.0.0.1:{ports.dashboard_port}/rq/{cron}
 
 Send a mail:
 

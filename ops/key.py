@@ -1,12 +1,12 @@
 """Makes, lists and revokes API keys: `bin/key new NAME [--scope send|test|full] [--rate 50/s] [--from DOMAIN]`,
-`list`, `revoke NAME`.
+`list`, `rotate NAME`, `revoke NAME [--old]`.
 
 On a server (where there is /etc/async-email) it works on the service's credential file, in a checkout on API_KEYS in
 `.env`; `--file` names another of either kind. A new key is printed once, alone on standard output; only its SHA-256 is
 written. The file is replaced whole or not at all, and keeps its owner and mode; a new one is its owner's alone.
 
-Refuses a name that is taken, and a file that it cannot read. To rotate a key, make a second one under another name, let
-its users change over, and revoke the first.
+Refuses a name that is taken, and a file that it cannot read. To rotate a key, make a second one of its name, let its
+users change over, and revoke the old one: a caller is known by the name, so it still reads what it submitted.
 """
 
 from __future__ import annotations
@@ -122,23 +122,55 @@ def new(file: KeyFile, name: str, scope: str, rate: Rate | None, domains: Sequen
     keys = file.read()
     if any(key.name == name for key in keys):
         raise Refused(f"there is a key {name} already; take another name, and revoke the old one when nobody uses it")
+    add(file, keys, ApiKey(name, "", scope, rate, tuple(domains)))
+
+
+def add(file: KeyFile, keys: Sequence[ApiKey], one: ApiKey) -> None:
     key = f"ae_{secrets.token_urlsafe(24)}"
-    file.write([*keys, ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), scope, rate, tuple(domains))])
-    say(f"The key {name} (scope {scope}); it is shown this once:")
+    file.write([*keys, one._replace(sha256=hashlib.sha256(key.encode()).hexdigest())])
+    say(f"The key {one.name} (scope {one.scope}); it is shown this once:")
     print(key, flush=True)
     changed(file)
 
 
-def revoke(file: KeyFile, name: str) -> None:
+def rotate(file: KeyFile, name: str) -> None:
     keys = file.read()
-    left = [key for key in keys if key.name != name]
-    if len(left) == len(keys):
-        raise Refused(f"there is no key {name}; there are: {', '.join(key.name for key in keys) or 'none'}")
+    old, *newer = of_name(keys, name)
+    if newer:
+        raise Refused(
+            f"there are an old and a new key {name} already; revoke {name} --old when nobody uses the old one"
+        )
+    add(file, keys, old)
+    say(f"The old one works, too, until: key revoke {name} --old")
+
+
+def of_name(keys: Sequence[ApiKey], name: str) -> list[ApiKey]:
+    """Returns the keys of this name: one, or an old and a new one."""
+    found = [key for key in keys if key.name == name]
+    if not found:
+        known = ", ".join(dict.fromkeys(key.name for key in keys))
+        raise Refused(f"there is no key {name}; there are: {known or 'none'}")
+    return found
+
+
+def revoke(file: KeyFile, name: str, *, old: bool) -> None:
+    keys = file.read()
+    gone = of_name(keys, name)
+    if old and len(gone) == 1:
+        raise Refused(f"there is one key {name}, and no older one")
+    left = [key for key in keys if key not in (gone[:1] if old else gone)]
     file.write(left)
-    say(f"The key {name} is revoked.")
+    say(f"The {'old ' if old else ''}key {name} is revoked.")
     if not left:
         say("WARNING: it was the last one. The API does not start without a key; make one with: key new NAME")
     changed(file)
+
+
+def listed(keys: Sequence[ApiKey]) -> None:
+    for key in keys:
+        sender = f"from {' '.join(key.domains)}" if key.domains else ""
+        words = [f"{key.name:<24} {key.scope}", str(key.rate or ""), sender, "old" if key.old else ""]
+        print("  ".join(filter(None, words)))
 
 
 def changed(file: KeyFile) -> None:
@@ -172,8 +204,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--from", dest="domains", metavar="DOMAIN", type=domain_of, action="append", default=[], help=domains
     )
     commands.add_parser("list", help="names, scopes, rates and domains", parents=[where])
+    new_one = commands.add_parser("rotate", help="make a second key of a name, and print it, once", parents=[where])
+    new_one.add_argument("name", metavar="NAME")
     old = commands.add_parser("revoke", help="refuse a key from now on", parents=[where])
     old.add_argument("name", metavar="NAME")
+    old.add_argument("--old", action="store_true", help="only the older one of two, after rotate")
     return parser.parse_args(arguments)
 
 
@@ -200,11 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.command == "new":
                 new(file, given.name, given.scope, given.rate, given.domains)
             elif given.command == "revoke":
-                revoke(file, given.name)
+                revoke(file, given.name, old=given.old)
+            elif given.command == "rotate":
+                rotate(file, given.name)
             else:
-                for key in file.read():
-                    sender = f"from {' '.join(key.domains)}" if key.domains else ""
-                    print("  ".join(filter(None, [f"{key.name:<24} {key.scope}", str(key.rate or ""), sender])))
+                listed(file.read())
     except Refused as error:
         say(f"{error}.")
         return 1

@@ -22,14 +22,15 @@ from process.sd_daemon import prioritized
 # fmt: off
 EVENTS = frozenset({
     "api_started", "worker_started", "dashboard_started",
-    # an HTTP request was answered: method, route, status, ms, name of the key, id, request_id; of a refusal also the
-    # error's name, the field, and the reason of a 503
+    # an HTTP request was answered: method, route, status, ms, name of the key, old_key (a newer one has its name), id,
+    # request_id; of a refusal also the error's name, the field, and the reason of a 503
     "request",
     "crashed",  # a fault of ours in a request or a duty of the worker pool: where, and never what
     "few_descriptors",  # a process of the API may open so few files that it takes only `connections`
     "stuck",  # a process of the API made no progress and was killed: process
     "sent", "delayed", "failed", "unknown",  # the result of an attempt, or a mail expired: id, reason, next_in, test
     "task_finished", "task_failed",  # the result of a job of POST /jobs: id, task, error
+    "cron_queued",  # the time of a task with `cron` has come: id of its job, task, due
     "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
     "busy",  # a job for a mail that another attempt holds
     "breaker_opened", "breaker_closed",  # all mail waits for the relay, because of `reason`; it flows again

@@ -9,6 +9,7 @@ health.py      the state of the queues, for readyz, metrics and the doctor
 bulk.py        bulk mail, let into the queue as far as that is short
 workers.py     RQ's workers and scheduler, changed
 quarantine.py  jobs that RQ cannot read, set aside so that the others go on
+cron.py        tasks that are queued by themselves, at their times
 limits.py      how often something may be done, for all processes together
 offer.py       @task: what `POST /jobs` may call
 """

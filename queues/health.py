@@ -59,19 +59,24 @@ def _queue_state(jobs: Jobs, name: str) -> QueueState:
         pipe.lindex(keys.queue(name), place)
     pipe.zrange(keys.scheduled(name), 0, 0, withscores=True)
     pipe.smembers(keys.workers(name))
+    pipe.smembers(keys.LIMITS)
     *counts, bulk = (seen := pipe.execute())[:6]
-    *heads, first, workers = seen[6:]
+    *heads, first, workers, limits = seen[6:]
     for head in heads:
         pipe.hget(keys.job(head.decode(errors="replace") if head else ""), "enqueued_at")
     for worker in workers:
         pipe.hget(worker, "last_heartbeat")
-    ages = list(map(age, pipe.execute()))
-    waiting, silences = [one for one in ages[: len(heads)] if one is not None], ages[len(heads) :]
-    by_state = dict(zip(("queued", "scheduled", "started", "failed", "deferred"), counts, strict=True))
+    for limit in limits:
+        if limit.startswith(f"{name}:".encode()):
+            pipe.zcard(keys.waiting(limit.decode(errors="replace")))
+    seen = pipe.execute()
+    queued, silences = map(age, seen[: len(heads)]), map(age, seen[len(heads) : len(heads) + len(workers)])
+    counts.append(sum(seen[len(heads) + len(workers) :]))
+    states = ("queued", "scheduled", "started", "failed", "deferred", "rate_limited")
     return QueueState(
-        jobs=by_state | ({"bulk": bulk} if name == EMAIL else {}),
+        jobs=dict(zip(states, counts, strict=True)) | ({"bulk": bulk} if name == EMAIL else {}),
         workers=sum(one is not None and one < LEASE_SECONDS + HEARTBEAT_SECONDS for one in silences),
-        oldest_queued=max(waiting, default=None),
+        oldest_queued=max((one for one in queued if one is not None), default=None),
         overdue=round(max(0.0, time.time() - first[0][1]), 3) if first else 0,
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -23,6 +24,7 @@ from rq import Queue, get_current_job
 from rq import Retry as Retry
 from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job
+from rq.rate_limit import ACQUIRE_AND_ENQUEUE_SCRIPT
 from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
@@ -31,12 +33,18 @@ from queues.connection import ROOM, Redis, Script, translating_errors
 from queues.quarantine import DAMAGED, StrictJob, Unreadable, set_aside
 from queues.table import QUEUES
 
-# Runs the commands from ARGV[at] to before ARGV[stop], each as the number of its words and the words.
-RUN = """
+# Runs the commands from ARGV[at] to before ARGV[stop], each as the number of its words and the words. A script cannot
+# call another one: `promote` is the one that RQ calls, the last step of queueing a job of a task with `concurrency`.
+RUN = f"""
+local function promote(KEYS, ARGV) {ACQUIRE_AND_ENQUEUE_SCRIPT} end
 local function run(at, stop)
   while at < stop do
     local words = tonumber(ARGV[at])
-    redis.call(unpack(ARGV, at + 1, at + words))
+    if ARGV[at + 1] == 'EVALSHA' then
+      promote({{unpack(ARGV, at + 4, at + 5)}}, {{unpack(ARGV, at + 6, at + words)}})
+    else
+      redis.call(unpack(ARGV, at + 1, at + words))
+    end
     at = at + words + 1
   end
 end
@@ -58,7 +66,7 @@ beside(5 + ARGV[4])
 if KEYS[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2] .. ' ' .. ARGV[1], 'EX', ARGV[3]) end
 return {'accepted', ARGV[1]}
 """
-CANCELABLE = ("queued", "scheduled", "failed", "stopped", "canceled")
+CANCELABLE = ("queued", "rate_limited", "scheduled", "failed", "stopped", "canceled")
 # ARGV[at] and on is what `Jobs.removal` returns, or nothing. Returns the job's status ("": it is gone) if it is not the
 # one in which the job may be removed.
 REMOVE_JOB = f"""{RUN}
@@ -133,6 +141,9 @@ class Call(NamedTuple):
     place: Place = Place()
 
 
+BLANKS = ("data", "created_at", "enqueued_at", "ZADD", "EVALSHA")
+
+
 class JobTemplate:
     """Records what RQ writes to queue a job, with blanks for what differs between jobs: id, call and time. RQ itself
     would take a fifth of the CPU of an accepted mail. Raises `KeyError` if RQ does not write these blanks."""
@@ -143,9 +154,13 @@ class JobTemplate:
     def __init__(self, function: str, words: list[Any]) -> None:
         self.function = function
         self.words = words
-        values = {name: place + 1 for place, name in enumerate(words) if name in ("data", "created_at", "enqueued_at")}
-        self.data = values.pop("data")
-        self.times = tuple(values.values())  # both, or for a scheduled job the first
+        places = {name: place for place, name in enumerate(words) if name in BLANKS}
+        self.data = places["data"] + 1
+        # Behind EVALSHA: script, 2, two keys, limit, time in seconds, time as RQ writes it, what keys begin with.
+        limited = places.get("EVALSHA")
+        queued_at = limited + 7 if limited else places.get("enqueued_at", -1) + 1  # a scheduled job has none
+        self.times = [place for place in (places["created_at"] + 1, queued_at) if place]
+        self.seconds = (limited + 6, places["ZADD"] + 2) if limited else ()
         self.ids = [place for place, word in enumerate(words) if isinstance(word, str) and self.ID in word]
         self.at = [place for place, word in enumerate(words) if word == self.AT]
 
@@ -157,6 +172,8 @@ class JobTemplate:
             words[place] = moment
         for place in self.at:
             words[place] = call.place.at
+        for place in self.seconds:
+            words[place] = time.time()  # a fraction, too: those that wait go in this order
         # RQ packs it, and reads it unpacked as well
         words[self.data] = json.dumps((self.function, None, call.args, call.kwargs))
         return words
@@ -174,12 +191,14 @@ class Accepted(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """How a job is run and kept; times in seconds. `retry_in` lists the pauses before each further attempt."""
+    """How a job is run and kept; times in seconds. `retry_in` lists the pauses before each further attempt. No more
+    than `concurrency` jobs of its function run at the same time; 0: any number."""
 
     timeout: int
     retry_in: tuple[int, ...]
     result_ttl: int
     failure_ttl: int
+    concurrency: int = 0
 
 
 class Jobs:
@@ -240,14 +259,26 @@ class Jobs:
             connection=self.redis,
             serializer=JSONSerializer,
         )
+        if policy.concurrency:
+            job.rate_limit_key, job.rate_limit_concurrency = f"{queue}:{function}", policy.concurrency
         job.enqueue_at_front = place.front
         commands = self.redis.pipeline()
         if place.at:
             self.queues[queue].schedule_job(job, datetime.fromtimestamp(place.at, timezone.utc), pipeline=commands)
         else:
-            self.queues[queue].enqueue_job(job, pipeline=commands, at_front=place.front)
+            self._enqueue(job, commands)
         aside = {keys.queue(queue): keys.queue(place.aside)} if place.aside else {}
         return JobTemplate(function, [aside.get(word, word) for word in flatten(commands)])
+
+    def _enqueue(self, job: Job, pipeline: Pipeline) -> None:
+        """Does what RQ does to queue a job. It refuses a pipeline for one with a limit, since who saves the job again
+        in the same pipeline would undo its promotion; we do not."""
+        queue = self.queues[job.origin]
+        if job.has_rate_limit:
+            pipeline.sadd(queue.redis_queues_keys, queue.key)
+            queue._enqueue_rate_limited_job(job, pipeline=pipeline)
+        else:
+            queue.enqueue_job(job, pipeline=pipeline, at_front=bool(job.enqueue_at_front))
 
     def recall(self, idempotency: Idempotency) -> Accepted | None:
         """Returns what an earlier request with this key was answered. Raises `IdempotencyConflict` as `accept` does."""
@@ -319,7 +350,7 @@ class Jobs:
                 pipe.zrem(keys.failed(job.origin), job.id)
                 pipe.zrem(keys.canceled(job.origin), job.id)
                 pipe.persist(job.key)  # else it expires while it waits for a worker
-                self.queues[job.origin].enqueue_job(job, pipeline=pipe)
+                self._enqueue(job, pipe)
                 pipe.execute()
             except WatchError as error:
                 if isinstance(error.__context__, (ConnectionError, TimeoutError)):  # redis-py calls these so, too

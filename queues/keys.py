@@ -7,14 +7,20 @@ queue a job a second time.
 from __future__ import annotations
 
 from rq import Worker, registry
+from rq.cron_job_registry import get_registry_key as cron_jobs
+from rq.cron_scheduler_registry import get_registry_key as cron_schedulers
+from rq.defaults import RQ_KEY_PREFIX
 from rq.job import Job
 from rq.queue import Queue
+from rq.rate_limit import RateLimitRegistry
 from rq.results import Result
 from rq.scheduler import SCHEDULER_LOCKING_KEY_TEMPLATE
 from rq.suspension import WORKERS_SUSPENDED
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 SUSPENDED = WORKERS_SUSPENDED  # exists while `rq suspend` holds
+CRON_SCHEDULER = f"{RQ_KEY_PREFIX}:cron_scheduler:{{}}"
+LIMITS = RateLimitRegistry.rl_keys_key  # the names of tasks with `concurrency` that have jobs: <queue>:tasks.<task>
 
 
 def job(job_id: str) -> str:
@@ -43,6 +49,11 @@ def scheduler_lock(name: str) -> str:
     return SCHEDULER_LOCKING_KEY_TEMPLATE % name
 
 
+def waiting(limit: str) -> str:
+    """Returns the sorted set of jobs that wait for others of their task to end."""
+    return f"{RQ_KEY_PREFIX}:rl:{limit}:rate_limited"
+
+
 # Each returns the key of a queue's registry.
 scheduled = registry.ScheduledJobRegistry.key_template.format
 started = registry.StartedJobRegistry.key_template.format
@@ -55,6 +66,7 @@ canceled = registry.CanceledJobRegistry.key_template.format
 def kinds(name: str) -> dict[str, str]:
     """Returns the keys that a queue shares with all its workers, and the type of each."""
     lists = dict.fromkeys((queue(name), intermediate(name)), "list")
-    sets = dict.fromkeys((workers(name), Queue.redis_queues_keys, Worker.redis_workers_keys), "set")
+    sets = dict.fromkeys((workers(name), Queue.redis_queues_keys, Worker.redis_workers_keys, LIMITS), "set")
     registries = (scheduled, started, ready, failed, deferred, canceled)
-    return lists | sets | {registry(name): "zset" for registry in registries}
+    cron = {cron_jobs(): "zset", cron_schedulers(): "zset", CRON_SCHEDULER.format(name): "hash"}
+    return lists | sets | {registry(name): "zset" for registry in registries} | cron

@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, PydanticUserError, create_model
 from rq import get_current_job
 
 from process.log import emit
-from queues.jobs import JobFailed, Retry, allow_exceptions
+from queues.cron import next_time
+from queues.jobs import JobFailed, Policy, Retry, allow_exceptions
 from queues.table import JOBS, QUEUES
-from settings import SettingsError
+from settings import Settings, SettingsError
 
 
 class NotATask(ValueError):
@@ -37,6 +38,12 @@ class Task(NamedTuple):
     queue: str
     timeout: int
     retry_in: tuple[int, ...]
+    concurrency: int
+    cron: str | None
+
+    def policy(self, settings: Settings) -> Policy:
+        kept = settings.retain_sent, settings.retain_failed
+        return Policy(self.timeout, self.retry_in, *kept, self.concurrency)
 
 
 OFFERED: dict[str, Task] = {}
@@ -45,6 +52,12 @@ OFFERED: dict[str, Task] = {}
 def offered_on(queue: str) -> dict[str, Callable[..., Any]]:
     """Returns the functions that a queue's worker may run, by the name that is in a job."""
     return {f"tasks.{name}": task.function for name, task in OFFERED.items() if task.queue == queue}
+
+
+def with_cron(queue: str, settings: Settings) -> dict[str, tuple[str, Policy]]:
+    """Returns the cron line of each function of a queue that has one, and how its jobs are run."""
+    mine = {name: task for name, task in OFFERED.items() if task.queue == queue}
+    return {f"tasks.{name}": (task.cron, task.policy(settings)) for name, task in mine.items() if task.cron}
 
 
 def load_file(path: Path) -> None:
@@ -85,17 +98,24 @@ def task(
     queue: str = JOBS,
     timeout: int = 60,
     retry_in: tuple[int, ...] = (60, 300),
+    concurrency: int = 0,
+    cron: str | None = None,
 ) -> Callable[..., Any]:
-    """Offers a function to `POST /jobs`, to run on a queue of queues.table; times in seconds. Raises `NotATask`.
+    """Offers a function to `POST /jobs`, and to `cron`; to run on a queue of queues.table; times in seconds. Raises
+    `NotATask`.
 
     RQ raises JobTimeoutException in it after `timeout`, and kills its process a minute later. After an exception it is
     tried again after each pause in `retry_in`, which must have at least one: else a worker killed at the wrong moment
-    fails a job that never ran. A pooled queue takes no task: nothing could interrupt it there.
+    fails a job that never ran. No more than `concurrency` jobs of it run at the same time, on all machines together; 0:
+    as many as there are workers. With `cron`, five fields as in a crontab, in the machine's time zone, it is queued by
+    itself, with the defaults of its arguments. A pooled queue takes no task: nothing could interrupt it there.
     """
     if function is None:
-        return partial(task, queue=queue, timeout=timeout, retry_in=retry_in)
-    _check_policy(queue, timeout, retry_in)
+        given = partial(task, queue=queue, timeout=timeout, retry_in=retry_in)
+        return partial(given, concurrency=concurrency, cron=cron)
+    _check_policy(queue, timeout, retry_in, concurrency)
     arguments = _arguments(function)
+    _check_cron(cron, arguments)
 
     @wraps(function)
     def checked(**given: Any) -> Any:
@@ -109,11 +129,11 @@ def task(
         emit("task_finished", id=job and job.id, task=function.__name__)
         return result
 
-    OFFERED[function.__name__] = Task(checked, arguments, queue, timeout, retry_in)
+    OFFERED[function.__name__] = Task(checked, arguments, queue, timeout, retry_in, concurrency, cron)
     return checked
 
 
-def _check_policy(queue: str, timeout: int, retry_in: tuple[int, ...]) -> None:
+def _check_policy(queue: str, timeout: int, retry_in: tuple[int, ...], concurrency: int) -> None:
     queues = [row.name for row in QUEUES.values() if not row.pooled]
     if queue not in queues:
         raise NotATask(f"queue must be one that is not pooled: {' or '.join(queues)}")
@@ -121,6 +141,20 @@ def _check_policy(queue: str, timeout: int, retry_in: tuple[int, ...]) -> None:
         raise NotATask("timeout must be a whole number of seconds, such as 300 for five minutes")
     if not isinstance(retry_in, (tuple, list)) or not all(type(pause) is int and pause >= 0 for pause in retry_in):
         raise NotATask("retry_in must be a tuple of pauses in whole seconds, such as (60, 300)")
+    if type(concurrency) is not int or concurrency < 0:
+        raise NotATask("concurrency must be a whole number: how many jobs may run at the same time, such as 1")
+
+
+def _check_cron(cron: str | None, arguments: type[BaseModel]) -> None:
+    if cron is None:
+        return
+    try:
+        next_time(cron)
+    except (ValueError, AttributeError):
+        raise NotATask('cron must be five fields as in a crontab that are due some day, such as "0 7 * * *"') from None
+    for name, field in arguments.model_fields.items():
+        if field.is_required():
+            raise NotATask(f"{arguments.__name__}: its argument {name} must have a default: cron gives it none")
 
 
 def _arguments(function: Callable[..., Any]) -> type[BaseModel]:

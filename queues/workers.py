@@ -34,8 +34,9 @@ from process import sd_daemon
 from process.log import emit, where
 from queues import keys
 from queues.connection import Redis, announcements, fail_fast, is_hopeless, why_unavailable
+from queues.cron import Cron
 from queues.heartbeat import HEARTBEAT_SECONDS, LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
-from queues.jobs import JobFailed
+from queues.jobs import JobFailed, Policy
 from queues.quarantine import StrictJob, Unreadable, set_aside, sift
 
 Functions = Mapping[str, Callable[..., Any]]
@@ -156,6 +157,7 @@ class PlainFailures(BaseWorker):
 
 class JobsWorker(PlainFailures, Worker):
     queue_class = Queue
+    cron: Mapping[str, tuple[str, Policy]] = {}  # the functions that are queued by themselves
 
     def run_maintenance_tasks(self) -> None:
         """Goes on running jobs if maintenance fails, where RQ's worker quits."""
@@ -185,6 +187,7 @@ class JobsWorker(PlainFailures, Worker):
 
     def _start_scheduler(self, *_: object, **__: object) -> None:
         self.scheduler = PatientScheduler(self.queues, fail_fast(self.connection), serializer=self.serializer)
+        self.scheduler.tasks = self.cron
         if self.scheduler.acquire_locks():  # type: ignore[no-untyped-call]
             self.scheduler.start()  # type: ignore[no-untyped-call]
 
@@ -332,8 +335,15 @@ def make_worker(kind: type[AnyWorker], queue: str, redis: Redis, allowed: Functi
 
 
 class PatientScheduler(RQScheduler):
-    """Runs RQ's scheduler in a process of its own: asks a Redis that cannot work now again a second later, and ends
-    without it."""
+    """Runs RQ's scheduler in a process of its own, and the queue's cron with it: asks a Redis that cannot work now
+    again a second later, and ends without it."""
+
+    tasks: Mapping[str, tuple[str, Policy]]
+
+    @cached_property
+    def cron(self) -> Cron:
+        [queue] = self._queue_names
+        return Cron(self.connection, queue, self.tasks)
 
     def stop(self) -> None:
         with unless_unavailable():
@@ -346,6 +356,8 @@ class PatientScheduler(RQScheduler):
     def enqueue_scheduled_jobs(self) -> None:
         with unless_unavailable():
             super().enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
+            if self.acquired_locks:  # else it is another's
+                self.cron.tick()
 
 
 class Scheduler(RQScheduler):

@@ -45,6 +45,8 @@ RESEND_NAMES = set(NAMES.split())
 UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
 ANY_ID = [
     ("GET", f"/emails/{UNKNOWN_ID}"),
+    ("GET", f"/emails/{UNKNOWN_ID}/attachments"),
+    ("POST", f"/emails/{UNKNOWN_ID}/cancel"),
     ("GET", f"/jobs/{UNKNOWN_ID}"),
     ("POST", f"/jobs/{UNKNOWN_ID}/requeue"),
     ("DELETE", f"/jobs/{UNKNOWN_ID}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from hashlib import sha256
 from typing import Any
 
@@ -13,50 +14,73 @@ from queues.jobs import NotFound
 from tests.http_api import ANY_ID, JOB, MAIL, UNKNOWN_ID, WELCOME, app_with, ask, fields, held_to_the_shape, served
 from tests.servers import Answer, Api, RedisServer
 from web import app as web_app
-from web.middleware import Middleware
 
 pytestmark = pytest.mark.usefixtures("client")
 
 
 SUBMITS = {("POST", "/emails"), ("POST", "/emails/batch"), ("POST", "/start-job"), ("GET", "/emails/<mail_id>")}
-SUBMITS |= {("GET", "/emails"), ("PATCH", "/emails/<mail_id>"), ("POST", "/emails/<mail_id>/cancel")}
+SUBMITS |= {
+    ("GET", "/emails"),
+    ("GET", "/emails/<mail_id>/attachments"),
+    ("PATCH", "/emails/<mail_id>"),
+    ("POST", "/emails/<mail_id>/cancel"),
+}
 
 
 def test_a_key_of_scope_send_may_submit_mail_and_read_it_and_nothing_else(api: Api) -> None:
     sender = Api(api.port, "send-key")
     assert sender.post("/emails", MAIL).status == 200
     assert sender.post("/start-job", WELCOME).status == 202
-    for method, path in [*ANY_ID[1:], ("POST", "/jobs")]:
+    for method, path in [*(one for one in ANY_ID if "/jobs/" in one[1]), ("POST", "/jobs")]:
         answer = sender.call(method, path, JOB if path == "/jobs" else None)
         assert (answer.status, answer.body["name"]) == (401, "restricted_api_key"), path
     assert {route[:2] for route in web_app.ROUTES if route[3] == "send"} == SUBMITS
 
 
 def test_a_key_reads_what_it_submitted_and_of_the_rest_does_not_learn_that_it_is_there(
-    redis_server: RedisServer, client: redis.Redis, outbox: Outbox
+    redis_server: RedisServer, client: redis.Redis, outbox: Outbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def app(*shop: str) -> Middleware:
-        given = [("all", "full", "all"), ("shop", "send", "shop"), ("blog", "send", "blog"), shop]
-        known = {name: f"{name}:{sha256(key.encode()).hexdigest()}:{scope}" for name, scope, key in filter(None, given)}
-        return app_with(redis_server.url, api_keys=",".join(known.values()))
+    """A caller is known by its name: `shop` has an old key and a new one."""
+    given = (("all", "all", "full"), ("old", "shop", "send"), ("new", "shop", "send"), ("blog", "blog", "test"))
+    known = [f"{name}:{sha256(key.encode()).hexdigest()}:{scope}" for key, name, scope in given]
+    app = app_with(redis_server.url, api_keys=",".join(known))
 
-    def status(asked: Middleware, key: str, mail_id: str) -> int:
-        return ask(asked, "GET", f"/emails/{mail_id}", HTTP_AUTHORIZATION=f"Bearer {key}").status
+    def asked(key: str, method: str, path: str, body: object = None) -> Answer:
+        once = {"HTTP_IDEMPOTENCY_KEY": "1", "HTTP_X_REQUEST_ID": "1"}
+        return ask(app, method, path, body, HTTP_AUTHORIZATION=f"Bearer {key}", **once)
 
-    mail_id = ask(app(), "POST", "/emails", MAIL, HTTP_AUTHORIZATION="Bearer shop").body["id"]
-    assert [status(app(), key, mail_id) for key in ("all", "shop", "blog")] == [200, 200, 404]
-    assert status(app("shop", "send", "rotated"), "rotated", mail_id) == 200
-    of_others = ask(app(), "GET", f"/emails/{mail_id}", HTTP_AUTHORIZATION="Bearer blog", HTTP_X_REQUEST_ID="1")
-    unknown = ask(app(), "GET", f"/emails/{UNKNOWN_ID}", HTTP_AUTHORIZATION="Bearer blog", HTTP_X_REQUEST_ID="1")
-    assert of_others == unknown
-    outbox.hold_to(mail_id, "")
+    def statuses(mail_id: str) -> list[int]:
+        return [asked(key, "GET", f"/emails/{mail_id}").status for key, _, _ in given]
+
+    with caplog.at_level(0):
+        mail_id, again, other = (asked(key, "POST", "/emails", MAIL).body["id"] for key in ("old", "new", "blog"))
+    assert re.findall(r"key=(.*?) id", caplog.text) == ["shop old_key=True", "shop", "blog"]
+    assert (again, other != mail_id) == (mail_id, True)
+    assert statuses(mail_id) == [200, 200, 200, 404]
+    assert asked("blog", "GET", f"/emails/{mail_id}") == asked("blog", "GET", f"/emails/{UNKNOWN_ID}")
     outbox.hold_to(mail_id, "shop")
     client.set(f"mail:{UNKNOWN_ID}", "no mail")
-    for other in (mail_id, UNKNOWN_ID):
+    for one in (mail_id, UNKNOWN_ID):
         with pytest.raises(NotFound, match=r"^$"):
-            outbox.hold_to(other, "blog")
+            outbox.hold_to(one, "blog")
     client.hdel(f"mail:{mail_id}", "key")  # of a version that did not note it
-    assert [status(app(), key, mail_id) for key in ("all", "shop")] == [200, 404]
+    assert statuses(mail_id) == [200, 404, 404, 404]
+
+
+def test_a_test_is_answered_as_any_mail_and_is_no_answer_to_a_repeat_that_is_meant_to_send(
+    redis_server: RedisServer, client: redis.Redis
+) -> None:
+    key = f"shop:{sha256(b'full-key').hexdigest()}:"
+    test, send = (app_with(redis_server.url, api_keys=key + scope) for scope in ("test", "send"))
+    once = {"HTTP_IDEMPOTENCY_KEY": "1", "HTTP_X_REQUEST_ID": "1"}
+    for path, body in (("/emails", MAIL), ("/start-job", WELCOME), ("/emails/batch", [MAIL, MAIL]), ("/emails", {})):
+        first, replayed, real = (ask(one, "POST", path, body, **once) for one in (test, test, send))
+        assert first.status == real.status
+        assert (first.body == real.body) == (first.status == 422)
+        assert replayed.body == first.body
+        assert "Idempotent-Replayed" not in real.headers
+        ids = [answer.body["id"] for answer in (first, real) if "id" in answer.body]
+        assert [ask(test, "GET", f"/emails/{one}").body["test"] for one in ids] == [True, False][: len(ids)]
 
 
 # fmt: off
@@ -107,33 +131,27 @@ def test_a_key_is_compared_with_every_known_key_in_constant_time(
     assert compared == list(known.values())
 
 
-@pytest.mark.parametrize("scope", ["send", "test", "full"])
+# fmt: off
+SENDERS = [  # path, body, and the fields that are refused
+    *(("/emails", MAIL | {"from": one}, []) for one in ("a@acme.example", "Acme <a@ACME.example>", "a@müller.example")),
+    *(("/emails", MAIL | {"from": one}, ["from"]) for one in (
+        "a@news.acme.example", "a@acme.example.com", "a@notacme.example", "acme.example <a@b.example>", "")),
+    ("/emails", MAIL, ["from"]), ("/start-job", WELCOME, ["from"]),  # MAIL_FROM has another domain
+    ("/emails/batch", [MAIL | {"from": "a@acme.example"}, MAIL], ["[1].from"]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("path", "body", "named"), SENDERS)
 def test_a_key_sends_from_its_domains_and_from_no_other(
-    redis_server: RedisServer, client: redis.Redis, scope: str
+    redis_server: RedisServer, client: redis.Redis, path: str, body: Any, named: list[str]
 ) -> None:
-    key = f"full:{sha256(b'full-key').hexdigest()}:{scope}::acme.example+xn--mller-kva.example"
-    app = app_with(redis_server.url, api_keys=key, mail_from="hello@example.com")
-
-    def held(path: str, body: Any, *named: str) -> None:
-        answer = ask(app, "POST", path, body)
-        if named:
-            held_to_the_shape(answer, 403, "from_not_allowed")
-            assert "must be an address at acme.example or xn--mller-kva.example" in answer.body["message"]
-        assert (answer.status, fields(answer)) == (403 if named else 200, list(named))
-
-    for sender in ("a@acme.example", "Acme <a@ACME.example>", "a@müller.example"):
-        held("/emails", MAIL | {"from": sender})
-    for sender in ("a@news.acme.example", "a@acme.example.com", "a@notacme.example", "acme.example <a@b.example>"):
-        held("/emails", MAIL | {"from": sender}, "from")
-    for path, body in (("/emails", MAIL), ("/emails", MAIL | {"from": ""}), ("/start-job", WELCOME)):
-        held(path, body, "from")  # MAIL_FROM's domain is another
-    assert client.llen("rq:queue:email") == 3
-    batch = [MAIL | {"from": "a@acme.example"}, MAIL]
-    held("/emails/batch", batch, "[1].from")
-    assert client.llen("rq:queue:email") == 3
-    permissive = ask(app, "POST", "/emails/batch", batch, HTTP_X_BATCH_VALIDATION="permissive").body
-    assert (len(permissive["data"]), [one["index"] for one in permissive["errors"]]) == (1, [1])
-    assert ask(app, "POST", "/emails", MAIL | {"to": "nobody"}).status == 422
+    key = f"full:{sha256(b'full-key').hexdigest()}:full::acme.example+xn--mller-kva.example"
+    answer = ask(app_with(redis_server.url, api_keys=key), "POST", path, body)
+    assert (fields(answer), client.llen("rq:queue:email")) == (named, 0 if named else 1)
+    if named:
+        held_to_the_shape(answer, 403, "from_not_allowed")
+        assert "must be an address at acme.example or xn--mller-kva.example" in answer.body["message"]
 
 
 def test_a_key_makes_as_many_requests_as_it_may_in_all_processes_together(

@@ -12,7 +12,8 @@ import redis
 
 from tests.http_api import MAIL, SUBMITTED, refused, spoken, stored
 from tests.servers import Api, House, RedisServer
-from web.body import MAX_DEPTH, MAX_VALUES, SMALL_BODY
+from web.body import MAX_DEPTH, SMALL_BODY
+from web.octets import MAX_VALUES
 
 pytestmark = pytest.mark.usefixtures("client")
 SETTINGS = {"MAX_MESSAGE_BYTES": "300000"}  # the smallest body nested 40,000 deep is larger than 64 KiB

@@ -20,7 +20,7 @@ from smtp import pacing
 from smtp.pacing import Wait
 from smtp.relay import Relay
 from tests.conversations import POOL, served
-from tests.mails import BODY, accept, claim
+from tests.mails import BODY, accept, claim, draft
 
 RECIPIENTS = BODY["to"]
 
@@ -82,6 +82,38 @@ def test_the_job_of_a_canceled_mail_ends_well(outbox: Outbox) -> None:
     with served() as (there, to):
         assert delivers(outbox, to).deliver(mail_id) == "canceled"
     assert there.connections == 0
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["this version", "an earlier version"])
+@pytest.mark.parametrize("before", [State.QUEUED, State.SENDING, State.DELAYED, State.FAILED, State.UNKNOWN])
+def test_no_worker_asks_relay_rate_or_breaker_for_a_test_whatever_became_of_it(
+    outbox: Outbox,
+    client: Any,
+    before: State,
+    known: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mail_id = outbox.accept([draft()._replace(test=True)]).id
+    if before == State.SENDING:
+        claim(outbox, mail_id)
+        client.delete(f"mail:{mail_id}:claim")  # its worker has died
+    elif before != State.QUEUED:
+        claim(outbox, mail_id).settle(before, reason="its job was deleted")
+    if not known:
+        client.hdel(f"mail:{mail_id}", "test")  # which an earlier version does not look at
+    monkeypatch.setattr(delivery, "queued_at", lambda: time.time() + 1)  # of one that was asked for again
+    with caplog.at_level(0), served() as (there, to):
+        made = delivers(outbox, to)
+        monkeypatch.setattr(made.pacing, "admit", lambda *_: pytest.fail("asked"))
+        assert made.deliver(mail_id) == "sent"
+    assert there.connections == 0
+    seen = outbox.read(mail_id)
+    assert (seen["status"], seen["test"]) == ("sent", known)
+    if known:
+        assert f"sent id={mail_id} test=True" in caplog.text
+        assert outbox.last_sent() is None  # what tells whether the relay works
+        assert client.hmget("mail:totals", "test", "sent") == [b"1", None]
 
 
 def test_a_refused_mail_fails_with_code_and_phase(outbox: Outbox, client: Any) -> None:

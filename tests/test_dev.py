@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 
 import settings
+import tasks
 from mail.address import Mailbox
 from mail.draft import prepare
 from ops import dev, lock
+from queues import offer
 from tests.checks.support import fake
 from tests.http_api import MAIL
 from tests.servers import Api, copy_project, eventually, free_port
@@ -281,7 +283,7 @@ def test_a_key_that_bin_key_made_opens_the_api_beside_dev(running: Dev) -> None:
     assert "key: dev (and those in .env: dev)" in running.start_and_read_the_welcome()
     mail_id = Api(running.ports["api"], key).submit(MAIL)
     assert Api(running.ports["api"], "dev").email(mail_id)["id"] == mail_id
-    assert Api(running.ports["api"], key).get(f"/emails/{mail_id}").body["name"] == "restricted_api_key"
+    assert Api(running.ports["api"], key).get(f"/jobs/{mail_id}").body["name"] == "restricted_api_key"
 
 
 def venv(project: Path, tmp_path: Path, *arguments: str) -> list[str]:
@@ -366,6 +368,21 @@ def test_with_a_relay_in_the_environment_there_is_no_catcher_and_no_sender_of_ou
     configured = settings.load()
     assert "SMTP_HOST" not in dev.child_settings(ports, configured)
     assert "Mail goes to   relay.example.com:587, from Acme <hello@acme.example>" in dev.welcome(ports, configured)
+
+
+def test_the_tasks_with_cron_are_told_the_next_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offer, "OFFERED", {})
+    monkeypatch.setattr(tasks, "OFFERED", offer.OFFERED)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    (tmp_path / "own.py").write_text(
+        "from queues.offer import task\n"
+        "@task\ndef never() -> None: ...\n"
+        "@task(cron='0 7 29 2 *')\ndef rare() -> None: ...\n"
+        "@task(cron='* * * * *')\ndef often() -> None: ...\n"
+    )
+    said = dev.welcome(dev.parse_arguments([]), settings.Settings(tasks_file=tmp_path / "own.py"))
+    rows = re.findall(r"^  Cron +(\w+): next at \d{4}-\d\d-\d\d \d\d:\d\d$", said, re.MULTILINE)
+    assert rows == ["often", "rare"]
 
 
 def test_the_curl_needs_no_template_that_there_is_not(tmp_path: Path) -> None:

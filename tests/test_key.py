@@ -100,6 +100,22 @@ def test_in_an_env_file_only_the_line_of_the_keys_changes(tmp_path: Path, before
     assert mode(file) == 0o640
 
 
+def test_a_rotated_key_is_two_of_a_name_until_the_old_one_is_revoked(credential: Path) -> None:
+    old = run(credential, "new", "shop", "--rate", "9/s", "--from", "acme.example").stdout.strip()
+    run(credential, "new", "blog")
+    assert "no older one" in run(credential, "revoke", "shop", "--old").stderr
+    new = run(credential, "rotate", "shop").stdout.strip()
+    assert "revoke shop --old when nobody uses" in run(credential, "rotate", "shop").stderr
+    assert "there is no key other; there are: shop, blog" in run(credential, "rotate", "other").stderr
+    may = ["send", "9/s", "from", "acme.example"]
+    listed = [line.split() for line in run(credential, "list").stdout.splitlines()]
+    assert listed == [["shop", *may, "old"], ["blog", "send"], ["shop", *may]]
+    known = [(one.name, one.sha256) for one in KeyFile(credential).read()]
+    run(credential, "revoke", "shop", "--old")
+    assert [(one.name, one.sha256) for one in KeyFile(credential).read()] == known[1:]
+    assert [known[0], known[2]] == [("shop", hashlib.sha256(key.encode()).hexdigest()) for key in (old, new)]
+
+
 def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path, credential: Path) -> None:
     credential.touch(0o600)
     link = tmp_path / "link"

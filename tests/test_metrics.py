@@ -135,7 +135,19 @@ def test_a_scrape_reads_a_few_keys_and_writes_none(api: Api, client: Any) -> Non
                 break
             commands.append(entry["command"].split()[0])
     looks = ["LINDEX"] * len(PLACES)
-    queue = ["LLEN", "ZCARD", "ZCARD", "ZCARD", "ZCARD", "LLEN", *looks, "ZRANGE", "SMEMBERS", *["HGET"] * len(PLACES)]
+    queue = [
+        "LLEN",
+        "ZCARD",
+        "ZCARD",
+        "ZCARD",
+        "ZCARD",
+        "LLEN",
+        *looks,
+        "ZRANGE",
+        "SMEMBERS",
+        "SMEMBERS",
+        *["HGET"] * len(PLACES),
+    ]
     greeting = ("HELLO", "CLIENT")  # of our own connection
     assert [one for one in commands if one not in greeting] == [
         *("HGETALL", "HMGET", "GET"),

@@ -28,7 +28,7 @@ from tests.http_api import MAIL, UNKNOWN_ID, WELCOME
 from tests.operations import block
 from tests.programs import program
 from tests.servers import ROOT, Answer, Api, House, eventually, free_port, heard
-from web import app, body
+from web import app, body, octets
 
 SITE = (ROOT / "nginx" / "async-email.conf").read_text()
 HERE, OUTSIDE = "127.0.0.1", "127.0.0.2"
@@ -176,7 +176,7 @@ def test_it_knows_what_the_newest_nginx_has_renamed() -> None:
 def test_its_limits_are_the_services_own() -> None:
     sizes = re.findall(r"client_max_body_size ([0-9]+)([km]);", SITE)
     found = {int(number) * {"k": 1024, "m": 2**20}[unit] for number, unit in sizes}
-    assert found == {body.SMALL_BODY, Settings().max_message_bytes}
+    assert found == {body.SMALL_BODY, octets.ON_THE_WIRE * Settings().max_message_bytes}
 
 
 # --- what passes ------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_what_does_not_exist_is_not_found(front: Api, path: str) -> None:
 
 @pytest.mark.parametrize(
     ("path", "size"),
-    [("/start-job", 70_000), ("/jobs", 70_000), (f"/jobs/{UNKNOWN_ID}/requeue", 70_000), ("/emails", 11 * 2**20)],
+    [("/start-job", 70_000), ("/jobs", 70_000), (f"/jobs/{UNKNOWN_ID}/requeue", 70_000), ("/emails", 41 * 2**20)],
 )
 def test_a_body_over_the_limit_is_refused_before_it_is_sent(front: Api, path: str, size: int) -> None:
     answer = front.call("POST", path, headers={"Content-Length": str(size)})

@@ -82,6 +82,15 @@ NO_TASK = [  # what stands on two lines, and what is said
     ("@task(timeout='5m')\ndef x(): ...", "timeout must be a whole number of seconds, such as 300 for five minutes"),
     ("@task(timeout=0)\ndef x(): ...", "timeout must be a whole number of seconds, such as 300 for five minutes"),
     ("@task(retry_in=60)\ndef x(): ...", "retry_in must be a tuple of pauses in whole seconds, such as (60, 300)"),
+    *(
+        (f"@task(cron={wrong!r})\ndef x(): ...", "cron must be five fields as in a crontab that are due some day, such")
+        for wrong in ("", "x", "@daily", "0 7 * *", "* * * * * *", "60 * * * *", "0 0 30 2 *", "R 7 * * *", 7)
+    ),
+    ("@task(cron='0 7 * * *')\ndef x(a: int, b: int = 1): ...", "x: its argument a must have a default: cron gives it"),
+    *(
+        (f"@task(concurrency={wrong})\ndef x(): ...", "concurrency must be a whole number: how many jobs may run at")
+        for wrong in ("-1", "True", "'1'")
+    ),
     ("@task(retry_in=('5m',))\ndef x(): ...", "retry_in must be a tuple of pauses in whole seconds, such as (60, 300)"),
 ]
 

@@ -30,7 +30,7 @@ from settings import Settings
 from smtp import pacing
 from tests.checks.support import fake
 from tests.http_api import MAIL
-from tests.operations import BLOCKS, PAGE, line
+from tests.operations import BLOCKS, PAGE, block, line
 from tests.servers import ROOT, House, RedisServer, eventually, project_files
 
 OTHERS = {  # variables of redis-cli, of RQ and of clients
@@ -99,21 +99,21 @@ def test_the_examples_are_for_the_relays_whose_refusals_the_doctor_explains() ->
 
 
 def test_a_task_of_an_operators_own_sends_a_mail(redis_server: RedisServer, tmp_path: Path) -> None:
-    (text,) = (text for language, text in BLOCKS if language == "python")
+    text = block("def remind(") + block("def remind_all(")
     shutil.copytree(ROOT / "templates" / "welcome", tmp_path / "templates" / "reminder")
     for part in (tmp_path / "templates" / "reminder").iterdir():
         part.write_text("Dear {{ customer }}")
     names = {"TASKS_FILE": str(tmp_path / "own.py"), "TEMPLATES_DIR": str(tmp_path / "templates")}
     with House(tmp_path, redis_server.url, **names) as house:
         (tmp_path / "key").write_text("full-key\n")
+        (tmp_path / "unpaid.json").write_text('{"Ada": "ada@example.com"}')
         (tmp_path / "own.py").write_text(text)
         api = house.api()
         (tmp_path / "own.py").write_text(text.replace("127.0.0.1", f"127.0.0.1:{api.port}"))
         house.worker("jobs")
-        asked = {"task": "remind", "args": {"customer": "Ada", "email": "ada@example.com"}}
-        jobs = [api.post("/jobs", asked).body["job_id"] for _ in range(2)]
+        jobs = [api.post("/jobs", {"task": "remind_all"}).body["job_id"] for _ in range(2)]
         eventually(lambda: all("result" in api.get(f"/jobs/{one}").body for one in jobs))
-        (mail_id,) = {api.get(f"/jobs/{one}").body["result"] for one in jobs}
+        (mail_id,) = {one_id for one in jobs for one_id in api.get(f"/jobs/{one}").body["result"]}
         assert api.get(f"/emails/{mail_id}").body["subject"] == "Dear Ada"
 
 

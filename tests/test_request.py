@@ -201,6 +201,19 @@ REFUSED: dict[str, list[tuple[str, Json]]] = {  # what is wrong -> the field tha
         ("expires_at", mail(expires_at=time))
         for time in ("2026-11-21", "2126-11-21T12:00:00", "2126-02-31T12:00:00Z", "soon", 5)
     ],
+    "what cannot be in List-Unsubscribe": [
+        *(("unsubscribe_url", mail(unsubscribe_url=url)) for url in (
+            "", "http://a.example", "https://", "mailto:a@b.co", "https://u@a.example", "https://a.example/x y", 7,
+            "https://a.example/>,<https://b.co", "https://a.example/a,b", "https://a.example/\r\nBcc: x@b.co", "https://a/#x",
+            "https://a.example/%zz", "https://müller.example", "https://a.example\n", "https://a.example/" + "x" * 783,
+        )),
+        *(("unsubscribe_email", mail(unsubscribe_email=box)) for box in (
+            "", "a", "A <a@b.co>", "a@b.co, c@d.co", "a@localhost", "a@b.co\r\nBcc: x@b.co", ["a@b.co"],
+        )),
+        *((f"headers.{name}", mail(headers={name: "<x:y>"}) | given)
+          for name in ("List-Unsubscribe", "list-unsubscribe-POST")
+          for given in ({"unsubscribe_url": "https://a.example"}, {"unsubscribe_email": "a@b.co"})),
+    ],
     "a third way to treat doubt": [("on_doubt", mail(on_doubt="maybe"))],
     "a template and a body of one's own": [
         ("template", mail(text=None, subject=None, template={"id": "welcome"}) | extra)
@@ -231,6 +244,7 @@ INSTEAD = [  # what there is not, and what is said of it
     )),
 ]
 # fmt: on
+ONE_CLICK = "List-Unsubscribe=One-Click"
 EACH = [(field, body) for rows in REFUSED.values() for field, body in rows]
 NAMES = [f"{what}-{number}" for what, rows in REFUSED.items() for number in range(len(rows))]
 
@@ -277,10 +291,29 @@ def test_a_missing_field_is_told_as_missing(field: str) -> None:
     assert caught.value.errors == (FieldError(field, "is required", missing=True),)
 
 
-@pytest.mark.parametrize("field", ["cc", "bcc", "reply_to", "html", "headers", "attachments", "tags", "template"])
+@pytest.mark.parametrize(
+    "field", ["cc", "bcc", "reply_to", "html", "headers", "attachments", "tags", "template", "unsubscribe_url"]
+)
 def test_null_is_what_is_absent(field: str) -> None:
     """Serializers of C#, Rust, Kotlin and Java write null for it: StrongGrid#92, lowdefy#2242."""
     assert accepted(mail(**{field: None})) == accepted(mail())
+
+
+@pytest.mark.parametrize(
+    ("url", "email", "written"),
+    [
+        ("https://a.example:8443/l?w=%2C1&b", None, {"": "<https://a.example:8443/l?w=%2C1&b>", "-Post": ONE_CLICK}),
+        (None, "Leave+42@b.co", {"": "<mailto:Leave+42@b.co>"}),
+        (
+            "https://a.example",
+            "é%&?@b.co",
+            {"": "<https://a.example>, <mailto:%C3%A9%25%26%3F@b.co>", "-Post": ONE_CLICK},
+        ),
+    ],
+)
+def test_the_ways_to_unsubscribe_are_headers(url: Json, email: Json, written: dict[str, str]) -> None:
+    message = accepted(mail(unsubscribe_url=url, unsubscribe_email=email, headers={"List-ID": "<x>"}))
+    assert message.headers == {"List-ID": "<x>", **{f"List-Unsubscribe{end}": text for end, text in written.items()}}
 
 
 @pytest.mark.parametrize(

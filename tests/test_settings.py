@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -15,6 +16,21 @@ from settings import Address, ApiKey, Settings, SettingsError, load
 
 ROOT = Path(__file__).parent.parent
 DIGEST = hashlib.sha256(b"a key").hexdigest()
+OTHER = hashlib.sha256(b"another").hexdigest()
+# fmt: off
+WRONG = {  # a fault -> values of its variable that have it
+    "MAIL_REDIRECT_TO: must be one address without a name, such as tester@acme.example": (
+        "acme.example", "T <t@a.example>", "a@b.example,c@d.example", "a@müller.example", "a..b@c.example"),
+    "MAIL_ALLOWLIST: must be addresses and domains in ASCII, such as": (
+        ",", "acme.example,", "*.acme.example", "@acme.example", "a@b@c.example", "A <a@b.example>", "a b"),
+    "API_KEYS: each name must be unique, or that of an old key and a new one that may do the same": [
+        f"a:{DIGEST},{one}" for one in (
+            f"a:{DIGEST}", f"a:{OTHER}:send", f"a:{OTHER}:full:9/s", f"b:{OTHER},a:{OTHER},a:{'c' * 64}")],
+    "API_KEYS: entry 1 must be name:sha256hex[:scope[:rate[:domains]]]": [f"a:{DIGEST}:{one}" for one in (
+        "send:", "send::", "send:9/s:", "send:acme.example", "send::a b", "send::a@b.example", "send::müller.example",
+        "send::-a.example", "send::a..example", ":9/s", "send::a+", "send::*")],
+}
+# fmt: on
 PLAIN = {"SMTP_USERNAME": "ada", "SMTP_PASSWORD": "hunter2", "SMTP_SECURITY": "none"}
 
 
@@ -69,29 +85,12 @@ def faults(*needed: str, **variables: str) -> list[str]:
                 "fe80::1% eth0",
             )
         ),
+        *(({fault.split(":")[0]: text}, fault) for fault, texts in WRONG.items() for text in texts),
         ({"EHLO_NAME": "web 1"}, "EHLO_NAME: must be a full name, such as mail.example.com"),
         ({"REDIS_URL": "http://x"}, "REDIS_URL must start with redis://"),
         ({"REDIS_URL": "redis://:hunter2/x@host"}, "REDIS_URL must be a URL: write / # ? : @ in its password as"),
-        ({"API_KEYS": f"a:{DIGEST},a:{DIGEST}"}, "API_KEYS: each name must be unique"),
         ({"REDIS_URL": "reddis://:hunter2@host"}, "REDIS_URL must start with redis://"),
         ({"API_KEYS": f"a:{DIGEST}:admin"}, "API_KEYS: entry 1 must be name:sha256hex"),
-        *(
-            ({"API_KEYS": f"a:{DIGEST}:{rest}"}, "API_KEYS: entry 1 must be name:sha256hex[:scope[:rate[:domains]]]")
-            for rest in (
-                "send:",
-                "send::",
-                "send:9/s:",
-                "send:acme.example",
-                "send::a b",
-                "send::a@b.example",
-                "send::müller.example",
-                "send::-a.example",
-                "send::a..example",
-                ":9/s",
-                "send::a+",
-                "send::*",
-            )
-        ),
         ({"API_KEYS": "hunter2"}, "API_KEYS: entry 1 must be name:sha256hex"),
         ({"API_KEYS": f"a:{DIGEST},hunter2:hunter2:hunter2"}, "API_KEYS: entry 2 must be name:sha256hex"),
         ({"SMTP_PASSWORD": "hunter2", "DASHBOARD_PASSWORD": "hunter2", "SMTP_PORT": "x"}, "SMTP_PORT: input should be"),
@@ -156,27 +155,36 @@ def test_a_secret_can_stand_in_a_file(tmp_path: Path) -> None:
     assert current.redis_url.get_secret_value() == "redis://:pw@127.0.0.1/3"
 
 
+# fmt: off
+ADMITTED = {  # the settings -> addresses to which mail may go, and others
+    "": ("a@b.example", ""),
+    "MAIL_REDIRECT_TO": ("T@acme.example t@ACME.example", "a@b.example u@acme.example"),
+    "MAIL_ALLOWLIST": ("x@b.example ada@C.example", "x@sub.b.example x@ab.example eve@c.example t@acme.example"),
+    "MAIL_ALLOWLIST MAIL_REDIRECT_TO": ("x@b.example ada@c.example t@acme.example", "eve@c.example u@acme.example"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("names", ADMITTED)
+def test_mail_may_go_to_all_or_to_whom_staging_names(names: str) -> None:
+    given_to = {"MAIL_REDIRECT_TO": "t@acme.example", "MAIL_ALLOWLIST": "B.example, Ada@c.example"}
+    current = given(**{name: given_to[name] for name in names.split()})
+    admitted, others = (some.split() for some in ADMITTED[names])
+    assert [one for one in admitted + others if current.admits(one)] == admitted
+    assert sorted(re.findall("MAIL_[A-Z_]+", current.staging)) == names.split()
+
+
 def test_what_a_key_may_is_read_and_written_back_the_same() -> None:
-    written = [
-        f"{name}:{DIGEST}:{rest}"
-        for name, rest in (
-            ("a", "full"),
-            ("b", "send:9/m"),
-            ("c", "test::acme.example"),
-            ("d", "send:9/m:a.example+localhost"),
-        )
-    ]
-    read = given(API_KEYS=",".join([f"z:{DIGEST}", f"y:{DIGEST}:send::Acme.Example", *written])).api_keys
-    assert [key.domains for key in read] == [
-        (),
-        ("acme.example",),
-        (),
-        (),
-        ("acme.example",),
-        ("a.example", "localhost"),
-    ]
-    assert [key.rate for key in read] == [None, None, None, (9, 60), None, (9, 60)]
-    assert [str(key) for key in read[2:]] == written
+    may: dict[str, Any] = {
+        "full": (None, ()),
+        "send:9/m": ((9, 60), ()),
+        "test::A.example": (None, ("a.example",)),
+    }
+    may |= {"send:9/m:a.example+localhost": ((9, 60), ("a.example", "localhost"))}
+    written = [f"{number}:{DIGEST}:{one}" for number, one in enumerate(may)]
+    read = given(API_KEYS=",".join(written)).api_keys
+    assert [(key.rate, key.domains) for key in read] == list(may.values())
+    assert [str(key) for key in read] == [one.lower() for one in written]
 
 
 def test_an_unknown_name_in_dotenv_is_a_fault(tmp_path: Path) -> None:

@@ -392,6 +392,19 @@ LEANT_ON = {  # what we override in RQ, or call beyond its documentation -> its 
     "rq.scheduler:RQScheduler.enqueue_scheduled_jobs": "a31620c83110baeb",
     "rq.scheduler:RQScheduler.acquire_locks": "4d15324e1639d356",
     "rq.scheduler:RQScheduler.heartbeat": "8bf3e1cfc0a2839d",
+    "rq:rate_limit": "a100a9cb0851cac4",
+    "rq.queue:Queue.enqueue_job": "05ff025c22a03128",
+    "rq.queue:Queue._enqueue_rate_limited_job": "a610af91fc148871",
+    "rq.cron:CronJob.__init__": "8b09c9e33418f0ae",
+    "rq.cron:CronJob.should_run": "a78384c5419adb8b",
+    "rq.cron:CronJob.enqueue": "7d695e184914aa75",
+    "rq.cron:CronJob.get_next_enqueue_time": "41dbac572ea58535",
+    "rq.cron:CronJob.set_enqueue_time": "539748653af94bdf",
+    "rq.cron:CronScheduler.__init__": "6a052c66eadf6ae9",
+    "rq.cron:CronScheduler.enqueue_jobs": "f692e977f03577fb",
+    "rq.cron:CronScheduler.heartbeat": "3ea7c009f1c4cc6b",
+    "rq.cron:CronScheduler.save": "b6cf473069a365b4",
+    "rq.cron_job_registry:add": "c289d80b994ec909",
     "rq.timeouts:BaseDeathPenalty": "e2466980efb81666",
 }
 
@@ -405,7 +418,10 @@ def test_what_the_workers_lean_on_in_rq_is_as_it_was(name: str) -> None:
 OURS = ("EmailWorker", "JobsWorker", "NoTimeout", "Job", "Queue", "IntermediateQueue", "Scheduler", "PatientScheduler")
 
 
-@pytest.mark.parametrize("which", [*(f"queues.workers:{name}" for name in OURS), "queues.quarantine:StrictJob"])
+ELSEWHERE = ("queues.quarantine:StrictJob", "queues.cron:CronTask", "queues.cron:Cron")
+
+
+@pytest.mark.parametrize("which", [*(f"queues.workers:{name}" for name in OURS), *ELSEWHERE])
 def test_whatever_we_override_in_rq_is_on_the_list(which: str) -> None:
     ours = pkgutil.resolve_name(which)
     listed = {name.split(":")[1].removesuffix(".fget") for name in LEANT_ON}

@@ -8,6 +8,7 @@ docs.py        GET /openapi.json, which openapi.py makes of answers.py (types) a
 access.py      who asks, and what that API key may do
 context.py     what is known of the request that is being answered
 body.py        a request's body: strict JSON, bounded
+octets.py      files that come as lists of octets -> base64, while the body is read
 hosts.py       what a page of another site may not send
 errors.py      the one error shape; our exceptions in HTTP's words
 middleware.py  request id, common headers, log line

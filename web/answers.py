@@ -14,7 +14,8 @@ from mail.states import State, Status
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 LastEvent = Literal["queued", "scheduled", "delivery_delayed", "sent", "failed", "canceled"]
-JobStatus = Literal["queued", "started", "deferred", "scheduled", "finished", "failed", "stopped", "canceled"]
+Waiting = Literal["queued", "deferred", "scheduled", "rate_limited"]
+JobStatus = Waiting | Literal["started", "finished", "failed", "stopped", "canceled"]
 From = TypedDict("From", {"from": str})
 NoFrom = TypedDict("NoFrom", {"from": None})
 
@@ -66,9 +67,7 @@ class Attempt(TypedDict):
     verdict: str
 
 
-class MailEntry(From):
-    """A mail in a list."""
-
+class ListedMail(From):
     id: str
     status: State | Literal["scheduled"]
     last_event: LastEvent
@@ -90,7 +89,7 @@ class MailEntry(From):
     reason: str | None
 
 
-class Mail(MailEntry):
+class Mail(ListedMail):
     object: Literal["email"]
     html: None
     text: None
@@ -101,6 +100,17 @@ class Mail(MailEntry):
 class Changed(TypedDict):
     object: Literal["email"]
     id: str
+
+
+class StoredFile(TypedDict):
+    id: str
+    filename: str
+    size: int
+    content_type: str
+    content_disposition: Literal["inline", "attachment"]
+    content_id: str | None
+    download_url: None
+    expires_at: None
 
 
 class JobState(TypedDict):
@@ -172,7 +182,11 @@ class Page(TypedDict):
 
 
 class Mails(Page):
-    data: list[MailEntry]
+    data: list[ListedMail]
+
+
+class Files(Page):
+    data: list[StoredFile]
 
 
 class Templates(Page):

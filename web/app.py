@@ -29,6 +29,7 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("GET", "/emails/<mail_id>", Service.get_email, "send"),
     ("PATCH", "/emails/<mail_id>", mails.move_mail, "send"),
     ("POST", "/emails/<mail_id>/cancel", mails.cancel_mail, "send"),
+    ("GET", "/emails/<mail_id>/attachments", Service.get_attachments, "send"),
     ("POST", "/jobs", Service.post_job, "full"),
     ("GET", "/jobs/<job_id>", Service.get_job, "full"),
     ("POST", "/jobs/<job_id>/requeue", Service.requeue_job, "full"),

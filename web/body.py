@@ -15,12 +15,12 @@ from typing import Any
 
 from bottle import request
 
+from web import octets
 from web.errors import RETRY_AFTER, Refusal, bad_request
 
 SMALL_BODY = 64 * 1024  # bytes; for everything but POST /emails
 LARGE_BODY = 2**20  # bytes; a body beyond that takes its size out of the budget
 MAX_DEPTH = 32  # levels of JSON; templates' variables need a few, an attack needs thousands
-MAX_VALUES = 10_000  # in one body, names counted; checking a million addresses would keep every other caller waiting
 
 
 def read_json(limit: int) -> Any:
@@ -31,11 +31,10 @@ def read_json(limit: int) -> Any:
         raise Refusal(415, "unsupported_media_type", "the request must have no Content-Encoding such as gzip")
     if media_type != "application/json":
         raise Refusal(415, "unsupported_media_type", "the request must have Content-Type: application/json")
-    if request.content_length > limit:
-        raise Refusal(413, "request_too_large", f"the body exceeds the limit of {limit} bytes")
     try:
-        text = request.environ["wsgi.input"].read(max(request.content_length, 0)).decode()
+        text, lists = octets.read(request.environ["wsgi.input"], max(request.content_length, 0), limit)
         body = json.loads(text, object_pairs_hook=without_duplicates, parse_float=finite, parse_constant=finite)
+        body = octets.with_files(body, lists)
         check_values(body)
     except RecursionError:
         raise bad_request("body", f"must not be nested deeper than {MAX_DEPTH} levels") from None
@@ -67,8 +66,8 @@ def finite(text: str) -> float:
 def check_values(body: Any) -> None:
     """Raises `Refusal` (too many values), `RecursionError` (too deep) or `UnicodeEncodeError` (a lone surrogate)."""
     for number, value in enumerate(values_in(body)):
-        if number > MAX_VALUES:
-            raise bad_request("body", f"must not contain more than {MAX_VALUES} values")
+        if number > octets.MAX_VALUES:
+            raise octets.too_many_values()
         if isinstance(value, str) and not value.isascii():
             value.encode()
 
@@ -79,8 +78,6 @@ def values_in(value: Any, depth: int = 0) -> Iterator[Any]:
         raise RecursionError
     yield value
     inside = chain(value, value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if isinstance(value, list) and all(type(one) is int and 0 <= one < 256 for one in value):
-        return  # the octets of a file, in the way of some clients: cheap, and bounded by the body's size
     for one in inside:
         yield from values_in(one, depth + 1)
 

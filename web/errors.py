@@ -42,6 +42,7 @@ NAMES = {  # a type that Resend does not have -> its name there; any other has i
     "unsupported_media_type": "validation_error",
 }
 NOT_HERE = {  # what clients of Resend's API ask for -> what to do without it; docs/clients.md lists the rest
+    r"GET /emails/[^/]+/attachments/[^/]+": "GET /emails/ID/attachments has all but what is in the file",
     r"POST /templates": "a template is a folder of templates/ on the server",
     r"POST /domains": "`from` may have any domain that the relay takes",
     r"POST /api-keys": "bin/key on the server makes one",
@@ -66,9 +67,8 @@ def as_refusal(error: Exception) -> Refusal:
             return error
         case Invalid():
             first = error.errors[0]
-            return Refusal(
-                403 if first.forbidden else 422, error_type(first), f"{first.field}: {first.message}", error.errors
-            )
+            status, text = 403 if first.forbidden else 422, f"{first.field}: {first.message}"
+            return Refusal(status, error_type(first), text, error.errors)
         case IdempotencyConflict():
             text = "this Idempotency-Key was used for a different request; use a new key for a new request"
             return Refusal(409, "invalid_idempotent_request", text)

@@ -19,16 +19,16 @@ from typing import Annotated, Any
 from bottle import HTTPResponse, request
 from pydantic import Field, ValidationError
 
-from mail import sweep
+from mail import attachments, sweep
 from mail.address import Mailbox
-from mail.draft import Expired, prepare
+from mail.draft import Expired, prepare, redirected
 from mail.message import Draft
 from mail.outbox import Outbox
 from mail.request import FieldError, HeaderText, Invalid, OneMailbox, StrictModel, field_errors, validate
 from mail.states import State
 from queues import health
 from queues.connection import weaknesses
-from queues.jobs import Accepted, Call, Idempotency, Jobs, Policy
+from queues.jobs import Accepted, Call, Idempotency, Jobs
 from queues.limits import Limits
 from queues.offer import Task
 from settings import Settings
@@ -144,10 +144,18 @@ class Service:
         asks = context.current.get()
         if asks.caller:
             hold_to_its_domains(asks.caller, draft.message.sender)
-        return draft._replace(key=asks.key, test=asks.is_test)
+        message = redirected(draft.message, self.settings)
+        return draft._replace(message=message, key=asks.key, test=asks.is_test)
 
     def get_email(self, mail_id: str) -> HTTPResponse:
         return json_response(200, self.outbox.read(mail_id, context.current.get().reads_only))
+
+    def get_attachments(self, mail_id: str) -> HTTPResponse:
+        self.outbox.hold_to(mail_id, context.current.get().reads_only)
+        size = attachments.stored_size(self.jobs.redis, mail_id)
+        with self.large_bodies.reserve(min(size, self.settings.max_message_bytes)):
+            files = attachments.listed(self.jobs.redis, mail_id)
+        return json_response(200, {"object": "list", "has_more": False, "data": files})
 
     def post_job(self) -> HTTPResponse:
         body = read_json(SMALL_BODY)
@@ -163,7 +171,7 @@ class Service:
             task.queue,
             f"tasks.{asked.task}",
             {str(uuid.uuid4()): Call((), asked.args)},
-            Policy(task.timeout, task.retry_in, self.settings.retain_sent, self.settings.retain_failed),
+            task.policy(self.settings),
             idempotency=idempotency(body),
             idempotency_ttl=self.settings.idempotency_ttl,
         )

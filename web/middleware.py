@@ -66,6 +66,7 @@ def log(environ: dict[str, Any], context: Context, status: str, seconds: float) 
         **context.refusal,
         ms=seconds * 1000,
         key=context.key,
+        old_key=(context.caller and context.caller.old) or None,
         id=context.id,
         request_id=context.request_id,
     )

@@ -22,9 +22,10 @@ from pydantic.json_schema import GenerateJsonSchema
 from mail import forms, request
 from mail.address import Mailbox, header_text
 from mail.moments import time_or_delay, time_with_zone
-from web import answers, mails, reference
+from web import answers, reference
 from web.catalog import PageQuery, Preview
 from web.handlers import MAX_BATCH, VERSION, JobRequest, StartJob
+from web.mails import ListQuery, Move, cursor_or_time, whole_number
 
 Json = dict[str, Any]
 Route = tuple[str, str, Callable[..., Any], str | None]
@@ -45,7 +46,7 @@ BATCH_HEADER: Json = {
 
 
 class Operation(NamedTuple):
-    """A route: the type of its answer, of its body and of its query. `refused` are statuses beside the usual ones."""
+    """A route: the types of its answer, its body and its query. `refused` are statuses beside the usual ones."""
 
     answer: Any
     status: int = 200
@@ -60,10 +61,11 @@ OPERATIONS = {
     "POST /start-job": Operation(answers.Job, 202, StartJob, headers=ONCE),
     "POST /emails": Operation(answers.Queued, 200, request.Request, headers=ONCE),
     "POST /emails/batch": Operation(answers.Batch, 200, BatchOfMails, headers=ONCE | BATCH_HEADER),
-    "GET /emails": Operation(answers.Mails, query=mails.ListQuery),
+    "GET /emails": Operation(answers.Mails, query=ListQuery),
     "GET /emails/{id}": Operation(answers.Mail),
-    "PATCH /emails/{id}": Operation(answers.Changed, 200, mails.Move, refused=(409,)),
+    "PATCH /emails/{id}": Operation(answers.Changed, 200, Move, refused=(409,)),
     "POST /emails/{id}/cancel": Operation(answers.Changed, refused=(409,)),
+    "GET /emails/{id}/attachments": Operation(answers.Files),
     "POST /jobs": Operation(answers.Job, 202, JobRequest, headers=ONCE),
     "GET /jobs/{id}": Operation(answers.JobState),
     "POST /jobs/{id}/requeue": Operation(answers.Job, 202, refused=(409,)),
@@ -115,9 +117,8 @@ def same(inner: Json) -> Json:
     return inner
 
 
+DELAY = "^in [1-9][0-9]? (minute|hour|day)s?$"
 MAILBOX: Json = {"type": "string", "format": "mailbox", "minLength": 3, "maxLength": 998}
-MOMENT: Json = {"type": "string", "format": "date-time"}
-DELAY: Json = {"type": "string", "pattern": "^in [0-9]{1,6} (min|minute|hour|day)s?$"}
 GENERAL = ("Keys and scopes", "Limits", "Idempotency", "Request ids")  # sections that are about every route
 # A function that validates -> what it takes, of what the schema inside it takes. Formats of our own: `mailbox`, `line`
 # (without a control character), `content` (with none but tab and line break), `file-name`, `media-type`.
@@ -128,10 +129,11 @@ FORMS: Mapping[Any, Callable[[Json], Json]] = {
     request.media_type: lambda inner: {**inner, "format": "media-type", "minLength": 3},
     request.content_id: lambda inner: {**inner, "format": "line", "minLength": 1},
     request.one_or_list: or_one,
-    time_with_zone: lambda _: MOMENT,
-    time_or_delay: lambda _: {"anyOf": [MOMENT, DELAY]},
-    mails.cursor_or_time: lambda _: {"type": "string", "minLength": 1},
-    mails.whole_number: same,
+    time_with_zone: same,
+    time_or_delay: lambda inner: {"anyOf": [inner["anyOf"][0], {"type": "string", "pattern": DELAY}]},
+    request.https_url: lambda inner: {**inner, "format": "uri", "pattern": "^https://"},
+    cursor_or_time: lambda _: {"type": "string", "minLength": 1},
+    whole_number: same,
     request.canonical_base64: same,
     request.header_name: same,
     request.header_fits: same,
@@ -244,7 +246,7 @@ def parameters(path: str, operation: Operation, told: reference.Section) -> list
     query = operation.query.model_json_schema(schema_generator=Schemas)["properties"] if operation.query else {}
     wanted = [("id", "path", {"type": "string", "minLength": 1})] if "{id}" in path else []
     wanted += [(name, "header", schema) for name, schema in operation.headers.items()]
-    wanted += [(name, "query", schema.get("anyOf", [schema])[0]) for name, schema in query.items()]  # not null
+    wanted += [(name, "query", schema.get("anyOf", [schema])[0]) for name, schema in query.items()]  # and not null
     return [
         {"name": name, "in": where, "required": where == "path", "schema": schema}
         | ({"description": text} if (text := schema.get("description") or told.fields.get(name)) else {})

@@ -57,7 +57,7 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 
     WORDS: ClassVar = {
         400: ("validation_error", "the request must be HTTP as in RFC 9112"),
-        413: ("request_too_large", "the body exceeds the limit of {limit} bytes (MAX_MESSAGE_BYTES)"),
+        413: ("request_too_large", "the body exceeds the limit of {limit} bytes, 4 times MAX_MESSAGE_BYTES"),
         431: ("request_headers_too_large", "the headers exceed the limit"),
         501: ("not_implemented", "the transfer encoding must be chunked"),
     }

@@ -13,7 +13,7 @@ from typing import Any
 from redis import Redis
 
 from mail.address import Mailbox
-from mail.draft import prepare
+from mail.draft import prepare, redirected
 from mail.outbox import Outbox
 from mail.request import Invalid
 from mail.states import FINAL, State
@@ -23,6 +23,7 @@ from ops.checks.findings import Findings, counted, fault, lasting, note, ok, war
 from ops.checks.store import client
 from ops.checks.target import Target
 from queues import health, keys
+from queues.cron import planned
 from queues.heartbeat import LEASE_SECONDS
 from queues.jobs import Jobs
 from queues.quarantine import UNREADABLE, UNREADABLE_KEPT
@@ -64,6 +65,8 @@ def workers(target: Target, settings: Settings) -> Findings:
                 yield fault(found, target.restart(f"worker@{queue}"))
             else:
                 yield ok(f"queue {queue}: {counted(len(alive), 'worker')} and a scheduler, with recent heartbeats")
+            for task, due in planned(redis, queue).items():
+                yield ok(f"{task}: cron queues it next at {due.astimezone():%Y-%m-%d %H:%M}")
 
 
 def waiting(target: Target, settings: Settings) -> Findings:
@@ -146,6 +149,7 @@ def canary(target: Target, settings: Settings) -> Findings:
     sender = Mailbox.parse(settings.mail_from) if settings.mail_from else None
     try:
         draft = prepare({"to": [target.send_to], **TEST_MAIL}, default_sender=sender, max_recipients=1)
+        draft = draft._replace(message=redirected(draft.message, settings))
     except Invalid as invalid:
         wrong = invalid.errors[0]
         fix = f"MAIL_FROM: {target.edit}" if wrong.field == "from" else "bin/doctor --send-to ada@example.com"

@@ -27,6 +27,8 @@ IMPLICIT_TLS = (465, 2465)  # ports
 
 
 def login(target: Target, settings: Settings) -> Findings:
+    if settings.staging:
+        yield note(settings.staging, target.edit)
     if settings.smtp_host:
         reached = list(port(settings.smtp_host, settings.smtp_port, target))
         yield from reached

@@ -15,7 +15,8 @@ from mail.store import OPEN
 from ops.checks import flow, table
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
-from queues.jobs import Jobs
+from queues.cron import Cron
+from queues.jobs import Jobs, Policy
 from queues.table import EMAIL, JOBS
 from settings import Settings
 from tests.checks.support import GMAIL, Server, assert_finds, listed, of, worst
@@ -50,7 +51,9 @@ def test_workers_that_are_missing_dead_or_take_from_two_queues_are_named(
     assert_finds(flow.workers(target, settings), FAULT, "with more than one queue", "one `worker.py QUEUE` for each")
     register(client, EMAIL)
     register(client, JOBS)
+    Cron(client, JOBS, {"tasks.report": ("0 7 * * *", Policy(60, (), 0, 0))}).tick()
     assert worst(flow.workers(target, settings)).level == OK
+    assert_finds(flow.workers(target, settings), OK, "report: cron queues it next at 20")
     client.delete("rq:scheduler-lock:email")
     assert_finds(flow.workers(target, settings), FAULT, "no scheduler for the queue email", "worker.py email")
 
