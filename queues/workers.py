@@ -33,7 +33,7 @@ from rq.worker.base import BaseWorker, WorkerStatus
 from process import sd_daemon
 from process.log import emit, where
 from queues import keys
-from queues.connection import Redis, announcements, fail_fast, is_hopeless, why_unavailable
+from queues.connection import REFUSES_WRITES, Redis, announcements, fail_fast, is_hopeless, why_unavailable
 from queues.cron import Cron
 from queues.heartbeat import HEARTBEAT_SECONDS, LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
 from queues.jobs import JobFailed, Policy
@@ -160,16 +160,20 @@ class JobsWorker(PlainFailures, Worker):
     cron: Mapping[str, tuple[str, Policy]] = {}  # the functions that are queued by themselves
 
     def run_maintenance_tasks(self) -> None:
-        """Goes on running jobs if maintenance fails, where RQ's worker quits."""
+        """Goes on running jobs if maintenance fails, or Redis takes no writes now, where RQ's worker quits."""
         try:
             sift(self.queues[0])
             super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
         except StopRequested:
             raise
         except Exception as error:
-            if why_unavailable(error):
+            reason = why_unavailable(error)
+            if reason in REFUSES_WRITES:
+                announcements.note(reason)
+            elif reason:
                 raise
-            emit("crashed", logging.ERROR, where=where(error))
+            else:
+                emit("crashed", logging.ERROR, where=where(error))
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """Registers again if need be, and feeds the watchdog. RQ calls this around each job and each wait for one, and

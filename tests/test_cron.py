@@ -72,6 +72,15 @@ def test_a_time_that_comes_is_queued_once_however_many_ask_and_as_the_task_has_i
     assert planned(store, "email") == {}
 
 
+def test_two_that_see_a_time_come_at_the_same_moment_queue_one_job(store: redis.Redis, at: At) -> None:
+    tasks = [started(store).get_jobs()[0] for _ in range(2)]
+    at("07:00")
+    assert all(task.should_run() for task in tasks)
+    for task in tasks:
+        task.enqueue(store)
+    assert len(queued(store)) == 1
+
+
 @pytest.mark.parametrize(
     ("ended", "again", "line", "jobs"),
     [

@@ -23,9 +23,10 @@ from rq.webhook import Webhook
 from queues import health
 from queues.jobs import Jobs
 from queues.table import QUEUES
-from queues.workers import EmailWorker, make_worker
+from queues.workers import EmailWorker, JobsWorker, make_worker
 from settings import Settings
 from tests.http_api import JOB
+from tests.redis_troubles import configured
 from tests.relay import Relay
 from tests.scripted_relay import Line, ScriptedRelay
 from tests.servers import House, RedisServer, eventually, project_with
@@ -241,6 +242,13 @@ def test_a_redis_that_takes_nothing_ends_no_worker_and_is_said_once(house: House
     said = {queue: house.log(f"worker-{queue}").count("redis_unavailable") for queue in QUEUES}
     assert said["email"] == 1
     assert said["jobs"] <= 2  # RQ's scheduler is a process of its own there
+
+
+def test_maintenance_on_a_full_redis_ends_no_worker(redis_server: RedisServer, client: redis.Redis) -> None:
+    """It did after twenty seconds, and with it all of bin/dev."""
+    worker = make_worker(JobsWorker, "jobs", client, {})
+    with configured(redis_server, maxmemory=1):
+        worker.run_maintenance_tasks()
 
 
 def test_a_heartbeat_from_a_future_that_the_clock_has_left_is_clamped(house: House, client: redis.Redis) -> None:
