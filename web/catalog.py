@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field
 from mail import forms, templates
 from mail.claim import iso
 from mail.draft import prepare
+from mail.plain import text_beside
 from mail.request import FieldError, Invalid, StrictModel, validate
 from queues.jobs import NotFound
 from web.body import SMALL_BODY, read_json
@@ -60,7 +61,7 @@ def preview_template(service: Service, template_id: str) -> HTTPResponse:
     template = {"id": known(template_id), "variables": validate(Preview, read_json(SMALL_BODY)).variables}
     mail = {"from": ANYBODY, "to": ANYBODY, "template": template}
     made = prepare(mail, default_sender=None, max_recipients=1).message
-    return json_response(200, {"subject": made.subject, "text": made.text, "html": made.html})
+    return json_response(200, {"subject": made.subject, "text": text_beside(made.text, made.html), "html": made.html})
 
 
 def list_domains(service: Service) -> HTTPResponse:
