@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from mail.address import Mailbox, phrase
 from mail.message import STRUCTURED, Message
-from mail.plain import text_of
+from mail.plain import text_beside
 
 # Header text that needs no encoding and folds at its spaces. After the longest name (76) the longest word with the
 # longest run of spaces still ends before column 998.
@@ -99,7 +99,7 @@ def mime_body(message: Message, seed: str) -> bytes:
     invitation = invitations[0] if len(invitations) == 1 else None  # of two alternatives a reader shows one
     inline = [_file(one) for one in message.attachments if "content_id" in one]
     files = [_file(one) for one in message.attachments if "content_id" not in one and one is not invitation]
-    text = text_of(message.html) if message.text is None and message.html else message.text
+    text = text_beside(message.text, message.html)
     versions = [_text("plain", text or "")] if text or not message.html else []
     if message.html:
         versions.append(_multipart('related; type="text/html"', [_text("html", message.html), *inline], f"r_{seed}"))

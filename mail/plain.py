@@ -33,6 +33,11 @@ BREAKS = re.compile(f" ?(?:[{LINE}{BLOCK}{PARAGRAPH}] ?)+")
 AFTER_ITEM = re.compile(f"{ITEM}[ {LINE}{BLOCK}{PARAGRAPH}]*")
 
 
+def text_beside(text: str | None, html: str | None) -> str | None:
+    """Returns the text that goes out: the mail's own, also an empty one, or if it has none, that of its html."""
+    return text_of(html) if text is None and html else text
+
+
 def text_of(html: str) -> str:
     """Returns the text of a mail's html: none if it shows no word, or is so long that nobody reads it as text."""
     if len(html) > LONGEST:

@@ -356,6 +356,7 @@ def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:
 async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.
 
   API            http://127.0.0.1:{ports.api_port}      key: {settings.DEV_KEY}{more}
+  Reference      http://127.0.0.1:{ports.api_port}/docs
   {mail}
   Queues         http://127.0.0.1:{ports.dashboard_port}/rq/{cron}
 

@@ -3,6 +3,7 @@ is skipped, but with REQUIRE_CLIENTS=1 (as in CI) it fails."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,10 +18,12 @@ from mail import request
 from tests import programs
 from tests.redis_troubles import stopped
 from tests.servers import ROOT, Api, House, RedisServer
+from tests.test_nginx import serving
 from tests.test_readme import DEV_KEY
 from web import errors
 
 PAGE = (ROOT / "docs" / "clients.md").read_text()
+SLOW = "a key that may make one request an hour"
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 RUN = {  # a language of the page -> what runs a file of it
     "python": [os.environ.get("CLIENTS_PYTHON", sys.executable), "x.py"],
@@ -43,7 +46,9 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def here(redis_server: RedisServer, tmp_path: Path) -> Iterator[Api]:
-    with House(tmp_path, redis_server.url, API_KEYS=f"{DEV_KEY}:full") as house:
+    redis_server.reset()
+    slow = f"slow:{hashlib.sha256(SLOW.encode()).hexdigest()}:send:1/h"
+    with House(tmp_path, redis_server.url, API_KEYS=f"{DEV_KEY}:full,{slow}") as house:
         yield Api(house.api().port, "dev")
 
 
@@ -77,6 +82,15 @@ def test_an_example_sends_a_mail(here: Api, tmp_path: Path, language: str, text:
     assert UUID.fullmatch(ran.stdout.strip()), ran.stderr
     seen = here.email(ran.stdout.strip())
     assert (seen["to"], seen["subject"]) == (["ada@example.com"], "Hello")
+
+
+@pytest.mark.parametrize(("language", "text"), EXAMPLES.values(), ids=EXAMPLES)
+def test_an_example_fails_aloud_where_it_sends_nothing(here: Api, tmp_path: Path, language: str, text: str) -> None:
+    if "anymail" in text:
+        text = text.replace("8000", str(here.port)).replace('KEY": "dev"', 'KEY": "wrong"') + DJANGO
+    ran = run(language, text, tmp_path, environment(here) | {"MAIL_KEY": "wrong"})
+    assert (ran.returncode != 0, ran.stdout) == (True, "")
+    assert re.search("403|this API key is not known", ran.stderr)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +135,13 @@ wrong, once = {**mail, "to": "x"}, {"idempotency_key": "python"}
 files = [{"filename": "a.txt", "content": one} for one in (list(b"Hi"), "SGk=")]
 sent = resend.Emails.send({**mail, "attachments": files}, once)["id"]
 some = resend.Batch.send([mail, wrong], {"batch_validation": "permissive"})
+later = resend.Emails.send({**mail, "scheduled_at": "in 3 days"})["id"]
 print(json.dumps({
+    "moved": resend.Emails.update({"id": later, "scheduled_at": "in 4 days"})["id"] == later,
+    "canceled": resend.Emails.cancel(later)["id"] == later,
+    "last": resend.Emails.get(later)["last_event"],
+    "list": [one["id"] == later for one in resend.Emails.list({"limit": 1})["data"]],
+    "next": len(resend.Emails.list({"after": later, "limit": 1})["data"]),
     "again": resend.Emails.send({**mail, "attachments": files}, once)["id"] == sent,
     "get": resend.Emails.get(sent)["subject"],
     "batch": len(resend.Batch.send([mail, mail])["data"]),
@@ -140,7 +160,13 @@ const mail = JSON.parse(process.env.MAIL), wrong = { ...mail, to: "x" }, once = 
 const attachments = [Buffer.from("Hi"), "SGk="].map((content) => ({ filename: "a.txt", content }));
 const sent = await did(emails.send({ ...mail, attachments }, once));
 const some = await did(batch.send([mail, wrong], { batchValidation: "permissive" }));
+const { id } = await did(emails.send({ ...mail, scheduledAt: "in 3 days" }));
 console.log(JSON.stringify({
+  moved: (await did(emails.update({ id, scheduledAt: "in 4 days" }))).id === id,
+  canceled: (await did(emails.cancel(id))).id === id,
+  last: (await did(emails.get(id))).last_event,
+  list: (await did(emails.list({ limit: 1 }))).data.map((one) => one.id === id),
+  next: (await did(emails.list({ after: id, limit: 1 }))).data.length,
   again: (await did(emails.send({ ...mail, attachments }, once))).id === sent.id,
   get: (await did(emails.get(sent.id))).subject,
   batch: (await did(batch.send([mail, mail]))).data.length,
@@ -153,8 +179,9 @@ console.log(JSON.stringify({
 """,
 }
 DONE = {
+    **{"moved": True, "canceled": True, "last": "canceled", "list": [True], "next": 1},
     **{"again": True, "get": "Hello", "batch": 2, "permissive": [1, 1], "templates": ["welcome"], "template": "name"},
-    **{"domains": ["example.com"], "keys": ["dev"]},
+    **{"domains": ["example.com"], "keys": ["dev", "slow"]},
 }
 
 
@@ -166,16 +193,16 @@ def test_each_call_of_the_sdk_is_answered_as_it_expects(here: Api, tmp_path: Pat
 
 # --- what is refused is an error of each client -----------------------------------------------------------------------
 
-# Each program sends the mail MAIL with the key ONCE, and prints what it makes of the answer.
+# Each program sends the mail in mail.json with the idempotency key ONCE, and prints what it makes of the answer.
 CLIENTS = {
     "resend for Python": (
         "python",
         """
 import json, os
 import resend
-resend.api_url, resend.api_key = os.environ["MAIL_URL"], "dev"
+resend.api_url, resend.api_key = os.environ["MAIL_URL"], os.environ["MAIL_KEY"]
 try:
-    resend.Emails.send(json.loads(os.environ["MAIL"]), {"idempotency_key": os.environ["ONCE"]})
+    resend.Emails.send(json.load(open("mail.json")), {"idempotency_key": os.environ["ONCE"]})
     print("sent")
 except resend.exceptions.ResendError as error:
     print(type(error).__name__, error.code, error.error_type)
@@ -184,9 +211,11 @@ except resend.exceptions.ResendError as error:
     "resend for Node": (
         "js",
         """
+import { readFileSync } from "node:fs";
 import { Resend } from "resend";
-const resend = new Resend("dev", { baseUrl: process.env.MAIL_URL });
-const { data, error } = await resend.emails.send(JSON.parse(process.env.MAIL), { idempotencyKey: process.env.ONCE });
+const resend = new Resend(process.env.MAIL_KEY, { baseUrl: process.env.MAIL_URL });
+const mail = JSON.parse(readFileSync("mail.json"));
+const { data, error } = await resend.emails.send(mail, { idempotencyKey: process.env.ONCE });
 console.log(error ? `error ${error.statusCode} ${error.name}` : data.id && "sent");
 """,
     ),
@@ -195,10 +224,11 @@ console.log(error ? `error ${error.statusCode} ${error.name}` : data.id && "sent
         """
 import json, os
 from django.conf import settings
-settings.configure(ANYMAIL={"RESEND_API_KEY": "dev", "RESEND_API_URL": os.environ["MAIL_URL"] + "/"})
+url, key = os.environ["MAIL_URL"] + "/", os.environ["MAIL_KEY"]
+settings.configure(ANYMAIL={"RESEND_API_KEY": key, "RESEND_API_URL": url})
 from anymail.exceptions import AnymailRequestsAPIError
 from django.core.mail import EmailMessage, get_connection
-mail = json.loads(os.environ["MAIL"])
+mail = json.load(open("mail.json"))
 backend = get_connection("anymail.backends.resend.EmailBackend")
 backend.open()
 backend.session.headers["Idempotency-Key"] = os.environ["ONCE"]
@@ -211,7 +241,7 @@ except AnymailRequestsAPIError as error:
     ),
 }
 GOOD = {"from": "Acme <hello@acme.example>", "to": "ada@example.com", "subject": "Hello", "text": "Hello, Ada."}
-PYTHONS = {422: "ValidationError", 409: "ResendError", 503: "ResendError"}
+PYTHONS = {422: "ValidationError", 429: "RateLimitError"}
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -219,15 +249,20 @@ def test_a_refusal_is_an_error_of_the_client(here: Api, redis_server: RedisServe
     language, text = CLIENTS[client]
     error = {"resend for Node": "error", "django-anymail": "AnymailRequestsAPIError"}
 
-    def told(mail: dict[str, str], once: str) -> str:
-        words = {"MAIL": json.dumps(mail), "ONCE": f"{client} {once}"}
-        return run(language, text, tmp_path, environment(here) | words).stdout.strip()
+    def told(mail: dict[str, str], once: str, key: str = "dev", api: Api = here) -> str:
+        (tmp_path / "mail.json").write_text(json.dumps(mail))
+        words = {"MAIL_URL": f"http://{api.host}:{api.port}", "MAIL_KEY": key, "ONCE": f"{client} {once}"}
+        return run(language, text, tmp_path, os.environ | words).stdout.strip()
 
     def refused(status: int, name: str) -> str:
-        return f"{error.get(client, PYTHONS[status])} {status} {name}"
+        return f"{error.get(client) or PYTHONS.get(status, 'ResendError')} {status} {name}"
 
     assert told(GOOD, "one") == "sent"
     assert told(GOOD | {"to": "ada@-.example"}, "two") == refused(422, "validation_error")
     assert told(GOOD | {"subject": "Other"}, "one") == refused(409, "invalid_idempotent_request")
+    assert told(GOOD, "four", SLOW) == "sent"
+    assert told(GOOD, "five", SLOW) == refused(429, "rate_limit_exceeded")
+    with serving(tmp_path / "nginx", api=f"127.0.0.1:{here.port}") as front:
+        assert told(GOOD | {"text": "x" * 11_000_000}, "six", api=front) == refused(413, "validation_error")
     with stopped(redis_server):
         assert told(GOOD, "three") == refused(503, "application_error")

@@ -6,7 +6,6 @@ Domains and keys are there for the set-up code of clients, which asks for them t
 
 from __future__ import annotations
 
-import re
 import uuid
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,15 +16,24 @@ from pydantic import BeforeValidator, Field
 from mail import forms, templates
 from mail.claim import iso
 from mail.draft import prepare
+from mail.plain import text_beside
 from mail.request import FieldError, Invalid, StrictModel, validate
 from queues.jobs import NotFound
 from web.body import SMALL_BODY, read_json
 from web.errors import Json, json_response
 from web.handlers import Service
+from web.mails import whole_number
 
-LONGEST_PAGE = 100  # entries, as in Resend's API
 ANYBODY = "preview@example.com"
 INSTALLED = (Path(__file__).parent.parent / "CHANGELOG.md").stat().st_mtime  # of what has no time of its own
+
+
+class PageQuery(StrictModel):
+    """The query of a list, as in Resend's API."""
+
+    limit: Annotated[int, Field(ge=1, le=100, description="how many"), BeforeValidator(whole_number)] = 100
+    after: str = Field("", description="an id of the list: those after it")
+    before: str = Field("", description="an id of the list: those before it")
 
 
 class Preview(StrictModel):
@@ -53,12 +61,14 @@ def preview_template(service: Service, template_id: str) -> HTTPResponse:
     template = {"id": known(template_id), "variables": validate(Preview, read_json(SMALL_BODY)).variables}
     mail = {"from": ANYBODY, "to": ANYBODY, "template": template}
     made = prepare(mail, default_sender=None, max_recipients=1).message
-    return json_response(200, {"subject": made.subject, "text": made.text, "html": made.html})
+    return json_response(200, {"subject": made.subject, "text": text_beside(made.text, made.html), "html": made.html})
 
 
 def list_domains(service: Service) -> HTTPResponse:
-    """Shows the domain of MAIL_FROM. `region` means nothing here; some SDKs cannot read an answer without it."""
-    names = [service.sender.address.rpartition("@")[2]] if service.sender else []
+    """Shows the domain of MAIL_FROM, and those to which keys are held. `region` means nothing here, but some SDKs read
+    no answer without it."""
+    names = {service.sender.address.rpartition("@")[2]: None} if service.sender else {}
+    names |= dict.fromkeys(domain for key in service.settings.api_keys for domain in key.domains)
     fixed = {"status": "verified", "region": "us-east-1", "capabilities": {"sending": "enabled"}}
     return page([entry(name) | fixed for name in names])
 
@@ -85,18 +95,14 @@ def described(template_id: str) -> Json:
 
 
 def page(entries: list[Json]) -> HTTPResponse:
-    """Answers with the part of a list that the query names, as Resend's API does: `limit`, `after` or `before`."""
-    asked = request.query
-    limit, after, before = asked.get("limit", str(LONGEST_PAGE)), asked.get("after"), asked.get("before")
-    if not re.fullmatch(r"[1-9][0-9]?|100", limit):
-        raise Invalid(FieldError("limit", f"must be a number from 1 to {LONGEST_PAGE}"))
-    if after and before:
+    """Answers with the part of a list that the query names."""
+    asked, ids = validate(PageQuery, dict(request.query)), [one["id"] for one in entries]
+    if asked.after and asked.before:
         raise Invalid(FieldError("before", "must be left out beside after"))
-    ids = [one["id"] for one in entries]
-    for name, cursor in (("after", after), ("before", before)):
+    for name, cursor in (("after", asked.after), ("before", asked.before)):
         if cursor and cursor not in ids:
             raise Invalid(FieldError(name, "must be the id of an entry of this list"))
-    first = ids.index(after) + 1 if after else 0
-    found = entries[first : ids.index(before) if before else None]
-    shown = found[-int(limit) :] if before else found[: int(limit)]
+    first = ids.index(asked.after) + 1 if asked.after else 0
+    found = entries[first : ids.index(asked.before) if asked.before else None]
+    shown = found[-asked.limit :] if asked.before else found[: asked.limit]
     return json_response(200, {"object": "list", "data": shown, "has_more": len(shown) < len(found)})

@@ -21,28 +21,16 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from mail import forms, request, unsubscribe
 from mail.address import Mailbox, header_text
-from mail.listing import STATES
 from mail.moments import time_or_delay, time_with_zone
 from web import answers, reference
-from web.catalog import LONGEST_PAGE, Preview
+from web.catalog import PageQuery, Preview
 from web.handlers import MAX_BATCH, VERSION, JobRequest, StartJob
-from web.mails import Move
+from web.mails import ListQuery, Move, cursor_or_time, whole_number
 
 Json = dict[str, Any]
 Route = tuple[str, str, Callable[..., Any], str | None]
 NULL: Json = {"type": "null"}
 OCTETS: Json = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}}
-PAGE_QUERY: Json = {
-    "limit": {"type": "integer", "minimum": 1, "maximum": LONGEST_PAGE},
-    "after": {"type": "string"},
-    "before": {"type": "string"},
-}
-LIST_QUERY: Json = {
-    **PAGE_QUERY,
-    "to": {"type": "string", "format": "mailbox"},
-    "status": {"enum": list(STATES)},
-    "tag": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,256}:[A-Za-z0-9_-]{1,256}$"},
-}
 ONCE: Json = {
     "Idempotency-Key": {
         **{"type": "string", "pattern": "^[ -~]{1,256}$"},
@@ -58,12 +46,12 @@ BATCH_HEADER: Json = {
 
 
 class Operation(NamedTuple):
-    """A route: the type of its answer, its status, and of its body. `refused` are statuses beside the usual ones."""
+    """A route: the types of its answer, its body and its query. `refused` are statuses beside the usual ones."""
 
     answer: Any
     status: int = 200
     body: Any = None
-    query: Mapping[str, Json] = MappingProxyType({})
+    query: Any = None
     headers: Mapping[str, Json] = MappingProxyType({})
     refused: tuple[int, ...] = ()
 
@@ -73,7 +61,7 @@ OPERATIONS = {
     "POST /start-job": Operation(answers.Job, 202, StartJob, headers=ONCE),
     "POST /emails": Operation(answers.Queued, 200, request.Request, headers=ONCE),
     "POST /emails/batch": Operation(answers.Batch, 200, BatchOfMails, headers=ONCE | BATCH_HEADER),
-    "GET /emails": Operation(answers.Mails, query=LIST_QUERY),
+    "GET /emails": Operation(answers.Mails, query=ListQuery),
     "GET /emails/{id}": Operation(answers.Mail),
     "PATCH /emails/{id}": Operation(answers.Changed, 200, Move, refused=(409,)),
     "POST /emails/{id}/cancel": Operation(answers.Changed, refused=(409,)),
@@ -82,11 +70,11 @@ OPERATIONS = {
     "GET /jobs/{id}": Operation(answers.JobState),
     "POST /jobs/{id}/requeue": Operation(answers.Job, 202, refused=(409,)),
     "DELETE /jobs/{id}": Operation(answers.Job, refused=(409,)),
-    "GET /templates": Operation(answers.Templates, query=PAGE_QUERY),
+    "GET /templates": Operation(answers.Templates, query=PageQuery),
     "GET /templates/{id}": Operation(answers.Template),
     "POST /templates/{id}/preview": Operation(answers.Previewed, 200, Preview),
-    "GET /domains": Operation(answers.Domains, query=PAGE_QUERY),
-    "GET /api-keys": Operation(answers.ApiKeys, query=PAGE_QUERY),
+    "GET /domains": Operation(answers.Domains, query=PageQuery),
+    "GET /api-keys": Operation(answers.ApiKeys, query=PageQuery),
     "GET /": Operation(answers.Home),
     "GET /healthz": Operation(answers.Health),
     "GET /readyz": Operation(answers.Ready),
@@ -144,6 +132,8 @@ FORMS: Mapping[Any, Callable[[Json], Json]] = {
     time_with_zone: same,
     time_or_delay: lambda inner: {"anyOf": [inner["anyOf"][0], {"type": "string", "pattern": DELAY}]},
     unsubscribe.https_url: lambda inner: {**inner, "format": "uri", "pattern": "^https://"},
+    cursor_or_time: lambda _: {"type": "string", "minLength": 1},
+    whole_number: same,
     request.canonical_base64: same,
     request.header_name: same,
     request.header_fits: same,
@@ -253,9 +243,10 @@ def refused(operation: Operation, path: str, scope: str | None) -> Json:
 
 
 def parameters(path: str, operation: Operation, told: reference.Section) -> list[Json]:
+    query = operation.query.model_json_schema(schema_generator=Schemas)["properties"] if operation.query else {}
     wanted = [("id", "path", {"type": "string", "minLength": 1})] if "{id}" in path else []
     wanted += [(name, "header", schema) for name, schema in operation.headers.items()]
-    wanted += [(name, "query", schema) for name, schema in operation.query.items()]
+    wanted += [(name, "query", schema.get("anyOf", [schema])[0]) for name, schema in query.items()]  # and not null
     return [
         {"name": name, "in": where, "required": where == "path", "schema": schema}
         | ({"description": text} if (text := schema.get("description") or told.fields.get(name)) else {})

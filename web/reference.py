@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 EXAMPLE = re.compile(r"^```sh\n(curl .*?)\n```\n`(\d{3})`\n```json\n(.*?)\n```$", re.DOTALL | re.MULTILINE)
 CONSOLE = re.compile(r"^```console\n\$ (curl .*?)\n(.*?)\n```$", re.DOTALL | re.MULTILINE)
-FIELDS = re.compile(r"^\| (?:field|query|parameter) \| \|\n\|---\|---\|\n((?:\|.*\n)+)", re.MULTILINE)
+FIELDS = re.compile(r"^\| (?:field|parameter) \| \|\n\|---\|---\|\n((?:\|.*\n)+)", re.MULTILINE)
 
 
 class Section(NamedTuple):
@@ -38,8 +38,9 @@ def sections() -> dict[str, Section]:
 
 
 def section(text: str) -> Section:
+    text = re.sub(r"\[([^]\n]+)\]\([^)\n]+\)", r"\1", text)  # links lead into the page
     fields = {name: told for table in FIELDS.findall(text) for name, told in rows(table)}
-    example, plain = EXAMPLE.search(text), re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", FIELDS.sub("", text))
+    example, plain = EXAMPLE.search(text), FIELDS.sub("", text)
     if not example:
         return Section(plain.strip(), fields)
     body = re.search(r"-d '(.*)'", example[1], re.DOTALL)
