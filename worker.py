@@ -76,8 +76,9 @@ class WorkerPool:
         with suppress(RedisError):
             self.delivery.pacing.try_now()
         while not self.asked_to_stop.is_set() or self.workers:
+            began = time.monotonic()
             self.tick()
-            self.asked_to_stop.wait(1)
+            self.asked_to_stop.wait(max(0.0, began + 1 - time.monotonic()))
             if self.asked_to_stop.is_set():
                 sd_daemon.tell("STOPPING=1")
                 self.drain()
@@ -86,7 +87,7 @@ class WorkerPool:
 
     def tick(self) -> None:
         """Does one duty after the other. An error in one keeps from no other, and ends nothing."""
-        duties: list[Callable[[], object]] = [self.publish_heartbeats, self.watch, self.schedule, self.bulk.feed]
+        duties: list[Callable[[], object]] = [self.publish_heartbeats, self.watch, self.schedule, self.feed]
         if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
             self.maintained_at = time.monotonic()
             duties += [self.clamp_future_heartbeats, lambda: sift(self.queue)]
@@ -160,6 +161,10 @@ class WorkerPool:
         except Exception as error:
             if why_unavailable(error) or not sift(self.queue):
                 raise
+
+    def feed(self) -> None:
+        """Lets bulk mail into the queue."""
+        self.bulk.feed(self.delivery.pacing.room_for_bulk())
 
     def clamp_future_heartbeats(self) -> None:
         """Shortens leases that a clock set back by an hour has left: they would last for an hour."""

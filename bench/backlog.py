@@ -21,8 +21,11 @@ from settings import Settings
 
 SENDER = Mailbox("Acme", "hello@example.com")
 AT_ONCE = 2000
-# ARGV: id of the mail to copy, number of the first copy, of the last.
+# ARGV: id of the mail to copy, number of the first copy, of the last. In the index each has a recipient of its own.
 COPY = """
+local function raw(hex)
+  return (string.gsub(hex, '%x%x', function(two) return string.char(tonumber(two, 16)) end))
+end
 local mail, job = redis.call('HGETALL', 'mail:' .. ARGV[1]), redis.call('HGETALL', 'rq:job:' .. ARGV[1])
 local look_at = redis.call('ZSCORE', 'mail:open', ARGV[1])
 for number = tonumber(ARGV[2]), tonumber(ARGV[3]) do
@@ -31,6 +34,9 @@ for number = tonumber(ARGV[2]), tonumber(ARGV[3]) do
   redis.call('HSET', 'rq:job:' .. id, unpack(job))
   redis.call('ZADD', 'mail:open', look_at, id)
   redis.call('RPUSH', 'rq:queue:email', id)
+  local own = raw((string.gsub(id, '-', '')))
+  redis.call('ZADD', 'mail:index', 0, 'sq' .. raw('00000000') .. own)
+  redis.call('ZADD', 'mail:index', 0, 't' .. raw(string.format('%016x', number)) .. own)
 end
 """
 

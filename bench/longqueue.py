@@ -1,4 +1,5 @@
-"""Measures whether a mail costs more while a million others wait: a short queue and a long one at the same time.
+"""Measures whether a mail costs more while a million others wait, a short queue and a long one at the same time; and
+how long it takes to find the mails of one recipient among the million.
 
 Each has a Redis, a relay and a worker of its own. Mails are accepted by turns, and both workers send at once, so that
 what else the machine does meets both alike; the difference that is looked for is smaller than that.
@@ -10,12 +11,13 @@ import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 from bench.backlog import copy, drafted, outbox_at
 from bench.relay import RelayProcess
-from bench.rig import Rig
-from bench.sides import SIDES
+from bench.rig import NotMeasured, Rig
+from bench.sides import KEY, SIDES
+from tests.servers import Api, free_port
 
 PATIENCE = 300  # seconds until those in front are sent
 
@@ -42,6 +44,20 @@ class Backlog:
         mail_id = self.outbox.accept([mail]).id
         return mail_id, 1000 * (time.monotonic() - began)
 
+    def finding(self, searches: int) -> list[float]:
+        """Returns the milliseconds of `GET /emails?to=` for the recipients of those in front, over HTTP."""
+        port, times = free_port(), list[float]()
+        SIDES["ours"].start_api(self.rig, port)
+        api = Api(port, KEY)
+        self.rig.wait_until(lambda: api.answers("/healthz"), "the API did not answer")
+        for number in range(searches):
+            began = time.monotonic()
+            answer = api.get(f"/emails?to=m{number % self.run}@example.com")
+            times.append(1000 * (time.monotonic() - began))
+            if not answer.body["data"]:
+                raise NotMeasured("GET /emails did not find a mail")
+        return times
+
     def start_worker(self) -> None:
         SIDES["ours"].start_workers(self.rig, self.relay.environment())
 
@@ -64,6 +80,7 @@ def compare(directory: Path, few: int, many: int, run: int) -> dict[str, float]:
         times = [(queues["short"].accept(number)[1], queues["long"].accept(number)[1]) for number in range(run)]
         figures = {"bytes": queues["long"].weight}
         figures["accept_short"], figures["accept_long"] = map(median, zip(*times, strict=True))
+        figures["found"] = quantiles(queues["long"].finding(2 * run), n=100, method="inclusive")[98]
         for queue in queues.values():
             queue.start_worker()
         return figures | {f"send_{name}": queue.sending() for name, queue in queues.items()}

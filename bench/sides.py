@@ -21,7 +21,7 @@ VENV = ROOT / "var" / "bench" / "venv"
 KEY = "measured"
 COMMON = {
     "MAIL_FROM": "Acme <hello@example.com>",
-    "API_KEYS": f"bench:{hashlib.sha256(KEY.encode()).hexdigest()}:send",
+    "API_KEYS": f"bench:{hashlib.sha256(KEY.encode()).hexdigest()}:full",
     "API_PROCESSES": "2",
     "WORKER_CONCURRENCY": "16",
     "PYTHONDONTWRITEBYTECODE": "1",

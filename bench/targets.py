@@ -119,12 +119,30 @@ MEASUREMENTS = {
             Figure("accept_long", "long queue", ".2f"),
             Figure("send_short", "send, short queue, ms", ".2f"),
             Figure("send_long", "long queue", ".2f"),
+            Figure("found", "`GET /emails?to=`, long queue, p99, ms", ".1f"),
             Figure("bytes", "Redis, bytes per mail"),
         ],
         [
             Target("accept, long to short", "ours", "accept_long", "≤", 1.1, "ours", "accept_short"),
             Target("send, long to short", "ours", "send_long", "≤", 1.1, "ours", "send_short"),
+            Target("`GET /emails?to=` among all of them, p99, ms", "ours", "found", "<", 20),
             Target("Redis, bytes per queued mail of 1 KB", "ours", "bytes", "≤", 2560),
+        ],
+    ),
+    "hurry": Measurement(
+        "A mail in a hurry",
+        "{bulk:,} mails of priority `bulk` wait under `SMTP_RATE=14/s`. For {hurrying:g} s, twice a second, one of "
+        "priority `high` is accepted, and every tenth time a normal one: from there to the relay's 250.",
+        {"ours": OURS},
+        [
+            Figure("high_p50", "high, p50, s", ".2f"),
+            Figure("high_p99", "high, p99, s", ".2f"),
+            Figure("normal", "normal, longest, s", ".1f"),
+            Figure("kept", "sent, % of the rate", ".1f"),
+        ],
+        [
+            Target("high, p99, s", "ours", "high_p99", "<", 2),
+            Target("sent, % of the rate", "ours", "kept", "≥", 95),
         ],
     ),
 }

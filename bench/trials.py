@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench.conversation import PASSWORD, USERNAME
+from bench.hurry import hurried
 from bench.load import Request, put_load
 from bench.longqueue import compare
 from bench.relay import RelayProcess
@@ -44,6 +45,8 @@ class Size:
     few: int = 1000
     many: int = 1_000_000
     run: int = 500  # of the queued, how many are really sent
+    bulk: int = 100_000
+    hurrying: float = 120  # seconds
     notes: list[str] = field(default_factory=list)  # sentences for the report
 
     def note(self, sentence: str) -> None:
@@ -51,7 +54,7 @@ class Size:
             self.notes.append(sentence)
 
 
-QUICK = Size(seconds=2, mails=150, sending=6, single=30, many=10_000, run=60)
+QUICK = Size(seconds=2, mails=150, sending=6, single=30, many=10_000, run=60, bulk=1000, hurrying=6)
 
 
 # --- accepting --------------------------------------------------------------------------------------------------------
@@ -179,6 +182,11 @@ def queue(_: str, size: Size, directory: Path) -> Figures:
     return compare(directory, size.few, size.many, size.run)
 
 
+def hurry(_: str, size: Size, directory: Path) -> Figures:
+    """Measures how long mail in a hurry takes while bulk mail waits under SMTP_RATE."""
+    return hurried(directory, size.bulk, size.hurrying)
+
+
 def relay_ceiling_kept(directory: Path) -> float:
     """Measures the mails a second that one core of the relay takes over one connection, command by command."""
     with RelayProcess(directory) as relay, smtplib.SMTP("127.0.0.1", relay.port) as client:
@@ -203,3 +211,4 @@ def relay_ceiling(directory: Path) -> float:
 
 Trial = Callable[[str, Size, Path], Figures]
 TRIALS: dict[str, Trial] = {"accept": accept, "send20": send_from_afar, "send0": send, "idle": idle, "queue": queue}
+TRIALS["hurry"] = hurry

@@ -7,13 +7,15 @@ once a second.
 
 from __future__ import annotations
 
+import math
+
 from queues import keys
 from queues.connection import Redis, Script
 from queues.table import BULK, EMAIL
 
-# KEYS: the queue, bulk. ARGV: how many jobs the queue may have. LLEN of another kind of key raises, as it should.
+# KEYS: the queue, bulk. ARGV: how many jobs the queue may have, how many to move at most.
 FEED = """
-for _ = 1, ARGV[1] - redis.call('LLEN', KEYS[1]) do
+for _ = 1, math.min(ARGV[1] - redis.call('LLEN', KEYS[1]), ARGV[2]) do
   if not redis.call('LMOVE', KEYS[2], KEYS[1], 'LEFT', 'RIGHT') then return end
 end
 """
@@ -24,7 +26,7 @@ class Bulk:
         self._feed = Script(redis, FEED)
         self.most = most
 
-    def feed(self) -> None:
-        """Moves the oldest bulk mails to the end of the queue until `most` jobs wait there. Raises redis-py's
-        errors."""
-        self._feed([keys.queue(EMAIL), keys.queue(BULK)], [self.most])
+    def feed(self, at_most: float = math.inf) -> None:
+        """Moves the oldest bulk mails to the end of the queue until `most` jobs wait there, or so many are moved.
+        Raises redis-py's errors."""
+        self._feed([keys.queue(EMAIL), keys.queue(BULK)], [self.most, min(at_most, self.most)])

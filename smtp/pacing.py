@@ -9,7 +9,8 @@ is open, workers take no mail from the queue: a long queue waits where it is. No
 that was put off before opens no breaker, and probes only if no other mail does.
 
 A mail of priority `high` lines up behind nobody: it takes the next moment that the rate leaves, and waits for it in its
-worker. `bulk` mail lines up by itself, so that other mail need not wait until all of it has had its turn.
+worker; and so does a `normal` one that returns at its moment. `bulk` mail lines up by itself and takes what is left, so
+that other mail need not wait until all of it has had its turn.
 
 Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), `relay:streak` (hash:
 words, mails, since), and lists of moments in ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails),
@@ -19,6 +20,7 @@ words, mails, since), and lists of moments in ms: `relay:gone` (mails sent), `re
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from typing import NamedTuple
 
@@ -29,7 +31,8 @@ TROUBLES = 3  # in a row, until the breaker opens
 PAUSE: float = 30  # seconds that it stays open; then one mail may probe
 LONGEST = 15 * 60  # seconds; a pause that is asked for beyond that may be meant for one sender
 PROBE: float = 60  # seconds after which a probe that never came back is given up; and that others probe first
-HOLD: float = 3  # seconds that a mail of priority `high` waits in its worker at most
+HOLD = {"high": 3.0, "normal": 1.0, "bulk": 0.2}  # seconds that a mail waits in its worker at most
+BULK_AHEAD = 10  # seconds for which bulk mail has been given its turns
 ALIKE = 3  # different mails in a row that are put off or refused in the same words: it is about the account
 STREAK = 86400  # seconds for which such a row is remembered
 
@@ -43,10 +46,10 @@ end
 local open_until = moment(redis.call('HGET', KEYS[1], 'open_until'))
 """  # in ms; before each script, whose first key is the breaker
 # KEYS: breaker, probe, gone, told, told_again, told_bulk. ARGV: PAUSE and PROBE in ms, whether the mail had a
-# reservation, whether it was put off before, its priority, HOLD in ms, then mails and period (ms) of each rate. Returns
-# `go`, whether there was trouble, and in how many ms. A new mail lines up behind all reservations of its line; one that
-# returns at its moment goes, if there is room, or gets another moment soon: there may be hours between the ends of the
-# lines.
+# reservation, whether it was put off before, its priority, for how many ms it may wait in its worker, then mails and
+# period (ms) of each rate. Returns `go`, whether there was trouble, and in how many ms. A new mail lines up behind all
+# reservations of its line; one that returns at its moment goes, if there is room, or gets another moment soon: there
+# may be hours between the ends of the lines.
 ADMIT = """
 local mine_at = open_until
 if open_until > 0 and ARGV[4] == '1' then mine_at = open_until + ARGV[2] end
@@ -68,12 +71,10 @@ local function reserve(moments, moment)
   redis.call('LTRIM', moments, 0, most - 1)
 end
 
-local high = ARGV[5] == 'high'
-local returning = high or ARGV[3] == '1'
+local returning = ARGV[5] == 'high' or ARGV[3] == '1'
 local line = returning and KEYS[5] or ARGV[5] == 'bulk' and KEYS[6] or KEYS[4]
 local free, turn = next_free(KEYS[3]), next_free(line)
-local soon = now + (high and ARGV[6] or 0)
-if free > soon or (turn > now and not returning) then
+if free > now + ARGV[6] or (turn > now and not returning) then
   turn = math.max(free, turn)
   reserve(line, turn)
   return {'rate', turn - now}
@@ -100,6 +101,9 @@ CLOSED_FOR = """
 if open_until > 0 and open_until <= now then return math.max(0, redis.call('PTTL', KEYS[2])) end
 return math.max(0, open_until - now)
 """
+
+# KEYS: breaker, told_bulk. Returns the milliseconds until the last turn that a bulk mail has been given.
+BULK_LINE = "return math.max(0, moment(redis.call('LINDEX', KEYS[2], 0)) - now)"
 
 # KEYS: breaker. An open one stays open, but a mail may try.
 TRY_NOW = "if open_until > now then redis.call('HSET', KEYS[1], 'open_until', now) end"
@@ -151,16 +155,17 @@ class Pacing:
         self.moments = [f"{relay}:gone", f"{relay}:told", f"{relay}:told_again", f"{relay}:told_bulk"]
         self.streak = f"{relay}:streak"
         self.rates = [number for rate in rates for number in (rate.most, rate.seconds * 1000)]
-        self._admit, self._trouble, self._closed_for, self._refused, self._try_now = (
-            Script(redis, HEAD + one) for one in (ADMIT, TROUBLE, CLOSED_FOR, REFUSED, TRY_NOW)
+        self._admit, self._trouble, self._closed_for, self._refused, self._try_now, self._bulk_line = (
+            Script(redis, HEAD + one) for one in (ADMIT, TROUBLE, CLOSED_FOR, REFUSED, TRY_NOW, BULK_LINE)
         )
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
     def admit(self, reserved: bool = False, put_off: bool = False, priority: str = "normal") -> Wait | None:
-        """Returns None for go, now: for a mail of `priority` high, after a wait of HOLD at most. A go is counted, and
-        wasted if the mail does not go. `reserved`: the mail had a reservation. `put_off`: the relay has put this mail
-        off before, so others probe first for a minute."""
-        args = [int(PAUSE * 1000), int(PROBE * 1000), int(reserved), int(put_off), priority, int(HOLD * 1000)]
+        """Returns None for go, now: after a wait of HOLD at most if that gets it its turn. A go is counted, and wasted
+        if the mail does not go. `reserved`: the mail had a reservation. `put_off`: the relay has put this mail off
+        before, so others probe first for a minute."""
+        hold = HOLD[priority] if reserved or priority == "high" else 0
+        args = [int(PAUSE * 1000), int(PROBE * 1000), int(reserved), int(put_off), priority, int(hold * 1000)]
         verdict, number, *wait = self._admit(keys=self.breaker + self.moments, args=[*args, *self.rates])
         self._troubled = verdict == b"breaker" or (verdict == b"go" and number == 1)
         if verdict == b"go":
@@ -197,6 +202,15 @@ class Pacing:
         """Returns the seconds for which no mail can go, because the breaker is open or another mail probes; 0 as long
         as this process has met with no trouble itself."""
         return self._closed_for(keys=self.breaker) / 1000 if self._troubled else 0.0
+
+    def room_for_bulk(self) -> float:
+        """Returns how many bulk mails may line up now: as many as go in BULK_AHEAD, any number where none has to wait.
+        More would only go round."""
+        if not self.rates:
+            return math.inf
+        ahead = self._bulk_line(keys=[self.breaker[0], self.moments[3]]) / 1000
+        slowest = min(1000 * mails / period for mails, period in zip(self.rates[::2], self.rates[1::2], strict=True))
+        return max(0, math.ceil((BULK_AHEAD - ahead) * slowest)) if ahead else math.inf
 
     def try_now(self) -> None:
         """Lets a mail probe at once, when a worker starts: its settings may be corrected ones."""
