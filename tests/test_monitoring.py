@@ -147,10 +147,14 @@ def a_day_when_all_is_well(scraped: str) -> dict[str, str]:
 BOUNDS = ("0.001", "0.0025", "0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0")
 BUCKETS = [f'async_email_accept_duration_seconds_bucket{{le="{bound}"}}' for bound in BOUNDS]
 SLOW, TO_A_SECOND = BUCKETS[:4], BUCKETS[4:]
-QUEUED, SCHEDULED = (f'async_email_queue_jobs{{queue="email", state="{one}"}}' for one in ("queued", "scheduled"))
+OLDEST = 'async_email_oldest_queued_seconds{queue="email"}'
+QUEUED, SCHEDULED, BULK = (
+    f'async_email_queue_jobs{{queue="email", state="{one}"}}' for one in ("queued", "scheduled", "bulk")
+)
 # alert, perhaps a comma and which case -> what is different on that day; "" is for all series of ours
 BROKEN: dict[str, dict[str, str]] = {
-    "MailIsNotGoingOut": {'async_email_oldest_queued_seconds{queue="email"}': stays(301)},
+    "MailIsNotGoingOut": {OLDEST: stays(301)},
+    "MailIsNotGoingOut, nor bulk mail": {OLDEST: stays(301), BULK: stays(9), SENT: stays(7), FAILED: stays(7)},
     "DelayedMailIsOverdue": {'async_email_overdue_seconds{queue="email"}': stays(301)},
     "NoMailSentForAnHour": {"async_email_last_sent_timestamp_seconds": stays(0), QUEUED: stays(1)},
     "RelayPutsAllMailOff": {TRY_AGAIN: grows(1), ACCEPTED: stays(7)},
@@ -171,6 +175,7 @@ QUIET = dict.fromkeys(GROW, stays(7))
 STILL_WELL: dict[str, dict[str, str]] = {  # what looks like trouble and is none
     "nothing has ever happened": {series: stays(0) for series in GROW},
     "a quiet night, one mail put off": QUIET | {SCHEDULED: stays(1), TRY_AGAIN: HAPPENS_ONCE},
+    "a newsletter goes out": {OLDEST: stays(3000), BULK: stays(50_000)},
     "no maxmemory": {"async_email_redis_memory_max_bytes": stays(0)},
     "the only two mails of the day were refused": QUIET | {FAILED: f"0+0x{MINUTES - 20} 2+0x19"},
     "a worker is restarted": {'async_email_workers{queue="email"}': f"16+0x{MINUTES - 4} 0+0x3"},

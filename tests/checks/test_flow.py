@@ -11,7 +11,7 @@ import pytest
 from rq.utils import now, utcformat
 
 from mail.outbox import Outbox
-from mail.store import OPEN
+from mail.store import LAST_SENT, OPEN
 from ops.checks import flow, table
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
@@ -69,6 +69,10 @@ def test_mail_that_nothing_drains_is_named(target: Target, client: Any, settings
     assert worst(flow.waiting(target, settings)).level == OK
     mail_id = queued(client, settings, seconds_ago=3600)
     assert_finds(flow.waiting(target, settings), WARN, "1 mail in the queue, the oldest for 60 min", "worker")
+    client.rpush("rq:queue:bulk", "one", "two")
+    assert_finds(flow.waiting(target, settings), WARN, "queue and 2 of priority bulk, the oldest", "worker")
+    client.set(LAST_SENT, time.time())
+    assert worst(flow.waiting(target, settings)).level == OK
     client.zadd("rq:scheduled:email", {mail_id: time.time() - 3600})
     assert_finds(flow.waiting(target, settings), FAULT, "should have been tried 60 min ago", "worker.py email")
     client.zadd(OPEN, {mail_id: time.time() - 3600})
