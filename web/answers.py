@@ -22,7 +22,7 @@ NoFrom = TypedDict("NoFrom", {"from": None})
 
 class Queued(TypedDict):
     id: str
-    status: Literal["queued"]
+    status: Literal["queued", "scheduled"]
 
 
 class Job(TypedDict):

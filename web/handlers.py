@@ -25,7 +25,7 @@ from mail.draft import Expired, prepare, redirected
 from mail.message import Draft
 from mail.outbox import Outbox
 from mail.request import FieldError, HeaderText, Invalid, OneMailbox, StrictModel, field_errors, validate
-from mail.states import State
+from mail.states import SCHEDULED, State
 from queues import health
 from queues.connection import weaknesses
 from queues.jobs import Accepted, Call, Idempotency, Jobs
@@ -95,7 +95,9 @@ class Service:
 
     def post_email(self) -> HTTPResponse:
         body = read_json(self.settings.max_message_bytes)
-        return accepted(self._submit(body, idempotency(body)), 200, "id")
+        job = self._submit(body, idempotency(body))
+        later = body.get("scheduled_at") is not None
+        return accepted(job, 200, "id", SCHEDULED if later else State.QUEUED)
 
     def post_batch(self) -> HTTPResponse:
         """Accepts all or none; with `x-batch-validation: permissive` those that can be sent, and names the others."""
@@ -222,9 +224,9 @@ class Service:
         return HTTPResponse(metrics.exposition(self.outbox, VERSION), 200, {"Content-Type": metrics.CONTENT_TYPE})
 
 
-def accepted(job: Accepted, status: int, name: str) -> HTTPResponse:
+def accepted(job: Accepted, status: int, name: str, state: str = State.QUEUED) -> HTTPResponse:
     context.current.get().id = job.id
-    return json_response(status, {name: job.id, "status": State.QUEUED}, replay(job))
+    return json_response(status, {name: job.id, "status": state}, replay(job))
 
 
 def replay(job: Accepted) -> dict[str, str]:
