@@ -56,6 +56,9 @@ MESSAGES = {  # pydantic's name of an error -> what it says to a caller who know
     "dict_type": "must be a JSON object",
     "model_type": "must be a JSON object",
     "literal_error": "must be {expected}",
+    "int_type": "must be a whole number",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than_equal": "must be at most {le}",
 }
 
 

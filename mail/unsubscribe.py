@@ -19,7 +19,8 @@ HEADERS = ("list-unsubscribe", "list-unsubscribe-post")
 def https_url(text: str) -> str:
     """Refuses what cannot stand between < and > in List-Unsubscribe, and a comma: some readers take it for the end."""
     if not HTTPS_URL.fullmatch(text):
-        raise ValueError("must be a URL such as https://acme.example/leave?who=42, in ASCII, a comma written as %2C")
+        told = "must be an https URL in ASCII, such as https://acme.example/leave?who=42, with %2C for a comma"
+        raise ValueError(told)
     return text
 
 

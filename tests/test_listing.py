@@ -119,7 +119,8 @@ WRONG = {
 def test_what_cannot_be_listed_is_refused_by_its_name(api: Api, name: str, value: str) -> None:
     answer = api.get(f"/emails?{urlencode({name: value})}")
     assert (answer.status, answer.body["name"]) == (422, "validation_error")
-    assert fields(answer)[0].partition("[")[0] == name
+    assert fields(answer) == [name]
+    assert "Input" not in answer.body["message"]  # pydantic's words
 
 
 def test_what_contradicts_itself_is_refused(api: Api) -> None:

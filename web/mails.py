@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from bottle import HTTPResponse, request
@@ -79,7 +80,10 @@ def wanted() -> Wanted:
             raise Invalid(FieldError(name, "must be given once"))
         else:
             given[name] = value
-    query = validate(ListQuery, given)
+    try:
+        query = validate(ListQuery, given)
+    except Invalid as invalid:  # a parameter has no [0] for who wrote it
+        raise Invalid(*(replace(one, field=one.field.partition("[")[0]) for one in invalid.errors)) from None
     older, since = _bounds("after", query.after)
     newer, until = _bounds("before", query.before)
     if older and newer:
@@ -105,7 +109,7 @@ def _bounds(name: str, given: list[tuple[bool, bytes]]) -> tuple[bytes, bytes]:
 
 
 def cancel_mail(service: Service, mail_id: str) -> HTTPResponse:
-    """Stops a mail: either it was canceled, and no one gets it, or the answer is an error."""
+    """Stops a mail: either nothing more of it goes out, or the answer is an error."""
     service.outbox.hold_to(mail_id, context.current.get().reads_only)
     service.outbox.cancel(mail_id)
     return changed(mail_id)

@@ -28,7 +28,7 @@ class Section(NamedTuple):
 
     @property
     def summary(self) -> str:
-        return re.split(r"\.(?:\s|$)", self.text)[0].replace("\n", " ")
+        return re.split(r"\.(?:\s|$)", self.text)[0].replace("\n", " ").replace("`", "")  # it is shown as it is
 
 
 def sections() -> dict[str, Section]:
