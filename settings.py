@@ -114,9 +114,9 @@ def parse_address(text: str) -> Address:
 
 
 class ApiKey(NamedTuple):
-    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit, and read what it submitted; `test`
-    the same, and nothing is sent; `full` may do everything. `rate` is how many requests it may make; `domains` are
-    those that it may send from, if not from all."""
+    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit, and read, move and cancel what
+    it submitted; `test` the same, and nothing is sent; `full` may do everything. `rate` is how many requests it may
+    make; `domains` are those that it may send from, if not from all."""
 
     name: str
     sha256: str

@@ -194,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     one = commands.add_parser("new", help="make a key and print it, once", parents=[where])
     one.add_argument("name", metavar="NAME", help="who uses it; stands in the log")
     scopes = (
-        "send (the default): submits mail and reads it; test: the same, and nothing is sent; "
+        "send (the default): submits mail, reads, moves and cancels it; test: the same, and nothing is sent; "
         "full: reads all mail, requeues, cancels, runs jobs"
     )
     one.add_argument("--scope", choices=["send", "test", "full"], default="send", help=scopes)

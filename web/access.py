@@ -26,7 +26,8 @@ def authenticate(keys: tuple[ApiKey, ...], scope: str) -> ApiKey:
     if not found:
         raise Refusal(403, "invalid_api_key", "this API key is not known")
     if scope == "full" and found[0].scope != "full":
-        raise Refusal(401, "restricted_api_key", "this API key may only submit mail, and read what it submitted")
+        text = "this API key may only submit mail, and read, move and cancel what it submitted"
+        raise Refusal(401, "restricted_api_key", text)
     return found[0]
 
 
