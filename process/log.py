@@ -33,6 +33,7 @@ EVENTS = frozenset({
     "cron_queued",  # the time of a task with `cron` has come: id of its job, task, due
     "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
     "busy",  # a job for a mail that another attempt holds
+    "early",  # a job for a mail that was moved to a later time just as it was due: id, next_in
     "breaker_opened", "breaker_closed",  # all mail waits for the relay, because of `reason`; it flows again
     "repaired", "given_up",  # what the sweep did with a mail that was stuck: id, reason
     "redis_unavailable", "redis_back",  # this process cannot use Redis, because of `reason`; it can again: at

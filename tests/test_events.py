@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from process.log import EVENTS
 from tests.http_api import MAIL
 from tests.relay import Relay
 from tests.servers import ROOT, House, RedisServer, eventually
+from tests.test_structure import modules
 
 
 @pytest.fixture
@@ -41,6 +43,13 @@ def happen(house: House) -> None:
     with redis.Redis.from_url(house.environment["REDIS_URL"]) as client:
         Queue("email", connection=client, serializer=JSONSerializer).enqueue("os.getcwd")
     eventually(lambda: "Traceback" in house.log("worker-email"))  # RQ tells of each job that should not fail
+
+
+def test_every_event_that_is_told_is_known() -> None:
+    calls = [node for tree in modules().values() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    named = [one.args[0] for one in calls if ast.unparse(one.func) == "emit" and one.args]
+    assert {one.value for arg in named for one in ast.walk(arg) if isinstance(one, ast.Constant)} <= EVENTS
+    assert len(named) > 15
 
 
 def lines(house: House, name: str) -> list[dict[str, Any]]:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import redis
+from rq import Retry
 
+from mail import delivery
 from mail.claim import Busy, Claim, Early
 from mail.moments import time_or_delay, time_with_zone
 from mail.outbox import Outbox
@@ -111,6 +113,9 @@ def test_nobody_takes_a_mail_before_its_time_and_it_waits_since_then(outbox: Out
         outbox.claim(mail_id, queued_at=time.time())
     assert early.value.seconds == pytest.approx(7200, abs=60)
     assert isinstance(early.value, Busy)
+    again = delivery.Delivery(outbox).deliver(mail_id)  # what its job does, and comes again then
+    assert isinstance(again, Retry)
+    assert again.intervals[0] == pytest.approx(7200, abs=60)
     outbox.reschedule(mail_id, time.time() - 1)
     taken = outbox.claim(mail_id, queued_at=time.time())
     assert isinstance(taken, Claim)
@@ -209,3 +214,5 @@ def test_of_a_thousand_mails_moved_when_they_are_due_none_is_sent_before_its_new
     assert not changed & got
     assert changed | got == set(range(1000))
     assert min(len(changed), len(got)) > 50
+    log = sending.log("worker-email")  # of the worker that took one too early: it waits, and is no failed attempt
+    assert "Traceback" not in log, log[-2000:]
