@@ -40,6 +40,11 @@ def new_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
+def made_at(mail_id: str) -> float:
+    """Returns when an id was made, in seconds since 1970: the middle of its millisecond, which no rounding leaves."""
+    return (int(mail_id.replace("-", "")[:12], 16) + 0.5) / 1000
+
+
 def first_id(moment: float) -> bytes:
     """Returns the least id that could be made at `moment`, in seconds since 1970."""
     return max(0, round(moment * 1000)).to_bytes(6, "big") + bytes(10)

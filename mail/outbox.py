@@ -22,7 +22,7 @@ from typing import Any
 
 from mail.claim import Busy, Claim, Early, Recipient, iso, recipients_from_json, recipients_to_json, timestamp
 from mail.counters import number
-from mail.index import Index, new_id
+from mail.index import Index, made_at, new_id
 from mail.message import Draft, Message, message_id
 from mail.states import State, Status, effective_state
 from mail.store import LAST_SENT, LOOK_AFTER, Store, claim_key, look_at, mail_key
@@ -126,7 +126,7 @@ LAST_EVENT: Mapping[str, str] = {
 def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
     outline, content = draft.message.to_json()
     return {
-        "created_at": iso(time.time()),
+        "created_at": iso(made_at(mail_id)),
         "message_id": message_id(mail_id, draft.message.sender),
         "outline": outline,
         "content": _compressed(content),
