@@ -23,20 +23,26 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mail.message import Message
-from mail.states import LETTERS
+from mail.message import Draft
+from mail.states import LETTERS, SCHEDULED, State
 from mail.store import INDEX, KEY_NAMES, SECRET, SWEPT, mail_key
 from queues.connection import Redis
 
 LAST = b"\xff" * 16  # an id behind all others
-SECRET_FOR = 60  # seconds for which a process relies on the secret that it has read: a FLUSHALL takes it away
+SECRET_FOR = 60  # seconds for which a process relies on what it has read or noted: a FLUSHALL takes it away
 
 
 def new_id() -> str:
     """Returns a UUIDv7 (RFC 9562 5.7, 6.2 method 3): of two, the one made later is the greater."""
     milliseconds, rest = divmod(time.time_ns(), 1_000_000)
     number = milliseconds << 80 | 7 << 76 | (rest * 4096 // 1_000_000) << 64 | 2 << 62 | secrets.randbits(62)
-    return str(uuid.UUID(int=number))
+    digits = f"{number:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def made_at(mail_id: str) -> float:
+    """Returns when an id was made, in seconds since 1970: the middle of its millisecond, which no rounding leaves."""
+    return (int(mail_id.replace("-", "")[:12], 16) + 0.5) / 1000
 
 
 def first_id(moment: float) -> bytes:
@@ -70,13 +76,19 @@ class Index:
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
         self._secret = (b"", 0.0)  # and when it was read, of time.monotonic()
+        self._noted: set[str] = set()  # names of keys that are in KEY_NAMES
 
-    def members(self, mail_id: str, message: Message) -> list[bytes]:
-        """Returns what `accept` writes: a member for each recipient and each tag."""
-        mail = uuid.UUID(mail_id).bytes
-        prefixes = [self.of_address(address) for address in message.recipients]
-        prefixes += [of_tag(f"{tag['name']}:{tag['value']}") for tag in message.tags]
-        return [prefix + mail for prefix in prefixes]
+    def members(self, mail_id: str, draft: Draft) -> list[bytes]:
+        """Returns what `accept` writes: a member for its state, each recipient and each tag. Raises redis-py's
+        errors."""
+        mail = bytes.fromhex(mail_id.replace("-", ""))
+        state = SCHEDULED if draft.scheduled_at else State.QUEUED.value
+        prefixes = [self.of_address(address) for address in draft.message.recipients]
+        prefixes += [of_tag(f"{tag['name']}:{tag['value']}") for tag in draft.message.tags]
+        if draft.key not in self._noted:
+            self.redis.sadd(KEY_NAMES, draft.key)
+            self._noted.add(draft.key)
+        return [prefix + mail for prefix in (of_state(state, draft.key), *prefixes)]
 
     def of_address(self, address: str) -> bytes:
         """Returns how each member of a mail to this address begins, whether in capitals or not. Raises redis-py's
@@ -86,17 +98,18 @@ class Index:
     def _key(self) -> bytes:
         secret, read_at = self._secret
         if not secret or time.monotonic() - read_at > SECRET_FOR:
-            with self.redis.pipeline(transaction=False) as pipe:
-                pipe.set(SECRET, secret or secrets.token_bytes(32), nx=True)
-                pipe.get(SECRET)
-                secret = pipe.execute()[1]
-            self._secret = (secret, time.monotonic())
+            known: Any = self.redis.get(SECRET)  # a full Redis would refuse the rest
+            if not known:
+                self.redis.set(SECRET, secret or secrets.token_bytes(32), nx=True)
+                known = self.redis.get(SECRET)
+            secret = known
+            self._secret, self._noted = (secret, time.monotonic()), set()
         return secret
 
-    def names(self) -> list[str]:
+    def names(self) -> set[str]:
         """Returns the names of all keys that have submitted mail; "" is for mail without one."""
         known: Any = self.redis.smembers(KEY_NAMES)
-        return sorted(name.decode(errors="replace") for name in known)
+        return {"", *(name.decode(errors="replace") for name in known)}
 
     def nearest(self, prefixes: Iterable[bytes], above: bytes, below: bytes, most: int, upwards: bool) -> list[bytes]:
         """Returns the ids between `above` and `below` that begin with one of the prefixes: the `most` greatest, from

@@ -64,7 +64,7 @@ def _prefixes(outbox: Outbox, wanted: Wanted) -> list[bytes]:
         return [outbox.index.of_address(wanted.to)]
     if wanted.tag:
         return [of_tag(wanted.tag)]
-    names = [wanted.key] if wanted.key else outbox.index.names()
+    names = {wanted.key} if wanted.key else outbox.index.names() | {key.name for key in outbox.settings.api_keys}
     return [of_state(state, name) for state in ([wanted.status] if wanted.status else STATES) for name in names]
 
 

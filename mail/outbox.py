@@ -22,7 +22,7 @@ from typing import Any
 
 from mail.claim import Busy, Claim, Early, Recipient, iso, recipients_from_json, recipients_to_json, timestamp
 from mail.counters import number
-from mail.index import Index, new_id
+from mail.index import Index, made_at, new_id
 from mail.message import Draft, Message, message_id
 from mail.states import State, Status, effective_state
 from mail.store import LAST_SENT, LOOK_AFTER, Store, claim_key, look_at, mail_key
@@ -58,14 +58,14 @@ SHOWN = ("state", "created_at", "message_id", "outline", "recipients", "attempts
          "expires_at", "on_doubt", "key", "test", "scheduled_at", "priority")
 # fmt: on
 # ARGV[at] and on: of each mail the id, when to look at it if it does not move on, how many words its fields are, these,
-# how many members of mail.index, these.
+# how many words for mail.index, these.
 ACCEPT = """
 local function beside(at)
   while ARGV[at] do
     local last = at + 2 + ARGV[at + 2]
     become(ARGV[at], 'queued', nil, ARGV[at + 1], {unpack(ARGV, at + 3, last)})
     at = last + 2 + ARGV[last + 1]
-    for i = last + 2, at - 1 do redis.pcall('ZADD', INDEX, 0, ARGV[i]) end
+    redis.pcall('ZADD', INDEX, unpack(ARGV, last + 2, at - 1))
   end
 end
 """
@@ -126,7 +126,7 @@ LAST_EVENT: Mapping[str, str] = {
 def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
     outline, content = draft.message.to_json()
     return {
-        "created_at": iso(time.time()),
+        "created_at": iso(made_at(mail_id)),
         "message_id": message_id(mail_id, draft.message.sender),
         "outline": outline,
         "content": _compressed(content),
@@ -185,8 +185,8 @@ class Outbox:
         moment = draft.scheduled_at.timestamp() if draft.scheduled_at else time.time()
         expires_at = draft.expires_at.timestamp() if draft.expires_at else 0
         yield from (mail_id, look_at(moment + LOOK_AFTER, expires_at), len(fields), *fields)
-        members = self.index.members(mail_id, draft.message)
-        yield from (len(members), *members)
+        scored = [word for member in self.index.members(mail_id, draft) for word in (0, member)]
+        yield from (len(scored), *scored)
 
     def _queue(self, places: Mapping[str, Place], beside: Beside, idempotency: Idempotency | None = None) -> Accepted:
         return self.jobs.accept(

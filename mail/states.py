@@ -87,15 +87,11 @@ end
 local function reindex(id, was, state)
   if string.sub(id, 15, 15) ~= '7' then return end  -- accepted before there was an index
   local key, scheduled_at = unpack(redis.call('HMGET', MAIL .. id, 'key', 'scheduled_at'))
-  if was then
-    redis.pcall('ZREM', INDEX, member(id, was, key, scheduled_at))
-  else
-    redis.pcall('SADD', KEY_NAMES, key or '')
-  end
+  redis.pcall('ZREM', INDEX, member(id, was, key, scheduled_at))
   redis.pcall('ZADD', INDEX, 0, member(id, state, key, scheduled_at))
 end
 """
-# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX, KEY_NAMES
+# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX
 # (keys) and KEPT (the lifetimes of final states, in seconds).
 #
 # become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `look_at` is when mail.sweep
@@ -125,7 +121,7 @@ local function become(id, state, now, look_at, fields)
     redis.pcall('ZADD', OPEN, look_at, id)
   end
   if state == 'sent' and not test then redis.call('SET', LAST_SENT, now) end
-  if was ~= state then reindex(id, was, state) end
+  if was and was ~= state then reindex(id, was, state) end  -- accept writes the first member, beside others
   return true
 end
 """

@@ -49,7 +49,7 @@ class Store:
         # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
         kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
         shared = {"OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT, "INDEX": INDEX}
-        self._become = transition(MAIL=MAIL, KEY_NAMES=KEY_NAMES, KEPT=kept, **shared)
+        self._become = transition(MAIL=MAIL, KEPT=kept, **shared)
         self._scripts: dict[str, Script] = {}
 
     def script(self, body: str) -> Script:

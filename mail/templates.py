@@ -9,6 +9,7 @@ home of `jinja2`.  https://jinja.palletsprojects.com/
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from collections.abc import Iterator, Mapping
@@ -74,13 +75,12 @@ def render(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | N
 
 
 def parts(template_id: str) -> list[Template | None]:
-    folder = FOLDER / template_id
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", template_id) or not folder.is_dir():
+    there = _there(template_id) if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", template_id) else []
+    if not there and template_id not in ids():
         known = ", ".join(ids())
         raise Invalid(FieldError("template.id", f"must be one of {known}" if known else "there is no template"))
-    Invalid.raise_if(FieldError("template.id", fault) for fault in _missing_parts(template_id))
-    names = [f"{template_id}/{name}" for name in (SUBJECT, *BODIES)]
-    return [_loaded(name) if (FOLDER / name).is_file() else None for name in names]
+    Invalid.raise_if(FieldError("template.id", fault) for fault in _missing_parts(template_id, there))
+    return [_loaded(f"{template_id}/{name}") if name in there else None for name in (SUBJECT, *BODIES)]
 
 
 def ids() -> list[str]:
@@ -89,7 +89,12 @@ def ids() -> list[str]:
 
 def files(template_id: str) -> list[Path]:
     """Returns the files of a template that there are."""
-    return [path for name in (SUBJECT, *BODIES) if (path := FOLDER / template_id / name).is_file()]
+    return [FOLDER / template_id / name for name in _there(template_id)]
+
+
+def _there(template_id: str) -> list[str]:
+    """Returns the names of the files that a template has. Each mail asks: pathlib would take as long as Jinja."""
+    return [name for name in (SUBJECT, *BODIES) if os.path.isfile(f"{FOLDER}/{template_id}/{name}")]
 
 
 def source(template_id: str) -> tuple[str | None, ...]:
@@ -114,9 +119,9 @@ def variables(template_id: str) -> dict[str, str | int | float | None]:
     return {name: optional.get(name) for name in sorted(found)}
 
 
-def _missing_parts(template_id: str) -> Iterator[str]:
+def _missing_parts(template_id: str, there: list[str]) -> Iterator[str]:
     for names in ((SUBJECT,), BODIES):
-        if not any((FOLDER / template_id / name).is_file() for name in names):
+        if not any(name in there for name in names):
             yield f"the folder {shown(template_id)} must hold {' or '.join(names)}"
 
 
@@ -135,7 +140,7 @@ def faults() -> list[str]:
             found += _missing_files(name)
         except Broken as error:
             found.append(str(error))
-    return found + [fault for template_id in ids() for fault in _missing_parts(template_id)]
+    return found + [fault for template_id in ids() for fault in _missing_parts(template_id, _there(template_id))]
 
 
 def _missing_files(name: str) -> Iterator[str]:

@@ -75,8 +75,13 @@ def test_bulk_mail_waits_where_it_was_put_until_it_is_in_no_list(outbox: Outbox,
     lost, waiting, moved = (outbox.accept([draft()._replace(priority="bulk")]).id for _ in range(3))
     assert client.lrange("rq:queue:bulk", 0, -1) == [one.encode() for one in (lost, waiting, moved)]
     assert swept_now(outbox) == []
+    queued_at = client.hget(f"rq:job:{moved}", "enqueued_at")
+    client.hset(f"rq:job:{moved}", "enqueued_at", "2026-11-21T12:30:00.000000Z")  # by a clock that was set back
+    Bulk(client, most=5).feed(at_most=1)
     Bulk(client, most=1).feed()
+    assert swept_now(outbox) == []
     assert (client.llen(QUEUE), client.llen("rq:queue:bulk")) == (1, 2)
+    client.hset(f"rq:job:{moved}", "enqueued_at", queued_at)
     client.lpop(QUEUE)
     client.lmove("rq:queue:bulk", QUEUE, "RIGHT", "LEFT")
     assert swept_now(outbox) == [Finding(lost, "repaired", "its job was queued and in no list")]
