@@ -8,6 +8,7 @@ at which it should have moved on, or expires; each that is overdue is looked at,
     waits where its job says it does, or an attempt holds it     looked at again later
     its `expires_at` has passed and no attempt is on its way     failed, or unknown if it is in doubt: expired
     it waits in the queue for TROUBLE_FOR, and the relay is in trouble                          the same, and says so
+    its job waits for a later time than its `scheduled_at`       queued at that one
     its job failed, or is gone                                   failed, or unknown if it is in doubt, with a reason
     its job waits, and is in no list; or is finished without it  queued again: a claim makes a second run harmless
 
@@ -91,6 +92,10 @@ if status == 'queued' then
     or redis.call('LPOS', KEYS[4], id) or redis.call('LPOS', KEYS[5], id) or bulk and redis.call('LPOS', KEYS[9], id)
 elseif status == 'scheduled' then
   waits = redis.call('ZSCORE', KEYS[6], id)
+  local at = tonumber(redis.call('HGET', KEYS[1], 'scheduled_at'))
+  if state == 'queued' and at and waits and tonumber(waits) > at + 1 then
+    redis.call('ZADD', KEYS[6], 'XX', math.ceil(at), id)  -- it was made sooner while RQ put its job back for later
+  end
 elseif status == 'started' then
   for _, entry in ipairs(redis.call('ZRANGE', KEYS[7], 0, -1)) do
     if string.sub(entry, 1, #id + 1) == id .. ':' then waits = true end

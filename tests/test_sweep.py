@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -69,6 +71,21 @@ def test_a_mail_whose_job_is_in_no_list_is_queued_again(outbox: Outbox, client: 
     assert client.ttl(f"rq:job:{stuck}") == -1
     assert swept_now(outbox) == []
     assert swept(client)["mails_repaired"] == 1
+
+
+def test_a_mail_that_was_made_sooner_while_rq_put_it_back_for_later_goes_out_then(outbox: Outbox, client: Any) -> None:
+    soon, later = datetime.now(timezone.utc) + timedelta(minutes=1), time.time() + 7200
+    mail_id = outbox.accept([draft()._replace(scheduled_at=soon)]).id
+    client.zadd("rq:scheduled:email", {mail_id: later})
+    assert swept_now(outbox) == []
+    assert client.zscore("rq:scheduled:email", mail_id) == math.ceil(soon.timestamp())
+    put_off = outbox.accept([draft()._replace(scheduled_at=soon)]).id
+    outbox.reschedule(put_off, time.time() - 1)
+    claim(outbox, put_off).settle(State.DELAYED, next_in=7200)
+    client.hset(f"rq:job:{put_off}", "status", "scheduled")
+    client.zadd("rq:scheduled:email", {put_off: later})
+    assert swept_now(outbox) == []
+    assert client.zscore("rq:scheduled:email", put_off) == pytest.approx(later)
 
 
 def test_bulk_mail_waits_where_it_was_put_until_it_is_in_no_list(outbox: Outbox, client: Any) -> None:
