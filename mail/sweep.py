@@ -28,6 +28,7 @@ from mail.outbox import Outbox
 from mail.store import INDEX, KEY_NAMES, LAST_SENT, OPEN, SECRET, SWEPT, TOTALS, claim_key, look_at, mail_key
 from queues import keys
 from queues.connection import Redis, ResponseError, translating_errors, why_unavailable
+from queues.health import PLACES
 from queues.jobs import rq_now
 from queues.quarantine import put_aside
 from queues.table import BULK, EMAIL
@@ -42,11 +43,11 @@ LOOK_AGAIN = 300  # seconds
 MAIL_ID = re.compile(rb"[\w-]+")
 
 # KEYS: mail, claim, RQ's job, queue, intermediate queue, scheduled, started, failed, bulk. ARGV: mail id, now, when to
-# look again, now as RQ writes it, when the first in the queue was put there, whether the mail has expired ("" or "1"),
-# since when a mail must not have waited ("" while the relay is not in trouble), until when RQ keeps a failed job, when
-# the first in bulk was put there.
+# look again, now as RQ writes it, when one at the head of the queue was put there, whether the mail has expired ("" or
+# "1"), since when a mail must not have waited ("" while the relay is not in trouble), until when RQ keeps a failed job,
+# when one at the head of bulk was put there.
 # One that has waited too long keeps its place in the queue, where a claim makes it harmless: a search takes long.
-# A queue is searched only for a job that is older than its first: in a queue of a million, nearly none.
+# A queue is searched only for a job that is older than those at its head: in a queue of a million, nearly none.
 SWEEP = """
 local id = ARGV[1]
 local kind = redis.call('TYPE', KEYS[1]).ok
@@ -119,9 +120,10 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
     put_aside(redis, KINDS)  # each mail comes into a new OPEN with its next attempt
     overdue: list[Any] = redis.zrangebyscore(OPEN, 0, now, start=0, num=AT_ONCE)
     trouble_since = iso(now - outbox.settings.trouble_for) if overdue and outbox.relay_in_trouble() else ""
+    heads = [_first_since(redis, queue) for queue in (EMAIL, BULK)] if overdue else []
     for entry in overdue:
         if MAIL_ID.fullmatch(entry):
-            yield from _look_at(outbox, entry.decode(), now, trouble_since)
+            yield from _look_at(outbox, entry.decode(), now, trouble_since, heads)
         else:
             redis.zrem(OPEN, entry)
             yield Finding("", "unreadable", f"an entry of {OPEN} that names no mail")
@@ -129,7 +131,7 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
     redis.hset(SWEPT, "at", now)
 
 
-def _look_at(outbox: Outbox, mail_id: str, now: float, trouble_since: str) -> Iterator[Finding]:
+def _look_at(outbox: Outbox, mail_id: str, now: float, trouble_since: str, heads: list[Any]) -> Iterator[Finding]:
     redis = outbox.jobs.redis
     touched = [mail_key(mail_id), claim_key(mail_id), keys.job(mail_id), keys.queue(EMAIL), keys.intermediate(EMAIL)]
     touched += [keys.scheduled(EMAIL), keys.started(EMAIL), keys.failed(EMAIL), keys.queue(BULK)]
@@ -137,8 +139,8 @@ def _look_at(outbox: Outbox, mail_id: str, now: float, trouble_since: str) -> It
         expires_at = _expires_at(redis, mail_id)
         expired = 0 < expires_at <= now
         again = now + LOOK_AGAIN if expired else look_at(now + LOOK_AGAIN, expires_at)
-        args = [mail_id, now, again, rq_now(), _first_since(redis, EMAIL), "1" if expired else "", trouble_since]
-        args += [now + outbox.settings.retain_failed, _first_since(redis, BULK)]
+        args = [mail_id, now, again, rq_now(), heads[0], "1" if expired else "", trouble_since]
+        args += [now + outbox.settings.retain_failed, heads[1]]
         event, *why = (word.decode() for word in outbox.store.run(SWEEP, touched, args))
     except ResponseError as error:
         if why_unavailable(error):
@@ -160,12 +162,14 @@ def _expires_at(redis: Redis, mail_id: str) -> float:
 
 
 def _first_since(redis: Redis, queue: str) -> Any:
-    """Returns when the first job in a queue was put there, or "" if it cannot be read."""
-    head: Any = redis.lindex(keys.queue(queue), 0)
-    try:
-        return (head and redis.hget(keys.job(head.decode()), "enqueued_at")) or ""
-    except (UnicodeDecodeError, ResponseError):  # it is no job; the worker that takes it sets it aside
-        return ""
+    """Returns when the one that has waited longest of some at the head of a queue was put there, or "" if there is
+    none. The first may be in a hurry and new, or no job: a worker that takes it sets it aside."""
+    pipe = redis.pipeline(transaction=False)
+    for place in PLACES:
+        pipe.lindex(keys.queue(queue), place)
+    for head in pipe.execute():
+        pipe.hget(keys.job((head or b"").decode(errors="replace")), "enqueued_at")
+    return min((one for one in pipe.execute(raise_on_error=False) if isinstance(one, bytes)), default="")
 
 
 def swept(redis: Redis) -> dict[str, Any]:

@@ -87,6 +87,19 @@ def test_bulk_mail_waits_where_it_was_put_until_it_is_in_no_list(outbox: Outbox,
     assert client.lrange(QUEUE, 0, -1) == [moved.encode()]
 
 
+def test_a_long_queue_is_not_searched_whatever_is_at_its_head(outbox: Outbox, client: Any) -> None:
+    normal, bulk, high = (draft()._replace(priority=one) for one in ("normal", "bulk", "high"))
+    for _ in range(3):
+        first = outbox.accept([bulk, normal]).ids[0]
+        outbox.accept([high])
+    client.delete(f"rq:job:{client.lindex('rq:queue:bulk', 0).decode()}")
+    outbox.cancel(first)
+    assert client.llen("rq:queue:bulk") == 2
+    client.config_resetstat()
+    swept_now(outbox)
+    assert "cmdstat_lpos" not in client.info("commandstats")
+
+
 def test_a_mail_that_an_attempt_holds_is_left_alone(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
     outbox.claim(mail_id, time.time())
