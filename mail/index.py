@@ -86,10 +86,11 @@ class Index:
     def _key(self) -> bytes:
         secret, read_at = self._secret
         if not secret or time.monotonic() - read_at > SECRET_FOR:
-            with self.redis.pipeline(transaction=False) as pipe:
-                pipe.set(SECRET, secret or secrets.token_bytes(32), nx=True)
-                pipe.get(SECRET)
-                secret = pipe.execute()[1]
+            known: Any = self.redis.get(SECRET)  # which a full Redis gives, too
+            if not known:
+                self.redis.set(SECRET, secret or secrets.token_bytes(32), nx=True)
+                known = self.redis.get(SECRET)
+            secret = known
             self._secret = (secret, time.monotonic())
         return secret
 

@@ -8,6 +8,7 @@ at which it should have moved on, or expires; each that is overdue is looked at,
     waits where its job says it does, or an attempt holds it     looked at again later
     its `expires_at` has passed and no attempt is on its way     failed, or unknown if it is in doubt: expired
     it waits in the queue for TROUBLE_FOR, and the relay is in trouble                          the same, and says so
+      (bulk mail, which may wait for its turn for weeks: only if the relay took no mail for so long)
     its job failed, or is gone                                   failed, or unknown if it is in doubt, with a reason
     its job waits, and is in no list; or is finished without it  queued again: a claim makes a second run harmless
 
@@ -45,7 +46,7 @@ MAIL_ID = re.compile(rb"[\w-]+")
 # KEYS: mail, claim, RQ's job, queue, intermediate queue, scheduled, started, failed, bulk. ARGV: mail id, now, when to
 # look again, now as RQ writes it, when one at the head of the queue was put there, whether the mail has expired ("" or
 # "1"), since when a mail must not have waited ("" while the relay is not in trouble), until when RQ keeps a failed job,
-# when one at the head of bulk was put there.
+# when one at the head of bulk was put there, whether bulk mail is kept by that trouble, too ("" or "1").
 # One that has waited too long keeps its place in the queue, where a claim makes it harmless: a search takes long.
 # A queue is searched only for a job that is older than those at its head: in a queue of a million, nearly none.
 SWEEP = """
@@ -67,7 +68,9 @@ local readable = redis.call('TYPE', KEYS[3]).ok == 'hash'
 local status = readable and redis.call('HGET', KEYS[3], 'status') or ''
 local expired = ARGV[6] ~= '' and state ~= 'sending'
 local since = redis.call('HGET', KEYS[1], 'since') or redis.call('HGET', KEYS[1], 'created_at') or ''
+local bulk = redis.call('HGET', KEYS[1], 'priority') == 'bulk'
 local late = ARGV[7] ~= '' and state ~= 'sending' and status == 'queued' and since < ARGV[7]
+  and (not bulk or ARGV[10] ~= '')
 local reason = expired and EXPIRED or late and TROUBLE_TOO_LONG or LOST[status]
 if reason then
   local over = 'failed'
@@ -87,7 +90,6 @@ end
 local waits = false
 if status == 'queued' then
   local queued_at = redis.call('HGET', KEYS[3], 'enqueued_at') or ''
-  local bulk = redis.call('HGET', KEYS[1], 'priority') == 'bulk'
   waits = ARGV[5] ~= '' and queued_at >= ARGV[5] or bulk and ARGV[9] ~= '' and queued_at >= ARGV[9]
     or redis.call('LPOS', KEYS[4], id) or redis.call('LPOS', KEYS[5], id) or bulk and redis.call('LPOS', KEYS[9], id)
 elseif status == 'scheduled' then
@@ -121,9 +123,10 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
     overdue: list[Any] = redis.zrangebyscore(OPEN, 0, now, start=0, num=AT_ONCE)
     trouble_since = iso(now - outbox.settings.trouble_for) if overdue and outbox.relay_in_trouble() else ""
     heads = [_first_since(redis, queue) for queue in (EMAIL, BULK)] if overdue else []
+    silent = "1" if trouble_since and (outbox.last_sent() or 0) < now - outbox.settings.trouble_for else ""
     for entry in overdue:
         if MAIL_ID.fullmatch(entry):
-            yield from _look_at(outbox, entry.decode(), now, trouble_since, heads)
+            yield from _look_at(outbox, entry.decode(), now, trouble_since, [*heads, silent])
         else:
             redis.zrem(OPEN, entry)
             yield Finding("", "unreadable", f"an entry of {OPEN} that names no mail")
@@ -131,7 +134,7 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
     redis.hset(SWEPT, "at", now)
 
 
-def _look_at(outbox: Outbox, mail_id: str, now: float, trouble_since: str, heads: list[Any]) -> Iterator[Finding]:
+def _look_at(outbox: Outbox, mail_id: str, now: float, trouble_since: str, common: list[Any]) -> Iterator[Finding]:
     redis = outbox.jobs.redis
     touched = [mail_key(mail_id), claim_key(mail_id), keys.job(mail_id), keys.queue(EMAIL), keys.intermediate(EMAIL)]
     touched += [keys.scheduled(EMAIL), keys.started(EMAIL), keys.failed(EMAIL), keys.queue(BULK)]
@@ -139,8 +142,8 @@ def _look_at(outbox: Outbox, mail_id: str, now: float, trouble_since: str, heads
         expires_at = _expires_at(redis, mail_id)
         expired = 0 < expires_at <= now
         again = now + LOOK_AGAIN if expired else look_at(now + LOOK_AGAIN, expires_at)
-        args = [mail_id, now, again, rq_now(), heads[0], "1" if expired else "", trouble_since]
-        args += [now + outbox.settings.retain_failed, heads[1]]
+        args = [mail_id, now, again, rq_now(), common[0], "1" if expired else "", trouble_since]
+        args += [now + outbox.settings.retain_failed, *common[1:]]
         event, *why = (word.decode() for word in outbox.store.run(SWEEP, touched, args))
     except ResponseError as error:
         if why_unavailable(error):

@@ -295,3 +295,15 @@ def test_a_mail_in_the_queue_is_kept_by_trouble_for_five_days(
     found = swept_now(outbox)
     assert outbox.read(mail_id)["status"] == left
     assert found == ([Finding(mail_id, "failed", TROUBLE_TOO_LONG)] if left == "failed" else [])
+
+
+@pytest.mark.parametrize(("sent_days_ago", "left"), [(1, "queued"), (5.1, "failed")])
+def test_bulk_mail_that_waits_for_its_turn_for_weeks_is_not_kept_by_trouble(
+    outbox: Outbox, client: Any, sent_days_ago: float, left: str
+) -> None:
+    bulk = outbox.accept([draft()._replace(priority="bulk")]).id
+    client.hset(f"mail:{bulk}", "created_at", iso(time.time() - 20 * 86400))
+    client.hset("relay:breaker", "open_until", 1)
+    client.set("mail:last_sent", time.time() - sent_days_ago * 86400)
+    swept_now(outbox)
+    assert outbox.read(bulk)["status"] == left
