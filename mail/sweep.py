@@ -8,6 +8,7 @@ at which it should have moved on, or expires; each that is overdue is looked at,
     waits where its job says it does, or an attempt holds it     looked at again later
     its `expires_at` has passed and no attempt is on its way     failed, or unknown if it is in doubt: expired
     it waits in the queue for TROUBLE_FOR, and the relay is in trouble                          the same, and says so
+      (bulk mail, which may wait for its turn for weeks: only if the relay took no mail for so long)
     its job waits for a later time than its `scheduled_at`       queued at that one
     its job failed, or is gone                                   failed, or unknown if it is in doubt, with a reason
     its job waits, and is in no list; or is finished without it  queued again: a claim makes a second run harmless
@@ -29,6 +30,7 @@ from mail.outbox import Outbox
 from mail.store import INDEX, KEY_NAMES, LAST_SENT, OPEN, SECRET, SWEPT, TOTALS, claim_key, look_at, mail_key
 from queues import keys
 from queues.connection import Redis, ResponseError, translating_errors, why_unavailable
+from queues.health import PLACES
 from queues.jobs import rq_now
 from queues.quarantine import put_aside
 from queues.table import BULK, EMAIL
@@ -43,11 +45,11 @@ LOOK_AGAIN = 300  # seconds
 MAIL_ID = re.compile(rb"[\w-]+")
 
 # KEYS: mail, claim, RQ's job, queue, intermediate queue, scheduled, started, failed, bulk. ARGV: mail id, now, when to
-# look again, now as RQ writes it, when the first in the queue was put there, whether the mail has expired ("" or "1"),
-# since when a mail must not have waited ("" while the relay is not in trouble), until when RQ keeps a failed job, when
-# the first in bulk was put there.
+# look again, now as RQ writes it, when one at the head of the queue was put there, whether the mail has expired ("" or
+# "1"), since when a mail must not have waited ("" while the relay is not in trouble), until when RQ keeps a failed job,
+# when one at the head of bulk was put there, whether bulk mail is kept by that trouble, too ("" or "1").
 # One that has waited too long keeps its place in the queue, where a claim makes it harmless: a search takes long.
-# A queue is searched only for a job that is older than its first: in a queue of a million, nearly none.
+# A queue is searched only for a job that is older than those at its head: in a queue of a million, nearly none.
 SWEEP = """
 local id = ARGV[1]
 local kind = redis.call('TYPE', KEYS[1]).ok
@@ -67,7 +69,9 @@ local readable = redis.call('TYPE', KEYS[3]).ok == 'hash'
 local status = readable and redis.call('HGET', KEYS[3], 'status') or ''
 local expired = ARGV[6] ~= '' and state ~= 'sending'
 local since = redis.call('HGET', KEYS[1], 'since') or redis.call('HGET', KEYS[1], 'created_at') or ''
+local bulk = redis.call('HGET', KEYS[1], 'priority') == 'bulk'
 local late = ARGV[7] ~= '' and state ~= 'sending' and status == 'queued' and since < ARGV[7]
+  and (not bulk or ARGV[10] ~= '')
 local reason = expired and EXPIRED or late and TROUBLE_TOO_LONG or LOST[status]
 if reason then
   local over = 'failed'
@@ -87,7 +91,6 @@ end
 local waits = false
 if status == 'queued' then
   local queued_at = redis.call('HGET', KEYS[3], 'enqueued_at') or ''
-  local bulk = redis.call('HGET', KEYS[1], 'priority') == 'bulk'
   waits = ARGV[5] ~= '' and queued_at >= ARGV[5] or bulk and ARGV[9] ~= '' and queued_at >= ARGV[9]
     or redis.call('LPOS', KEYS[4], id) or redis.call('LPOS', KEYS[5], id) or bulk and redis.call('LPOS', KEYS[9], id)
 elseif status == 'scheduled' then
@@ -124,9 +127,11 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
     put_aside(redis, KINDS)  # each mail comes into a new OPEN with its next attempt
     overdue: list[Any] = redis.zrangebyscore(OPEN, 0, now, start=0, num=AT_ONCE)
     trouble_since = iso(now - outbox.settings.trouble_for) if overdue and outbox.relay_in_trouble() else ""
+    heads = [_first_since(redis, queue) for queue in (EMAIL, BULK)] if overdue else []
+    silent = "1" if trouble_since and (outbox.last_sent() or 0) < now - outbox.settings.trouble_for else ""
     for entry in overdue:
         if MAIL_ID.fullmatch(entry):
-            yield from _look_at(outbox, entry.decode(), now, trouble_since)
+            yield from _look_at(outbox, entry.decode(), now, trouble_since, [*heads, silent])
         else:
             redis.zrem(OPEN, entry)
             yield Finding("", "unreadable", f"an entry of {OPEN} that names no mail")
@@ -134,7 +139,7 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
     redis.hset(SWEPT, "at", now)
 
 
-def _look_at(outbox: Outbox, mail_id: str, now: float, trouble_since: str) -> Iterator[Finding]:
+def _look_at(outbox: Outbox, mail_id: str, now: float, trouble_since: str, common: list[Any]) -> Iterator[Finding]:
     redis = outbox.jobs.redis
     touched = [mail_key(mail_id), claim_key(mail_id), keys.job(mail_id), keys.queue(EMAIL), keys.intermediate(EMAIL)]
     touched += [keys.scheduled(EMAIL), keys.started(EMAIL), keys.failed(EMAIL), keys.queue(BULK)]
@@ -142,8 +147,8 @@ def _look_at(outbox: Outbox, mail_id: str, now: float, trouble_since: str) -> It
         expires_at = _expires_at(redis, mail_id)
         expired = 0 < expires_at <= now
         again = now + LOOK_AGAIN if expired else look_at(now + LOOK_AGAIN, expires_at)
-        args = [mail_id, now, again, rq_now(), _first_since(redis, EMAIL), "1" if expired else "", trouble_since]
-        args += [now + outbox.settings.retain_failed, _first_since(redis, BULK)]
+        args = [mail_id, now, again, rq_now(), common[0], "1" if expired else "", trouble_since]
+        args += [now + outbox.settings.retain_failed, *common[1:]]
         event, *why = (word.decode() for word in outbox.store.run(SWEEP, touched, args))
     except ResponseError as error:
         if why_unavailable(error):
@@ -165,12 +170,14 @@ def _expires_at(redis: Redis, mail_id: str) -> float:
 
 
 def _first_since(redis: Redis, queue: str) -> Any:
-    """Returns when the first job in a queue was put there, or "" if it cannot be read."""
-    head: Any = redis.lindex(keys.queue(queue), 0)
-    try:
-        return (head and redis.hget(keys.job(head.decode()), "enqueued_at")) or ""
-    except (UnicodeDecodeError, ResponseError):  # it is no job; the worker that takes it sets it aside
-        return ""
+    """Returns when the one that has waited longest of some at the head of a queue was put there, or "" if there is
+    none. The first may be in a hurry and new, or no job: a worker that takes it sets it aside."""
+    pipe = redis.pipeline(transaction=False)
+    for place in PLACES:
+        pipe.lindex(keys.queue(queue), place)
+    for head in pipe.execute(raise_on_error=False):
+        pipe.hget(keys.job(head.decode(errors="replace") if isinstance(head, bytes) else ""), "enqueued_at")
+    return min((one for one in pipe.execute(raise_on_error=False) if isinstance(one, bytes)), default="")
 
 
 def swept(redis: Redis) -> dict[str, Any]:

@@ -10,11 +10,12 @@ that was put off before opens no breaker, and probes only if no other mail does.
 
 A mail of priority `high` lines up behind nobody: it takes the next moment that the rate leaves, and waits for it in its
 worker; and so does a `normal` one that returns at its moment. `bulk` mail lines up by itself and takes what is left, so
-that other mail need not wait until all of it has had its turn.
+that other mail need not wait until all of it has had its turn. It leaves a twentieth of a long period (`30/m`,
+`2000/d`): else it would take all of it at its beginning, and a login code would wait for its end.
 
 Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), `relay:streak` (hash:
 words, mails, since), and lists of moments in ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails),
-`relay:told_bulk` (of new bulk mails), `relay:told_again` (of returning ones).
+`relay:told_bulk` (of new bulk mails), `relay:told_again` and `relay:told_bulk_again` (of returning ones).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PAUSE: float = 30  # seconds that it stays open; then one mail may probe
 LONGEST = 15 * 60  # seconds; a pause that is asked for beyond that may be meant for one sender
 PROBE: float = 60  # seconds after which a probe that never came back is given up; and that others probe first
 HOLD = {"high": 3.0, "normal": 1.0, "bulk": 0.2}  # seconds that a mail waits in its worker at most
+LATE = 1.0  # seconds by which a mail may come back too late, since RQ looks once a second
+LEFT = 20  # bulk mail leaves one place in so many free, in a period that is longer than a mail waits in its worker
 BULK_AHEAD = 10  # seconds for which bulk mail has been given its turns
 ALIKE = 3  # different mails in a row that are put off or refused in the same words: it is about the account
 STREAK = 86400  # seconds for which such a row is remembered
@@ -45,9 +48,9 @@ local function moment(written)  -- 0 for none, and for what is none
 end
 local open_until = moment(redis.call('HGET', KEYS[1], 'open_until'))
 """  # in ms; before each script, whose first key is the breaker
-# KEYS: breaker, probe, gone, told, told_again, told_bulk. ARGV: PAUSE and PROBE in ms, whether the mail had a
-# reservation, whether it was put off before, its priority, for how many ms it may wait in its worker, then mails and
-# period (ms) of each rate. Returns `go`, whether there was trouble, and in how many ms. A new mail lines up behind all
+# KEYS: breaker, probe, gone, told, told_again, told_bulk, told_bulk_again. ARGV: PAUSE and PROBE in ms, whether the
+# mail had a reservation, whether it was put off before, its priority, for how many ms it may wait in its worker, then
+# what _rates returns. Returns `go`, whether there was trouble, and in how many ms. A new mail lines up behind all
 # reservations of its line; one that returns at its moment goes, if there is room, or gets another moment soon: there
 # may be hours between the ends of the lines.
 ADMIT = """
@@ -58,9 +61,9 @@ if mine_at > now then return {'breaker', mine_at - now} end
 local most = 0
 local function next_free(moments)
   local free = now
-  for i = 7, #ARGV, 2 do
+  for i = 7, #ARGV, 3 do
     local mails, period = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
-    local nth = redis.call('LINDEX', moments, mails - 1)
+    local nth = redis.call('LINDEX', moments, ARGV[i + 2] - 1)
     if nth and moment(nth) + period > free then free = moment(nth) + period end
     if mails > most then most = mails end
   end
@@ -72,7 +75,7 @@ local function reserve(moments, moment)
 end
 
 local returning = ARGV[5] == 'high' or ARGV[3] == '1'
-local line = returning and KEYS[5] or ARGV[5] == 'bulk' and KEYS[6] or KEYS[4]
+local line = KEYS[(returning and 5 or 4) + (ARGV[5] == 'bulk' and 2 or 0)]
 local free, turn = next_free(KEYS[3]), next_free(line)
 if free > now + ARGV[6] or (turn > now and not returning) then
   turn = math.max(free, turn)
@@ -102,8 +105,11 @@ if open_until > 0 and open_until <= now then return math.max(0, redis.call('PTTL
 return math.max(0, open_until - now)
 """
 
-# KEYS: breaker, told_bulk. Returns the milliseconds until the last turn that a bulk mail has been given.
-BULK_LINE = "return math.max(0, moment(redis.call('LINDEX', KEYS[2], 0)) - now)"
+# KEYS: breaker, told_bulk, told_bulk_again. Returns the milliseconds until the last turn that bulk mail has been given.
+BULK_LINE = """
+local function last(moments) return moment(redis.call('LINDEX', moments, 0)) end
+return math.max(0, last(KEYS[2]) - now, last(KEYS[3]) - now)
+"""
 
 # KEYS: breaker. An open one stays open, but a mail may try.
 TRY_NOW = "if open_until > now then redis.call('HSET', KEYS[1], 'open_until', now) end"
@@ -125,7 +131,8 @@ return mails
 
 KINDS = {  # the keys of `relay`, and the type of each
     **dict.fromkeys(("relay:breaker", "relay:streak"), "hash"),
-    **dict.fromkeys(("relay:gone", "relay:told", "relay:told_again", "relay:told_bulk"), "list"),
+    **dict.fromkeys(("relay:gone", "relay:told", "relay:told_again"), "list"),
+    **dict.fromkeys(("relay:told_bulk", "relay:told_bulk_again"), "list"),
     "relay:probe": "string",
 }
 
@@ -145,6 +152,15 @@ class Wait(NamedTuple):
 WAITS = {"breaker": "the relay is in trouble", "rate": "SMTP_RATE is reached"}
 
 
+def _rates(rates: tuple[Rate, ...], for_bulk: bool) -> list[int]:
+    """Returns of each rate the mails, the period in ms, and how many of the mails bulk, or any other, may be."""
+    numbers: list[int] = []
+    for most, seconds in rates:
+        left = most // LEFT if for_bulk and seconds > HOLD["high"] else 0
+        numbers += [most, seconds * 1000, most - left]
+    return numbers
+
+
 class Pacing:
     """Paces the mail to one relay, by its name, together with all workers. Raises redis-py's errors: a worker that
     cannot ask does not send."""
@@ -152,9 +168,9 @@ class Pacing:
     def __init__(self, redis: Redis, rates: tuple[Rate, ...], relay: str = "relay") -> None:
         self.redis = redis
         self.breaker = [f"{relay}:breaker", f"{relay}:probe"]
-        self.moments = [f"{relay}:gone", f"{relay}:told", f"{relay}:told_again", f"{relay}:told_bulk"]
+        self.moments = [f"{relay}:{name}" for name in ("gone", "told", "told_again", "told_bulk", "told_bulk_again")]
         self.streak = f"{relay}:streak"
-        self.rates = [number for rate in rates for number in (rate.most, rate.seconds * 1000)]
+        self.rates, self.bulk_rates = _rates(rates, for_bulk=False), _rates(rates, for_bulk=True)
         self._admit, self._trouble, self._closed_for, self._refused, self._try_now, self._bulk_line = (
             Script(redis, HEAD + one) for one in (ADMIT, TROUBLE, CLOSED_FOR, REFUSED, TRY_NOW, BULK_LINE)
         )
@@ -166,12 +182,14 @@ class Pacing:
         before, so others probe first for a minute."""
         hold = HOLD[priority] if reserved or priority == "high" else 0
         args = [int(PAUSE * 1000), int(PROBE * 1000), int(reserved), int(put_off), priority, int(hold * 1000)]
-        verdict, number, *wait = self._admit(keys=self.breaker + self.moments, args=[*args, *self.rates])
+        args += self.bulk_rates if priority == "bulk" else self.rates
+        verdict, number, *wait = self._admit(keys=self.breaker + self.moments, args=args)
         self._troubled = verdict == b"breaker" or (verdict == b"go" and number == 1)
         if verdict == b"go":
             time.sleep(wait[0] / 1000)
             return None
-        return Wait(number / 1000, WAITS[verdict.decode()], reserved=verdict == b"rate")
+        early = max(0.0, HOLD[priority] - LATE) if verdict == b"rate" else 0  # to wait there for its moment
+        return Wait(number / 1000 - early, WAITS[verdict.decode()], reserved=verdict == b"rate")
 
     def trouble(self, pause: float = 0, put_off: bool = False) -> bool:
         """Counts trouble that no mail can be blamed for. Returns whether this opened the breaker. `pause` is for how
@@ -208,8 +226,9 @@ class Pacing:
         More would only go round."""
         if not self.rates:
             return math.inf
-        ahead = self._bulk_line(keys=[self.breaker[0], self.moments[3]]) / 1000
-        slowest = min(1000 * mails / period for mails, period in zip(self.rates[::2], self.rates[1::2], strict=True))
+        ahead = self._bulk_line(keys=[self.breaker[0], *self.moments[3:]]) / 1000
+        periods, mails = self.bulk_rates[1::3], self.bulk_rates[2::3]
+        slowest = min(1000 * most / period for period, most in zip(periods, mails, strict=True))
         return max(0, math.ceil((BULK_AHEAD - ahead) * slowest)) if ahead else math.inf
 
     def try_now(self) -> None:

@@ -185,3 +185,6 @@ def test_a_secret_that_is_lost_is_made_anew_and_all_processes_use_the_same(outbo
     second._secret = (second._secret[0], time.monotonic() - index.SECRET_FOR - 1)
     assert second.of_address("a@example.com") == first.of_address("a@example.com")
     assert client.get("mail:secret") == second._secret[0]
+    client.config_set("maxmemory", 1)
+    assert index.Index(client).of_address("a@example.com") == first.of_address("a@example.com")
+    client.config_set("maxmemory", 0)

@@ -109,6 +109,19 @@ def test_bulk_mail_waits_where_it_was_put_until_it_is_in_no_list(outbox: Outbox,
     assert client.lrange(QUEUE, 0, -1) == [moved.encode()]
 
 
+def test_a_long_queue_is_not_searched_whatever_is_at_its_head(outbox: Outbox, client: Any) -> None:
+    normal, bulk, high = (draft()._replace(priority=one) for one in ("normal", "bulk", "high"))
+    for _ in range(3):
+        first = outbox.accept([bulk, normal]).ids[0]
+        outbox.accept([high])
+    client.delete(f"rq:job:{client.lindex('rq:queue:bulk', 0).decode()}")
+    outbox.cancel(first)
+    assert client.llen("rq:queue:bulk") == 2
+    client.config_resetstat()
+    swept_now(outbox)
+    assert "cmdstat_lpos" not in client.info("commandstats")
+
+
 def test_a_mail_that_an_attempt_holds_is_left_alone(outbox: Outbox, client: Any) -> None:
     mail_id = accept(outbox)
     outbox.claim(mail_id, time.time())
@@ -304,3 +317,15 @@ def test_a_mail_in_the_queue_is_kept_by_trouble_for_five_days(
     found = swept_now(outbox)
     assert outbox.read(mail_id)["status"] == left
     assert found == ([Finding(mail_id, "failed", TROUBLE_TOO_LONG)] if left == "failed" else [])
+
+
+@pytest.mark.parametrize(("sent_days_ago", "left"), [(1, "queued"), (5.1, "failed")])
+def test_bulk_mail_that_waits_for_its_turn_for_weeks_is_not_kept_by_trouble(
+    outbox: Outbox, client: Any, sent_days_ago: float, left: str
+) -> None:
+    bulk = outbox.accept([draft()._replace(priority="bulk")]).id
+    client.hset(f"mail:{bulk}", "created_at", iso(time.time() - 20 * 86400))
+    client.hset("relay:breaker", "open_until", 1)
+    client.set("mail:last_sent", time.time() - sent_days_ago * 86400)
+    swept_now(outbox)
+    assert outbox.read(bulk)["status"] == left
