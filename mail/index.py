@@ -111,6 +111,13 @@ class Index:
         known: Any = self.redis.smembers(KEY_NAMES)
         return {"", *(name.decode(errors="replace") for name in known)}
 
+    def size(self, prefixes: Iterable[bytes]) -> int:
+        """Returns how many members begin with one of these."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for prefix in prefixes:
+                pipe.zlexcount(INDEX, b"[" + prefix, b"(" + prefix + LAST + b"\xff")
+            return sum(pipe.execute())
+
     def nearest(self, prefixes: Iterable[bytes], above: bytes, below: bytes, most: int, upwards: bool) -> list[bytes]:
         """Returns the ids between `above` and `below` that begin with one of the prefixes: the `most` greatest, from
         there down; or `upwards`, the least ones."""

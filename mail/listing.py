@@ -59,13 +59,14 @@ def _matching(outbox: Outbox, wanted: Wanted) -> Iterator[dict[str, Any]]:
 
 
 def _prefixes(outbox: Outbox, wanted: Wanted) -> list[bytes]:
-    """Returns where in the index to look: in the shortest list that has them all."""
-    if wanted.to:
-        return [outbox.index.of_address(wanted.to)]
-    if wanted.tag:
-        return [of_tag(wanted.tag)]
-    names = {wanted.key} if wanted.key else outbox.index.names() | {key.name for key in outbox.settings.api_keys}
-    return [of_state(state, name) for state in ([wanted.status] if wanted.status else STATES) for name in names]
+    """Returns where in the index to look: in the shortest of the lists in which all that is wanted is."""
+    lists = [[outbox.index.of_address(wanted.to)]] if wanted.to else []
+    lists += [[of_tag(wanted.tag)]] if wanted.tag else []
+    if wanted.status or wanted.key or not lists:
+        names = {wanted.key} if wanted.key else outbox.index.names() | {key.name for key in outbox.settings.api_keys}
+        states = [wanted.status] if wanted.status else STATES
+        lists.append([of_state(state, name) for state in states for name in names])
+    return min(lists, key=outbox.index.size) if len(lists) > 1 else lists[0]
 
 
 def _is_wanted(mail: dict[str, Any], wanted: Wanted) -> bool:

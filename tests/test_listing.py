@@ -9,9 +9,10 @@ from urllib.parse import urlencode
 
 import pytest
 
-from mail import index
+from mail import index, listing
 from mail.claim import iso
-from mail.listing import STATES
+from mail.draft import prepare
+from mail.listing import STATES, Wanted
 from mail.outbox import Outbox
 from mail.states import LETTERS, State
 from mail.sweep import sweep
@@ -99,6 +100,22 @@ def test_a_list_has_one_recipient_tag_or_time_or_all_of_them(api: Api, client: A
     assert listed(api, ("after", login), ("after", "2026-11-21T12:30:00Z"), limit=1) == [hidden]
     members = [one for one, _ in client.zscan_iter("mail:index")]
     assert not [one for one in members if b"ada" in one.lower() or b"login" in one]
+
+
+def test_the_shortest_list_is_looked_through(outbox: Outbox) -> None:
+    for to in ["b@example.com", *["a@example.com"] * 19]:
+        body = MAIL | {"to": to, "from": "a@example.com", "tags": [{"name": "a", "value": "b"}]}
+        outbox.accept([prepare(body, default_sender=None, max_recipients=1)])
+    found = outbox.index
+    of_b, of_a, tagged = found.of_address("b@example.com"), found.of_address("a@example.com"), index.of_tag("a:b")
+    assert [found.size([one]) for one in (of_b, of_a, tagged)] == [1, 19, 20]
+    for query, place in (
+        (Wanted(to="b@example.com", tag="a:b"), of_b),
+        (Wanted(to="a@example.com", tag="a:b"), of_a),
+        (Wanted(tag="a:b", status="failed"), index.of_state("failed", "")),
+        (Wanted(tag="a:b", key="send"), index.of_state("queued", "send")),
+    ):
+        assert place in listing._prefixes(outbox, query)
 
 
 def test_a_key_that_may_not_see_all_mail_sees_its_own(api: Api, client: Any) -> None:
