@@ -26,7 +26,7 @@ from typing import Any
 from mail.message import Draft
 from mail.states import LETTERS, SCHEDULED, State
 from mail.store import INDEX, KEY_NAMES, SECRET, SWEPT, mail_key
-from queues.connection import Redis
+from queues.connection import Redis, translating_errors
 
 LAST = b"\xff" * 16  # an id behind all others
 SECRET_FOR = 60  # seconds for which a process relies on what it has read or noted: a FLUSHALL takes it away
@@ -73,47 +73,52 @@ def of_tag(tag: str) -> bytes:
 
 
 class Index:
+    """Raises `Unavailable` where it has to ask a Redis that cannot answer."""
+
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
         self._secret = (b"", 0.0)  # and when it was read, of time.monotonic()
         self._noted: set[str] = set()  # names of keys that are in KEY_NAMES
 
     def members(self, mail_id: str, draft: Draft) -> list[bytes]:
-        """Returns what `accept` writes: a member for its state, each recipient and each tag. Raises redis-py's
-        errors."""
+        """Returns what `accept` writes: a member for its state, each recipient and each tag. Raises
+        `Unavailable`."""
         mail = bytes.fromhex(mail_id.replace("-", ""))
         state = SCHEDULED if draft.scheduled_at else State.QUEUED.value
         prefixes = [self.of_address(address) for address in draft.message.recipients]
         prefixes += [of_tag(f"{tag['name']}:{tag['value']}") for tag in draft.message.tags]
         if draft.key not in self._noted:
-            self.redis.sadd(KEY_NAMES, draft.key)
+            with translating_errors():
+                self.redis.sadd(KEY_NAMES, draft.key)
             self._noted.add(draft.key)
         return [prefix + mail for prefix in (of_state(state, draft.key), *prefixes)]
 
     def of_address(self, address: str) -> bytes:
-        """Returns how each member of a mail to this address begins, whether in capitals or not. Raises redis-py's
-        errors."""
+        """Returns how each member of a mail to this address begins, whether in capitals or not. Raises
+        `Unavailable`."""
         return b"t" + hmac.digest(self._key(), address.lower().encode(), "sha256")[:8]
 
     def _key(self) -> bytes:
         secret, read_at = self._secret
         if not secret or time.monotonic() - read_at > SECRET_FOR:
-            known: Any = self.redis.get(SECRET)  # a full Redis would refuse the rest
-            if not known:
-                self.redis.set(SECRET, secret or secrets.token_bytes(32), nx=True)
-                known = self.redis.get(SECRET)
+            with translating_errors():
+                known: Any = self.redis.get(SECRET)  # a full Redis would refuse the rest
+                if not known:
+                    self.redis.set(SECRET, secret or secrets.token_bytes(32), nx=True)
+                    known = self.redis.get(SECRET)
             secret = known
             self._secret, self._noted = (secret, time.monotonic()), set()
         return secret
 
     def names(self) -> set[str]:
         """Returns the names of all keys that have submitted mail; "" is for mail without one."""
-        known: Any = self.redis.smembers(KEY_NAMES)
+        with translating_errors():
+            known: Any = self.redis.smembers(KEY_NAMES)
         return {"", *(name.decode(errors="replace") for name in known)}
 
     def size(self, prefixes: Iterable[bytes]) -> int:
         """Returns how many members begin with one of these."""
-        with self.redis.pipeline(transaction=False) as pipe:
+        with translating_errors(), self.redis.pipeline(transaction=False) as pipe:
             for prefix in prefixes:
                 pipe.zlexcount(INDEX, b"[" + prefix, b"(" + prefix + LAST + b"\xff")
             return sum(pipe.execute())
@@ -121,7 +126,7 @@ class Index:
     def nearest(self, prefixes: Iterable[bytes], above: bytes, below: bytes, most: int, upwards: bool) -> list[bytes]:
         """Returns the ids between `above` and `below` that begin with one of the prefixes: the `most` greatest, from
         there down; or `upwards`, the least ones."""
-        with self.redis.pipeline(transaction=False) as pipe:
+        with translating_errors(), self.redis.pipeline(transaction=False) as pipe:
             for prefix in prefixes:
                 low, high = b"(" + prefix + above, b"(" + prefix + below
                 if upwards:

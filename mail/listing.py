@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from mail.index import LAST, of_state, of_tag
 from mail.outbox import Outbox
 from mail.states import SCHEDULED, State
-from queues.connection import translating_errors
 
 STATES = (*(state.value for state in State), SCHEDULED)
 AT_ONCE = 100  # mails read in one go where most may be others than those that are wanted
@@ -44,12 +43,10 @@ def _in_order(found: list[dict[str, Any]], wanted: Wanted) -> list[dict[str, Any
 
 
 def _matching(outbox: Outbox, wanted: Wanted) -> Iterator[dict[str, Any]]:
-    with translating_errors():
-        prefixes = _prefixes(outbox, wanted)
+    prefixes = _prefixes(outbox, wanted)
     most = AT_ONCE if sum(map(bool, (wanted.to, wanted.tag, wanted.status))) > 1 else wanted.limit + 1
     while True:
-        with translating_errors():
-            ids = outbox.index.nearest(prefixes, wanted.above, wanted.below, most, wanted.upwards)
+        ids = outbox.index.nearest(prefixes, wanted.above, wanted.below, most, wanted.upwards)
         for mail in outbox.read_all([str(uuid.UUID(bytes=one)) for one in ids]):
             if _is_wanted(mail, wanted):
                 yield mail

@@ -176,8 +176,7 @@ class Outbox:
     def accept(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None) -> Accepted:
         """Stores and queues mails in one atomic step, all of them. Raises `IdempotencyConflict`, `Unavailable`."""
         mails = {new_id(): draft for draft in drafts}
-        with translating_errors():
-            words = [word for mail_id, draft in mails.items() for word in self._words(mail_id, draft)]
+        words = [word for mail_id, draft in mails.items() for word in self._words(mail_id, draft)]
         places = {mail_id: _place(draft) for mail_id, draft in mails.items()}
         return self._queue(places, Beside(self.store.script(ACCEPT).source, words), idempotency)
 
