@@ -193,7 +193,7 @@ def raced(sending: House, relay: Relay, change: Callable[[Api, str], int], **mor
             outbox, due = Outbox(Jobs(client), load(from_file={})), time.time() + 2
             for mail_id in ids:
                 outbox.reschedule(mail_id, due)
-        eventually(lambda: time.time() > due)
+    eventually(lambda: relay.accepted)  # then all are on their way
     order = random.sample(number, len(number))
     with ThreadPoolExecutor(8) as callers:
         statuses = dict(zip(order, callers.map(lambda one: change(api, ids[one]), order), strict=True))
