@@ -8,19 +8,20 @@ with the 16 bytes of a mail's id, which is a UUIDv7 and so begins with the time:
     g  8 bytes made of a tag                                       id     one of each tag
 
 `accept` writes them, and BECOME moves a mail from state to state (mail.states), within their own scripts. An address is
-in it as its HMAC with a secret that is in Redis, too (`mail:secret`): who sees a member does not see an address.
-`mail:keys` holds the names of all keys. `trim` drops what belongs to mails that are no longer kept. A mail accepted
-before there was an index has another kind of id, and is in no list.
+in it as a keyed digest (BLAKE2, RFC 7693: an HMAC takes three times as long) with a secret that is in Redis, too
+(`mail:secret`): who sees a member does not see an address. `mail:keys` holds the names of all keys. `trim` drops what
+belongs to mails that are no longer kept. A mail accepted before there was an index has another kind of id, and is in no
+list.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import secrets
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from mail.message import Draft
@@ -59,6 +60,7 @@ def raw_id(mail_id: str) -> bytes | None:
     return found.bytes if found.version == 7 and str(found) == mail_id else None
 
 
+@lru_cache(maxsize=1000)
 def of_state(state: str, key: str) -> bytes:
     """Returns how each member of a mail in this state begins that the key of this name has submitted."""
     name = 0
@@ -96,7 +98,7 @@ class Index:
     def of_address(self, address: str) -> bytes:
         """Returns how each member of a mail to this address begins, whether in capitals or not. Raises
         `Unavailable`."""
-        return b"t" + hmac.digest(self._key(), address.lower().encode(), "sha256")[:8]
+        return b"t" + hashlib.blake2b(address.lower().encode(), key=self._key(), digest_size=8).digest()
 
     def _key(self) -> bytes:
         secret, read_at = self._secret
@@ -106,7 +108,7 @@ class Index:
                 if not known:
                     self.redis.set(SECRET, secret or secrets.token_bytes(32), nx=True)
                     known = self.redis.get(SECRET)
-            secret = known
+            secret = known[:64]  # BLAKE2 takes no longer one
             self._secret, self._noted = (secret, time.monotonic()), set()
         return secret
 

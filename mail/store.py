@@ -21,7 +21,7 @@ TOTALS = "mail:totals"  # hash: what mail.counters counts
 SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
 INDEX = "mail:index"  # sorted set: mail.index
 KEY_NAMES = "mail:keys"  # set: the names of all API keys that have submitted a mail
-SECRET = "mail:secret"  # string: what makes an address into its HMAC in the index
+SECRET = "mail:secret"  # string: the key of the digests of addresses in the index
 LOOK_AFTER = 2 * LEASE_SECONDS  # seconds after which a mail should have moved on, and mail.sweep looks at it
 # KEYS: mail, claim. ARGV: token, lease in ms.
 RENEW = """
