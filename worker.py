@@ -74,7 +74,7 @@ class WorkerPool:
         """Sends mail until SIGTERM or its like, and then until every mail in hand has been dealt with."""
         sd_daemon.on_stop(self.handle_signal)
         with suppress(RedisError):
-            self.delivery.pacing.try_now()
+            self.delivery.pacing.start()
         while not self.asked_to_stop.is_set() or self.workers:
             began = time.monotonic()
             self.tick()

@@ -75,7 +75,7 @@ def of_tag(tag: str) -> bytes:
 
 
 class Index:
-    """Raises `Unavailable` where it has to ask a Redis that cannot answer."""
+    """Says what the index has of a mail, and finds mails by it. Raises `Unavailable` where Redis cannot answer."""
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis

@@ -106,11 +106,12 @@ if redis.call('HGET', KEYS[1], 'priority') == 'bulk' then redis.pcall('LREM', KE
 become(ARGV[1], 'canceled', nil, nil, {})
 return {}
 """
-# KEYS: mail, RQ's scheduled registry. ARGV: mail id, the moment (seconds), the same in RQ's form, in ISO 8601, and when
-# to look at the mail. Returns the state that stands in the way. Also where its job is queued by now: CLAIM puts it off.
+# KEYS: mail, RQ's scheduled registry, RQ's job. ARGV: mail id, the moment (seconds), the same in RQ's form, in ISO
+# 8601, and when to look at it. Returns the state that stands in the way. Its job may be queued: CLAIM puts it off.
 RESCHEDULE = """
 local state, scheduled_at = unpack(redis.call('HMGET', KEYS[1], 'state', 'scheduled_at'))
 if state ~= 'queued' or not scheduled_at then return state or 'gone' end
+if LOST[redis.call('HGET', KEYS[3], 'status') or ''] then return 'failed' end  -- nobody would send it
 redis.call('HSET', KEYS[1], 'scheduled_at', ARGV[2], 'since', ARGV[4])
 redis.call('ZADD', KEYS[2], 'XX', ARGV[3], ARGV[1])
 redis.pcall('ZADD', OPEN, ARGV[5], ARGV[1])
@@ -350,7 +351,8 @@ class Outbox:
                 raise NotPossible("the mail expires before that, and would not be sent")
             fields, again = _scheduled(moment), look_at(moment + LOOK_AFTER, expires_at)
             args = [mail_id, fields["scheduled_at"], math.ceil(moment), fields["since"], again]
-            state = self.store.run(RESCHEDULE, [mail_key(mail_id), keys.scheduled(EMAIL)], args).decode()
+            touched = [mail_key(mail_id), keys.scheduled(EMAIL), keys.job(mail_id)]
+            state = self.store.run(RESCHEDULE, touched, args).decode()
         if state == "gone":
             raise NotFound
         if state:

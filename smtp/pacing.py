@@ -13,9 +13,10 @@ worker; and so does a `normal` one that returns at its moment. `bulk` mail lines
 that other mail need not wait until all of it has had its turn. It leaves a twentieth of a long period (`30/m`,
 `2000/d`): else it would take all of it at its beginning, and a login code would wait for its end.
 
-Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), `relay:streak` (hash:
-words, mails, since), and lists of moments in ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails),
-`relay:told_bulk` (of new bulk mails), `relay:told_again` and `relay:told_bulk_again` (of returning ones).
+Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), `relay:rates` (string:
+of the worker that started last), `relay:streak` (hash: words, mails, since), and lists of moments in ms: `relay:gone`
+(mails sent), `relay:told` (reservations of new mails), `relay:told_bulk` (of new bulk mails), `relay:told_again` and
+`relay:told_bulk_again` (of returning ones).
 """
 
 from __future__ import annotations
@@ -111,8 +112,14 @@ local function last(moments) return moment(redis.call('LINDEX', moments, 0)) end
 return math.max(0, last(KEYS[2]) - now, last(KEYS[3]) - now)
 """
 
-# KEYS: breaker. An open one stays open, but a mail may try.
-TRY_NOW = "if open_until > now then redis.call('HSET', KEYS[1], 'open_until', now) end"
+# KEYS: breaker, rates, the lines of reservations. ARGV: the rates. An open breaker stays open, but a mail may try.
+START = """
+if open_until > now then redis.call('HSET', KEYS[1], 'open_until', now) end
+if redis.call('GET', KEYS[2]) ~= ARGV[1] then
+  redis.call('DEL', unpack(KEYS, 3))
+  redis.call('SET', KEYS[2], ARGV[1])
+end
+"""
 
 # KEYS: breaker, streak. ARGV: digest of the relay's words, when a mail was last sent (seconds), whether this mail was
 # put off before, how long to remember it in ms. Returns how many different mails in a row have met with these words.
@@ -133,7 +140,7 @@ KINDS = {  # the keys of `relay`, and the type of each
     **dict.fromkeys(("relay:breaker", "relay:streak"), "hash"),
     **dict.fromkeys(("relay:gone", "relay:told", "relay:told_again"), "list"),
     **dict.fromkeys(("relay:told_bulk", "relay:told_bulk_again"), "list"),
-    "relay:probe": "string",
+    **dict.fromkeys(("relay:probe", "relay:rates"), "string"),
 }
 
 
@@ -169,10 +176,10 @@ class Pacing:
         self.redis = redis
         self.breaker = [f"{relay}:breaker", f"{relay}:probe"]
         self.moments = [f"{relay}:{name}" for name in ("gone", "told", "told_again", "told_bulk", "told_bulk_again")]
-        self.streak = f"{relay}:streak"
+        self.streak, self.used = f"{relay}:streak", f"{relay}:rates"
         self.rates, self.bulk_rates = _rates(rates, for_bulk=False), _rates(rates, for_bulk=True)
-        self._admit, self._trouble, self._closed_for, self._refused, self._try_now, self._bulk_line = (
-            Script(redis, HEAD + one) for one in (ADMIT, TROUBLE, CLOSED_FOR, REFUSED, TRY_NOW, BULK_LINE)
+        self._admit, self._trouble, self._closed_for, self._refused, self._start, self._bulk_line = (
+            Script(redis, HEAD + one) for one in (ADMIT, TROUBLE, CLOSED_FOR, REFUSED, START, BULK_LINE)
         )
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
@@ -231,9 +238,10 @@ class Pacing:
         slowest = min(1000 * most / period for period, most in zip(periods, mails, strict=True))
         return max(0, math.ceil((BULK_AHEAD - ahead) * slowest)) if ahead else math.inf
 
-    def try_now(self) -> None:
-        """Lets a mail probe at once, when a worker starts: its settings may be corrected ones."""
-        self._try_now(keys=self.breaker[:1])
+    def start(self) -> None:
+        """Takes up the settings of a worker that starts, since they may be corrected ones: lets a mail probe at once,
+        and forgets the moments that mails were given at another SMTP_RATE. Under `20/h` the last may be hours away."""
+        self._start(keys=[self.breaker[0], self.used, *self.moments[1:]], args=[str(self.rates)])
 
 
 def in_trouble(redis: Redis, relay: str = "relay") -> bool:

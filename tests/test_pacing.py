@@ -157,6 +157,22 @@ def test_a_late_worker_does_not_send_all_that_has_piled_up_at_once(client: redis
     assert [shared.admit(True, priority="bulk") is None for _ in range(6)] == [True] * 3 + [False] * 3
 
 
+def test_a_worker_that_starts_with_another_rate_forgets_the_moments_that_were_given_at_the_old_one(
+    client: redis.Redis,
+) -> None:
+    slow = Pacing(client, (Rate(20, 3600),))
+    slow.start()
+    for priority in ("normal", "bulk"):
+        for _ in range(60):
+            slow.admit(priority=priority)
+    Pacing(client, (Rate(20, 3600),)).start()  # another worker with the same one
+    assert client.llen("relay:told") == 20
+    fast = Pacing(client, (Rate(40, 1),))
+    fast.start()
+    assert (fast.admit(), fast.admit(priority="bulk"), fast.room_for_bulk()) == (None, None, math.inf)
+    assert len(gone(client)) > 20  # what has gone out counts as before
+
+
 def test_the_breaker_opens_after_some_troubles_in_a_row(client: redis.Redis) -> None:
     relay = Pacing(client, ())
     for _ in range(pacing.TROUBLES - 1):
@@ -187,10 +203,10 @@ def test_a_relay_that_asks_for_a_pause_gets_it_at_once(client: redis.Redis) -> N
 def test_a_worker_that_starts_lets_a_mail_probe_at_once(client: redis.Redis) -> None:
     """Whoever has corrected the settings and restarted would wait for half a minute, and be told nothing."""
     started = Pacing(client, ())
-    started.try_now()
+    started.start()
     assert started.admit() is None  # there is no breaker
     assert started.trouble(pause=300)
-    Pacing(client, ()).try_now()
+    Pacing(client, ()).start()
     assert in_trouble(client)
     assert started.admit() is None
     assert started.admit()  # while that one probes

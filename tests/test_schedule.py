@@ -154,9 +154,12 @@ def test_what_cannot_be_moved_is_not(api: Api, outbox: Outbox, client: Any) -> N
     for unmovable in (other, short):
         held_to_the_shape(api.call("PATCH", f"/emails/{unmovable}", {"scheduled_at": "in 3 hours"}), 409)
     held_to_the_shape(api.call("PATCH", f"/emails/{UNKNOWN_ID}", {"scheduled_at": "in 3 hours"}), 404)
+    jobless = api.submit(MAIL | {"scheduled_at": "in 2 hours"})
+    client.delete(f"rq:job:{jobless}")  # by somebody at the dashboard
     outbox.cancel(mail_id)
-    with pytest.raises(NotPossible):
-        outbox.reschedule(mail_id, time.time() + 60)
+    for unmovable in (mail_id, jobless):
+        with pytest.raises(NotPossible):
+            outbox.reschedule(unmovable, time.time() + 60)
     with pytest.raises(NotFound):
         outbox.reschedule(UNKNOWN_ID, time.time() + 60)
     assert client.hget(f"mail:{mail_id}", "scheduled_at") == before[b"scheduled_at"]
