@@ -153,7 +153,7 @@ class Delivery:
         if not reply.repeated and (reply.code is None or reply.verdict is Verdict.TROUBLE):
             inside = reply.phase in MESSAGE
             pause = 0 if reply.phase is Phase.RCPT else reply.pause  # which may be one recipient's
-            if self.pacing.trouble(pause, put_off and inside):
+            if self.pacing.trouble(pause, put_off and inside, reply=reply, relay=self.relay):
                 emit("breaker_opened", reason=reply.summary)
         elif self.pacing.well():
             emit("breaker_closed")
