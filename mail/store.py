@@ -19,6 +19,7 @@ OPEN = "mail:open"  # sorted set: every mail that is not final, by the moment at
 LAST_SENT = "mail:last_sent"  # seconds since 1970
 TOTALS = "mail:totals"  # hash: what mail.counters counts
 SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
+WATCH = "mail:watch"  # hash: what the dashboard's watch has seen, and told people (ops.watch, ops.alerts)
 INDEX = "mail:index"  # sorted set: mail.index
 KEY_NAMES = "mail:keys"  # set: the names of all API keys that have submitted a mail
 SECRET = "mail:secret"  # string: the key of the digests of addresses in the index
