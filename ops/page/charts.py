@@ -66,7 +66,8 @@ def chart(
     drawn += [_mark(times, one) for one in marks if times and times[0] <= one.at]
     picture = Markup(
         '<figure class="chart"><figcaption>{0}</figcaption>'
-        '<div class="scroll" tabindex="0" role="region" aria-label="{0}"><svg viewBox="0 0 {1} {2}" role="img" aria-label="{3}">{4}</svg></div><ul class="legend">{5}</ul></figure>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="{0}">'
+        '<svg viewBox="0 0 {1} {2}" role="img" aria-label="{3}">{4}</svg></div><ul class="legend">{5}</ul></figure>'
     )
     legend = Markup("").join(Markup('<li class="{0}">{0}</li>').format(one.name) for one in series)
     return picture.format(title, WIDTH, HEIGHT, _told(title, series, in_time), Markup("").join(drawn), legend)
