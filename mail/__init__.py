@@ -17,4 +17,5 @@ claim.py     one attempt's hold on one mail: mark, settle
 delivery.py  one attempt, top to bottom
 sweep.py     mails that got stuck: found, and queued again or given up
 counters.py  what is counted for ever, and how long things took
+figures.py   the same by minute and hour, and what happened then
 """

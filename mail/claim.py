@@ -38,7 +38,10 @@ if not mine and state ~= 'sent' then return 0 end
 local fields = 7 + ARGV[6]
 if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, fields)}) then return 0 end
 if mine then redis.call('DEL', KEYS[2]) end
-for i = 7, fields - 1, 2 do redis.pcall('HINCRBY', TOTALS, ARGV[i], ARGV[i + 1]) end
+for i = 7, fields - 1, 2 do
+  redis.pcall('HINCRBY', TOTALS, ARGV[i], ARGV[i + 1])
+  if string.find(ARGV[i], OVER_TIME) then note(ARGV[i], ARGV[i + 1]) end
+end
 if (state == 'failed' or state == 'unknown') and redis.call('EXISTS', KEYS[3]) == 1 then
   redis.call('HSET', KEYS[3], 'retries_left', 0)  -- should its worker die now, RQ must not try again
 end

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import settings
 from mail.claim import Busy, Claim, Early, iso
-from mail.counters import SMTP
+from mail.counters import DELIVERED, SMTP
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
 from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
@@ -127,6 +127,8 @@ class Delivery:
     def _conclude(self, claim: Claim, replies: Sequence[Reply]) -> str | Retry:
         state, pause = next_state(claim, replies, self.outbox.settings.retry_schedule)
         why = reason(claim, replies) if state != State.SENT else ""
+        if state == State.SENT and replies:  # a test has none
+            DELIVERED.note(max(0.0, claim.age), claim.counts)
         if state == State.DELAYED and is_trouble(claim, replies) and claim.age > self.outbox.settings.trouble_for:
             return self._end(claim, given_up(claim), f"{TROUBLE_TOO_LONG}: {why}")
         return self._end(claim, state, why, pause)
@@ -153,7 +155,7 @@ class Delivery:
         if not reply.repeated and (reply.code is None or reply.verdict is Verdict.TROUBLE):
             inside = reply.phase in MESSAGE
             pause = 0 if reply.phase is Phase.RCPT else reply.pause  # which may be one recipient's
-            if self.pacing.trouble(pause, put_off and inside):
+            if self.pacing.trouble(pause, put_off and inside, reply=reply, relay=self.relay):
                 emit("breaker_opened", reason=reply.summary)
         elif self.pacing.well():
             emit("breaker_closed")

@@ -61,12 +61,15 @@ SHOWN = ("state", "created_at", "message_id", "outline", "recipients", "attempts
 # how many words for mail.index, these.
 ACCEPT = """
 local function beside(at)
+  local mails = 0
   while ARGV[at] do
+    mails = mails + 1
     local last = at + 2 + ARGV[at + 2]
     become(ARGV[at], 'queued', nil, ARGV[at + 1], {unpack(ARGV, at + 3, last)})
     at = last + 2 + ARGV[last + 1]
     redis.pcall('ZADD', INDEX, unpack(ARGV, last + 2, at - 1))
   end
+  count('accepted', mails)
 end
 """
 # KEYS: mail, claim, RQ's failed registry. ARGV: mail id, token, lease in ms, when the job was queued (seconds), when to

@@ -62,7 +62,8 @@ DROPS: Mapping[State, tuple[str, ...]] = {
     State.CANCELED: ("next_attempt_at", "content"),
 }
 # What mail.counters counts a state as, but for a test, and a mail that has failed because it expired.
-COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)} | {State.QUEUED: "accepted"}
+COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)}  # and `accepted` by accept, all mails at once
+OVER_TIME = "^delivered:[^u]"  # Lua's pattern of the totals that mail.figures has by minute and hour, beside COUNTED
 LETTERS = {  # in mail.index
     **{state.value: state.value[0] for state in State},
     State.SENDING.value: "n",
@@ -70,6 +71,33 @@ LETTERS = {  # in mail.index
     State.CANCELED.value: "x",
     SCHEDULED: "a",
 }
+# note(field, number): adds to this minute and this hour, by Redis' own clock, which is asked once and only if need be.
+# A new field gives its bucket the whole lifetime. In pcall, for a key may hold something else.
+NOTE = """
+local buckets
+local function current()
+  if buckets then return buckets end
+  local now = redis.call('TIME')[1]
+  buckets = {}
+  for at, period in ipairs(PERIODS) do
+    buckets[at] = {period[1] .. math.floor(now / period[2]), period[3]}
+  end
+  return buckets
+end
+
+local function note(field, number)
+  for _, bucket in ipairs(current()) do
+    local sum = redis.pcall('HINCRBY', bucket[1], field, number)
+    if sum == tonumber(number) then redis.pcall('EXPIRE', bucket[1], bucket[2]) end
+  end
+end
+"""
+COUNT = """
+local function count(name, number)
+  redis.pcall('HINCRBY', TOTALS, name, number)
+  note(name == EXPIRED and 'failed' or name, number)
+end
+"""
 # Moves the one member in mail.index that a mail has by its state. In pcall, for INDEX may hold something else, which
 # mail.sweep puts aside.
 REINDEX = """
@@ -92,7 +120,7 @@ local function reindex(id, was, state)
 end
 """
 # Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX
-# (keys) and KEPT (the lifetimes of final states, in seconds).
+# (keys), PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final states, in seconds).
 #
 # become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `look_at` is when mail.sweep
 # looks at a mail that is not final; `fields` are written with the state.
@@ -112,7 +140,7 @@ local function become(id, state, now, look_at, fields)
   if state == 'failed' and redis.call('HGET', mail, 'reason') == EXPIRED then counted = EXPIRED end
   local test = state == 'sent' and redis.call('HEXISTS', mail, 'test') == 1
   if test then counted = TEST end
-  if counted and was ~= state then redis.pcall('HINCRBY', TOTALS, counted, 1) end  -- sent twice is one mail
+  if counted and was ~= state then count(counted, 1) end  -- sent twice is one mail
   if KEPT[state] then
     redis.call('EXPIRE', mail, KEPT[state])
     redis.pcall('ZREM', OPEN, id)
@@ -136,9 +164,13 @@ LOST = {  # the status of a mail's job in RQ -> why the mail will not be sent al
 def transition(**constants: object) -> str:
     """Returns BECOME behind all that it uses, as local variables of the script."""
     tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED, "TEST": TEST}
-    tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED}
-    named = "".join(f"local {name} = {_literal(value)}\n" for name, value in (constants | tables).items())
-    return named + REINDEX + BECOME
+    tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED, "OVER_TIME": OVER_TIME}
+    return named(**constants, **tables) + NOTE + COUNT + REINDEX + BECOME
+
+
+def named(**constants: object) -> str:
+    """Returns Lua that makes constants local variables of a script."""
+    return "".join(f"local {name} = {_literal(value)}\n" for name, value in constants.items())
 
 
 def _literal(value: object) -> str:
