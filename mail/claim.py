@@ -100,6 +100,8 @@ class Claim:
     priority: str = "normal"
     settled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
+    claimed_at: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)  # the same moment, to measure from
 
     def has_expired(self, within: float = 0) -> bool:
         """Returns whether the mail may not be sent any more, now or `within` so many seconds."""
@@ -143,7 +145,7 @@ class Claim:
         now = time.time()
         fields: dict[str, str | float] = {
             "recipients": recipients_to_json(self.recipients),
-            "attempts": json.dumps(self.attempts[-ATTEMPTS_KEPT:]),
+            "attempts": json.dumps(self.attempts[-ATTEMPTS_KEPT:], separators=(",", ":")),
             "counted": self.counted,
             "reason": reason,
             "settled_at": now,
