@@ -145,7 +145,7 @@ class Claim:
         now = time.time()
         fields: dict[str, str | float] = {
             "recipients": recipients_to_json(self.recipients),
-            "attempts": json.dumps(self.attempts[-ATTEMPTS_KEPT:], separators=(",", ":")),
+            "attempts": attempts_to_json(self.attempts),
             "counted": self.counted,
             "reason": reason,
             "settled_at": now,
@@ -170,6 +170,10 @@ def iso(moment: float) -> str:
 def timestamp(moment: str) -> float:
     """Returns seconds since 1970; 0 for ""."""
     return datetime.fromisoformat(moment).timestamp() if moment else 0
+
+
+def attempts_to_json(attempts: list[dict[str, Any]]) -> str:
+    return json.dumps(attempts[-ATTEMPTS_KEPT:], separators=(",", ":"))
 
 
 def recipients_to_json(recipients: list[Recipient]) -> str:

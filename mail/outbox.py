@@ -18,7 +18,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from mail.claim import Busy, Claim, Early, Recipient, iso, recipients_from_json, recipients_to_json, timestamp
+from mail.claim import (
+    Busy,
+    Claim,
+    Early,
+    Recipient,
+    attempts_to_json,
+    iso,
+    recipients_from_json,
+    recipients_to_json,
+    timestamp,
+)
 from mail.index import Index, made_at, new_id
 from mail.message import Draft, Message, message_id
 from mail.reader import MAIL_ID, NO_MAIL, Reader
@@ -94,6 +104,19 @@ local status = remove_job(2)
 if status and status ~= '' then return {state, status} end
 if redis.call('HGET', KEYS[1], 'priority') == 'bulk' then redis.pcall('LREM', KEYS[3], 1, ARGV[1]) end
 become(ARGV[1], 'canceled', nil, nil, {})
+return {}
+"""
+# KEYS: mail. ARGV: mail id, its new state, attempts, recipients, reason, now, then what removes its job, if that is to
+# go. Returns what stands in the way, as CANCEL does. A second call (a lost reply) finds its own attempt. `settled_by`
+# stays, so that the attempt that left the doubt has nothing more to write.
+ARRIVED = """
+local state, attempts = unpack(redis.call('HMGET', KEYS[1], 'state', 'attempts'))
+if attempts == ARGV[3] then return {} end
+if state ~= 'unknown' then return {state or 'gone'} end
+local status = remove_job(7)
+if status and status ~= '' then return {state, status} end
+local fields = {'attempts', ARGV[3], 'recipients', ARGV[4], 'reason', ARGV[5], 'settled_at', ARGV[6]}
+become(ARGV[1], ARGV[2], nil, nil, fields)
 return {}
 """
 # KEYS: mail, RQ's scheduled registry, RQ's job. ARGV: mail id, the moment (seconds), the same in RQ's form, in ISO
@@ -225,10 +248,7 @@ class Outbox(Reader):
         """Stops a mail that is not being sent and not sent. Raises `NotFound`, `NotPossible`, `Unavailable`."""
         if not MAIL_ID.fullmatch(mail_id):
             raise NotFound
-        try:
-            job = self.jobs.removal(mail_id)
-        except NotFound:  # somebody deleted the job; the mail is left
-            job = []
+        job = self._removal(mail_id)
         with translating_errors():
             touched = [mail_key(mail_id), claim_key(mail_id), keys.queue(BULK)]
             refused = self.store.run(REMOVE_JOB + CANCEL, touched, [mail_id, *job])
@@ -239,6 +259,32 @@ class Outbox(Reader):
                 raise NotFound
             case [state]:
                 raise NotPossible(f"the mail is {'being sent' if state == State.SENDING else 'sent already'}")
+
+    def _removal(self, mail_id: str) -> list[Any]:
+        try:
+            return self.jobs.removal(mail_id)
+        except NotFound:  # somebody deleted the job; the mail is left
+            return []
+
+    def arrived(self, mail_id: str) -> None:
+        """Notes that a mail in doubt did arrive, as a person has found out: those in doubt were served. It is sent then
+        and its job removed; or failed, if somebody else was not served. Raises `NotFound`, `NotPossible`,
+        `Unavailable`."""
+        seen = self.read(mail_id)
+        if seen["status"] != State.UNKNOWN:
+            raise NotPossible("only a mail in doubt can be settled; see its status")
+        recipients = [Recipient(**one) for one in seen["recipients"]]
+        for one in recipients:
+            one.status = Status.ACCEPTED if one.status == Status.IN_DOUBT else one.status
+        left = [one for one in recipients if one.status != Status.ACCEPTED]
+        why = ", ".join(dict.fromkeys(f"{one.code} before" for one in left if one.code)) or seen["reason"]
+        now = time.time()
+        attempts = [*seen["attempts"], {"at": iso(now), "verdict": "settled", "text": "a person said that it arrived"}]
+        args: list[Any] = [mail_id, State.FAILED if left else State.SENT, attempts_to_json(attempts)]
+        args += [recipients_to_json(recipients), why if left else "", now, *([] if left else self._removal(mail_id))]
+        with translating_errors():
+            if self.store.run(REMOVE_JOB + ARRIVED, [mail_key(mail_id)], args):
+                raise NotPossible("the mail moved on at this moment; look again")
 
     def reschedule(self, mail_id: str, moment: float) -> None:
         """Moves a scheduled mail that no attempt has taken yet to `moment` (seconds since 1970). Raises `NotFound`,
