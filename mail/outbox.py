@@ -15,9 +15,11 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from mail.address import Mailbox
 from mail.claim import (
     Busy,
     Claim,
@@ -30,7 +32,7 @@ from mail.claim import (
     timestamp,
 )
 from mail.index import Index, made_at, new_id
-from mail.message import Draft, Message, message_id
+from mail.message import Draft, Message, message_id, who_gets
 from mail.reader import MAIL_ID, NO_MAIL, Reader
 from mail.states import State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
@@ -50,6 +52,7 @@ from queues.jobs import (
     Policy,
     not_removed,
 )
+from queues.quarantine import DAMAGED
 from queues.table import BULK, EMAIL
 from settings import Settings
 
@@ -57,6 +60,7 @@ from settings import Settings
 # attempt kills its worker is parked as failed after four.
 AFTER_A_CRASH = (1, 5, 30)
 NOT_SENT = "not sent: the API key has scope test"
+COPIED_BY = "dashboard"  # in the place of the API key that has submitted a copy
 # ARGV[at] and on: of each mail the id, when to look at it if it does not move on, how many words its fields are, these,
 # how many words for mail.index, these.
 ACCEPT = """
@@ -286,6 +290,23 @@ class Outbox(Reader):
             if self.store.run(REMOVE_JOB + ARRIVED, [mail_key(mail_id)], args):
                 raise NotPossible("the mail moved on at this moment; look again")
 
+    def copy(self, mail_id: str, to: str) -> str:
+        """Accepts a mail of the same content for `to` alone, an operator's own address, and returns its id. The copy
+        obeys MAIL_REDIRECT_TO and MAIL_ALLOWLIST. Raises `NotFound`, `NotPossible`, `Unavailable`."""
+        self.read(mail_id)
+        with translating_errors():
+            stored: Any = self.jobs.redis.hmget(mail_key(mail_id), ["outline", "content"])
+        if not stored[1]:
+            raise NotPossible("its content is no longer kept: the mail was sent or canceled")
+        try:
+            message = Message.from_json(stored[0], zlib.decompress(stored[1]))
+        except (*DAMAGED, zlib.error):
+            raise NotFound(NO_MAIL) from None
+        box = _who_gets(to, self.settings)
+        if not box:
+            raise NotPossible("the address must be one, such as ada@example.com, to which this service sends mail")
+        return self.accept([Draft(replace(message, to=[box], cc=[], bcc=[]), key=COPIED_BY)]).id
+
     def reschedule(self, mail_id: str, moment: float) -> None:
         """Moves a scheduled mail that no attempt has taken yet to `moment` (seconds since 1970). Raises `NotFound`,
         `NotPossible`, `Unavailable`."""
@@ -321,6 +342,14 @@ class Outbox(Reader):
             if self.read(mail_id)["status"] not in (State.FAILED, State.UNKNOWN):
                 raise NotPossible("only a failed mail can be queued again") from None
             self._queue({mail_id: Place()}, Beside())
+
+
+def _who_gets(to: str, settings: Settings) -> Mailbox | None:
+    try:
+        meant = Mailbox.parse(to)
+    except ValueError:
+        return None
+    return who_gets(meant, settings) if settings.allow_local_domains or not meant.is_local else None
 
 
 def jittered(pause: int) -> int:
