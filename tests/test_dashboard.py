@@ -120,7 +120,7 @@ def test_both_fields_are_compared_in_constant_time_even_if_the_first_is_wrong(mo
 
 def test_the_front_page_leads_to_the_mails(served: Running, client: Redis) -> None:
     answer = served.get("/")
-    assert (answer.status, answer.headers["Location"]) == (302, "/mail/activity")
+    assert (answer.status, answer.headers["Location"]) == (302, "/mail/")
     assert served.get("/rq/").status == 200
 
 

@@ -4,5 +4,6 @@ app.py       the routes; headers, errors, the two files of style and script
 view.py      what every page is given, and how it is rendered (html/)
 words.py     times, numbers and addresses as a person reads them
 charts.py    figures over time as SVG
+overview.py  the front page: the sentence, today beside yesterday, the charts
 activity.py  the mails, newest first
 """
