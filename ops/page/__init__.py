@@ -3,5 +3,7 @@
 app.py       the routes; headers, errors, the two files of style and script
 view.py      what every page is given, and how it is rendered (html/)
 words.py     times, numbers and addresses as a person reads them
-activity.py  the mails, newest first
+activity.py  the mails, newest first, and those that are searched for
+search.py    what can be searched for, and how it is in a URL
+scheduled.py the mails that wait for their time
 """

@@ -12,7 +12,7 @@ from functools import partial
 
 from flask import Blueprint, Response, abort
 
-from ops.page import activity
+from ops.page import activity, scheduled
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
 from settings import Settings
@@ -21,7 +21,12 @@ CSP = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-ROUTES = (("GET", "/activity", activity.show),)
+ROUTES = (
+    ("GET", "/activity", activity.show),
+    ("GET", "/search", activity.begin),
+    ("POST", "/search", activity.search),
+    ("GET", "/scheduled", scheduled.show),
+)
 
 
 def pages(redis: Redis, settings: Settings, by_login: bool) -> Blueprint:

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mail.outbox import Outbox
 from ops.checks.findings import counted, lasting, sized
 from ops.page import words
+from ops.page.search import Query, found_at
 from queues.connection import Redis
 from queues.jobs import Jobs
 from settings import Settings
@@ -26,6 +27,7 @@ HERE = Path(__file__).parent
 FILES = {"page.css": "text/css", "page.js": "text/javascript"}
 PAGES = {  # the paths of the navigation -> their names
     "/mail/activity": "Activity",
+    "/mail/scheduled": "Scheduled",
 }
 DONE: Mapping[str, str] = {}  # what a page says after an action: the `done` of its URL -> a sentence
 
@@ -52,7 +54,7 @@ class View:
             "mailbox": lambda text: words.mailbox(text, show),
             "said": lambda text: text if show else words.masked(text),
         }
-        self.templates.globals |= {"version": version(), "pages": PAGES}
+        self.templates.globals |= {"version": version(), "pages": PAGES, "narrowed": narrowed}
 
     @property
     def who(self) -> str:
@@ -68,6 +70,11 @@ class View:
     def confirm(self, question: str, *, text: str, button: str, back: str, **fields: str) -> Response:
         """Returns a page that asks whether to do what a POST to the same path does, with these fields."""
         return self.render("confirm.html", question, text=text, button=button, back=back, fields=fields)
+
+
+def narrowed(name: str, value: str) -> str:
+    """Returns the URL of the mails with this state, key or tag."""
+    return found_at(Query().also(name, value))
 
 
 def go(path: str) -> Response:
