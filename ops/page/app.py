@@ -12,7 +12,7 @@ from functools import partial
 
 from flask import Blueprint, Response, abort
 
-from ops.page import activity, overview
+from ops.page import activity, overview, scheduled
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
 from settings import Settings
@@ -24,6 +24,9 @@ CSP = (
 ROUTES = (
     ("GET", "/", overview.show),
     ("GET", "/activity", activity.show),
+    ("GET", "/search", activity.begin),
+    ("POST", "/search", activity.search),
+    ("GET", "/scheduled", scheduled.show),
 )
 
 
