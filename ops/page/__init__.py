@@ -5,4 +5,5 @@ view.py      what every page is given, and how it is rendered (html/)
 words.py     times, numbers and addresses as a person reads them
 charts.py    figures over time as SVG
 activity.py  the mails, newest first
+templates.py the templates, each with a preview
 """

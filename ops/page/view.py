@@ -26,8 +26,10 @@ HERE = Path(__file__).parent
 FILES = {"page.css": "text/css", "page.js": "text/javascript"}
 PAGES = {  # the paths of the navigation -> their names
     "/mail/activity": "Activity",
+    "/mail/templates": "Templates",
 }
-DONE: Mapping[str, str] = {}  # what a page says after an action: the `done` of its URL -> a sentence
+DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of its URL -> a sentence
+}
 
 
 class View:
