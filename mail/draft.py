@@ -10,7 +10,7 @@ from typing import Any
 from mail import unsubscribe
 from mail.address import Mailbox
 from mail.forms import html_with_ids
-from mail.message import Draft, Message
+from mail.message import Draft, Message, who_gets
 from mail.plain import text_beside
 from mail.request import FieldError, Invalid, Rendered, Request, content_errors, parse, validate
 from mail.templates import render
@@ -64,14 +64,8 @@ def redirected(message: Message, settings: Settings) -> Message:
             for number, box in enumerate(boxes)
             if not settings.admits(box.address)
         )
-    to, cc, bcc = ([_redirected(box, settings) for box in boxes] for boxes in (message.to, message.cc, message.bcc))
+    to, cc, bcc = ([who_gets(box, settings) or box for box in boxes] for boxes in (message.to, message.cc, message.bcc))
     return replace(message, to=to, cc=cc, bcc=bcc)
-
-
-def _redirected(box: Mailbox, settings: Settings) -> Mailbox:
-    if settings.admits(box.address) or not settings.mail_redirect_to:
-        return box
-    return Mailbox(f"{box.name} <{box.address}>" if box.name else box.address, settings.mail_redirect_to)
 
 
 def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int, local_domains: bool = False) -> Draft:
