@@ -289,7 +289,7 @@ def nonce() -> str:
 
 def add_headers(response: Response) -> Response:
     response.headers.setdefault("Content-Security-Policy", CSP.format(nonce=nonce()))
-    response.headers["X-Frame-Options"] = "DENY"
+    response.headers.setdefault("X-Frame-Options", "DENY")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "same-origin"
     if request.endpoint not in ("static", "rq_dashboard.static", "rq_dashboard.favicon", "page.file"):

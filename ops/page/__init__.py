@@ -8,4 +8,5 @@ overview.py  the front page: the sentence, today beside yesterday, the charts
 activity.py  the mails, newest first, and those that are searched for
 search.py    what can be searched for, and how it is in a URL
 scheduled.py the mails that wait for their time
+templates.py the templates, each with a preview
 """

@@ -29,8 +29,10 @@ PAGES = {  # the paths of the navigation -> their names
     "/mail/": "Overview",
     "/mail/activity": "Activity",
     "/mail/scheduled": "Scheduled",
+    "/mail/templates": "Templates",
 }
-DONE: Mapping[str, str] = {}  # what a page says after an action: the `done` of its URL -> a sentence
+DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of its URL -> a sentence
+}
 
 
 class View:
