@@ -118,9 +118,9 @@ def test_both_fields_are_compared_in_constant_time_even_if_the_first_is_wrong(mo
     assert compared == [(b"nobody", b"admin"), (b"guess", PASSWORD.encode())]
 
 
-def test_the_front_page_leads_to_the_queues(served: Running, client: Redis) -> None:
+def test_the_front_page_leads_to_the_mails(served: Running, client: Redis) -> None:
     answer = served.get("/")
-    assert (answer.status, answer.headers["Location"]) == (302, "/rq/")
+    assert (answer.status, answer.headers["Location"]) == (302, "/mail/activity")
     assert served.get("/rq/").status == 200
 
 
