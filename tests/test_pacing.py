@@ -285,3 +285,12 @@ def test_a_pause_that_the_relay_asked_for_is_not_made_shorter_by_more_trouble(cl
     wait = relay.admit()
     assert wait
     assert wait.seconds > 290
+
+
+def test_how_much_of_each_rate_is_used(client: redis.Redis) -> None:
+    rates = (Rate(3, 1), Rate(100, 60), Rate(2000, 86400))
+    assert pacing.used(client, rates) == [(rate, 0) for rate in rates]
+    now = int(time.time() * 1000)
+    client.rpush("relay:gone", *(now - ago for ago in (-100, 100, 5_000, 50_000, 70_000, 86_000_000, 87_000_000)))
+    assert [mails for _, mails in pacing.used(client, rates)] == [2, 4, 6]
+    assert pacing.used(client, ()) == []
