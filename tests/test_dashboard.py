@@ -142,6 +142,7 @@ ELSEWHERE = [
 
 def test_these_are_all_the_routes_that_change_something() -> None:
     assert sorted(CHANGING) == [
+        "/mail/system/pause",
         "/mail/templates/welcome",
         "/rq/job/a/delete",
         "/rq/job/a/requeue",

@@ -5,5 +5,6 @@ view.py      what every page is given, and how it is rendered (html/)
 words.py     times, numbers and addresses as a person reads them
 charts.py    figures over time as SVG
 activity.py  the mails, newest first
+system.py    relay, workers, queues, timed tasks, Redis; pause, resume, close the breaker
 templates.py the templates, each with a preview
 """

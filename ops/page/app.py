@@ -14,7 +14,7 @@ from flask import Blueprint, Response, abort
 
 from mail.templates import read_again_when_changed
 from mail.templates import use as use_templates
-from ops.page import activity, templates
+from ops.page import activity, system, templates
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
 from settings import Settings
@@ -26,6 +26,9 @@ CSP = (
 # fmt: off
 ROUTES = (
     ("GET", "/activity", activity.show),
+    ("GET", "/system", system.show),
+    ("GET", "/system/<act>", system.ask),
+    ("POST", "/system/<act>", system.do),
     ("GET", "/templates", templates.show),
     ("GET", "/templates/<template_id>", templates.one),
     ("POST", "/templates/<template_id>", templates.preview),
