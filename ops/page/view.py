@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mail.outbox import Outbox
 from ops.checks.findings import counted, lasting, sized
 from ops.page import words
+from ops.page.search import Query, found_at
 from queues.connection import Redis
 from queues.jobs import Jobs
 from settings import Settings
@@ -25,7 +26,9 @@ from settings import Settings
 HERE = Path(__file__).parent
 FILES = {"page.css": "text/css", "page.js": "text/javascript"}
 PAGES = {  # the paths of the navigation -> their names
+    "/mail/": "Overview",
     "/mail/activity": "Activity",
+    "/mail/scheduled": "Scheduled",
     "/mail/system": "Relay and workers",
     "/mail/templates": "Templates",
 }
@@ -58,7 +61,7 @@ class View:
             "mailbox": lambda text: words.mailbox(text, show),
             "said": lambda text: text if show else words.masked(text),
         }
-        self.templates.globals |= {"version": version(), "pages": PAGES}
+        self.templates.globals |= {"version": version(), "pages": PAGES, "narrowed": narrowed}
 
     @property
     def who(self) -> str:
@@ -74,6 +77,11 @@ class View:
     def confirm(self, question: str, *, text: str, button: str, back: str, **fields: str) -> Response:
         """Returns a page that asks whether to do what a POST to the same path does, with these fields."""
         return self.render("confirm.html", question, text=text, button=button, back=back, fields=fields)
+
+
+def narrowed(name: str, value: str) -> str:
+    """Returns the URL of the mails with this state, key or tag."""
+    return found_at(Query().also(name, value))
 
 
 def go(path: str) -> Response:
