@@ -29,9 +29,13 @@ PAGES = {  # the paths of the navigation -> their names
     "/mail/": "Overview",
     "/mail/activity": "Activity",
     "/mail/scheduled": "Scheduled",
+    "/mail/system": "Relay and workers",
     "/mail/templates": "Templates",
 }
 DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of its URL -> a sentence
+    "paused": "All workers are paused. What is in hand is finished; nothing more is sent until you resume.",
+    "resumed": "All workers take mails and jobs again.",
+    "breaker_closed": "The breaker is closed. Mail goes out within half a minute; what was in hand keeps its hour.",
 }
 
 
