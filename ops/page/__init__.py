@@ -5,4 +5,8 @@ view.py      what every page is given, and how it is rendered (html/)
 words.py     times, numbers and addresses as a person reads them
 charts.py    figures over time as SVG
 activity.py  the mails, newest first
+email.py     one mail, and what a person may do about it
+timeline.py  what happened to a mail, step by step
+advice.py    what it means that a mail failed, and what fixes it
+audit.py     who did what
 """

@@ -12,16 +12,23 @@ from functools import partial
 
 from flask import Blueprint, Response, abort
 
-from ops.page import activity
+from ops.page import activity, audit, email
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
+from queues.jobs import NotFound, NotPossible
 from settings import Settings
 
 CSP = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-ROUTES = (("GET", "/activity", activity.show),)
+ROUTES = (
+    ("GET", "/activity", activity.show),
+    ("GET", "/emails/<mail_id>", email.show),
+    ("GET", "/emails/<mail_id>/<action>", email.ask),
+    ("POST", "/emails/<mail_id>/<action>", email.act),
+    ("GET", "/actions", audit.show),
+)
 
 
 def pages(redis: Redis, settings: Settings, by_login: bool) -> Blueprint:
@@ -31,6 +38,8 @@ def pages(redis: Redis, settings: Settings, by_login: bool) -> Blueprint:
         endpoint = f"{handler.__module__.rpartition('.')[2]}_{handler.__name__}"
         blueprint.add_url_rule(path, endpoint, partial(handler, view), methods=[method])
     blueprint.add_url_rule("/<name>", "file", file)
+    blueprint.register_error_handler(NotFound, partial(email.gone, view))
+    blueprint.register_error_handler(NotPossible, partial(email.refuse, view))
     blueprint.after_request(add_headers)
     return blueprint
 

@@ -19,7 +19,7 @@ function countOn() {
 function isInUse(main) {
   const focused = document.activeElement;
   return document.hidden || main.matches(":hover") || (main.contains(focused) && focused !== main)
-    || !document.getSelection().isCollapsed;
+    || !document.getSelection().isCollapsed || main.querySelector("details[open]");
 }
 
 async function renew(main) {

@@ -26,8 +26,13 @@ HERE = Path(__file__).parent
 FILES = {"page.css": "text/css", "page.js": "text/javascript"}
 PAGES = {  # the paths of the navigation -> their names
     "/mail/activity": "Activity",
+    "/mail/actions": "Actions",
 }
-DONE: Mapping[str, str] = {}  # what a page says after an action: the `done` of its URL -> a sentence
+DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of its URL -> a sentence
+    "requeue": "It is queued again, with all its attempts.",
+    "cancel": "It is canceled: nothing more of it is sent.",
+    "move": "It is moved, and is not sent before its new time.",
+}
 
 
 class View:
@@ -47,7 +52,7 @@ class View:
         )
         show = settings.show_addresses
         self.templates.filters |= {
-            **{name: getattr(words, name) for name in ("clock", "ago", "number", "chip")},
+            **{name: getattr(words, name) for name in ("clock", "ago", "took", "number", "chip", "fate", "is_id")},
             **{"lasting": lasting, "counted": counted, "sized": sized},
             "mailbox": lambda text: words.mailbox(text, show),
             "said": lambda text: text if show else words.masked(text),
@@ -57,8 +62,7 @@ class View:
     @property
     def who(self) -> str:
         """Returns the name of who asks, for the log of actions."""
-        given = request.authorization
-        return (given.username or "") if self.by_login and given else "without login"
+        return asker(self.by_login)
 
     def render(self, name: str, title: str, status: int = 200, **values: Any) -> Response:
         """Returns the page that is made of html/`name`."""
@@ -68,6 +72,11 @@ class View:
     def confirm(self, question: str, *, text: str, button: str, back: str, **fields: str) -> Response:
         """Returns a page that asks whether to do what a POST to the same path does, with these fields."""
         return self.render("confirm.html", question, text=text, button=button, back=back, fields=fields)
+
+
+def asker(by_login: bool) -> str:
+    given = request.authorization
+    return (given.username or "") if by_login and given else "without login"
 
 
 def go(path: str) -> Response:
