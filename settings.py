@@ -254,6 +254,7 @@ class Settings(BaseSettings):
     dashboard_username: str = "admin"
     dashboard_password: SecretStr | None = None
     dashboard_password_file: FilePath | None = None
+    show_addresses: bool = True
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["plain", "json"] = "plain"

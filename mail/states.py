@@ -2,6 +2,7 @@
 
     queued -> sending -> sent | failed | unknown (in doubt and held) | delayed -> sending ...
     queued, delayed, failed, unknown -> canceled
+    unknown -> sent | failed, when a person says that it arrived
 
 Every script that changes a state is BECOME and a body: accept, claim, settle, cancel, sweep (mail.store puts them
 together). Anything that must happen whenever a mail fails, is sent, ... (a webhook, a suppression list) is added to
@@ -50,7 +51,7 @@ FOLLOWS: Mapping[State | None, Set[State]] = {
     State.SENDING: {*FINAL, State.SENDING, State.DELAYED},  # sending: another attempt takes it over
     State.DELAYED: {*FINAL, State.SENDING},
     State.FAILED: {State.SENDING, State.CANCELED, State.SENT},
-    State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT},
+    State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT, State.FAILED},
     State.CANCELED: {State.CANCELED, State.SENT},
     State.SENT: {State.SENT},
 }
@@ -136,8 +137,9 @@ end
 # Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX
 # (keys), PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final states, in seconds).
 #
-# become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `look_at` is when mail.sweep
-# looks at a mail that is not final; `fields` are written with the state.
+# become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `now` is needed where a relay
+# has taken the mail just now; `look_at` is when mail.sweep looks at one that is not final; `fields` are written with
+# the state.
 # But for a new mail, it begins with a command that frees memory: Redis looks for memory before a script's first write
 # only, and a mail that was sent must be written down on a full Redis, too. And if TOTALS or OPEN hold something else
 # (pcall), which mail.sweep puts aside.
@@ -164,7 +166,7 @@ local function become(id, state, now, look_at, fields)
     if was then redis.call('PERSIST', mail) end
     redis.pcall('ZADD', OPEN, look_at, id)
   end
-  if state == 'sent' and not test then redis.call('SET', LAST_SENT, now) end
+  if state == 'sent' and now and not test then redis.call('SET', LAST_SENT, now) end
   if was and was ~= state then reindex(id, was, reason_was, state, reason) end  -- accept writes the first members
   return true
 end

@@ -1,4 +1,4 @@
-"""rq-dashboard behind a login, under Waitress: `python -m ops.dashboard [--no-login]`, pages under /rq/.
+"""Our pages at /mail/ and rq-dashboard at /rq/, behind a login, under Waitress: `python -m ops.dashboard [--no-login]`.
 
 Nobody sees or repeats mail without the password, no other web site can press its buttons, looking changes nothing in
 Redis, nothing from Redis is un-pickled or becomes markup, and every page answers a plain 503 when Redis is away. All
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import rq_dashboard.web as upstream
-from flask import Flask, Response, abort, g, jsonify, redirect, request, url_for
+from flask import Flask, Response, abort, g, jsonify, redirect, request
 from jinja2 import Environment, FileSystemLoader
 from redis import Redis
 from redis.client import Pipeline
@@ -41,6 +41,7 @@ from rq.serializers import JSONSerializer
 from waitress import create_server
 
 from ops.login import Login
+from ops.page.app import pages
 from process import sd_daemon
 from process.log import emit, say_why_not, set_up, where
 from queues.connection import Unavailable, connect, is_wrong_type, why_unavailable
@@ -251,7 +252,8 @@ def make_app(settings: Settings, login: bool, names: Collection[str] = ()) -> Da
     for gone in (NotFound, NoSuchJobError):
         app.register_error_handler(gone, lambda _: plain(404, "There is no such job."))
     app.register_blueprint(upstream.blueprint, url_prefix="/rq")
-    app.add_url_rule("/", view_func=lambda: redirect(url_for("rq_dashboard.queues_overview")), endpoint="home")
+    app.register_blueprint(pages(app.writer, settings, login))
+    app.add_url_rule("/", view_func=lambda: redirect("/mail/"), endpoint="home")
     replace_views(app)
     for template in {*app.jinja_env.list_templates(), *(patched for patched, *_ in PATCHES)}:
         app.jinja_env.get_template(template)
@@ -286,11 +288,11 @@ def nonce() -> str:
 
 
 def add_headers(response: Response) -> Response:
-    response.headers["Content-Security-Policy"] = CSP.format(nonce=nonce())
-    response.headers["X-Frame-Options"] = "DENY"
+    response.headers.setdefault("Content-Security-Policy", CSP.format(nonce=nonce()))
+    response.headers.setdefault("X-Frame-Options", "DENY")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "same-origin"
-    if request.endpoint not in ("static", "rq_dashboard.static", "rq_dashboard.favicon"):
+    if request.endpoint not in ("static", "rq_dashboard.static", "rq_dashboard.favicon", "page.file"):
         response.headers["Cache-Control"] = "no-store"
     return response
 
@@ -347,7 +349,9 @@ def compact_queue(app: Dashboard, queue_name: str) -> Response:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m ops.dashboard", description="rq-dashboard under /rq/")
+    parser = argparse.ArgumentParser(
+        prog="python -m ops.dashboard", description="the pages at /mail/ and rq-dashboard at /rq/"
+    )
     parser.add_argument("--no-login", action="store_true", help="ask for no password; on loopback only")
     add_flag(parser)
     given = parser.parse_args()

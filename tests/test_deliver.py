@@ -18,7 +18,8 @@ from mail.outbox import Outbox
 from mail.states import TROUBLE_TOO_LONG, State, Status
 from queues.connection import Unavailable
 from smtp import pacing
-from smtp.pacing import Wait
+from smtp.pacing import Wait, standing
+from smtp.policy import Phase
 from smtp.relay import Relay
 from tests.conversations import POOL, served
 from tests.mails import BODY, accept, claim, draft
@@ -181,6 +182,9 @@ def test_the_breaker_hears_of_each_conversation(outbox: Outbox, client: Any, cap
             assert isinstance(made.deliver(mail_id), Retry)
         assert outbox.relay_in_trouble()
         assert 'breaker_opened reason="421 at greeting"' in caplog.text
+        seen = standing(client)
+        assert seen
+        assert (seen.reply, seen.relay) == ((Phase.GREETING, 421, "busy", False), str(to))
         client.hset("relay:breaker", "open_until", 1)  # the pause is over
         assert made.deliver(mails[3]) == "sent"
         assert not outbox.relay_in_trouble()
