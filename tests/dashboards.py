@@ -34,6 +34,7 @@ SAME_ORIGIN = {"Sec-Fetch-Site": "same-origin"}
 # One value for each variable in a route.
 SAMPLES: dict[str, Any] = {"instance_number": 0, "per_page": 8, "order": "asc", "page": 1, "job_id": "a"}
 SAMPLES |= {"queue_name": "email", "registry_name": "failed", "filename": "css/main.css", "name": "page.css"}
+SAMPLES |= {"template_id": "welcome"}
 
 
 class Running(NamedTuple):

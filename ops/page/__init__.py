@@ -3,7 +3,10 @@
 app.py       the routes; headers, errors, the two files of style and script
 view.py      what every page is given, and how it is rendered (html/)
 words.py     times, numbers and addresses as a person reads them
+charts.py    figures over time as SVG
+overview.py  the front page: the sentence, today beside yesterday, the charts
 activity.py  the mails, newest first, and those that are searched for
 search.py    what can be searched for, and how it is in a URL
 scheduled.py the mails that wait for their time
+templates.py the templates, each with a preview
 """

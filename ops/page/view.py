@@ -26,10 +26,13 @@ from settings import Settings
 HERE = Path(__file__).parent
 FILES = {"page.css": "text/css", "page.js": "text/javascript"}
 PAGES = {  # the paths of the navigation -> their names
+    "/mail/": "Overview",
     "/mail/activity": "Activity",
     "/mail/scheduled": "Scheduled",
+    "/mail/templates": "Templates",
 }
-DONE: Mapping[str, str] = {}  # what a page says after an action: the `done` of its URL -> a sentence
+DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of its URL -> a sentence
+}
 
 
 class View:

@@ -23,16 +23,21 @@ def moment(given: str | float | datetime | None) -> datetime | None:
     return (given if isinstance(given, datetime) else datetime.fromtimestamp(given).astimezone()).astimezone()
 
 
-def clock(given: str | float | datetime | None, *, milliseconds: bool = False) -> str:
-    """Returns an HTML `time`: the time of day, and before it the day where that is not today."""
+def time_of_day(given: str | float | datetime | None, *, milliseconds: bool = False) -> str:
+    """Returns the time of day, and before it the day where that is not today; "" for none."""
     at = moment(given)
     if not at:
         return ""
     today = datetime.now().astimezone().date()
     day = "" if at.date() == today else f"{at:%d %b} " if at.year == today.year else f"{at:%d %b %Y} "
-    text = f"{day}{at:%H:%M:%S}" + (f".{at.microsecond // 1000:03d}" if milliseconds else "")
-    written = at.isoformat(timespec="milliseconds")
-    return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(written, text)
+    return f"{day}{at:%H:%M:%S}" + (f".{at.microsecond // 1000:03d}" if milliseconds else "")
+
+
+def clock(given: str | float | datetime | None, *, milliseconds: bool = False) -> str:
+    """Returns an HTML `time` with what `time_of_day` returns."""
+    at, text = moment(given), time_of_day(given, milliseconds=milliseconds)
+    written = at.isoformat(timespec="milliseconds") if at else ""
+    return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(written, text) if at else ""
 
 
 def ago(given: str | float | datetime | None) -> str:
