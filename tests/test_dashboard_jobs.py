@@ -160,7 +160,7 @@ def test_no_request_makes_the_dashboard_un_pickle_anything(served: Running, clie
         client.xadd("rq:results:a", {"type": Result.Type.SUCCESSFUL.value, "return_value": base64.b64encode(bomb)})
         client.hset("rq:job:a", mapping={"data": zlib.compress(bomb), "meta": bomb, "result": bomb})
         answer = served.ask(method, path, SAME_ORIGIN)
-        assert answer.status in (200, 302, 303), path
+        assert answer.status in (200, 302, 303, 404), path
         assert not trace.exists(), path
         client.flushdb()
 
@@ -271,7 +271,7 @@ def test_looking_changes_nothing_not_even_ids_that_lead_nowhere(served: Running,
     client.sadd("rq:worker:w1:executions", "gone:1")
     before = contents(client)
     for path in [*LOOKING, f"/rq/0/data/jobs/email/{registry}/8/dsc/1.json"]:
-        assert served.get(path).status in (200, 302), path
+        assert served.get(path).status in (200, 302, 404), path
     assert contents(client) == before
 
 

@@ -311,6 +311,8 @@ def test_what_an_earlier_or_a_later_version_has_written_is_read_as_far_as_it_can
 ) -> None:
     client.hset("relay:breaker", mapping=fields)
     assert standing(client) == (60, 0, None, "")
+
+
 def test_how_much_of_each_rate_is_used(client: redis.Redis) -> None:
     rates = (Rate(3, 1), Rate(100, 60), Rate(2000, 86400))
     assert pacing.used(client, rates) == [(rate, 0) for rate in rates]
