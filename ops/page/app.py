@@ -23,7 +23,6 @@ CSP = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-# fmt: off
 ROUTES = (
     ("GET", "/", overview.show),
     ("GET", "/activity", activity.show),
@@ -38,7 +37,6 @@ ROUTES = (
     ("POST", "/templates/<template_id>", templates.preview),
     ("GET", "/templates/<template_id>/html", templates.frame),
 )
-# fmt: on
 
 
 def pages(redis: Redis, settings: Settings, by_login: bool) -> Blueprint:
