@@ -101,16 +101,17 @@ if state == 'failed' or state == 'unknown' then fields = {'state_before', state,
 if not holder then become(ARGV[1], 'sending', nil, ARGV[5], fields) end
 return {'claimed', redis.call('HGETALL', KEYS[1])}
 """
-# KEYS: mail, claim, bulk, of which RQ knows nothing. ARGV: mail id, then what removes its job, if it has one. Returns
-# what stands in the way: the mail's state ('sending': an attempt holds it), and the job's status where that is it.
+# KEYS: mail, claim, bulk, of which RQ knows nothing. ARGV: mail id, now, then what removes its job, if it has one.
+# Returns what stands in the way: the mail's state ('sending': an attempt holds it), and the job's status where that is
+# it.
 CANCEL = """
 local state = redis.call('HGET', KEYS[1], 'state')
 if not may(state, 'canceled') then return {state or 'gone'} end
 if redis.call('EXISTS', KEYS[2]) == 1 then return {'sending'} end
-local status = remove_job(2)
+local status = remove_job(3)
 if status and status ~= '' then return {state, status} end
 if redis.call('HGET', KEYS[1], 'priority') == 'bulk' then redis.pcall('LREM', KEYS[3], 1, ARGV[1]) end
-become(ARGV[1], 'canceled', nil, nil, {})
+become(ARGV[1], 'canceled', nil, nil, {'settled_at', ARGV[2]})
 return {}
 """
 # KEYS: mail. ARGV: mail id, its new state, attempts, recipients, reason, now, then what removes its job, if that is to
@@ -258,7 +259,7 @@ class Outbox(Reader):
         job = self._removal(mail_id)
         with translating_errors():
             touched = [mail_key(mail_id), claim_key(mail_id), keys.queue(BULK)]
-            refused = self.store.run(REMOVE_JOB + CANCEL, touched, [mail_id, *job])
+            refused = self.store.run(REMOVE_JOB + CANCEL, touched, [mail_id, time.time(), *job])
         match [word.decode(errors="replace") for word in refused]:
             case [_, status]:
                 raise not_removed(status)

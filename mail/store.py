@@ -18,6 +18,7 @@ MAIL = "mail:"
 OPEN = "mail:open"  # sorted set: every mail that is not final, by the moment at which mail.sweep looks at it
 LAST_SENT = "mail:last_sent"  # seconds since 1970
 TOTALS = "mail:totals"  # hash: what mail.counters counts
+ACTIONS = "mail:actions"  # list: what people did, the latest first, as JSON: ops.page.audit
 SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
 INDEX = "mail:index"  # sorted set: mail.index
 KEY_NAMES = "mail:keys"  # set: the names of all API keys that have submitted a mail

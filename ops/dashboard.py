@@ -42,6 +42,8 @@ from waitress import create_server
 
 from ops.login import Login
 from ops.page.app import pages
+from ops.page.audit import note
+from ops.page.view import asker
 from process import sd_daemon
 from process.log import emit, say_why_not, set_up, where
 from queues.connection import Unavailable, connect, is_wrong_type, why_unavailable
@@ -216,9 +218,10 @@ class ReadOnlyRedis(ReadOnly, Redis):
 
 
 class Dashboard(Flask):
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, by_login: bool) -> None:
         super().__init__("dashboard", static_folder=PACKAGE / "static", static_url_path="/rq/static")
         self.jinja_loader = PatchedTemplates(PACKAGE / "templates")
+        self.by_login = by_login
         self.writer = connect(redis_url)
         self.reader = ReadOnlyRedis(connection_pool=connect(redis_url).connection_pool)
         kwargs = self.writer.connection_pool.connection_kwargs
@@ -233,6 +236,10 @@ class Dashboard(Flask):
         """Returns the client of the blueprint's views."""
         return self.reader if request.method in READING else self.writer
 
+    def note(self, what: str, id: str) -> None:
+        """Notes that who asks has pressed a button of rq-dashboard."""
+        note(self.writer, asker(self.by_login), what, id)
+
     def log_exception(self, exc_info: Any) -> None:
         """Logs where it was raised and not its text, which may quote a job."""
         emit("crashed", logging.ERROR, where=where(exc_info[1]))
@@ -240,7 +247,7 @@ class Dashboard(Flask):
 
 def make_app(settings: Settings, login: bool, names: Collection[str] = ()) -> Dashboard:
     """Returns the WSGI application. Raises RuntimeError if the installed rq-dashboard is not the one that we patch."""
-    app = Dashboard(settings.redis_url.get_secret_value())
+    app = Dashboard(settings.redis_url.get_secret_value(), login)
     app.before_request(Login(settings).demand if login else partial(refuse_foreign_names, names))
     app.before_request(refuse_other_origins)
     app.before_request(refuse_other_pages)
@@ -326,6 +333,7 @@ def replace_views(app: Dashboard) -> None:
 
 def requeue_job_view(app: Dashboard, job_id: str) -> Response:
     Jobs(app.writer).requeue(job_id)
+    app.note("requeue", job_id)
     return jsonify(status="OK")
 
 
@@ -336,6 +344,8 @@ def requeue_all(app: Dashboard, queue_name: str) -> Response:
         with suppress(NotFound, NotPossible):
             jobs.requeue(job_id)
             requeued += 1
+    if requeued:
+        app.note("requeue_all", queue_name)
     return jsonify(status="OK", count=requeued)
 
 
@@ -345,6 +355,7 @@ def compact_queue(app: Dashboard, queue_name: str) -> Response:
     for job_id in Queue(queue_name, connection=app.reader).get_job_ids():
         if not Job.exists(job_id, app.reader):
             queue.remove(job_id)
+    app.note("compact", queue_name)
     return jsonify(status="OK")
 
 

@@ -10,4 +10,8 @@ search.py    what can be searched for, and how it is in a URL
 scheduled.py the mails that wait for their time
 system.py    relay, workers, queues, timed tasks, Redis; pause, resume, close the breaker
 templates.py the templates, each with a preview
+email.py     one mail, and what a person may do about it
+timeline.py  what happened to a mail, step by step
+advice.py    what it means that a mail failed, and what fixes it
+audit.py     who did what
 """

@@ -14,9 +14,10 @@ from flask import Blueprint, Response, abort
 
 from mail.templates import read_again_when_changed
 from mail.templates import use as use_templates
-from ops.page import activity, overview, scheduled, system, templates
+from ops.page import activity, audit, email, overview, scheduled, system, templates
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
+from queues.jobs import NotFound, NotPossible
 from settings import Settings
 
 CSP = (
@@ -36,6 +37,10 @@ ROUTES = (
     ("GET", "/templates/<template_id>", templates.one),
     ("POST", "/templates/<template_id>", templates.preview),
     ("GET", "/templates/<template_id>/html", templates.frame),
+    ("GET", "/emails/<mail_id>", email.show),
+    ("GET", "/emails/<mail_id>/<action>", email.ask),
+    ("POST", "/emails/<mail_id>/<action>", email.act),
+    ("GET", "/actions", audit.show),
 )
 
 
@@ -49,6 +54,8 @@ def pages(redis: Redis, settings: Settings, by_login: bool) -> Blueprint:
         endpoint = f"{handler.__module__.rpartition('.')[2]}_{handler.__name__}"
         blueprint.add_url_rule(path, endpoint, partial(handler, view), methods=[method])
     blueprint.add_url_rule("/<name>", "file", file)
+    blueprint.register_error_handler(NotFound, partial(email.gone, view))
+    blueprint.register_error_handler(NotPossible, partial(email.refuse, view))
     blueprint.after_request(add_headers)
     return blueprint
 

@@ -21,7 +21,7 @@ function isInUse(main) {
   if (main.querySelector("details[open]")) return true;
   for (const field of main.querySelectorAll("input, textarea")) if (field.value !== field.defaultValue) return true;
   return document.hidden || main.matches(":hover") || (main.contains(focused) && focused !== main)
-    || !document.getSelection().isCollapsed;
+    || !document.getSelection().isCollapsed || main.querySelector("details[open]");
 }
 
 async function renew(main) {

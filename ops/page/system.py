@@ -11,6 +11,7 @@ from flask import Response, abort
 
 from ops.checks import replies
 from ops.checks.store import program
+from ops.page import audit
 from ops.page.view import View, go
 from queues import overview
 from queues.connection import Redis, translating_errors, weaknesses
@@ -95,6 +96,7 @@ def do(view: View, act: str) -> Response:
     action = ACTIONS.get(act) or abort(404)
     with translating_errors():
         action.do(view.redis)
+    audit.note(view.redis, view.who, act, "")
     return go(f"{PATH}?done={action.done}")
 
 

@@ -31,11 +31,15 @@ PAGES = {  # the paths of the navigation -> their names
     "/mail/scheduled": "Scheduled",
     "/mail/system": "Relay and workers",
     "/mail/templates": "Templates",
+    "/mail/actions": "Actions",
 }
 DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of its URL -> a sentence
     "paused": "All workers are paused. What is in hand is finished; nothing more is sent until you resume.",
     "resumed": "All workers take mails and jobs again.",
     "breaker_closed": "The breaker is closed. Mail goes out within half a minute; what was in hand keeps its hour.",
+    "requeue": "It is queued again, with all its attempts.",
+    "cancel": "It is canceled: nothing more of it is sent.",
+    "move": "It is moved, and is not sent before its new time.",
 }
 
 
@@ -56,7 +60,7 @@ class View:
         )
         show = settings.show_addresses
         self.templates.filters |= {
-            **{name: getattr(words, name) for name in ("clock", "ago", "number", "chip")},
+            **{name: getattr(words, name) for name in ("clock", "ago", "took", "number", "chip", "fate", "is_id")},
             **{"lasting": lasting, "counted": counted, "sized": sized},
             "mailbox": lambda text: words.mailbox(text, show),
             "said": lambda text: text if show else words.masked(text),
@@ -66,8 +70,7 @@ class View:
     @property
     def who(self) -> str:
         """Returns the name of who asks, for the log of actions."""
-        given = request.authorization
-        return (given.username or "") if self.by_login and given else "without login"
+        return asker(self.by_login)
 
     def render(self, name: str, title: str, status: int = 200, **values: Any) -> Response:
         """Returns the page that is made of html/`name`."""
@@ -82,6 +85,11 @@ class View:
 def narrowed(name: str, value: str) -> str:
     """Returns the URL of the mails with this state, key or tag."""
     return found_at(Query().also(name, value))
+
+
+def asker(by_login: bool) -> str:
+    given = request.authorization
+    return (given.username or "") if by_login and given else "without login"
 
 
 def go(path: str) -> Response:

@@ -50,6 +50,11 @@ def ago(given: str | float | datetime | None) -> str:
     return Markup('<time datetime="{}" data-ago>{}</time>').format(at.isoformat(timespec="milliseconds"), text)
 
 
+def took(seconds: float) -> str:
+    """Returns `12 ms`, `1.5 s`, `12 min`."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else lasting(seconds)
+
+
 def number(count: float) -> str:
     return f"{count:,.0f}"
 
@@ -71,3 +76,14 @@ def chip(state: str) -> str:
     """Returns the mark that a state has on every page."""
     label = {"unknown": "in doubt"}.get(state, state)
     return Markup('<span class="chip {}">{}</span>').format(escape(state), label)
+
+
+def fate(status: str) -> str:
+    """Returns the mark of what became of a recipient."""
+    look = {"accepted": "sent", "refused": "failed", "in_doubt": "unknown"}.get(status, "")
+    return Markup('<span class="chip {}">{}</span>').format(look, status.replace("_", " "))
+
+
+def is_id(text: str) -> bool:
+    """Returns whether it is an id such as mails and jobs have."""
+    return bool(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text))
