@@ -104,7 +104,10 @@ def test_an_open_breaker_is_shown_with_its_last_reply_its_meaning_and_its_fix(
     assert "a mail may try now" in pages.text("/mail/system")
 
 
-def test_tasks_and_redis_are_shown(pages: Pages, client: Redis) -> None:
+def test_sessions_the_rate_tasks_and_redis_are_shown(redis_server: RedisServer, client: Redis) -> None:
+    pages = Pages.of(redis_server.url, smtp_rate="14/s,2000/d")
+    client.hset("relay:sessions", mapping={"a:1": f"3 2 {time.time():.0f}", "b:2": "9 9 1", "c:3": "<i>"})
+    client.rpush("relay:gone", *(1000 * (time.time() - age) for age in (5, 10, 20)))
     Cron(client, "jobs", {"tasks.report": ("0 7 * * *", Policy(1, (), 1, 1))}).tick()
     client.config_set("maxmemory-policy", "allkeys-lru")
     client.config_set("maxmemory", 10**9)
@@ -113,6 +116,8 @@ def test_tasks_and_redis_are_shown(pages: Pages, client: Redis) -> None:
     finally:
         client.config_set("maxmemory", 0)
         client.config_set("maxmemory-policy", "noeviction")
+    assert "3 busy with a mail, 2 kept for the next" in shown
+    assert "0 used of 14/s 3 used of 2000/d" in shown
     assert "report 0 7 * * * " in shown
     assert "07:00:00" in shown.partition("report 0 7")[2]
     assert "of 954 MB" in shown

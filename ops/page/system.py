@@ -19,8 +19,9 @@ from queues.cron import Timing, timetable
 from queues.health import queue_states
 from queues.quarantine import DAMAGED
 from queues.table import EMAIL, QUEUES
-from smtp.pacing import Pacing, standing
+from smtp.pacing import Pacing, standing, used
 from smtp.relay import Relay
+from smtp.tally import sessions
 
 PATH = "/mail/system"
 
@@ -71,7 +72,8 @@ def show(view: View) -> Response:
         "Relay and workers",
         relay=relay(view),
         breaker=breaker(view),
-        rates=view.settings.smtp_rate,
+        sessions=sessions(view.redis),
+        rates=used(view.redis, view.settings.smtp_rate),
         last_sent=view.outbox.last_sent(),
         staging=view.settings.staging,
         paused=overview.is_paused(view.redis),
