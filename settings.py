@@ -265,6 +265,7 @@ class Settings(BaseSettings):
     dashboard_username: str = "admin"
     dashboard_password: SecretStr | None = None
     dashboard_password_file: FilePath | None = None
+    show_addresses: bool = True
 
     alert_url: SecretStr | None = None
     alert_url_file: FilePath | None = None

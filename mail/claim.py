@@ -103,6 +103,8 @@ class Claim:
     priority: str = "normal"
     settled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
+    claimed_at: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)  # the same moment, to measure from
 
     def has_expired(self, within: float = 0) -> bool:
         """Returns whether the mail may not be sent any more, now or `within` so many seconds."""
@@ -146,7 +148,7 @@ class Claim:
         now = time.time()
         fields: dict[str, str | float] = {
             "recipients": recipients_to_json(self.recipients),
-            "attempts": json.dumps(self.attempts[-ATTEMPTS_KEPT:]),
+            "attempts": attempts_to_json(self.attempts),
             "counted": self.counted,
             "reason": reason,
             "settled_at": now,
@@ -171,6 +173,10 @@ def iso(moment: float) -> str:
 def timestamp(moment: str) -> float:
     """Returns seconds since 1970; 0 for ""."""
     return datetime.fromisoformat(moment).timestamp() if moment else 0
+
+
+def attempts_to_json(attempts: list[dict[str, Any]]) -> str:
+    return json.dumps(attempts[-ATTEMPTS_KEPT:], separators=(",", ":"))
 
 
 def recipients_to_json(recipients: list[Recipient]) -> str:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import settings
 from mail.claim import Busy, Claim, Early, iso
@@ -23,12 +23,13 @@ from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
-from queues.jobs import JobFailed, Jobs, Retry, allow_exceptions, queued_at, run_again_in
+from queues.jobs import JobFailed, Jobs, Retry, allow_exceptions, queued_at, run_again_in, run_by
 from smtp.envelope import Envelope
 from smtp.pacing import Pacing
 from smtp.policy import MESSAGE, Phase, Verdict
 from smtp.pool import SessionPool
 from smtp.relay import Relay
+from smtp.tally import Tally
 from smtp.verdict import Outcome, Reply
 
 NOT_ADMITTED = "MAIL_ALLOWLIST or MAIL_REDIRECT_TO keeps it from a recipient"
@@ -59,6 +60,7 @@ class Delivery:
         self.relay = Relay.of(outbox.settings)
         self.pacing = Pacing(outbox.jobs.redis, outbox.settings.smtp_rate)
         self.pool = SessionPool()
+        self.tally = Tally(self.pool)
         self.dots = Dots()
 
     def deliver(self, mail_id: str) -> str | Retry:
@@ -109,10 +111,11 @@ class Delivery:
                 claim.mark_in_doubt(at_dot(envelope.recipients, said))
                 said = talk.finish()
             SMTP.note(time.monotonic() - started, claim.counts)
+            figures = talk.figures(since=claim.started)
             put_off = claim.was_put_off
             if said.reply.is_about_the_mail and self._met_by_others(said.reply, put_off):
                 said = said.repeated()
-            record(claim, said, self.relay)
+            record(claim, said, self.relay, figures)
             try:  # written down before a word more to the relay, and before anything else
                 return self._conclude(claim, list(said.recipients.values()))
             finally:
@@ -188,7 +191,7 @@ def at_dot(recipients: Sequence[str], replies: Mapping[str, Reply]) -> dict[str,
     return {who: AT_DOT[replies[who].verdict] for who in recipients}
 
 
-def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
+def record(claim: Claim, outcome: Outcome, relay: Relay, figures: Mapping[str, Any]) -> None:
     """Enters into the claim what the relay said, in all and about each recipient."""
     for one in claim.recipients:
         reply = outcome.recipients.get(one.address)
@@ -199,7 +202,8 @@ def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
     if verdict is Verdict.IN_DOUBT:
         claim.counts["in_doubt"] += 1
     said = {"phase": reply.phase, "code": reply.code, "text": reply.text, "verdict": verdict}
-    claim.attempts.append({"at": iso(time.time()), "relay": str(relay), **said})
+    by = {"worker": run_by(), "began": iso(claim.claimed_at)}
+    claim.attempts.append({"at": iso(time.time()), "relay": str(relay), **said, **by, **figures})
 
 
 def given_up(claim: Claim) -> State:

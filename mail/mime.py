@@ -35,6 +35,12 @@ DELIMITER = b"--=_"  # how the lines between parts begin; a text that holds it i
 
 def to_mime(message: Message, message_id: str, date: datetime) -> bytes:
     """Returns the message as it goes over the wire: CRLF line ends, 7-bit but for SMTPUTF8 addresses, without Bcc."""
+    seed = hashlib.sha256(message_id.encode()).hexdigest()[:24]
+    return head(message, message_id, date).encode() + mime_body(message, seed)
+
+
+def head(message: Message, message_id: str, date: datetime) -> str:
+    """Returns the header lines but for those that say how the body is written."""
     lines = [
         address_header("From", [message.sender]),
         address_header("To", message.to),
@@ -46,8 +52,7 @@ def to_mime(message: Message, message_id: str, date: datetime) -> bytes:
         "MIME-Version: 1.0",
         *(text_header(name, value) for name, value in message.headers.items()),
     ]
-    block = "".join(f"{line}\r\n" for line in lines if line)
-    return block.encode() + mime_body(message, hashlib.sha256(message_id.encode()).hexdigest()[:24])
+    return "".join(f"{line}\r\n" for line in lines if line)
 
 
 def text_header(name: str, value: str) -> str:

@@ -2,6 +2,7 @@
 
     queued -> sending -> sent | failed | unknown (in doubt and held) | delayed -> sending ...
     queued, delayed, failed, unknown -> canceled
+    unknown -> sent | failed, when a person says that it arrived
 
 Every script that changes a state is BECOME and a body: accept, claim, settle, cancel, sweep (mail.store puts them
 together). Anything that must happen whenever a mail fails, is sent, ... (a webhook, a suppression list) is added to
@@ -50,7 +51,7 @@ FOLLOWS: Mapping[State | None, Set[State]] = {
     State.SENDING: {*FINAL, State.SENDING, State.DELAYED},  # sending: another attempt takes it over
     State.DELAYED: {*FINAL, State.SENDING},
     State.FAILED: {State.SENDING, State.CANCELED, State.SENT},
-    State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT},
+    State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT, State.FAILED},
     State.CANCELED: {State.CANCELED, State.SENT},
     State.SENT: {State.SENT},
 }
@@ -64,6 +65,7 @@ DROPS: Mapping[State, tuple[str, ...]] = {
 # What mail.counters counts a state as, but for a test, and a mail that has failed because it expired.
 COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)}  # and `accepted` by accept, all mails at once
 OVER_TIME = "^delivered:[^u]"  # Lua's pattern of the totals that mail.figures has by minute and hour, beside COUNTED
+CAUSED = frozenset({State.FAILED, State.UNKNOWN, State.DELAYED})  # in mail.index by their `reason`, too: mail.causes
 LETTERS = {  # in mail.index
     **{state.value: state.value[0] for state in State},
     State.SENDING.value: "n",
@@ -98,32 +100,46 @@ local function count(name, number)
   note(name == EXPIRED and 'failed' or name, number)
 end
 """
-# Moves the one member in mail.index that a mail has by its state. In pcall, for INDEX may hold something else, which
-# mail.sweep puts aside.
+# Moves the one member in mail.index that a mail has by its state, and the one that it may have by its reason. In pcall,
+# for INDEX may hold something else, which mail.sweep puts aside.
 REINDEX = """
 local function raw(hex)
   return (string.gsub(hex, '%x%x', function(two) return string.char(tonumber(two, 16)) end))
 end
 
-local function member(id, state, key, scheduled_at)
-  local name = 0
-  for at = 1, #(key or '') do name = (name * 31 + string.byte(key, at)) % 2^32 end
-  if state == 'queued' and scheduled_at then state = SCHEDULED end
-  return 's' .. LETTERS[state] .. raw(string.format('%08x', name)) .. raw((string.gsub(id, '-', '')))
+local function digest(text, factor)
+  local sum = 0
+  for at = 1, #text do sum = (sum * factor + string.byte(text, at)) % 2^32 end
+  return raw(string.format('%08x', sum))
 end
 
-local function reindex(id, was, state)
+local function letter(state, scheduled_at)
+  return LETTERS[state == 'queued' and scheduled_at and SCHEDULED or state]
+end
+
+local digests = {}
+local function by_cause(own, state, reason)  -- the member of a mail whose id is `own` in bytes; of most mails, nothing
+  if not CAUSED[state] or not reason or reason == '' then return end
+  digests[reason] = digests[reason] or digest(reason, 31) .. digest(reason, 65599)
+  return 'r' .. LETTERS[state] .. digests[reason] .. own
+end
+
+local function reindex(id, was, reason_was, state, reason)
   if string.sub(id, 15, 15) ~= '7' then return end  -- accepted before there was an index
   local key, scheduled_at = unpack(redis.call('HMGET', MAIL .. id, 'key', 'scheduled_at'))
-  redis.pcall('ZREM', INDEX, member(id, was, key, scheduled_at))
-  redis.pcall('ZADD', INDEX, 0, member(id, state, key, scheduled_at))
+  local own = raw((string.gsub(id, '-', '')))
+  local rest, cause = digest(key or '', 31) .. own, by_cause(own, state, reason)
+  redis.pcall('ZREM', INDEX, 's' .. letter(was, scheduled_at) .. rest, by_cause(own, was, reason_was))
+  redis.pcall('ZADD', INDEX, 0, 's' .. letter(state, scheduled_at) .. rest)
+  if cause then redis.pcall('ZADD', INDEX, 0, cause) end
 end
 """
 # Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX
 # (keys), PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final states, in seconds).
 #
-# become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `look_at` is when mail.sweep
-# looks at a mail that is not final; `fields` are written with the state.
+# become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `now` is needed where a relay
+# has taken the mail just now; `look_at` is when mail.sweep looks at one that is not final; `fields` are written with
+# the state.
 # But for a new mail, it begins with a command that frees memory: Redis looks for memory before a script's first write
 # only, and a mail that was sent must be written down on a full Redis, too. And if TOTALS or OPEN hold something else
 # (pcall), which mail.sweep puts aside.
@@ -134,10 +150,12 @@ local function become(id, state, now, look_at, fields)
   local mail = MAIL .. id
   local was = redis.call('HGET', mail, 'state')
   if not may(was, state) then return false end
+  local reason_was = CAUSED[was] and redis.call('HGET', mail, 'reason')
   if was then redis.call('HDEL', mail, unpack(DROPS[state])) end
   redis.call('HSET', mail, 'state', state, unpack(fields))
   local counted = COUNTED[state]
-  if state == 'failed' and redis.call('HGET', mail, 'reason') == EXPIRED then counted = EXPIRED end
+  local reason = CAUSED[state] and redis.call('HGET', mail, 'reason')
+  if state == 'failed' and reason == EXPIRED then counted = EXPIRED end
   local test = state == 'sent' and redis.call('HEXISTS', mail, 'test') == 1
   if test then counted = TEST end
   if counted and was ~= state then count(counted, 1) end  -- sent twice is one mail
@@ -148,8 +166,8 @@ local function become(id, state, now, look_at, fields)
     if was then redis.call('PERSIST', mail) end
     redis.pcall('ZADD', OPEN, look_at, id)
   end
-  if state == 'sent' and not test then redis.call('SET', LAST_SENT, now) end
-  if was and was ~= state then reindex(id, was, state) end  -- accept writes the first member, beside others
+  if state == 'sent' and now and not test then redis.call('SET', LAST_SENT, now) end
+  if was and was ~= state then reindex(id, was, reason_was, state, reason) end  -- accept writes the first members
   return true
 end
 """
@@ -165,6 +183,7 @@ def transition(**constants: object) -> str:
     """Returns BECOME behind all that it uses, as local variables of the script."""
     tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED, "TEST": TEST}
     tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED, "OVER_TIME": OVER_TIME}
+    tables |= {"CAUSED": CAUSED}
     return named(**constants, **tables) + NOTE + COUNT + REINDEX + BECOME
 
 

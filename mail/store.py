@@ -6,6 +6,7 @@ ours begins with `mail:` but those named here.
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ MAIL = "mail:"
 OPEN = "mail:open"  # sorted set: every mail that is not final, by the moment at which mail.sweep looks at it
 LAST_SENT = "mail:last_sent"  # seconds since 1970
 TOTALS = "mail:totals"  # hash: what mail.counters counts
+ACTIONS = "mail:actions"  # list: what people did, the latest first, as JSON: ops.page.audit
 SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
 WATCH = "mail:watch"  # hash: what the dashboard's watch has seen, and told people (ops.watch, ops.alerts)
 INDEX = "mail:index"  # sorted set: mail.index
@@ -69,9 +71,11 @@ class Store:
         self._scripts: dict[str, Script] = {}
 
     def script(self, body: str) -> Script:
-        """Returns the script that is BECOME and `body`."""
+        """Returns the script that is BECOME and `body`, or `body` alone if that names nothing of it."""
         if body not in self._scripts:
-            self._scripts[body] = Script(self.redis, self._become + body)
+            names = set(re.findall(r"^local (?:function )?(\w+)", self._become, re.MULTILINE))
+            named = names & set(re.findall(r"\w+", body))
+            self._scripts[body] = Script(self.redis, self._become + body if named else body)
         return self._scripts[body]
 
     def run(self, body: str, keys: list[str], args: list[Any]) -> Any:

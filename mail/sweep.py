@@ -28,6 +28,7 @@ from mail.claim import iso, timestamp
 from mail.counters import number
 from mail.outbox import Outbox
 from mail.store import (
+    ACTIONS,
     INDEX,
     KEY_NAMES,
     LAST_SENT,
@@ -51,7 +52,7 @@ from smtp import pacing
 
 AT_ONCE = 1000  # mails looked at in one go
 OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
-OURS |= {WATCH: "hash", INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset"}
+OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list", WATCH: "hash"}
 OURS |= {keys.queue(BULK): "list"}
 KINDS = OURS | pacing.KINDS  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds
@@ -148,7 +149,7 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
         else:
             redis.zrem(OPEN, entry)
             yield Finding("", "unreadable", f"an entry of {OPEN} that names no mail")
-    index.trim(redis, now - outbox.settings.retain_sent)
+    index.trim(outbox.store, now - outbox.settings.retain_sent)
     redis.hset(SWEPT, "at", now)
 
 

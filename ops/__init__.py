@@ -8,8 +8,10 @@ install.py                      bin/install: the steps from a bare server to a r
 server.py, release.py, site.py  the server they change, what of a clone is installed, the nginx site
 aof.py                          cuts what a crash left unfinished off Redis' append-only file
 key.py, breaker.py              bin/key: makes, lists and revokes API keys; bin/breaker: shows and closes it
+top.py                          bin/top: the pages on a terminal
 restore.py                      bin/restore: brings back what bin/backup has saved
-dashboard.py, login.py          rq-dashboard behind a login that is slow to guess
+dashboard.py, login.py          page/ and rq-dashboard behind a login that is slow to guess
+page/                           the pages for people at /mail/
 facts.py, condition.py          what is known now, and the one sentence that says whether all is well
 watch.py, alerts.py, push.py    looks all the time, decides what people are told, and tells them
 doctor.py, checks/              bin/doctor: what is wrong here, and the command that fixes it

@@ -1,4 +1,4 @@
-"""rq-dashboard behind a login, under Waitress: `python -m ops.dashboard [--no-login]`, pages under /rq/.
+"""Our pages at /mail/ and rq-dashboard at /rq/, behind a login, under Waitress: `python -m ops.dashboard [--no-login]`.
 
 Nobody sees or repeats mail without the password, no other web site can press its buttons, looking changes nothing in
 Redis, nothing from Redis is un-pickled or becomes markup, and every page answers a plain 503 when Redis is away. All
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import rq_dashboard.web as upstream
-from flask import Flask, Response, abort, g, jsonify, redirect, request, url_for
+from flask import Flask, Response, abort, g, jsonify, redirect, request
 from jinja2 import Environment, FileSystemLoader
 from redis import Redis
 from redis.client import Pipeline
@@ -42,6 +42,9 @@ from waitress import create_server
 
 from ops import watch
 from ops.login import Login
+from ops.page.app import pages
+from ops.page.audit import note
+from ops.page.view import asker
 from process import sd_daemon
 from process.log import emit, say_why_not, set_up, where
 from queues.connection import Unavailable, connect, is_wrong_type, why_unavailable
@@ -216,9 +219,10 @@ class ReadOnlyRedis(ReadOnly, Redis):
 
 
 class Dashboard(Flask):
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, by_login: bool) -> None:
         super().__init__("dashboard", static_folder=PACKAGE / "static", static_url_path="/rq/static")
         self.jinja_loader = PatchedTemplates(PACKAGE / "templates")
+        self.by_login = by_login
         self.writer = connect(redis_url)
         self.reader = ReadOnlyRedis(connection_pool=connect(redis_url).connection_pool)
         kwargs = self.writer.connection_pool.connection_kwargs
@@ -233,6 +237,10 @@ class Dashboard(Flask):
         """Returns the client of the blueprint's views."""
         return self.reader if request.method in READING else self.writer
 
+    def note(self, what: str, id: str) -> None:
+        """Notes that who asks has pressed a button of rq-dashboard."""
+        note(self.writer, asker(self.by_login), what, id)
+
     def log_exception(self, exc_info: Any) -> None:
         """Logs where it was raised and not its text, which may quote a job."""
         emit("crashed", logging.ERROR, where=where(exc_info[1]))
@@ -240,7 +248,7 @@ class Dashboard(Flask):
 
 def make_app(settings: Settings, login: bool, names: Collection[str] = ()) -> Dashboard:
     """Returns the WSGI application. Raises RuntimeError if the installed rq-dashboard is not the one that we patch."""
-    app = Dashboard(settings.redis_url.get_secret_value())
+    app = Dashboard(settings.redis_url.get_secret_value(), login)
     app.before_request(Login(settings).demand if login else partial(refuse_foreign_names, names))
     app.before_request(refuse_other_origins)
     app.before_request(refuse_other_pages)
@@ -252,7 +260,8 @@ def make_app(settings: Settings, login: bool, names: Collection[str] = ()) -> Da
     for gone in (NotFound, NoSuchJobError):
         app.register_error_handler(gone, lambda _: plain(404, "There is no such job."))
     app.register_blueprint(upstream.blueprint, url_prefix="/rq")
-    app.add_url_rule("/", view_func=lambda: redirect(url_for("rq_dashboard.queues_overview")), endpoint="home")
+    app.register_blueprint(pages(app.writer, settings, login))
+    app.add_url_rule("/", view_func=lambda: redirect("/mail/"), endpoint="home")
     replace_views(app)
     for template in {*app.jinja_env.list_templates(), *(patched for patched, *_ in PATCHES)}:
         app.jinja_env.get_template(template)
@@ -287,11 +296,11 @@ def nonce() -> str:
 
 
 def add_headers(response: Response) -> Response:
-    response.headers["Content-Security-Policy"] = CSP.format(nonce=nonce())
-    response.headers["X-Frame-Options"] = "DENY"
+    response.headers.setdefault("Content-Security-Policy", CSP.format(nonce=nonce()))
+    response.headers.setdefault("X-Frame-Options", "DENY")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "same-origin"
-    if request.endpoint not in ("static", "rq_dashboard.static", "rq_dashboard.favicon"):
+    if request.endpoint not in ("static", "rq_dashboard.static", "rq_dashboard.favicon", "page.file"):
         response.headers["Cache-Control"] = "no-store"
     return response
 
@@ -325,6 +334,7 @@ def replace_views(app: Dashboard) -> None:
 
 def requeue_job_view(app: Dashboard, job_id: str) -> Response:
     Jobs(app.writer).requeue(job_id)
+    app.note("requeue", job_id)
     return jsonify(status="OK")
 
 
@@ -335,6 +345,8 @@ def requeue_all(app: Dashboard, queue_name: str) -> Response:
         with suppress(NotFound, NotPossible):
             jobs.requeue(job_id)
             requeued += 1
+    if requeued:
+        app.note("requeue_all", queue_name)
     return jsonify(status="OK", count=requeued)
 
 
@@ -344,11 +356,14 @@ def compact_queue(app: Dashboard, queue_name: str) -> Response:
     for job_id in Queue(queue_name, connection=app.reader).get_job_ids():
         if not Job.exists(job_id, app.reader):
             queue.remove(job_id)
+    app.note("compact", queue_name)
     return jsonify(status="OK")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m ops.dashboard", description="rq-dashboard under /rq/")
+    parser = argparse.ArgumentParser(
+        prog="python -m ops.dashboard", description="the pages at /mail/ and rq-dashboard at /rq/"
+    )
     parser.add_argument("--no-login", action="store_true", help="ask for no password; on loopback only")
     add_flag(parser)
     given = parser.parse_args()

@@ -358,6 +358,7 @@ async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.
   API            http://127.0.0.1:{ports.api_port}      key: {settings.DEV_KEY}{more}
   Reference      http://127.0.0.1:{ports.api_port}/docs
   {mail}
+  All mail       http://127.0.0.1:{ports.dashboard_port}/mail/
   Queues         http://127.0.0.1:{ports.dashboard_port}/rq/{cron}
 
 Send a mail:

@@ -210,7 +210,7 @@ def test_each_route_is_public_and_wants_a_key_or_is_for_this_machine(
         assert here.status in (200, 503)
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/readyz", "/rq/", "/rq/static/css/main.css"])
+@pytest.mark.parametrize("path", ["/metrics", "/readyz", "/rq/", "/mail/", "/mail", "/rq/static/css/main.css"])
 @pytest.mark.parametrize("claim", ["X-Forwarded-For", "X-Real-IP", "Forwarded"])
 def test_what_is_for_this_machine_is_refused_whatever_a_client_claims(front: Api, path: str, claim: str) -> None:
     assert is_ours(front.call("GET", path, headers={"Host": "localhost", claim: "127.0.0.1"}), 404, "not_found")
@@ -219,7 +219,9 @@ def test_what_is_for_this_machine_is_refused_whatever_a_client_claims(front: Api
 def test_the_dashboard_is_there_for_this_machine_and_asks_who_it_is(front: Api) -> None:
     here, login = at_home(front), "Basic " + base64.b64encode(b"admin:open").decode()
     eventually(lambda: here.get("/rq/").status == 401)
-    assert here.get("/rq").headers["Location"] == "/rq/"
+    for page in ("/rq", "/mail"):
+        assert here.get(page).headers["Location"] == f"{page}/"
+    assert here.call("GET", "/mail/activity", headers={"Authorization": login}).status == 200
     answer = here.call("GET", "/rq/", headers={"Authorization": login})
     assert answer.status == 200
     assert "/rq/static/" in answer.body

@@ -107,6 +107,10 @@ ROWS = (
 OTHERWISE = (  # for what smtp.policy does not take for trouble
     (ANY, "mail", "5..", "", "the relay refuses this sender",
      "put an address into MAIL_FROM that this login may send as"),
+    (ANY, "rcpt", "5..", r"5\.1\.[0-3]|no such|unknown|not exist", "the relay knows no such address",
+     "correct it where the application has it from, and submit the mail anew"),
+    (ANY, "rcpt", "5..", "", "the relay refuses this recipient permanently",
+     "GET /emails/ID has the relay's own words"),
     (ANY, LATER, "5..", "", "the relay refuses this mail permanently", "GET /emails/ID has the relay's own words"),
     (ANY, LATER, "4..", "", "the relay puts this mail off; it is tried again", "wait; GET /emails/ID has its words"),
 )

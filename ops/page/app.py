@@ -1,0 +1,73 @@
+"""The routes of the pages at /mail/.
+
+They are a Flask blueprint of the dashboard, whose login, check of origin and answers while Redis is away they share.
+Reading a page changes nothing; what changes something is a POST, from a form of ours. No file comes from elsewhere, no
+script or style is within a page, and nothing is cached but our two files, whose URL changes with their content.
+Standards: Content Security Policy 3 (W3C), RFC 9110.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from flask import Blueprint, Response, abort
+
+from mail.templates import read_again_when_changed
+from mail.templates import use as use_templates
+from ops.page import activity, audit, email, overview, scheduled, system, templates
+from ops.page.view import FILES, HERE, View
+from queues.connection import Redis
+from queues.jobs import NotFound, NotPossible
+from settings import Settings
+
+CSP = (
+    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+ROUTES = (
+    ("GET", "/", overview.show),
+    ("GET", "/activity", activity.show),
+    ("GET", "/search", activity.begin),
+    ("POST", "/search", activity.search),
+    ("GET", "/scheduled", scheduled.show),
+    ("GET", "/system", system.show),
+    ("GET", "/system/<act>", system.ask),
+    ("POST", "/system/<act>", system.do),
+    ("GET", "/templates", templates.show),
+    ("GET", "/templates/<template_id>", templates.one),
+    ("POST", "/templates/<template_id>", templates.preview),
+    ("GET", "/templates/<template_id>/html", templates.frame),
+    ("GET", "/emails/<mail_id>", email.show),
+    ("GET", "/emails/<mail_id>/<action>", email.ask),
+    ("POST", "/emails/<mail_id>/<action>", email.act),
+    ("GET", "/actions", audit.show),
+)
+
+
+def pages(redis: Redis, settings: Settings, by_login: bool) -> Blueprint:
+    """Returns the blueprint. `by_login`: who asks has logged in, with a name."""
+    blueprint, view = Blueprint("page", __name__, url_prefix="/mail"), View(redis, settings, by_login)
+    if settings.templates_dir:
+        use_templates(settings.templates_dir)
+    read_again_when_changed()
+    for method, path, handler in ROUTES:
+        endpoint = f"{handler.__module__.rpartition('.')[2]}_{handler.__name__}"
+        blueprint.add_url_rule(path, endpoint, partial(handler, view), methods=[method])
+    blueprint.add_url_rule("/<name>", "file", file)
+    blueprint.register_error_handler(NotFound, partial(email.gone, view))
+    blueprint.register_error_handler(NotPossible, partial(email.refuse, view))
+    blueprint.after_request(add_headers)
+    return blueprint
+
+
+def file(name: str) -> Response:
+    """Answers with our style or script."""
+    if name not in FILES:
+        abort(404)
+    return Response((HERE / name).read_bytes(), mimetype=FILES[name], headers={"Cache-Control": "max-age=31536000"})
+
+
+def add_headers(response: Response) -> Response:
+    """Adds what these pages have in place of the dashboard's own."""
+    response.headers.setdefault("Content-Security-Policy", CSP)
+    return response

@@ -1,0 +1,262 @@
+"""One mail: what became of it, step by step, and what a person may do about it: `/mail/emails/<id>`.
+
+Never shows a body or a file's name. Each action is a page that asks, and a POST to the same path that does it.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from flask import Response, abort, request
+
+from mail.address import Mailbox
+from mail.claim import timestamp
+from mail.counters import number
+from mail.draft import scheduled
+from mail.message import Message
+from mail.mime import head, to_mime
+from mail.outbox import Outbox
+from mail.reader import NO_MAIL
+from mail.request import Invalid
+from mail.states import FINAL, SCHEDULED, State, Status
+from mail.store import mail_key
+from ops.page import audit, timeline
+from ops.page.advice import advice, in_the_way
+from ops.page.view import View, go
+from ops.page.words import masked, moment
+from queues import keys
+from queues.jobs import NotFound, NotPossible
+from queues.quarantine import DAMAGED
+
+LARGEST = 256 * 1024  # bytes of a content, packed, of which the headers are shown; four times as many unpacked
+
+
+class Action(NamedTuple):
+    """What a person may do to a mail in one of `states`: the button, the question, and what is said about it."""
+
+    name: str
+    states: tuple[str, ...]
+    button: str
+    question: str
+    text: str
+    do: Callable[[Outbox, str], object]
+
+
+WAITING = (SCHEDULED, State.QUEUED.value, State.DELAYED.value)
+ACTIONS = (
+    Action(
+        "requeue", (State.UNKNOWN,), "It did not arrive: send it again", "Send again a mail that may have arrived?",
+        "The relay may have it, and then it arrives twice. The relay's log knows, by the Message-ID.", Outbox.requeue,
+    ),
+    Action(
+        "requeue", (State.FAILED,), "Send it again", "Send this mail again?",
+        "It gets all its attempts again, and goes only to those recipients who do not have it yet.", Outbox.requeue,
+    ),
+    Action(
+        "cancel", WAITING, "Cancel it", "Cancel this mail?",
+        "Nothing more of it is sent, and its body is dropped at once. That cannot be undone.", Outbox.cancel,
+    ),
+    Action(
+        "cancel", (State.FAILED, State.UNKNOWN), "Give it up", "Give this mail up?",
+        "It cannot be sent again then, for its body is dropped at once.", Outbox.cancel,
+    ),
+)  # fmt: skip
+MOVE = "move"  # has a form of its own
+
+
+class Kept(NamedTuple):
+    """What is kept of a mail besides what `GET /emails/{id}` shows. `content` is None where it is dropped or large."""
+
+    outline: bytes
+    settled_at: float
+    has_content: bool
+    content: bytes | None
+    running: timeline.Step | None
+
+
+def show(view: View, mail_id: str) -> Response:
+    mail = view.outbox.read(mail_id)
+    try:
+        told = {**about(view, mail), **fates(mail)}
+    except DAMAGED:
+        raise NotFound(NO_MAIL) from None
+    return view.render("email.html", mail["subject"] or "(no subject)", mail=mail, **told)
+
+
+def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the page says besides the mail itself."""
+    kept, state = look(view, mail["id"]), mail["status"]
+    done = audit.actions(view.redis, only=mail["id"])
+    return {
+        "kept": kept,
+        "steps": timeline.steps(mail, kept.settled_at, kept.running, done),
+        "last": mail["attempts"][-1] if mail["attempts"] else None,
+        "sent_at": sent_at(mail, kept),
+        "due": timestamp(mail["scheduled_at"] or mail["created_at"]),
+        "overdue": 0 < timestamp(mail["next_attempt_at"] or "") <= time.time(),
+        "trouble": state not in FINAL and view.outbox.relay_in_trouble(),
+        "replied": in_the_way(mail) is not None,
+        "advice": advice(mail),
+        "actions": possible(mail),
+        "may_move": state == SCHEDULED,
+        "final": state in FINAL,
+        "headers": header_lines(view, mail, kept),
+        "commands": commands(view, mail),
+    }
+
+
+def fates(mail: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the recipients, and how many of them are served, refused and in doubt."""
+    statuses = [one["status"] for one in mail["recipients"]]
+    names = {"served": Status.ACCEPTED, "refused": Status.REFUSED, "in_doubt": Status.IN_DOUBT}
+    return {"recipients": mail["recipients"], **{name: statuses.count(status) for name, status in names.items()}}
+
+
+def sent_at(mail: Mapping[str, Any], kept: Kept) -> float:
+    """Returns when the relay accepted the last of it, in seconds since 1970."""
+    accepted = [one["at"] for one in mail["attempts"] if one["verdict"] == "accepted"]
+    return timestamp(accepted[-1]) if accepted else kept.settled_at
+
+
+def look(view: View, mail_id: str) -> Kept:
+    pipe, key = view.redis.pipeline(transaction=False), mail_key(mail_id)
+    pipe.hmget(key, "outline", "settled_at")
+    pipe.hstrlen(key, "content")
+    pipe.hmget(keys.job(mail_id), "worker_name", "started_at")
+    (outline, settled_at), size, job = pipe.execute(raise_on_error=False)
+    worker, started = job if isinstance(job, list) else (None, None)
+    running = None
+    if worker and started:
+        what = f"Claimed by worker {worker.decode(errors='replace')[:8]}, which has it in hand"
+        running = timeline.Step(what, number_of(started))
+    packed: Any = view.redis.hget(key, "content") if 0 < size <= LARGEST else None
+    return Kept(outline or b"", number(settled_at), size > 0, unpacked(packed) if packed else None, running)
+
+
+def number_of(started: bytes) -> float:
+    """Returns a moment as RQ writes it, in seconds since 1970; 0 for what is none."""
+    try:
+        return datetime.fromisoformat(started.decode().replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return 0
+
+
+def unpacked(packed: bytes) -> bytes | None:
+    """Returns the content, or None if it cannot be read, or is larger than a page should read."""
+    opened = zlib.decompressobj()
+    try:
+        text = opened.decompress(packed, 4 * LARGEST)
+    except zlib.error:
+        return None
+    return text if opened.eof else None
+
+
+def header_lines(view: View, mail: Mapping[str, Any], kept: Kept) -> str:
+    """Returns the header lines as they are sent; without the mail's own and those of its body where the content is not
+    read."""
+    message = Message.from_json(kept.outline, kept.content or b"{}")
+    if not view.settings.show_addresses:
+        message = without_addresses(message)
+    about = message, mail["message_id"], datetime.fromisoformat(mail["created_at"])
+    return to_mime(*about).partition(b"\r\n\r\n")[0].decode() if kept.content else head(*about)
+
+
+def without_addresses(message: Message) -> Message:
+    def mask(boxes: list[Mailbox]) -> list[Mailbox]:
+        return [Mailbox("", masked(box.address)) for box in boxes]
+
+    return replace(
+        message,
+        sender=mask([message.sender])[0],
+        to=mask(message.to),
+        cc=mask(message.cc),
+        bcc=mask(message.bcc),
+        reply_to=mask(message.reply_to),
+        headers={name: masked(value) for name, value in message.headers.items()},
+    )
+
+
+def possible(mail: Mapping[str, Any]) -> list[Action]:
+    expired = 0 < timestamp(mail["expires_at"] or "") <= time.time()
+    fitting = [action for action in ACTIONS if mail["status"] in action.states]
+    return [action for action in fitting if not (expired and action.name == "requeue")]
+
+
+def commands(view: View, mail: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns what each of it is called, and the command that does it through the API."""
+    api, mail_id, key = f"http://{view.settings.listen}", mail["id"], '-H "Authorization: Bearer $KEY"'
+    found = [("Read it", f"curl {api}/emails/{mail_id} {key}")]
+    for action in possible(mail):
+        path = f"jobs/{mail_id}/requeue" if action.name == "requeue" else f"emails/{mail_id}/cancel"
+        found.append((action.button, f"curl -X POST {api}/{path} {key}"))
+    if mail["status"] == SCHEDULED:
+        body = """-H 'Content-Type: application/json' -d '{"scheduled_at": "in 2 hours"}'"""
+        found.append(("Move it", f"curl -X PATCH {api}/emails/{mail_id} {key} {body}"))
+    return found
+
+
+def ask(view: View, mail_id: str, action: str) -> Response:
+    """Asks whether to do it, or why it cannot be done."""
+    mail, back = view.outbox.read(mail_id), f"/mail/emails/{mail_id}"
+    if action == MOVE and mail["status"] == SCHEDULED:
+        return view.render(
+            "move.html", "Move this mail", mail=mail, back=back, wrong="", now=moment(mail["scheduled_at"])
+        )
+    if action not in (MOVE, *(one.name for one in ACTIONS)):
+        abort(404)
+    for one in possible(mail):
+        if one.name == action:
+            return view.confirm(one.question, text=one.text, button=one.button, back=back)
+    raise NotPossible(f"a mail that is {mail['status']} allows no such thing")
+
+
+def act(view: View, mail_id: str, action: str) -> Response:
+    """Does it, notes who did, and shows the mail."""
+    if action == MOVE:
+        return move(view, mail_id)
+    do = {one.name: one.do for one in ACTIONS}.get(action)
+    if not do:
+        abort(404)
+    do(view.outbox, mail_id)
+    audit.note(view.redis, view.who, action, mail_id)
+    return go(f"/mail/emails/{mail_id}?done={action}")
+
+
+def move_form(view: View, mail: Mapping[str, Any], status: int = 200, wrong: str = "") -> Response:
+    about = {"back": f"/mail/emails/{mail['id']}", "wrong": wrong, "now": moment(mail["scheduled_at"])}
+    return view.render("move.html", "Move this mail", status, mail=mail, **about)
+
+
+def move(view: View, mail_id: str) -> Response:
+    """Moves a scheduled mail to the time of the form, which is in the machine's time zone."""
+    try:
+        asked = scheduled(datetime.fromisoformat(request.form.get("when", "")).astimezone())
+    except Invalid as error:
+        return move_form(view, view.outbox.read(mail_id), 400, error.errors[0].message)
+    except (ValueError, OverflowError):
+        return move_form(view, view.outbox.read(mail_id), 400, "must be a day and a time, such as 2026-12-24T18:00")
+    view.outbox.reschedule(mail_id, asked.timestamp())
+    audit.note(view.redis, view.who, MOVE, mail_id)
+    return go(f"/mail/emails/{mail_id}?done={MOVE}")
+
+
+def gone(view: View, error: Exception) -> Response:
+    """Answers 404, and says for how long mails are kept, and what else there is of this id."""
+    mail_id = (request.view_args or {}).get("mail_id", "")
+    try:
+        job = mail_id and view.outbox.jobs.fetch(mail_id).id
+    except NotFound:
+        job = ""
+    return view.render("gone.html", "There is no such mail", 404, job=job, why=str(error), settings=view.settings)
+
+
+def refuse(view: View, error: Exception) -> Response:
+    """Answers 409 with the reason for which something is not possible, any more or yet."""
+    return view.render(
+        "refused.html", "That is not possible", 409, why=str(error), back=request.path.rpartition("/")[0]
+    )

@@ -1,0 +1,103 @@
+"""What has happened to a mail, step by step, and what comes next. Pure.
+
+Attempts of an earlier version have no worker and no figures: then those steps are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
+
+from mail.claim import timestamp
+from mail.states import FINAL, SCHEDULED, State
+from ops.checks.findings import sized
+from ops.page.audit import Action
+from smtp.policy import Verdict
+
+VERDICTS = {  # of an attempt -> what it is called, and how it looks
+    Verdict.ACCEPTED.value: ("The relay accepted it", "well"),
+    Verdict.TRY_AGAIN.value: ("The relay put it off", "warn"),
+    Verdict.REFUSED.value: ("The relay refused it", "bad"),
+    Verdict.IN_DOUBT.value: ("No answer to the final dot: the relay may have it", "warn"),
+    Verdict.TROUBLE.value: ("The relay is in trouble, which costs the mail no attempt", "warn"),
+    "interrupted": ("The worker died in this attempt", "warn"),
+}
+ENDS = {  # a state -> what it is called, how it looks, and what a person does to bring it about
+    State.SENT: ("Sent", "well", "arrived"),
+    State.FAILED: ("Failed", "bad", ""),
+    State.UNKNOWN: ("In doubt, and held", "warn", ""),
+    State.CANCELED: ("Canceled", "", "cancel"),
+}
+DONE = {"requeue": "Queued again", "cancel": "Canceled", "move": "Moved to another time"}
+DONE |= {"arrived": "Noted that it arrived", "copy": "A copy sent to ALERT_TO"}
+
+
+class Step(NamedTuple):
+    """`at` is in seconds since 1970, 0 where nobody knows; `gap` is how many seconds passed since the step before."""
+
+    what: str
+    at: float = 0
+    reply: str = ""  # code and phase, or a reason of ours
+    said: str = ""  # the relay's words
+    facts: tuple[str, ...] = ()
+    look: str = ""  # well, warn, bad, or ahead: it is still to come
+    gap: float | None = None
+
+
+def steps(mail: Mapping[str, Any], settled_at: float, running: Step | None, done: Sequence[Action]) -> list[Step]:
+    """Returns the steps in their order. `running` is the attempt that has not ended yet, `done` what people did."""
+    found = [*_begin(mail), *(step for one in mail["attempts"] for step in _attempt(one))]
+    found += [Step(f"{DONE.get(one.what, one.what)} by {one.who}", one.at) for one in done]
+    found += [running] if running and mail["status"] == State.SENDING else []
+    found = sorted(found, key=lambda step: step.at)  # those of the same moment stay in their order
+    found += _end(mail, settled_at, {one.what for one in done})
+    before = found[0].at
+    for place, step in enumerate(found):
+        if step.at and step.look != "ahead":
+            found[place] = step._replace(gap=max(0.0, step.at - before) if place else None)
+            before = step.at
+    return found
+
+
+def _begin(mail: Mapping[str, Any]) -> Iterator[Step]:
+    key = f" by key {mail['key']}" if mail["key"] else ""
+    yield Step(f"Accepted{key}", timestamp(mail["created_at"]))
+    if mail["scheduled_at"] and mail["status"] != SCHEDULED:
+        yield Step("Its time has come", timestamp(mail["scheduled_at"]))
+
+
+def _attempt(one: Mapping[str, Any]) -> Iterator[Step]:
+    began, dot, took = timestamp(one.get("began") or ""), one.get("dot_ms"), one.get("took_ms")
+    if began:
+        yield Step(f"Claimed by worker {one.get('worker')}", began)
+    if began and dot is not None:
+        yield Step("Final dot sent", began + dot / 1000)
+    ended = began + took / 1000 if began and took is not None else timestamp(one["at"])
+    what, look = VERDICTS.get(one["verdict"], (one["verdict"], ""))
+    size = sized(one["bytes"]) if one.get("bytes") else ""
+    facts = tuple(filter(None, (one.get("relay"), one.get("tls"), size)))
+    yield Step(what, ended, reply(one), one["text"], facts, look)
+
+
+def reply(attempt: Mapping[str, Any]) -> str:
+    """Returns code and phase of what the relay said in an attempt: `550 at rcpt`; "" if it did not come to that."""
+    if "phase" not in attempt:
+        return ""
+    return f"{'no answer' if attempt['code'] is None else attempt['code']} at {attempt['phase']}"
+
+
+def _end(mail: Mapping[str, Any], settled_at: float, done: Set[str]) -> Iterator[Step]:
+    state, attempts = mail["status"], mail["attempts"]
+    if state in FINAL:
+        what, look, by = ENDS[state]
+        accepted = bool(attempts) and attempts[-1]["verdict"] == Verdict.ACCEPTED
+        if by not in done and not (state == State.SENT and accepted):  # those steps say it already
+            why = mail["reason"] or "" if state in (State.FAILED, State.UNKNOWN) else ""
+            yield Step(what, settled_at, why, look=look)
+        return
+    if state == SCHEDULED:
+        yield Step("Due", timestamp(mail["scheduled_at"]), look="ahead")
+    if mail["next_attempt_at"]:
+        yield Step("Next attempt", timestamp(mail["next_attempt_at"]), look="ahead")
+    if mail["expires_at"]:
+        yield Step("Expires, if it is not sent by then", timestamp(mail["expires_at"]), look="ahead")

@@ -1,0 +1,79 @@
+"""The pages at /mail/: what browsers are told about them, what is escaped, and how addresses are shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from mail import figures
+from ops.page.words import ago, mailbox, masked
+from tests.pages import Pages
+from tests.servers import RedisServer
+
+
+@pytest.fixture
+def pages(client: object, redis_server: RedisServer) -> Pages:
+    return Pages.of(redis_server.url)
+
+
+def test_no_page_is_cached_or_runs_or_loads_what_is_not_ours(pages: Pages) -> None:
+    answer = pages.browser.get("/mail/activity")
+    policy = answer.headers["Content-Security-Policy"]
+    assert "unsafe" not in policy
+    assert policy.startswith("default-src 'none'")
+    assert (answer.headers["Cache-Control"], answer.headers["X-Frame-Options"]) == ("no-store", "DENY")
+    files = [part.split('"')[0] for part in answer.text.split('="/mail/page.')[1:]]
+    assert len(files) == 2
+    for name in files:
+        served = pages.browser.get(f"/mail/page.{name}")
+        assert (served.status_code, served.headers["Cache-Control"]) == (200, "max-age=31536000")
+    assert pages.browser.get("/mail/view.py").status_code == 404
+
+
+def test_what_a_mail_holds_is_text_on_the_page(pages: Pages) -> None:
+    pages.accept(subject="<script>alert(1)</script>", to=['"<i>Eve</i>" <eve@example.com>'])
+    shown = pages.get("/mail/activity")
+    assert "&lt;script&gt;alert(1)" in shown
+    assert "<script>alert" not in shown
+    assert "<i>" not in shown
+
+
+def test_addresses_are_masked_where_they_are_to_be(redis_server: RedisServer, pages: Pages) -> None:
+    pages.accept(to=["Ada Lovelace <ada@example.com>"])
+    assert "Ada Lovelace <ada@example.com>" in pages.text("/mail/activity")
+    shown = Pages.of(redis_server.url, show_addresses=False).text("/mail/activity")
+    assert "a…@example.com" in shown
+    assert "Ada" not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("550 5.1.1 <ada@example.com>: no such user", "550 5.1.1 <a…@example.com>: no such user"),
+        ("ada@example.com,bob@example.org", "a…@example.com,b…@example.org"),
+        ("250 OK", "250 OK"),
+    ],
+)
+def test_a_relays_words_lose_their_addresses(text: str, shown: str) -> None:
+    assert masked(text) == shown
+
+
+def test_a_mailbox_keeps_no_name_where_it_is_masked() -> None:
+    assert mailbox('"Ada" <ada@example.com>', show=False) == "a…@example.com"
+    assert mailbox("not an address", show=False) == "not an address"
+    assert ago(None) == ""
+
+
+def test_the_front_page_says_whether_all_is_well_and_counts_today(pages: Pages) -> None:
+    pages.accept(subject="not on this page")
+    shown = pages.text("/mail/")
+    assert shown.startswith("No worker runs, so no mail goes out. 1 mail waits, none is lost.")
+    assert "1 accepted yesterday 0" in shown
+    assert "1 wait now" in shown
+    assert [words for words in ("Mails a minute", "Mails an hour") if words in shown] == ["Mails a minute"]
+    assert "Mails an hour" in pages.text("/mail/?span=3d")
+    assert "Mails a minute" in pages.text("/mail/?span=%3Cb%3E")
+
+
+def test_what_happened_is_marked_in_the_charts(pages: Pages) -> None:
+    figures.mark(pages.outbox.jobs.redis, "redis_restarted", "<7.2.4>")
+    assert ": redis restarted &lt;7.2.4&gt;</title>" in pages.get("/mail/")
