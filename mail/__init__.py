@@ -10,11 +10,11 @@ draft.py     a request's body -> a draft: checked, its template rendered, compos
 mime.py      Message -> bytes (plain.py: html -> the text beside it)
 store.py     the mails in Redis: names of keys, how scripts are run
 states.py    the states, what follows what, and BECOME: the one place where a state changes
-outbox.py    the mails together: accept, claim, cancel, move, requeue, read (attachments.py: the files of one)
-index.py     the index of all mails, by state, recipient and tag
-listing.py   the mails that a query asks for, newest first
+outbox.py    the mails together: accept, claim, cancel, move, requeue
+reader.py    what is kept of them, for those who ask (attachments.py: the files of one)
+index.py     the index of all mails, by state, recipient and tag (listing.py: those that a query asks for)
 claim.py     one attempt's hold on one mail: mark, settle
 delivery.py  one attempt, top to bottom
 sweep.py     mails that got stuck: found, and queued again or given up
-counters.py  what is counted for ever, and how long things took
+counters.py  what is counted for ever, and how long things took (figures.py: the same by minute and hour)
 """

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from mail.outbox import MAIL_ID, NO_MAIL
+from mail.reader import MAIL_ID, NO_MAIL
 from mail.store import mail_key
 from queues.connection import Redis, is_wrong_type, translating_errors
 from queues.jobs import NotFound

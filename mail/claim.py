@@ -38,7 +38,10 @@ if not mine and state ~= 'sent' then return 0 end
 local fields = 7 + ARGV[6]
 if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, fields)}) then return 0 end
 if mine then redis.call('DEL', KEYS[2]) end
-for i = 7, fields - 1, 2 do redis.pcall('HINCRBY', TOTALS, ARGV[i], ARGV[i + 1]) end
+for i = 7, fields - 1, 2 do
+  redis.pcall('HINCRBY', TOTALS, ARGV[i], ARGV[i + 1])
+  if string.find(ARGV[i], OVER_TIME) then note(ARGV[i], ARGV[i + 1]) end
+end
 if (state == 'failed' or state == 'unknown') and redis.call('EXISTS', KEYS[3]) == 1 then
   redis.call('HSET', KEYS[3], 'retries_left', 0)  -- should its worker die now, RQ must not try again
 end
@@ -100,6 +103,8 @@ class Claim:
     priority: str = "normal"
     settled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
+    claimed_at: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)  # the same moment, to measure from
 
     def has_expired(self, within: float = 0) -> bool:
         """Returns whether the mail may not be sent any more, now or `within` so many seconds."""
@@ -143,7 +148,7 @@ class Claim:
         now = time.time()
         fields: dict[str, str | float] = {
             "recipients": recipients_to_json(self.recipients),
-            "attempts": json.dumps(self.attempts[-ATTEMPTS_KEPT:]),
+            "attempts": attempts_to_json(self.attempts),
             "counted": self.counted,
             "reason": reason,
             "settled_at": now,
@@ -168,6 +173,10 @@ def iso(moment: float) -> str:
 def timestamp(moment: str) -> float:
     """Returns seconds since 1970; 0 for ""."""
     return datetime.fromisoformat(moment).timestamp() if moment else 0
+
+
+def attempts_to_json(attempts: list[dict[str, Any]]) -> str:
+    return json.dumps(attempts[-ATTEMPTS_KEPT:], separators=(",", ":"))
 
 
 def recipients_to_json(recipients: list[Recipient]) -> str:

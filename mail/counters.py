@@ -1,4 +1,4 @@
-"""The totals, counted for ever: mails accepted, how they ended, attempts, and how long SMTP and accepting took.
+"""The totals, counted for ever: mails accepted, how they ended, attempts, and how long SMTP, accepting and all took.
 
 All of it is one hash in Redis, `mail:totals`, the same for every process of every machine; web.metrics shows it to
 Prometheus. Totals are counted by the scripts that make them true (accept, settle, cancel, sweep), behind the place
@@ -52,6 +52,11 @@ class Histogram(NamedTuple):
 
 
 SMTP = Histogram("smtp", (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120))
+# fmt: off
+DELIVERED = Histogram("delivered", (  # from accept, or its scheduled_at, or asking again, until the relay has taken it
+    0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 1800, 3600, 3 * 3600, 6 * 3600, 12 * 3600, 86400,
+))
+# fmt: on
 ACCEPT = Histogram("accept", (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5))
 
 

@@ -12,18 +12,18 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import settings
 from mail.claim import Busy, Claim, Early, iso
-from mail.counters import SMTP
+from mail.counters import DELIVERED, SMTP
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
 from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
-from queues.jobs import JobFailed, Jobs, Retry, allow_exceptions, queued_at, run_again_in
+from queues.jobs import JobFailed, Jobs, Retry, allow_exceptions, queued_at, run_again_in, run_by
 from smtp.envelope import Envelope
 from smtp.pacing import Pacing
 from smtp.policy import MESSAGE, Phase, Verdict
@@ -109,10 +109,11 @@ class Delivery:
                 claim.mark_in_doubt(at_dot(envelope.recipients, said))
                 said = talk.finish()
             SMTP.note(time.monotonic() - started, claim.counts)
+            figures = talk.figures(since=claim.started)
             put_off = claim.was_put_off
             if said.reply.is_about_the_mail and self._met_by_others(said.reply, put_off):
                 said = said.repeated()
-            record(claim, said, self.relay)
+            record(claim, said, self.relay, figures)
             try:  # written down before a word more to the relay, and before anything else
                 return self._conclude(claim, list(said.recipients.values()))
             finally:
@@ -127,6 +128,8 @@ class Delivery:
     def _conclude(self, claim: Claim, replies: Sequence[Reply]) -> str | Retry:
         state, pause = next_state(claim, replies, self.outbox.settings.retry_schedule)
         why = reason(claim, replies) if state != State.SENT else ""
+        if state == State.SENT and replies:  # a test has none
+            DELIVERED.note(max(0.0, claim.age), claim.counts)
         if state == State.DELAYED and is_trouble(claim, replies) and claim.age > self.outbox.settings.trouble_for:
             return self._end(claim, given_up(claim), f"{TROUBLE_TOO_LONG}: {why}")
         return self._end(claim, state, why, pause)
@@ -153,7 +156,7 @@ class Delivery:
         if not reply.repeated and (reply.code is None or reply.verdict is Verdict.TROUBLE):
             inside = reply.phase in MESSAGE
             pause = 0 if reply.phase is Phase.RCPT else reply.pause  # which may be one recipient's
-            if self.pacing.trouble(pause, put_off and inside):
+            if self.pacing.trouble(pause, put_off and inside, reply=reply, relay=self.relay):
                 emit("breaker_opened", reason=reply.summary)
         elif self.pacing.well():
             emit("breaker_closed")
@@ -186,7 +189,7 @@ def at_dot(recipients: Sequence[str], replies: Mapping[str, Reply]) -> dict[str,
     return {who: AT_DOT[replies[who].verdict] for who in recipients}
 
 
-def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
+def record(claim: Claim, outcome: Outcome, relay: Relay, figures: Mapping[str, Any]) -> None:
     """Enters into the claim what the relay said, in all and about each recipient."""
     for one in claim.recipients:
         reply = outcome.recipients.get(one.address)
@@ -197,7 +200,8 @@ def record(claim: Claim, outcome: Outcome, relay: Relay) -> None:
     if verdict is Verdict.IN_DOUBT:
         claim.counts["in_doubt"] += 1
     said = {"phase": reply.phase, "code": reply.code, "text": reply.text, "verdict": verdict}
-    claim.attempts.append({"at": iso(time.time()), "relay": str(relay), **said})
+    by = {"worker": run_by(), "began": iso(claim.claimed_at)}
+    claim.attempts.append({"at": iso(time.time()), "relay": str(relay), **said, **by, **figures})
 
 
 def given_up(claim: Claim) -> State:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 from mail import unsubscribe
 from mail.address import Mailbox
 from mail.forms import html_with_ids
-from mail.message import Draft, Message
+from mail.message import Draft, Message, who_gets
+from mail.plain import text_beside
 from mail.request import FieldError, Invalid, Rendered, Request, content_errors, parse, validate
 from mail.templates import render
 from settings import Settings
 
+ANYBODY = "preview@example.com"
 LONGEST_DELAY = timedelta(days=30)
 
 
@@ -60,14 +64,8 @@ def redirected(message: Message, settings: Settings) -> Message:
             for number, box in enumerate(boxes)
             if not settings.admits(box.address)
         )
-    to, cc, bcc = ([_redirected(box, settings) for box in boxes] for boxes in (message.to, message.cc, message.bcc))
+    to, cc, bcc = ([who_gets(box, settings) or box for box in boxes] for boxes in (message.to, message.cc, message.bcc))
     return replace(message, to=to, cc=cc, bcc=bcc)
-
-
-def _redirected(box: Mailbox, settings: Settings) -> Mailbox:
-    if settings.admits(box.address) or not settings.mail_redirect_to:
-        return box
-    return Mailbox(f"{box.name} <{box.address}>" if box.name else box.address, settings.mail_redirect_to)
 
 
 def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int, local_domains: bool = False) -> Draft:
@@ -81,6 +79,13 @@ def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int
     if request.expires_at and at and request.expires_at <= at:
         raise Invalid(FieldError("expires_at", "must be after scheduled_at"))
     return Draft(message, request.expires_at, request.on_doubt, scheduled_at=at, priority=request.priority)
+
+
+def preview(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
+    """Returns (subject, text, html) of a mail of this template. Raises what such a mail would be refused with."""
+    mail = {"from": ANYBODY, "to": ANYBODY, "template": {"id": template_id, "variables": variables}}
+    made = prepare(mail, default_sender=None, max_recipients=1).message
+    return made.subject, text_beside(made.text, made.html), made.html
 
 
 def scheduled(asked: datetime | timedelta) -> datetime:

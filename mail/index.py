@@ -74,6 +74,11 @@ def of_tag(tag: str) -> bytes:
     return b"g" + hashlib.sha256(tag.encode()).digest()[:8]
 
 
+def of_sealed(digest: str) -> bytes:
+    """Returns how each member of a mail begins that is to the address with this digest (`Index.sealed`)."""
+    return b"t" + bytes.fromhex(digest)
+
+
 class Index:
     """Says what the index has of a mail, and finds mails by it. Raises `Unavailable` where Redis cannot answer."""
 
@@ -98,7 +103,12 @@ class Index:
     def of_address(self, address: str) -> bytes:
         """Returns how each member of a mail to this address begins, whether in capitals or not. Raises
         `Unavailable`."""
-        return b"t" + hashlib.blake2b(address.lower().encode(), key=self._key(), digest_size=8).digest()
+        return of_sealed(self.sealed(address))
+
+    def sealed(self, text: str) -> str:
+        """Returns a text's keyed digest in 16 hex digits, the same whether it is in capitals or not. Raises
+        `Unavailable`."""
+        return hashlib.blake2b(text.lower().encode(), key=self._key(), digest_size=8).hexdigest()
 
     def _key(self) -> bytes:
         secret, read_at = self._secret

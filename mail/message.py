@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from mail.address import Mailbox
+from settings import Settings
 
 STRUCTURED = re.compile(  # headers that are no free text: RFC 5322 3.6.4, 2369, 8058, 2919, 3834, 9228 and X-Google's
     r"references|in-reply-to|list-.*|auto-submitted|precedence|feedback-id|importance|x-priority|priority|sensitivity"
@@ -76,6 +77,15 @@ class Draft(NamedTuple):
     test: bool = False
     scheduled_at: datetime | None = None
     priority: str = "normal"  # or "high" or "bulk"
+
+
+def who_gets(box: Mailbox, settings: Settings) -> Mailbox | None:
+    """Returns who gets the mail for this mailbox: itself, or MAIL_REDIRECT_TO if no mail may go to it. Who was meant is
+    the name beside that address then. None: nobody."""
+    if settings.admits(box.address):
+        return box
+    meant = f"{box.name} <{box.address}>" if box.name else box.address
+    return Mailbox(meant, settings.mail_redirect_to) if settings.mail_redirect_to else None
 
 
 def _dump(value: object) -> str:

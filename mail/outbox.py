@@ -1,4 +1,4 @@
-"""The mails together: accept, claim, cancel, requeue, read.
+"""The mails together: accept, claim, cancel, requeue; mail.reader reads them.
 
 A mail is a hash in Redis; its RQ job has the same id and holds nothing else. `accept` stores both in one atomic step.
 `claim` gives a mail to one attempt at a time, for a limited time, so that a job that RQ runs twice sends once; the
@@ -11,23 +11,33 @@ import io
 import json
 import math
 import random
-import re
 import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from mail.claim import Busy, Claim, Early, Recipient, iso, recipients_from_json, recipients_to_json, timestamp
-from mail.counters import number
+from mail.address import Mailbox
+from mail.claim import (
+    Busy,
+    Claim,
+    Early,
+    Recipient,
+    attempts_to_json,
+    iso,
+    recipients_from_json,
+    recipients_to_json,
+    timestamp,
+)
 from mail.index import Index, made_at, new_id
-from mail.message import Draft, Message, message_id
-from mail.states import State, Status, effective_state
-from mail.store import LAST_SENT, LOOK_AFTER, Store, claim_key, look_at, mail_key
+from mail.message import Draft, Message, message_id, who_gets
+from mail.reader import MAIL_ID, NO_MAIL, Reader
+from mail.states import State, Status
+from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
 from queues import keys
-from queues.connection import is_wrong_type, translating_errors
+from queues.connection import translating_errors
 from queues.heartbeat import LEASE_SECONDS
 from queues.jobs import (
     REMOVE_JOB,
@@ -45,28 +55,25 @@ from queues.jobs import (
 from queues.quarantine import DAMAGED
 from queues.table import BULK, EMAIL
 from settings import Settings
-from smtp.pacing import in_trouble
 
 # Seconds. RQ's own retries, for an attempt whose worker died or that raised what nobody expected; a mail whose every
 # attempt kills its worker is parked as failed after four.
 AFTER_A_CRASH = (1, 5, 30)
 NOT_SENT = "not sent: the API key has scope test"
-NO_MAIL = "what is stored under this id cannot be read as a mail"
-MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # other keys of ours begin with mail:, too
-# fmt: off
-SHOWN = ("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at", "reason",
-         "expires_at", "on_doubt", "key", "test", "scheduled_at", "priority")
-# fmt: on
+COPIED_BY = "dashboard"  # in the place of the API key that has submitted a copy
 # ARGV[at] and on: of each mail the id, when to look at it if it does not move on, how many words its fields are, these,
 # how many words for mail.index, these.
 ACCEPT = """
 local function beside(at)
+  local mails = 0
   while ARGV[at] do
+    mails = mails + 1
     local last = at + 2 + ARGV[at + 2]
     become(ARGV[at], 'queued', nil, ARGV[at + 1], {unpack(ARGV, at + 3, last)})
     at = last + 2 + ARGV[last + 1]
     redis.pcall('ZADD', INDEX, unpack(ARGV, last + 2, at - 1))
   end
+  count('accepted', mails)
 end
 """
 # KEYS: mail, claim, RQ's failed registry. ARGV: mail id, token, lease in ms, when the job was queued (seconds), when to
@@ -107,6 +114,19 @@ if redis.call('HGET', KEYS[1], 'priority') == 'bulk' then redis.pcall('LREM', KE
 become(ARGV[1], 'canceled', nil, nil, {'settled_at', ARGV[2]})
 return {}
 """
+# KEYS: mail. ARGV: mail id, its new state, attempts, recipients, reason, now, then what removes its job, if that is to
+# go. Returns what stands in the way, as CANCEL does. A second call (a lost reply) finds its own attempt. `settled_by`
+# stays, so that the attempt that left the doubt has nothing more to write.
+ARRIVED = """
+local state, attempts = unpack(redis.call('HMGET', KEYS[1], 'state', 'attempts'))
+if attempts == ARGV[3] then return {} end
+if state ~= 'unknown' then return {state or 'gone'} end
+local status = remove_job(7)
+if status and status ~= '' then return {state, status} end
+local fields = {'attempts', ARGV[3], 'recipients', ARGV[4], 'reason', ARGV[5], 'settled_at', ARGV[6]}
+become(ARGV[1], ARGV[2], nil, nil, fields)
+return {}
+"""
 # KEYS: mail, RQ's scheduled registry, RQ's job. ARGV: mail id, the moment (seconds), the same in RQ's form, in ISO
 # 8601, and when to look at it. Returns the state that stands in the way. Its job may be queued: CLAIM puts it off.
 RESCHEDULE = """
@@ -118,12 +138,6 @@ redis.call('ZADD', KEYS[2], 'XX', ARGV[3], ARGV[1])
 redis.pcall('ZADD', OPEN, ARGV[5], ARGV[1])
 return ''
 """
-# A state that Resend does not have -> its word for it: SDKs fail at any other.
-LAST_EVENT: Mapping[str, str] = {
-    State.SENDING: "queued",
-    State.DELAYED: "delivery_delayed",
-    State.UNKNOWN: "delivery_delayed",
-}
 
 
 def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
@@ -168,10 +182,9 @@ def _compressed(pieces: Iterable[str]) -> bytes:
     return packed.getvalue()
 
 
-class Outbox:
+class Outbox(Reader):
     def __init__(self, jobs: Jobs, settings: Settings) -> None:
-        self.jobs = jobs
-        self.settings = settings
+        super().__init__(jobs, settings)
         self.store = Store(jobs.redis, settings)
         self.index = Index(jobs.redis)
 
@@ -239,96 +252,11 @@ class Outbox:
             priority=stored.get("priority", b"normal").decode(),
         )
 
-    def read(self, mail_id: str, only: str = "") -> dict[str, Any]:
-        """Returns a mail as `GET /emails/{id}` shows it; with `only`, if the API key of this name submitted it. Raises
-        `NotFound`, `Unavailable`."""
-        if not MAIL_ID.fullmatch(mail_id):
-            raise NotFound
-        [(values, job_status)] = self._stored([mail_id])
-        if only and (isinstance(values, Exception) or values[SHOWN.index("key")] != only.encode()):
-            raise NotFound
-        if isinstance(values, Exception):
-            raise NotFound(NO_MAIL)
-        if values[0] is None:
-            raise NotFound
-        try:
-            return self._shown(mail_id, values, job_status)
-        except DAMAGED:
-            raise NotFound(NO_MAIL) from None
-
-    def read_all(self, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yields those of the mails that are kept and can be read, as `read` returns them. Raises `Unavailable`."""
-        for mail_id, (values, job_status) in zip(ids, self._stored(ids), strict=True):
-            if not isinstance(values, Exception) and values[0] is not None:
-                with suppress(*DAMAGED):
-                    yield self._shown(mail_id, values, job_status)
-
-    def _stored(self, ids: Sequence[str]) -> list[tuple[Any, bytes]]:
-        """Returns of each mail the values of SHOWN, or an exception where there is something else, and the status of
-        its job. Raises `Unavailable`."""
-        with translating_errors():
-            pipe = self.jobs.redis.pipeline(transaction=False)  # a full Redis refuses a transaction, even to read
-            for mail_id in ids:
-                pipe.hmget(mail_key(mail_id), SHOWN)
-                pipe.hget(keys.job(mail_id), "status")
-            seen: list[Any] = pipe.execute(raise_on_error=False)
-            for error in seen:
-                if isinstance(error, Exception) and not is_wrong_type(error):
-                    raise error
-        statuses = [status if isinstance(status, bytes) else b"" for status in seen[1::2]]
-        return list(zip(seen[::2], statuses, strict=True))
-
-    def _shown(self, mail_id: str, values: list[bytes | None], job_status: bytes) -> dict[str, Any]:
-        stored = {name: (value or b"").decode() for name, value in zip(SHOWN, values, strict=True)}
-        expired = 0 < timestamp(stored["expires_at"]) <= time.time()
-        scheduled_at = iso(float(stored["scheduled_at"])) if stored["scheduled_at"] else None
-        state, reason = effective_state(
-            stored["state"], job_status.decode(), stored["reason"], expired, bool(scheduled_at)
-        )
-        outline = Message.from_json(stored["outline"])
-        return {
-            "object": "email",
-            "id": mail_id,
-            "status": state,
-            "last_event": LAST_EVENT.get(state, state),
-            "from": str(outline.sender),
-            **{name: [str(box) for box in getattr(outline, name)] for name in ("to", "cc", "bcc", "reply_to")},
-            "subject": outline.subject,
-            **dict.fromkeys(("html", "text")),  # the content is never shown
-            "scheduled_at": scheduled_at,
-            "tags": outline.tags,
-            "message_id": stored["message_id"],
-            "created_at": stored["created_at"],
-            "key": stored["key"] or None,
-            "test": bool(stored["test"]),
-            "priority": stored["priority"] or "normal",
-            "next_attempt_at": stored["next_attempt_at"] or None,
-            "expires_at": stored["expires_at"] or None,
-            "on_doubt": stored["on_doubt"] or self.settings.on_doubt,
-            "reason": reason or None,
-            "recipients": json.loads(stored["recipients"]),
-            "attempts": json.loads(stored["attempts"] or "[]"),
-        }
-
-    def hold_to(self, mail_id: str, only: str) -> None:
-        """Raises `NotFound` for a mail that another API key than `only` submitted; "" may have any."""
-        if only:
-            self.read(mail_id, only)
-
-    def exists(self, mail_id: str) -> bool:
-        if not MAIL_ID.fullmatch(mail_id):
-            return False
-        with translating_errors():
-            return bool(self.jobs.redis.exists(mail_key(mail_id)))
-
     def cancel(self, mail_id: str) -> None:
         """Stops a mail that is not being sent and not sent. Raises `NotFound`, `NotPossible`, `Unavailable`."""
         if not MAIL_ID.fullmatch(mail_id):
             raise NotFound
-        try:
-            job = self.jobs.removal(mail_id)
-        except NotFound:  # somebody deleted the job; the mail is left
-            job = []
+        job = self._removal(mail_id)
         with translating_errors():
             touched = [mail_key(mail_id), claim_key(mail_id), keys.queue(BULK)]
             refused = self.store.run(REMOVE_JOB + CANCEL, touched, [mail_id, time.time(), *job])
@@ -339,6 +267,49 @@ class Outbox:
                 raise NotFound
             case [state]:
                 raise NotPossible(f"the mail is {'being sent' if state == State.SENDING else 'sent already'}")
+
+    def _removal(self, mail_id: str) -> list[Any]:
+        try:
+            return self.jobs.removal(mail_id)
+        except NotFound:  # somebody deleted the job; the mail is left
+            return []
+
+    def arrived(self, mail_id: str) -> None:
+        """Notes that a mail in doubt did arrive, as a person has found out: those in doubt were served. It is sent then
+        and its job removed; or failed, if somebody else was not served. Raises `NotFound`, `NotPossible`,
+        `Unavailable`."""
+        seen = self.read(mail_id)
+        if seen["status"] != State.UNKNOWN:
+            raise NotPossible("only a mail in doubt can be settled; see its status")
+        recipients = [Recipient(**one) for one in seen["recipients"]]
+        for one in recipients:
+            one.status = Status.ACCEPTED if one.status == Status.IN_DOUBT else one.status
+        left = [one for one in recipients if one.status != Status.ACCEPTED]
+        why = ", ".join(dict.fromkeys(f"{one.code} before" for one in left if one.code)) or seen["reason"]
+        now = time.time()
+        attempts = [*seen["attempts"], {"at": iso(now), "verdict": "settled", "text": "a person said that it arrived"}]
+        args: list[Any] = [mail_id, State.FAILED if left else State.SENT, attempts_to_json(attempts)]
+        args += [recipients_to_json(recipients), why if left else "", now, *([] if left else self._removal(mail_id))]
+        with translating_errors():
+            if self.store.run(REMOVE_JOB + ARRIVED, [mail_key(mail_id)], args):
+                raise NotPossible("the mail moved on at this moment; look again")
+
+    def copy(self, mail_id: str, to: str) -> str:
+        """Accepts a mail of the same content for `to` alone, an operator's own address, and returns its id. The copy
+        obeys MAIL_REDIRECT_TO and MAIL_ALLOWLIST. Raises `NotFound`, `NotPossible`, `Unavailable`."""
+        self.read(mail_id)
+        with translating_errors():
+            stored: Any = self.jobs.redis.hmget(mail_key(mail_id), ["outline", "content"])
+        if not stored[1]:
+            raise NotPossible("its content is no longer kept: the mail was sent or canceled")
+        try:
+            message = Message.from_json(stored[0], zlib.decompress(stored[1]))
+        except (*DAMAGED, zlib.error):
+            raise NotFound(NO_MAIL) from None
+        box = _who_gets(to, self.settings)
+        if not box:
+            raise NotPossible("the address must be one, such as ada@example.com, to which this service sends mail")
+        return self.accept([Draft(replace(message, to=[box], cc=[], bcc=[]), key=COPIED_BY)]).id
 
     def reschedule(self, mail_id: str, moment: float) -> None:
         """Moves a scheduled mail that no attempt has taken yet to `moment` (seconds since 1970). Raises `NotFound`,
@@ -376,26 +347,13 @@ class Outbox:
                 raise NotPossible("only a failed mail can be queued again") from None
             self._queue({mail_id: Place()}, Beside())
 
-    def failures(self, since: float) -> Iterator[str]:
-        """Yields the reason of each mail that failed after `since` (seconds since 1970) and was not queued again."""
-        with translating_errors():
-            ids: list[Any] = self.jobs.redis.zrange(keys.failed(EMAIL), 0, -1)
-            for start in range(0, len(ids), 500):
-                pipe = self.jobs.redis.pipeline(transaction=False)
-                for mail_id in ids[start : start + 500]:
-                    pipe.hmget(mail_key(mail_id.decode()), "reason", "settled_at")
-                for reason, settled_at in pipe.execute():
-                    if reason and number(settled_at) >= since:
-                        yield reason.decode(errors="replace")
 
-    def relay_in_trouble(self) -> bool:
-        """Returns whether the relay's breaker is open, so that all mail waits. Raises `Unavailable`."""
-        return in_trouble(self.jobs.redis)
-
-    def last_sent(self) -> float | None:
-        with translating_errors():
-            moment = self.jobs.redis.get(LAST_SENT)
-        return number(moment) or None
+def _who_gets(to: str, settings: Settings) -> Mailbox | None:
+    try:
+        meant = Mailbox.parse(to)
+    except ValueError:
+        return None
+    return who_gets(meant, settings) if settings.allow_local_domains or not meant.is_local else None
 
 
 def jittered(pause: int) -> int:

@@ -2,6 +2,7 @@
 
     queued -> sending -> sent | failed | unknown (in doubt and held) | delayed -> sending ...
     queued, delayed, failed, unknown -> canceled
+    unknown -> sent | failed, when a person says that it arrived
 
 Every script that changes a state is BECOME and a body: accept, claim, settle, cancel, sweep (mail.store puts them
 together). Anything that must happen whenever a mail fails, is sent, ... (a webhook, a suppression list) is added to
@@ -50,7 +51,7 @@ FOLLOWS: Mapping[State | None, Set[State]] = {
     State.SENDING: {*FINAL, State.SENDING, State.DELAYED},  # sending: another attempt takes it over
     State.DELAYED: {*FINAL, State.SENDING},
     State.FAILED: {State.SENDING, State.CANCELED, State.SENT},
-    State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT},
+    State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT, State.FAILED},
     State.CANCELED: {State.CANCELED, State.SENT},
     State.SENT: {State.SENT},
 }
@@ -62,7 +63,8 @@ DROPS: Mapping[State, tuple[str, ...]] = {
     State.CANCELED: ("next_attempt_at", "content"),
 }
 # What mail.counters counts a state as, but for a test, and a mail that has failed because it expired.
-COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)} | {State.QUEUED: "accepted"}
+COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)}  # and `accepted` by accept, all mails at once
+OVER_TIME = "^delivered:[^u]"  # Lua's pattern of the totals that mail.figures has by minute and hour, beside COUNTED
 LETTERS = {  # in mail.index
     **{state.value: state.value[0] for state in State},
     State.SENDING.value: "n",
@@ -70,6 +72,33 @@ LETTERS = {  # in mail.index
     State.CANCELED.value: "x",
     SCHEDULED: "a",
 }
+# note(field, number): adds to this minute and this hour, by Redis' own clock, which is asked once and only if need be.
+# A new field gives its bucket the whole lifetime. In pcall, for a key may hold something else.
+NOTE = """
+local buckets
+local function current()
+  if buckets then return buckets end
+  local now = redis.call('TIME')[1]
+  buckets = {}
+  for at, period in ipairs(PERIODS) do
+    buckets[at] = {period[1] .. math.floor(now / period[2]), period[3]}
+  end
+  return buckets
+end
+
+local function note(field, number)
+  for _, bucket in ipairs(current()) do
+    local sum = redis.pcall('HINCRBY', bucket[1], field, number)
+    if sum == tonumber(number) then redis.pcall('EXPIRE', bucket[1], bucket[2]) end
+  end
+end
+"""
+COUNT = """
+local function count(name, number)
+  redis.pcall('HINCRBY', TOTALS, name, number)
+  note(name == EXPIRED and 'failed' or name, number)
+end
+"""
 # Moves the one member in mail.index that a mail has by its state. In pcall, for INDEX may hold something else, which
 # mail.sweep puts aside.
 REINDEX = """
@@ -92,10 +121,11 @@ local function reindex(id, was, state)
 end
 """
 # Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX
-# (keys) and KEPT (the lifetimes of final states, in seconds).
+# (keys), PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final states, in seconds).
 #
-# become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `look_at` is when mail.sweep
-# looks at a mail that is not final; `fields` are written with the state.
+# become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `now` is needed where a relay
+# has taken the mail just now; `look_at` is when mail.sweep looks at one that is not final; `fields` are written with
+# the state.
 # But for a new mail, it begins with a command that frees memory: Redis looks for memory before a script's first write
 # only, and a mail that was sent must be written down on a full Redis, too. And if TOTALS or OPEN hold something else
 # (pcall), which mail.sweep puts aside.
@@ -112,7 +142,7 @@ local function become(id, state, now, look_at, fields)
   if state == 'failed' and redis.call('HGET', mail, 'reason') == EXPIRED then counted = EXPIRED end
   local test = state == 'sent' and redis.call('HEXISTS', mail, 'test') == 1
   if test then counted = TEST end
-  if counted and was ~= state then redis.pcall('HINCRBY', TOTALS, counted, 1) end  -- sent twice is one mail
+  if counted and was ~= state then count(counted, 1) end  -- sent twice is one mail
   if KEPT[state] then
     redis.call('EXPIRE', mail, KEPT[state])
     redis.pcall('ZREM', OPEN, id)
@@ -120,7 +150,7 @@ local function become(id, state, now, look_at, fields)
     if was then redis.call('PERSIST', mail) end
     redis.pcall('ZADD', OPEN, look_at, id)
   end
-  if state == 'sent' and not test then redis.call('SET', LAST_SENT, now) end
+  if state == 'sent' and now and not test then redis.call('SET', LAST_SENT, now) end
   if was and was ~= state then reindex(id, was, state) end  -- accept writes the first member, beside others
   return true
 end
@@ -136,9 +166,13 @@ LOST = {  # the status of a mail's job in RQ -> why the mail will not be sent al
 def transition(**constants: object) -> str:
     """Returns BECOME behind all that it uses, as local variables of the script."""
     tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED, "TEST": TEST}
-    tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED}
-    named = "".join(f"local {name} = {_literal(value)}\n" for name, value in (constants | tables).items())
-    return named + REINDEX + BECOME
+    tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED, "OVER_TIME": OVER_TIME}
+    return named(**constants, **tables) + NOTE + COUNT + REINDEX + BECOME
+
+
+def named(**constants: object) -> str:
+    """Returns Lua that makes constants local variables of a script."""
+    return "".join(f"local {name} = {_literal(value)}\n" for name, value in constants.items())
 
 
 def _literal(value: object) -> str:

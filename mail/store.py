@@ -7,7 +7,7 @@ ours begins with `mail:` but those named here.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from mail.states import FINAL, State, transition
 from queues.connection import SOMETHING_ELSE, Redis, Script, Unavailable, fail_fast, translating_errors
@@ -23,7 +23,22 @@ SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
 INDEX = "mail:index"  # sorted set: mail.index
 KEY_NAMES = "mail:keys"  # set: the names of all API keys that have submitted a mail
 SECRET = "mail:secret"  # string: the key of the digests of addresses in the index
+MARKS = "mail:marks"  # sorted set: what happened when, mail.figures
 LOOK_AFTER = 2 * LEASE_SECONDS  # seconds after which a mail should have moved on, and mail.sweep looks at it
+
+
+class Period(NamedTuple):
+    """Has a hash with figures of each such span of time: the name of its key is `prefix` and a number, counted from
+    1970. `seconds` is how long it is, `kept` for how many its hash is kept."""
+
+    prefix: str
+    seconds: int
+    kept: int
+
+
+MINUTE = Period("mail:minute:", 60, 3 * 3600)
+HOUR = Period("mail:hour:", 3600, 74 * 3600)
+PERIODS = (MINUTE, HOUR)
 # KEYS: mail, claim. ARGV: token, lease in ms.
 RENEW = """
 if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('PEXPIRE', KEYS[2], ARGV[2]) end
@@ -50,7 +65,7 @@ class Store:
         # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
         kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
         shared = {"OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT, "INDEX": INDEX}
-        self._become = transition(MAIL=MAIL, KEPT=kept, **shared)
+        self._become = transition(MAIL=MAIL, KEPT=kept, PERIODS=PERIODS, **shared)
         self._scripts: dict[str, Script] = {}
 
     def script(self, body: str) -> Script:

@@ -27,7 +27,20 @@ from mail import index
 from mail.claim import iso, timestamp
 from mail.counters import number
 from mail.outbox import Outbox
-from mail.store import ACTIONS, INDEX, KEY_NAMES, LAST_SENT, OPEN, SECRET, SWEPT, TOTALS, claim_key, look_at, mail_key
+from mail.store import (
+    ACTIONS,
+    INDEX,
+    KEY_NAMES,
+    LAST_SENT,
+    MARKS,
+    OPEN,
+    SECRET,
+    SWEPT,
+    TOTALS,
+    claim_key,
+    look_at,
+    mail_key,
+)
 from queues import keys
 from queues.connection import Redis, ResponseError, translating_errors, why_unavailable
 from queues.health import PLACES
@@ -38,7 +51,7 @@ from smtp import pacing
 
 AT_ONCE = 1000  # mails looked at in one go
 OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
-OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", ACTIONS: "list"}
+OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list"}
 OURS |= {keys.queue(BULK): "list"}
 KINDS = OURS | pacing.KINDS  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds

@@ -106,17 +106,43 @@ def source(template_id: str) -> tuple[str | None, ...]:
 def variables(template_id: str) -> dict[str, str | int | float | None]:
     """Returns the variables that a template uses, each with what stands for it if it is not given; None: it must be.
     Raises `Broken`."""
-    wanted, found, optional = [f"{template_id}/{path.name}" for path in files(template_id)], set[str](), {}
-    for name in wanted:  # grows by what it includes
-        _loaded(name)
-        tree = _parsed(name)
-        wanted += {*environment().list_templates()} & {*meta.find_referenced_templates(tree)} - {*wanted}
+    found, optional = set[str](), {}
+    for tree in _trees(template_id):
         found |= meta.find_undeclared_variables(tree)
         for node in tree.find_all((nodes.Filter, nodes.Test)):
             if node.name in ("default", "d", "defined") and isinstance(node.node, nodes.Name):
                 given = getattr(node.args[0], "value", "") if node.args else ""
                 optional[node.node.name] = given if isinstance(given, (str, int, float)) else ""
     return {name: optional.get(name) for name in sorted(found)}
+
+
+def paths(template_id: str) -> set[str]:
+    """Returns which parts of its variables a template uses: `order.total`, and `lines[].price` of each in a loop.
+    Raises `Broken`."""
+    found = set[str]()
+    for tree in _trees(template_id):
+        called = [call.node for call in tree.find_all(nodes.Call)]  # `name.upper()` is no part of it
+        loops = {
+            loop.target.name: _path(loop.iter.node if isinstance(loop.iter, nodes.Filter) else loop.iter)  # type: ignore[arg-type]
+            for loop in tree.find_all(nodes.For)
+            if isinstance(loop.target, nodes.Name)
+        }
+        for node in tree.find_all((nodes.Name, nodes.Getattr, nodes.Getitem)):
+            path, seen = _path(node), set[str]()
+            while (head := re.split(r"[.\[]", path)[0]) in loops.keys() - seen:
+                path, seen = f"{loops[head]}[]{path[len(head) :]}", seen | {head}
+            if not any(node is one for one in called) and "(" not in path:
+                found.add(re.sub(r"\[\d+\]", "[]", path))
+    return found
+
+
+def _trees(template_id: str) -> Iterator[nodes.Template]:
+    """Yields what the files of a template, and those that they include, say. Raises `Broken`."""
+    wanted = [f"{template_id}/{path.name}" for path in files(template_id)]
+    for name in wanted:  # grows by what it includes
+        _loaded(name)
+        yield (tree := _parsed(name))
+        wanted += {*environment().list_templates()} & {*meta.find_referenced_templates(tree)} - {*wanted}
 
 
 def _missing_parts(template_id: str, there: list[str]) -> Iterator[str]:

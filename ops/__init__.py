@@ -11,5 +11,6 @@ key.py, breaker.py              bin/key: makes, lists and revokes API keys; bin/
 restore.py                      bin/restore: brings back what bin/backup has saved
 dashboard.py, login.py          page/ and rq-dashboard behind a login that is slow to guess
 page/                           the pages for people at /mail/
+facts.py, condition.py          what is known now, and the one sentence that says whether all is well
 doctor.py, checks/              bin/doctor: what is wrong here, and the command that fixes it
 """

@@ -39,7 +39,7 @@ from waitress.server import create_server
 
 from ops import failing
 from ops.failing import KINDS, Failures, Kind, percentage
-from ops.mailparts import CID, Content, readable, take_apart
+from ops.mailparts import CID, MAIL_CSP, Content, framed, readable, take_apart
 from web.hosts import ALLOWED, add_flag, is_local, is_same_origin
 
 KEPT = 500
@@ -48,15 +48,6 @@ SIZE_LIMIT = 64 * 2**20
 
 TABS = ("html", "text", "headers", "source")
 SHARES = (0, 10, 25, 50, 100)  # percent of all mails, for the page's switch
-# Chromium opens a connection for these even where the policy forbids what they would load.
-PRECONNECTS = re.compile(r"<(?=(?:link|i?frame|fencedframe|object|embed)\b)", re.IGNORECASE)
-
-# Sandboxed, a mail has an origin of its own, no scripts and no forms, and cannot leave its frame. A link opens in a new
-# tab. Images are the mail's own, as data: URLs.
-MAIL_CSP = (
-    "sandbox allow-popups allow-popups-to-escape-sandbox; default-src 'none'; img-src data:; font-src data:; "
-    "style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'; frame-ancestors 'self'"
-)
 PAGE_CSP = (
     "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; connect-src 'self'; frame-src 'self'; "
     "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -115,14 +106,13 @@ class Mail:
 
     @property
     def framed_html(self) -> str:
-        """Returns the HTML with its inline images, for the sandbox of `MAIL_CSP`; links open outside the frame."""
+        """Returns the HTML with its inline images, for a frame with MAIL_CSP."""
 
         def inline(match: re.Match[str]) -> str:
             image = self.content.images.get(unquote(match[1]))
             return f"data:{image.content_type};base64,{b64encode(image.data).decode()}" if image else match[0]
 
-        html = PRECONNECTS.sub("<x-", CID.sub(inline, self.content.html or ""))
-        return re.sub(r"(?i)\A(\s*<!doctype[^>]*>)?", r'\1<base target="_blank">', html, count=1)
+        return framed(CID.sub(inline, self.content.html or ""))
 
     def summary(self) -> dict[str, Any]:
         """Returns the mail as `GET /messages` lists it. A header that it lacks is null."""

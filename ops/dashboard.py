@@ -260,7 +260,7 @@ def make_app(settings: Settings, login: bool, names: Collection[str] = ()) -> Da
         app.register_error_handler(gone, lambda _: plain(404, "There is no such job."))
     app.register_blueprint(upstream.blueprint, url_prefix="/rq")
     app.register_blueprint(pages(app.writer, settings, login))
-    app.add_url_rule("/", view_func=lambda: redirect("/mail/activity"), endpoint="home")
+    app.add_url_rule("/", view_func=lambda: redirect("/mail/"), endpoint="home")
     replace_views(app)
     for template in {*app.jinja_env.list_templates(), *(patched for patched, *_ in PATCHES)}:
         app.jinja_env.get_template(template)
@@ -296,7 +296,7 @@ def nonce() -> str:
 
 def add_headers(response: Response) -> Response:
     response.headers.setdefault("Content-Security-Policy", CSP.format(nonce=nonce()))
-    response.headers["X-Frame-Options"] = "DENY"
+    response.headers.setdefault("X-Frame-Options", "DENY")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "same-origin"
     if request.endpoint not in ("static", "rq_dashboard.static", "rq_dashboard.favicon", "page.file"):

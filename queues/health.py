@@ -22,13 +22,14 @@ PLACES = (*(2**n - 1 for n in range(18)), -1)
 
 
 class QueueState(NamedTuple):
-    """A queue in numbers: its jobs by state, the workers with a recent heartbeat, the age of the job that waits longest
-    and how late the scheduler is, both in seconds."""
+    """A queue in numbers: its jobs by state and the workers with a recent heartbeat; in seconds the age of the job that
+    waits longest, how late the scheduler is, and how far the last heartbeat is in the future."""
 
     jobs: dict[str, int]
     workers: int
     oldest_queued: float | None
     overdue: float
+    ahead: float = 0
 
 
 def state(jobs: Jobs) -> dict[str, Any]:
@@ -70,21 +71,28 @@ def _queue_state(jobs: Jobs, name: str) -> QueueState:
         if limit.startswith(f"{name}:".encode()):
             pipe.zcard(keys.waiting(limit.decode(errors="replace")))
     seen = pipe.execute()
-    queued, silences = map(age, seen[: len(heads)]), map(age, seen[len(heads) : len(heads) + len(workers)])
+    queued = map(age, seen[: len(heads)])
+    beats = [one for beat in seen[len(heads) : len(heads) + len(workers)] if (one := seconds_since(beat)) is not None]
     counts.append(sum(seen[len(heads) + len(workers) :]))
     states = ("queued", "scheduled", "started", "failed", "deferred", "rate_limited")
     return QueueState(
         jobs=dict(zip(states, counts, strict=True)) | ({"bulk": bulk} if name == EMAIL else {}),
-        workers=sum(one is not None and one < LEASE_SECONDS + HEARTBEAT_SECONDS for one in silences),
+        workers=sum(one < LEASE_SECONDS + HEARTBEAT_SECONDS for one in beats),
         oldest_queued=max((one for one in queued if one is not None), default=None),
         overdue=round(max(0.0, time.time() - first[0][1]), 3) if first else 0,
+        ahead=max(0.0, -min(beats, default=0.0)),
     )
 
 
 def age(moment: bytes | None) -> float | None:
-    """Returns the seconds since a moment that RQ has written; None if it is none."""
+    """Returns the seconds since a moment that RQ has written, 0 if that is to come; None if it is none."""
+    seconds = seconds_since(moment)
+    return None if seconds is None else max(0.0, seconds)
+
+
+def seconds_since(moment: bytes | None) -> float | None:
     try:
         written = datetime.fromisoformat((moment or b"").decode().replace("Z", "+00:00"))
     except ValueError:
         return None
-    return round(max(0.0, time.time() - written.timestamp()), 3)
+    return round(time.time() - written.timestamp(), 3)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -421,6 +422,12 @@ def queued_at() -> float:
     """Returns when the job that runs in this thread was queued, in seconds since 1970; 0 outside of a job."""
     job = get_current_job()
     return job.enqueued_at.timestamp() if job and job.enqueued_at else 0
+
+
+def run_by() -> str:
+    """Returns the machine, and the worker that runs the job of this thread, if there is one: `host/1a2b3c4d`."""
+    job = get_current_job()
+    return "/".join([socket.gethostname(), *([job.worker_name[:8]] if job and job.worker_name else [])])
 
 
 def allow_exceptions(number: int) -> None:

@@ -13,10 +13,10 @@ worker; and so does a `normal` one that returns at its moment. `bulk` mail lines
 that other mail need not wait until all of it has had its turn. It leaves a twentieth of a long period (`30/m`,
 `2000/d`): else it would take all of it at its beginning, and a login code would wait for its end.
 
-Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until), `relay:probe` (string), `relay:rates` (string:
-of the worker that started last), `relay:streak` (hash: words, mails, since), and lists of moments in ms: `relay:gone`
-(mails sent), `relay:told` (reservations of new mails), `relay:told_bulk` (of new bulk mails), `relay:told_again` and
-`relay:told_bulk_again` (of returning ones).
+Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until, since; of the last trouble phase, code, text,
+relay), `relay:probe` (string), `relay:rates` (string: of the worker that started last), `relay:streak` (hash: words,
+mails, since), and lists of moments in ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails),
+`relay:told_bulk` (of new bulk mails), `relay:told_again` and `relay:told_bulk_again` (of returning ones).
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from queues.connection import Redis, Script, translating_errors
 from settings import Rate
+from smtp.policy import CHOSEN, Phase
+from smtp.verdict import Reply
 
 TROUBLES = 3  # in a row, until the breaker opens
 PAUSE: float = 30  # seconds that it stays open; then one mail may probe
@@ -39,6 +42,7 @@ LEFT = 20  # bulk mail leaves one place in so many free, in a period that is lon
 BULK_AHEAD = 10  # seconds for which bulk mail has been given its turns
 ALIKE = 3  # different mails in a row that are put off or refused in the same words: it is about the account
 STREAK = 86400  # seconds for which such a row is remembered
+WORDS = 300  # characters of the relay's words that are kept with the breaker
 
 HEAD = """
 local time = redis.call('TIME')
@@ -88,12 +92,13 @@ if most > 0 then reserve(KEYS[3], free) end
 return {'go', redis.call('EXISTS', KEYS[1]), free - now}
 """
 
-# KEYS: breaker, probe. ARGV: for how long in ms, after how many troubles, whether the mail was put off before. Returns
-# whether it has opened now.
+# KEYS: breaker, probe. ARGV: for how long in ms, after how many troubles, whether the mail was put off before, fields
+# and values of the record. Returns whether it has opened now.
 TROUBLE = """
 if ARGV[3] == '1' and open_until == 0 then return 0 end
 local troubles = (tonumber(redis.call('HGET', KEYS[1], 'troubles')) or 0) + 1
-redis.call('HSET', KEYS[1], 'troubles', troubles)
+redis.call('HSET', KEYS[1], 'troubles', troubles, unpack(ARGV, 4))
+redis.call('HSETNX', KEYS[1], 'since', now)
 redis.call('DEL', KEYS[2])
 if open_until == 0 and troubles < tonumber(ARGV[2]) then return 0 end
 redis.call('HSET', KEYS[1], 'open_until', math.max(open_until, now + ARGV[1]))
@@ -198,12 +203,18 @@ class Pacing:
         early = max(0.0, HOLD[priority] - LATE) if verdict == b"rate" else 0  # to wait there for its moment
         return Wait(number / 1000 - early, WAITS[verdict.decode()], reserved=verdict == b"rate")
 
-    def trouble(self, pause: float = 0, put_off: bool = False) -> bool:
+    def trouble(
+        self, pause: float = 0, put_off: bool = False, *, reply: Reply | None = None, relay: object = ""
+    ) -> bool:
         """Counts trouble that no mail can be blamed for. Returns whether this opened the breaker. `pause` is for how
         many seconds the relay has asked to be left alone; then it opens at once, for that long. `put_off`: this mail
-        has met with trouble of its own before, so it keeps an open breaker open and opens none."""
+        has met with trouble of its own before, so it keeps an open breaker open and opens none. `reply` is what
+        happened, and `relay` where: both are kept for people."""
         self._troubled = True
-        args = [int(max(PAUSE, min(pause, LONGEST)) * 1000), 1 if pause else TROUBLES, int(put_off)]
+        args: list[Any] = [int(max(PAUSE, min(pause, LONGEST)) * 1000), 1 if pause else TROUBLES, int(put_off)]
+        if reply:  # without addresses: it stays until a mail gets through
+            words = CHOSEN.sub("", reply.text)[:WORDS]
+            args += ["phase", reply.phase.value, "code", reply.code or "", "text", words, "relay", str(relay)]
         return bool(self._trouble(keys=self.breaker, args=args))
 
     def refused_alike(self, words: str, last_sent: float, put_off: bool) -> bool:
@@ -248,3 +259,40 @@ def in_trouble(redis: Redis, relay: str = "relay") -> bool:
     """Returns whether the relay's breaker is open. Raises `Unavailable`."""
     with translating_errors():
         return bool(redis.hexists(f"{relay}:breaker", "open_until"))
+
+
+class Standing(NamedTuple):
+    """Says how the relay stands as long as there is trouble: until when the breaker is open (0: not yet), since when
+    there has been trouble, the last reply and of which relay, `host:port`. A worker of an earlier version leaves the
+    last three out. Moments in seconds since 1970."""
+
+    open_until: float
+    since: float
+    reply: Reply | None
+    relay: str
+
+
+def standing(redis: Redis, relay: str = "relay") -> Standing | None:
+    """Returns None if there is no trouble. Raises `Unavailable`."""
+    with translating_errors():
+        stored: Any = redis.hgetall(f"{relay}:breaker")
+    return read_standing(stored)
+
+
+def read_standing(stored: dict[bytes, bytes]) -> Standing | None:
+    """Returns what the hash of the breaker says."""
+    if not stored:
+        return None
+    said = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in stored.items()}
+    reply = None
+    with suppress(KeyError, ValueError):
+        reply = Reply(Phase(said["phase"]), int(said["code"]) if said["code"] else None, said["text"])
+    return Standing(_moment(said.get("open_until")), _moment(said.get("since")), reply, said.get("relay", ""))
+
+
+def _moment(written: str | None) -> float:
+    """Returns seconds of what is written in ms; 0 for none, and for what is none."""
+    with suppress(ValueError):
+        if 0 < (ms := float(written or 0)) < 1e15:
+            return ms / 1000
+    return 0.0

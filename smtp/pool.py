@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from smtp.envelope import Envelope
 from smtp.policy import Verdict
@@ -148,6 +149,12 @@ class Conversation:
             return self._decided(self.session.finish())
         except Stopped as stopped:
             return self._decided(stopped.reply)
+
+    def figures(self, since: float) -> dict[str, Any]:
+        """Returns the TLS version and size of the mail that was decided right now, and in how many ms since then (of
+        time.monotonic()) its final dot was out, if it was, and the reply here."""
+        took = [round((at - since) * 1000) if at else None for at in (self.session.dot_at, time.monotonic())]
+        return {"dot_ms": took[0], "took_ms": took[1], "tls": self.session.tls, "bytes": len(self.mime)}
 
     def _decided(self, final: Reply) -> Replies | Outcome:
         relay, was_kept = self.session.relay, self.session.mails > 1

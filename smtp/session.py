@@ -104,6 +104,8 @@ class Session:
         self.last: Reply | None = None
         self.mails = 0
         self.replies: Replies = {}
+        self.dot_at: float | None = None  # when this mail's was out, of time.monotonic()
+        self.tls = ""  # its version
         self.may_pipeline, self.pipelined = True, False
         self.opened_at = time.monotonic()
         self.aborted = threading.Event()
@@ -141,6 +143,7 @@ class Session:
     def open(self) -> None:
         with self.step(Phase.CONNECT):
             self.connect()
+        self.tls = _tls_version(self.sock)
         self.state = State.OPENING
         self.pending_replies = 1  # the greeting
         self.expect(self.answer(Phase.GREETING))
@@ -148,6 +151,7 @@ class Session:
         if self.relay.security == "starttls":
             with self.step(Phase.STARTTLS):
                 self.smtp.starttls(context=tls_context(self.relay.ca_file))
+                self.tls = _tls_version(self.sock)
             self.say_hello()
         if self.relay.username:
             with self.step(Phase.AUTH):
@@ -181,7 +185,7 @@ class Session:
         """Sends a mail but for its final dot, in as few round trips as the relay allows: until `finish`, it cannot have
         accepted anything. Opens the connection for the first mail. Returns the replies to RCPT, which are in `replies`
         also where this, or `finish`, raises `Stopped`."""
-        self.replies = {}
+        self.replies, self.dot_at = {}, None
         if self.state is State.NEW:
             self.open()
         self.mails += 1
@@ -200,7 +204,7 @@ class Session:
         RFC 5321 4.5.3.2.6 asks for ten minutes, and a client that gives up earlier sends again what was accepted.
         """
         if self.send_mail(b".\r\n"):
-            self.state = State.AWAITING_FINAL_REPLY
+            self.state, self.dot_at = State.AWAITING_FINAL_REPLY, time.monotonic()
             self.sock.settimeout(None)
         return self.final_reply()
 
@@ -321,6 +325,10 @@ class Session:
         self.smtp.close()
         if self.handle:
             self.handle.close()
+
+
+def _tls_version(sock: socket.socket) -> str:
+    return (sock.version() or "") if isinstance(sock, ssl.SSLSocket) else ""
 
 
 def _gravest(replies: Iterable[Reply]) -> Reply:

@@ -31,10 +31,10 @@ class Pages(NamedTuple):
         outbox = Outbox(Jobs(connect(redis_url)), chosen)
         return cls(chosen, outbox, dashboard.make_app(chosen, login=False).test_client())
 
-    def accept(self, **fields: Any) -> str:
+    def accept(self, key: str = "", **fields: Any) -> str:
         """Accepts a mail as the API does, with these fields of POST /emails in place of MAIL's."""
         made = prepare(MAIL | fields, default_sender=None, max_recipients=50)
-        return self.outbox.accept([made]).id
+        return self.outbox.accept([made._replace(key=key)]).id
 
     def get(self, path: str, status: int = 200) -> str:
         """Returns a page's HTML."""

@@ -17,7 +17,7 @@ import redis
 from redis.exceptions import ConnectionError
 
 from chaos.proxy import Proxy
-from mail.counters import ACCEPT, SMTP, Gathered
+from mail.counters import ACCEPT, DELIVERED, SMTP, Gathered
 from mail.outbox import Outbox
 from mail.states import State
 from mail.store import TOTALS
@@ -88,7 +88,8 @@ def test_each_outcome_is_counted_once_however_often_it_is_written(
     assert proxy.lost == lost
     changed = since(before, scraped(api))
     changed.pop("accept_duration_seconds_count", None)  # it comes when it comes
-    assert changed == {"mails_accepted_total": 1, **counted}
+    sent = {"delivered_duration_seconds_count": 1} if state == "sent" else {}
+    assert changed == {"mails_accepted_total": 1, **counted, **sent}
 
 
 def test_a_mail_whose_acceptance_was_asked_for_twice_is_counted_once(house: House, proxy: Proxy) -> None:
@@ -121,6 +122,7 @@ def test_a_worker_killed_at_the_final_dot_is_an_attempt_in_doubt(
     seen = scraped(api)
     assert (seen["attempts_total interrupted"], seen["in_doubt_total"], seen["attempts_total accepted"]) == (1, 1, 1)
     assert (seen["mails_total sent"], seen["smtp_duration_seconds_count"]) == (1, 1)
+    assert seen["delivered_duration_seconds_count"] == 1
 
 
 def test_what_is_held_expires_or_is_canceled_is_counted_as_such(house: House, relay: Relay) -> None:
@@ -198,10 +200,10 @@ def test_figures_that_redis_does_not_take_are_kept_for_the_next_time(
 
 
 def test_each_observation_is_in_the_first_bucket_that_holds_it() -> None:
-    for histogram in (SMTP, ACCEPT):
+    for histogram in (SMTP, ACCEPT, DELIVERED):
         counts: Counter[str] = Counter()
         for bound in histogram.bounds:
             histogram.note(bound, counts)
-        histogram.note(10_000, counts)
+        histogram.note(100_000, counts)
         assert [counts[field] for field in histogram.fields] == [1] * len(histogram.fields)
         assert list(histogram.bounds) == sorted(histogram.bounds)

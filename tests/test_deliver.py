@@ -13,11 +13,13 @@ from rq import Retry
 
 from mail import delivery
 from mail.claim import Claim, iso
+from mail.figures import hours
 from mail.outbox import Outbox
 from mail.states import TROUBLE_TOO_LONG, State, Status
 from queues.connection import Unavailable
 from smtp import pacing
-from smtp.pacing import Wait
+from smtp.pacing import Wait, standing
+from smtp.policy import Phase
 from smtp.relay import Relay
 from tests.conversations import POOL, served
 from tests.mails import BODY, accept, claim, draft
@@ -113,7 +115,16 @@ def test_no_worker_asks_relay_rate_or_breaker_for_a_test_whatever_became_of_it(
     if known:
         assert f"sent id={mail_id} test=True" in caplog.text
         assert outbox.last_sent() is None  # what tells whether the relay works
-        assert client.hmget("mail:totals", "test", "sent") == [b"1", None]
+        assert client.hmget("mail:totals", "test", "sent", "delivered:us") == [b"1", None, None]
+
+
+def test_how_long_it_took_is_counted_from_the_moment_at_which_it_was_to_go(outbox: Outbox, client: Any) -> None:
+    mail_id = accept(outbox)
+    client.hset(f"mail:{mail_id}", "since", iso(time.time() - 100))
+    with served() as (_, to):
+        delivers(outbox, to).deliver(mail_id)
+    assert client.hget("mail:totals", "delivered:120") == b"1"
+    assert sum(one.counts["delivered:120"] for one in hours(client, 2)) == 1
 
 
 def test_a_refused_mail_fails_with_code_and_phase(outbox: Outbox, client: Any) -> None:
@@ -171,6 +182,9 @@ def test_the_breaker_hears_of_each_conversation(outbox: Outbox, client: Any, cap
             assert isinstance(made.deliver(mail_id), Retry)
         assert outbox.relay_in_trouble()
         assert 'breaker_opened reason="421 at greeting"' in caplog.text
+        seen = standing(client)
+        assert seen
+        assert (seen.reply, seen.relay) == ((Phase.GREETING, 421, "busy", False), str(to))
         client.hset("relay:breaker", "open_until", 1)  # the pause is over
         assert made.deliver(mails[3]) == "sent"
         assert not outbox.relay_in_trouble()

@@ -6,6 +6,8 @@ time after which RQ and our claim give a dead worker up.
 
 from __future__ import annotations
 
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -87,7 +89,12 @@ def test_a_mail_posted_is_a_mail_sent(house: House, api: Api, relay: Relay, clie
     assert delivery.sender == "sender@example.com"
     assert delivery.message_id == seen["message_id"]
     assert b"eve@example.com" not in delivery.content
-    assert [one["verdict"] for one in seen["attempts"]] == ["accepted"]
+    [attempt] = seen["attempts"]
+    assert attempt["verdict"] == "accepted"
+    assert re.fullmatch(rf"{re.escape(socket.gethostname())}/[0-9a-f]{{8}}", attempt["worker"])
+    assert (attempt["tls"], attempt["bytes"]) == ("TLSv1.3", len(delivery.content))
+    assert seen["created_at"] <= attempt["began"] <= attempt["at"]
+    assert 0 <= attempt["dot_ms"] <= attempt["took_ms"] < 30_000
     assert (seen["subject"], client.hexists(f"mail:{seen['id']}", "content")) == ("Hello", False)
     assert api.get(f"/jobs/{seen['id']}").body["status"] == "finished"
 

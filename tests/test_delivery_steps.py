@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: st
 
 def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
     pending = [one.address for one in taken.recipients if one.status == "pending"]
-    delivery.record(taken, Outcome(replies[-1], dict(zip(pending, replies, strict=True))), RELAY)
+    delivery.record(taken, Outcome(replies[-1], dict(zip(pending, replies, strict=True))), RELAY, {})
     return delivery.next_state(taken, replies, (10, 100))
 
 
@@ -196,6 +197,7 @@ def test_an_attempt_is_recorded_with_what_the_relay_said() -> None:
     [attempt] = taken.attempts
     assert attempt["relay"] == "relay.example.com:587"
     assert (attempt["phase"], attempt["code"], attempt["verdict"]) == ("rcpt", 550, "refused")
+    assert attempt["worker"] == socket.gethostname()  # outside of a worker
     assert attempt["text"] == "5.1.1 no such user"
     assert timedelta(0) <= datetime.now(timezone.utc) - datetime.fromisoformat(attempt["at"]) < timedelta(minutes=5)
     assert (taken.recipients[0].code, taken.recipients[0].text) == (550, "5.1.1 no such user")

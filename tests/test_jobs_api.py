@@ -148,6 +148,7 @@ def test_a_job_that_is_not_running_can_be_canceled_and_a_mail_is_still_told_of(
         seen = api.email(job_id)
         assert (seen["status"], seen["last_event"], seen["to"]) == ("canceled", "canceled", ["ada@example.com"])
         beside = {"mail:totals", "mail:index", "mail:keys", "mail:secret"}
+        beside |= keys(client, "mail:minute:*") | keys(client, "mail:hour:*")
         assert keys(client, "*") - beside == {"rq:queues", f"mail:{job_id}"}
         assert api.call("DELETE", f"/jobs/{job_id}").status == 200
     else:

@@ -112,7 +112,7 @@ def test_the_shortest_list_is_looked_through(outbox: Outbox) -> None:
     for query, place in (
         (Wanted(to="b@example.com", tag="a:b"), of_b),
         (Wanted(to="a@example.com", tag="a:b"), of_a),
-        (Wanted(tag="a:b", status="failed"), index.of_state("failed", "")),
+        (Wanted(tag="a:b", states=frozenset({"failed"})), index.of_state("failed", "")),
         (Wanted(tag="a:b", key="send"), index.of_state("queued", "send")),
     ):
         assert place in listing._prefixes(outbox, query)

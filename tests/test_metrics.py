@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rq.utils import now, utcformat
 
-from mail.counters import ACCEPT, RESULTS, SMTP, VERDICTS
+from mail.counters import ACCEPT, DELIVERED, RESULTS, SMTP, VERDICTS
 from mail.store import TOTALS
 from queues.health import PLACES
 from tests.http_api import MAIL
@@ -184,8 +184,8 @@ def names(text: str) -> set[str]:
 def test_every_series_is_there_from_the_beginning_and_on_the_page_for_operators(api: Api) -> None:
     """One that begins with 1 has no increase that an alert could see."""
     seen = set(figures(api))
-    assert {f"accept_duration_seconds_bucket {float(bound)}" for bound in ACCEPT.bounds} <= seen
-    assert {f"smtp_duration_seconds_bucket {float(bound)}" for bound in SMTP.bounds} <= seen
+    for one in (ACCEPT, SMTP, DELIVERED):
+        assert {f"{one.name}_duration_seconds_bucket {float(bound)}" for bound in one.bounds} <= seen
     assert {f"mails_total {result}" for result in RESULTS} <= seen
     assert {f"attempts_total {verdict}" for verdict in VERDICTS} <= seen
     page = (ROOT / "docs" / "operations.md").read_text()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import redis
 
 from settings import Rate
 from smtp import pacing
-from smtp.pacing import Pacing, in_trouble
+from smtp.pacing import Pacing, in_trouble, standing
+from smtp.policy import Phase
+from smtp.verdict import Reply
 
 
 def opened(client: redis.Redis) -> Pacing:
@@ -285,3 +288,26 @@ def test_a_pause_that_the_relay_asked_for_is_not_made_shorter_by_more_trouble(cl
     wait = relay.admit()
     assert wait
     assert wait.seconds > 290
+
+
+def test_as_long_as_there_is_trouble_it_is_known_since_when_and_what_the_last_one_was(client: redis.Redis) -> None:
+    relay, began = Pacing(client, ()), time.time()
+    assert standing(client) is None
+    relay.trouble(reply=Reply(Phase.AUTH, 535, "5.7.8 no"), relay="relay.example:587")
+    first: Any = standing(client)
+    assert first == (0, pytest.approx(began, abs=1), (Phase.AUTH, 535, "5.7.8 no", False), "relay.example:587")
+    relay.trouble(pause=60, reply=Reply(Phase.CONNECT, None, "<ada@example.com> " + 999 * "x"))
+    last: Any = standing(client)
+    assert last == (pytest.approx(began + 60, abs=1), first.since, (Phase.CONNECT, None, " " + 299 * "x", False), "")
+    relay.well()
+    assert standing(client) is None
+
+
+@pytest.mark.parametrize(
+    "fields", [{"open_until": 60_000}, {"open_until": 60_000, "since": "x", "phase": "moon", "code": "", "text": ""}]
+)
+def test_what_an_earlier_or_a_later_version_has_written_is_read_as_far_as_it_can_be(
+    client: redis.Redis, fields: Any
+) -> None:
+    client.hset("relay:breaker", mapping=fields)
+    assert standing(client) == (60, 0, None, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mail import figures
 from ops.page.words import ago, mailbox, masked
 from tests.pages import Pages
 from tests.servers import RedisServer
@@ -60,3 +61,19 @@ def test_a_mailbox_keeps_no_name_where_it_is_masked() -> None:
     assert mailbox('"Ada" <ada@example.com>', show=False) == "a…@example.com"
     assert mailbox("not an address", show=False) == "not an address"
     assert ago(None) == ""
+
+
+def test_the_front_page_says_whether_all_is_well_and_counts_today(pages: Pages) -> None:
+    pages.accept(subject="not on this page")
+    shown = pages.text("/mail/")
+    assert shown.startswith("No worker runs, so no mail goes out. 1 mail waits, none is lost.")
+    assert "1 accepted yesterday 0" in shown
+    assert "1 wait now" in shown
+    assert [words for words in ("Mails a minute", "Mails an hour") if words in shown] == ["Mails a minute"]
+    assert "Mails an hour" in pages.text("/mail/?span=3d")
+    assert "Mails a minute" in pages.text("/mail/?span=%3Cb%3E")
+
+
+def test_what_happened_is_marked_in_the_charts(pages: Pages) -> None:
+    figures.mark(pages.outbox.jobs.redis, "redis_restarted", "<7.2.4>")
+    assert ": redis restarted &lt;7.2.4&gt;</title>" in pages.get("/mail/")

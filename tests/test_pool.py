@@ -36,6 +36,25 @@ def test_many_mails_share_a_session(offers: list[str], security: str, certified:
     assert there.commands[-1] == "QUIT"
 
 
+@pytest.mark.parametrize(("security", "tls"), [("none", ""), ("starttls", "TLSv1."), ("tls", "TLSv1.")])
+@pytest.mark.parametrize(
+    ("script", "dot"), [({}, True), ({".": hang_up}, True), ({"RCPT": last_words("421 no")}, False)]
+)
+def test_a_mail_has_its_times_its_size_and_the_version_of_tls(
+    script: Script, dot: bool, security: str, tls: str, certified: dict[str, Any]
+) -> None:
+    offers = ["STARTTLS"] if security == "starttls" else []
+    with served(script, offers=offers, security=security, **certified) as (_, to), POOL.conversation(to) as talk:
+        since = time.monotonic() - 1
+        said = talk.begin(Envelope(SENDER, [ADA]), MIME)
+        assert isinstance(said, Outcome) != dot
+        assert not dot or isinstance(talk.finish(), Outcome)
+        seen = talk.figures(since)
+    assert (seen["dot_ms"] is not None, seen["tls"].startswith(tls), bool(seen["tls"])) == (dot, True, bool(tls))
+    assert 1000 <= (seen["dot_ms"] or 1000) <= seen["took_ms"] < 5000
+    assert seen["bytes"] == len(MIME)
+
+
 def test_a_session_serves_one_relay_and_one_login_only() -> None:
     with served(offers=["AUTH PLAIN"]) as (there, to):
         for login in (LOGIN, ("other", "password"), (None, None)):

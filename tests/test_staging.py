@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import fakeredis
@@ -10,17 +11,17 @@ import redis
 
 from mail import delivery
 from mail.outbox import Outbox
-from mail.states import Status
+from mail.states import State, Status
 from ops import dev
 from ops.checks import relay
 from ops.checks.findings import NOTE
 from ops.checks.target import Target
-from queues.jobs import Jobs
+from queues.jobs import Jobs, NotFound, NotPossible
 from settings import load
 from tests.checks.support import assert_finds, of
 from tests.conversations import served
 from tests.http_api import MAIL, WELCOME, app_with, ask, fields
-from tests.mails import BODY, accept, claim
+from tests.mails import BODY, accept, claim, draft
 from tests.relay import Relay
 from tests.servers import House, RedisServer
 from tests.test_deliver import delivers
@@ -97,3 +98,39 @@ def test_the_doctor_and_bin_dev_say_that_it_is_on() -> None:
     staging = of(mail_redirect_to=TESTER)
     assert_finds(relay.login(Target(dev.ROOT), staging), NOTE, "all mail goes to MAIL_REDIRECT_TO")
     assert "Recipients     all mail goes to MAIL_REDIRECT_TO" in dev.welcome(dev.parse_arguments([]), staging)
+
+
+# fmt: off
+COPIES = [  # the settings, the operator's address, who gets the copy, or what stands in the way
+    ({}, "Op <op@acme.example>", ["Op <op@acme.example>"]),
+    ({"mail_redirect_to": TESTER}, "op@acme.example", [f'"op@acme.example" <{TESTER}>']),
+    ({"mail_allowlist": "team.example"}, BOB, [BOB]),
+    ({"mail_allowlist": "team.example"}, "op@acme.example", "to which this service sends"),
+    ({}, "op", "must be one, such as"), ({}, "op@mailhost", "must be one, such as"),
+    ({"allow_local_domains": True}, "op@mailhost", ["op@mailhost"]),
+    ({}, "sent", "no longer kept"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("chosen", "to", "found"), COPIES)
+def test_a_copy_is_another_mail_for_the_operator_alone(chosen: dict[str, Any], to: str, found: list[str] | str) -> None:
+    client: Any = fakeredis.FakeRedis()
+    outbox = Outbox(Jobs(client), load(from_file={}, **chosen))
+    whole = replace(draft().message, cc=draft().message.to, bcc=draft().message.to)
+    mail_id = outbox.accept([draft()._replace(message=whole)]).id
+    taken = claim(outbox, mail_id)
+    taken.settle(State.SENT if to == "sent" else State.FAILED, reason="550 at rcpt")
+    before = client.hgetall(f"mail:{mail_id}"), client.zcard("mail:index")
+    if isinstance(found, str):
+        with pytest.raises(NotPossible, match=found) as refused:
+            outbox.copy(mail_id, to)
+        assert to not in str(refused.value) or "@" not in to
+        assert (client.hgetall(f"mail:{mail_id}"), client.zcard("mail:index")) == before
+        return
+    copy = outbox.read(copied := outbox.copy(mail_id, to))
+    assert (copy["to"], len(copy["recipients"]), copy["key"], copy["status"]) == (found, 1, "dashboard", "queued")
+    assert replace(claim(outbox, copied).message, to=whole.to, cc=whole.cc, bcc=whole.bcc) == whole
+    assert client.hgetall(f"mail:{mail_id}") == before[0]
+    with pytest.raises(NotFound):
+        outbox.copy("gone", to)

@@ -84,7 +84,13 @@ def test_a_state_is_counted_kept_and_watched_however_a_mail_comes_into_it(
 
 def test_from_a_final_state_only_a_person_goes_on() -> None:
     assert set(FOLLOWS) == {None, *State}
-    assert set().union(*(FOLLOWS[state] for state in FINAL)) == {State.SENDING, State.CANCELED, State.SENT}
+    assert set().union(*(FOLLOWS[state] for state in FINAL)) == {
+        State.SENDING,
+        State.CANCELED,
+        State.SENT,
+        State.FAILED,
+    }
+    assert State.FAILED not in FOLLOWS[State.SENT] | FOLLOWS[State.CANCELED]
 
 
 @pytest.mark.parametrize("state", State)

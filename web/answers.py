@@ -59,12 +59,20 @@ class Recipient(TypedDict):
 
 
 class Attempt(TypedDict):
+    """What an earlier version, or one that ended with its worker, did not write is not there."""
+
     at: Time
-    relay: str
-    phase: str
-    code: int | None
+    relay: NotRequired[str]
+    phase: NotRequired[str]
+    code: NotRequired[int | None]
     text: str
     verdict: str
+    worker: NotRequired[str]
+    began: NotRequired[Time]
+    dot_ms: NotRequired[int | None]
+    took_ms: NotRequired[int]
+    tls: NotRequired[str]
+    bytes: NotRequired[int]
 
 
 class ListedMail(From):

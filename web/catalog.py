@@ -15,8 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from mail import forms, templates
 from mail.claim import iso
-from mail.draft import prepare
-from mail.plain import text_beside
+from mail.draft import preview
 from mail.request import FieldError, Invalid, StrictModel, validate
 from queues.jobs import NotFound
 from web.body import SMALL_BODY, read_json
@@ -24,7 +23,6 @@ from web.errors import Json, json_response
 from web.handlers import Service
 from web.mails import whole_number
 
-ANYBODY = "preview@example.com"
 INSTALLED = (Path(__file__).parent.parent / "CHANGELOG.md").stat().st_mtime  # of what has no time of its own
 
 
@@ -58,10 +56,8 @@ def get_template(service: Service, template_id: str) -> HTTPResponse:
 
 def preview_template(service: Service, template_id: str) -> HTTPResponse:
     """Shows what a mail of this template would say. Raises what such a mail would be refused with."""
-    template = {"id": known(template_id), "variables": validate(Preview, read_json(SMALL_BODY)).variables}
-    mail = {"from": ANYBODY, "to": ANYBODY, "template": template}
-    made = prepare(mail, default_sender=None, max_recipients=1).message
-    return json_response(200, {"subject": made.subject, "text": text_beside(made.text, made.html), "html": made.html})
+    made = preview(known(template_id), validate(Preview, read_json(SMALL_BODY)).variables)
+    return json_response(200, dict(zip(("subject", "text", "html"), made, strict=True)))
 
 
 def list_domains(service: Service) -> HTTPResponse:

@@ -65,9 +65,9 @@ class Move(StrictModel):
 
 
 def list_mails(service: Service) -> HTTPResponse:
-    mails, more = page(service.outbox, wanted())
-    data = [{name: value for name, value in mail.items() if name not in HIDDEN} for mail in mails]
-    return json_response(200, {"object": "list", "has_more": more, "data": data})
+    found = page(service.outbox, wanted())
+    data = [{name: value for name, value in mail.items() if name not in HIDDEN} for mail in found.mails]
+    return json_response(200, {"object": "list", "has_more": found.more, "data": data})
 
 
 def wanted() -> Wanted:
@@ -90,7 +90,7 @@ def wanted() -> Wanted:
         raise Invalid(FieldError("before", "must not be an id if after is one"))
     return Wanted(
         to=query.to.address if isinstance(query.to, Mailbox) else "",
-        status=query.status,
+        states=frozenset({query.status} if query.status else ()),
         tag=query.tag,
         key=context.current.get().reads_only,
         above=max(since, newer),

@@ -20,7 +20,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from mail import counters, sweep
-from mail.counters import ACCEPT, RESULTS, SMTP, VERDICTS, Histogram
+from mail.counters import ACCEPT, DELIVERED, RESULTS, SMTP, VERDICTS, Histogram
 from mail.outbox import Outbox
 from queues import health
 from queues.connection import Unavailable, translating_errors, weaknesses
@@ -71,6 +71,7 @@ class Scrape(Collector):
         text = "When a mail was last sent; 0: never."
         yield gauge("last_sent_timestamp_seconds", text, self.outbox.last_sent() or 0)
         yield histogram(SMTP, "smtp", "Sessions with the relay, the time for one mail.", counts)
+        yield histogram(DELIVERED, "delivered", "Mails that were sent, the time since they were to be.", counts)
         yield histogram(ACCEPT, "accept", "Requests that were accepted, in the API.", counts)
 
     def queues(self) -> Iterator[Metric]:

@@ -6,7 +6,6 @@ other: stored and queued as the API does it, taken by a worker, sent through the
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -30,6 +29,7 @@ from queues.jobs import Jobs
 from queues.quarantine import UNREADABLE, UNREADABLE_KEPT
 from queues.table import EMAIL, QUEUES
 from settings import Settings
+from smtp.pacing import standing
 from smtp.policy import Phase
 from smtp.relay import Relay
 from smtp.verdict import Reply
@@ -130,21 +130,16 @@ def reasons_to_wait(redis: Redis, settings: Settings) -> Findings:
 
 
 def last_trouble(redis: Redis, settings: Settings) -> tuple[str, str]:
-    """Returns what happened in the last attempt at one of the oldest waiting mails, in our words, and its fix."""
-    oldest: list[Any] = redis.zrange(OPEN, 0, 19)
-    for mail_id in oldest:
-        stored: Any = redis.hget(mail_key(mail_id.decode()), "attempts")
-        attempts = json.loads(stored or b"[]")
-        if attempts and attempts[-1].get("verdict") == "trouble":
-            now = str(Relay.of(settings))
-            if settings.smtp_host and (then := attempts[-1].get("relay", now)) != now:
-                return f"that was {then}, and SMTP_HOST and SMTP_PORT name another now", "bin/breaker close"
-            return explained(attempts[-1], settings)
-    return "its log says why", "sudo journalctl -u async-email-worker@email -g breaker_opened -n 1"
+    """Returns what the last trouble was, in our words, and its fix."""
+    seen, now = standing(redis), str(Relay.of(settings))
+    if not seen or not seen.reply:  # its worker is of an earlier version
+        return "its log says why", "sudo journalctl -u async-email-worker@email -g breaker_opened -n 1"
+    if settings.smtp_host and seen.relay not in ("", now):
+        return f"that was {seen.relay}, and SMTP_HOST and SMTP_PORT name another now", "bin/breaker close"
+    return explained(seen.reply, settings)
 
 
-def explained(attempt: dict[str, Any], settings: Settings) -> tuple[str, str]:
-    reply = Reply(Phase(attempt["phase"]), attempt["code"], attempt["text"])
+def explained(reply: Reply, settings: Settings) -> tuple[str, str]:
     meaning, fix = replies.explain(settings.smtp_host or "", reply)
     return f"{reply.summary}: {meaning}", fix
 
@@ -174,7 +169,8 @@ def what_became_of(mail_id: str, seen: dict[str, Any], target: Target, settings:
     if state == State.SENT:
         yield ok(f"mail {mail_id} was accepted by the relay; see whether it arrives, and whether as spam")
     elif attempts and "phase" in attempts[-1]:
-        why, fix = explained(attempts[-1], settings)
+        last = attempts[-1]
+        why, fix = explained(Reply(Phase(last["phase"]), last["code"], last["text"]), settings)
         yield fault(f"mail {mail_id} is {state}: {why}", fix)
     elif state == State.DELAYED:
         yield warn(f"mail {mail_id} has to wait: {seen['reason']}", "see the line about the relay or SMTP_RATE here")

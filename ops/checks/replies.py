@@ -78,6 +78,8 @@ ROWS = (
     (ANY, TLS, "none", r"certificate is not valid",
      "the relay's certificate comes from an authority that this machine does not know",
      "sudo apt install ca-certificates; for a relay of your own: SMTP_CA_FILE=its authority in PEM"),
+    (ANY, CONNECT, "none", "", "the relay cannot be reached",
+     "nothing, if the relay is down; else check SMTP_HOST and SMTP_PORT, and whether a firewall is between"),
     (ANY, STARTTLS, "none|5..", r"not supported|STARTTLS", "the relay offers no STARTTLS on this port",
      "SMTP_SECURITY=tls and SMTP_PORT=465, or another port; for a relay of your own network without a login: "
      "SMTP_SECURITY=none"),

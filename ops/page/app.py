@@ -12,7 +12,9 @@ from functools import partial
 
 from flask import Blueprint, Response, abort
 
-from ops.page import activity, audit, email
+from mail.templates import read_again_when_changed
+from mail.templates import use as use_templates
+from ops.page import activity, audit, email, overview, scheduled, templates
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
 from queues.jobs import NotFound, NotPossible
@@ -22,18 +24,31 @@ CSP = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
+# fmt: off
 ROUTES = (
+    ("GET", "/", overview.show),
     ("GET", "/activity", activity.show),
+    ("GET", "/search", activity.begin),
+    ("POST", "/search", activity.search),
+    ("GET", "/scheduled", scheduled.show),
+    ("GET", "/templates", templates.show),
+    ("GET", "/templates/<template_id>", templates.one),
+    ("POST", "/templates/<template_id>", templates.preview),
+    ("GET", "/templates/<template_id>/html", templates.frame),
     ("GET", "/emails/<mail_id>", email.show),
     ("GET", "/emails/<mail_id>/<action>", email.ask),
     ("POST", "/emails/<mail_id>/<action>", email.act),
     ("GET", "/actions", audit.show),
 )
+# fmt: on
 
 
 def pages(redis: Redis, settings: Settings, by_login: bool) -> Blueprint:
     """Returns the blueprint. `by_login`: who asks has logged in, with a name."""
     blueprint, view = Blueprint("page", __name__, url_prefix="/mail"), View(redis, settings, by_login)
+    if settings.templates_dir:
+        use_templates(settings.templates_dir)
+    read_again_when_changed()
     for method, path, handler in ROUTES:
         endpoint = f"{handler.__module__.rpartition('.')[2]}_{handler.__name__}"
         blueprint.add_url_rule(path, endpoint, partial(handler, view), methods=[method])

@@ -26,13 +26,6 @@ class Series(NamedTuple):
     as_bars: bool = False
 
 
-class Mark(NamedTuple):
-    """Something that happened: a vertical line with its text."""
-
-    at: float  # seconds since 1970
-    text: str
-
-
 class Scale(NamedTuple):
     """Where a value is drawn: `place` from 0, at the foot, to 1. `ticks` are values with their text."""
 
@@ -57,13 +50,19 @@ def of_times(most: float) -> Scale:
 
 
 def chart(
-    title: str, times: Sequence[float], series: Sequence[Series], *, marks: Sequence[Mark] = (), in_time: bool = False
+    title: str,
+    times: Sequence[float],
+    series: Sequence[Series],
+    *,
+    marks: Sequence[tuple[float, str]] = (),
+    in_time: bool = False,
 ) -> Markup:
-    """Returns a `figure` of the series, each with a value for each of `times` (seconds since 1970, evenly apart)."""
+    """Returns a `figure` of the series, each with a value for each of `times` (seconds since 1970, evenly apart).
+    `marks` are moments and what happened then; `in_time` says that the values are seconds."""
     most = max((value for one in series for value in one.values if value is not None), default=0)
     scale = of_times(most) if in_time else of_counts(most)
     drawn = [*_grid(times, scale), *(_bars(one, scale) if one.as_bars else _line(one, scale) for one in series)]
-    drawn += [_mark(times, one) for one in marks if times and times[0] <= one.at]
+    drawn += [_mark(times, at, text) for at, text in marks if times and times[0] <= at]
     picture = Markup(
         '<figure class="chart"><figcaption>{0}</figcaption>'
         '<div class="scroll" tabindex="0" role="region" aria-label="{0}">'
@@ -102,13 +101,16 @@ def _grid(times: Sequence[float], scale: Scale) -> Iterator[Markup]:
 
 def _line(one: Series, scale: Scale) -> Markup:
     """Draws a line, with a gap where there is no value, and a dot for a value alone."""
-    steps, before = [], False
+    line, dots = "", ""
+    values = [None, *one.values, None]
     for number, value in enumerate(one.values):
-        if value is not None:
-            x, y = _x(number / max(1, len(one.values) - 1)), _y(scale.place(value))
-            steps.append(f"L{x} {y}" if before else f"M{x} {y}h.1")
-        before = value is not None
-    return Markup('<path class="line {}" d="{}"/>').format(one.name, "".join(steps))
+        if value is None:
+            continue
+        place = f"{_x(number / max(1, len(one.values) - 1))} {_y(scale.place(value))}"
+        before, after = values[number], values[number + 2]
+        line += f"L{place}" if before is not None else f"M{place}" if after is not None else ""
+        dots += f"M{place}h.1" if before is after is None else ""
+    return Markup('<path class="line {0}" d="{1}"/><path class="dots {0}" d="{2}"/>').format(one.name, line, dots)
 
 
 def _bars(one: Series, scale: Scale) -> Markup:
@@ -120,10 +122,8 @@ def _bars(one: Series, scale: Scale) -> Markup:
     return Markup('<path class="bars {}" d="{}"/>').format(one.name, "".join(steps))
 
 
-def _mark(times: Sequence[float], mark: Mark) -> Markup:
-    x = _x(min(1.0, (mark.at - times[0]) / max(1.0, times[-1] - times[0])))
+def _mark(times: Sequence[float], moment: float, text: str) -> Markup:
+    x = _x(min(1.0, (moment - times[0]) / max(1.0, times[-1] - times[0])))
     line = '<line x1="{1}" y1="{2}" x2="{1}" y2="{3}"/><circle cx="{1}" cy="{2}" r="3.5"/>'
-    at = datetime.fromtimestamp(mark.at).astimezone()
-    return Markup('<g class="mark"><title>{0}</title>' + line + "</g>").format(
-        f"{at:%d %b %H:%M}: {mark.text}", x, TOP - 4, HEIGHT - BOTTOM
-    )
+    said = f"{datetime.fromtimestamp(moment).astimezone():%d %b %H:%M}: {text}"
+    return Markup('<g class="mark"><title>{0}</title>' + line + "</g>").format(said, x, TOP - 4, HEIGHT - BOTTOM)

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mail.outbox import Outbox
 from ops.checks.findings import counted, lasting, sized
 from ops.page import words
+from ops.page.search import Query, found_at
 from queues.connection import Redis
 from queues.jobs import Jobs
 from settings import Settings
@@ -25,12 +26,17 @@ from settings import Settings
 HERE = Path(__file__).parent
 FILES = {"page.css": "text/css", "page.js": "text/javascript"}
 PAGES = {  # the paths of the navigation -> their names
+    "/mail/": "Overview",
     "/mail/activity": "Activity",
+    "/mail/scheduled": "Scheduled",
+    "/mail/templates": "Templates",
     "/mail/actions": "Actions",
 }
 DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of its URL -> a sentence
     "requeue": "It is queued again, with all its attempts.",
     "cancel": "It is canceled: nothing more of it is sent.",
+    "arrived": "It is noted as sent to those who were in doubt.",
+    "copy": "A copy is on its way to ALERT_TO.",
     "move": "It is moved, and is not sent before its new time.",
 }
 
@@ -57,7 +63,7 @@ class View:
             "mailbox": lambda text: words.mailbox(text, show),
             "said": lambda text: text if show else words.masked(text),
         }
-        self.templates.globals |= {"version": version(), "pages": PAGES}
+        self.templates.globals |= {"version": version(), "pages": PAGES, "narrowed": narrowed}
 
     @property
     def who(self) -> str:
@@ -77,6 +83,11 @@ class View:
 def asker(by_login: bool) -> str:
     given = request.authorization
     return (given.username or "") if by_login and given else "without login"
+
+
+def narrowed(name: str, value: str) -> str:
+    """Returns the URL of the mails with this state, key or tag."""
+    return found_at(Query().also(name, value))
 
 
 def go(path: str) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import timedelta
 from typing import Any
@@ -19,6 +18,9 @@ from queues.cron import Cron
 from queues.jobs import Jobs, Policy
 from queues.table import EMAIL, JOBS
 from settings import Settings
+from smtp.pacing import Pacing
+from smtp.policy import Phase
+from smtp.verdict import Reply
 from tests.checks.support import GMAIL, Server, assert_finds, listed, of, worst
 from tests.mails import accept
 from tests.servers import RedisServer
@@ -86,19 +88,15 @@ def test_mail_that_nothing_drains_is_named(target: Target, client: Any, settings
     assert_finds(flow.waiting(target, settings), NOTE, "unreadable jobs set aside: 1", "HGETALL jobs:unreadable:ID")
 
 
-def test_an_open_breaker_is_explained_by_what_the_last_attempt_met_with(
-    target: Target, client: Any, settings: Settings
-) -> None:
+def test_an_open_breaker_is_explained_by_the_last_trouble(target: Target, client: Any, settings: Settings) -> None:
     client.hset("relay:breaker", mapping={"troubles": 3, "open_until": int(time.time() * 1000) + 20_000})
-    assert_finds(flow.waiting(target, settings), FAULT, "all mail waits", "journalctl")
-    mail_id = queued(client, settings)
-    attempt = {"verdict": "trouble", "phase": "auth", "code": 534, "text": "5.7.9 planted words"}
-    client.hset(f"mail:{mail_id}", "attempts", json.dumps([attempt]))
+    assert_finds(flow.waiting(target, settings), FAULT, "all mail waits", "journalctl")  # by an earlier version
+    reply = Reply(Phase.AUTH, 534, "5.7.9 planted words")
+    Pacing(client, ()).trouble(reply=reply, relay=f"{GMAIL}:587")
     assert_finds(flow.waiting(target, settings), FAULT, "534 at auth: Google wants an app password", "apppasswords")
     assert "planted" not in repr(listed(flow.waiting(target, settings)))
-    client.hset(f"mail:{mail_id}", "attempts", json.dumps([attempt | {"relay": "127.0.0.1:1"}]))
     corrected = settings.model_copy(update={"smtp_host": "relay.example.com"})
-    assert_finds(flow.waiting(target, corrected), FAULT, "that was 127.0.0.1:1, and SMTP_HOST", "bin/breaker close")
+    assert_finds(flow.waiting(target, corrected), FAULT, f"that was {GMAIL}:587, and SMTP_HOST", "bin/breaker close")
 
 
 def test_the_checks_change_nothing_in_redis(

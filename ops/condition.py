@@ -1,0 +1,296 @@
+"""Says in one sentence whether all is well: what is wrong, since when, whether mail is lost, and the next step.
+
+RULES is a table in order of gravity: the first rule that holds makes the sentence, the others that hold stand in
+`also`, but for those that are only its consequence. Each is a pure function of the facts (facts.py). What a relay's
+reply means is said by checks/replies.py, what fixes Redis by checks/store.py.
+
+No sentence holds an address, a subject, a secret or a relay's own words: it is pushed to other services (alerts.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Literal, NamedTuple
+
+from mail.outbox import Outbox
+from ops.checks import replies, store
+from ops.checks.findings import lasting, sized
+from ops.facts import RECENT, STEP
+from ops.facts import Facts as Facts
+from ops.facts import gather as gather
+from queues.connection import CANNOT_NOW, weaknesses
+from queues.table import EMAIL, QUEUES
+from smtp.policy import Phase
+
+Level = Literal["well", "warn", "bad"]
+SOON = 60  # seconds that a mail may wait while all is well
+LATE = 300  # seconds after which that is worth a push
+QUIET = 600  # seconds without a mail sent
+FEW = 5  # of so many mails nothing is a large share
+SHARE = 0.2  # of the last mails that may fail
+STUCK = 900  # seconds after the moment at which the sweep should have looked at a mail
+NEEDS_RESTART = re.compile(r"\b(SMTP_\w+|MAIL_FROM|EHLO_NAME|WORKER_CONCURRENCY)\b")
+REFUSED = "new mail is refused with 503, and none goes out; what was accepted is kept"
+
+
+class Condition(NamedTuple):
+    """One thing that can be said about the service. `push`: it is worth waking somebody."""
+
+    level: Level
+    kind: str
+    sentence: str
+    fix: str = ""
+    since: float | None = None
+    also: tuple[Condition, ...] = ()
+    push: bool = False
+
+
+def look(outbox: Outbox) -> Condition:
+    """Returns how the service is at this moment."""
+    return judge(gather(outbox))
+
+
+def judge(facts: Facts) -> Condition:
+    found: list[Condition] = []
+    for rule, causes in RULES:
+        if not any(one.kind in causes for one in found):
+            found += rule(facts)
+    first, *others = found or [well(facts)]
+    return first._replace(also=tuple(others))
+
+
+def well(facts: Facts) -> Condition:
+    sent, bulk = facts.today["sent"], facts.queues[EMAIL].jobs["bulk"] if facts.queues else 0
+    today = f"{sent:,} sent today" if sent else "no mail was sent today yet"
+    if bulk:
+        rest = f"and {mails(bulk, 'of priority bulk waits for its turn', 'of priority bulk wait for their turn')}"
+    else:
+        rest = f"and in the last hour nothing has waited longer than {lasting(max(1, facts.longest))}"
+    return Condition("well", "well", f"All is well: {today}, {rest}.")
+
+
+def unavailable(facts: Facts) -> Iterator[Condition]:
+    why = facts.unavailable
+    if why:
+        kind = {CANNOT_NOW["MASTERDOWN"]: "replica", CANNOT_NOW["READONLY"]: "replica"}.get(why, "redis")
+        yield Condition("bad", kind, f"{why}: {REFUSED}.", f"{doctor(facts)} says what is wrong with it", push=True)
+
+
+def unfit(facts: Facts) -> Iterator[Condition]:
+    """Yields why Redis takes nothing, or does not keep what it takes."""
+    at = store.address(facts.settings)
+    limit, used = sized(facts.info.get("maxmemory", 0)), sized(facts.info.get("used_memory", 0))
+    said = {
+        "replica": ("replica", f"Redis is a read-only replica: {REFUSED}."),
+        "aof_failing": ("disk", f"Redis cannot write its append-only file, so {REFUSED}."),
+        "snapshot_failing": ("disk", "Redis cannot write its snapshot, and may refuse mail until it can."),
+        "full": (
+            "full",
+            f"Redis is full ({used} of {limit}): new mail is refused with 503. {waits(facts)}",
+        ),
+        "no_aof": ("unsafe", "Redis keeps no append-only file: a crash would lose accepted mail."),
+        "evicting": ("unsafe", "Redis may drop mail when its memory is short (maxmemory-policy is not noeviction)."),
+    }
+    weak = {name for name, _ in weaknesses(facts.info)} if facts.info else set()
+    for name, (kind, sentence) in said.items():
+        if name in weak:
+            yield Condition("bad", kind, sentence, store.fix_of(name, at, facts.target), push=True)
+
+
+def no_worker(facts: Facts) -> Iterator[Condition]:
+    for name in QUEUES:
+        seen = facts.queues.get(name)
+        if not seen or seen.workers:
+            continue
+        if name == EMAIL:
+            sentence = f"No worker runs, so no mail goes out. {waits(facts)}"
+            yield Condition("bad", "worker", sentence, facts.target.restart(f"worker@{name}"), push=True)
+        elif jobs := seen.jobs["queued"] + seen.jobs["scheduled"]:
+            sentence = f"No worker takes jobs from the queue {name}: {jobs:,} {plural(jobs, 'waits', 'wait')}."
+            yield Condition("warn", f"worker_{name}", sentence, facts.target.restart(f"worker@{name}"), push=True)
+
+
+def relay(facts: Facts) -> Iterator[Condition]:
+    seen = facts.standing
+    if not seen or not (seen.open_until or facts.waiting):
+        return
+    since = f", since {moment(seen.since, facts.now)}" if seen.since else ""
+    said, fix = f"The relay is in trouble{since}", f"{doctor(facts)} tries it, and says what is wrong"
+    if seen.reply:
+        meaning, fix = replies.explain(facts.settings.smtp_host or "", seen.reply)
+        meaning = re.split(r"[,;] (?:and )?(?:mail|they) waits?\b", meaning)[0]
+        code = seen.reply.text if seen.reply.phase is Phase.CONNECT else seen.reply.summary
+        code = "" if "certificate" in seen.reply.text else f" ({code})"
+        said = f"{meaning[0].upper()}{meaning[1:]}{since}{code}"
+        fix += f"; {facts.target.edit}" if NEEDS_RESTART.search(fix) else ""
+    is_open = bool(seen.open_until)
+    more = waits(facts) if is_open else "After three mails in a row that meet with it, all wait."
+    yield Condition("bad" if is_open else "warn", "relay", f"{said}. {more}", fix, seen.since or None, push=is_open)
+
+
+def suspended(facts: Facts) -> Iterator[Condition]:
+    if facts.suspended:
+        sentence = f"A person has paused all sending. {waits(facts)}"
+        fix = "resume it on /mail/, or with: .venv/bin/rq resume -u REDIS_URL"
+        yield Condition("warn", "suspended", sentence, fix, push=oldest(facts)[0] > QUIET)  # has it been forgotten?
+
+
+def stuck(facts: Facts) -> Iterator[Condition]:
+    """Says that living workers leave the mail where it is."""
+    age, jobs = oldest(facts)
+    if age > SOON and facts.now - facts.last_sent > SOON and not facts.in_hand:
+        sentence = f"Workers run, and take nothing: {jobs:,} {plural(jobs, 'mail waits', 'mails wait')} in the queue, "
+        sentence += f"the oldest for {lasting(age)}. None is lost."
+        yield Condition("bad", "stuck", sentence, facts.target.restart("worker@email"), facts.now - age, push=True)
+
+
+def scheduler(facts: Facts) -> Iterator[Condition]:
+    late = facts.queues[EMAIL].overdue if facts.queues else 0
+    if late > (SOON if facts.has_scheduler else SOON / 4):
+        many = plural(facts.overdue, "mail was due", "mails were due")
+        sentence = f"The worker's scheduler stands still: {facts.overdue:,} {many}, the first {lasting(late)} ago, and "
+        sentence += "nobody queues them. None is lost."
+        fix = facts.target.restart("worker@email")
+        yield Condition("bad", "scheduler", sentence, fix, facts.now - late, push=late > SOON)
+
+
+def quiet(facts: Facts) -> Iterator[Condition]:
+    """Says that mail waits and none gets through, for whatever reason."""
+    age, _ = oldest(facts)
+    silent = facts.now - facts.last_sent
+    put_off = facts.recent["delayed"] >= FEW
+    if silent > QUIET and (age > SOON or put_off) and not facts.recent["sent"]:
+        since = f"since {moment(facts.last_sent, facts.now)}" if facts.last_sent else "so far"
+        why, fix = "though mail is in hand: the relay takes long", f"{doctor(facts)} tries the relay"
+        if put_off:
+            why, fix = "the relay puts all of it off", "GET /emails/ID has the relay's own words, under attempts"
+        sentence = f"No mail was sent {since}, {why}. {waits(facts)}"
+        yield Condition("bad", "quiet", sentence, fix, facts.last_sent or None, push=True)
+
+
+def clock(facts: Facts) -> Iterator[Condition]:
+    by, at = facts.clock_set
+    fix = "timedatectl shows whether it is synchronised; sudo timedatectl set-ntp true"
+    ahead = facts.queues[EMAIL].ahead if facts.queues else 0
+    if abs(facts.skew) > STEP:
+        way = "ahead of" if facts.skew > 0 else "behind"
+        sentence = f"Redis' clock is {lasting(abs(facts.skew))} {way} ours, so mail is tried at the wrong moment."
+    elif ahead > STEP:
+        sentence = f"A worker's clock is {lasting(ahead)} ahead of ours, so mail is tried at the wrong moment."
+    elif by and 0 <= facts.now - at < QUIET:
+        way, then = ("on", "sooner") if by > 0 else ("back", "later")
+        sentence = f"This machine's clock was set {way} by {lasting(abs(by))} at {moment(at, facts.now)}: "
+        sentence += f"mail that was put off before is tried so much {then}."
+    else:
+        return
+    yield Condition("warn", "clock", sentence, fix, at or None, push=True)
+
+
+def rate(facts: Facts) -> Iterator[Condition]:
+    ahead = facts.rate_until - facts.now
+    if ahead > SOON and facts.settings.smtp_rate:
+        limit = ",".join(map(str, facts.settings.smtp_rate))
+        sentence = f"SMTP_RATE ({limit}) is used up: mail waits for its turn, the last until about "
+        sentence += f"{moment(facts.rate_until, facts.now)}. {waits(facts)}"
+        fix = f"nothing, if the relay allows no more; else raise SMTP_RATE: {facts.target.edit}"
+        yield Condition("warn", "rate", sentence, fix, push=ahead > LATE)
+
+
+def slow(facts: Facts) -> Iterator[Condition]:
+    age, _ = oldest(facts)
+    if age > LATE:
+        sentence = f"Mail goes out too slowly: the oldest in the queue has waited for {lasting(age)}. {waits(facts)}"
+        fix = f"WORKER_CONCURRENCY={2 * facts.settings.worker_concurrency}, if the relay allows it: {facts.target.edit}"
+        yield Condition("warn", "slow", sentence, fix, facts.now - age, push=True)
+
+
+def in_doubt(facts: Facts) -> Iterator[Condition]:
+    if many := facts.in_doubt:
+        sentence = f"{many:,} {plural(many, 'mail is', 'mails are')} in doubt: the relay may have accepted "
+        sentence += f"{plural(many, 'it', 'them')}, and a person must decide."
+        fix = "look for the message_id in the relay's log, and say on /mail/ whether it arrived"
+        yield Condition("warn", "doubt", sentence, fix, push=True)
+
+
+def failing(facts: Facts) -> Iterator[Condition]:
+    failed = facts.recent["failed"]
+    ended = failed + facts.recent["sent"]
+    if failed >= FEW and failed > SHARE * ended:
+        sentence = f"{failed:,} of the {ended:,} mails of the last {RECENT} minutes have failed. "
+        sentence += "They are kept, and can be sent again."
+        yield Condition("warn", "failing", sentence, "/mail/ shows their causes, and what fixes each", push=True)
+
+
+def unswept(facts: Facts) -> Iterator[Condition]:
+    late = facts.now - facts.to_sweep if facts.to_sweep else 0
+    if late > STUCK:
+        sentence = f"A mail has been stuck for {lasting(late)}, and no sweep takes care of it."
+        yield Condition("warn", "sweep", sentence, facts.target.restart("worker@email"), facts.to_sweep, push=True)
+
+
+def disk(facts: Facts) -> Iterator[Condition]:
+    free, file = facts.disk_free, facts.info.get("aof_current_size", 0)
+    if free is not None and free < max(store.LITTLE / 4, file):
+        sentence = f"Redis' disk is nearly full, with {sized(free)} free: soon it will refuse mail."
+        yield Condition("warn", "disk", sentence, "make room: sudo du -xh / | sort -h | tail", push=True)
+
+
+REDIS = frozenset({"redis", "replica", "disk", "full"})
+STANDS = REDIS | {"worker", "relay", "suspended", "stuck"}  # mail stands still, and it is known why
+# fmt: off
+RULES: tuple[tuple[Callable[[Facts], Iterator[Condition]], frozenset[str]], ...] = (
+    # a rule, and the kinds of which it would only be a consequence
+    (unavailable, frozenset()),
+    (unfit, frozenset()),
+    (no_worker, frozenset({"redis", "replica", "disk"})),
+    (relay, frozenset()),
+    (suspended, frozenset()),
+    (stuck, STANDS),
+    (scheduler, STANDS - {"suspended", "relay"}),
+    (quiet, STANDS | {"rate"}),
+    (clock, frozenset()),
+    (rate, STANDS),
+    (slow, STANDS | {"quiet"}),
+    (in_doubt, frozenset()),
+    (failing, frozenset()),
+    (unswept, STANDS | {"scheduler"}),
+    (disk, frozenset({"disk"})),
+)
+# fmt: on
+
+
+def oldest(facts: Facts) -> tuple[float, int]:
+    """Returns for how long the oldest mail in the queue has waited, and how many are there. Bulk mail that was let in
+    is old, and nothing is wrong as long as mail goes out."""
+    if not facts.queues:
+        return 0, 0
+    seen = facts.queues[EMAIL]
+    is_bulk = seen.jobs["bulk"] and facts.now - facts.last_sent < LATE
+    return 0 if is_bulk else seen.oldest_queued or 0, seen.jobs["queued"]
+
+
+def waits(facts: Facts) -> str:
+    if not facts.waiting:
+        return "No mail waits."
+    kept = "" if {name for name, _ in weaknesses(facts.info)} & {"no_aof"} else ", none is lost"
+    return f"{mails(facts.waiting, 'waits', 'wait')}{kept}."
+
+
+def mails(number: int, one: str, several: str) -> str:
+    return f"{number:,} {plural(number, f'mail {one}', f'mails {several}')}"
+
+
+def plural(number: int, one: str, several: str) -> str:
+    return one if number == 1 else several
+
+
+def doctor(facts: Facts) -> str:
+    return f"sudo {facts.target.opt}/current/bin/doctor" if facts.target.installed else "bin/doctor"
+
+
+def moment(at: float, now: float) -> str:
+    """Returns a moment as `14:02` or, if that was not today, `24 Nov 14:02`."""
+    then, today = datetime.fromtimestamp(at), datetime.fromtimestamp(now)
+    return f"{then:%H:%M}" if then.date() == today.date() else f"{then.day} {then:%b %H:%M}"

@@ -1,0 +1,66 @@
+"""The front page, `/mail/`: one sentence that says whether all is well, today beside yesterday, and the charts.
+
+`?span=3d` shows the charts by the hour for three days in place of by the minute for two hours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flask import Response, request
+from markupsafe import Markup
+
+from mail import figures
+from mail.figures import Figures
+from ops.condition import gather, judge, oldest
+from ops.page.charts import Series, chart
+from ops.page.view import View
+
+SPANS = {"2h": ("2 hours", "a minute"), "3d": ("3 days", "an hour")}
+TILES = (  # what is counted today and yesterday, its name, and the search that shows it
+    ("accepted", "accepted", "after:today"),
+    ("sent", "sent", "after:today state:sent"),
+    ("delayed", "times put off", "state:delayed"),
+    ("failed", "failed", "after:today state:failed"),
+    ("unknown", "in doubt", "state:in-doubt"),
+)
+COUNTED = ("failed", "accepted", "sent")
+PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+def show(view: View) -> Response:
+    span = request.args.get("span", "2h")
+    if span not in SPANS:
+        span = "2h"
+    redis, facts = view.redis, gather(view.outbox)
+    periods = figures.minutes(redis, 120) if span == "2h" else figures.hours(redis, 72)
+    today, yesterday = figures.days(redis)
+    tiles = [(name, today[field], yesterday[field], query) for field, name, query in TILES]
+    return view.render(
+        "overview.html",
+        "Overview",
+        condition=judge(facts),
+        tiles=tiles,
+        waiting=facts.waiting,
+        oldest=oldest(facts)[0],
+        spans={one: name for one, (name, _) in SPANS.items()},
+        span=span,
+        charts=charts(periods, figures.marks(redis, periods[0].at), SPANS[span][1]),
+    )
+
+
+def charts(periods: Sequence[Figures], marked: Sequence[figures.Mark], each: str) -> list[Markup]:
+    """Returns the four charts of these periods, of which each is `a minute` or `an hour`."""
+    times = [one.at for one in periods]
+    marks = [(one.at, f"{one.kind.replace('_', ' ')} {one.text}".strip()) for one in marked]
+    counted = [Series(name, [one.counts[name] for one in periods], name == "failed") for name in COUNTED]
+    taken = [Series(name, [one.percentile(share) for one in periods]) for name, share in PERCENTILES.items()]
+    depth, longest = ([one.counts.get(name) for one in periods] for name in ("depth", "oldest"))
+    return [
+        chart(f"Mails {each}", times, counted, marks=marks),
+        chart("Time from accept to the relay's 250", times, taken, marks=marks, in_time=True),
+        chart("Mails in the queue", times, [Series("waiting", depth)], marks=marks),
+        chart(
+            "For how long the oldest has waited there", times, [Series("oldest", longest)], marks=marks, in_time=True
+        ),
+    ]
