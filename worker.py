@@ -84,6 +84,7 @@ class WorkerPool:
                 self.drain()
         with suppress(RedisError):
             self.scheduler.stop()  # type: ignore[no-untyped-call]
+            self.delivery.tally.erase(self.redis)
 
     def tick(self) -> None:
         """Does one duty after the other. An error in one keeps from no other, and ends nothing."""
@@ -92,6 +93,7 @@ class WorkerPool:
             self.maintained_at = time.monotonic()
             duties += [self.clamp_future_heartbeats, lambda: sift(self.queue)]
             duties += [self.maintenance_worker.run_maintenance_tasks, self.delivery.sweep]
+            duties += [lambda: self.delivery.tally.forget_ended(self.redis)]
         for duty in (*duties, self.replenish):
             try:
                 duty()
@@ -135,17 +137,18 @@ class WorkerPool:
         self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
 
     def publish_heartbeats(self) -> None:
-        """Writes all workers' heartbeats, and looks for `rq suspend` and for workers that Redis has forgotten."""
+        """Writes all workers' heartbeats and our tally; looks for `rq suspend` and workers that Redis has forgotten."""
         workers = list(self.workers.values())
         with self.redis.pipeline(transaction=False) as pipeline:
             for worker in workers:
                 worker.add_heartbeat(pipeline)
+            self.delivery.tally.write(pipeline)
             for worker in workers:
                 pipeline.sismember(worker.redis_workers_keys, worker.key)
             pipeline.exists(keys.SUSPENDED)
             seen = pipeline.execute()
         self.suspended = bool(seen.pop())
-        for worker, known in zip(workers, seen[-len(workers) :], strict=True):
+        for worker, known in zip(workers, seen[len(seen) - len(workers) :], strict=True):
             worker.forgotten = not known
 
     def watch(self) -> None:

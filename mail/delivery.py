@@ -29,6 +29,7 @@ from smtp.pacing import Pacing
 from smtp.policy import MESSAGE, Phase, Verdict
 from smtp.pool import SessionPool
 from smtp.relay import Relay
+from smtp.tally import Tally
 from smtp.verdict import Outcome, Reply
 
 NOT_ADMITTED = "MAIL_ALLOWLIST or MAIL_REDIRECT_TO keeps it from a recipient"
@@ -59,6 +60,7 @@ class Delivery:
         self.relay = Relay.of(outbox.settings)
         self.pacing = Pacing(outbox.jobs.redis, outbox.settings.smtp_rate)
         self.pool = SessionPool()
+        self.tally = Tally(self.pool)
         self.dots = Dots()
 
     def deliver(self, mail_id: str) -> str | Retry:

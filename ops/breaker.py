@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for found in flow.reasons_to_wait(redis, settings):
                 print(f"{found.found}  ->  {found.fix}")
             if is_open and asked.action == "close":
-                redis.delete(*Pacing(redis, ()).breaker)
+                Pacing(redis, ()).close()
                 print("The breaker is closed. Mail goes out within half a minute; what was in hand keeps its hour.")
             elif not is_open:
                 print("The breaker is closed: no mail waits for the relay as a whole.")

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 from rq import cron_job_registry
 from rq.cron import CronJob, CronScheduler
@@ -39,13 +39,33 @@ def next_time(line: str) -> datetime:
     return due
 
 
-def planned(redis: Redis, queue: str) -> dict[str, datetime]:
-    """Returns when each task of a queue will be queued next, as its scheduler has written it down."""
+class Timing(NamedTuple):
+    """A task with `cron`: when it was last queued, or first seen, and when it will be next."""
+
+    task: str
+    line: str
+    last: datetime | None
+    next: datetime | None
+
+
+def timetable(redis: Redis, queue: str) -> list[Timing]:
+    """Returns the tasks of a queue that are queued by themselves, as its scheduler has written them down."""
     try:
         jobs = CronScheduler.fetch(queue, redis).get_jobs()
     except SchedulerNotFound:
-        return {}
-    return {job.func_name.removeprefix("tasks."): job.next_enqueue_time for job in jobs if job.next_enqueue_time}
+        return []
+    key = cron_job_registry.get_registry_key()
+    written: Any = [redis.zscore(key, job.name) for job in jobs]
+    lasts = [datetime.fromtimestamp(at, timezone.utc) if at else None for at in written]
+    return [
+        Timing(job.func_name.removeprefix("tasks."), job.cron or "", last, job.next_enqueue_time)
+        for job, last in zip(jobs, lasts, strict=True)
+    ]
+
+
+def planned(redis: Redis, queue: str) -> dict[str, datetime]:
+    """Returns when each task of a queue will be queued next."""
+    return {one.task: one.next for one in timetable(redis, queue) if one.next}
 
 
 class CronTask(CronJob):

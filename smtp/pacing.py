@@ -141,11 +141,27 @@ return mails
 """
 
 
+# KEYS: breaker, gone. ARGV: periods in ms. Returns how many mails have gone in each until now. The newest is the first;
+# a mail that is in a hurry may have been given a moment that is a little later than that of the next.
+USED = """
+local used = {}
+for i, period in ipairs(ARGV) do
+  local least, most = 0, redis.call('LLEN', KEYS[2])
+  while least < most do
+    local middle = math.floor((least + most) / 2)
+    if moment(redis.call('LINDEX', KEYS[2], middle)) + period > now then least = middle + 1 else most = middle end
+  end
+  used[i] = least
+end
+return used
+"""
+
 KINDS = {  # the keys of `relay`, and the type of each
     **dict.fromkeys(("relay:breaker", "relay:streak"), "hash"),
     **dict.fromkeys(("relay:gone", "relay:told", "relay:told_again"), "list"),
     **dict.fromkeys(("relay:told_bulk", "relay:told_bulk_again"), "list"),
     **dict.fromkeys(("relay:probe", "relay:rates"), "string"),
+    "relay:sessions": "hash",  # smtp.tally
 }
 
 
@@ -234,6 +250,10 @@ class Pacing:
             commands.delete(*self.breaker)
             return bool(commands.execute()[0])
 
+    def close(self) -> None:
+        """Closes the breaker because a person asks for it."""
+        self.redis.delete(*self.breaker)
+
     def closed_for(self) -> float:
         """Returns the seconds for which no mail can go, because the breaker is open or another mail probes; 0 as long
         as this process has met with no trouble itself."""
@@ -253,6 +273,14 @@ class Pacing:
         """Takes up the settings of a worker that starts, since they may be corrected ones: lets a mail probe at once,
         and forgets the moments that mails were given at another SMTP_RATE. Under `20/h` the last may be hours away."""
         self._start(keys=[self.breaker[0], self.used, *self.moments[1:]], args=[str(self.rates)])
+
+
+def used(redis: Redis, rates: tuple[Rate, ...], relay: str = "relay") -> list[tuple[Rate, int]]:
+    """Returns of each rate how many mails have gone within its period until now. Raises `Unavailable`."""
+    with translating_errors():
+        ask, periods = Script(redis, HEAD + USED), [rate.seconds * 1000 for rate in rates]
+        counts = ask([f"{relay}:breaker", f"{relay}:gone"], periods)
+    return list(zip(rates, counts, strict=True))
 
 
 def in_trouble(redis: Redis, relay: str = "relay") -> bool:

@@ -87,6 +87,11 @@ class SessionPool:
             self.running.pop(session, None)
         session.close()
 
+    def counts(self) -> tuple[int, int]:
+        """Returns how many sessions are busy with a mail, and how many are kept for the next."""
+        with self.changed:
+            return len(self.running), len(self.idle)
+
     def close_all(self) -> None:
         """Closes the sessions that no mail is using, with a QUIT each: for a process that ends."""
         with self.changed:

@@ -144,6 +144,7 @@ def test_these_are_all_the_routes_that_change_something() -> None:
     assert sorted(CHANGING) == [
         "/mail/emails/01a21b29-4e1c-7a05-9d3f-2f9a3c1be5d7/requeue",
         "/mail/search",
+        "/mail/system/pause",
         "/mail/templates/welcome",
         "/rq/job/a/delete",
         "/rq/job/a/requeue",
@@ -221,14 +222,14 @@ def test_the_password_of_redis_is_nowhere_to_be_seen(served: Running, client: Re
     assert REDIS_PASSWORD not in served.output.read_text()
 
 
-WITHOUT_REDIS = (
-    "/rq/job/a/delete",  # switched off
+SWITCHED_OFF = (
+    "/rq/job/a/delete",
     "/rq/queue/email/failed/empty",
-    "/mail/search",  # asks for nothing
+    "/mail/search",
     "/mail/templates/welcome",
-)
+)  # or asks for nothing
 NEEDING_REDIS = [path for path in LOOKING if path == "/rq/" or path.startswith("/rq/0/")]
-NEEDING_REDIS += [path for path in CHANGING if path not in WITHOUT_REDIS]
+NEEDING_REDIS += [path for path in CHANGING if path not in SWITCHED_OFF]
 
 
 @pytest.mark.parametrize("silent", [False, True])

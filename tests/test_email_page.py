@@ -176,7 +176,7 @@ def test_no_body_and_no_file_is_ever_shown_and_addresses_only_where_they_may_be(
     pages: Pages, redis_server: RedisServer
 ) -> None:
     masking = Pages.of(redis_server.url, show_addresses=False)
-    mail_id = pages.accept(**FULL, **CONTENT)
+    mail_id = pages.accept("", **FULL, **CONTENT)
     attempt(pages.outbox, mail_id, REFUSED._replace(text="<planted-2@example.com>: unknown"))
     shown, masked = (one.get(f"/mail/emails/{mail_id}") for one in (pages, masking))
     assert not HIDDEN.search(shown)

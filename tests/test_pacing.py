@@ -311,3 +311,12 @@ def test_what_an_earlier_or_a_later_version_has_written_is_read_as_far_as_it_can
 ) -> None:
     client.hset("relay:breaker", mapping=fields)
     assert standing(client) == (60, 0, None, "")
+
+
+def test_how_much_of_each_rate_is_used(client: redis.Redis) -> None:
+    rates = (Rate(3, 1), Rate(100, 60), Rate(2000, 86400))
+    assert pacing.used(client, rates) == [(rate, 0) for rate in rates]
+    now = int(time.time() * 1000)
+    client.rpush("relay:gone", *(now - ago for ago in (-100, 100, 5_000, 50_000, 70_000, 86_000_000, 87_000_000)))
+    assert [mails for _, mails in pacing.used(client, rates)] == [2, 4, 6]
+    assert pacing.used(client, ()) == []

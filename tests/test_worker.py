@@ -412,6 +412,8 @@ LEANT_ON = {  # what we override in RQ, or call beyond its documentation -> its 
     "rq.cron:CronScheduler.enqueue_jobs": "f692e977f03577fb",
     "rq.cron:CronScheduler.heartbeat": "3ea7c009f1c4cc6b",
     "rq.cron:CronScheduler.save": "b6cf473069a365b4",
+    "rq.suspension:suspend": "38c07847ddb762c0",
+    "rq.suspension:resume": "67ffffc651ea50f9",
     "rq.cron_job_registry:add": "c289d80b994ec909",
     "rq.timeouts:BaseDeathPenalty": "e2466980efb81666",
 }

@@ -14,7 +14,7 @@ from flask import Blueprint, Response, abort
 
 from mail.templates import read_again_when_changed
 from mail.templates import use as use_templates
-from ops.page import activity, audit, email, overview, scheduled, templates
+from ops.page import activity, audit, email, overview, scheduled, system, templates
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
 from queues.jobs import NotFound, NotPossible
@@ -24,13 +24,15 @@ CSP = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-# fmt: off
 ROUTES = (
     ("GET", "/", overview.show),
     ("GET", "/activity", activity.show),
     ("GET", "/search", activity.begin),
     ("POST", "/search", activity.search),
     ("GET", "/scheduled", scheduled.show),
+    ("GET", "/system", system.show),
+    ("GET", "/system/<act>", system.ask),
+    ("POST", "/system/<act>", system.do),
     ("GET", "/templates", templates.show),
     ("GET", "/templates/<template_id>", templates.one),
     ("POST", "/templates/<template_id>", templates.preview),
@@ -40,7 +42,6 @@ ROUTES = (
     ("POST", "/emails/<mail_id>/<action>", email.act),
     ("GET", "/actions", audit.show),
 )
-# fmt: on
 
 
 def pages(redis: Redis, settings: Settings, by_login: bool) -> Blueprint:

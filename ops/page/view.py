@@ -29,10 +29,14 @@ PAGES = {  # the paths of the navigation -> their names
     "/mail/": "Overview",
     "/mail/activity": "Activity",
     "/mail/scheduled": "Scheduled",
+    "/mail/system": "Relay and workers",
     "/mail/templates": "Templates",
     "/mail/actions": "Actions",
 }
 DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of its URL -> a sentence
+    "paused": "All workers are paused. What is in hand is finished; nothing more is sent until you resume.",
+    "resumed": "All workers take mails and jobs again.",
+    "breaker_closed": "The breaker is closed. Mail goes out within half a minute; what was in hand keeps its hour.",
     "requeue": "It is queued again, with all its attempts.",
     "cancel": "It is canceled: nothing more of it is sent.",
     "arrived": "It is noted as sent to those who were in doubt.",
@@ -80,14 +84,14 @@ class View:
         return self.render("confirm.html", question, text=text, button=button, back=back, fields=fields)
 
 
-def asker(by_login: bool) -> str:
-    given = request.authorization
-    return (given.username or "") if by_login and given else "without login"
-
-
 def narrowed(name: str, value: str) -> str:
     """Returns the URL of the mails with this state, key or tag."""
     return found_at(Query().also(name, value))
+
+
+def asker(by_login: bool) -> str:
+    given = request.authorization
+    return (given.username or "") if by_login and given else "without login"
 
 
 def go(path: str) -> Response:
