@@ -12,7 +12,7 @@ store.py     the mails in Redis: names of keys, how scripts are run
 states.py    the states, what follows what, and BECOME: the one place where a state changes
 outbox.py    the mails together: accept, claim, cancel, move, requeue
 reader.py    what is kept of them, for those who ask (attachments.py: the files of one)
-index.py     the index of all mails, by state, recipient and tag (listing.py: those that a query asks for)
+index.py     the index of all mails, by state, recipient, tag and cause (listing.py, causes.py: its mails)
 claim.py     one attempt's hold on one mail: mark, settle
 delivery.py  one attempt, top to bottom
 sweep.py     mails that got stuck: found, and queued again or given up

@@ -1,4 +1,4 @@
-"""The index of all mails: by state and key, by recipient, and by tag; each newest first.
+"""The index of all mails: by state and key, by recipient, by tag, and by what keeps them; each newest first.
 
 `mail:index` is a sorted set in which every score is 0, so that Redis orders the members by their bytes. A member ends
 with the 16 bytes of a mail's id, which is a UUIDv7 and so begins with the time:
@@ -6,12 +6,13 @@ with the 16 bytes of a mail's id, which is a UUIDv7 and so begins with the time:
     s  a letter for the state  4 bytes made of the API key's name  id     exactly one of each mail
     t  8 bytes made of a recipient's address                       id     one of each recipient
     g  8 bytes made of a tag                                       id     one of each tag
+    r  a letter for the state  8 bytes made of its reason          id     one while it is failed, unknown or delayed
 
 `accept` writes them, and BECOME moves a mail from state to state (mail.states), within their own scripts. An address is
 in it as a keyed digest (BLAKE2, RFC 7693: an HMAC takes three times as long) with a secret that is in Redis, too
 (`mail:secret`): who sees a member does not see an address. `mail:keys` holds the names of all keys. `trim` drops what
-belongs to mails that are no longer kept. A mail accepted before there was an index has another kind of id, and is in no
-list.
+belongs to mails that are no longer kept, and sets right what workers of an earlier version know nothing of (`r`). A
+mail accepted before there was an index has another kind of id, and is in no list.
 """
 
 from __future__ import annotations
@@ -25,12 +26,24 @@ from functools import lru_cache
 from typing import Any
 
 from mail.message import Draft
-from mail.states import LETTERS, SCHEDULED, State
-from mail.store import INDEX, KEY_NAMES, SECRET, SWEPT, mail_key
+from mail.states import CAUSED, LETTERS, SCHEDULED, State
+from mail.store import INDEX, KEY_NAMES, SECRET, SWEPT, Store, mail_key
 from queues.connection import Redis, translating_errors
 
 LAST = b"\xff" * 16  # an id behind all others
 SECRET_FOR = 60  # seconds for which a process relies on what it has read or noted: a FLUSHALL takes it away
+
+# ARGV: mail id, one of its members, ...
+SET_CAUSES_RIGHT = """
+for at = 1, #ARGV, 2 do
+  local state, reason = unpack(redis.pcall('HMGET', MAIL .. ARGV[at], 'state', 'reason'))
+  local noted = ARGV[at + 1]
+  local cause = by_cause(string.sub(noted, -16), state, reason)
+  if cause then redis.pcall('ZADD', INDEX, 0, cause) end
+  if string.sub(noted, 1, 1) == 'r' and noted ~= cause then redis.pcall('ZREM', INDEX, noted) end
+end
+"""
+WITH_CAUSE = (b"r", *(b"s" + LETTERS[state].encode() for state in CAUSED))  # how their members begin
 
 
 def new_id() -> str:
@@ -63,10 +76,15 @@ def raw_id(mail_id: str) -> bytes | None:
 @lru_cache(maxsize=1000)
 def of_state(state: str, key: str) -> bytes:
     """Returns how each member of a mail in this state begins that the key of this name has submitted."""
-    name = 0
-    for octet in key.encode():
-        name = (name * 31 + octet) % 2**32
-    return b"s" + LETTERS[state].encode() + name.to_bytes(4, "big")
+    return b"s" + LETTERS[state].encode() + digest(key, 31)
+
+
+def digest(text: str, factor: int) -> bytes:
+    """Returns four bytes made of a text, as REINDEX does."""
+    total = 0
+    for octet in text.encode():
+        total = (total * factor + octet) % 2**32
+    return total.to_bytes(4, "big")
 
 
 def of_tag(tag: str) -> bytes:
@@ -149,9 +167,10 @@ class Index:
         return sorted(found, reverse=not upwards)[:most]
 
 
-def trim(redis: Redis, older_than: float) -> None:
+def trim(store: Store, older_than: float) -> None:
     """Looks at the next hundredth of the index, and drops the members of mails that were accepted before `older_than`
     (seconds since 1970) and are no longer kept. Goes on where the last call has ended."""
+    redis = store.redis
     left: int = max(1000, redis.zcard(INDEX) // 100)
     at: Any = redis.hget(SWEPT, "index")
     while left > 0:
@@ -159,6 +178,9 @@ def trim(redis: Redis, older_than: float) -> None:
         gone = _gone(redis, [one for one in members if one[-16:] < first_id(older_than)])
         if gone:
             redis.zrem(INDEX, *gone)
+        caused = [word for one in members if one.startswith(WITH_CAUSE) for word in (_id(one), one)]
+        for start in range(0, len(caused), 400):  # a script keeps all others waiting
+            store.run(SET_CAUSES_RIGHT, [], caused[start : start + 400])
         left -= len(members) or left
         at = members[-1] if members else b""
     redis.hset(SWEPT, "index", at)
@@ -167,5 +189,9 @@ def trim(redis: Redis, older_than: float) -> None:
 def _gone(redis: Redis, members: Sequence[bytes]) -> list[bytes]:
     with redis.pipeline(transaction=False) as pipe:
         for member in members:
-            pipe.exists(mail_key(str(uuid.UUID(bytes=member[-16:]))))
+            pipe.exists(mail_key(_id(member)))
         return [member for member, kept in zip(members, pipe.execute(), strict=True) if not kept]
+
+
+def _id(member: bytes) -> str:
+    return str(uuid.UUID(bytes=member[-16:]))

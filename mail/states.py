@@ -65,6 +65,7 @@ DROPS: Mapping[State, tuple[str, ...]] = {
 # What mail.counters counts a state as, but for a test, and a mail that has failed because it expired.
 COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)}  # and `accepted` by accept, all mails at once
 OVER_TIME = "^delivered:[^u]"  # Lua's pattern of the totals that mail.figures has by minute and hour, beside COUNTED
+CAUSED = frozenset({State.FAILED, State.UNKNOWN, State.DELAYED})  # in mail.index by their `reason`, too: mail.causes
 LETTERS = {  # in mail.index
     **{state.value: state.value[0] for state in State},
     State.SENDING.value: "n",
@@ -99,25 +100,38 @@ local function count(name, number)
   note(name == EXPIRED and 'failed' or name, number)
 end
 """
-# Moves the one member in mail.index that a mail has by its state. In pcall, for INDEX may hold something else, which
-# mail.sweep puts aside.
+# Moves the one member in mail.index that a mail has by its state, and the one that it may have by its reason. In pcall,
+# for INDEX may hold something else, which mail.sweep puts aside.
 REINDEX = """
 local function raw(hex)
   return (string.gsub(hex, '%x%x', function(two) return string.char(tonumber(two, 16)) end))
 end
 
-local function member(id, state, key, scheduled_at)
-  local name = 0
-  for at = 1, #(key or '') do name = (name * 31 + string.byte(key, at)) % 2^32 end
-  if state == 'queued' and scheduled_at then state = SCHEDULED end
-  return 's' .. LETTERS[state] .. raw(string.format('%08x', name)) .. raw((string.gsub(id, '-', '')))
+local function digest(text, factor)
+  local sum = 0
+  for at = 1, #text do sum = (sum * factor + string.byte(text, at)) % 2^32 end
+  return raw(string.format('%08x', sum))
 end
 
-local function reindex(id, was, state)
+local function letter(state, scheduled_at)
+  return LETTERS[state == 'queued' and scheduled_at and SCHEDULED or state]
+end
+
+local digests = {}
+local function by_cause(own, state, reason)  -- the member of a mail whose id is `own` in bytes; of most mails, nothing
+  if not CAUSED[state] or not reason or reason == '' then return end
+  digests[reason] = digests[reason] or digest(reason, 31) .. digest(reason, 65599)
+  return 'r' .. LETTERS[state] .. digests[reason] .. own
+end
+
+local function reindex(id, was, reason_was, state, reason)
   if string.sub(id, 15, 15) ~= '7' then return end  -- accepted before there was an index
   local key, scheduled_at = unpack(redis.call('HMGET', MAIL .. id, 'key', 'scheduled_at'))
-  redis.pcall('ZREM', INDEX, member(id, was, key, scheduled_at))
-  redis.pcall('ZADD', INDEX, 0, member(id, state, key, scheduled_at))
+  local own = raw((string.gsub(id, '-', '')))
+  local rest, cause = digest(key or '', 31) .. own, by_cause(own, state, reason)
+  redis.pcall('ZREM', INDEX, 's' .. letter(was, scheduled_at) .. rest, by_cause(own, was, reason_was))
+  redis.pcall('ZADD', INDEX, 0, 's' .. letter(state, scheduled_at) .. rest)
+  if cause then redis.pcall('ZADD', INDEX, 0, cause) end
 end
 """
 # Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX
@@ -136,10 +150,12 @@ local function become(id, state, now, look_at, fields)
   local mail = MAIL .. id
   local was = redis.call('HGET', mail, 'state')
   if not may(was, state) then return false end
+  local reason_was = CAUSED[was] and redis.call('HGET', mail, 'reason')
   if was then redis.call('HDEL', mail, unpack(DROPS[state])) end
   redis.call('HSET', mail, 'state', state, unpack(fields))
   local counted = COUNTED[state]
-  if state == 'failed' and redis.call('HGET', mail, 'reason') == EXPIRED then counted = EXPIRED end
+  local reason = CAUSED[state] and redis.call('HGET', mail, 'reason')
+  if state == 'failed' and reason == EXPIRED then counted = EXPIRED end
   local test = state == 'sent' and redis.call('HEXISTS', mail, 'test') == 1
   if test then counted = TEST end
   if counted and was ~= state then count(counted, 1) end  -- sent twice is one mail
@@ -151,7 +167,7 @@ local function become(id, state, now, look_at, fields)
     redis.pcall('ZADD', OPEN, look_at, id)
   end
   if state == 'sent' and now and not test then redis.call('SET', LAST_SENT, now) end
-  if was and was ~= state then reindex(id, was, state) end  -- accept writes the first member, beside others
+  if was and was ~= state then reindex(id, was, reason_was, state, reason) end  -- accept writes the first members
   return true
 end
 """
@@ -167,6 +183,7 @@ def transition(**constants: object) -> str:
     """Returns BECOME behind all that it uses, as local variables of the script."""
     tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED, "TEST": TEST}
     tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED, "OVER_TIME": OVER_TIME}
+    tables |= {"CAUSED": CAUSED}
     return named(**constants, **tables) + NOTE + COUNT + REINDEX + BECOME
 
 

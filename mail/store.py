@@ -6,6 +6,7 @@ ours begins with `mail:` but those named here.
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -69,9 +70,11 @@ class Store:
         self._scripts: dict[str, Script] = {}
 
     def script(self, body: str) -> Script:
-        """Returns the script that is BECOME and `body`."""
+        """Returns the script that is BECOME and `body`, or `body` alone if that names nothing of it."""
         if body not in self._scripts:
-            self._scripts[body] = Script(self.redis, self._become + body)
+            names = set(re.findall(r"^local (?:function )?(\w+)", self._become, re.MULTILINE))
+            named = names & set(re.findall(r"\w+", body))
+            self._scripts[body] = Script(self.redis, self._become + body if named else body)
         return self._scripts[body]
 
     def run(self, body: str, keys: list[str], args: list[Any]) -> Any:

@@ -148,7 +148,7 @@ def sweep(outbox: Outbox) -> Iterator[Finding]:
         else:
             redis.zrem(OPEN, entry)
             yield Finding("", "unreadable", f"an entry of {OPEN} that names no mail")
-    index.trim(redis, now - outbox.settings.retain_sent)
+    index.trim(outbox.store, now - outbox.settings.retain_sent)
     redis.hset(SWEPT, "at", now)
 
 

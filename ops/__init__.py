@@ -8,6 +8,7 @@ install.py                      bin/install: the steps from a bare server to a r
 server.py, release.py, site.py  the server they change, what of a clone is installed, the nginx site
 aof.py                          cuts what a crash left unfinished off Redis' append-only file
 key.py, breaker.py              bin/key: makes, lists and revokes API keys; bin/breaker: shows and closes it
+top.py                          bin/top: the pages on a terminal
 restore.py                      bin/restore: brings back what bin/backup has saved
 dashboard.py, login.py          page/ and rq-dashboard behind a login that is slow to guess
 page/                           the pages for people at /mail/

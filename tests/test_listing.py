@@ -77,7 +77,8 @@ def test_what_becomes_of_a_mail_moves_it_from_list_to_list_and_it_is_in_one_at_a
     assert sorted(listed(api)) == sorted([later, *states.values()])
     outbox.reschedule(later, time.time() - 1)
     claim(outbox, later)
-    assert client.zcard("mail:index") == 2 * len(listed(api))  # by its state, and by its recipient
+    by_cause = client.zlexcount("mail:index", "[r", "(s")
+    assert client.zcard("mail:index") - by_cause == 2 * len(listed(api))  # by its state, and by its recipient
     assert len(set(LETTERS.values())) == len(LETTERS) == len(STATES)
 
 
@@ -164,10 +165,10 @@ def test_the_sweep_drops_what_belongs_to_mails_that_are_no_longer_kept_and_nothi
 ) -> None:
     ids = [submitted(api, "/emails") for _ in range(6)]
     client.delete(*(f"mail:{one}" for one in ids[::2]))
-    index.trim(client, time.time() - 3600)  # they are too new to be looked at
+    index.trim(outbox.store, time.time() - 3600)  # they are too new to be looked at
     assert client.zcard("mail:index") == 12
     for _ in range(2):  # each call goes on where the last has ended, and then from the beginning
-        index.trim(client, time.time() + 1)
+        index.trim(outbox.store, time.time() + 1)
         assert {uuid.UUID(bytes=one[-16:]) for one in client.zrange("mail:index", 0, -1)} == {
             *map(uuid.UUID, ids[1::2])
         }

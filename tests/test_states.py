@@ -7,9 +7,10 @@ from typing import Any
 import fakeredis
 import pytest
 
+from mail.causes import of_cause
 from mail.claim import ClaimLost
 from mail.outbox import Outbox
-from mail.states import FINAL, FOLLOWS, State, effective_state
+from mail.states import CAUSED, FINAL, FOLLOWS, State, effective_state
 from mail.sweep import sweep
 from queues.jobs import NotPossible
 from tests.mails import accept, claim
@@ -80,6 +81,8 @@ def test_a_state_is_counted_kept_and_watched_however_a_mail_comes_into_it(
     assert bool(mail.get(b"next_attempt_at")) == (state == State.DELAYED)
     assert bool(mail.get(b"reason")) == (state not in (State.QUEUED, State.SENDING))
     assert (outbox.last_sent() is not None) == (state == State.SENT)
+    causes = [of_cause(state, mail[b"reason"].decode())] if state in CAUSED else []
+    assert [one[:-16] for one in client.zrangebylex("mail:index", "[r", "(s")] == causes
 
 
 def test_from_a_final_state_only_a_person_goes_on() -> None:

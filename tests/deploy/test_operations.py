@@ -65,7 +65,10 @@ def test_new_passwords(server: Server) -> None:
     eventually(server.is_up, 60)
     server.delivers()
     password = "$(sudo cat /etc/async-email/credentials/dashboard_password)"
-    assert "<html" in bash(server, f"curl -sSf -u admin:{password} http://127.0.0.1/rq/")
+    for page in ("/rq/", "/mail/", "/mail/system"):
+        assert "<html" in bash(server, f"curl -sSf -u admin:{password} http://127.0.0.1{page}")
+    top = line("bin/top").partition(" #")[0].strip()
+    assert "sent today" in bash(server, f"printf q | TERM=xterm timeout 30 script -qec '{top}' /dev/null")
     assert [one for one in server.doctor().troubles() if "Redis" in one.found] == []
 
 
