@@ -40,6 +40,8 @@ DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of i
     "breaker_closed": "The breaker is closed. Mail goes out within half a minute; what was in hand keeps its hour.",
     "requeue": "It is queued again, with all its attempts.",
     "cancel": "It is canceled: nothing more of it is sent.",
+    "arrived": "It is noted as sent to those who were in doubt.",
+    "copy": "A copy is on its way to ALERT_TO.",
     "move": "It is moved, and is not sent before its new time.",
 }
 
