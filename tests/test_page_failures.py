@@ -22,7 +22,7 @@ from tests.mails import claim
 from tests.pages import Pages, words
 from tests.servers import RedisServer
 
-AGAIN, FIX_FIRST, REFUSED = "Send it again", "Do it once the cause is fixed", "will most likely fail again"
+AGAIN, FIX_FIRST, REFUSED = "Requeue it", "Do it once the cause is fixed", "will most likely fail again"
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 2, in f\n    g()\n'
 
 
@@ -106,7 +106,7 @@ def test_all_of_a_cause_are_queued_again_and_no_others(pages: Pages, client: Any
     settled(pages, CASES[0], expires_at="2126-01-01T00:00:00Z")
     client.hset(f"mail:{(gone := settled(pages, CASES[0]))}", "expires_at", "2026-01-01T00:00:00+00:00")
     path = "/mail/failures/mails"
-    assert pages.text(f"{path}?reason=535+at+auth").startswith("Send 5 mails again? 535 at auth.")
+    assert pages.text(f"{path}?reason=535+at+auth").startswith("Requeue 5 mails? 535 at auth.")
     assert pages.browser.post(path, data={"reason": "535 at auth"}).status_code == 403
     assert client.llen(keys.queue("email")) == 0
     shown = words(pages.post(path, reason="535 at auth").text)
@@ -178,7 +178,7 @@ def test_jobs_of_one_exception_are_queued_again_and_no_others(pages: Pages, clie
     failed_job(client, f"{TRACEBACK}ValueError")
     failed_job(client, f"{TRACEBACK}KeyError: 1", "other")
     path = "/mail/failures/jobs"
-    assert pages.text(f"{path}?task=report&error=KeyError").startswith("Run 3 jobs again?")
+    assert pages.text(f"{path}?task=report&error=KeyError").startswith("Requeue 3 jobs?")
     assert "3 jobs are queued again" in pages.post(path, task="report", error="KeyError").text
     assert {one.decode() for one in client.lrange(keys.queue("jobs"), 0, -1)} == ids
     assert client.zcard(keys.failed("jobs")) == 2

@@ -176,7 +176,7 @@ def ask_mails(view: View) -> Response:
     if not cause or warned is None:
         return go(PATH)
     text = f"{reason}. {warned} Each gets all its attempts again, and goes only to recipients who do not have it yet."
-    question, button = f"Send {counted(cause.mails, 'mail')} again?", f"Send all {cause.mails:,} again"
+    question, button = f"Requeue {counted(cause.mails, 'mail')}?", f"Requeue all {cause.mails:,}"
     return view.confirm(question, text=text, button=button, back=PATH, reason=reason)
 
 
@@ -196,7 +196,7 @@ def ask_jobs(view: View) -> Response:
     text = (
         f"{' '.join(kind)}. Each gets all its attempts again. Do it once the cause is fixed, or they will fail again."
     )
-    question, button = f"Run {counted(len(alike), 'job')} again?", f"Run all {len(alike):,} again"
+    question, button = f"Requeue {counted(len(alike), 'job')}?", f"Requeue all {len(alike):,}"
     return view.confirm(question, text=text, button=button, back=PATH, task=kind[0], error=kind[1])
 
 
