@@ -29,6 +29,7 @@ PAGES = {  # the paths of the navigation -> their names
     "/mail/": "Overview",
     "/mail/activity": "Activity",
     "/mail/scheduled": "Scheduled",
+    "/mail/failures": "Failures",
     "/mail/system": "Relay and workers",
     "/mail/templates": "Templates",
     "/mail/actions": "Actions",
