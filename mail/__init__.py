@@ -16,5 +16,5 @@ index.py     the index of all mails, by state, recipient, tag and cause (listing
 claim.py     one attempt's hold on one mail: mark, settle
 delivery.py  one attempt, top to bottom
 sweep.py     mails that got stuck: found, and queued again or given up
-counters.py  what is counted for ever, and how long things took (figures.py, observe.py: by minute and hour)
+counters.py  what is counted for ever, and how long things took (figures.py: the same by minute and hour)
 """

@@ -17,9 +17,7 @@ from typing import Any, NoReturn
 import settings
 from mail.claim import Busy, Claim, Early, iso
 from mail.counters import DELIVERED, SMTP
-from mail.figures import mark
 from mail.mime import to_mime
-from mail.observe import Observer
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
 from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
@@ -62,7 +60,6 @@ class Delivery:
         self.relay = Relay.of(outbox.settings)
         self.pacing = Pacing(outbox.jobs.redis, outbox.settings.smtp_rate)
         self.pool = SessionPool()
-        self.observer = Observer(outbox.jobs)
         self.tally = Tally(self.pool)
         self.dots = Dots()
 
@@ -163,16 +160,13 @@ class Delivery:
             pause = 0 if reply.phase is Phase.RCPT else reply.pause  # which may be one recipient's
             if self.pacing.trouble(pause, put_off and inside, reply=reply, relay=self.relay):
                 emit("breaker_opened", reason=reply.summary)
-                mark(self.outbox.jobs.redis, "breaker_opened", reply.summary)
         elif self.pacing.well():
             emit("breaker_closed")
-            mark(self.outbox.jobs.redis, "breaker_closed", "")
 
     def sweep(self) -> None:
-        """Looks after mails that got stuck where RQ's own maintenance does not look, and at what the charts show."""
+        """Looks after mails that got stuck where RQ's own maintenance does not look."""
         for found in sweep(self.outbox):
             emit(found.event, id=found.mail_id, reason=found.why)
-        self.observer.look()  # at keys of the right type, thanks to the sweep
 
 
 def take_up(claim: Claim) -> None:

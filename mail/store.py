@@ -24,7 +24,6 @@ SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
 INDEX = "mail:index"  # sorted set: mail.index
 KEY_NAMES = "mail:keys"  # set: the names of all API keys that have submitted a mail
 SECRET = "mail:secret"  # string: the key of the digests of addresses in the index
-RELEASE = "mail:release"  # string: the release of the worker that looked last, mail.observe
 MARKS = "mail:marks"  # sorted set: what happened when, mail.figures
 LOOK_AFTER = 2 * LEASE_SECONDS  # seconds after which a mail should have moved on, and mail.sweep looks at it
 

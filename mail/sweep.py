@@ -34,7 +34,6 @@ from mail.store import (
     LAST_SENT,
     MARKS,
     OPEN,
-    RELEASE,
     SECRET,
     SWEPT,
     TOTALS,
@@ -52,7 +51,7 @@ from smtp import pacing
 
 AT_ONCE = 1000  # mails looked at in one go
 OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
-OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", RELEASE: "string", ACTIONS: "list"}
+OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list"}
 OURS |= {keys.queue(BULK): "list"}
 KINDS = OURS | pacing.KINDS  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds
