@@ -70,12 +70,18 @@ def causes(outbox: Outbox) -> list[Cause]:
     return sorted(filter(None, known), key=lambda cause: (-cause.mails, -cause.last))
 
 
-def ids(outbox: Outbox, state: str, reason: str) -> Iterator[str]:
-    """Yields the mails of a cause, the newest first. Raises `Unavailable`."""
-    below = LAST
+def ids(outbox: Outbox, state: str, reason: str, below: bytes = LAST) -> Iterator[str]:
+    """Yields the mails of a cause, the newest first, from that before the id `below` on. Raises `Unavailable`."""
     while found := outbox.index.nearest([of_cause(state, reason)], b"", below, AT_ONCE, upwards=False):
         yield from (_id(one) for one in found)
         below = found[-1]
+
+
+def left(outbox: Outbox, state: str, reason: str, below: bytes) -> int:
+    """Returns how many mails of a cause come before the id `below`. Raises `Unavailable`."""
+    prefix = of_cause(state, reason)
+    with translating_errors():
+        return int(outbox.jobs.redis.zlexcount(INDEX, b"[" + prefix, b"(" + prefix + below))
 
 
 def _cause(mails: int, first: bytes, last: bytes, reasons: list[Any]) -> Cause | None:
