@@ -237,12 +237,12 @@ def test_what_a_mail_and_a_relay_say_adds_no_element_to_the_page(pages: Pages, c
     ("told", "action", "status", "says"),
     [
         (None, "cancel", "canceled", "Canceled: nothing more of it is sent."),
-        (LATER, "cancel", "canceled", "Canceled by without login"),
+        (LATER, "cancel", "canceled", "Canceled without login"),
         (REFUSED, "cancel", "canceled", "It is canceled"),
         (REFUSED, "requeue", "queued", "It is queued again, and waits for a worker."),
         (HELD, "arrived", "sent", "Sent: a person said at"),
-        (HELD, "arrived", "sent", "Said to have arrived by without login"),
-        (HELD, "requeue", "queued", "Queued again by without login"),
+        (HELD, "arrived", "sent", "Said to have arrived without login"),
+        (HELD, "requeue", "queued", "Queued again without login"),
     ],
 )
 def test_an_action_is_asked_for_done_and_noted(

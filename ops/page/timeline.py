@@ -12,6 +12,7 @@ from mail.claim import timestamp
 from mail.states import FINAL, SCHEDULED, State
 from ops.checks.findings import sized
 from ops.page.audit import Action
+from ops.page.view import WITHOUT_LOGIN
 from smtp.policy import Verdict
 
 SETTLED = "settled"  # the verdict of what is no attempt: mail.outbox's `arrived`
@@ -51,7 +52,7 @@ def steps(mail: Mapping[str, Any], settled_at: float, running: Step | None, done
     told = {one.what for one in done}
     attempts = [one for one in mail["attempts"] if not (one["verdict"] == SETTLED and "arrived" in told)]
     found = [*_begin(mail), *(step for one in attempts for step in _attempt(one))]
-    found += [Step(f"{DONE.get(one.what, one.what)} by {one.who}", one.at) for one in done]
+    found += [Step(f"{DONE.get(one.what, one.what)} {_by(one.who)}", one.at) for one in done]
     found += [running] if running and mail["status"] == State.SENDING else []
     found = sorted(found, key=lambda step: step.at)  # those of the same moment stay in their order
     found += _end(mail, settled_at, told)
@@ -61,6 +62,10 @@ def steps(mail: Mapping[str, Any], settled_at: float, running: Step | None, done
             found[place] = step._replace(gap=max(0.0, step.at - before) if place else None)
             before = step.at
     return found
+
+
+def _by(who: str) -> str:
+    return who if who == WITHOUT_LOGIN else f"by {who}"
 
 
 def _begin(mail: Mapping[str, Any]) -> Iterator[Step]:

@@ -34,6 +34,7 @@ PAGES = {  # the paths of the navigation -> their names
     "/mail/templates": "Templates",
     "/mail/actions": "Actions",
 }
+WITHOUT_LOGIN = "without login"  # in the place of a name
 DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of its URL -> a sentence
     "paused": "All workers are paused. What is in hand is finished; nothing more is sent until you resume.",
     "resumed": "All workers take mails and jobs again.",
@@ -92,7 +93,7 @@ def narrowed(name: str, value: str) -> str:
 
 def asker(by_login: bool) -> str:
     given = request.authorization
-    return (given.username or "") if by_login and given else "without login"
+    return (given.username or "") if by_login and given else WITHOUT_LOGIN
 
 
 def go(path: str) -> Response:
