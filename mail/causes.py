@@ -8,7 +8,7 @@ thousand of them as for ten. The reason itself stands in the mails.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mail.index import LAST, digest, made_at
@@ -75,6 +75,15 @@ def ids(outbox: Outbox, state: str, reason: str, below: bytes = LAST) -> Iterato
     while found := outbox.index.nearest([of_cause(state, reason)], b"", below, AT_ONCE, upwards=False):
         yield from (_id(one) for one in found)
         below = found[-1]
+
+
+def newest(outbox: Outbox, wanted: Sequence[Cause], most: int) -> list[list[str]]:
+    """Returns the newest mails of each cause, up to `most`. Raises `Unavailable`."""
+    with translating_errors(), outbox.jobs.redis.pipeline(transaction=False) as pipe:
+        for cause in wanted:
+            prefix = of_cause(cause.state, cause.reason)
+            pipe.zrevrangebylex(INDEX, b"(" + prefix + LAST, b"(" + prefix, 0, most)
+        return [[_id(member) for member in members] for members in pipe.execute()]
 
 
 def left(outbox: Outbox, state: str, reason: str, below: bytes) -> int:

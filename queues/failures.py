@@ -13,14 +13,31 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from queues import keys
-from queues.connection import Redis, translating_errors
-from queues.overview import ask, moment_of, task_of
+from queues.connection import Redis, Script, translating_errors
+from queues.overview import moment_of, task_of
 
 LONGEST = 256 * 1024  # bytes of a traceback
 SHOWN = 300  # characters of what an exception says
 RAISED = re.compile(r"([\w.]{1,200})(?:: (.*))?")  # at the end of a traceback
 FRAME = re.compile(r'  File "[^"]*", line \d')
 DUE_TO = re.compile(r"due to (\w{1,80})")
+# KEYS: registry of those that failed. ARGV: how many, what the keys of jobs and of results begin with. Returns of each
+# job its id, description, when it ended, and the packed traceback of its latest result.
+FIND = """
+local found = {}
+for _, id in ipairs(redis.call('ZREVRANGE', KEYS[1], 0, ARGV[1] - 1)) do
+  local job, results = redis.pcall('HMGET', ARGV[2] .. id, 'description', 'ended_at'), nil
+  if not job.err and (job[1] or job[2]) then
+    results = redis.pcall('XREVRANGE', ARGV[3] .. id, '+', '-', 'COUNT', 1)
+    local packed, fields = '', not results.err and results[1] and results[1][2] or {}
+    for i = 1, #fields, 2 do
+      if fields[i] == 'exc_string' then packed = fields[i + 1] end
+    end
+    found[#found + 1] = {id, job[1] or '', job[2] or '', packed}
+  end
+end
+return found
+"""
 
 
 class Failure(NamedTuple):
@@ -36,23 +53,22 @@ class Failure(NamedTuple):
 def failures(redis: Redis, queue: str, most: int) -> list[Failure]:
     """Returns the jobs that failed last, up to `most`. Raises `Unavailable`."""
     with translating_errors():
-        listed: Any = redis.zrevrange(keys.failed(queue), 0, most - 1)
-        ids = [one.decode(errors="replace") for one in listed]
-        jobs = ask(redis, [("HMGET", keys.job(one), "description", "ended_at") for one in ids])
-        results = ask(redis, [("XREVRANGE", keys.results(one), "+", "-", "COUNT", "1") for one in ids])
+        found: Any = Script(redis, FIND)([keys.failed(queue)], [most, keys.job(""), keys.results("")])
+    raised = {packed: _raised(packed) for packed in {one[3] for one in found}}  # many failed alike
     return [
-        Failure(job_id, task_of(job[0] or b""), *_raised(result), moment_of((job[1] or b"").decode(errors="replace")))
-        for job_id, job, result in zip(ids, jobs, results, strict=True)
-        if job and any(job)
+        Failure(_text(job_id), task_of(description), *raised[packed], moment_of(_text(ended_at)))
+        for job_id, description, ended_at, packed in found
     ]
 
 
-def _raised(result: Any) -> tuple[str, str]:
-    """Returns the class of the exception in a job's latest result, and what it says. RQ writes a sentence of its own
-    where a worker has died."""
-    with suppress(ValueError, TypeError, LookupError, zlib.error):
-        packed = b64decode(result[0][1][b"exc_string"])
-        lines = zlib.decompressobj().decompress(packed, LONGEST).decode(errors="replace").splitlines()
+def _text(written: bytes) -> str:
+    return written.decode(errors="replace")
+
+
+def _raised(packed: bytes) -> tuple[str, str]:
+    """Returns the class of an exception, and what it says. RQ writes a sentence of its own where a worker has died."""
+    with suppress(ValueError, IndexError, zlib.error):
+        lines = _text(zlib.decompressobj().decompress(b64decode(packed), LONGEST)).splitlines()
         last_frame = max((at for at, line in enumerate(lines) if FRAME.match(line)), default=-1)
         for line in lines[last_frame + 1 :]:
             if found := RAISED.fullmatch(line):

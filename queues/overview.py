@@ -74,8 +74,8 @@ def workers(redis: Redis) -> list[Seen]:
         prefix = Worker.redis_worker_namespace_prefix.encode()
         names = sorted(key.removeprefix(prefix) for key in known if key.startswith(prefix))
         read = [_text(name) for name in names if _text(name).encode() == name]
-        found = ask(redis, [("HGETALL", Worker.redis_worker_namespace_prefix + name) for name in read])
-        in_hand = ask(redis, [("SMEMBERS", WORKER_EXECUTIONS_KEY_TEMPLATE.format(name)) for name in read])
+        found = _ask(redis, [("HGETALL", Worker.redis_worker_namespace_prefix + name) for name in read])
+        in_hand = _ask(redis, [("SMEMBERS", WORKER_EXECUTIONS_KEY_TEMPLATE.format(name)) for name in read])
         jobs = _jobs(redis, [entry for entries in in_hand for entry in entries or ()])
     seen = []
     for name, values, entries in zip(read, found, in_hand, strict=True):
@@ -85,7 +85,7 @@ def workers(redis: Redis) -> list[Seen]:
     return sorted(seen, key=lambda one: (one.queues, one.host, one.pid, one.name))
 
 
-def ask(redis: Redis, commands: Sequence[tuple[str, ...]]) -> list[Any]:
+def _ask(redis: Redis, commands: Sequence[tuple[str, ...]]) -> list[Any]:
     """Returns what Redis answers, None where there is something of another type."""
     with redis.pipeline(transaction=False) as pipe:
         for command in commands:
@@ -100,8 +100,8 @@ def ask(redis: Redis, commands: Sequence[tuple[str, ...]]) -> list[Any]:
 def _jobs(redis: Redis, entries: list[bytes]) -> dict[bytes, Running]:
     """Returns the jobs of workers' executions, each written `<job>:<execution>`."""
     ids = [_text(entry).partition(":")[0] for entry in entries]
-    executions = ask(redis, [("HGETALL", f"rq:execution:{_text(entry)}") for entry in entries])
-    described = ask(redis, [("HGET", keys.job(job_id), "description") for job_id in ids])
+    executions = _ask(redis, [("HGETALL", f"rq:execution:{_text(entry)}") for entry in entries])
+    described = _ask(redis, [("HGET", keys.job(job_id), "description") for job_id in ids])
     return {
         entry: Running(job_id, task_of(text or b""), _number((execution or {}).get(b"created_at", b"")))
         for entry, job_id, execution, text in zip(entries, ids, executions, described, strict=True)

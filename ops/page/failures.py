@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from itertools import groupby, islice
-from typing import NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from flask import Response, request
 
-from mail.causes import Cause, causes, ids, left
+from mail.causes import Cause, causes, ids, left, newest
 from mail.delivery import NOT_ADMITTED
 from mail.index import LAST, raw_id
 from mail.states import EXPIRED, TROUBLE_TOO_LONG, State
@@ -33,9 +33,9 @@ from smtp.relay import Relay
 from smtp.verdict import Reply
 
 PATH = "/mail/failures"
-MOST = 30  # causes of each state that are shown
-SAMPLES = {State.FAILED: 1, State.UNKNOWN: 0, State.DELAYED: 5}  # mails of a cause that are looked at
-MOST_JOBS = 2000  # failed jobs that are looked at
+MOST = 20  # causes of each state that are shown
+SAMPLE = 2  # mails of a cause that are looked at
+MOST_JOBS = 1000  # failed jobs that are looked at
 PATIENCE = 3.0  # seconds
 WAITING = {  # why mails wait though no relay has said anything about them
     WAITS["breaker"]: (
@@ -98,24 +98,30 @@ def show(view: View) -> Response:
 
 def groups(view: View) -> dict[str, list[Group]]:
     """Returns the causes of each state, the one of most mails first."""
-    found: dict[str, list[Group]] = {state: [] for state in (State.FAILED, State.UNKNOWN, State.DELAYED)}
+    found: dict[str, list[Cause]] = {state: [] for state in (State.FAILED, State.UNKNOWN, State.DELAYED)}
     for cause in causes(view.outbox):
-        if len(found[cause.state]) < MOST:
-            found[cause.state].append(group(view, cause))
-    return found
+        found[cause.state].append(cause)
+    return {state: made(view, of_state[:MOST]) for state, of_state in found.items()}
 
 
-def group(view: View, cause: Cause) -> Group:
-    sample = SAMPLES[State(cause.state)]
-    mails = list(view.outbox.read_all(list(islice(ids(view.outbox, cause.state, cause.reason), sample))))
-    told = (in_the_way({**mails[0], "reason": cause.reason}) if mails else None) or read(view, cause.reason)
+def made(view: View, wanted: list[Cause]) -> list[Group]:
+    samples = newest(view.outbox, wanted, SAMPLE)
+    mails = {mail["id"]: mail for mail in view.outbox.read_all([one for sample in samples for one in sample])}
+    return [
+        group(view, cause, [mails[one] for one in sample if one in mails])
+        for cause, sample in zip(wanted, samples, strict=True)
+    ]
+
+
+def group(view: View, cause: Cause, sample: list[dict[str, Any]]) -> Group:
+    told = (in_the_way({**sample[0], "reason": cause.reason}) if sample else None) or read(view, cause.reason)
     meaning, fix = explained(view, cause, told)
     return Group(
         cause=cause,
         mails=found_at(Query((Term("reason", cause.reason), Term("state", cause.state)))),
         meaning=meaning,
         fix=fix.replace("GET /emails/ID has", "each mail's page has"),
-        next_attempt=min((one["next_attempt_at"] for one in mails if one["next_attempt_at"]), default=""),
+        next_attempt=min((one["next_attempt_at"] for one in sample if one["next_attempt_at"]), default=""),
         again=warning(cause, told),
     )
 
@@ -172,7 +178,7 @@ def jobs_alike(failed: list[Failure]) -> JobGroup:
 def ask_mails(view: View) -> Response:
     reason = request.args.get("reason", "")
     cause = next((one for one in causes(view.outbox) if (one.state, one.reason) == (State.FAILED, reason)), None)
-    warned = group(view, cause).again if cause else None
+    warned = made(view, [cause])[0].again if cause else None
     if not cause or warned is None:
         return go(PATH)
     text = f"{reason}. {warned} Each gets all its attempts again, and goes only to recipients who do not have it yet."
