@@ -111,6 +111,11 @@ def test_dashboards_that_share_a_redis_say_it_once_and_one_that_starts_anew_not_
     people.now = other.now = anew.now = NOW + QUIET
     assert anew.sees(bad(), bad()) == []
     assert (anew.sees(WELL, WELL), other.sees(WELL, WELL), people.sees(WELL, WELL)) == (["ended worker"], [], [])
+    people.now += QUIET
+    assert people.sees(bad(), bad()) == ["begins worker"]
+    late = People(people.alerts.redis)
+    late.now = people.now + QUIET
+    assert late.sees(WELL, WELL) == ["ended worker"]  # which it has not seen begin
 
 
 def test_without_redis_each_dashboard_decides_by_itself_and_afterwards_they_agree_again(

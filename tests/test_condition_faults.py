@@ -262,9 +262,10 @@ def test_the_watch_notes_depth_and_age_and_marks_what_has_happened(
     world.client.delete("relay:breaker")
     world.client.hset("mail:watch", "redis", "another")
     world.watch.look()
-    world.watch.look()
+    with clock_set(world):
+        world.watch.look()
     marks = [(one.kind, one.text) for one in figures.marks(world.client, 0)]
-    kinds = ["redis_restarted", "release", "breaker_opened", "breaker_closed"]
+    kinds = ["redis_restarted", "release", "breaker_opened", "breaker_closed", "clock"]
     assert sorted(kind for kind, _ in marks) == sorted(kinds)
     assert ("breaker_opened", "no reply at connect (Connection refused)") in marks
     assert figures.minutes(world.client, 2)[-1].counts["depth"] == 3
