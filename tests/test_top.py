@@ -80,6 +80,20 @@ def test_the_chosen_mail_and_the_failed_ones_only(outbox: Outbox) -> None:
     assert [mail["id"] for mail in top.mails] == [bad]
 
 
+def test_a_yes_is_about_the_mail_that_was_asked_for_and_never_sends_one_in_doubt_again(
+    outbox: Outbox, client: Any
+) -> None:
+    bad, top = failed(outbox), Top(outbox, "eve")
+    press(top, "r")
+    other = failed(outbox)  # comes first, and moves the line
+    assert [line.chosen for line in list(top.lines(30))[-2:]] == [False, True]
+    top.press(ord("y"))
+    assert (outbox.read(bad)["status"], outbox.read(other)["status"]) == ("queued", "failed")
+    client.hset(f"mail:{other}", "state", "unknown")
+    press(top, "r", "y")
+    assert (outbox.read(other)["status"], top.last_line()[:30]) == ("unknown", "not done: the mail is in doubt")
+
+
 def test_it_draws_on_a_terminal_and_ends_on_q(outbox: Outbox, redis_server: RedisServer) -> None:
     failed(outbox)
     ours, theirs = pty.openpty()

@@ -219,7 +219,8 @@ def ask(view: View, mail_id: str, action: str) -> Response:
         if one.name == action == "move":
             return move_form(view, mail)
         if one.name == action:
-            return view.confirm(one.question, text=one.text, button=one.button, back=f"/mail/emails/{mail_id}")
+            about = {"text": one.text, "button": one.button, "back": f"/mail/emails/{mail_id}"}
+            return view.confirm(one.question, **about, was=mail["status"])
     raise NotPossible(f"a mail that is {mail['status']} allows no such thing")
 
 
@@ -263,7 +264,7 @@ def move(view: View, mail_id: str) -> Response | None:
 
 DO: Mapping[str, Callable[[View, str], Response | None]] = {
     "arrived": lambda view, mail_id: view.outbox.arrived(mail_id),
-    "requeue": lambda view, mail_id: view.outbox.requeue(mail_id),
+    "requeue": lambda view, mail_id: view.outbox.requeue(mail_id, request.form.get("was") == State.UNKNOWN),
     "cancel": lambda view, mail_id: view.outbox.cancel(mail_id),
     "move": move,
     "copy": copy,
