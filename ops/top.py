@@ -57,8 +57,9 @@ def row(mail: dict[str, Any], show: bool) -> str:
         words = f"again at {time_of_day(mail['next_attempt_at'])}: {words}"
     to = mailbox((mail["to"] + mail["cc"] + mail["bcc"])[0], show)
     state = "in doubt" if mail["status"] == State.UNKNOWN else mail["status"]
-    shown = [f"{state:<9}", f"{time_of_day(mail['created_at']):<8}", f"{to[:32]:<32}", f"{mail['subject'][:36]:<36}"]
-    return printable("  ".join([*shown, words if show else masked(words)]))
+    subject, words = (text if show else masked(text) for text in (mail["subject"], words))
+    shown = [f"{state:<9}", f"{time_of_day(mail['created_at']):<8}", f"{to[:32]:<32}", f"{subject[:36]:<36}"]
+    return printable("  ".join([*shown, words]))
 
 
 class Top:

@@ -41,6 +41,7 @@ def failed(outbox: Outbox) -> str:
         ({"attempts": [{"code": 250, "text": "OK\x1b[2J\x07"}]}, True, "250 OK·[2J·", "\x1b"),
         ({"subject": "a\u202egnp.exe"}, True, "a·gnp", "\u202e"),
         ({"reason": "550 at rcpt <ada@example.com>"}, False, "a…@example.com", "ada"),
+        ({"subject": "Hello ada@example.com"}, False, "Hello a…@example.com", "ada"),
         ({"status": "unknown"}, True, "in doubt", "unknown"),
         ({"next_attempt_at": "2026-01-02T03:05:05.000+00:00", "reason": "451 at rcpt"}, True, ": 451 at rcpt", "250"),
     ],

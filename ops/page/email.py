@@ -93,7 +93,8 @@ def show(view: View, mail_id: str) -> Response:
         told = {**about(view, mail), **fates(mail)}
     except DAMAGED:
         raise NotFound(NO_MAIL) from None
-    return view.render("email.html", mail["subject"] or "(no subject)", mail=mail, **told)
+    subject = mail["subject"] if view.settings.show_addresses else masked(mail["subject"])
+    return view.render("email.html", subject or "(no subject)", mail=mail, **told)
 
 
 def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,6 +186,7 @@ def without_addresses(message: Message) -> Message:
         cc=mask(message.cc),
         bcc=mask(message.bcc),
         reply_to=mask(message.reply_to),
+        subject=masked(message.subject),
         headers={name: masked(value) for name, value in message.headers.items()},
     )
 
