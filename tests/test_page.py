@@ -44,14 +44,11 @@ def test_what_a_mail_holds_is_text_on_the_page(pages: Pages) -> None:
 
 
 def test_addresses_are_masked_where_they_are_to_be(redis_server: RedisServer, pages: Pages) -> None:
-    fields = {"to": ["Ada Lovelace <ada@example.com>"], "subject": "For Ada@example.org"}
-    later = pages.accept(**fields, scheduled_at="in 2 days")
-    paths = ("/mail/activity", "/mail/scheduled", f"/mail/emails/{later}")
-    for path in paths:
-        assert {"Ada Lovelace <ada@example.com>", "For Ada@example.org"} <= {
-            *re.findall("Ada Lov.*?>|For A.*?g", pages.text(path))
-        }
-    for path in paths:
+    later = pages.accept(to=["Ada Lovelace <ada@example.com>"], subject="For Ada@example.org", scheduled_at="in 2 days")
+    for path in ("/mail/activity", "/mail/scheduled", f"/mail/emails/{later}"):
+        seen = pages.text(path)
+        assert "Ada Lovelace <ada@example.com>" in seen
+        assert "For Ada@example.org" in seen
         shown = Pages.of(redis_server.url, show_addresses=False).get(path)
         assert "a…@example.com" in shown
         assert "For A…@example.org" in shown
