@@ -15,6 +15,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,17 +137,20 @@ def draw(window: Any, lines: Sequence[Line], last: str) -> None:
     height, width = window.getmaxyx()
     window.erase()
     for number, line in enumerate(lines[: height - 1]):
-        look = curses.color_pair(line.colour) | (curses.A_REVERSE if line.chosen else 0)
+        colour = curses.color_pair(line.colour) if curses.has_colors() else 0
+        look = colour | (curses.A_REVERSE if line.chosen else 0)
         window.addnstr(number, 0, line.text, width - 1, look)
     window.addnstr(height - 1, 0, last, width - 1, curses.A_DIM)
     window.refresh()
 
 
 def run(top: Top, window: Any) -> None:
-    curses.use_default_colors()
-    curses.curs_set(0)
-    for pair, colour in ((1, curses.COLOR_GREEN), (2, curses.COLOR_YELLOW), (3, curses.COLOR_RED)):
-        curses.init_pair(pair, colour, -1)
+    with suppress(curses.error):  # a serial console has neither
+        curses.curs_set(0)
+    if curses.has_colors():
+        curses.use_default_colors()
+        for pair, colour in ((1, curses.COLOR_GREEN), (2, curses.COLOR_YELLOW), (3, curses.COLOR_RED)):
+            curses.init_pair(pair, colour, -1)
     window.timeout(int(EVERY * 1000))
     goes_on = True
     while goes_on:
@@ -171,6 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         print("bin/top draws on a terminal, and this is none", file=sys.stderr)
         return 2
+    try:
+        curses.setupterm()
+    except curses.error:  # a terminal newer than this machine's list of them
+        os.environ["TERM"] = "xterm"
     who = os.environ.get("SUDO_USER") or getpass.getuser()
     with client(settings) as redis:
         curses.wrapper(partial(run, Top(Outbox(Jobs(redis), settings), who)))
