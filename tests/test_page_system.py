@@ -124,3 +124,13 @@ def test_sessions_the_rate_tasks_and_redis_are_shown(redis_server: RedisServer, 
     assert "Redis evicts mail when memory is short" in shown
     client.hset("rq:cron_scheduler:jobs", "cron_jobs", '[{"queue_name": 1, "func_name": "x", "cron": "<i>"}]')
     assert "No task has a time of its own" in pages.text("/mail/system")
+
+
+def test_a_redis_that_forbids_info_has_its_page_too(redis_server: RedisServer, client: Any) -> None:
+    client.execute_command("ACL", "SETUSER", "guest", "reset", "on", ">pw", "~*", "&*", "+@all", "-info")
+    try:
+        shown = Pages.of(redis_server.url.replace("//", "//guest:pw@")).text("/mail/system")
+    finally:
+        client.execute_command("ACL", "DELUSER", "guest")
+    assert "Pause all workers" in shown
+    assert "forbids INFO" in shown

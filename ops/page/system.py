@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from flask import Response, abort
+from redis.exceptions import NoPermissionError
 
 from ops.checks import replies
 from ops.checks.store import program
@@ -65,7 +67,8 @@ ACTIONS = {
 
 
 def show(view: View) -> Response:
-    with translating_errors():
+    info: dict[str, Any] = {}
+    with translating_errors(), suppress(NoPermissionError):  # INFO may be forbidden
         info = view.redis.info()
     return view.render(
         "system.html",
@@ -82,8 +85,8 @@ def show(view: View) -> Response:
         email=EMAIL,
         tasks=tasks(view.redis),
         info=info,
-        program=program(info),
-        weaknesses=[sentence for _, sentence in weaknesses(info)],
+        program=program(info) if info else "",
+        weaknesses=[sentence for _, sentence in weaknesses(info)] if info else [],
     )
 
 
