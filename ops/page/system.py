@@ -9,14 +9,13 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from flask import Response, abort
-from redis.exceptions import NoPermissionError
 
 from ops.checks import replies
 from ops.checks.store import program
 from ops.page import audit
 from ops.page.view import View, go
 from queues import overview
-from queues.connection import Redis, translating_errors, weaknesses
+from queues.connection import Redis, ResponseError, translating_errors, weaknesses
 from queues.cron import Timing, timetable
 from queues.health import queue_states
 from queues.quarantine import DAMAGED
@@ -68,7 +67,7 @@ ACTIONS = {
 
 def show(view: View) -> Response:
     info: dict[str, Any] = {}
-    with translating_errors(), suppress(NoPermissionError):  # INFO may be forbidden
+    with suppress(ResponseError):  # INFO may be forbidden
         info = view.redis.info()
     return view.render(
         "system.html",
