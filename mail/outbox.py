@@ -11,6 +11,7 @@ import io
 import json
 import math
 import random
+import re
 import time
 import uuid
 import zlib
@@ -61,6 +62,7 @@ from settings import Settings
 AFTER_A_CRASH = (1, 5, 30)
 NOT_SENT = "not sent: the API key has scope test"
 COPIED_BY = "dashboard"  # in the place of the API key that has submitted a copy
+UNSUBSCRIBE = re.compile("list-unsubscribe", re.IGNORECASE)  # and -Post
 # ARGV[at] and on: of each mail the id, when to look at it if it does not move on, how many words its fields are, these,
 # how many words for mail.index, these.
 ACCEPT = """
@@ -296,7 +298,8 @@ class Outbox(Reader):
 
     def copy(self, mail_id: str, to: str) -> str:
         """Accepts a mail of the same content for `to` alone, an operator's own address, and returns its id. The copy
-        obeys MAIL_REDIRECT_TO and MAIL_ALLOWLIST. Raises `NotFound`, `NotPossible`, `Unavailable`."""
+        obeys MAIL_REDIRECT_TO and MAIL_ALLOWLIST, and has no List-Unsubscribe: that would unsubscribe the recipient.
+        Raises `NotFound`, `NotPossible`, `Unavailable`."""
         self.read(mail_id)
         with translating_errors():
             stored: Any = self.jobs.redis.hmget(mail_key(mail_id), ["outline", "content"])
@@ -309,7 +312,8 @@ class Outbox(Reader):
         box = _who_gets(to, self.settings)
         if not box:
             raise NotPossible("the address must be one, such as ada@example.com, to which this service sends mail")
-        return self.accept([Draft(replace(message, to=[box], cc=[], bcc=[]), key=COPIED_BY)]).id
+        headers = {name: value for name, value in message.headers.items() if not UNSUBSCRIBE.match(name)}
+        return self.accept([Draft(replace(message, to=[box], cc=[], bcc=[], headers=headers), key=COPIED_BY)]).id
 
     def reschedule(self, mail_id: str, moment: float) -> None:
         """Moves a scheduled mail that no attempt has taken yet to `moment` (seconds since 1970). Raises `NotFound`,

@@ -117,8 +117,10 @@ COPIES = [  # the settings, the operator's address, who gets the copy, or what s
 def test_a_copy_is_another_mail_for_the_operator_alone(chosen: dict[str, Any], to: str, found: list[str] | str) -> None:
     client: Any = fakeredis.FakeRedis()
     outbox = Outbox(Jobs(client), load(from_file={}, **chosen))
-    whole = replace(draft().message, cc=draft().message.to, bcc=draft().message.to)
-    mail_id = outbox.accept([draft()._replace(message=whole)]).id
+    whole = replace(draft().message, cc=draft().message.to, bcc=draft().message.to, headers={"X-A": "b"})
+    unsubscribe = {"List-Unsubscribe": "<https://a.example/>", "list-unsubscribe-post": "List-Unsubscribe=One-Click"}
+    stored = replace(whole, headers=whole.headers | unsubscribe)
+    mail_id = outbox.accept([draft()._replace(message=stored)]).id
     taken = claim(outbox, mail_id)
     taken.settle(State.SENT if to == "sent" else State.FAILED, reason="550 at rcpt")
     before = client.hgetall(f"mail:{mail_id}"), client.zcard("mail:index")
