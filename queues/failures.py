@@ -17,12 +17,15 @@ from queues.connection import Redis, Script, translating_errors
 from queues.overview import moment_of, task_of
 
 LONGEST = 256 * 1024  # bytes of a traceback
+PACKED = 32 * 1024  # bytes of one as it is stored: a thousand are read at once
+TOO_LONG = "(too long to be read here)"
 SHOWN = 300  # characters of what an exception says
 RAISED = re.compile(r"([\w.]{1,200})(?:: (.*))?")  # at the end of a traceback
 FRAME = re.compile(r'  File "[^"]*", line \d')
 DUE_TO = re.compile(r"due to (\w{1,80})")
-# KEYS: registry of those that failed. ARGV: how many, what the keys of jobs and of results begin with. Returns of each
-# job its id, description, when it ended, and the packed traceback of its latest result.
+# KEYS: registry of those that failed. ARGV: how many, what the keys of jobs and of results begin with, the most bytes
+# of a traceback, and what stands for a longer one. Returns of each job its id, description, when it ended, and the
+# packed traceback of its latest result.
 FIND = """
 local found = {}
 for _, id in ipairs(redis.call('ZREVRANGE', KEYS[1], 0, ARGV[1] - 1)) do
@@ -33,6 +36,7 @@ for _, id in ipairs(redis.call('ZREVRANGE', KEYS[1], 0, ARGV[1] - 1)) do
     for i = 1, #fields, 2 do
       if fields[i] == 'exc_string' then packed = fields[i + 1] end
     end
+    if #packed > tonumber(ARGV[4]) then packed = ARGV[5] end
     found[#found + 1] = {id, job[1] or '', job[2] or '', packed}
   end
 end
@@ -53,7 +57,7 @@ class Failure(NamedTuple):
 def failures(redis: Redis, queue: str, most: int) -> list[Failure]:
     """Returns the jobs that failed last, up to `most`. Raises `Unavailable`."""
     with translating_errors():
-        found: Any = Script(redis, FIND)([keys.failed(queue)], [most, keys.job(""), keys.results("")])
+        found: Any = Script(redis, FIND)([keys.failed(queue)], [most, keys.job(""), keys.results(""), PACKED, TOO_LONG])
     raised = {packed: _raised(packed) for packed in {one[3] for one in found}}  # many failed alike
     return [
         Failure(_text(job_id), task_of(description), *raised[packed], moment_of(_text(ended_at)))
@@ -67,6 +71,8 @@ def _text(written: bytes) -> str:
 
 def _raised(packed: bytes) -> tuple[str, str]:
     """Returns the class of an exception, and what it says. RQ writes a sentence of its own where a worker has died."""
+    if packed == TOO_LONG.encode():
+        return TOO_LONG, ""
     with suppress(ValueError, IndexError, zlib.error):
         lines = _text(zlib.decompressobj().decompress(b64decode(packed), LONGEST)).splitlines()
         last_frame = max((at for at, line in enumerate(lines) if FRAME.match(line)), default=-1)

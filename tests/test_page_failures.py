@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any, NamedTuple
 
@@ -160,6 +161,7 @@ def failed_job(client: Redis, told: str | None, task: str = "report") -> str:
         ("queues.jobs.JobFailed: no such customer\n", "JobFailed : no such customer 2"),
         ("Work-horse terminated unexpectedly; waitpid returned 9", "no exception : Work-horse terminated"),
         ("Moved to FailedJobRegistry, due to AbandonedJobError, at 1", "AbandonedJobError : Moved"),
+        (f"{TRACEBACK}KeyError: {random.Random(1).randbytes(32768).hex()}", "(too long to be read here) 2"),
         ("", "no exception 2"),
         (None, "no exception 2"),
     ],
