@@ -28,10 +28,12 @@ while #found < tonumber(ARGV[1]) do
   local first = redis.call('ZRANGEBYLEX', KEYS[1], '(' .. behind, '(s', 'LIMIT', 0, 1)[1]
   if not first then break end
   local prefix = string.sub(first, 1, 10)
-  behind = prefix .. string.rep('\\255', 17)
-  local mails = redis.call('ZLEXCOUNT', KEYS[1], '[' .. prefix, '(' .. behind)
-  local last = redis.call('ZREVRANGEBYLEX', KEYS[1], '(' .. behind, '[' .. prefix, 'LIMIT', 0, 1)[1]
-  found[#found + 1] = {mails, first, last}
+  behind = #first == 26 and prefix .. string.rep('\\255', 17) or first
+  if #first == 26 then  -- else it is no member of ours, which index.trim drops
+    local mails = redis.call('ZLEXCOUNT', KEYS[1], '[' .. prefix, '(' .. behind)
+    local last = redis.call('ZREVRANGEBYLEX', KEYS[1], '(' .. behind, '[' .. prefix, 'LIMIT', 0, 1)[1]
+    found[#found + 1] = {mails, first, last}
+  end
 end
 return found
 """

@@ -175,10 +175,12 @@ def trim(store: Store, older_than: float) -> None:
     at: Any = redis.hget(SWEPT, "index")
     while left > 0:
         members: Any = redis.zrangebylex(INDEX, b"(" + at if at else b"-", b"+", 0, min(left, 1000))
-        gone = _gone(redis, [one for one in members if one[-16:] < first_id(older_than)])
+        whole = [one for one in members if len(one) > 16]
+        gone = _gone(redis, [one for one in whole if one[-16:] < first_id(older_than)])
+        gone += [one for one in members if len(one) <= 16]  # no member of ours
         if gone:
             redis.zrem(INDEX, *gone)
-        caused = [word for one in members if one.startswith(WITH_CAUSE) for word in (_id(one), one)]
+        caused = [word for one in whole if one.startswith(WITH_CAUSE) for word in (_id(one), one)]
         for start in range(0, len(caused), 400):  # a script keeps all others waiting
             store.run(SET_CAUSES_RIGHT, [], caused[start : start + 400])
         left -= len(members) or left

@@ -62,6 +62,15 @@ def test_what_an_earlier_version_did_is_set_right_by_the_sweep(outbox: Outbox, c
     assert found(outbox) == {("failed", "550 at rcpt"): 1, ("failed", "554 at the final dot"): 1}
 
 
+def test_what_is_no_member_is_dropped_and_hides_no_cause(outbox: Outbox, client: Any) -> None:
+    settled(outbox, State.FAILED, "550 at rcpt")
+    client.zadd("mail:index", dict.fromkeys((b"", b"rf", b"sf", b"\xff"), 0))
+    assert found(outbox) == {("failed", "550 at rcpt"): 1}
+    index.trim(outbox.store, 0)
+    assert not {b"", b"rf", b"sf", b"\xff"} & {*client.zrange("mail:index", 0, -1)}
+    assert found(outbox) == {("failed", "550 at rcpt"): 1}
+
+
 def test_a_cause_none_of_whose_mails_is_kept_is_not_shown(outbox: Outbox, client: Any) -> None:
     first, last = (settled(outbox, State.FAILED, "550 at rcpt") for _ in range(2))
     client.delete(f"mail:{last}")
