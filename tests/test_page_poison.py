@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from tests.pages import Pages
 from tests.servers import RedisServer
 from tests.test_poison import FIELDS, VALUES
 
-PATHS: tuple[str, ...] = ("", "?span=3d", "activity", "activity?q=to:b@example.com", "scheduled", "failures", "system")
-PATHS += ("actions", "emails/ID", "emails/ID/requeue")
+OF_MAILS = ("activity", "scheduled", "failures", "emails/ID", "emails/ID/requeue")
+ALL = (*OF_MAILS, "", "?span=3d", "system", "actions")
 MOMENTS = ("", "x", "nan", "inf", "9e14", "1e22")
 
 
@@ -24,9 +25,9 @@ def pages(client: object, redis_server: RedisServer) -> Pages:
     return Pages.of(redis_server.url, smtp_host="relay.example", smtp_rate="5/s")
 
 
-def assert_no_page_crashes(pages: Pages, mail_id: str, what: object) -> None:
-    for path in PATHS:
-        answer = pages.browser.get(f"/mail/{path.replace('ID', mail_id)}", follow_redirects=True)
+def assert_no_page_crashes(pages: Pages, paths: Sequence[str], mail_id: str, what: object) -> None:
+    for path in paths:
+        answer = pages.browser.get(f"/mail/{path.replace('ID', mail_id)}")
         assert answer.status_code != 500, (path, what)
     assert look(pages.outbox).level
 
@@ -38,7 +39,7 @@ def test_a_damaged_field_of_a_mail_makes_no_page_crash(pages: Pages, client: Any
     stored = client.hgetall(f"mail:{mail_id}")
     for value in VALUES:
         client.hset(f"mail:{mail_id}", mapping=stored | {field: value})
-        assert_no_page_crashes(pages, mail_id, value)
+        assert_no_page_crashes(pages, OF_MAILS, mail_id, value)
 
 
 @pytest.mark.parametrize("written", MOMENTS)
@@ -50,4 +51,4 @@ def test_what_is_no_moment_makes_no_page_crash(pages: Pages, client: Any, writte
     client.lpush("mail:actions", f'{{"at": "{written}", "who": "a", "what": "b", "id": "c"}}')
     at = float(written) if written.endswith(("4", "2", "inf")) else time.time()
     client.zadd("mail:marks", {f"{written} release {written}": at})
-    assert_no_page_crashes(pages, mail_id, written)
+    assert_no_page_crashes(pages, ALL, mail_id, written)
