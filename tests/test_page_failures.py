@@ -48,7 +48,7 @@ CASES = [
     Case(State.FAILED, EXPIRED, None, "its expires_at passed"),
     Case(State.FAILED, LOST[""], None, "somebody has deleted its job", FIX_FIRST),
     Case(State.FAILED, NOT_ADMITTED, None, "this is a staging system", "as long as MAIL_ALLOWLIST"),
-    Case(State.FAILED, "no reply at dot", ("dot", None, ""), "so it may have them", FIX_FIRST),
+    Case(State.FAILED, "no reply at dot", ("dot", None, ""), "so it may have them", "what it has arrives twice"),
     Case(
         State.FAILED, "no reply at connect (Name <i>)", ("connect", None, "x"), "the relay cannot be reached", FIX_FIRST
     ),
@@ -91,6 +91,13 @@ def test_a_cause_says_what_it_means_and_only_what_failed_and_may_go_again_has_a_
         link = re.search(r'href="(/mail/failures/mails[^"]*)"', page)
         assert link
         assert case.warning in pages.text(link[1].replace("&amp;", "&"))
+
+
+def test_a_cause_whose_mails_the_relay_may_have_says_so_whatever_came_first(pages: Pages, client: Any) -> None:
+    mail_id = settled(pages, CASES[0])
+    stored = client.hget(f"mail:{mail_id}", "recipients").replace(b"pending", b"in_doubt")
+    client.hset(f"mail:{mail_id}", "recipients", stored)
+    assert "what it has arrives twice" in pages.text("/mail/failures/mails?reason=535+at+auth")
 
 
 def test_the_worst_cause_comes_first_and_leads_to_its_mails(pages: Pages) -> None:

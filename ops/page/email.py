@@ -46,6 +46,7 @@ class Action(NamedTuple):
     text: str
 
 
+TWICE = "The relay may have it, and then it arrives twice. The relay's log knows, by the Message-ID."
 WAITING = (SCHEDULED, State.QUEUED.value, State.DELAYED.value)
 ACTIONS = (
     Action(
@@ -54,11 +55,11 @@ ACTIONS = (
     ),
     Action(
         "requeue", (State.UNKNOWN,), "It did not arrive: send it again", "Send again a mail that may have arrived?",
-        "The relay may have it, and then it arrives twice. The relay's log knows, by the Message-ID.",
+        TWICE,
     ),
     Action(
         "requeue", (State.FAILED,), "Send it again", "Send this mail again?",
-        "It gets all its attempts again, and goes only to those recipients who do not have it yet.",
+        "It gets all its attempts again, and goes only to those recipients who are not known to have it.",
     ),
     Action("move", (SCHEDULED,), "Move it", "Move this mail?", "It is not sent before its new time."),
     Action(
@@ -221,7 +222,8 @@ def ask(view: View, mail_id: str, action: str) -> Response:
         if one.name == action == "move":
             return move_form(view, mail)
         if one.name == action:
-            about = {"text": one.text, "button": one.button, "back": f"/mail/emails/{mail_id}"}
+            in_doubt = action == "requeue" and fates(mail)["in_doubt"]
+            about = {"text": TWICE if in_doubt else one.text, "button": one.button, "back": f"/mail/emails/{mail_id}"}
             return view.confirm(one.question, **about, was=mail["status"])
     raise NotPossible(f"a mail that is {mail['status']} allows no such thing")
 

@@ -18,7 +18,7 @@ from flask import Response, request
 from mail.causes import Cause, causes, ids, left, newest
 from mail.delivery import NOT_ADMITTED
 from mail.index import LAST, raw_id
-from mail.states import EXPIRED, TROUBLE_TOO_LONG, State
+from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
 from ops.checks import replies
 from ops.checks.findings import counted, lasting
 from ops.page import audit
@@ -117,13 +117,14 @@ def made(view: View, wanted: list[Cause]) -> list[Group]:
 def group(view: View, cause: Cause, sample: list[dict[str, Any]]) -> Group:
     told = (in_the_way({**sample[0], "reason": cause.reason}) if sample else None) or read(view, cause.reason)
     meaning, fix = explained(view, cause, told)
+    recipients = [one for mail in sample for one in mail["recipients"]]
     return Group(
         cause=cause,
         mails=found_at(Query((Term("reason", cause.reason.replace('"', " ")), Term("state", cause.state)))),
         meaning=meaning,
         fix=fix.replace("GET /emails/ID has", "each mail's page has"),
         next_attempt=min((one["next_attempt_at"] for one in sample if one["next_attempt_at"]), default=""),
-        again=warning(cause, told),
+        again=warning(cause, told, any(one["status"] == Status.IN_DOUBT for one in recipients)),
     )
 
 
@@ -148,11 +149,13 @@ def explained(view: View, cause: Cause, told: tuple[str, Reply] | None) -> tuple
     return meaning, fix
 
 
-def warning(cause: Cause, told: tuple[str, Reply] | None) -> str | None:
+def warning(cause: Cause, told: tuple[str, Reply] | None, in_doubt: bool) -> str | None:
     if cause.state != State.FAILED or cause.reason == EXPIRED:
         return None
     if cause.reason == NOT_ADMITTED:
         return "They will fail again as long as MAIL_ALLOWLIST and MAIL_REDIRECT_TO keep them from their recipients."
+    if in_doubt or (told and told[1].verdict is Verdict.IN_DOUBT):
+        return "The relay may have these mails already: sent again, what it has arrives twice."
     if told and told[1].verdict is Verdict.REFUSED:
         what = "these addresses" if told[1].phase is Phase.RCPT else "these mails"
         return f"The relay refused {what} for good: sent again, they will most likely fail again."
@@ -182,7 +185,7 @@ def ask_mails(view: View) -> Response:
     warned = made(view, [cause])[0].again if cause else None
     if not cause or warned is None:
         return go(PATH)
-    text = f"{reason}. {warned} Each gets all its attempts again, and goes only to recipients who do not have it yet."
+    text = f"{reason}. {warned} Each gets all its attempts again, and goes only to who is not known to have it."
     question, button = f"Requeue {counted(cause.mails, 'mail')}?", f"Requeue all {cause.mails:,}"
     return view.confirm(question, text=text, button=button, back=PATH, reason=reason)
 
