@@ -139,7 +139,7 @@ def relay(facts: Facts) -> Iterator[Condition]:
 def suspended(facts: Facts) -> Iterator[Condition]:
     if facts.suspended:
         sentence = f"A person has paused all sending. {waits(facts)}"
-        fix = "resume it on /mail/, or with: .venv/bin/rq resume -u REDIS_URL"
+        fix = "resume it on /mail/system, or with: .venv/bin/rq resume -u REDIS_URL"
         yield Condition("warn", "suspended", sentence, fix, push=oldest(facts)[0] > QUIET)  # has it been forgotten?
 
 

@@ -146,6 +146,8 @@ ELSEWHERE = [
 def test_these_are_all_the_routes_that_change_something() -> None:
     assert sorted(CHANGING) == [
         "/mail/emails/01a21b29-4e1c-7a05-9d3f-2f9a3c1be5d7/requeue",
+        "/mail/failures/jobs",
+        "/mail/failures/mails",
         "/mail/search",
         "/mail/system/pause",
         "/mail/templates/welcome",

@@ -114,6 +114,7 @@ def test_the_shortest_list_is_looked_through(outbox: Outbox) -> None:
         (Wanted(to="b@example.com", tag="a:b"), of_b),
         (Wanted(to="a@example.com", tag="a:b"), of_a),
         (Wanted(tag="a:b", states=frozenset({"failed"})), index.of_state("failed", "")),
+        (Wanted(tag="a:b", places=([of_a, of_b], [of_b])), of_b),
         (Wanted(tag="a:b", key="send"), index.of_state("queued", "send")),
     ):
         assert place in listing._prefixes(outbox, query)

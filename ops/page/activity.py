@@ -9,13 +9,14 @@ from typing import Any
 
 from flask import Response, request
 
+from mail.causes import causes
 from mail.index import LAST, made_at, raw_id
 from mail.listing import Page, page
 from ops.page.search import NotUnderstood, Query, found_at, parse, sealed, unsealed, wanted
 from ops.page.view import View, go
 
 SHOWN = 50  # mails on a page
-LOOK = 500  # mails that are read for a page
+LOOK = 300  # mails that are read for a page
 SAVED = (
     ("All", ""),
     ("Failed today", "state:failed after:today"),
@@ -58,7 +59,8 @@ def _answer(view: View, text: str) -> Response:
 
 
 def _found(view: View, query: Query, newer: bytes, older: bytes) -> Page:
-    asked = wanted(query, view.outbox.index.sealed, datetime.now().astimezone())
+    known = causes(view.outbox) if query.of("reason") else ()
+    asked = wanted(query, view.outbox.index.sealed, datetime.now().astimezone(), known)
     above, below = max(asked.above, newer), min(asked.below, older or LAST)
     return page(view.outbox, asked._replace(above=above, below=below, upwards=bool(newer), limit=SHOWN, look=LOOK))
 

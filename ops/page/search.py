@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime, time, timedelta
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from mail.address import strict_address
+from mail.causes import Cause, of_cause
 from mail.index import LAST, first_id, of_sealed, of_tag
 from mail.listing import STATES, Wanted
 from mail.moments import time_with_zone
@@ -30,7 +31,7 @@ Mail = dict[str, Any]
 
 MOST = 20  # terms
 TOKEN = re.compile(r'\s*(?:([^\s":]+):\s*)?(?:"([^"]*)"|([^\s"]+))')
-MAILBOX = re.compile(r'[^<>]*<([^\s<>"@]+@[^\s<>"@]+)>[\s,;]*')  # as mail programs write it: Ada <ada@example.com>
+MAILBOX = re.compile(r'[^<>:]*<([^\s<>"@]+@[^\s<>"@]+)>[\s,;]*')  # as mail programs write it: Ada <ada@example.com>
 ID = re.compile(r"<?([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:@[^\s<>]*)?>?", re.IGNORECASE)  # Message-ID, too
 SEALED = re.compile(r"~[0-9a-f]{16}(~?)")
 TAG = re.compile(r"[A-Za-z0-9_-]{1,256}:[A-Za-z0-9_-]{1,256}")
@@ -67,7 +68,9 @@ class Query(NamedTuple):
 
     def also(self, name: str, value: str) -> Query:
         """Returns the query with this term, in place of one that may be there once."""
-        term = Term(name, IN_DOUBT if (name, value) == ("state", "unknown") else value)
+        with suppress(ValueError):
+            [value] = READ[name](value)
+        term = Term(name, value)
         return Query((*(one for one in self.terms if one != term and (one.name != name or name not in ONCE)), term))
 
 
@@ -157,6 +160,12 @@ def _plain(value: str) -> list[str]:
     return [value]
 
 
+def _reason(value: str) -> list[str]:
+    if found := words(re.sub(r"\S*@\S*", " ", value)):
+        return [" ".join(found)]
+    raise ValueError("must have a word that is no address, since it stays in the page's URL")
+
+
 def _id(value: str) -> list[str]:
     if not (found := ID.fullmatch(value)):
         raise ValueError("must be the whole id of a mail, or its Message-ID")
@@ -172,6 +181,7 @@ READ: dict[str, Callable[[str], list[str]]] = {
     **dict.fromkeys(("to", "from"), _person),
     **{"subject": _subject, "state": _states, "tag": _tag, "key": _plain, "id": _id},
     **dict.fromkeys(("before", "after"), _moment),
+    "reason": _reason,
 }
 ONCE = ("state", "key", "id", "before", "after")
 
@@ -220,13 +230,17 @@ def unsealed(query: Query, mail: Mail, digest: Digest, show_addresses: bool) -> 
     known = {("subject", f"~{digest(word)}"): word for word in words(mail["subject"])}
     for name in ("to", "from") if show_addresses else ():
         for called, address in _boxes(mail, name):
-            known |= {(name, f"~{digest(word)}~"): word for word in called} | {(name, f"~{digest(address)}"): address}
+            known |= {(name, f"~{digest(word)}~"): word for word in words(called)}
+            known[name, f"~{digest(address)}"] = address
     return Query(tuple(term._replace(value=known.get(term, term.value)) for term in query.terms))
 
 
-def wanted(query: Query, digest: Digest, now: datetime) -> Wanted:
-    """Returns what a query that is sealed asks mail.listing for."""
+def wanted(query: Query, digest: Digest, now: datetime, known: Iterable[Cause] = ()) -> Wanted:
+    """Returns what a query that is sealed asks mail.listing for. `known` are the causes among which a reason is."""
     places = [[of_sealed(value[1:])] for value in query.of("to") if (found := SEALED.fullmatch(value)) and not found[1]]
+    places += [[of_tag(tag)] for tag in query.of("tag")]
+    if asked := query.of("reason"):
+        places.append([of_cause(one.state, one.reason) for one in known if all(_has(one.reason, it) for it in asked)])
     states = {one for value in query.of("state") for one in value.split(",")}
     if "waiting" in states:
         states |= {*WAITING}
@@ -236,7 +250,7 @@ def wanted(query: Query, digest: Digest, now: datetime) -> Wanted:
     return Wanted(
         states=frozenset("unknown" if one == IN_DOUBT else one for one in states - {"waiting"}),
         key="".join(query.of("key")),
-        places=(*places, *([of_tag(tag)] for tag in query.of("tag"))),
+        places=tuple(places),
         test=lambda mail: all(_meets(mail, *term, digest) for term in query.terms),
         above=max(above, default=b""),
         below=min(below, default=LAST),
@@ -247,6 +261,8 @@ def _meets(mail: Mail, name: str, value: str, digest: Digest) -> bool:
     """Returns whether a mail meets a term that the index alone does not settle."""
     if name == "tag":
         return any(f"{tag['name']}:{tag['value']}" == value for tag in mail["tags"])
+    if name == "reason":
+        return _has(mail["reason"] or "", value)
     if name == "subject":
         return value[1:] in map(digest, words(mail["subject"]))
     if name not in ("to", "from"):
@@ -255,16 +271,20 @@ def _meets(mail: Mail, name: str, value: str, digest: Digest) -> bool:
     if not found:
         return any(f".{address.rpartition('@')[2]}".endswith(f".{value}") for _, address in _boxes(mail, name))
     if found[1]:
-        return any(value[1:-1] == digest(word) for called, _ in _boxes(mail, name) for word in called)
+        return any(value[1:-1] == digest(word) for called, _ in _boxes(mail, name) for word in words(called))
     return any(value[1:] == digest(address) for _, address in _boxes(mail, name))
 
 
-def _boxes(mail: Mail, name: str) -> Iterator[tuple[list[str], str]]:
-    """Yields the words by which each mailbox is called, and its address."""
+def _has(reason: str, asked: str) -> bool:
+    return {*words(asked)} <= {*words(reason)}
+
+
+def _boxes(mail: Mail, name: str) -> Iterator[tuple[str, str]]:
+    """Yields how each mailbox is called, and its address."""
     for box in [mail["from"]] if name == "from" else mail["to"] + mail["cc"] + mail["bcc"]:
         named, _, rest = box.rpartition("<")
         address = rest.rstrip(">").lower()
-        yield words(f"{named} {address.rpartition('@')[0]}"), address
+        yield f"{named} {address.rpartition('@')[0]}", address
 
 
 def found_at(query: Query, **cursor: str) -> str:
