@@ -26,6 +26,7 @@ from mail.states import FINAL, SCHEDULED, State, Status
 from mail.store import mail_key
 from ops.page import audit, timeline
 from ops.page.advice import advice, in_the_way
+from ops.page.search import alike
 from ops.page.view import View, go
 from ops.page.words import masked, moment
 from queues import keys
@@ -33,7 +34,7 @@ from queues.jobs import NotFound, NotPossible
 from queues.quarantine import DAMAGED
 from smtp.policy import Verdict
 
-LARGEST = 256 * 1024  # bytes of a content, packed, of which the headers are shown; four times as many unpacked
+LARGEST = 64 * 1024  # bytes of a content, packed, of which the headers are shown; four times as many unpacked
 
 
 class Action(NamedTuple):
@@ -46,6 +47,7 @@ class Action(NamedTuple):
     text: str
 
 
+TOGETHER = (State.FAILED, State.UNKNOWN, State.DELAYED)  # of these, others may have met with the same
 WAITING = (SCHEDULED, State.QUEUED.value, State.DELAYED.value)
 ACTIONS = (
     Action(
@@ -110,6 +112,7 @@ def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
         "trouble": state not in FINAL and view.outbox.relay_in_trouble(),
         "replied": in_the_way(mail) is not None,
         "advice": advice(mail),
+        "alike": alike(mail["reason"], state) if mail["reason"] and state in TOGETHER else "",
         "actions": actions,
         "alert_to": view.settings.alert_to,
         "final": state in FINAL,

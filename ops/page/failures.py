@@ -22,7 +22,7 @@ from ops.checks import replies
 from ops.checks.findings import counted, lasting
 from ops.page import audit
 from ops.page.advice import REASONS, REPLY, in_the_way
-from ops.page.search import Query, Term, found_at
+from ops.page.search import alike
 from ops.page.view import View, go
 from queues.failures import Failure, failures
 from queues.jobs import NotFound, NotPossible
@@ -118,7 +118,7 @@ def group(view: View, cause: Cause, sample: list[dict[str, Any]]) -> Group:
     meaning, fix = explained(view, cause, told)
     return Group(
         cause=cause,
-        mails=found_at(Query((Term("reason", cause.reason.replace('"', " ")), Term("state", cause.state)))),
+        mails=alike(cause.reason, cause.state),
         meaning=meaning,
         fix=fix.replace("GET /emails/ID has", "each mail's page has"),
         next_attempt=min((one["next_attempt_at"] for one in sample if one["next_attempt_at"]), default=""),
