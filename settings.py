@@ -35,7 +35,7 @@ from pydantic_settings import (
 
 from process import env_file
 
-SECRETS = ("redis_url", "smtp_password", "api_keys", "dashboard_password")
+SECRETS = ("redis_url", "smtp_password", "api_keys", "dashboard_password", "alert_url")
 VERBATIM = ("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url")  # any text, so `#` too
 CUT = "{} would end before its #: put the whole value in single quotes, or the comment on a line of its own"
 DEV_KEY = "dev"  # bin/dev's API key; everybody knows it, so it may be served on loopback only
@@ -160,7 +160,7 @@ def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
     return tuple(key._replace(old=key != newest[key.name]) for key in keys)
 
 
-def parse_redirect(text: str) -> str:
+def parse_one_address(text: str) -> str:
     """Returns an address as it stands."""
     if not re.fullmatch(ADDRESS, text.strip()):
         raise ValueError("must be one address without a name, such as tester@acme.example")
@@ -194,6 +194,17 @@ def parse_ehlo_name(text: str) -> str:
     return name
 
 
+def _is_safe_url(url: str) -> bool:
+    """Returns whether a secret in it is not sent in clear, but within this machine."""
+    try:
+        at = urlsplit(url)
+        _ = at.port
+    except ValueError:
+        return False
+    loopback = at.scheme == "http" and is_loopback(at.hostname or "")
+    return bool(at.hostname) and (at.scheme == "https" or loopback) and bool(re.fullmatch(r"[!-~]+", url))
+
+
 LONGEST_DURATION = 100 * 366 * 86400  # seconds; what is longer, Redis or Python may refuse
 Duration = Annotated[int, parsed_by(parse_duration), Field(gt=0, le=LONGEST_DURATION)]
 Listen = Annotated[Address, parsed_by(parse_address), NoDecode]
@@ -222,7 +233,7 @@ class Settings(BaseSettings):
     smtp_rate: Annotated[tuple[Rate, ...], parsed_by(parse_rates), NoDecode] = ()
 
     mail_from: str | None = None
-    mail_redirect_to: Annotated[str, parsed_by(parse_redirect)] | None = None
+    mail_redirect_to: Annotated[str, parsed_by(parse_one_address)] | None = None
     mail_allowlist: Annotated[tuple[str, ...], parsed_by(parse_allowlist), NoDecode] = ()
 
     listen: Listen = Address("127.0.0.1", 8000)
@@ -255,6 +266,10 @@ class Settings(BaseSettings):
     dashboard_password: SecretStr | None = None
     dashboard_password_file: FilePath | None = None
     show_addresses: bool = True
+
+    alert_url: SecretStr | None = None
+    alert_url_file: FilePath | None = None
+    alert_to: Annotated[str, parsed_by(parse_one_address)] | None = None
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["plain", "json"] = "plain"
@@ -305,6 +320,8 @@ class Settings(BaseSettings):
             _ = urlsplit(self.redis_url.get_secret_value()).port
         except ValueError:  # its text would quote the password
             faults.append("REDIS_URL must be a URL: write / # ? : @ in its password as %2F %23 %3F %3A %40")
+        if self.alert_url and not _is_safe_url(self.alert_url.get_secret_value()):
+            faults.append("ALERT_URL must be a URL that begins with https://, or with http:// on loopback")
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -385,7 +402,7 @@ def load(*needed: str, **overrides: Any) -> Settings:
         raise SettingsError(explain(error)) from None
     missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not getattr(settings, name)]
     if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password):
-        # Checked in the process that speaks to the relay: under systemd, no other one is given the password.
+        # Checked in the process that sends the mail: under systemd, the API is not given the password.
         missing.append("SMTP_USERNAME and SMTP_PASSWORD go together: set both, or neither for a relay without a login")
     if missing:
         raise SettingsError(missing)

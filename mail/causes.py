@@ -8,7 +8,7 @@ thousand of them as for ten. The reason itself stands in the mails.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mail.index import LAST, digest, made_at
@@ -70,12 +70,27 @@ def causes(outbox: Outbox) -> list[Cause]:
     return sorted(filter(None, known), key=lambda cause: (-cause.mails, -cause.last))
 
 
-def ids(outbox: Outbox, state: str, reason: str) -> Iterator[str]:
-    """Yields the mails of a cause, the newest first. Raises `Unavailable`."""
-    below = LAST
+def ids(outbox: Outbox, state: str, reason: str, below: bytes = LAST) -> Iterator[str]:
+    """Yields the mails of a cause, the newest first, from that before the id `below` on. Raises `Unavailable`."""
     while found := outbox.index.nearest([of_cause(state, reason)], b"", below, AT_ONCE, upwards=False):
         yield from (_id(one) for one in found)
         below = found[-1]
+
+
+def newest(outbox: Outbox, wanted: Sequence[Cause], most: int) -> list[list[str]]:
+    """Returns the newest mails of each cause, up to `most`. Raises `Unavailable`."""
+    with translating_errors(), outbox.jobs.redis.pipeline(transaction=False) as pipe:
+        for cause in wanted:
+            prefix = of_cause(cause.state, cause.reason)
+            pipe.zrevrangebylex(INDEX, b"(" + prefix + LAST, b"(" + prefix, 0, most)
+        return [[_id(member) for member in members] for members in pipe.execute()]
+
+
+def left(outbox: Outbox, state: str, reason: str, below: bytes) -> int:
+    """Returns how many mails of a cause come before the id `below`. Raises `Unavailable`."""
+    prefix = of_cause(state, reason)
+    with translating_errors():
+        return int(outbox.jobs.redis.zlexcount(INDEX, b"[" + prefix, b"(" + prefix + below))
 
 
 def _cause(mails: int, first: bytes, last: bytes, reasons: list[Any]) -> Cause | None:

@@ -21,6 +21,7 @@ LAST_SENT = "mail:last_sent"  # seconds since 1970
 TOTALS = "mail:totals"  # hash: what mail.counters counts
 ACTIONS = "mail:actions"  # list: what people did, the latest first, as JSON: ops.page.audit
 SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
+WATCH = "mail:watch"  # hash: what the dashboard's watch has seen, and told people (ops.watch, ops.alerts)
 INDEX = "mail:index"  # sorted set: mail.index
 KEY_NAMES = "mail:keys"  # set: the names of all API keys that have submitted a mail
 SECRET = "mail:secret"  # string: the key of the digests of addresses in the index

@@ -37,6 +37,7 @@ from mail.store import (
     SECRET,
     SWEPT,
     TOTALS,
+    WATCH,
     claim_key,
     look_at,
     mail_key,
@@ -51,7 +52,7 @@ from smtp import pacing
 
 AT_ONCE = 1000  # mails looked at in one go
 OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
-OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list"}
+OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list", WATCH: "hash"}
 OURS |= {keys.queue(BULK): "list"}
 KINDS = OURS | pacing.KINDS  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds

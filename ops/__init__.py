@@ -13,5 +13,6 @@ restore.py                      bin/restore: brings back what bin/backup has sav
 dashboard.py, login.py          page/ and rq-dashboard behind a login that is slow to guess
 page/                           the pages for people at /mail/
 facts.py, condition.py          what is known now, and the one sentence that says whether all is well
+watch.py, alerts.py, push.py    looks all the time, decides what people are told, and tells them
 doctor.py, checks/              bin/doctor: what is wrong here, and the command that fixes it
 """

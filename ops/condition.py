@@ -54,11 +54,17 @@ def look(outbox: Outbox) -> Condition:
 
 def judge(facts: Facts) -> Condition:
     found: list[Condition] = []
-    for rule, causes in RULES:
+    for _, rule, causes in RULES:
         if not any(one.kind in causes for one in found):
             found += rule(facts)
     first, *others = found or [well(facts)]
     return first._replace(also=tuple(others))
+
+
+def hidden(seen: Condition) -> set[str]:
+    """Returns the kinds of which cannot be said whether they hold, since others do that would cause them."""
+    shown = {one.kind for one in (seen, *seen.also)}
+    return {kind for kinds, _, causes in RULES for kind in kinds if causes & shown} - shown
 
 
 def well(facts: Facts) -> Condition:
@@ -133,7 +139,7 @@ def relay(facts: Facts) -> Iterator[Condition]:
 def suspended(facts: Facts) -> Iterator[Condition]:
     if facts.suspended:
         sentence = f"A person has paused all sending. {waits(facts)}"
-        fix = "resume it on /mail/, or with: .venv/bin/rq resume -u REDIS_URL"
+        fix = "resume it on /mail/system, or with: .venv/bin/rq resume -u REDIS_URL"
         yield Condition("warn", "suspended", sentence, fix, push=oldest(facts)[0] > QUIET)  # has it been forgotten?
 
 
@@ -239,24 +245,25 @@ def disk(facts: Facts) -> Iterator[Condition]:
 
 REDIS = frozenset({"redis", "replica", "disk", "full"})
 STANDS = REDIS | {"worker", "relay", "suspended", "stuck"}  # mail stands still, and it is known why
+Rule = Callable[[Facts], Iterator[Condition]]
 # fmt: off
-RULES: tuple[tuple[Callable[[Facts], Iterator[Condition]], frozenset[str]], ...] = (
-    # a rule, and the kinds of which it would only be a consequence
-    (unavailable, frozenset()),
-    (unfit, frozenset()),
-    (no_worker, frozenset({"redis", "replica", "disk"})),
-    (relay, frozenset()),
-    (suspended, frozenset()),
-    (stuck, STANDS),
-    (scheduler, STANDS - {"suspended", "relay"}),
-    (quiet, STANDS | {"rate"}),
-    (clock, frozenset()),
-    (rate, STANDS),
-    (slow, STANDS | {"quiet"}),
-    (in_doubt, frozenset()),
-    (failing, frozenset()),
-    (unswept, STANDS | {"scheduler"}),
-    (disk, frozenset({"disk"})),
+RULES: tuple[tuple[tuple[str, ...], Rule, frozenset[str]], ...] = (
+    # the kinds that a rule yields, the rule, the kinds of which it would only be a consequence
+    (("redis", "replica"), unavailable, frozenset()),
+    (("replica", "disk", "full", "unsafe"), unfit, frozenset()),
+    (("worker", *(f"worker_{name}" for name in QUEUES)), no_worker, frozenset({"redis", "replica", "disk"})),
+    (("relay",), relay, frozenset()),
+    (("suspended",), suspended, frozenset()),
+    (("stuck",), stuck, STANDS),
+    (("scheduler",), scheduler, STANDS - {"suspended", "relay"}),
+    (("quiet",), quiet, STANDS | {"rate"}),
+    (("clock",), clock, frozenset()),
+    (("rate",), rate, STANDS),
+    (("slow",), slow, STANDS | {"quiet"}),
+    (("doubt",), in_doubt, frozenset()),
+    (("failing",), failing, frozenset()),
+    (("sweep",), unswept, STANDS | {"scheduler"}),
+    (("disk",), disk, frozenset({"disk"})),
 )
 # fmt: on
 

@@ -40,6 +40,7 @@ from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 from waitress import create_server
 
+from ops import watch
 from ops.login import Login
 from ops.page.app import pages
 from ops.page.audit import note
@@ -385,6 +386,7 @@ def main() -> int:
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a browser asks for six files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     emit("dashboard_started", listen=address)
+    watch.Watch(settings).start()
     sd_daemon.tell("READY=1")
     server.run()  # until SIGTERM or Ctrl-C, on which Waitress finishes
     return 0

@@ -1,8 +1,10 @@
-"""Finds what goes wrong between a laptop and a server: `bin/doctor [--json] [--send-to ADDRESS]`.
+"""Finds what goes wrong between a laptop and a server: `bin/doctor [--json] [--send-to ADDRESS]
+[--test-alert]`.
 
 Examines the service that bin/install has put on this machine, and needs root for that; without one, the checkout it is
 in. Prints one line per finding, with the command or edit that fixes it. It changes nothing and prints no secret; with
---send-to it sends one mail the whole way. Exit code: 0 fine, 1 warnings, 2 faults.
+--send-to it sends one mail the whole way, with --test-alert a test to ALERT_URL and ALERT_TO. Exit code: 0 fine, 1
+warnings, 2 faults.
 
 The checks and their table are in ops/checks/. Standard library only in this file: the first thing to find may be that
 nothing else is installed.
@@ -75,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bin/doctor", description="Finds what is wrong, and says what fixes it.")
     parser.add_argument("--json", action="store_true", help="a list of {check, level, found, fix}")
     parser.add_argument("--send-to", default="", metavar="ADDRESS", help="send one mail there, through queue and relay")
+    parser.add_argument("--test-alert", action="store_true", help="send a test to ALERT_URL and to ALERT_TO")
     asked = parser.parse_args(arguments)
-    target = Target(ROOT, send_to=asked.send_to)
+    target = Target(ROOT, send_to=asked.send_to, test_alert=asked.test_alert)
     installed = f"The service on this machine: {target.opt / 'current'}, {target.file}\n"
     checkout = f"This checkout, {target.code}: no service is installed on this machine\n"
     if not asked.json:

@@ -37,6 +37,7 @@ EVENTS = frozenset({
     "breaker_opened", "breaker_closed",  # all mail waits for the relay, because of `reason`; it flows again
     "repaired", "given_up",  # what the sweep did with a mail that was stuck: id, reason
     "redis_unavailable", "redis_back",  # this process cannot use Redis, because of `reason`; it can again: at
+    "alert_sent", "alert_failed",  # people were told something; they could not be: to, kind, status, reason, next_in
     "operator",  # somebody has done something on the dashboard: who, what, id of the mail or job
     "login_refused",  # a wrong login at the dashboard; at most one every ten seconds once there were ten
     "unreadable",  # a job or an entry of a registry that was set aside, so that the others go on: id, reason

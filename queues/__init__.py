@@ -7,6 +7,7 @@ heartbeat.py   leases and the one thread that renews them
 jobs.py        accept, requeue, cancel, read; what a running job asks of RQ
 health.py      the state of the queues, for readyz, metrics and the doctor
 overview.py    who works on what, for people; pause and resume
+failures.py    which jobs failed, and of what, for people
 bulk.py        bulk mail, let into the queue as far as that is short
 workers.py     RQ's workers and scheduler, changed
 quarantine.py  jobs that RQ cannot read, set aside so that the others go on

@@ -103,12 +103,12 @@ def _jobs(redis: Redis, entries: list[bytes]) -> dict[bytes, Running]:
     executions = _ask(redis, [("HGETALL", f"rq:execution:{_text(entry)}") for entry in entries])
     described = _ask(redis, [("HGET", keys.job(job_id), "description") for job_id in ids])
     return {
-        entry: Running(job_id, _task(text or b""), _number((execution or {}).get(b"created_at", b"")))
+        entry: Running(job_id, task_of(text or b""), _number((execution or {}).get(b"created_at", b"")))
         for entry, job_id, execution, text in zip(entries, ids, executions, described, strict=True)
     }
 
 
-def _task(description: bytes) -> str:
+def task_of(description: bytes) -> str:
     """Returns the name of a job's function, with which its description begins: `tasks.deliver <id>`."""
     found = re.match(r"tasks\.(\w{1,80})", _text(description))
     return found[1] if found else ""
@@ -120,8 +120,8 @@ def _seen(name: str, said: Mapping[str, str], jobs: tuple[Running, ...]) -> Seen
         host=said.get("hostname", ""),
         pid=said.get("pid", ""),
         queues=said.get("queues", ""),
-        since=_moment(said.get("birth", "")),
-        heartbeat=_moment(said.get("last_heartbeat", "")),
+        since=moment_of(said.get("birth", "")),
+        heartbeat=moment_of(said.get("last_heartbeat", "")),
         jobs=jobs,
         done=int(_number(said.get("successful_job_count", "").encode())),
         failed=int(_number(said.get("failed_job_count", "").encode())),
@@ -139,7 +139,7 @@ def _number(written: bytes) -> float:
     return 0.0
 
 
-def _moment(written: str) -> float:
+def moment_of(written: str) -> float:
     with suppress(ValueError, OverflowError):
         return datetime.fromisoformat(written.replace("Z", "+00:00")).timestamp()
     return 0.0

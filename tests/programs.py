@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import NoReturn
 
 import pytest
 
@@ -20,7 +21,11 @@ def program(variable: str, *names: str) -> str:
     for name in names:
         if path := shutil.which(name) or shutil.which(name, path=SYSTEM):
             return path
-    reason = f"there is no {names[0]} on PATH"
+    missing(variable, f"there is no {names[0]} on PATH")
+
+
+def missing(variable: str, reason: str) -> NoReturn:
+    """Skips the test, or fails it if `variable` says that what it needs must be there."""
     if os.environ.get(variable) == "1":
         pytest.fail(reason)
     pytest.skip(reason)

@@ -68,6 +68,7 @@ LATER = Told(State.DELAYED, "rcpt", 451, "4.7.1 later", "try again", Status.PEND
 REFUSED = Told(State.FAILED, "rcpt", 550, "5.1.1 <b@example.com>: no such user", "refused", Status.REFUSED)
 HELD = Told(State.UNKNOWN, "dot", None, "timed out", "in doubt", Status.IN_DOUBT)
 TROUBLE = Told(State.DELAYED, "auth", 535, "5.7.8 no", "trouble", Status.PENDING, next_in=30)
+DOUBT = "It arrived, It did not arrive: send it again, Give it up"
 AGAIN = "Send it again, Give it up"
 TWO = {"to": ["a@example.com", "b@example.com"]}
 PUT_OFF = "It waits: the relay put it off (451 at rcpt). The next attempt is in 4 min , at"
@@ -86,7 +87,7 @@ PUT_OFF = "It waits: the relay put it off (451 at rcpt). The next attempt is in 
         ({}, TROUBLE, "What it means: the relay does not accept this login", "Cancel it"),
         ({}, LATER._replace(reason="SMTP_RATE is reached"), "It waits: SMTP_RATE is reached. The next", "Cancel it"),
         ({}, HELD._replace(state=State.DELAYED), "In doubt: the relay may have it, for its answer never", "Cancel it"),
-        ({}, HELD, "In doubt: the relay may have it or not", "It did not arrive: send it again, Give it up"),
+        ({}, HELD, "In doubt: the relay may have it or not", DOUBT),
         ({}, REFUSED, "Failed: the relay refused it (550 at rcpt).", AGAIN),
         ({}, REFUSED, "What to do: correct it where the application has it from", AGAIN),
         (TWO, REFUSED, "Failed for 1 of 2 recipients: the relay refused it", AGAIN),
@@ -126,7 +127,7 @@ def test_the_steps_of_a_mail_have_their_times_and_who_made_them() -> None:
     new = {"worker": "host/1a2b", "began": at(10), "dot_ms": 60, "took_ms": 90, "tls": "TLSv1.3", "bytes": 2048}
     older = {"at": at(1), **said, "phase": "connect", "code": None, "verdict": "trouble", "text": "refused"}
     died = {"at": at(5), "verdict": "interrupted", "text": "the worker died in this attempt"}
-    mail = dict.fromkeys(("scheduled_at", "next_attempt_at", "expires_at", "reason"))
+    mail: dict[str, Any] = dict.fromkeys(("scheduled_at", "next_attempt_at", "expires_at", "reason"))
     mail |= {
         "key": "shop",
         "status": "sent",
@@ -136,7 +137,7 @@ def test_the_steps_of_a_mail_have_their_times_and_who_made_them() -> None:
     seen = timeline.steps(mail, 0, None, [Action(START.timestamp() + 7, "admin", "requeue", GONE)])
     assert [(step.what, step.reply, round(step.gap or 0, 3)) for step in seen] == [
         ("Accepted by key shop", "", 0),
-        ("The relay is in trouble, which costs the mail no attempt", "no answer at connect", 1),
+        ("The relay is in trouble, which costs the mail no attempt", "no reply at connect", 1),
         ("The worker died in this attempt", "", 4),
         ("Queued again by admin", "", 2),
         ("Claimed by worker host/1a2b", "", 3),
@@ -144,6 +145,8 @@ def test_the_steps_of_a_mail_have_their_times_and_who_made_them() -> None:
         ("The relay accepted it", "250 at dot", 0.03),
     ]
     assert (seen[-1].said, seen[-1].facts) == ("OK 7", ("relay.example:587", "TLSv1.3", "2 KB"))
+    mail["attempts"][-1] |= {"tls": "", "bytes": 312}
+    assert timeline.steps(mail, 0, None, [])[-1].facts == ("relay.example:587", "no TLS", "312 bytes")
 
 
 START = datetime.now(timezone.utc).replace(microsecond=0)
@@ -153,7 +156,7 @@ def at(seconds: float) -> str:
     return (START + timedelta(seconds=seconds)).isoformat(timespec="milliseconds")
 
 
-FULL = {
+FULL: dict[str, Any] = {
     "from": "Planted From <planted-1@example.com>",
     "to": ["Planted To <planted-2@example.com>"],
     "cc": ["planted-3@example.com"],
@@ -161,7 +164,7 @@ FULL = {
     "reply_to": ["planted-5@example.com"],
     "headers": {"X-Contact": "ask planted-6@example.com", "List-Unsubscribe": "<mailto:planted-7@example.com>"},
 }
-CONTENT = {
+CONTENT: dict[str, Any] = {
     "text": "planted-text",
     "html": "<p>planted-html</p>",
     "attachments": [{"filename": "planted-file.txt", "content": base64.b64encode(b"planted-content").decode()}],
@@ -234,10 +237,12 @@ def test_what_a_mail_and_a_relay_say_adds_no_element_to_the_page(pages: Pages, c
     ("told", "action", "status", "says"),
     [
         (None, "cancel", "canceled", "Canceled: nothing more of it is sent."),
-        (LATER, "cancel", "canceled", "Canceled by without login"),
+        (LATER, "cancel", "canceled", "Canceled without login"),
         (REFUSED, "cancel", "canceled", "It is canceled"),
         (REFUSED, "requeue", "queued", "It is queued again, and waits for a worker."),
-        (HELD, "requeue", "queued", "Queued again by without login"),
+        (HELD, "arrived", "sent", "Sent: a person said at"),
+        (HELD, "arrived", "sent", "Said to have arrived without login"),
+        (HELD, "requeue", "queued", "Queued again without login"),
     ],
 )
 def test_an_action_is_asked_for_done_and_noted(
@@ -283,7 +288,7 @@ def test_a_scheduled_mail_moves_to_a_time_of_the_machines_clock(pages: Pages, wh
         assert now == was
 
 
-@pytest.mark.parametrize("action", ["requeue", "cancel", "move"])
+@pytest.mark.parametrize("action", ["requeue", "cancel", "move", "arrived", "copy"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_what_is_not_possible_any_more_is_409_with_its_reason(pages: Pages, action: str, method: str) -> None:
     mail_id = pages.accept()

@@ -62,6 +62,7 @@ def test_of_the_queue_the_highest_of_a_period_is_kept(client: Any) -> None:
         figures.sample(client, depth, oldest)
     for seen in (figures.minutes(client, 2), figures.hours(client, 2)):
         assert figures.together(one.counts for one in seen) == Counter(depth=9, oldest=8)
+    assert figures.together([Counter(depth=9, sent=1), Counter(depth=4, sent=2)]) == Counter(depth=9, sent=3)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,18 @@ def faults(*needed: str, **variables: str) -> list[str]:
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
+        *(
+            ({"ALERT_URL": url}, "ALERT_URL must be a URL that begins with https://")
+            for url in (
+                "hooks.slack.com/x",
+                "http://ntfy.sh/x",
+                "https://",
+                "https://a:b/c",
+                "https://a/b c",
+                "ftp://127.0.0.1/x",
+            )
+        ),
+        ({"ALERT_TO": "Ada <ada@acme.example>"}, "ALERT_TO: must be one address without a name"),
         ({"SMTP_PORT": "no"}, "SMTP_PORT: input should be a valid integer"),
         ({"SMTP_PORT": "70000"}, "SMTP_PORT: input should be less than or equal to 65535"),
         ({"SMTP_SECURITY": "ssl"}, "SMTP_SECURITY: input should be 'starttls', 'tls' or 'none'"),

@@ -41,8 +41,8 @@ def lasting(seconds: float) -> str:
 
 
 def sized(count: float) -> str:
-    """Returns a number of bytes as `3.5 GB`, `120 MB` or `7 KB`."""
+    """Returns a number of bytes as `3.5 GB`, `120 MB`, `7 KB` or `312 bytes`."""
     for size, unit, digits in ((2**30, "GB", 1), (2**20, "MB", 0)):
         if count >= size:
             return f"{count / size:.{digits}f} {unit}"
-    return f"{count / 1024:.0f} KB"
+    return f"{count / 1024:.0f} KB" if not 0 < count < 1024 else counted(round(count), "byte")

@@ -24,6 +24,7 @@ class Target:
     name_server: tuple[str, int] | None = None  # instead of the system's
     timeout: float = 5  # seconds for one thing on the network to answer
     send_to: str = ""  # the recipient of the test mail
+    test_alert: bool = False  # whether those who are told what is wrong get a test
 
     @property
     def installed(self) -> bool:

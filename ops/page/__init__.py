@@ -8,6 +8,7 @@ overview.py  the front page: the sentence, today beside yesterday, the charts
 activity.py  the mails, newest first, and those that are searched for
 search.py    what can be searched for, and how it is in a URL
 scheduled.py the mails that wait for their time
+failures.py  why mails and jobs failed, by cause; queues all of a cause again
 system.py    relay, workers, queues, timed tasks, Redis; pause, resume, close the breaker
 templates.py the templates, each with a preview
 email.py     one mail, and what a person may do about it

@@ -14,7 +14,7 @@ from flask import Blueprint, Response, abort
 
 from mail.templates import read_again_when_changed
 from mail.templates import use as use_templates
-from ops.page import activity, audit, email, overview, scheduled, system, templates
+from ops.page import activity, audit, email, failures, overview, scheduled, system, templates
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
 from queues.jobs import NotFound, NotPossible
@@ -30,6 +30,11 @@ ROUTES = (
     ("GET", "/search", activity.begin),
     ("POST", "/search", activity.search),
     ("GET", "/scheduled", scheduled.show),
+    ("GET", "/failures", failures.show),
+    ("GET", "/failures/mails", failures.ask_mails),
+    ("POST", "/failures/mails", failures.requeue_mails),
+    ("GET", "/failures/jobs", failures.ask_jobs),
+    ("POST", "/failures/jobs", failures.requeue_jobs),
     ("GET", "/system", system.show),
     ("GET", "/system/<act>", system.ask),
     ("POST", "/system/<act>", system.do),

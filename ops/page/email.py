@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from mail.counters import number
 from mail.draft import scheduled
 from mail.message import Message
 from mail.mime import head, to_mime
-from mail.outbox import Outbox
 from mail.reader import NO_MAIL
 from mail.request import Invalid
 from mail.states import FINAL, SCHEDULED, State, Status
@@ -32,6 +31,7 @@ from ops.page.words import masked, moment
 from queues import keys
 from queues.jobs import NotFound, NotPossible
 from queues.quarantine import DAMAGED
+from smtp.policy import Verdict
 
 LARGEST = 256 * 1024  # bytes of a content, packed, of which the headers are shown; four times as many unpacked
 
@@ -44,29 +44,37 @@ class Action(NamedTuple):
     button: str
     question: str
     text: str
-    do: Callable[[Outbox, str], object]
 
 
 WAITING = (SCHEDULED, State.QUEUED.value, State.DELAYED.value)
 ACTIONS = (
     Action(
+        "arrived", (State.UNKNOWN,), "It arrived", "Did this mail arrive?",
+        "Then it is noted as sent to those who are in doubt, and never sent to them again.",
+    ),
+    Action(
         "requeue", (State.UNKNOWN,), "It did not arrive: send it again", "Send again a mail that may have arrived?",
-        "The relay may have it, and then it arrives twice. The relay's log knows, by the Message-ID.", Outbox.requeue,
+        "The relay may have it, and then it arrives twice. The relay's log knows, by the Message-ID.",
     ),
     Action(
         "requeue", (State.FAILED,), "Send it again", "Send this mail again?",
-        "It gets all its attempts again, and goes only to those recipients who do not have it yet.", Outbox.requeue,
+        "It gets all its attempts again, and goes only to those recipients who do not have it yet.",
     ),
+    Action("move", (SCHEDULED,), "Move it", "Move this mail?", "It is not sent before its new time."),
     Action(
         "cancel", WAITING, "Cancel it", "Cancel this mail?",
-        "Nothing more of it is sent, and its body is dropped at once. That cannot be undone.", Outbox.cancel,
+        "Nothing more of it is sent, and its body is dropped at once. That cannot be undone.",
     ),
     Action(
         "cancel", (State.FAILED, State.UNKNOWN), "Give it up", "Give this mail up?",
-        "It cannot be sent again then, for its body is dropped at once.", Outbox.cancel,
+        "It cannot be sent again then, for its body is dropped at once.",
+    ),
+    Action(
+        "copy", (*WAITING, State.SENDING, State.FAILED, State.UNKNOWN), "Send a copy to me",
+        "Send a copy of this mail?",
+        "It goes to ALERT_TO alone, as a mail of its own, through the same relay.",
     ),
 )  # fmt: skip
-MOVE = "move"  # has a form of its own
 
 
 class Kept(NamedTuple):
@@ -91,7 +99,7 @@ def show(view: View, mail_id: str) -> Response:
 def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what the page says besides the mail itself."""
     kept, state = look(view, mail["id"]), mail["status"]
-    done = audit.actions(view.redis, only=mail["id"])
+    done, actions = audit.actions(view.redis, only=mail["id"]), possible(view, mail, kept.has_content)
     return {
         "kept": kept,
         "steps": timeline.steps(mail, kept.settled_at, kept.running, done),
@@ -102,11 +110,11 @@ def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
         "trouble": state not in FINAL and view.outbox.relay_in_trouble(),
         "replied": in_the_way(mail) is not None,
         "advice": advice(mail),
-        "actions": possible(mail),
-        "may_move": state == SCHEDULED,
+        "actions": actions,
+        "alert_to": alert_to(view),
         "final": state in FINAL,
         "headers": header_lines(view, mail, kept),
-        "commands": commands(view, mail),
+        "commands": commands(view, mail, actions),
     }
 
 
@@ -118,8 +126,8 @@ def fates(mail: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sent_at(mail: Mapping[str, Any], kept: Kept) -> float:
-    """Returns when the relay accepted the last of it, in seconds since 1970."""
-    accepted = [one["at"] for one in mail["attempts"] if one["verdict"] == "accepted"]
+    """Returns when the relay accepted the last of it, or a person said so, in seconds since 1970."""
+    accepted = [one["at"] for one in mail["attempts"] if one["verdict"] in (Verdict.ACCEPTED, timeline.SETTLED)]
     return timestamp(accepted[-1]) if accepted else kept.settled_at
 
 
@@ -181,50 +189,58 @@ def without_addresses(message: Message) -> Message:
     )
 
 
-def possible(mail: Mapping[str, Any]) -> list[Action]:
+def possible(view: View, mail: Mapping[str, Any], has_content: bool) -> list[Action]:
+    """Returns what may be done to a mail as it is now."""
     expired = 0 < timestamp(mail["expires_at"] or "") <= time.time()
-    fitting = [action for action in ACTIONS if mail["status"] in action.states]
-    return [action for action in fitting if not (expired and action.name == "requeue")]
+    no = {"requeue"} if expired else set()
+    no |= {"copy"} if not has_content or not alert_to(view) else set()
+    return [action for action in ACTIONS if mail["status"] in action.states and action.name not in no]
 
 
-def commands(view: View, mail: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns what each of it is called, and the command that does it through the API."""
+def commands(view: View, mail: Mapping[str, Any], actions: Sequence[Action]) -> list[tuple[str, str]]:
+    """Returns what each of it is called, and the command that does it through the API, which knows not all of it."""
     api, mail_id, key = f"http://{view.settings.listen}", mail["id"], '-H "Authorization: Bearer $KEY"'
-    found = [("Read it", f"curl {api}/emails/{mail_id} {key}")]
-    for action in possible(mail):
-        path = f"jobs/{mail_id}/requeue" if action.name == "requeue" else f"emails/{mail_id}/cancel"
-        found.append((action.button, f"curl -X POST {api}/{path} {key}"))
-    if mail["status"] == SCHEDULED:
-        body = """-H 'Content-Type: application/json' -d '{"scheduled_at": "in 2 hours"}'"""
-        found.append(("Move it", f"curl -X PATCH {api}/emails/{mail_id} {key} {body}"))
-    return found
+    body = """-H 'Content-Type: application/json' -d '{"scheduled_at": "in 2 hours"}'"""
+    through = {
+        "requeue": f"curl -X POST {api}/jobs/{mail_id}/requeue {key}",
+        "move": f"curl -X PATCH {api}/emails/{mail_id} {key} {body}",
+        "cancel": f"curl -X POST {api}/emails/{mail_id}/cancel {key}",
+    }
+    known = [(action.button, through[action.name]) for action in actions if action.name in through]
+    return [("Read it", f"curl {api}/emails/{mail_id} {key}"), *known]
 
 
 def ask(view: View, mail_id: str, action: str) -> Response:
-    """Asks whether to do it, or why it cannot be done."""
-    mail, back = view.outbox.read(mail_id), f"/mail/emails/{mail_id}"
-    if action == MOVE and mail["status"] == SCHEDULED:
-        return view.render(
-            "move.html", "Move this mail", mail=mail, back=back, wrong="", now=moment(mail["scheduled_at"])
-        )
-    if action not in (MOVE, *(one.name for one in ACTIONS)):
+    """Asks whether to do it, or says why it cannot be done."""
+    mail, kept = view.outbox.read(mail_id), look(view, mail_id)
+    if action not in DO:
         abort(404)
-    for one in possible(mail):
+    for one in possible(view, mail, kept.has_content):
+        if one.name == action == "move":
+            return move_form(view, mail)
         if one.name == action:
-            return view.confirm(one.question, text=one.text, button=one.button, back=back)
+            return view.confirm(one.question, text=one.text, button=one.button, back=f"/mail/emails/{mail_id}")
     raise NotPossible(f"a mail that is {mail['status']} allows no such thing")
 
 
 def act(view: View, mail_id: str, action: str) -> Response:
     """Does it, notes who did, and shows the mail."""
-    if action == MOVE:
-        return move(view, mail_id)
-    do = {one.name: one.do for one in ACTIONS}.get(action)
-    if not do:
+    if action not in DO:
         abort(404)
-    do(view.outbox, mail_id)
+    if refused := DO[action](view, mail_id):
+        return refused
     audit.note(view.redis, view.who, action, mail_id)
     return go(f"/mail/emails/{mail_id}?done={action}")
+
+
+def alert_to(view: View) -> str:
+    return getattr(view.settings, "alert_to", None) or ""
+
+
+def copy(view: View, mail_id: str) -> None:
+    if not alert_to(view):
+        raise NotPossible("ALERT_TO is not set, so nobody knows where the copy should go")
+    view.outbox.copy(mail_id, alert_to(view))
 
 
 def move_form(view: View, mail: Mapping[str, Any], status: int = 200, wrong: str = "") -> Response:
@@ -232,8 +248,9 @@ def move_form(view: View, mail: Mapping[str, Any], status: int = 200, wrong: str
     return view.render("move.html", "Move this mail", status, mail=mail, **about)
 
 
-def move(view: View, mail_id: str) -> Response:
-    """Moves a scheduled mail to the time of the form, which is in the machine's time zone."""
+def move(view: View, mail_id: str) -> Response | None:
+    """Moves a scheduled mail to the time of the form, which is in the machine's time zone; or returns the form, and
+    what is wrong with it."""
     try:
         asked = scheduled(datetime.fromisoformat(request.form.get("when", "")).astimezone())
     except Invalid as error:
@@ -241,8 +258,16 @@ def move(view: View, mail_id: str) -> Response:
     except (ValueError, OverflowError):
         return move_form(view, view.outbox.read(mail_id), 400, "must be a day and a time, such as 2026-12-24T18:00")
     view.outbox.reschedule(mail_id, asked.timestamp())
-    audit.note(view.redis, view.who, MOVE, mail_id)
-    return go(f"/mail/emails/{mail_id}?done={MOVE}")
+    return None
+
+
+DO: Mapping[str, Callable[[View, str], Response | None]] = {
+    "arrived": lambda view, mail_id: view.outbox.arrived(mail_id),
+    "requeue": lambda view, mail_id: view.outbox.requeue(mail_id),
+    "cancel": lambda view, mail_id: view.outbox.cancel(mail_id),
+    "move": move,
+    "copy": copy,
+}
 
 
 def gone(view: View, error: Exception) -> Response:

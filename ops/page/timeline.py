@@ -12,24 +12,27 @@ from mail.claim import timestamp
 from mail.states import FINAL, SCHEDULED, State
 from ops.checks.findings import sized
 from ops.page.audit import Action
+from ops.page.view import WITHOUT_LOGIN
 from smtp.policy import Verdict
 
+SETTLED = "settled"  # the verdict of what is no attempt: mail.outbox's `arrived`
 VERDICTS = {  # of an attempt -> what it is called, and how it looks
     Verdict.ACCEPTED.value: ("The relay accepted it", "well"),
     Verdict.TRY_AGAIN.value: ("The relay put it off", "warn"),
     Verdict.REFUSED.value: ("The relay refused it", "bad"),
     Verdict.IN_DOUBT.value: ("No answer to the final dot: the relay may have it", "warn"),
     Verdict.TROUBLE.value: ("The relay is in trouble, which costs the mail no attempt", "warn"),
+    SETTLED: ("A person said that it arrived", "well"),
     "interrupted": ("The worker died in this attempt", "warn"),
 }
 ENDS = {  # a state -> what it is called, how it looks, and what a person does to bring it about
-    State.SENT: ("Sent", "well", "arrived"),
+    State.SENT: ("Sent", "well", ""),
     State.FAILED: ("Failed", "bad", ""),
     State.UNKNOWN: ("In doubt, and held", "warn", ""),
     State.CANCELED: ("Canceled", "", "cancel"),
 }
 DONE = {"requeue": "Queued again", "cancel": "Canceled", "move": "Moved to another time"}
-DONE |= {"arrived": "Noted that it arrived", "copy": "A copy sent to ALERT_TO"}
+DONE |= {"arrived": "Said to have arrived", "copy": "A copy sent to ALERT_TO"}
 
 
 class Step(NamedTuple):
@@ -46,17 +49,23 @@ class Step(NamedTuple):
 
 def steps(mail: Mapping[str, Any], settled_at: float, running: Step | None, done: Sequence[Action]) -> list[Step]:
     """Returns the steps in their order. `running` is the attempt that has not ended yet, `done` what people did."""
-    found = [*_begin(mail), *(step for one in mail["attempts"] for step in _attempt(one))]
-    found += [Step(f"{DONE.get(one.what, one.what)} by {one.who}", one.at) for one in done]
+    told = {one.what for one in done}
+    attempts = [one for one in mail["attempts"] if not (one["verdict"] == SETTLED and "arrived" in told)]
+    found = [*_begin(mail), *(step for one in attempts for step in _attempt(one))]
+    found += [Step(f"{DONE.get(one.what, one.what)} {_by(one.who)}", one.at) for one in done]
     found += [running] if running and mail["status"] == State.SENDING else []
     found = sorted(found, key=lambda step: step.at)  # those of the same moment stay in their order
-    found += _end(mail, settled_at, {one.what for one in done})
+    found += _end(mail, settled_at, told)
     before = found[0].at
     for place, step in enumerate(found):
         if step.at and step.look != "ahead":
             found[place] = step._replace(gap=max(0.0, step.at - before) if place else None)
             before = step.at
     return found
+
+
+def _by(who: str) -> str:
+    return who if who == WITHOUT_LOGIN else f"by {who}"
 
 
 def _begin(mail: Mapping[str, Any]) -> Iterator[Step]:
@@ -75,7 +84,8 @@ def _attempt(one: Mapping[str, Any]) -> Iterator[Step]:
     ended = began + took / 1000 if began and took is not None else timestamp(one["at"])
     what, look = VERDICTS.get(one["verdict"], (one["verdict"], ""))
     size = sized(one["bytes"]) if one.get("bytes") else ""
-    facts = tuple(filter(None, (one.get("relay"), one.get("tls"), size)))
+    tls = one.get("tls") or ("no TLS" if "tls" in one else "")
+    facts = tuple(filter(None, (one.get("relay"), tls, size)))
     yield Step(what, ended, reply(one), one["text"], facts, look)
 
 
@@ -83,17 +93,18 @@ def reply(attempt: Mapping[str, Any]) -> str:
     """Returns code and phase of what the relay said in an attempt: `550 at rcpt`; "" if it did not come to that."""
     if "phase" not in attempt:
         return ""
-    return f"{'no answer' if attempt['code'] is None else attempt['code']} at {attempt['phase']}"
+    return f"{'no reply' if attempt['code'] is None else attempt['code']} at {attempt['phase']}"
 
 
 def _end(mail: Mapping[str, Any], settled_at: float, done: Set[str]) -> Iterator[Step]:
     state, attempts = mail["status"], mail["attempts"]
     if state in FINAL:
         what, look, by = ENDS[state]
-        accepted = bool(attempts) and attempts[-1]["verdict"] == Verdict.ACCEPTED
+        accepted = bool(attempts) and attempts[-1]["verdict"] in (Verdict.ACCEPTED, SETTLED)
         if by not in done and not (state == State.SENT and accepted):  # those steps say it already
-            why = mail["reason"] or "" if state in (State.FAILED, State.UNKNOWN) else ""
-            yield Step(what, settled_at, why, look=look)
+            why = mail["reason"] if state in (State.FAILED, State.UNKNOWN) else ""
+            told = bool(attempts) and why == reply(attempts[-1])
+            yield Step(what, settled_at, "" if told else why or "", look=look)
         return
     if state == SCHEDULED:
         yield Step("Due", timestamp(mail["scheduled_at"]), look="ahead")

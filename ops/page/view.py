@@ -29,16 +29,20 @@ PAGES = {  # the paths of the navigation -> their names
     "/mail/": "Overview",
     "/mail/activity": "Activity",
     "/mail/scheduled": "Scheduled",
+    "/mail/failures": "Failures",
     "/mail/system": "Relay and workers",
     "/mail/templates": "Templates",
     "/mail/actions": "Actions",
 }
+WITHOUT_LOGIN = "without login"  # in the place of a name
 DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of its URL -> a sentence
     "paused": "All workers are paused. What is in hand is finished; nothing more is sent until you resume.",
     "resumed": "All workers take mails and jobs again.",
     "breaker_closed": "The breaker is closed. Mail goes out within half a minute; what was in hand keeps its hour.",
     "requeue": "It is queued again, with all its attempts.",
     "cancel": "It is canceled: nothing more of it is sent.",
+    "arrived": "It is noted as sent to those who were in doubt.",
+    "copy": "A copy is on its way to ALERT_TO.",
     "move": "It is moved, and is not sent before its new time.",
 }
 
@@ -89,7 +93,7 @@ def narrowed(name: str, value: str) -> str:
 
 def asker(by_login: bool) -> str:
     given = request.authorization
-    return (given.username or "") if by_login and given else "without login"
+    return (given.username or "") if by_login and given else WITHOUT_LOGIN
 
 
 def go(path: str) -> Response:
