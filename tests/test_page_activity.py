@@ -86,6 +86,7 @@ def test_each_term_finds_its_mails(pages: Pages) -> None:
         "after:2126-01-01": [],
     }.items():
         assert found(pages, asked) == ids, asked
+    assert "ada@mail.example.com> +1 Ihre" in pages.text("/mail/activity")
     for asked in (ada, f"id:{ada.upper()}", f"<{ada}@example.com>"):
         assert pages.post("/mail/search", q=asked).headers["Location"] == f"/mail/emails/{ada}"
 
