@@ -1,9 +1,10 @@
 """Decides what people are told, and when: once when something begins, once when it is over, and never a storm.
 
-Something begins, or is over, once it is so in two looks in a row. What cannot be seen meanwhile stays as it was. At
-most one message of a kind goes out in ten minutes, and twenty in all in an hour; what is held back is told later, if it
-is still true. Dashboards that share a Redis share there what was said (`mail:watch`), so that one of them says it, and
-one that starts anew does not say it again. While Redis cannot be asked, each decides by itself.
+Something begins, or is over, once it is so in two looks in a row. What cannot be seen meanwhile stays as it was. What
+has been over for less than ten minutes is not said to begin again, and there are twenty messages in an hour at most;
+what is held back is told later, if it is still true. Dashboards that share a Redis share there what was said
+(`mail:watch`), so that one of them says it, and one that starts anew does not say it again. While Redis cannot be
+asked, each decides by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ops.push import News, Status
 from queues.connection import Redis, RedisError, Script, Unavailable, translating_errors
 
 LOOKS = 2  # in a row
-QUIET = 600  # seconds between two messages of one kind
+QUIET = 600  # seconds after what was last said of a kind until it may be said to begin again
 MOST, IN = 20, 3600  # messages in so many seconds
 WITHOUT_REDIS = frozenset({"redis", "replica", "clock"})  # the kinds that are known without it
 FIELD = "alert:"
@@ -33,7 +34,7 @@ local state, at = string.match(redis.call('HGET', KEYS[1], field) or '', '^(%a+)
 local mine, theirs = tonumber(ARGV[4]), tonumber(at) or 0
 if (state or 'ended') == ARGV[2] and theirs >= mine then return 'told' end
 local last = math.max(mine, theirs)
-if last <= now and now - last < {QUIET} then return 'later' end
+if ARGV[2] == 'begins' and last <= now and now - last < {QUIET} then return 'later' end
 local said = {{}}
 for one in string.gmatch(redis.call('HGET', KEYS[1], 'said') or '', '%S+') do
   local ago = now - (tonumber(one) or 0)
@@ -126,7 +127,7 @@ class Alerts:
         with suppress(Unavailable, RedisError), translating_errors():
             words = f"{one.since:.3f} {one.level} {one.what}"
             return str(self.claim([WATCH], [kind, status, f"{now:.3f}", f"{mine:.3f}", words]).decode())
-        if 0 <= now - mine < QUIET:
+        if status == "begins" and 0 <= now - mine < QUIET:
             return "later"
         return "held" if sum(0 <= now - at < IN for at in self.said) >= MOST else "go"
 

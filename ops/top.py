@@ -89,7 +89,7 @@ class Top:
     def _verdict(self, condition: Condition) -> Iterator[Line]:
         yield Line(printable(condition.sentence), LEVELS.get(condition.level, 0))
         if condition.fix:
-            yield Line(printable(condition.fix))
+            yield Line(printable(f"Next: {condition.fix}."))
         for also in condition.also[:2]:
             yield Line(f"also: {printable(also.sentence)}")
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mail import figures
+from mail.claim import iso
+from mail.states import State
 from ops.page.words import ago, mailbox, masked
+from queues import keys
+from tests.mails import claim
 from tests.pages import Pages
 from tests.servers import RedisServer
 
@@ -77,3 +83,27 @@ def test_the_front_page_says_whether_all_is_well_and_counts_today(pages: Pages) 
 def test_what_happened_is_marked_in_the_charts(pages: Pages) -> None:
     figures.mark(pages.outbox.jobs.redis, "redis_restarted", "<7.2.4>")
     assert ": redis restarted &lt;7.2.4&gt;</title>" in pages.get("/mail/")
+
+
+def test_the_last_word_is_about_what_failed(pages: Pages) -> None:
+    mail_id = pages.accept(to=["ada@example.com", "bob@example.com"])
+    taken = claim(pages.outbox, mail_id)
+    taken.attempts.append({"at": iso(0), "phase": "dot", "code": 250, "text": "queued as 7", "verdict": "accepted"})
+    taken.settle(State.FAILED, reason="550 at rcpt")
+    pages.outbox.jobs.redis.hset(keys.job(mail_id), "status", "failed")
+    shown = pages.text("/mail/activity")
+    assert "550 at rcpt" in shown
+    assert "queued as 7" not in shown
+    died = pages.accept()
+    taken = claim(pages.outbox, died)
+    taken.attempts.append({"at": iso(0), "verdict": "interrupted", "text": "the worker died in this attempt"})
+    taken.settle(State.FAILED, reason="its worker died in every attempt")
+    pages.outbox.jobs.redis.hset(keys.job(died), "status", "failed")
+    assert "its worker died in every attempt" in pages.text("/mail/activity")
+
+
+def test_the_navigation_says_where_one_is(pages: Pages) -> None:
+    mail_id = pages.accept()
+    for path, name in (("", "Overview"), (f"emails/{mail_id}", "Activity"), ("templates/welcome", "Templates")):
+        [here] = re.findall('<nav.*?aria-current="page">([^<]+)<', pages.get(f"/mail/{path}"), re.DOTALL)
+        assert here == name

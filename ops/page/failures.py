@@ -118,7 +118,7 @@ def group(view: View, cause: Cause, sample: list[dict[str, Any]]) -> Group:
     meaning, fix = explained(view, cause, told)
     return Group(
         cause=cause,
-        mails=found_at(Query((Term("reason", cause.reason), Term("state", cause.state)))),
+        mails=found_at(Query((Term("reason", cause.reason.replace('"', " ")), Term("state", cause.state)))),
         meaning=meaning,
         fix=fix.replace("GET /emails/ID has", "each mail's page has"),
         next_attempt=min((one["next_attempt_at"] for one in sample if one["next_attempt_at"]), default=""),

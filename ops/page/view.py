@@ -78,7 +78,7 @@ class View:
 
     def render(self, name: str, title: str, status: int = 200, **values: Any) -> Response:
         """Returns the page that is made of html/`name`."""
-        about = {"title": title, "here": request.path, "done": DONE.get(request.args.get("done", ""), "")}
+        about = {"title": title, "here": page_of(request.path), "done": DONE.get(request.args.get("done", ""), "")}
         return Response(self.templates.get_template(name).render(about | values), status, mimetype="text/html")
 
     def confirm(self, question: str, *, text: str, button: str, back: str, **fields: str) -> Response:
@@ -100,6 +100,12 @@ def narrowed(name: str, value: str) -> str:
 def asker(by_login: bool) -> str:
     given = request.authorization
     return (given.username or "") if by_login and given else WITHOUT_LOGIN
+
+
+def page_of(path: str) -> str:
+    """Returns the page of the navigation to which a path belongs: a mail's to the activity."""
+    within = [one for one in PAGES if path == one or (path.startswith(one.rstrip("/") + "/") and one != "/mail/")]
+    return within[0] if within else "/mail/activity" if path.startswith("/mail/emails/") else ""
 
 
 def go(path: str) -> Response:
