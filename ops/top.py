@@ -57,8 +57,9 @@ def row(mail: dict[str, Any], show: bool) -> str:
         words = f"again at {time_of_day(mail['next_attempt_at'])}: {words}"
     to = mailbox((mail["to"] + mail["cc"] + mail["bcc"])[0], show)
     state = "in doubt" if mail["status"] == State.UNKNOWN else mail["status"]
-    shown = [f"{state:<9}", f"{time_of_day(mail['created_at']):<8}", f"{to[:32]:<32}", f"{mail['subject'][:36]:<36}"]
-    return printable("  ".join([*shown, words if show else masked(words)]))
+    subject, words = (text if show else masked(text) for text in (mail["subject"], words))
+    shown = [f"{state:<9}", f"{time_of_day(mail['created_at']):<8}", f"{to[:32]:<32}", f"{subject[:36]:<36}"]
+    return printable("  ".join([*shown, words]))
 
 
 class Top:
@@ -69,6 +70,7 @@ class Top:
         self.who = who
         self.mails: list[dict[str, Any]] = []
         self.at = 0  # which mail is chosen
+        self.asked_for = ""  # the id of the one that a "y" would requeue: the lines move on meanwhile
         self.failed_only = False
         self.asks = ""  # what a "y" would do: "requeue" or "pause" or "resume"
         self.said = ""
@@ -82,7 +84,8 @@ class Top:
         self.at = max(0, min(self.at, len(self.mails) - 1))
         for number, mail in enumerate(self.mails):
             text = row(mail, self.outbox.settings.show_addresses)
-            yield Line(text, STATES.get(mail["status"], 0), number == self.at)
+            chosen = mail["id"] == self.asked_for if self.asks == "requeue" else number == self.at
+            yield Line(text, STATES.get(mail["status"], 0), chosen)
         if not self.mails:
             yield Line("no mail has failed" if self.failed_only else "no mail was accepted yet")
 
@@ -112,14 +115,14 @@ class Top:
         elif key == ord("p"):
             self.asks = "resume" if overview.is_paused(self.outbox.jobs.redis) else "pause"
         elif key == ord("r") and self.mails:
-            self.asks = "requeue"
+            self.asks, self.asked_for = "requeue", self.mails[self.at]["id"]
         return key not in (ord("q"), 27)
 
     def _do(self, what: str) -> None:
-        redis, mail_id = self.outbox.jobs.redis, self.mails[self.at]["id"] if what == "requeue" else ""
+        redis, mail_id = self.outbox.jobs.redis, self.asked_for if what == "requeue" else ""
         try:
             if what == "requeue":
-                self.outbox.requeue(mail_id)
+                self.outbox.requeue(mail_id, in_doubt=False)  # nothing here says that it may arrive twice
             else:
                 (overview.pause if what == "pause" else overview.resume)(redis)
         except (NotFound, NotPossible) as why:

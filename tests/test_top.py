@@ -41,6 +41,7 @@ def failed(outbox: Outbox) -> str:
         ({"attempts": [{"code": 250, "text": "OK\x1b[2J\x07"}]}, True, "250 OK·[2J·", "\x1b"),
         ({"subject": "a\u202egnp.exe"}, True, "a·gnp", "\u202e"),
         ({"reason": "550 at rcpt <ada@example.com>"}, False, "a…@example.com", "ada"),
+        ({"subject": "Hello ada@example.com"}, False, "Hello a…@example.com", "ada"),
         ({"status": "unknown"}, True, "in doubt", "unknown"),
         ({"next_attempt_at": "2026-01-02T03:05:05.000+00:00", "reason": "451 at rcpt"}, True, ": 451 at rcpt", "250"),
     ],
@@ -78,6 +79,20 @@ def test_the_chosen_mail_and_the_failed_ones_only(outbox: Outbox) -> None:
     press(top, "f")
     list(top.lines(30))
     assert [mail["id"] for mail in top.mails] == [bad]
+
+
+def test_a_yes_is_about_the_mail_that_was_asked_for_and_never_sends_one_in_doubt_again(
+    outbox: Outbox, client: Any
+) -> None:
+    bad, top = failed(outbox), Top(outbox, "eve")
+    press(top, "r")
+    other = failed(outbox)  # comes first, and moves the line
+    assert [line.chosen for line in list(top.lines(30))[-2:]] == [False, True]
+    top.press(ord("y"))
+    assert (outbox.read(bad)["status"], outbox.read(other)["status"]) == ("queued", "failed")
+    client.hset(f"mail:{other}", "state", "unknown")
+    press(top, "r", "y")
+    assert (outbox.read(other)["status"], top.last_line()[:30]) == ("unknown", "not done: the mail is in doubt")
 
 
 def test_it_draws_on_a_terminal_and_ends_on_q(outbox: Outbox, redis_server: RedisServer) -> None:

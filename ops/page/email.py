@@ -95,7 +95,8 @@ def show(view: View, mail_id: str) -> Response:
         told = {**about(view, mail), **fates(mail)}
     except DAMAGED:
         raise NotFound(NO_MAIL) from None
-    return view.render("email.html", mail["subject"] or "(no subject)", mail=mail, **told)
+    subject = mail["subject"] if view.settings.show_addresses else masked(mail["subject"])
+    return view.render("email.html", subject or "(no subject)", mail=mail, **told)
 
 
 def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,6 +189,7 @@ def without_addresses(message: Message) -> Message:
         cc=mask(message.cc),
         bcc=mask(message.bcc),
         reply_to=mask(message.reply_to),
+        subject=masked(message.subject),
         headers={name: masked(value) for name, value in message.headers.items()},
     )
 
@@ -222,7 +224,8 @@ def ask(view: View, mail_id: str, action: str) -> Response:
         if one.name == action == "move":
             return move_form(view, mail)
         if one.name == action:
-            return view.confirm(one.question, text=one.text, button=one.button, back=f"/mail/emails/{mail_id}")
+            about = {"text": one.text, "button": one.button, "back": f"/mail/emails/{mail_id}"}
+            return view.confirm(one.question, **about, was=mail["status"])
     raise NotPossible(f"a mail that is {mail['status']} allows no such thing")
 
 
@@ -262,7 +265,7 @@ def move(view: View, mail_id: str) -> Response | None:
 
 DO: Mapping[str, Callable[[View, str], Response | None]] = {
     "arrived": lambda view, mail_id: view.outbox.arrived(mail_id),
-    "requeue": lambda view, mail_id: view.outbox.requeue(mail_id),
+    "requeue": lambda view, mail_id: view.outbox.requeue(mail_id, request.form.get("was") == State.UNKNOWN),
     "cancel": lambda view, mail_id: view.outbox.cancel(mail_id),
     "move": move,
     "copy": copy,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -189,7 +190,8 @@ def ask_mails(view: View) -> Response:
 def requeue_mails(view: View) -> Response:
     """Queues the mails of a cause again, the newest first."""
     reason, below = request.form.get("reason", ""), raw_id(request.form.get("below", "")) or LAST
-    done = queue_again(ids(view.outbox, State.FAILED, reason, below), view.outbox.requeue)
+    requeue = partial(view.outbox.requeue, in_doubt=False)  # a list may be older than a doubt
+    done = queue_again(ids(view.outbox, State.FAILED, reason, below), requeue)
     left_over = left(view.outbox, State.FAILED, reason, raw_id(done.last) or b"")
     return result(view, "mail", done, reason, left_over, reason=reason, below=done.last)
 
