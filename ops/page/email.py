@@ -111,7 +111,7 @@ def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
         "replied": in_the_way(mail) is not None,
         "advice": advice(mail),
         "actions": actions,
-        "alert_to": alert_to(view),
+        "alert_to": view.settings.alert_to,
         "final": state in FINAL,
         "headers": header_lines(view, mail, kept),
         "commands": commands(view, mail, actions),
@@ -193,7 +193,7 @@ def possible(view: View, mail: Mapping[str, Any], has_content: bool) -> list[Act
     """Returns what may be done to a mail as it is now."""
     expired = 0 < timestamp(mail["expires_at"] or "") <= time.time()
     no = {"requeue"} if expired else set()
-    no |= {"copy"} if not has_content or not alert_to(view) else set()
+    no |= {"copy"} if not has_content or not view.settings.alert_to else set()
     return [action for action in ACTIONS if mail["status"] in action.states and action.name not in no]
 
 
@@ -233,14 +233,10 @@ def act(view: View, mail_id: str, action: str) -> Response:
     return go(f"/mail/emails/{mail_id}?done={action}")
 
 
-def alert_to(view: View) -> str:
-    return getattr(view.settings, "alert_to", None) or ""
-
-
 def copy(view: View, mail_id: str) -> None:
-    if not alert_to(view):
-        raise NotPossible("ALERT_TO is not set, so nobody knows where the copy should go")
-    view.outbox.copy(mail_id, alert_to(view))
+    if not view.settings.alert_to:
+        raise NotPossible("ALERT_TO must be set: a copy goes there, and nowhere else")
+    view.outbox.copy(mail_id, view.settings.alert_to)
 
 
 def move_form(view: View, mail: Mapping[str, Any], status: int = 200, wrong: str = "") -> Response:

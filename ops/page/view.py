@@ -86,6 +86,12 @@ class View:
         return self.render("confirm.html", question, text=text, button=button, back=back, fields=fields)
 
 
+def row(mail: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a row of a table needs of a mail: how many recipients and attempts it has, and the last attempt."""
+    recipients, attempts = mail["recipients"], mail["attempts"]
+    return mail | {"recipients": [None] * len(recipients), "attempts": [None] * len(attempts[1:]) + attempts[-1:]}
+
+
 def narrowed(name: str, value: str) -> str:
     """Returns the URL of the mails with this state, key or tag."""
     return found_at(Query().also(name, value))
