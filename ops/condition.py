@@ -217,8 +217,8 @@ def in_doubt(facts: Facts) -> Iterator[Condition]:
     if many := facts.in_doubt:
         sentence = f"{many:,} {plural(many, 'mail is', 'mails are')} in doubt: the relay may have accepted "
         sentence += f"{plural(many, 'it', 'them')}, and a person must decide."
-        fix = f"open {plural(many, 'it', 'each')} from /mail/failures, look for its Message-ID in the relay's log, and say "
-        fix += "whether it arrived"
+        fix = f"open {plural(many, 'it', 'each')} from /mail/failures, look for its Message-ID in the relay's log, "
+        fix += "and say whether it arrived"
         yield Condition("warn", "doubt", sentence, fix, push=True)
 
 
