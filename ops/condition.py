@@ -81,7 +81,9 @@ def unavailable(facts: Facts) -> Iterator[Condition]:
     why = facts.unavailable
     if why:
         kind = {CANNOT_NOW["MASTERDOWN"]: "replica", CANNOT_NOW["READONLY"]: "replica"}.get(why, "redis")
-        yield Condition("bad", kind, f"{why}: {REFUSED}.", f"{doctor(facts)} says what is wrong with it", push=True)
+        yield Condition(
+            "bad", kind, f"{why}: {REFUSED}.", f"{facts.target.command('doctor')} says what is wrong with it", push=True
+        )
 
 
 def unfit(facts: Facts) -> Iterator[Condition]:
@@ -123,7 +125,7 @@ def relay(facts: Facts) -> Iterator[Condition]:
     if not seen or not (seen.open_until or facts.waiting):
         return
     since = f", since {moment(seen.since, facts.now)}" if seen.since else ""
-    said, fix = f"The relay is in trouble{since}", f"{doctor(facts)} tries it, and says what is wrong"
+    said, fix = f"The relay is in trouble{since}", f"{facts.target.command('doctor')} tries it, and says what is wrong"
     if seen.reply:
         meaning, fix = replies.explain(facts.settings.smtp_host or "", seen.reply)
         meaning = re.split(r"[,;] (?:and )?(?:mail|they) waits?\b", meaning)[0]
@@ -139,7 +141,7 @@ def relay(facts: Facts) -> Iterator[Condition]:
 def suspended(facts: Facts) -> Iterator[Condition]:
     if facts.suspended:
         sentence = f"A person has paused all sending. {waits(facts)}"
-        fix = f"resume all workers at /mail/system, or with the key p of {command(facts, 'top')}, or with rq resume"
+        fix = f"resume all workers at /mail/system, with the key p of {facts.target.command('top')}, or with rq resume"
         yield Condition("warn", "suspended", sentence, fix, push=oldest(facts)[0] > QUIET)  # has it been forgotten?
 
 
@@ -169,7 +171,7 @@ def quiet(facts: Facts) -> Iterator[Condition]:
     put_off = facts.recent["delayed"] >= FEW
     if silent > QUIET and (age > SOON or put_off) and not facts.recent["sent"]:
         since = f"since {moment(facts.last_sent, facts.now)}" if facts.last_sent else "so far"
-        why, fix = "though mail is in hand: the relay takes long", f"{doctor(facts)} tries the relay"
+        why, fix = "though mail is in hand: the relay takes long", f"{facts.target.command('doctor')} tries the relay"
         if put_off:
             why, fix = "the relay puts all of it off", "/mail/failures has the relay's replies, and what each means"
         sentence = f"No mail has been sent {since}, {why}. {waits(facts)}"
@@ -293,14 +295,6 @@ def mails(number: int, one: str, several: str) -> str:
 
 def plural(number: int, one: str, several: str) -> str:
     return one if number == 1 else several
-
-
-def doctor(facts: Facts) -> str:
-    return command(facts, "doctor")
-
-
-def command(facts: Facts, name: str) -> str:
-    return f"sudo {facts.target.opt}/current/bin/{name}" if facts.target.installed else f"bin/{name}"
 
 
 def moment(at: float, now: float) -> str:
