@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with translating_errors(), client(settings) as redis:
             is_open = in_trouble(redis)
-            for found in flow.reasons_to_wait(redis, settings):
+            for found in flow.reasons_to_wait(redis, settings, target):
                 print(f"{found.found}  ->  {found.fix}")
             if is_open and asked.action == "close":
                 Pacing(redis, ()).close()

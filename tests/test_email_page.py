@@ -70,8 +70,8 @@ LATER = Told(State.DELAYED, "rcpt", 451, "4.7.1 later", "try again", Status.PEND
 REFUSED = Told(State.FAILED, "rcpt", 550, "5.1.1 <b@example.com>: no such user", "refused", Status.REFUSED)
 HELD = Told(State.UNKNOWN, "dot", None, "timed out", "in doubt", Status.IN_DOUBT)
 TROUBLE = Told(State.DELAYED, "auth", 535, "5.7.8 no", "trouble", Status.PENDING, next_in=30)
-DOUBT = "It arrived, It did not arrive: send it again, Give it up"
-AGAIN = "Send it again, Give it up"
+DOUBT = "It arrived, It did not arrive: requeue it, Give it up"
+AGAIN = "Requeue it, Give it up"
 TWO = {"to": ["a@example.com", "b@example.com"]}
 PUT_OFF = "It waits: the relay put it off (451 at rcpt). The next attempt is in 4 min , at"
 

@@ -79,7 +79,7 @@ def test_the_front_page_says_whether_all_is_well_and_counts_today(pages: Pages) 
     shown = pages.text("/mail/")
     assert shown.startswith("No worker runs, so no mail goes out. 1 mail waits, none is lost.")
     assert "1 accepted yesterday 0" in shown
-    assert "1 wait now" in shown
+    assert "1 waiting now" in shown
     assert [words for words in ("Mails a minute", "Mails an hour") if words in shown] == ["Mails a minute"]
     assert "Mails an hour" in pages.text("/mail/?span=3d")
     assert "Mails a minute" in pages.text("/mail/?span=%3Cb%3E")

@@ -55,11 +55,11 @@ ACTIONS = (
         "Then it is noted as sent to those who are in doubt, and never sent to them again.",
     ),
     Action(
-        "requeue", (State.UNKNOWN,), "It did not arrive: send it again", "Send again a mail that may have arrived?",
+        "requeue", (State.UNKNOWN,), "It did not arrive: requeue it", "Requeue a mail that may have arrived?",
         "The relay may have it, and then it arrives twice. The relay's log knows, by the Message-ID.",
     ),
     Action(
-        "requeue", (State.FAILED,), "Send it again", "Send this mail again?",
+        "requeue", (State.FAILED,), "Requeue it", "Requeue this mail?",
         "It gets all its attempts again, and goes only to those recipients who do not have it yet.",
     ),
     Action("move", (SCHEDULED,), "Move it", "Move this mail?", "It is not sent before its new time."),

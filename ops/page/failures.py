@@ -41,7 +41,7 @@ PATIENCE = 3.0  # seconds
 WAITING = {  # why mails wait though no relay has said anything about them
     WAITS["breaker"]: (
         "all mail waits until the relay is well again; none loses an attempt",
-        "Relay and workers says what the relay's last reply means, and what fixes it",
+        "/mail/system says what the relay's last reply means, and what fixes it",
     ),
     WAITS["rate"]: (
         "each mail has its turn under SMTP_RATE, and goes at that moment",
@@ -49,8 +49,8 @@ WAITING = {  # why mails wait though no relay has said anything about them
     ),
 }
 IN_DOUBT = (
-    "the relay may have accepted them: its answer to the final dot never came",
-    "look for each Message-ID in the relay's log, and decide each mail on its own page",
+    "the relay may have accepted it: its answer to the final dot never came",
+    "look for its Message-ID in the relay's log, and say on the mail's page whether it arrived",
 )
 
 NO_ANSWER = (
@@ -155,7 +155,7 @@ def warning(cause: Cause, told: tuple[str, Reply] | None) -> str | None:
         return "They will fail again as long as MAIL_ALLOWLIST and MAIL_REDIRECT_TO keep them from their recipients."
     if told and told[1].verdict is Verdict.REFUSED:
         what = "these addresses" if told[1].phase is Phase.RCPT else "these mails"
-        return f"The relay refused {what} for good: sent again, they will most likely fail again."
+        return f"The relay refused {what} for good: requeued, they will most likely fail again."
     return "Do it once the cause is fixed, or they will fail again."
 
 

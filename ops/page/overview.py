@@ -20,7 +20,7 @@ SPANS = {"2h": ("2 hours", "a minute"), "3d": ("3 days", "an hour")}
 TILES = (  # what is counted today and yesterday, its name, and the search that shows it
     ("accepted", "accepted", "after:today"),
     ("sent", "sent", "after:today state:sent"),
-    ("delayed", "times put off", "state:delayed"),
+    ("delayed", "times delayed", "state:delayed"),
     ("failed", "failed", "after:today state:failed"),
     ("unknown", "in doubt", "state:in-doubt"),
 )
@@ -58,9 +58,7 @@ def charts(periods: Sequence[Figures], marked: Sequence[figures.Mark], each: str
     depth, longest = ([one.counts.get(name) for one in periods] for name in ("depth", "oldest"))
     return [
         chart(f"Mails {each}", times, counted, marks=marks),
-        chart("Time from accept to the relay's 250", times, taken, marks=marks, in_time=True),
+        chart("Time from accepted to sent", times, taken, marks=marks, in_time=True),
         chart("Mails in the queue", times, [Series("waiting", depth)], marks=marks),
-        chart(
-            "For how long the oldest has waited there", times, [Series("oldest", longest)], marks=marks, in_time=True
-        ),
+        chart("How long the oldest of them has waited", times, [Series("oldest", longest)], marks=marks, in_time=True),
     ]

@@ -18,9 +18,8 @@ function countOn() {
 // Whoever reads, selects, types or moves through the page by keyboard is not interrupted.
 function isInUse(main) {
   const focused = document.activeElement;
-  if (main.querySelector("details[open]")) return true;
   for (const field of main.querySelectorAll("input, textarea")) if (field.value !== field.defaultValue) return true;
-  return document.hidden || main.matches(":hover") || (main.contains(focused) && focused !== main)
+  return document.hidden || main.querySelector("a:hover, button:hover") || (main.contains(focused) && focused !== main)
     || !document.getSelection().isCollapsed || main.querySelector("details[open]");
 }
 

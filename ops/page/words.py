@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 
 from ops.checks.findings import lasting
 
+PAGE = re.compile(r"/mail/(?:[a-z]+)?")
 # In a relay's words, too. Begins only where what may be an address does: a header may have 64,000 characters.
 ADDRESS = re.compile(r"(?<![^\s<>()\[\],;:\"'])[^\s<>()\[\],;:\"']+@([A-Za-z0-9.-]*[A-Za-z0-9])")
 
@@ -51,6 +52,11 @@ def ago(given: str | float | datetime | None) -> str:
     return Markup('<time datetime="{}" data-ago>{}</time>').format(at.isoformat(timespec="milliseconds"), text)
 
 
+def zone() -> str:
+    """Returns the name of the machine's time zone."""
+    return time.strftime("%Z")
+
+
 def took(seconds: float) -> str:
     """Returns `12 ms`, `1.5 s`, `12 min`."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else lasting(seconds)
@@ -71,6 +77,11 @@ def mailbox(text: str, show: bool) -> str:
         return text
     address = parseaddr(text)[1]
     return masked(address if "@" in address else text)
+
+
+def linked(text: str) -> str:
+    """Returns a text in which each path of a page leads there."""
+    return Markup(PAGE.sub(r'<a href="\g<0>">\g<0></a>', str(escape(text))))
 
 
 def chip(state: str) -> str:
