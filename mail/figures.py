@@ -21,6 +21,7 @@ from queues.connection import Redis, Script, is_wrong_type, translating_errors
 
 HIGHEST = ("depth", "oldest")  # of which a period has the highest, and not the sum
 MARKS_KEPT = 500
+LATEST = 1e11  # seconds since 1970; a mark behind it has no year
 # ARGV: field, number, ... of which each bucket keeps the highest.
 SAMPLE = """
 for _, bucket in ipairs(current()) do
@@ -109,7 +110,7 @@ def mark(redis: Redis, kind: str, text: str, at: float | None = None) -> None:
 def marks(redis: Redis, since: float) -> list[Mark]:
     """Returns the events since a moment, the first of them first. Raises `Unavailable`."""
     with translating_errors():
-        stored: Any = redis.zrangebyscore(MARKS, since, "+inf", withscores=True)
+        stored: Any = redis.zrangebyscore(MARKS, since, LATEST, withscores=True)
     entries = [(at, member.decode(errors="replace").split(" ", 2)) for member, at in stored]
     return [Mark(at, words[1], words[2]) for at, words in entries if len(words) == 3]
 

@@ -111,8 +111,8 @@ class Reader:
             "expires_at": stored["expires_at"] or None,
             "on_doubt": stored["on_doubt"] or self.settings.on_doubt,
             "reason": reason or None,
-            "recipients": json.loads(stored["recipients"]),
-            "attempts": json.loads(stored["attempts"] or "[]"),
+            "recipients": [{**one, "address": str(one["address"])} for one in json.loads(stored["recipients"])],
+            "attempts": [dict(one) for one in json.loads(stored["attempts"] or "[]")],
         }
 
     def hold_to(self, mail_id: str, only: str) -> None:

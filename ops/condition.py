@@ -299,5 +299,8 @@ def plural(number: int, one: str, several: str) -> str:
 
 def moment(at: float, now: float) -> str:
     """Returns a moment as `14:02` or, if that was not today, `24 Nov 14:02`."""
-    then, today = datetime.fromtimestamp(at), datetime.fromtimestamp(now)
+    try:
+        then, today = datetime.fromtimestamp(at), datetime.fromtimestamp(now)
+    except (ValueError, OverflowError, OSError):  # no year that Python knows
+        return "a moment that is none"
     return f"{then:%H:%M}" if then.date() == today.date() else f"{then.day} {then:%b %H:%M}"

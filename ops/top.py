@@ -145,14 +145,15 @@ def draw(window: Any, lines: Sequence[Line], last: str) -> None:
     height, width = window.getmaxyx()
     window.erase()
     for number, line in enumerate(lines[: height - 1]):
-        look = (curses.color_pair(line.colour) if curses.has_colors() else 0) | (curses.A_REVERSE if line.chosen else 0)
+        colour = curses.color_pair(line.colour) if curses.has_colors() else 0
+        look = colour | (curses.A_REVERSE if line.chosen else 0)
         window.addnstr(number, 0, line.text, width - 1, look)
     window.addnstr(height - 1, 0, last, width - 1, curses.A_DIM)
     window.refresh()
 
 
 def run(top: Top, window: Any) -> None:
-    with suppress(curses.error):  # a terminal may be without
+    with suppress(curses.error):  # a serial console has neither
         curses.curs_set(0)
     if curses.has_colors():
         curses.use_default_colors()
@@ -182,6 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         print("bin/top draws on a terminal, and this is none", file=sys.stderr)
         return 2
+    try:
+        curses.setupterm()
+    except curses.error:  # a terminal newer than this machine's list of them
+        os.environ["TERM"] = "xterm"
     who = os.environ.get("SUDO_USER") or getpass.getuser()
     with client(settings) as redis:
         try:

@@ -42,6 +42,7 @@ LEFT = 20  # bulk mail leaves one place in so many free, in a period that is lon
 BULK_AHEAD = 10  # seconds for which bulk mail has been given its turns
 ALIKE = 3  # different mails in a row that are put off or refused in the same words: it is about the account
 STREAK = 86400  # seconds for which such a row is remembered
+LAST = 2.5e14  # ms since 1970: nothing later is a moment to Python
 WORDS = 300  # characters of the relay's words that are kept with the breaker
 
 HEAD = """
@@ -321,6 +322,6 @@ def read_standing(stored: dict[bytes, bytes]) -> Standing | None:
 def _moment(written: str | None) -> float:
     """Returns seconds of what is written in ms; 0 for none, and for what is none."""
     with suppress(ValueError):
-        if 0 < (ms := float(written or 0)) < 1e15:
+        if 0 < (ms := float(written or 0)) < LAST:
             return ms / 1000
     return 0.0

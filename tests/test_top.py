@@ -106,11 +106,11 @@ def test_a_yes_is_about_the_mail_that_was_asked_for_and_never_sends_one_in_doubt
     assert (outbox.read(other)["status"], top.last_line()[:30]) == ("unknown", "not done: the mail is in doubt")
 
 
-@pytest.mark.parametrize("terminal", ["xterm-256color", "vt100"])  # the latter has no colours
-def test_it_draws_on_a_terminal_and_ends_on_q(outbox: Outbox, redis_server: RedisServer, terminal: str) -> None:
+@pytest.mark.parametrize("term", ["xterm-256color", "vt220", "of-tomorrow"])
+def test_it_draws_on_a_terminal_and_ends_on_q(outbox: Outbox, redis_server: RedisServer, term: str) -> None:
     failed(outbox)
     ours, theirs = pty.openpty()
-    settings = {"REDIS_URL": redis_server.url, "TERM": terminal, "LINES": "30", "COLUMNS": "140"}
+    settings = {"REDIS_URL": redis_server.url, "TERM": term, "LINES": "30", "COLUMNS": "140"}
     ran = subprocess.Popen([ROOT / "bin" / "top"], stdin=theirs, stdout=theirs, env={**os.environ, **settings})
     os.close(theirs)
     seen = b""

@@ -17,12 +17,16 @@ ADDRESS = re.compile(r"(?<![^\s<>()\[\],;:\"'])[^\s<>()\[\],;:\"']+@([A-Za-z0-9.
 
 
 def moment(given: str | float | datetime | None) -> datetime | None:
-    """Returns a moment, given as ISO 8601 or in seconds since 1970, in the machine's time zone; None for none."""
+    """Returns a moment, given as ISO 8601 or in seconds since 1970, in the machine's time zone; None for none, and for
+    what is none: a mail that is damaged is one of many on a page."""
     if not given:
         return None
-    if isinstance(given, str):
-        given = datetime.fromisoformat(given.replace("Z", "+00:00"))
-    return (given if isinstance(given, datetime) else datetime.fromtimestamp(given).astimezone()).astimezone()
+    try:
+        if isinstance(given, str):
+            given = datetime.fromisoformat(given.replace("Z", "+00:00"))
+        return (given if isinstance(given, datetime) else datetime.fromtimestamp(given).astimezone()).astimezone()
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def time_of_day(given: str | float | datetime | None, *, milliseconds: bool = False) -> str:
