@@ -330,10 +330,14 @@ class Outbox(Reader):
         if state:
             raise NotPossible("only a mail that waits for its scheduled_at can be moved; see its status")
 
-    def requeue(self, mail_id: str) -> None:
-        """Queues a failed mail again with all its attempts, also if its job was deleted. Raises as `Jobs.requeue`."""
+    def requeue(self, mail_id: str, in_doubt: bool = True) -> None:
+        """Queues a failed mail again with all its attempts, also if its job was deleted; one that is in doubt only if
+        that is asked for. Raises as `Jobs.requeue`."""
         with translating_errors():
-            expires_at: Any = self.jobs.redis.hget(mail_key(mail_id), "expires_at")
+            stored: Any = self.jobs.redis.hmget(mail_key(mail_id), ["expires_at", "state"])
+        expires_at, state = stored
+        if state == State.UNKNOWN.value.encode() and not in_doubt:
+            raise NotPossible("the mail is in doubt: the relay may have it; look again")
         try:
             has_expired = bool(expires_at) and timestamp(expires_at.decode()) <= time.time()
         except ValueError:

@@ -91,13 +91,13 @@ PUT_OFF = "It waits: the relay put it off (451 at rcpt). The next attempt is in 
         ({}, HELD._replace(state=State.DELAYED), "In doubt: the relay may have it, for its answer never", "Cancel it"),
         ({}, HELD, "In doubt: the relay may have it or not", DOUBT),
         ({}, REFUSED, "Failed: the relay refused it (550 at rcpt).", AGAIN),
-        ({}, REFUSED, "What to do: correct it where the application has it from", AGAIN),
+        ({}, REFUSED, "What fixes it: correct it where the application has it from", AGAIN),
         (TWO, REFUSED, "Failed for 1 of 2 recipients: the relay refused it", AGAIN),
         ({}, LATER._replace(state=State.FAILED), "put it off in every attempt (451 at rcpt)", AGAIN),
         (
             {},
             REFUSED._replace(phase="dot", code=554, text="spam"),
-            "What to do: below are the relay's own words",
+            "What fixes it: below are the relay's own words",
             AGAIN,
         ),
         ({}, REFUSED._replace(reason="550 before"), "Failed: the relay refused it (550 before).", AGAIN),
@@ -113,6 +113,10 @@ def test_a_mail_says_in_one_sentence_what_is_so_and_has_only_the_buttons_that_ar
     shown = pages.get(f"/mail/emails/{mail_id}")
     assert sentence in words(shown)
     assert ", ".join(re.findall("<button.*?>(.*?)</button>", shown)) == buttons
+    alike = re.search('href="(/mail/activity[^"]*)">All mails that met with the same', shown)
+    assert bool(alike) == bool(told and told.state != State.SENT)
+    if alike:
+        assert mail_id in pages.get(alike[1].replace("&amp;", "&"))
     assert ('data-live="5"' in shown) == (told is None or told.state == State.DELAYED)
 
 
@@ -270,8 +274,11 @@ def test_an_action_is_asked_for_done_and_noted(
     assert ("it arrives twice" in pages.text(path)) == ((told, action) == (HELD, "requeue"))
     assert pages.browser.post(path, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
     assert contents(client) == before  # neither looking nor another site changes a thing
+    form = re.findall(r'type="hidden" name="(\w+)" value="(.*?)"', pages.get(path))
+    if told == HELD and action == "requeue":  # somebody was asked about it when it had failed
+        assert pages.post(path, was="failed").status_code == 409
     with caplog.at_level(0):
-        answer = pages.post(path)
+        answer = pages.post(path, **dict(form))
     assert (answer.status_code, answer.headers["Location"]) == (303, f"/mail/emails/{mail_id}?done={action}")
     assert f'operator who="without login" what={action} id={mail_id}' in caplog.text
     assert "@" not in caplog.text

@@ -102,7 +102,7 @@ def test_a_stranger_answers_five_questions(browser: Chrome, site: Running, mails
     # Why did Bob not get his invoice?
     person.searches("to:bob@example.com")
     person.click("Invoice 17")
-    person.sees("Failed: the relay refused it (550 at rcpt)", "the relay knows no such address", "What to do:")
+    person.sees("Failed: the relay refused it (550 at rcpt)", "the relay knows no such address", "What fixes it:")
     # What waits, and since when?
     person.click("Overview")
     person.sees("No worker runs")

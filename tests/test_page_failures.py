@@ -108,17 +108,19 @@ def test_all_of_a_cause_are_queued_again_and_no_others(pages: Pages, client: Any
     settled(pages, CASES[1])
     settled(pages, CASES[0], expires_at="2126-01-01T00:00:00Z")
     client.hset(f"mail:{(gone := settled(pages, CASES[0]))}", "expires_at", "2026-01-01T00:00:00+00:00")
+    # a worker of an earlier version has left it so, and knows nothing of causes
+    client.hset(f"mail:{(in_doubt := settled(pages, CASES[0]))}", "state", "unknown")
     path = "/mail/failures/mails"
-    assert pages.text(f"{path}?reason=535+at+auth").startswith("Requeue 5 mails? 535 at auth.")
+    assert pages.text(f"{path}?reason=535+at+auth").startswith("Requeue 6 mails? 535 at auth.")
     assert pages.browser.post(path, data={"reason": "535 at auth"}).status_code == 403
     assert client.llen(keys.queue("email")) == 0
     shown = words(pages.post(path, reason="535 at auth").text)
     assert "4 mails are queued again" in shown
-    assert "1 could not be: gone, expired" in shown
+    assert "2 could not be: gone, expired" in shown
     queued = {one.decode() for one in client.lrange(keys.queue("email"), 0, -1)}
     assert {*ids} < queued
     assert len(queued) == 4
-    assert gone not in queued
+    assert not queued & {gone, in_doubt}
     [note] = client.lrange("mail:actions", 0, -1)
     assert b'"requeue_all", "id": "535 at auth"' in note
     assert pages.browser.get(f"{path}?reason=none").headers["Location"] == "/mail/failures"

@@ -74,6 +74,7 @@ def test_what_is_asked_for_has_one_form_and_means_itself(typed: str, canonical: 
         ("after:25:00", "after:25:00 must be a day"),
         ("after:soon", "after:soon must be a day"),
         ("a b c d e f g h i j k l m n o p q r s t u", "at most 20 terms"),
+        pytest.param(" " * 60_000, "at most 4,000 characters", id="long"),  # no other thread would run for minutes
     ],
 )
 def test_what_is_not_understood_is_told_by_its_term(typed: str, told: str) -> None:

@@ -41,6 +41,7 @@ def failed(outbox: Outbox) -> str:
         ({"attempts": [{"code": 250, "text": "OK\x1b[2J\x07"}]}, True, "250 OK·[2J·", "\x1b"),
         ({"subject": "a\u202egnp.exe"}, True, "a·gnp", "\u202e"),
         ({"reason": "550 at rcpt <ada@example.com>"}, False, "a…@example.com", "ada"),
+        ({"subject": "Hello ada@example.com"}, False, "Hello a…@example.com", "ada"),
         ({"status": "unknown"}, True, "in doubt", "unknown"),
         ({"next_attempt_at": "2026-01-02T03:05:05.000+00:00", "reason": "451 at rcpt"}, True, ": 451 at rcpt", "250"),
     ],
@@ -70,17 +71,6 @@ def test_a_mail_is_requeued_and_the_workers_paused_only_after_a_yes(outbox: Outb
     assert press(top, "q") == [False]
 
 
-def test_what_is_asked_about_a_mail_is_done_to_it_although_newer_mail_has_come(outbox: Outbox) -> None:
-    bad, top = failed(outbox), Top(outbox, "eve")
-    press(top, "r")
-    newer = failed(outbox)
-    press(top, "y")
-    assert [outbox.read(one)["status"] for one in (bad, newer)] == ["queued", "failed"]
-    top.chosen = LINE | {"status": "unknown"}
-    top.asks = "requeue"
-    assert top.last_line() == "it may have arrived, see the relay's log: requeue Hello? y/n"
-
-
 def test_the_chosen_mail_and_the_failed_ones_only(outbox: Outbox) -> None:
     bad, good, top = failed(outbox), accept(outbox), Top(outbox, "eve")
     press(top, curses.KEY_DOWN)
@@ -89,6 +79,20 @@ def test_the_chosen_mail_and_the_failed_ones_only(outbox: Outbox) -> None:
     press(top, "f")
     list(top.lines(30))
     assert [mail["id"] for mail in top.mails] == [bad]
+
+
+def test_a_yes_is_about_the_mail_that_was_asked_for_and_never_sends_one_in_doubt_again(
+    outbox: Outbox, client: Any
+) -> None:
+    bad, top = failed(outbox), Top(outbox, "eve")
+    press(top, "r")
+    other = failed(outbox)  # comes first, and moves the line
+    assert [line.chosen for line in list(top.lines(30))[-2:]] == [False, True]
+    top.press(ord("y"))
+    assert (outbox.read(bad)["status"], outbox.read(other)["status"]) == ("queued", "failed")
+    client.hset(f"mail:{other}", "state", "unknown")
+    press(top, "r", "y")
+    assert (outbox.read(other)["status"], top.last_line()[:30]) == ("unknown", "not done: the mail is in doubt")
 
 
 @pytest.mark.parametrize("terminal", ["xterm-256color", "vt100"])  # the latter has no colours

@@ -26,6 +26,7 @@ from mail.states import FINAL, SCHEDULED, State, Status
 from mail.store import mail_key
 from ops.page import audit, timeline
 from ops.page.advice import advice, in_the_way
+from ops.page.search import alike
 from ops.page.view import View, go
 from ops.page.words import masked, moment
 from queues import keys
@@ -33,7 +34,7 @@ from queues.jobs import NotFound, NotPossible
 from queues.quarantine import DAMAGED
 from smtp.policy import Verdict
 
-LARGEST = 256 * 1024  # bytes of a content, packed, of which the headers are shown; four times as many unpacked
+LARGEST = 64 * 1024  # bytes of a content, packed, of which the headers are shown; four times as many unpacked
 
 
 class Action(NamedTuple):
@@ -46,6 +47,7 @@ class Action(NamedTuple):
     text: str
 
 
+TOGETHER = (State.FAILED, State.UNKNOWN, State.DELAYED)  # of these, others may have met with the same
 WAITING = (SCHEDULED, State.QUEUED.value, State.DELAYED.value)
 ACTIONS = (
     Action(
@@ -93,7 +95,8 @@ def show(view: View, mail_id: str) -> Response:
         told = {**about(view, mail), **fates(mail)}
     except DAMAGED:
         raise NotFound(NO_MAIL) from None
-    return view.render("email.html", mail["subject"] or "(no subject)", mail=mail, **told)
+    subject = mail["subject"] if view.settings.show_addresses else masked(mail["subject"])
+    return view.render("email.html", subject or "(no subject)", mail=mail, **told)
 
 
 def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,6 +113,7 @@ def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
         "trouble": state not in FINAL and view.outbox.relay_in_trouble(),
         "replied": in_the_way(mail) is not None,
         "advice": advice(mail),
+        "alike": alike(mail["reason"], state) if mail["reason"] and state in TOGETHER else "",
         "actions": actions,
         "alert_to": view.settings.alert_to,
         "final": state in FINAL,
@@ -185,6 +189,7 @@ def without_addresses(message: Message) -> Message:
         cc=mask(message.cc),
         bcc=mask(message.bcc),
         reply_to=mask(message.reply_to),
+        subject=masked(message.subject),
         headers={name: masked(value) for name, value in message.headers.items()},
     )
 
@@ -219,7 +224,8 @@ def ask(view: View, mail_id: str, action: str) -> Response:
         if one.name == action == "move":
             return move_form(view, mail)
         if one.name == action:
-            return view.confirm(one.question, text=one.text, button=one.button, back=f"/mail/emails/{mail_id}")
+            about = {"text": one.text, "button": one.button, "back": f"/mail/emails/{mail_id}"}
+            return view.confirm(one.question, **about, was=mail["status"])
     raise NotPossible(f"a mail that is {mail['status']} allows no such thing")
 
 
@@ -259,7 +265,7 @@ def move(view: View, mail_id: str) -> Response | None:
 
 DO: Mapping[str, Callable[[View, str], Response | None]] = {
     "arrived": lambda view, mail_id: view.outbox.arrived(mail_id),
-    "requeue": lambda view, mail_id: view.outbox.requeue(mail_id),
+    "requeue": lambda view, mail_id: view.outbox.requeue(mail_id, request.form.get("was") == State.UNKNOWN),
     "cancel": lambda view, mail_id: view.outbox.cancel(mail_id),
     "move": move,
     "copy": copy,

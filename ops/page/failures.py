@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -22,7 +23,7 @@ from ops.checks import replies
 from ops.checks.findings import counted, lasting
 from ops.page import audit
 from ops.page.advice import REASONS, REPLY, in_the_way
-from ops.page.search import Query, Term, found_at
+from ops.page.search import alike
 from ops.page.view import View, go
 from queues.failures import Failure, failures
 from queues.jobs import NotFound, NotPossible
@@ -118,7 +119,7 @@ def group(view: View, cause: Cause, sample: list[dict[str, Any]]) -> Group:
     meaning, fix = explained(view, cause, told)
     return Group(
         cause=cause,
-        mails=found_at(Query((Term("reason", cause.reason.replace('"', " ")), Term("state", cause.state)))),
+        mails=alike(cause.reason, cause.state),
         meaning=meaning,
         fix=fix.replace("GET /emails/ID has", "each mail's page has"),
         next_attempt=min((one["next_attempt_at"] for one in sample if one["next_attempt_at"]), default=""),
@@ -189,7 +190,8 @@ def ask_mails(view: View) -> Response:
 def requeue_mails(view: View) -> Response:
     """Queues the mails of a cause again, the newest first."""
     reason, below = request.form.get("reason", ""), raw_id(request.form.get("below", "")) or LAST
-    done = queue_again(ids(view.outbox, State.FAILED, reason, below), view.outbox.requeue)
+    requeue = partial(view.outbox.requeue, in_doubt=False)  # a list may be older than a doubt
+    done = queue_again(ids(view.outbox, State.FAILED, reason, below), requeue)
     left_over = left(view.outbox, State.FAILED, reason, raw_id(done.last) or b"")
     return result(view, "mail", done, reason, left_over, reason=reason, below=done.last)
 

@@ -25,12 +25,14 @@ from mail.causes import Cause, of_cause
 from mail.index import LAST, first_id, of_sealed, of_tag
 from mail.listing import STATES, Wanted
 from mail.moments import time_with_zone
+from ops.page.words import masked
 
 Digest = Callable[[str], str]  # Index.sealed
 Mail = dict[str, Any]
 
 MOST = 20  # terms
-TOKEN = re.compile(r'\s*(?:([^\s":]+):\s*)?(?:"([^"]*)"|([^\s"]+))')
+LONGEST = 4000  # characters: the patterns take time by their square
+TOKEN = re.compile(r'(?:([^\s":]+):\s*)?(?:"([^"]*)"|([^\s"]+))')
 MAILBOX = re.compile(r'[^<>:]*<([^\s<>"@]+@[^\s<>"@]+)>[\s,;]*')  # as mail programs write it: Ada <ada@example.com>
 ID = re.compile(r"<?([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:@[^\s<>]*)?>?", re.IGNORECASE)  # Message-ID, too
 SEALED = re.compile(r"~[0-9a-f]{16}(~?)")
@@ -76,6 +78,8 @@ class Query(NamedTuple):
 
 def parse(text: str) -> Query:
     """Returns what is asked for. Raises `NotUnderstood`."""
+    if len(text) > LONGEST:
+        raise NotUnderstood(f"a search must have at most {LONGEST:,} characters")
     terms = dict[Term, None]()  # each once, in order
     for name, value, given in _tokens(text):
         try:
@@ -227,7 +231,8 @@ def unsealed(query: Query, mail: Mail, digest: Digest, show_addresses: bool) -> 
     """Returns the query with the words, and where they are shown the addresses, that a mail it has found tells."""
     if not any(SEALED.fullmatch(term.value) for term in query.terms):
         return query
-    known = {("subject", f"~{digest(word)}"): word for word in words(mail["subject"])}
+    subject = mail["subject"] if show_addresses else masked(mail["subject"])
+    known = {("subject", f"~{digest(word)}"): word for word in words(subject)}
     for name in ("to", "from") if show_addresses else ():
         for called, address in _boxes(mail, name):
             known |= {(name, f"~{digest(word)}~"): word for word in words(called)}
@@ -291,3 +296,8 @@ def found_at(query: Query, **cursor: str) -> str:
     """Returns the URL of the page that a sealed query finds."""
     asked = urlencode({**({"q": str(query)} if query.terms else {}), **cursor}, safe=":,~")
     return f"/mail/activity?{asked}" if asked else "/mail/activity"
+
+
+def alike(reason: str, state: str) -> str:
+    """Returns the URL of the mails in this state for this reason."""
+    return found_at(Query((Term("reason", reason.replace('"', " ")), Term("state", state))))
