@@ -166,10 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bin/top", description="Shows whether all is well, and the last mails.")
     parser.parse_args(arguments)
     target = Target(Path(__file__).parent.parent)
-    settings = configuration.load(target)
+    settings = configuration.load_for(target, "bin/top")
     if not settings:
-        why = "the settings cannot be read" if configuration.is_readable(target) else "it needs root: sudo bin/top"
-        print(f"{why}; bin/doctor says more", file=sys.stderr)
         return 1
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         print("bin/top draws on a terminal, and this is none", file=sys.stderr)
