@@ -70,7 +70,7 @@ def hidden(seen: Condition) -> set[str]:
 
 def well(facts: Facts) -> Condition:
     sent, bulk = facts.today["sent"], facts.queues[EMAIL].jobs["bulk"] if facts.queues else 0
-    today = f"{sent:,} sent today" if sent else "no mail was sent today yet"
+    today = f"{sent:,} sent today" if sent else "no mail has been sent today"
     if bulk:
         rest = f"and {mails(bulk, 'of priority bulk waits for its turn', 'of priority bulk wait for their turn')}"
     else:
