@@ -53,6 +53,7 @@ def look(outbox: Outbox) -> Condition:
 
 
 def judge(facts: Facts) -> Condition:
+    """Returns the gravest thing that the facts show, and the others in its `also`."""
     found: list[Condition] = []
     for _, rule, causes in RULES:
         if not any(one.kind in causes for one in found):
@@ -69,7 +70,7 @@ def hidden(seen: Condition) -> set[str]:
 
 def well(facts: Facts) -> Condition:
     sent, bulk = facts.today["sent"], facts.queues[EMAIL].jobs["bulk"] if facts.queues else 0
-    today = f"{sent:,} sent today" if sent else "no mail was sent today yet"
+    today = f"{sent:,} sent today" if sent else "no mail has been sent today"
     if bulk:
         rest = f"and {mails(bulk, 'of priority bulk waits for its turn', 'of priority bulk wait for their turn')}"
     else:
@@ -283,6 +284,7 @@ def oldest(facts: Facts) -> tuple[float, int]:
 
 
 def waits(facts: Facts) -> str:
+    """Returns the sentence that says how many mails wait, and whether one may be lost."""
     if not facts.waiting:
         return "No mail waits."
     kept = "" if {name for name, _ in weaknesses(facts.info)} & {"no_aof"} else ", none is lost"

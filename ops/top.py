@@ -99,8 +99,8 @@ class Top:
 
     def last_line(self) -> str:
         if self.asks == "requeue":
-            doubt = "it may have arrived, see the relay's log: " if self.chosen["status"] == State.UNKNOWN else ""
-            return printable(f"{doubt}requeue {self.chosen['subject'][:36] or 'this mail'}? y/n")
+            subject = self.chosen["subject"][:36] or "this mail"
+            return printable(f"requeue {subject if self.outbox.settings.show_addresses else masked(subject)}? y/n")
         if self.asks:
             return f"{self.asks} all workers? y/n"
         return self.said or KEYS
@@ -120,7 +120,10 @@ class Top:
             self.asks = "resume" if overview.is_paused(self.outbox.jobs.redis) else "pause"
         elif key == ord("r") and self.mails:
             self._choose(self.at)
-            self.asks = "requeue"
+            if self.chosen["status"] == State.UNKNOWN:
+                self.said = f"in doubt: decide at /mail/emails/{self.chosen['id']} whether it arrived"
+            else:
+                self.asks = "requeue"
         return key not in (ord("q"), 27)
 
     def _choose(self, line: int) -> None:
@@ -175,10 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bin/top", description="Shows whether all is well, and the last mails.")
     parser.parse_args(arguments)
     target = Target(Path(__file__).parent.parent)
-    settings = configuration.load(target)
+    settings = configuration.load_for(target, "bin/top")
     if not settings:
-        why = "the settings cannot be read" if configuration.is_readable(target) else "it needs root: sudo bin/top"
-        print(f"{why}; bin/doctor says more", file=sys.stderr)
         return 1
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         print("bin/top draws on a terminal, and this is none", file=sys.stderr)

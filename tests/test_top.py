@@ -71,17 +71,6 @@ def test_a_mail_is_requeued_and_the_workers_paused_only_after_a_yes(outbox: Outb
     assert press(top, "q") == [False]
 
 
-def test_what_is_asked_about_a_mail_is_done_to_it_although_newer_mail_has_come(outbox: Outbox) -> None:
-    bad, top = failed(outbox), Top(outbox, "eve")
-    press(top, "r")
-    newer = failed(outbox)
-    press(top, "y")
-    assert [outbox.read(one)["status"] for one in (bad, newer)] == ["queued", "failed"]
-    top.chosen = LINE | {"status": "unknown"}
-    top.asks = "requeue"
-    assert top.last_line() == "it may have arrived, see the relay's log: requeue Hello? y/n"
-
-
 def test_the_chosen_mail_and_the_failed_ones_only(outbox: Outbox) -> None:
     bad, good, top = failed(outbox), accept(outbox), Top(outbox, "eve")
     press(top, curses.KEY_DOWN)
@@ -101,9 +90,15 @@ def test_a_yes_is_about_the_mail_that_was_asked_for_and_never_sends_one_in_doubt
     assert [line.chosen for line in list(top.lines(30))[-2:]] == [False, True]
     top.press(ord("y"))
     assert (outbox.read(bad)["status"], outbox.read(other)["status"]) == ("queued", "failed")
+    press(top, curses.KEY_UP, "r")
+    assert top.last_line() == "requeue s? y/n"
     client.hset(f"mail:{other}", "state", "unknown")
-    press(top, curses.KEY_UP, "r", "y")
+    top.press(ord("y"))
     assert (outbox.read(other)["status"], top.last_line()[:30]) == ("unknown", "not done: the mail is in doubt")
+    press(top, "r", "y")
+    assert (outbox.read(other)["status"], top.asks) == ("unknown", "")
+    press(top, "r")
+    assert top.last_line().startswith("in doubt: decide at /mail/emails/")
 
 
 @pytest.mark.parametrize("term", ["xterm-256color", "vt220", "of-tomorrow"])

@@ -31,6 +31,7 @@ from ops.page.view import View, go
 from ops.page.words import masked, moment
 from queues import keys
 from queues.jobs import NotFound, NotPossible
+from queues.overview import moment_of
 from queues.quarantine import DAMAGED
 from smtp.policy import Verdict
 
@@ -136,6 +137,7 @@ def sent_at(mail: Mapping[str, Any], kept: Kept) -> float:
 
 
 def look(view: View, mail_id: str) -> Kept:
+    """Reads what is kept of a mail besides what `view.outbox.read` returns."""
     pipe, key = view.redis.pipeline(transaction=False), mail_key(mail_id)
     pipe.hmget(key, "outline", "settled_at")
     pipe.hstrlen(key, "content")
@@ -145,17 +147,9 @@ def look(view: View, mail_id: str) -> Kept:
     running = None
     if worker and started:
         what = f"Claimed by worker {worker.decode(errors='replace')[:8]}, which has it in hand"
-        running = timeline.Step(what, number_of(started))
+        running = timeline.Step(what, moment_of(started.decode(errors="replace")))
     packed: Any = view.redis.hget(key, "content") if 0 < size <= LARGEST else None
     return Kept(outline or b"", number(settled_at), size > 0, unpacked(packed) if packed else None, running)
-
-
-def number_of(started: bytes) -> float:
-    """Returns a moment as RQ writes it, in seconds since 1970; 0 for what is none."""
-    try:
-        return datetime.fromisoformat(started.decode().replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        return 0
 
 
 def unpacked(packed: bytes) -> bytes | None:

@@ -106,6 +106,7 @@ def groups(view: View) -> dict[str, list[Group]]:
 
 
 def made(view: View, wanted: list[Cause]) -> list[Group]:
+    """Returns of each cause what the page shows, from its newest mails."""
     samples = newest(view.outbox, wanted, SAMPLE)
     mails = {mail["id"]: mail for mail in view.outbox.read_all([one for sample in samples for one in sample])}
     return [
@@ -149,6 +150,7 @@ def explained(view: View, cause: Cause, told: tuple[str, Reply] | None) -> tuple
 
 
 def warning(cause: Cause, told: tuple[str, Reply] | None) -> str | None:
+    """Returns what is to be said before all of a cause are queued again; None where that is not possible."""
     if cause.state != State.FAILED or cause.reason == EXPIRED:
         return None
     if cause.reason == NOT_ADMITTED:

@@ -24,6 +24,7 @@ TILES = (  # what is counted today and yesterday, its name, and the search that 
     ("failed", "failed", "after:today state:failed"),
     ("unknown", "in doubt", "state:in-doubt"),
 )
+MARKS = 5  # of what the charts mark, so many are told in words
 COUNTED = ("failed", "accepted", "sent")
 PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
@@ -35,6 +36,10 @@ def show(view: View) -> Response:
     redis, facts = view.redis, gather(view.outbox)
     periods = figures.minutes(redis, 120) if span == "2h" else figures.hours(redis, 72)
     today, yesterday = figures.days(redis)
+    marks = [
+        (one.at, f"{one.kind.replace('_', ' ').capitalize()} {one.text}".strip())
+        for one in figures.marks(redis, periods[0].at)
+    ]
     tiles = [(name, today[field], yesterday[field], query) for field, name, query in TILES]
     return view.render(
         "overview.html",
@@ -45,14 +50,14 @@ def show(view: View) -> Response:
         oldest=oldest(facts)[0],
         spans={one: name for one, (name, _) in SPANS.items()},
         span=span,
-        charts=charts(periods, figures.marks(redis, periods[0].at), SPANS[span][1]),
+        charts=charts(periods, marks, SPANS[span][1]),
+        marks=marks[-MARKS:],
     )
 
 
-def charts(periods: Sequence[Figures], marked: Sequence[figures.Mark], each: str) -> list[Markup]:
+def charts(periods: Sequence[Figures], marks: Sequence[tuple[float, str]], each: str) -> list[Markup]:
     """Returns the four charts of these periods, of which each is `a minute` or `an hour`."""
     times = [one.at for one in periods]
-    marks = [(one.at, f"{one.kind.replace('_', ' ')} {one.text}".strip()) for one in marked]
     counted = [Series(name, [one.counts[name] for one in periods], name == "failed") for name in COUNTED]
     taken = [Series(name, [one.percentile(share) for one in periods]) for name, share in PERCENTILES.items()]
     depth, longest = ([one.counts.get(name) for one in periods] for name in ("depth", "oldest"))

@@ -11,7 +11,7 @@ function lasting(seconds) {
 function countOn() {
   for (const time of document.querySelectorAll("time[data-ago]")) {
     const seconds = (new Date(time.dateTime) - Date.now()) / 1000;
-    time.textContent = seconds > 0 ? `in ${lasting(seconds)}` : `${lasting(-seconds)} ago`;
+    time.textContent = seconds > 0 ? `in ${lasting(seconds)}` : time.dataset.ago || `${lasting(-seconds)} ago`;
   }
 }
 

@@ -65,7 +65,7 @@ class View:
         show = settings.show_addresses
         self.templates.filters |= {
             **{name: getattr(words, name) for name in ("clock", "ago", "took", "number", "chip", "fate", "is_id")},
-            **{"lasting": lasting, "counted": counted, "sized": sized, "linked": words.linked},
+            **{"lasting": lasting, "counted": counted, "sized": sized, "linked": words.linked, "soon": words.soon},
             "mailbox": lambda text: words.mailbox(text, show),
             "said": lambda text: text if show else words.masked(text),
         }

@@ -46,14 +46,21 @@ def clock(given: str | float | datetime | None, *, milliseconds: bool = False) -
     return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(written, text) if at else ""
 
 
-def ago(given: str | float | datetime | None) -> str:
-    """Returns `12 min ago` or `in 3 h`; "" for none. The script of the page counts on."""
+def ago(given: str | float | datetime | None, due: str = "") -> str:
+    """Returns `12 min ago`, or what is given as `due`, or `in 3 h`; "" for none. The script of the page counts on."""
     at = moment(given)
     if not at:
         return ""
     seconds = at.timestamp() - time.time()
-    text = f"in {lasting(seconds)}" if seconds > 0 else f"{lasting(-seconds)} ago"
-    return Markup('<time datetime="{}" data-ago>{}</time>').format(at.isoformat(timespec="milliseconds"), text)
+    text = f"in {lasting(seconds)}" if seconds > 0 else due or f"{lasting(-seconds)} ago"
+    return Markup('<time datetime="{}" data-ago="{}">{}</time>').format(
+        at.isoformat(timespec="milliseconds"), due, text
+    )
+
+
+def soon(given: str | float | datetime | None) -> str:
+    """Returns `in 3 h`, or `now` for what is due; "" for none."""
+    return ago(given, "now")
 
 
 def zone() -> str:
