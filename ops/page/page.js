@@ -25,7 +25,7 @@ function isInUse(main) {
 
 async function renew(main) {
   if (isInUse(main)) return;
-  const answer = await fetch(location.href, { headers: { "X-Live": "1" } });
+  const answer = await fetch(location.origin + location.pathname + location.search);  // no login, as href may hold
   if (!answer.ok) return;
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   const fresh = page.querySelector("main");
