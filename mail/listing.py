@@ -17,8 +17,8 @@ AT_ONCE = 100  # mails read in one go where most may be others than those that a
 class Wanted(NamedTuple):
     """Says which mails a page is to show; what is empty stands for any. `places` are more lists of the index in each of
     which they are, `test` says what else is true of them. `above` and `below` are ids between which they are, in bytes;
-    `upwards` asks for those next to `above`. `look` is after how many mails that are read the search stops (0: never);
-    one with many recipients counts as more."""
+    `upwards` asks for those next to `above`. `keep` makes of each what the page keeps of it. `look` is after how many
+    mails that are read the search stops (0: never); one with many recipients counts as more."""
 
     to: str = ""
     states: frozenset[str] = frozenset()
@@ -26,6 +26,7 @@ class Wanted(NamedTuple):
     key: str = ""
     places: tuple[list[bytes], ...] = ()
     test: Callable[[dict[str, Any]], bool] | None = None
+    keep: Callable[[dict[str, Any]], dict[str, Any]] = dict
     above: bytes = b""
     below: bytes = LAST
     upwards: bool = False
@@ -52,7 +53,7 @@ def page(outbox: Outbox, wanted: Wanted) -> Page:
             if _is_wanted(mail, wanted):
                 if len(found) == wanted.limit:
                     return Page(_in_order(found, wanted), more=True)
-                found.append(mail)
+                found.append(wanted.keep(mail))
             looked += len(mail["recipients"]) // 10
         looked += len(ids)
         if len(ids) < most:

@@ -23,19 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("action", nargs="?", choices=["show", "close"], default="show")
     asked = parser.parse_args(arguments)
     target = Target(Path(__file__).parent.parent)
-    settings = configuration.load(target)
+    settings = configuration.load_for(target, "bin/breaker")
     if not settings:
-        why = "the settings cannot be read" if configuration.is_readable(target) else "it needs root: sudo bin/breaker"
-        print(f"{why}; bin/doctor says more", file=sys.stderr)
         return 1
     try:
         with translating_errors(), client(settings) as redis:
             is_open = in_trouble(redis)
-            for found in flow.reasons_to_wait(redis, settings):
+            for found in flow.reasons_to_wait(redis, settings, target):
                 print(f"{found.found}  ->  {found.fix}")
             if is_open and asked.action == "close":
                 Pacing(redis, ()).close()
-                print("The breaker is closed. Mail goes out within half a minute; what was in hand keeps its hour.")
+                print("The breaker is closed. Mail goes out within half a minute; what was in hand keeps its time.")
             elif not is_open:
                 print("The breaker is closed: no mail waits for the relay as a whole.")
     except Unavailable as error:

@@ -53,6 +53,7 @@ def look(outbox: Outbox) -> Condition:
 
 
 def judge(facts: Facts) -> Condition:
+    """Returns the gravest thing that the facts show, and the others in its `also`."""
     found: list[Condition] = []
     for _, rule, causes in RULES:
         if not any(one.kind in causes for one in found):
@@ -69,7 +70,7 @@ def hidden(seen: Condition) -> set[str]:
 
 def well(facts: Facts) -> Condition:
     sent, bulk = facts.today["sent"], facts.queues[EMAIL].jobs["bulk"] if facts.queues else 0
-    today = f"{sent:,} sent today" if sent else "no mail was sent today yet"
+    today = f"{sent:,} sent today" if sent else "no mail has been sent today"
     if bulk:
         rest = f"and {mails(bulk, 'of priority bulk waits for its turn', 'of priority bulk wait for their turn')}"
     else:
@@ -81,7 +82,9 @@ def unavailable(facts: Facts) -> Iterator[Condition]:
     why = facts.unavailable
     if why:
         kind = {CANNOT_NOW["MASTERDOWN"]: "replica", CANNOT_NOW["READONLY"]: "replica"}.get(why, "redis")
-        yield Condition("bad", kind, f"{why}: {REFUSED}.", f"{doctor(facts)} says what is wrong with it", push=True)
+        yield Condition(
+            "bad", kind, f"{why}: {REFUSED}.", f"{facts.target.command('doctor')} says what is wrong with it", push=True
+        )
 
 
 def unfit(facts: Facts) -> Iterator[Condition]:
@@ -123,7 +126,7 @@ def relay(facts: Facts) -> Iterator[Condition]:
     if not seen or not (seen.open_until or facts.waiting):
         return
     since = f", since {moment(seen.since, facts.now)}" if seen.since else ""
-    said, fix = f"The relay is in trouble{since}", f"{doctor(facts)} tries it, and says what is wrong"
+    said, fix = f"The relay is in trouble{since}", f"{facts.target.command('doctor')} tries it, and says what is wrong"
     if seen.reply:
         meaning, fix = replies.explain(facts.settings.smtp_host or "", seen.reply)
         meaning = re.split(r"[,;] (?:and )?(?:mail|they) waits?\b", meaning)[0]
@@ -132,14 +135,14 @@ def relay(facts: Facts) -> Iterator[Condition]:
         said = f"{meaning[0].upper()}{meaning[1:]}{since}{code}"
         fix += f"; {facts.target.edit}" if NEEDS_RESTART.search(fix) else ""
     is_open = bool(seen.open_until)
-    more = waits(facts) if is_open else "After three mails in a row that meet with it, all wait."
+    more = waits(facts) if is_open else "After three such mails in a row, all mail waits."
     yield Condition("bad" if is_open else "warn", "relay", f"{said}. {more}", fix, seen.since or None, push=is_open)
 
 
 def suspended(facts: Facts) -> Iterator[Condition]:
     if facts.suspended:
         sentence = f"A person has paused all sending. {waits(facts)}"
-        fix = "resume it on /mail/system, or with: .venv/bin/rq resume -u REDIS_URL"
+        fix = f"resume all workers at /mail/system, with the key p of {facts.target.command('top')}, or with rq resume"
         yield Condition("warn", "suspended", sentence, fix, push=oldest(facts)[0] > QUIET)  # has it been forgotten?
 
 
@@ -169,10 +172,10 @@ def quiet(facts: Facts) -> Iterator[Condition]:
     put_off = facts.recent["delayed"] >= FEW
     if silent > QUIET and (age > SOON or put_off) and not facts.recent["sent"]:
         since = f"since {moment(facts.last_sent, facts.now)}" if facts.last_sent else "so far"
-        why, fix = "though mail is in hand: the relay takes long", f"{doctor(facts)} tries the relay"
+        why, fix = "though mail is in hand: the relay takes long", f"{facts.target.command('doctor')} tries the relay"
         if put_off:
-            why, fix = "the relay puts all of it off", "GET /emails/ID has the relay's own words, under attempts"
-        sentence = f"No mail was sent {since}, {why}. {waits(facts)}"
+            why, fix = "the relay puts all of it off", "/mail/failures has the relay's replies, and what each means"
+        sentence = f"No mail has been sent {since}, {why}. {waits(facts)}"
         yield Condition("bad", "quiet", sentence, fix, facts.last_sent or None, push=True)
 
 
@@ -186,7 +189,7 @@ def clock(facts: Facts) -> Iterator[Condition]:
     elif ahead > STEP:
         sentence = f"A worker's clock is {lasting(ahead)} ahead of ours, so mail is tried at the wrong moment."
     elif by and 0 <= facts.now - at < QUIET:
-        way, then = ("on", "sooner") if by > 0 else ("back", "later")
+        way, then = ("forward", "sooner") if by > 0 else ("back", "later")
         sentence = f"This machine's clock was set {way} by {lasting(abs(by))} at {moment(at, facts.now)}: "
         sentence += f"mail that was put off before is tried so much {then}."
     else:
@@ -208,7 +211,8 @@ def slow(facts: Facts) -> Iterator[Condition]:
     age, _ = oldest(facts)
     if age > LATE:
         sentence = f"Mail goes out too slowly: the oldest in the queue has waited for {lasting(age)}. {waits(facts)}"
-        fix = f"WORKER_CONCURRENCY={2 * facts.settings.worker_concurrency}, if the relay allows it: {facts.target.edit}"
+        more = 2 * facts.settings.worker_concurrency
+        fix = f"set WORKER_CONCURRENCY={more}, if the relay allows it: {facts.target.edit}"
         yield Condition("warn", "slow", sentence, fix, facts.now - age, push=True)
 
 
@@ -216,7 +220,8 @@ def in_doubt(facts: Facts) -> Iterator[Condition]:
     if many := facts.in_doubt:
         sentence = f"{many:,} {plural(many, 'mail is', 'mails are')} in doubt: the relay may have accepted "
         sentence += f"{plural(many, 'it', 'them')}, and a person must decide."
-        fix = "look for the message_id in the relay's log, and say on /mail/ whether it arrived"
+        fix = f"open {plural(many, 'it', 'each')} from /mail/failures, look for its Message-ID in the relay's log, "
+        fix += "and say whether it arrived"
         yield Condition("warn", "doubt", sentence, fix, push=True)
 
 
@@ -225,8 +230,8 @@ def failing(facts: Facts) -> Iterator[Condition]:
     ended = failed + facts.recent["sent"]
     if failed >= FEW and failed > SHARE * ended:
         sentence = f"{failed:,} of the {ended:,} mails of the last {RECENT} minutes have failed. "
-        sentence += "They are kept, and can be sent again."
-        yield Condition("warn", "failing", sentence, "/mail/ shows their causes, and what fixes each", push=True)
+        sentence += "They are kept, and can be requeued."
+        yield Condition("warn", "failing", sentence, "/mail/failures shows why, and what fixes it", push=True)
 
 
 def unswept(facts: Facts) -> Iterator[Condition]:
@@ -279,6 +284,7 @@ def oldest(facts: Facts) -> tuple[float, int]:
 
 
 def waits(facts: Facts) -> str:
+    """Returns the sentence that says how many mails wait, and whether one may be lost."""
     if not facts.waiting:
         return "No mail waits."
     kept = "" if {name for name, _ in weaknesses(facts.info)} & {"no_aof"} else ", none is lost"
@@ -291,10 +297,6 @@ def mails(number: int, one: str, several: str) -> str:
 
 def plural(number: int, one: str, several: str) -> str:
     return one if number == 1 else several
-
-
-def doctor(facts: Facts) -> str:
-    return f"sudo {facts.target.opt}/current/bin/doctor" if facts.target.installed else "bin/doctor"
 
 
 def moment(at: float, now: float) -> str:

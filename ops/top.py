@@ -70,8 +70,8 @@ class Top:
         self.outbox = outbox
         self.who = who
         self.mails: list[dict[str, Any]] = []
-        self.at = 0  # which mail is chosen
-        self.asked_for = ""  # the id of the one that a "y" would requeue: the lines move on meanwhile
+        self.at = 0  # which line is chosen
+        self.chosen: dict[str, Any] = {}  # the mail that a key has chosen, wherever its line is by now
         self.failed_only = False
         self.asks = ""  # what a "y" would do: "requeue" or "pause" or "resume"
         self.said = ""
@@ -82,11 +82,11 @@ class Top:
         yield Line("")
         states = frozenset({State.FAILED.value} if self.failed_only else ())
         self.mails = page(self.outbox, Wanted(states=states, limit=max(1, height - 8))).mails
-        self.at = max(0, min(self.at, len(self.mails) - 1))
+        places = [place for place, mail in enumerate(self.mails) if mail["id"] == self.chosen.get("id")]
+        self.at = places[0] if places else max(0, min(self.at, len(self.mails) - 1))
         for number, mail in enumerate(self.mails):
             text = row(mail, self.outbox.settings.show_addresses)
-            chosen = mail["id"] == self.asked_for if self.asks == "requeue" else number == self.at
-            yield Line(text, STATES.get(mail["status"], 0), chosen)
+            yield Line(text, STATES.get(mail["status"], 0), number == self.at)
         if not self.mails:
             yield Line("no mail has failed" if self.failed_only else "no mail was accepted yet")
 
@@ -98,8 +98,11 @@ class Top:
             yield Line(f"also: {printable(also.sentence)}")
 
     def last_line(self) -> str:
+        if self.asks == "requeue":
+            subject = self.chosen["subject"][:36] or "this mail"
+            return printable(f"requeue {subject if self.outbox.settings.show_addresses else masked(subject)}? y/n")
         if self.asks:
-            return f"{self.asks} {'this mail' if self.asks == 'requeue' else 'all workers'}? y/n"
+            return f"{self.asks} all workers? y/n"
         return self.said or KEYS
 
     def press(self, key: int) -> bool:
@@ -110,17 +113,25 @@ class Top:
                 self._do(asked)
             return True
         if key in (curses.KEY_UP, curses.KEY_DOWN, ord("k"), ord("j")):
-            self.at += 1 if key in (curses.KEY_DOWN, ord("j")) else -1
+            self._choose(self.at + (1 if key in (curses.KEY_DOWN, ord("j")) else -1))
         elif key == ord("f"):
-            self.failed_only, self.at = not self.failed_only, 0
+            self.failed_only, self.at, self.chosen = not self.failed_only, 0, {}
         elif key == ord("p"):
             self.asks = "resume" if overview.is_paused(self.outbox.jobs.redis) else "pause"
         elif key == ord("r") and self.mails:
-            self.asks, self.asked_for = "requeue", self.mails[self.at]["id"]
+            self._choose(self.at)
+            if self.chosen["status"] == State.UNKNOWN:
+                self.said = f"in doubt: decide at /mail/emails/{self.chosen['id']} whether it arrived"
+            else:
+                self.asks = "requeue"
         return key not in (ord("q"), 27)
 
+    def _choose(self, line: int) -> None:
+        self.at = max(0, min(line, len(self.mails) - 1))
+        self.chosen = self.mails[self.at] if self.mails else {}
+
     def _do(self, what: str) -> None:
-        redis, mail_id = self.outbox.jobs.redis, self.asked_for if what == "requeue" else ""
+        redis, mail_id = self.outbox.jobs.redis, self.chosen["id"] if what == "requeue" else ""
         try:
             if what == "requeue":
                 self.outbox.requeue(mail_id, in_doubt=False)  # nothing here says that it may arrive twice
@@ -167,10 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bin/top", description="Shows whether all is well, and the last mails.")
     parser.parse_args(arguments)
     target = Target(Path(__file__).parent.parent)
-    settings = configuration.load(target)
+    settings = configuration.load_for(target, "bin/top")
     if not settings:
-        why = "the settings cannot be read" if configuration.is_readable(target) else "it needs root: sudo bin/top"
-        print(f"{why}; bin/doctor says more", file=sys.stderr)
         return 1
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         print("bin/top draws on a terminal, and this is none", file=sys.stderr)
@@ -181,5 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["TERM"] = "xterm"
     who = os.environ.get("SUDO_USER") or getpass.getuser()
     with client(settings) as redis:
-        curses.wrapper(partial(run, Top(Outbox(Jobs(redis), settings), who)))
+        try:
+            curses.wrapper(partial(run, Top(Outbox(Jobs(redis), settings), who)))
+        except curses.error as why:
+            print(f"bin/top cannot draw on this terminal ({why}); TERM must name one that is known", file=sys.stderr)
+            return 2
     return 0

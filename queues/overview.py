@@ -140,6 +140,7 @@ def _number(written: bytes) -> float:
 
 
 def moment_of(written: str) -> float:
+    """Returns a moment as RQ writes it, in seconds since 1970; 0 for what is none."""
     with suppress(ValueError, OverflowError):
         return datetime.fromisoformat(written.replace("Z", "+00:00")).timestamp()
     return 0.0

@@ -46,5 +46,5 @@ def test_marks_are_drawn_where_they_were_and_their_text_is_text() -> None:
     figure = chart("t", TIMES, [], marks=[(TIMES[2], "<b>0.2.0</b>"), (TIMES[0] - 9, "before")])
     assert "&lt;b&gt;0.2.0" in figure
     assert "before" not in figure
-    assert 'x1="381.0"' in figure
+    assert 'x1="385.0"' in figure
     assert "no figures yet" in figure

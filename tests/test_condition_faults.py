@@ -191,7 +191,7 @@ FAULTS: list[tuple[str, Fault, str, str, str]] = [  # name, fault, kind, the sen
     ("snapshot", of_redis(redis_troubles.disk_refuses), "disk", "Redis cannot write its snapshot, and may", "df -h"),
     ("disk", disk_full, "disk", "Redis cannot write its append-only file, so new mail is refused with 503", "df -h"),
     ("clock", clock_ahead, "clock", "A worker's clock is 60 min ahead of ours, so mail is tried at", "timedatectl"),
-    ("clock set", clock_set, "clock", "This machine's clock was set on by 60 min at ", "timedatectl"),
+    ("clock set", clock_set, "clock", "This machine's clock was set forward by 60 min at ", "timedatectl"),
     ("dead queue", dead_queue, "stuck", "Workers run, and take nothing: 1 mail waits in the queue, the oldest for 6",
      "worker.py email"),
     ("suspended", suspended, "suspended", "A person has paused all sending. 1 mail waits, none is lost.", "rq resume"),

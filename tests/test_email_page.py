@@ -14,9 +14,11 @@ import pytest
 from redis import Redis
 
 from mail.draft import prepare
+from mail.listing import Wanted, page
 from mail.mime import head
 from mail.outbox import Outbox
 from mail.states import EXPIRED, State, Status
+from mail.sweep import sweep
 from ops.page import audit, timeline
 from ops.page.audit import Action
 from queues import keys
@@ -68,8 +70,8 @@ LATER = Told(State.DELAYED, "rcpt", 451, "4.7.1 later", "try again", Status.PEND
 REFUSED = Told(State.FAILED, "rcpt", 550, "5.1.1 <b@example.com>: no such user", "refused", Status.REFUSED)
 HELD = Told(State.UNKNOWN, "dot", None, "timed out", "in doubt", Status.IN_DOUBT)
 TROUBLE = Told(State.DELAYED, "auth", 535, "5.7.8 no", "trouble", Status.PENDING, next_in=30)
-DOUBT = "It arrived, It did not arrive: send it again, Give it up"
-AGAIN = "Send it again, Give it up"
+DOUBT = "It arrived, It did not arrive: requeue it, Give it up"
+AGAIN = "Requeue it, Give it up"
 TWO = {"to": ["a@example.com", "b@example.com"]}
 PUT_OFF = "It waits: the relay put it off (451 at rcpt). The next attempt is in 4 min , at"
 
@@ -89,9 +91,15 @@ PUT_OFF = "It waits: the relay put it off (451 at rcpt). The next attempt is in 
         ({}, HELD._replace(state=State.DELAYED), "In doubt: the relay may have it, for its answer never", "Cancel it"),
         ({}, HELD, "In doubt: the relay may have it or not", DOUBT),
         ({}, REFUSED, "Failed: the relay refused it (550 at rcpt).", AGAIN),
-        ({}, REFUSED, "What to do: correct it where the application has it from", AGAIN),
+        ({}, REFUSED, "What fixes it: correct it where the application has it from", AGAIN),
         (TWO, REFUSED, "Failed for 1 of 2 recipients: the relay refused it", AGAIN),
         ({}, LATER._replace(state=State.FAILED), "put it off in every attempt (451 at rcpt)", AGAIN),
+        (
+            {},
+            REFUSED._replace(phase="dot", code=554, text="spam"),
+            "What fixes it: below are the relay's own words",
+            AGAIN,
+        ),
         ({}, REFUSED._replace(reason="550 before"), "Failed: the relay refused it (550 before).", AGAIN),
         ({}, REFUSED._replace(reason=EXPIRED), "What it means: its expires_at passed", AGAIN),
     ],
@@ -105,6 +113,10 @@ def test_a_mail_says_in_one_sentence_what_is_so_and_has_only_the_buttons_that_ar
     shown = pages.get(f"/mail/emails/{mail_id}")
     assert sentence in words(shown)
     assert ", ".join(re.findall("<button.*?>(.*?)</button>", shown)) == buttons
+    alike = re.search('href="(/mail/activity[^"]*)">All mails that met with the same', shown)
+    assert bool(alike) == bool(told and told.state != State.SENT)
+    if alike:
+        assert mail_id in pages.get(alike[1].replace("&amp;", "&"))
     assert ('data-live="5"' in shown) == (told is None or told.state == State.DELAYED)
 
 
@@ -274,8 +286,43 @@ def test_an_action_is_asked_for_done_and_noted(
     assert f'operator who="without login" what={action} id={mail_id}' in caplog.text
     assert "@" not in caplog.text
     assert pages.outbox.read(mail_id)["status"] == status
-    assert says in pages.text(answer.headers["Location"])
+    after = pages.get(answer.headers["Location"])
+    assert says in words(after)
+    assert len(re.findall("<p>(?:Canceled|Said to|A person said|Sent<)", after)) == (status != "queued")  # once
     assert f"without login {action} {mail_id}" in pages.text("/mail/actions")
+
+
+def test_a_copy_goes_to_the_operator_alone_as_long_as_the_content_is_kept(
+    pages: Pages, redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = Pages.of(redis_server.url, alert_to="me@example.org")
+    mail_id = mine.accept(subject="Look at me")
+    path = f"/mail/emails/{mail_id}"
+    assert "set ALERT_TO" in pages.text(path)
+    assert pages.post(f"{path}/copy").status_code == 409
+    with caplog.at_level(0):
+        assert mine.post(f"{path}/copy").headers["Location"] == f"{path}?done=copy"
+    assert "example.org" not in caplog.text
+    assert "A copy sent to ALERT_TO without login" in mine.text(path)
+    [copy] = [one for one in page(mine.outbox, Wanted())[0] if one["id"] != mail_id]
+    assert (copy["to"], copy["cc"], copy["bcc"], copy["subject"]) == (["me@example.org"], [], [], "Look at me")
+    attempt(mine.outbox, mail_id, SENT)
+    assert "<button" not in mine.get(path)
+    assert mine.post(f"{path}/copy").status_code == 409
+
+
+def test_a_mail_that_was_canceled_elsewhere_says_when(pages: Pages) -> None:
+    mail_id = pages.accept()
+    pages.outbox.cancel(mail_id)
+    shown = re.sub(r"\s+", " ", pages.get(f"/mail/emails/{mail_id}"))
+    assert re.search(r'</time> <span class="gap">\+\d+ ms</span></div> <div class="what"><p>Canceled</p>', shown)
+
+
+def test_an_expired_mail_is_not_sent_again(pages: Pages, client: Redis) -> None:
+    mail_id = pages.accept()
+    attempt(pages.outbox, mail_id, REFUSED)
+    client.hset(f"mail:{mail_id}", "expires_at", at(-60))
+    assert re.findall("<button.*?>(.*?)</button>", pages.get(f"/mail/emails/{mail_id}")) == ["Give it up"]
 
 
 @pytest.mark.parametrize(("when", "status"), [("in", 303), ("past", 400), ("far", 400), ("x", 400), ("", 400)])
@@ -338,6 +385,9 @@ def test_a_note_holds_no_address_and_only_the_last_thousand_are_kept(
     assert "Older ones" not in pages.text("/mail/actions?from=900")
     client.set("mail:actions", "something else")
     audit.note(client, "admin", "pause", "queue")  # it is in the log
+    list(sweep(pages.outbox))
+    audit.note(client, "admin", "resume", "queue")
+    assert [one.what for one in audit.actions(client)] == ["resume"]
 
 
 RQ_BUTTONS = {

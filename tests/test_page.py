@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 
 from mail import figures
 from mail.claim import iso
 from mail.states import State
-from ops.page.words import ago, mailbox, masked
+from ops.page.words import ago, mailbox, masked, soon
 from queues import keys
 from tests.mails import claim
 from tests.pages import Pages
@@ -72,6 +73,7 @@ def test_a_mailbox_keeps_no_name_where_it_is_masked() -> None:
     assert mailbox('"Ada" <ada@example.com>', show=False) == "a…@example.com"
     assert mailbox("not an address", show=False) == "not an address"
     assert ago(None) == ""
+    assert [re.sub("<.*?>", "", soon(time.time() + seconds)) for seconds in (200, -200)] == ["in 3 min", "now"]
 
 
 def test_the_front_page_says_whether_all_is_well_and_counts_today(pages: Pages) -> None:
@@ -79,7 +81,7 @@ def test_the_front_page_says_whether_all_is_well_and_counts_today(pages: Pages) 
     shown = pages.text("/mail/")
     assert shown.startswith("No worker runs, so no mail goes out. 1 mail waits, none is lost.")
     assert "1 accepted yesterday 0" in shown
-    assert "1 wait now" in shown
+    assert "1 waiting now" in shown
     assert [words for words in ("Mails a minute", "Mails an hour") if words in shown] == ["Mails a minute"]
     assert "Mails an hour" in pages.text("/mail/?span=3d")
     assert "Mails a minute" in pages.text("/mail/?span=%3Cb%3E")
@@ -87,7 +89,9 @@ def test_the_front_page_says_whether_all_is_well_and_counts_today(pages: Pages) 
 
 def test_what_happened_is_marked_in_the_charts(pages: Pages) -> None:
     figures.mark(pages.outbox.jobs.redis, "redis_restarted", "<7.2.4>")
-    assert ": redis restarted &lt;7.2.4&gt;</title>" in pages.get("/mail/")
+    page = pages.get("/mail/")
+    assert ": Redis restarted &lt;7.2.4&gt;</title>" in page
+    assert "</time> Redis restarted &lt;7.2.4&gt;.</p>" in page
 
 
 def test_the_last_word_is_about_what_failed(pages: Pages) -> None:

@@ -102,11 +102,11 @@ def test_a_stranger_answers_five_questions(browser: Chrome, site: Running, mails
     # Why did Bob not get his invoice?
     person.searches("to:bob@example.com")
     person.click("Invoice 17")
-    person.sees("Failed: the relay refused it (550 at rcpt)", "the relay knows no such address", "What to do:")
+    person.sees("Failed: the relay refused it (550 at rcpt)", "the relay knows no such address", "What fixes it:")
     # What waits, and since when?
     person.click("Overview")
     person.sees("No worker runs")
-    person.click("wait now")
+    person.click("waiting now")
     person.sees("Welcome, Fay", "queued")
     person.click("Your order")
     person.sees("It waits: the relay put it off (451 at rcpt). The next attempt is in", "Accepted")
@@ -145,8 +145,8 @@ def test_a_keyboard_alone_finds_a_mail_and_sends_it_again(
     browser.refresh()
     by_keyboard(browser, "Activity")
     by_keyboard(browser, "Invoice 17")
-    by_keyboard(browser, "Send it again")
-    by_keyboard(browser, "Send it again")
+    by_keyboard(browser, "Requeue it")
+    by_keyboard(browser, "Requeue it")
     person.sees("It is queued again")
 
 

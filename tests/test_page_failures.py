@@ -44,7 +44,7 @@ CASES = [
     Case(
         State.FAILED, f"{TROUBLE_TOO_LONG}: 421 at greeting", ("greeting", 421, ""), "5 days for the relay", FIX_FIRST
     ),
-    Case(State.FAILED, TROUBLE_TOO_LONG, None, "5 days for the relay (TROUBLE_FOR) What fixes it Relay", FIX_FIRST),
+    Case(State.FAILED, TROUBLE_TOO_LONG, None, "(TROUBLE_FOR) What fixes it /mail/system", FIX_FIRST),
     Case(State.FAILED, EXPIRED, None, "its expires_at passed"),
     Case(State.FAILED, LOST[""], None, "somebody has deleted its job", FIX_FIRST),
     Case(State.FAILED, NOT_ADMITTED, None, "this is a staging system", "as long as MAIL_ALLOWLIST"),
@@ -52,7 +52,7 @@ CASES = [
     Case(
         State.FAILED, "no reply at connect (Name <i>)", ("connect", None, "x"), "the relay cannot be reached", FIX_FIRST
     ),
-    Case(State.FAILED, "what nobody knows", None, "what nobody knows: 1 mail accepted", FIX_FIRST),
+    Case(State.FAILED, "what nobody knows", None, "what nobody knows: 1 mail Accepted at", FIX_FIRST),
     Case(State.UNKNOWN, "no reply at dot", ("dot", None, ""), "decided alone, on its own page"),
     Case(State.DELAYED, "451 at rcpt", ("rcpt", 451, "later"), "next attempt in 60 s What it means the relay puts"),
     Case(State.DELAYED, "SMTP_RATE is reached", None, "each mail has its turn"),

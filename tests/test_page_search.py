@@ -6,7 +6,8 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from ops.page.search import NotUnderstood, Query, Term, moment, parse, sealed, unsealed, words
+from mail.causes import Cause, of_cause
+from ops.page.search import NotUnderstood, Query, Term, moment, parse, sealed, unsealed, wanted, words
 
 ID = "01a21bcd-dd4a-74c0-866f-cb96bd4300ba"
 HEX = "0123456789abcdef"
@@ -128,3 +129,9 @@ def test_a_term_that_is_added_takes_the_place_of_one_that_may_be_there_once() ->
     assert str(query) == "state:in-doubt tag:c:d tag:a:b"
     assert str(query.also("state", "sent")) == "tag:c:d tag:a:b state:sent"
     assert Term("key", "my shop") in parse(str(query.also("key", "my shop"))).terms
+
+
+def test_a_reason_is_looked_for_in_the_causes_that_have_its_words() -> None:
+    known = [Cause("failed", "535 at auth", 1, 0, 0), Cause("delayed", "451 at rcpt", 1, 0, 0)]
+    assert wanted(parse("reason:AUTH"), str, NOW, known).places == ([of_cause("failed", "535 at auth")],)
+    assert wanted(parse("reason:tls"), str, NOW, known).places == ([],)

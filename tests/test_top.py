@@ -90,9 +90,15 @@ def test_a_yes_is_about_the_mail_that_was_asked_for_and_never_sends_one_in_doubt
     assert [line.chosen for line in list(top.lines(30))[-2:]] == [False, True]
     top.press(ord("y"))
     assert (outbox.read(bad)["status"], outbox.read(other)["status"]) == ("queued", "failed")
+    press(top, curses.KEY_UP, "r")
+    assert top.last_line() == "requeue s? y/n"
     client.hset(f"mail:{other}", "state", "unknown")
-    press(top, "r", "y")
+    top.press(ord("y"))
     assert (outbox.read(other)["status"], top.last_line()[:30]) == ("unknown", "not done: the mail is in doubt")
+    press(top, "r", "y")
+    assert (outbox.read(other)["status"], top.asks) == ("unknown", "")
+    press(top, "r")
+    assert top.last_line().startswith("in doubt: decide at /mail/emails/")
 
 
 @pytest.mark.parametrize("term", ["xterm-256color", "vt220", "of-tomorrow"])

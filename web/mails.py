@@ -66,8 +66,11 @@ class Move(StrictModel):
 
 def list_mails(service: Service) -> HTTPResponse:
     found = page(service.outbox, wanted())
-    data = [{name: value for name, value in mail.items() if name not in HIDDEN} for mail in found.mails]
-    return json_response(200, {"object": "list", "has_more": found.more, "data": data})
+    return json_response(200, {"object": "list", "has_more": found.more, "data": found.mails})
+
+
+def shown(mail: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in mail.items() if name not in HIDDEN}
 
 
 def wanted() -> Wanted:
@@ -97,6 +100,7 @@ def wanted() -> Wanted:
         below=min(filter(None, (until, older)), default=Wanted().below),
         upwards=bool(newer),
         limit=query.limit,
+        keep=shown,
     )
 
 

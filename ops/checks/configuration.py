@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -51,6 +52,15 @@ def load(target: Target) -> Settings | None:
             return current if target.installed else with_redis_of_dev(current, target)
     except (SettingsError, OSError):
         return None
+
+
+def load_for(target: Target, program: str) -> Settings | None:
+    """Returns what `load` does, and says on standard error why a program cannot have it."""
+    current = load(target)
+    if not current:
+        why = "the settings cannot be read" if is_readable(target) else f"it needs root: sudo {program}"
+        print(f"{why}; bin/doctor says more", file=sys.stderr)
+    return current
 
 
 def with_redis_of_dev(current: Settings, target: Target) -> Settings:

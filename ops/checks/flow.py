@@ -73,7 +73,7 @@ def workers(target: Target, settings: Settings) -> Findings:
 def waiting(target: Target, settings: Settings) -> Findings:
     """Checks how long the oldest mail has waited, and whether there is a reason for it."""
     with client(settings) as redis:
-        state, reasons = health.queue_states(Jobs(redis))[EMAIL], list(reasons_to_wait(redis, settings))
+        state, reasons = health.queue_states(Jobs(redis))[EMAIL], list(reasons_to_wait(redis, settings, target))
         unreadable = redis.zcount(UNREADABLE, time.time() - UNREADABLE_KEPT, "+inf")
         first: list[Any] = redis.zrange(OPEN, 0, 0, withscores=True)
         failed, orphaned = failed_mails(redis)
@@ -96,8 +96,8 @@ def waiting(target: Target, settings: Settings) -> Findings:
         found = f"a mail has been stuck for {lasting(overdue)}, and no sweep takes care of it"
         yield fault(found, target.restart("worker@email"))
     if failed:
-        fix = "look at the dashboard or GET /emails/ID; POST /jobs/ID/requeue sends one again"
-        yield note(f"{counted(failed, 'mail')} failed for good", fix)
+        fix = "/mail/failures shows why, and requeues; or GET /emails/ID, and POST /jobs/ID/requeue"
+        yield note(f"{counted(failed, 'mail')} failed, or {'is' if failed == 1 else 'are'} in doubt and held", fix)
     if orphaned:
         found = f"{counted(orphaned, 'failed job')} without a mail: it is no longer kept, or was never accepted"
         yield note(found, "the dashboard's button empties the list; there is nothing to send")
@@ -118,9 +118,10 @@ def failed_mails(redis: Redis) -> tuple[int, int]:
     return kept, len(ids) - kept
 
 
-def reasons_to_wait(redis: Redis, settings: Settings) -> Findings:
+def reasons_to_wait(redis: Redis, settings: Settings, target: Target) -> Findings:
     if redis.exists(keys.SUSPENDED):
-        yield fault("workers are suspended (`rq suspend`), so nothing is sent", ".venv/bin/rq resume -u REDIS_URL")
+        fix = f"resume all workers at /mail/system, with the key p of {target.command('top')}, or with rq resume"
+        yield fault("workers are suspended (`rq suspend`), so nothing is sent", fix)
     open_until: Any = redis.hget("relay:breaker", "open_until")
     if open_until:
         seconds = max(0.0, float(open_until) / 1000 - time.time())

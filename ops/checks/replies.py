@@ -112,7 +112,8 @@ OTHERWISE = (  # for what smtp.policy does not take for trouble
     (ANY, "rcpt", "5..", "", "the relay refuses this recipient permanently",
      "GET /emails/ID has the relay's own words"),
     (ANY, LATER, "5..", "", "the relay refuses this mail permanently", "GET /emails/ID has the relay's own words"),
-    (ANY, LATER, "4..", "", "the relay puts this mail off; it is tried again", "wait; GET /emails/ID has its words"),
+    (ANY, LATER, "4..", "", "the relay puts this mail off; it is tried again",
+     "wait; GET /emails/ID has the relay's own words"),
 )
 NOTHING = ("the relay does not answer as it should", "see the port and SMTP_SECURITY; try again later")
 # fmt: on
@@ -123,7 +124,7 @@ def explain(host: str, reply: Reply) -> tuple[str, str]:
     policy = row_for(reply.phase, reply.code, reply.text)
     waits = (
         f"{policy.meaning}; mail waits, and loses no attempt",
-        "GET /emails/ID has its words; SMTP_RATE for a limit",
+        "GET /emails/ID has the relay's own words; for a limit, set SMTP_RATE",
     )
     judged = waits if policy.verdict is Verdict.TROUBLE and reply.phase in MESSAGE and reply.code else None
     return _first(ROWS, host, reply) or judged or _first(OTHERWISE, host, reply) or NOTHING

@@ -41,6 +41,10 @@ class Target:
             return f"sudoedit {self.file}, then: sudo systemctl restart async-email.target"
         return f"edit {self.file} (.env.example shows the names)"
 
+    def command(self, name: str) -> str:
+        """Returns how to run what is in bin/."""
+        return f"sudo {self.opt}/current/bin/{name}" if self.installed else f"bin/{name}"
+
     def restart(self, part: str) -> str:
         """Returns the command for `api`, `worker@email`, `worker@jobs` or `dashboard`."""
         if self.installed:

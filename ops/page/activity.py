@@ -13,7 +13,7 @@ from mail.causes import causes
 from mail.index import LAST, made_at, raw_id
 from mail.listing import Page, page
 from ops.page.search import NotUnderstood, Query, found_at, parse, sealed, unsealed, wanted
-from ops.page.view import View, go
+from ops.page.view import View, go, row
 
 SHOWN = 50  # mails on a page
 LOOK = 300  # mails that are read for a page
@@ -61,8 +61,8 @@ def _answer(view: View, text: str) -> Response:
 def _found(view: View, query: Query, newer: bytes, older: bytes) -> Page:
     known = causes(view.outbox) if query.of("reason") else ()
     asked = wanted(query, view.outbox.index.sealed, datetime.now().astimezone(), known)
-    above, below = max(asked.above, newer), min(asked.below, older or LAST)
-    return page(view.outbox, asked._replace(above=above, below=below, upwards=bool(newer), limit=SHOWN, look=LOOK))
+    asked = asked._replace(above=max(asked.above, newer), below=min(asked.below, older or LAST), upwards=bool(newer))
+    return page(view.outbox, asked._replace(keep=row, limit=SHOWN, look=LOOK))
 
 
 def _render(

@@ -24,15 +24,15 @@ REASONS = {
     ),
     NOT_ADMITTED: (
         "this is a staging system, and the mail was accepted before that was set",
-        "submit it anew, or change the setting and send it again",
+        "submit it anew, or change the setting and requeue it",
     ),
     LOST["failed"]: (
         "its worker ended in each of four attempts; if other mail goes out, this mail itself may be why",
-        "journalctl -u async-email-worker@email shows how they ended; then send it again",
+        "journalctl -u async-email-worker@email shows how they ended; then requeue it",
     ),
-    LOST["stopped"]: ("somebody has stopped its job in RQ", "send it again"),
-    LOST["canceled"]: ("somebody has canceled its job in RQ", "send it again"),
-    LOST[""]: ("somebody has deleted its job in RQ, with rq empty for example", "send it again"),
+    LOST["stopped"]: ("somebody has stopped its job in RQ", "requeue it"),
+    LOST["canceled"]: ("somebody has canceled its job in RQ", "requeue it"),
+    LOST[""]: ("somebody has deleted its job in RQ, with rq empty for example", "requeue it"),
 }
 
 

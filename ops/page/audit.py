@@ -61,4 +61,4 @@ def show(view: View) -> Response:
     first = int(given) if re.fullmatch("[0-9]{1,3}", given) else 0
     found = actions(view.redis, first, first + SHOWN - 1)
     older = first + SHOWN if len(found) == SHOWN and first + SHOWN < KEPT else 0
-    return view.render("actions.html", "Who did what", actions=found, older=older)
+    return view.render("actions.html", "Actions", actions=found, older=older)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 180, 52, 10, 14, 24
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 180, 60, 10, 14, 24
 FASTEST = 0.05  # seconds, at the foot of a scale of times
 TIMES = {0.1: "0.1 s", 1: "1 s", 10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h", 6 * 3600: "6 h", 86400: "1 day"}
 
@@ -65,8 +65,7 @@ def chart(
     drawn += [_mark(times, at, text) for at, text in marks if times and times[0] <= at]
     picture = Markup(
         '<figure class="chart"><figcaption>{0}</figcaption>'
-        '<div class="scroll" tabindex="0" role="region" aria-label="{0}">'
-        '<svg viewBox="0 0 {1} {2}" role="img" aria-label="{3}">{4}</svg></div><ul class="legend">{5}</ul></figure>'
+        '<svg viewBox="0 0 {1} {2}" role="img" aria-label="{3}">{4}</svg><ul class="legend">{5}</ul></figure>'
     )
     legend = Markup("").join(Markup('<li class="{0}">{0}</li>').format(one.name) for one in series)
     return picture.format(title, WIDTH, HEIGHT, _told(title, series, in_time), Markup("").join(drawn), legend)

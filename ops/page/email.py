@@ -26,14 +26,16 @@ from mail.states import FINAL, SCHEDULED, State, Status
 from mail.store import mail_key
 from ops.page import audit, timeline
 from ops.page.advice import advice, in_the_way
+from ops.page.search import alike
 from ops.page.view import View, go
 from ops.page.words import masked, moment
 from queues import keys
 from queues.jobs import NotFound, NotPossible
+from queues.overview import moment_of
 from queues.quarantine import DAMAGED
 from smtp.policy import Verdict
 
-LARGEST = 256 * 1024  # bytes of a content, packed, of which the headers are shown; four times as many unpacked
+LARGEST = 64 * 1024  # bytes of a content, packed, of which the headers are shown; four times as many unpacked
 
 
 class Action(NamedTuple):
@@ -47,6 +49,7 @@ class Action(NamedTuple):
 
 
 TWICE = "The relay may have it, and then it arrives twice. The relay's log knows, by the Message-ID."
+TOGETHER = (State.FAILED, State.UNKNOWN, State.DELAYED)  # of these, others may have met with the same
 WAITING = (SCHEDULED, State.QUEUED.value, State.DELAYED.value)
 ACTIONS = (
     Action(
@@ -54,11 +57,10 @@ ACTIONS = (
         "Then it is noted as sent to those who are in doubt, and never sent to them again.",
     ),
     Action(
-        "requeue", (State.UNKNOWN,), "It did not arrive: send it again", "Send again a mail that may have arrived?",
-        TWICE,
+        "requeue", (State.UNKNOWN,), "It did not arrive: requeue it", "Requeue a mail that may have arrived?", TWICE,
     ),
     Action(
-        "requeue", (State.FAILED,), "Send it again", "Send this mail again?",
+        "requeue", (State.FAILED,), "Requeue it", "Requeue this mail?",
         "It gets all its attempts again, and goes only to those recipients who are not known to have it.",
     ),
     Action("move", (SCHEDULED,), "Move it", "Move this mail?", "It is not sent before its new time."),
@@ -112,8 +114,9 @@ def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
         "trouble": state not in FINAL and view.outbox.relay_in_trouble(),
         "replied": in_the_way(mail) is not None,
         "advice": advice(mail),
+        "alike": alike(mail["reason"], state) if mail["reason"] and state in TOGETHER else "",
         "actions": actions,
-        "alert_to": alert_to(view),
+        "alert_to": view.settings.alert_to,
         "final": state in FINAL,
         "headers": header_lines(view, mail, kept),
         "commands": commands(view, mail, actions),
@@ -134,6 +137,7 @@ def sent_at(mail: Mapping[str, Any], kept: Kept) -> float:
 
 
 def look(view: View, mail_id: str) -> Kept:
+    """Reads what is kept of a mail besides what `view.outbox.read` returns."""
     pipe, key = view.redis.pipeline(transaction=False), mail_key(mail_id)
     pipe.hmget(key, "outline", "settled_at")
     pipe.hstrlen(key, "content")
@@ -143,17 +147,9 @@ def look(view: View, mail_id: str) -> Kept:
     running = None
     if worker and started:
         what = f"Claimed by worker {worker.decode(errors='replace')[:8]}, which has it in hand"
-        running = timeline.Step(what, number_of(started))
+        running = timeline.Step(what, moment_of(started.decode(errors="replace")))
     packed: Any = view.redis.hget(key, "content") if 0 < size <= LARGEST else None
     return Kept(outline or b"", number(settled_at), size > 0, unpacked(packed) if packed else None, running)
-
-
-def number_of(started: bytes) -> float:
-    """Returns a moment as RQ writes it, in seconds since 1970; 0 for what is none."""
-    try:
-        return datetime.fromisoformat(started.decode().replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        return 0
 
 
 def unpacked(packed: bytes) -> bytes | None:
@@ -196,7 +192,7 @@ def possible(view: View, mail: Mapping[str, Any], has_content: bool) -> list[Act
     """Returns what may be done to a mail as it is now."""
     expired = 0 < timestamp(mail["expires_at"] or "") <= time.time()
     no = {"requeue"} if expired else set()
-    no |= {"copy"} if not has_content or not alert_to(view) else set()
+    no |= {"copy"} if not has_content or not view.settings.alert_to else set()
     return [action for action in ACTIONS if mail["status"] in action.states and action.name not in no]
 
 
@@ -238,14 +234,10 @@ def act(view: View, mail_id: str, action: str) -> Response:
     return go(f"/mail/emails/{mail_id}?done={action}")
 
 
-def alert_to(view: View) -> str:
-    return getattr(view.settings, "alert_to", None) or ""
-
-
 def copy(view: View, mail_id: str) -> None:
-    if not alert_to(view):
-        raise NotPossible("ALERT_TO is not set, so nobody knows where the copy should go")
-    view.outbox.copy(mail_id, alert_to(view))
+    if not view.settings.alert_to:
+        raise NotPossible("ALERT_TO must be set: a copy goes there, and nowhere else")
+    view.outbox.copy(mail_id, view.settings.alert_to)
 
 
 def move_form(view: View, mail: Mapping[str, Any], status: int = 200, wrong: str = "") -> Response:

@@ -23,7 +23,7 @@ from ops.checks import replies
 from ops.checks.findings import counted, lasting
 from ops.page import audit
 from ops.page.advice import REASONS, REPLY, in_the_way
-from ops.page.search import Query, Term, found_at
+from ops.page.search import alike
 from ops.page.view import View, go
 from queues.failures import Failure, failures
 from queues.jobs import NotFound, NotPossible
@@ -41,7 +41,7 @@ PATIENCE = 3.0  # seconds
 WAITING = {  # why mails wait though no relay has said anything about them
     WAITS["breaker"]: (
         "all mail waits until the relay is well again; none loses an attempt",
-        "Relay and workers says what the relay's last reply means, and what fixes it",
+        "/mail/system says what the relay's last reply means, and what fixes it",
     ),
     WAITS["rate"]: (
         "each mail has its turn under SMTP_RATE, and goes at that moment",
@@ -49,8 +49,8 @@ WAITING = {  # why mails wait though no relay has said anything about them
     ),
 }
 IN_DOUBT = (
-    "the relay may have accepted them: its answer to the final dot never came",
-    "look for each Message-ID in the relay's log, and decide each mail on its own page",
+    "the relay may have accepted it: its answer to the final dot never came",
+    "look for its Message-ID in the relay's log, and say on the mail's page whether it arrived",
 )
 
 NO_ANSWER = (
@@ -106,6 +106,7 @@ def groups(view: View) -> dict[str, list[Group]]:
 
 
 def made(view: View, wanted: list[Cause]) -> list[Group]:
+    """Returns of each cause what the page shows, from its newest mails."""
     samples = newest(view.outbox, wanted, SAMPLE)
     mails = {mail["id"]: mail for mail in view.outbox.read_all([one for sample in samples for one in sample])}
     return [
@@ -120,7 +121,7 @@ def group(view: View, cause: Cause, sample: list[dict[str, Any]]) -> Group:
     recipients = [one for mail in sample for one in mail["recipients"]]
     return Group(
         cause=cause,
-        mails=found_at(Query((Term("reason", cause.reason.replace('"', " ")), Term("state", cause.state)))),
+        mails=alike(cause.reason, cause.state),
         meaning=meaning,
         fix=fix.replace("GET /emails/ID has", "each mail's page has"),
         next_attempt=min((one["next_attempt_at"] for one in sample if one["next_attempt_at"]), default=""),
@@ -150,15 +151,16 @@ def explained(view: View, cause: Cause, told: tuple[str, Reply] | None) -> tuple
 
 
 def warning(cause: Cause, told: tuple[str, Reply] | None, in_doubt: bool) -> str | None:
+    """Returns what is to be said before all of a cause are queued again; None where that is not possible."""
     if cause.state != State.FAILED or cause.reason == EXPIRED:
         return None
     if cause.reason == NOT_ADMITTED:
         return "They will fail again as long as MAIL_ALLOWLIST and MAIL_REDIRECT_TO keep them from their recipients."
     if in_doubt or (told and told[1].verdict is Verdict.IN_DOUBT):
-        return "The relay may have these mails already: sent again, what it has arrives twice."
+        return "The relay may have these mails already: requeued, what it has arrives twice."
     if told and told[1].verdict is Verdict.REFUSED:
         what = "these addresses" if told[1].phase is Phase.RCPT else "these mails"
-        return f"The relay refused {what} for good: sent again, they will most likely fail again."
+        return f"The relay refused {what} for good: requeued, they will most likely fail again."
     return "Do it once the cause is fixed, or they will fail again."
 
 

@@ -20,10 +20,11 @@ SPANS = {"2h": ("2 hours", "a minute"), "3d": ("3 days", "an hour")}
 TILES = (  # what is counted today and yesterday, its name, and the search that shows it
     ("accepted", "accepted", "after:today"),
     ("sent", "sent", "after:today state:sent"),
-    ("delayed", "times put off", "state:delayed"),
+    ("delayed", "times delayed", "state:delayed"),
     ("failed", "failed", "after:today state:failed"),
     ("unknown", "in doubt", "state:in-doubt"),
 )
+MARKS = 5  # of what the charts mark, so many are told in words
 COUNTED = ("failed", "accepted", "sent")
 PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
@@ -35,6 +36,10 @@ def show(view: View) -> Response:
     redis, facts = view.redis, gather(view.outbox)
     periods = figures.minutes(redis, 120) if span == "2h" else figures.hours(redis, 72)
     today, yesterday = figures.days(redis)
+    marks = [
+        (one.at, f"{one.kind.replace('_', ' ').capitalize()} {one.text}".strip())
+        for one in figures.marks(redis, periods[0].at)
+    ]
     tiles = [(name, today[field], yesterday[field], query) for field, name, query in TILES]
     return view.render(
         "overview.html",
@@ -45,22 +50,20 @@ def show(view: View) -> Response:
         oldest=oldest(facts)[0],
         spans={one: name for one, (name, _) in SPANS.items()},
         span=span,
-        charts=charts(periods, figures.marks(redis, periods[0].at), SPANS[span][1]),
+        charts=charts(periods, marks, SPANS[span][1]),
+        marks=marks[-MARKS:],
     )
 
 
-def charts(periods: Sequence[Figures], marked: Sequence[figures.Mark], each: str) -> list[Markup]:
+def charts(periods: Sequence[Figures], marks: Sequence[tuple[float, str]], each: str) -> list[Markup]:
     """Returns the four charts of these periods, of which each is `a minute` or `an hour`."""
     times = [one.at for one in periods]
-    marks = [(one.at, f"{one.kind.replace('_', ' ')} {one.text}".strip()) for one in marked]
     counted = [Series(name, [one.counts[name] for one in periods], name == "failed") for name in COUNTED]
     taken = [Series(name, [one.percentile(share) for one in periods]) for name, share in PERCENTILES.items()]
     depth, longest = ([one.counts.get(name) for one in periods] for name in ("depth", "oldest"))
     return [
         chart(f"Mails {each}", times, counted, marks=marks),
-        chart("Time from accept to the relay's 250", times, taken, marks=marks, in_time=True),
+        chart("Time from accepted to sent", times, taken, marks=marks, in_time=True),
         chart("Mails in the queue", times, [Series("waiting", depth)], marks=marks),
-        chart(
-            "For how long the oldest has waited there", times, [Series("oldest", longest)], marks=marks, in_time=True
-        ),
+        chart("How long the oldest of them has waited", times, [Series("oldest", longest)], marks=marks, in_time=True),
     ]

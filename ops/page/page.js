@@ -11,22 +11,21 @@ function lasting(seconds) {
 function countOn() {
   for (const time of document.querySelectorAll("time[data-ago]")) {
     const seconds = (new Date(time.dateTime) - Date.now()) / 1000;
-    time.textContent = seconds > 0 ? `in ${lasting(seconds)}` : `${lasting(-seconds)} ago`;
+    time.textContent = seconds > 0 ? `in ${lasting(seconds)}` : time.dataset.ago || `${lasting(-seconds)} ago`;
   }
 }
 
 // Whoever reads, selects, types or moves through the page by keyboard is not interrupted.
 function isInUse(main) {
   const focused = document.activeElement;
-  if (main.querySelector("details[open]")) return true;
   for (const field of main.querySelectorAll("input, textarea")) if (field.value !== field.defaultValue) return true;
-  return document.hidden || main.matches(":hover") || (main.contains(focused) && focused !== main)
+  return document.hidden || main.querySelector("a:hover, button:hover") || (main.contains(focused) && focused !== main)
     || !document.getSelection().isCollapsed || main.querySelector("details[open]");
 }
 
 async function renew(main) {
   if (isInUse(main)) return;
-  const answer = await fetch(location.href, { headers: { "X-Live": "1" } });
+  const answer = await fetch(location.origin + location.pathname + location.search);  // no login, as href may hold
   if (!answer.ok) return;
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   const fresh = page.querySelector("main");

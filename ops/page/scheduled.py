@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from flask import Response, request
 
 from mail.draft import LONGEST_DELAY
-from ops.page.view import View
+from ops.page.view import View, row
 from queues import keys
 from queues.connection import Redis
 from queues.table import EMAIL
@@ -37,7 +37,7 @@ def show(view: View) -> Response:
     days = {day.name: day for day in _days(view.redis, now)}
     entries = _entries(view.redis, start, round(skip))
     more, entries = entries[SHOWN:], entries[:SHOWN]
-    mails = {mail["id"]: mail for mail in view.outbox.read_all([name for name, _ in entries])}
+    mails = {mail["id"]: row(mail) for mail in view.outbox.read_all([name for name, _ in entries])}
     rows = [(at, mails[name]) for name, at in entries if name in mails]
     groups = [
         (days.get(name, Day(name, 0, 0)), list(found))

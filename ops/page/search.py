@@ -296,3 +296,8 @@ def found_at(query: Query, **cursor: str) -> str:
     """Returns the URL of the page that a sealed query finds."""
     asked = urlencode({**({"q": str(query)} if query.terms else {}), **cursor}, safe=":,~")
     return f"/mail/activity?{asked}" if asked else "/mail/activity"
+
+
+def alike(reason: str, state: str) -> str:
+    """Returns the URL of the mails in this state for this reason."""
+    return found_at(Query((Term("reason", reason.replace('"', " ")), Term("state", state))))

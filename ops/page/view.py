@@ -38,7 +38,7 @@ WITHOUT_LOGIN = "without login"  # in the place of a name
 DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of its URL -> a sentence
     "paused": "All workers are paused. What is in hand is finished; nothing more is sent until you resume.",
     "resumed": "All workers take mails and jobs again.",
-    "breaker_closed": "The breaker is closed. Mail goes out within half a minute; what was in hand keeps its hour.",
+    "breaker_closed": "The breaker is closed. Mail goes out within half a minute; what was in hand keeps its time.",
     "requeue": "It is queued again, with all its attempts.",
     "cancel": "It is canceled: nothing more of it is sent.",
     "arrived": "It is noted as sent to those who were in doubt.",
@@ -65,11 +65,11 @@ class View:
         show = settings.show_addresses
         self.templates.filters |= {
             **{name: getattr(words, name) for name in ("clock", "ago", "took", "number", "chip", "fate", "is_id")},
-            **{"lasting": lasting, "counted": counted, "sized": sized},
+            **{"lasting": lasting, "counted": counted, "sized": sized, "linked": words.linked, "soon": words.soon},
             "mailbox": lambda text: words.mailbox(text, show),
             "said": lambda text: text if show else words.masked(text),
         }
-        self.templates.globals |= {"version": version(), "pages": PAGES, "narrowed": narrowed}
+        self.templates.globals |= {"version": version(), "pages": PAGES, "narrowed": narrowed, "zone": words.zone}
 
     @property
     def who(self) -> str:
@@ -84,6 +84,12 @@ class View:
     def confirm(self, question: str, *, text: str, button: str, back: str, **fields: str) -> Response:
         """Returns a page that asks whether to do what a POST to the same path does, with these fields."""
         return self.render("confirm.html", question, text=text, button=button, back=back, fields=fields)
+
+
+def row(mail: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a row of a table needs of a mail: how many recipients and attempts it has, and the last attempt."""
+    recipients, attempts = mail["recipients"], mail["attempts"]
+    return mail | {"recipients": [None] * len(recipients), "attempts": [None] * len(attempts[1:]) + attempts[-1:]}
 
 
 def narrowed(name: str, value: str) -> str:

@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 
 from ops.checks.findings import lasting
 
+PAGE = re.compile(r"/mail/(?:[a-z]+)?")
 # In a relay's words, too. Begins only where what may be an address does: a header may have 64,000 characters.
 ADDRESS = re.compile(r"(?<![^\s<>()\[\],;:\"'])[^\s<>()\[\],;:\"']+@([A-Za-z0-9.-]*[A-Za-z0-9])")
 
@@ -45,14 +46,26 @@ def clock(given: str | float | datetime | None, *, milliseconds: bool = False) -
     return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(written, text) if at else ""
 
 
-def ago(given: str | float | datetime | None) -> str:
-    """Returns `12 min ago` or `in 3 h`; "" for none. The script of the page counts on."""
+def ago(given: str | float | datetime | None, due: str = "") -> str:
+    """Returns `12 min ago`, or what is given as `due`, or `in 3 h`; "" for none. The script of the page counts on."""
     at = moment(given)
     if not at:
         return ""
     seconds = at.timestamp() - time.time()
-    text = f"in {lasting(seconds)}" if seconds > 0 else f"{lasting(-seconds)} ago"
-    return Markup('<time datetime="{}" data-ago>{}</time>').format(at.isoformat(timespec="milliseconds"), text)
+    text = f"in {lasting(seconds)}" if seconds > 0 else due or f"{lasting(-seconds)} ago"
+    return Markup('<time datetime="{}" data-ago="{}">{}</time>').format(
+        at.isoformat(timespec="milliseconds"), due, text
+    )
+
+
+def soon(given: str | float | datetime | None) -> str:
+    """Returns `in 3 h`, or `now` for what is due; "" for none."""
+    return ago(given, "now")
+
+
+def zone() -> str:
+    """Returns the name of the machine's time zone."""
+    return time.strftime("%Z")
 
 
 def took(seconds: float) -> str:
@@ -75,6 +88,11 @@ def mailbox(text: str, show: bool) -> str:
         return text
     address = parseaddr(text)[1]
     return masked(address if "@" in address else text)
+
+
+def linked(text: str) -> str:
+    """Returns a text in which each path of a page leads there."""
+    return Markup(PAGE.sub(r'<a href="\g<0>">\g<0></a>', str(escape(text))))
 
 
 def chip(state: str) -> str:
