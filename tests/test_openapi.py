@@ -101,7 +101,8 @@ def test_it_is_answered_as_described(api: Api, client: redis.Redis, label: str, 
     known = [later, submitted(api, "/emails"), submitted(api, "/jobs"), failed, "welcome", UNKNOWN_ID, ""]
     keys = ["full-key"] * 5 + ["send-key", "another"]
 
-    @hypothesis_settings(SAME, max_examples=20)
+    # Of what is right by its form, much is refused for another reason; the examples vary with the project's constants.
+    @hypothesis_settings(SAME, max_examples=20 if how is WRONG else 60)
     @given(OPERATIONS[label].as_strategy(how), st.sampled_from(known), st.sampled_from(keys))
     def check(case: schemathesis.Case[Any], known_id: str, key: str) -> None:
         if case.path_parameters and known_id:
