@@ -3,7 +3,7 @@
 Every trial (bench/trials.py) starts what it needs from nothing, on loopback and free ports, with a Redis and an SMTP
 relay of its own. The sides of a measurement take turns within each round, so that whatever else the machine does meets
 all of them. A short or partial run (`--quick`, `--only`) is written to var/bench/ and leaves docs/ alone. What cannot
-be measured is said in the report; Ctrl-C leaves nothing running.
+be measured is said in the report, as is a peer that cannot be set up; Ctrl-C leaves nothing running.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.load import generator
 from bench.progress import Progress
 from bench.report import Results, document, plot
 from bench.rig import NotMeasured, Rig, nginx_program
-from bench.sides import COMMON, PEERS, make_environment
+from bench.sides import COMMON, PEERS, SIDES, make_environment, missing
 from bench.targets import MEASUREMENTS
 from bench.trials import QUICK, TRIALS, Figures, Size, load_ceiling, relay_ceiling, relay_ceiling_kept
 from ops.checks.store import program
@@ -35,7 +35,7 @@ SHORT = ROOT / "var" / "bench"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/run", description="Measures the service beside Celery and dramatiq.")
+    parser = argparse.ArgumentParser(prog="bench/run", description="Measures the service beside its peers.")
     parser.add_argument("--rounds", type=int, help="(default 5, with --quick 1)")
     parser.add_argument("--quick", action="store_true", help="little of everything, to see that it works")
     parser.add_argument("--only", metavar="NAME,...", default=",".join(TRIALS), help=f"of {','.join(TRIALS)}")
@@ -64,7 +64,7 @@ def check_tools(chosen: Sequence[str]) -> None:
 
 def measure(chosen: Sequence[str], rounds: int, size: Size) -> Results:
     """Measures round by round, and within each round side by side."""
-    results = {name: {side: list[Figures]() for side in MEASUREMENTS[name].sides} for name in chosen}
+    results = {name: {side: list[Figures]() for side in taking_part(name, size)} for name in chosen}
     progress = Progress(rounds * sum(len(sides) for sides in results.values()))
     for number in range(1, rounds + 1):
         for name, sides in results.items():
@@ -76,6 +76,16 @@ def measure(chosen: Sequence[str], rounds: int, size: Size) -> Results:
                     size.note(f"Round {number}, {title}: {said}")
                 progress.step(f"round {number}, {title}: {said}")
     return results
+
+
+def taking_part(name: str, size: Size) -> list[str]:
+    """Returns the sides of a measurement that can be set up, and notes the others."""
+    sides = MEASUREMENTS[name].sides
+    reasons = {side: missing(SIDES[side].framework) for side in sides}
+    for side, reason in reasons.items():
+        if reason:
+            size.note(f"{sides[side]}: left out, since it could not be set up ({reason}).")
+    return [side for side, reason in reasons.items() if not reason]
 
 
 def attempt(name: str, side: str, size: Size) -> tuple[Figures, str]:
@@ -92,7 +102,7 @@ def facts(options: argparse.Namespace) -> list[str]:
     """Returns on what it was measured, and with what."""
     system = platform.freedesktop_os_release()["PRETTY_NAME"] if Path("/etc/os-release").exists() else platform.system()
     listed = {line.split("==")[0]: line.split()[0] for line in (PEERS / "requirements.txt").open() if "==" in line}
-    peers = ", ".join(listed[name].replace("==", " ") for name in ("flask", "gunicorn", "celery", "dramatiq"))
+    peers = ", ".join(listed[name].replace("==", " ") for name in ("flask", "gunicorn", "celery", "dramatiq", "rq"))
     ours = ", ".join(f"{name} {version(name)}" for name in ("waitress", "bottle", "rq"))
     ours += "".join(f", `{name}={COMMON[name]}`" for name in ("API_PROCESSES", "WORKER_CONCURRENCY"))
     said = [
@@ -115,11 +125,11 @@ def ceilings(chosen: Sequence[str]) -> list[str]:
             said.append(f"Requests come from {generator()}, which makes {rate:,.0f} a second of nginx alone.")
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         if {"send20", "send0"} & set(chosen):
-            kept, each = relay_ceiling_kept(Path(place)), relay_ceiling(Path(place))
-            said.append(
-                f"One core of the relay simulator takes {kept:,.0f} mails a second over one connection, {each:,.0f} "
-                "where each has a session of its own with STARTTLS and AUTH. How busy it was stands in the tables."
-            )
+            kept = f"{relay_ceiling_kept(Path(place)):,.0f} mails a second over one connection"
+            if not missing("dramatiq"):
+                each = f"{relay_ceiling(Path(place)):,.0f} where each has a session of its own with STARTTLS and AUTH"
+                kept = f"{kept}, {each}"
+            said.append(f"One core of the relay simulator takes {kept}. How busy it was stands in the tables.")
     return said
 
 

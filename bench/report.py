@@ -9,10 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from statistics import median
 
-from bench.targets import MEASUREMENTS, Measurement, Target
+from bench.targets import BEST, MEASUREMENTS, Measurement, Target
 
 Rounds = Sequence[Mapping[str, float]]  # one side's figures, round by round; empty where it could not be measured
 Results = Mapping[str, Mapping[str, Rounds]]  # by measurement and side
+COMPARED = (  # five lines at most
+    "**Ours**: the worker as it is installed, one process that sends 16 mails at once, and two of them.",
+    "**Naive peers**, what teams write first: an SMTP session for each mail. Celery as it comes (behind Flask, for "
+    "accepting) and with 16 processes, dramatiq with 16 threads.",
+    "**Warm peers**, what a good engineer makes of that: the same code, with a session kept for each process or "
+    "thread, opened anew once when it turns out dead. Celery with 16 processes and with 16 threads, dramatiq.",
+    "**The floor**: one worker of stock RQ, which ours is built on, forking for each mail, or `SimpleWorker`, naive "
+    "and warm.",
+    "**The best peer** is the one of all of these with the highest median in that table. The ratio to it comes first.",
+)
 BAR, ROW, LEFT, WIDTH = 18, 26, 250, 760  # of the plot, in pixels
 
 
@@ -28,11 +38,24 @@ def figures(rounds: Rounds, key: str) -> list[float]:
     return [one[key] for one in rounds if key in one]
 
 
+def is_ours(side: str) -> bool:
+    return side.startswith("ours")
+
+
+def rival(target: Target, sides: Mapping[str, Rounds]) -> str:
+    """Returns the side that a target compares with, and "" where there is none."""
+    if target.other != BEST:
+        return target.other
+    theirs = {side: figures(rounds, target.figure) for side, rounds in sides.items() if not is_ours(side)}
+    medians = {side: median(values) for side, values in theirs.items() if values}
+    return max(medians, key=medians.__getitem__, default="")
+
+
 def ratios(target: Target, sides: Mapping[str, Rounds]) -> list[float]:
     mine = [one.get(target.figure) for one in sides.get(target.side, [])]
     if not target.other:
         return [value for value in mine if value is not None]
-    theirs = [one.get(target.against or target.figure) for one in sides.get(target.other, [])]
+    theirs = [one.get(target.against or target.figure) for one in sides.get(rival(target, sides), [])]
     return [value / other for value, other in zip(mine, theirs, strict=False) if value is not None and other]
 
 
@@ -47,26 +70,30 @@ def section(measurement: Measurement, sides: Mapping[str, Rounds], size: Mapping
     rows = [
         [name, *(spread(figures(sides[side], one.key), one.form) for one in measurement.figures)]
         for side, name in measurement.sides.items()
+        if side in sides
     ]
     yield table(["", *(one.heading for one in measurement.figures)], rows)
-    yield table(["compared", "measured", "target", ""], [verdict(target, sides) for target in measurement.targets])
+    rows = [verdict(target, sides, measurement.sides) for target in measurement.targets]
+    yield table(["compared", "measured", "target", ""], rows)
 
 
-def verdict(target: Target, sides: Mapping[str, Rounds]) -> list[str]:
-    values = ratios(target, sides)
+def verdict(target: Target, sides: Mapping[str, Rounds], names: Mapping[str, str]) -> list[str]:
+    values, words = ratios(target, sides), target.words
+    if target.other == BEST:
+        words = f"**{words}, to the best peer** ({names.get(rival(target, sides), 'none')})"
     form = ",.2f" if target.other else ",.1f"
     judged = "not measured" if not values else "met" if target.is_met(median(values)) else "**missed**"
-    return [target.words, spread(values, form), f"{target.relation} {target.limit:,.4g}", judged]
+    return [words, spread(values, form), f"{target.relation} {target.limit:,.4g}", judged]
 
 
 def document(results: Results, size: Mapping[str, object], facts: Sequence[str], notes: Sequence[str]) -> str:
     """Returns the page. `facts` says on what it was measured and how, `notes` what was not."""
     parts = [
         "# Measured beside what teams write themselves",
-        "A Flask application that hands its mail to Celery, and the same with dramatiq: their code is in "
-        "`bench/peers/`. `bench/run` builds everything, measures the sides in turn and writes this page. Each figure "
-        "is the median over the rounds, with the smallest and the largest in brackets; each ratio is taken within a "
-        "round.",
+        "\n".join(f"- {line}" for line in COMPARED),
+        "The peers' code is in `bench/peers/`. `bench/run` builds everything, measures the sides in turn and writes "
+        "this page. Each figure is the median over the rounds, with the smallest and the largest in brackets; each "
+        "ratio is taken within a round.",
         "\n".join(f"- {fact}" for fact in facts),
     ]
     if any(MEASUREMENTS[key].drawn for key in results):
@@ -96,7 +123,7 @@ def plot(results: Results) -> str:
         measurement = MEASUREMENTS[key]
         if measurement.drawn:
             parts += group(measurement, sides, y)
-            y += ROW * (len(measurement.sides) + 2)
+            y += ROW * (len(sides) + 2)
     size = f'width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}"'
     body = "\n".join(parts)
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n<style>{STYLE}</style>\n{body}\n</svg>\n'
@@ -105,13 +132,13 @@ def plot(results: Results) -> str:
 def group(measurement: Measurement, sides: Mapping[str, Rounds], y: int) -> Iterator[str]:
     [unit] = [one.heading for one in measurement.figures if one.key == measurement.drawn]
     yield f'<text class="title" x="0" y="{y + 18}">{escape(measurement.title)}: {escape(unit)}</text>'
-    values = {side: figures(sides[side], measurement.drawn) for side in measurement.sides}
+    values = {side: figures(sides[side], measurement.drawn) for side in measurement.sides if side in sides}
     scale = (WIDTH - LEFT - 90) / max((max(some) for some in values.values() if some), default=1)
-    for side, name in measurement.sides.items():
+    for side, some in values.items():
         y += ROW
-        yield f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(name)}</text>'
-        if values[side]:
-            yield from bar(values[side], scale, y, "ours" if side.startswith("ours") else "theirs")
+        yield f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(measurement.sides[side])}</text>'
+        if some:
+            yield from bar(some, scale, y, "ours" if is_ours(side) else "theirs")
 
 
 def bar(values: Sequence[float], scale: float, y: int, who: str) -> Iterator[str]:

@@ -1,11 +1,14 @@
 """The measurements and what is hoped for: each one's sides, figures and targets.
 
-A target compares one figure of ours with a peer's from the same round, or, where there is no peer, with a limit.
+A target compares one figure of ours with a peer's from the same round, or, where there is no peer, with a limit. Where
+the peer is `BEST`, it is the one of them with the highest median.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+BEST = "best"  # as `Target.other`
 
 
 class Figure(NamedTuple):
@@ -22,7 +25,7 @@ class Target(NamedTuple):
     figure: str
     relation: str
     limit: float
-    other: str = ""  # nobody: the figure itself
+    other: str = ""  # nobody: the figure itself; or BEST
     against: str = ""
 
     def is_met(self, value: float) -> bool:
@@ -43,6 +46,19 @@ class Measurement(NamedTuple):
 API = "async-email (Waitress, 2 processes)"
 OURS = "async-email, 1 process"
 CELERY = "Celery, default"
+SENDERS = {
+    "ours": OURS,
+    "ours2": "async-email, 2 processes",
+    "celery": CELERY,
+    "celery16": "Celery, 16 processes",
+    "celery16_warm": "Celery, 16 processes, warm",
+    "celery_threads_warm": "Celery, 16 threads, warm",
+    "dramatiq": "dramatiq, 2 × 8 threads",
+    "dramatiq_warm": "dramatiq, 2 × 8 threads, warm",
+    "rq": "RQ, forking",
+    "rq_simple": "RQ, SimpleWorker",
+    "rq_simple_warm": "RQ, SimpleWorker, warm",
+}
 SENDING = [
     Figure("rate", "mails/s", ",.1f"),
     Figure("cpu", "CPU s per 1,000 mails", ".2f"),
@@ -76,22 +92,26 @@ MEASUREMENTS = {
         "Sending, a relay 20 ms away",
         "{mails:,} mails are queued, then the worker starts and is watched until they are sent, {sending:g} s at most. "
         "STARTTLS and AUTH.",
-        {"ours": OURS, "celery": CELERY, "celery16": "Celery, 16 processes", "dramatiq": "dramatiq, 2 × 8 threads"},
+        SENDERS,
         SENDING,
         [
-            Target("mails/s, to Celery's default", "ours", "rate", "≥", 25, "celery"),
-            Target("mails/s, to Celery's 16 processes", "ours", "rate", "≥", 3, "celery16"),
-            Target("memory, to Celery's 16 processes", "ours", "memory", "≤", 1 / 3, "celery16"),
-            Target("mails/s, to dramatiq", "ours", "rate", "≥", 3, "dramatiq"),
+            Target("mails/s, 2 processes", "ours2", "rate", "≥", 3, BEST),
+            Target("mails/s, 1 process", "ours", "rate", ">", 1, BEST),
+            Target("mails/s, 1 process, to Celery's default", "ours", "rate", "≥", 25, "celery"),
+            Target("mails/s, 1 process, to Celery's 16 processes", "ours", "rate", "≥", 3, "celery16"),
+            Target("memory, 1 process, to Celery's 16 processes", "ours", "memory", "≤", 1 / 3, "celery16"),
+            Target("mails/s, 1 process, to dramatiq", "ours", "rate", "≥", 3, "dramatiq"),
         ],
         "rate",
     ),
     "send0": Measurement(
         "Sending, a relay without latency",
         "The same with a relay on loopback.",
-        {"ours": OURS, "celery": CELERY, "ours2": "async-email, 2 processes", "dramatiq": "dramatiq, 2 × 8 threads"},
+        SENDERS,
         SENDING,
         [
+            Target("mails/s, 2 processes", "ours2", "rate", "≥", 2, BEST),
+            Target("mails/s, 1 process", "ours", "rate", ">", 1, BEST),
             Target("mails/s, 1 process, to Celery's default", "ours", "rate", "≥", 1.3, "celery"),
             Target("mails/s, 1 process, to dramatiq", "ours", "rate", ">", 1, "dramatiq"),
             Target("mails/s, 2 processes, to Celery's default", "ours2", "rate", "≥", 1.3, "celery"),

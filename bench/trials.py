@@ -54,7 +54,7 @@ class Size:
             self.notes.append(sentence)
 
 
-QUICK = Size(seconds=2, mails=150, sending=6, single=30, many=10_000, run=60, bulk=1000, hurrying=6)
+QUICK = Size(seconds=2, mails=150, sending=3, single=30, many=10_000, run=60, bulk=1000, hurrying=6)
 
 
 # --- accepting --------------------------------------------------------------------------------------------------------

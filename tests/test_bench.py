@@ -1,10 +1,12 @@
 """The measuring instruments: the relay that counts speaks SMTP, and what is written of a run says what was measured.
 
-What they measure is `bench/run`'s business, and takes half an hour.
+What they measure is `bench/run`'s business, and takes an hour or two.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import shutil
 import smtplib
 import socket
@@ -12,18 +14,24 @@ import ssl
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 
+from bench import sides
 from bench.load import Request, put_load
+from bench.measure import taking_part
 from bench.relay import RelayProcess
 from bench.report import Rounds, document, plot
 from bench.targets import MEASUREMENTS
-from bench.trials import QUICK, TRIALS
+from bench.trials import QUICK, TRIALS, Size
 
 MAIL = b"Message-ID: <%d@example.com>\r\nSubject: dots\r\n\r\n.\r\n..\r\nend\r\n"
 
@@ -101,10 +109,55 @@ def test_a_round_trip_takes_its_time(tmp_path: Path) -> None:
         assert list(relay.ask("moments")) == ["b@example.com"]
 
 
+@pytest.fixture
+def welcome(relay: RelayProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """What the peers send with, as those do that keep a session."""
+    for name, value in {**relay.environment(), **sides.COMMON, "KEEP_SESSION": "1"}.items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.spec_from_file_location("welcome", sides.PEERS / "welcome.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with ExitStack() as sessions:
+        monkeypatch.setattr(module, "session", lambda make=module.session: sessions.enter_context(closing(make())))
+        yield module
+
+
+def test_a_warm_peer_keeps_a_session_per_thread(relay: RelayProcess, welcome: ModuleType) -> None:
+    for number in range(3):
+        welcome.send("Ada", f"m{number}@example.com")
+    with ThreadPoolExecutor(1) as other:
+        other.submit(welcome.send, "Ada", "m3@example.com").result()
+    seen = relay.ask("report")
+    assert (seen["accepted"], seen["recipients"], seen["sessions"]) == (4, 4, 2)
+
+
+@pytest.mark.parametrize("reply", [0, 421, 550])
+def test_a_warm_peer_sends_again_where_its_session_turns_out_dead(
+    reply: int, relay: RelayProcess, welcome: ModuleType
+) -> None:
+    welcome.send("Ada", "m0@example.com")
+    if reply:
+        welcome.KEPT.relay.data = Mock(side_effect=smtplib.SMTPDataError(reply, b"no"))
+    else:
+        welcome.KEPT.relay.sock.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(smtplib.SMTPDataError) if reply == 550 else nullcontext():
+        welcome.send("Ada", "m1@example.com")
+    seen, times = relay.ask("report"), 1 if reply == 550 else 2
+    assert (seen["accepted"], seen["recipients"], seen["sessions"]) == (times, times, times)
+
+
 RESULTS: dict[str, dict[str, Rounds]] = {
     "accept": {
         "ours": [{"rate": 300, "p99": 5}, {"rate": 900, "p99": 5}, {"rate": 800, "p99": 9}],
         "celery": [{"rate": 100, "p99": 10}, {}, {"rate": 400, "p99": 10}],
+    },
+    "send0": {
+        "ours": [{"rate": 200}, {"rate": 300}],
+        "dramatiq": [{"rate": 100}, {"rate": 900}],
+        "celery_threads_warm": [{"rate": 400}, {}],
+        "celery16_warm": [{"rate": 500}, {"rate": 600}],
     },
     "idle": {"ours": [{"p50": 20, "p99": 40}]},
     "queue": {"ours": [{"accept_short": 1.0, "accept_long": 1.1, "send_short": 2.0, "bytes": 2000}]},
@@ -120,18 +173,33 @@ def test_the_page_has_medians_with_their_spread_and_each_ratio_beside_its_target
     assert "| memory | – | ≤ 0.7 | not measured |" in page
     assert "| p50, ms | 20.0 | < 15 | **missed** |" in page
     assert "| accept, long to short | 1.10 | ≤ 1.1 | met |" in page
+    assert "| **mails/s, 1 process, to the best peer** (Celery, 16 processes, warm) | 0.45 (0.40–0.50) | > 1 |" in page
+    assert "2 processes, to the best peer** (Celery, 16 processes, warm) | – | ≥ 2 | not measured |" in page
+    assert "| RQ, forking |" not in page  # a side that took no part
+    assert len(re.findall(r"^- \*\*", page.partition("\n| ")[0], re.MULTILINE)) <= 5  # what is compared with what
     assert page.endswith("- Round 2: the peer did not start.\n")
 
 
 def test_the_plot_has_a_bar_for_every_side_that_was_measured() -> None:
     root = ElementTree.fromstring(plot({**RESULTS, "send20": {side: [] for side in MEASUREMENTS["send20"].sides}}))
     bars = [float(bar.attrib["width"]) for bar in root.iter("{http://www.w3.org/2000/svg}rect")]
-    assert len(bars) == 2
+    assert len(bars) == 2 + 4
     assert bars[0] / bars[1] == pytest.approx(800 / 250, rel=0.01)
 
 
 def test_every_measurement_has_a_trial() -> None:
     assert MEASUREMENTS.keys() == TRIALS.keys()
+    assert {side for measurement in MEASUREMENTS.values() for side in measurement.sides} == sides.SIDES.keys()
+
+
+def test_a_peer_that_cannot_be_set_up_is_said_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "VENV", tmp_path)
+    sides.missing.cache_clear()
+    size = Size()
+    assert taking_part("send20", size) == ["ours", "ours2"]
+    assert len(size.notes) == len(MEASUREMENTS["send20"].sides) - 2
+    assert size.notes[-3].startswith("RQ, forking: left out, since it could not be set up ([Errno 2]")
+    sides.missing.cache_clear()
 
 
 class Answering(BaseHTTPRequestHandler):
