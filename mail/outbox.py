@@ -116,13 +116,16 @@ if redis.call('HGET', KEYS[1], 'priority') == 'bulk' then redis.pcall('LREM', KE
 become(ARGV[1], 'canceled', nil, nil, {'settled_at', ARGV[2]})
 return {}
 """
-# KEYS: mail. ARGV: mail id, its new state, attempts, recipients, reason, now, then what removes its job, if that is to
-# go. Returns what stands in the way, as CANCEL does. A second call (a lost reply) finds its own attempt. `settled_by`
+# KEYS: mail, RQ's job. ARGV: mail id, its new state, attempts, recipients, reason, now, then what removes its job, if
+# that is to go. Returns what stands in the way, as CANCEL does: also that somebody has queued it again meanwhile, which
+# a later `settled_at` would undo without a word. A second call (a lost reply) finds its own attempt. `settled_by`
 # stays, so that the attempt that left the doubt has nothing more to write.
 ARRIVED = """
 local state, attempts = unpack(redis.call('HMGET', KEYS[1], 'state', 'attempts'))
 if attempts == ARGV[3] then return {} end
 if state ~= 'unknown' then return {state or 'gone'} end
+local waits = redis.call('HGET', KEYS[2], 'status')
+if waits == 'queued' or waits == 'scheduled' or waits == 'started' then return {state, waits} end
 local status = remove_job(7)
 if status and status ~= '' then return {state, status} end
 local fields = {'attempts', ARGV[3], 'recipients', ARGV[4], 'reason', ARGV[5], 'settled_at', ARGV[6]}
@@ -293,7 +296,7 @@ class Outbox(Reader):
         args: list[Any] = [mail_id, State.FAILED if left else State.SENT, attempts_to_json(attempts)]
         args += [recipients_to_json(recipients), why if left else "", now, *([] if left else self._removal(mail_id))]
         with translating_errors():
-            if self.store.run(REMOVE_JOB + ARRIVED, [mail_key(mail_id)], args):
+            if self.store.run(REMOVE_JOB + ARRIVED, [mail_key(mail_id), keys.job(mail_id)], args):
                 raise NotPossible("the mail moved on at this moment; look again")
 
     def copy(self, mail_id: str, to: str) -> str:

@@ -110,3 +110,16 @@ def test_a_mail_in_doubt_that_did_not_arrive_goes_again_to_those_in_doubt_only(o
             assert made.deliver(taken.id) == "sent"
     assert [one for one in there.commands if one.startswith("RCPT")] == [f"RCPT TO:<{BODY['to'][0]}>"]
     assert client.zrange("rq:failed:email", 0, -1) == []
+
+
+@pytest.mark.parametrize("statuses", ["in_doubt accepted", "in_doubt refused"])
+def test_that_it_arrived_does_not_undo_a_requeue_of_the_same_moment(
+    outbox: Outbox, client: Any, monkeypatch: pytest.MonkeyPatch, statuses: str
+) -> None:
+    taken = held(outbox, client, *statuses.split())
+    seen = outbox.read(taken.id)
+    outbox.requeue(taken.id)
+    monkeypatch.setattr(outbox, "read", lambda _: seen)  # as it was before
+    with pytest.raises(NotPossible, match="moved on at this moment"):
+        outbox.arrived(taken.id)
+    assert claim(outbox, taken.id).state_before == State.UNKNOWN  # the requeue holds
