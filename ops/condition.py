@@ -17,9 +17,7 @@ from typing import Literal, NamedTuple
 from mail.outbox import Outbox
 from ops.checks import replies, store
 from ops.checks.findings import lasting, sized
-from ops.facts import RECENT, STEP
-from ops.facts import Facts as Facts
-from ops.facts import gather as gather
+from ops.facts import RECENT, STEP, Facts, gather
 from queues.connection import CANNOT_NOW, weaknesses
 from queues.table import EMAIL, QUEUES
 from smtp.policy import Phase

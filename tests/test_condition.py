@@ -13,8 +13,8 @@ import pytest
 from redis import Redis
 
 from mail.outbox import Outbox
-from ops.condition import Facts, gather, judge
-from ops.facts import Clock
+from ops.condition import judge
+from ops.facts import Clock, Facts, gather
 from queues.health import QueueState
 from settings import Settings
 from smtp.pacing import Pacing, Standing

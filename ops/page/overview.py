@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from mail import figures
 from mail.figures import Figures
-from ops.condition import gather, judge, oldest
+from ops.condition import judge, oldest
+from ops.facts import gather
 from ops.page.charts import Series, chart
 from ops.page.view import View
 
