@@ -22,7 +22,8 @@ from ops.checks.store import program
 THEIRS = ("flask", "gunicorn", "celery", "dramatiq", "taskiq", "aiosmtplib", "rq")
 
 
-def facts(server: str, chosen: Sequence[str]) -> list[str]:
+def facts(server: str) -> list[str]:
+    """Returns what is true before anything is measured."""
     system = platform.freedesktop_os_release()["PRETTY_NAME"] if Path("/etc/os-release").exists() else platform.system()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     ours = ", ".join(f"{name} {version(name)}" for name in ("waitress", "bottle", "rq"))
@@ -32,7 +33,6 @@ def facts(server: str, chosen: Sequence[str]) -> list[str]:
         f"Python {platform.python_version()}; {server} with `appendfsync everysec`, one for each trial.",
         f"Ours: {ours}, `API_PROCESSES={COMMON['API_PROCESSES']}`, `WORKER_CONCURRENCY={SENDERS}`, or half of that in "
         f"each of two processes. Theirs: {', '.join(peers())}.",
-        *ceilings(chosen),
     ]
 
 
@@ -53,6 +53,7 @@ def run_text(*command: str) -> str:
 
 
 def ceilings(chosen: Sequence[str]) -> list[str]:
+    """Measures the instruments of these measurements."""
     said = []
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         if "accept" in chosen:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.facts import facts, redis_version
+from bench.facts import ceilings, facts, redis_version
 from bench.install import install_peers, missing
 from bench.kept import Kept, Turn
 from bench.plot import plot, plot_name
@@ -84,10 +84,12 @@ def measure(options: argparse.Namespace, size: Size, kept: Kept) -> None:
         programs[redis_version()] = program
     taking_part, left_out = sides_of(options.only)
     for server, Rig.redis_program in programs.items():
+        words = ["**A short run, to see that it works: its figures mean nothing.**"] if options.quick else []
+        words += facts(server)
         if not options.goes_on:
             kept.forget(server, options.only)
-        short = ["**A short run, to see that it works: its figures mean nothing.**"] if options.quick else []
-        kept.begin(server, asdict(size), short + facts(server, options.only), left_out)
+            words += ceilings(options.only)
+        kept.begin(server, asdict(size), words, left_out)
     turns = [
         Turn(server, number, name, side)
         for number in range(1, options.rounds + 1)
@@ -156,6 +158,9 @@ def main() -> int:
         return 130
     except NotMeasured as error:
         print(error, file=sys.stderr)
+        return 1
+    if not kept.lines:
+        print(f"Nothing is kept in {kept.path}.", file=sys.stderr)
         return 1
     write(kept, options.output)
     return 0

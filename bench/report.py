@@ -104,8 +104,7 @@ def verdict(target: Target, sides: Mapping[str, Rounds], measurement: Measuremen
 
 
 def document(parts: Sequence[Part]) -> str:
-    """Returns the page."""
-    facts = dict.fromkeys(fact for part in parts for fact in part.facts)
+    """Returns the page, of one server or more."""
     notes = dict.fromkeys(note for part in parts for note in part.notes)
     said = [
         "# Measured beside what teams write themselves",
@@ -113,7 +112,7 @@ def document(parts: Sequence[Part]) -> str:
         "The peers' code is in `bench/peers/`. `bench/run` builds everything, measures the sides in turn and writes "
         f"this page. Each figure is the median over {rounds(parts)}, with the smallest and the largest in brackets; "
         "each ratio is taken within a round. All rounds are in [benchmarks.jsonl](benchmarks.jsonl).",
-        "\n".join(f"- {fact}" for fact in facts),
+        "\n".join(f"- {fact}" for fact in facts(parts)),
     ]
     for part in parts:
         if any(MEASUREMENTS[key].drawn for key in part.results):
@@ -126,7 +125,20 @@ def document(parts: Sequence[Part]) -> str:
     return "\n\n".join(said) + "\n"
 
 
+def facts(parts: Sequence[Part]) -> list[str]:
+    """Returns what is true of all servers, then what is of one, with its name."""
+    common = [fact for fact in dict.fromkeys(parts[0].facts) if all(fact in part.facts for part in parts)]
+    own = [
+        fact if part.server in fact else f"{part.server}: {fact}"
+        for part in parts
+        for fact in dict.fromkeys(part.facts)
+        if fact not in common
+    ]
+    return common + own
+
+
 def rounds(parts: Sequence[Part]) -> str:
-    """Returns how many there are: `5 rounds`, or `3–5 rounds` where not all measurements have equally many."""
-    counts = {len(some) for part in parts for sides in part.results.values() for some in sides.values()}
-    return f"{'–'.join(str(count) for count in sorted({min(counts), max(counts)}))} rounds" if counts else "no rounds"
+    """Returns how many there are: `5 rounds`, or `3–5 rounds` where a server has fewer than another."""
+    counts = {len(some) for part in parts for sides in part.results.values() for some in sides.values()} or {0}
+    words = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
+    return f"{words} round{'s' if words != '1' else ''}"

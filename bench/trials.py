@@ -42,7 +42,7 @@ class Size:
 
     seconds: float = 10  # of requests
     mails: int = 4000  # queued before the worker starts
-    sending: float = 20  # seconds that the worker is watched, if it has not sent all by then
+    sending: float = 10  # seconds that the worker is watched, if it has not sent all by then
     single: int = 200  # mails, one after another
     few: int = 1000
     many: int = 1_000_000

@@ -169,7 +169,8 @@ RESULTS: dict[str, dict[str, Rounds]] = {
 
 
 def keep(kept: Kept, server: str, results: dict[str, dict[str, Rounds]]) -> None:
-    kept.begin(server, asdict(QUICK), ["2 cores"], ["RQ: left out."])
+    facts = ["2 cores", f"{server}, persistent", f"{len(results)} a second"]
+    kept.begin(server, asdict(QUICK), facts, ["RQ: left out."])
     for name, sides in results.items():
         for one, rounds in sides.items():
             for number, figures in enumerate(rounds, 1):
@@ -209,6 +210,8 @@ def test_rounds_are_kept_until_a_new_run_replaces_them(kept: Kept) -> None:
     page = document(Kept(kept.path).parts())
     assert "| Flask + Celery (Gunicorn, 2 workers) | 300 (100–400) |" in page
     assert re.findall(r"\n### (.*)", page) == ["Redis 7", "Redis 7", "Valkey 9", "Redis 7", "Valkey 9", "Redis 7"]
+    facts = ["2 cores", "Redis 7, persistent", "Redis 7: 4 a second", "Valkey 9, persistent", "Valkey 9: 2 a second"]
+    assert "\n- ".join(facts) in page
     assert "(img/benchmarks.svg)" in page
     assert "(img/benchmarks2.svg)" in page
     kept.forget("Redis 7", ["accept", "send0", "idle"])
