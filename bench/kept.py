@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.rig import NotMeasured
 from bench.targets import MEASUREMENTS
 from bench.trials import Figures
 
@@ -49,6 +50,9 @@ class Kept:
             self.lines = [json.loads(line) for line in path.read_text().splitlines()]
 
     def begin(self, server: str, size: dict[str, Any], facts: Sequence[str], notes: Sequence[str]) -> None:
+        """Begins a run, or goes on with one. Raises `NotMeasured` where that one measured more or less in a trial."""
+        if self._has_other_size(server, size):
+            raise NotMeasured(f"{self.path} has trials of another size on {server}: run without --continue")
         self._add({"server": server, "size": size, "facts": facts, "notes": notes})
 
     def add(self, turn: Turn, figures: Figures, said: str) -> None:
@@ -59,12 +63,16 @@ class Kept:
         with self.path.open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def forget(self, server: str, measurements: Sequence[str]) -> None:
-        """Makes room for a new run: drops those measurements on a server, and what was said of it if none is left."""
+    def forget(self, server: str, size: dict[str, Any], measurements: Sequence[str]) -> None:
+        """Makes room for a new run: drops those measurements on a server, or all of it if of another size."""
         other = [line for line in self.lines if line["server"] != server]
         left = [line for line in self.lines if line["server"] == server and line.get("measurement") not in measurements]
-        self.lines = other + (left if any("measurement" in line for line in left) else [])
+        keep = not self._has_other_size(server, size) and any("measurement" in line for line in left)
+        self.lines = other + (left if keep else [])
         self.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines))
+
+    def _has_other_size(self, server: str, size: dict[str, Any]) -> bool:
+        return any(line["server"] == server and line.get("size", size) != size for line in self.lines)
 
     def turns(self) -> dict[Turn, dict[str, Any]]:
         """Returns the line of each trial: of one that was tried again, the last."""

@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace, size: Size, kept: Kept) -> None:
         words = ["**A short run, to see that it works: its figures mean nothing.**"] if options.quick else []
         words += facts(server)
         if not options.goes_on:
-            kept.forget(server, options.only)
+            kept.forget(server, asdict(size), options.only)
             words += ceilings(options.only)
         kept.begin(server, asdict(size), words, left_out)
     turns = [

@@ -32,9 +32,10 @@ from bench.measure import sides_of
 from bench.plot import LEFT, plot
 from bench.relay import RelayProcess
 from bench.report import Rounds, document
+from bench.rig import NotMeasured
 from bench.sides import SIDES
 from bench.targets import MEASUREMENTS
-from bench.trials import QUICK, TRIALS
+from bench.trials import QUICK, TRIALS, Size
 
 MAIL = b"Message-ID: <%d@example.com>\r\nSubject: dots\r\n\r\n.\r\n..\r\nend\r\n"
 
@@ -214,13 +215,17 @@ def test_rounds_are_kept_until_a_new_run_replaces_them(kept: Kept) -> None:
     assert "\n- ".join(facts) in page
     assert "(img/benchmarks.svg)" in page
     assert "(img/benchmarks2.svg)" in page
-    kept.forget("Redis 7", ["accept", "send0", "idle"])
+    kept.forget("Redis 7", asdict(QUICK), ["accept", "send0", "idle"])
     assert [(part.server, *part.results) for part in Kept(kept.path).parts()] == [
         ("Valkey 9", "send0", "idle"),
         ("Redis 7", "queue"),
     ]
-    kept.forget("Redis 7", ["queue"])
+    with pytest.raises(NotMeasured, match="another size on Redis 7"):
+        kept.begin("Redis 7", asdict(Size()), [], [])
+    kept.forget("Redis 7", asdict(Size()), ["idle"])
     assert [part.server for part in kept.parts()] == ["Valkey 9"]
+    kept.forget("Valkey 9", asdict(QUICK), ["send0", "idle"])
+    assert not Kept(kept.path).lines
 
 
 def test_the_plot_has_a_bar_for_every_side_that_was_measured_and_the_limit_as_a_line() -> None:
