@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
@@ -51,6 +51,7 @@ class Job(StrictJob):
 
     allowed: ClassVar[Functions] = {}
     beside: Any = None  # what was done in the step that took it; see queues.executions
+    take_next: Callable[[], tuple[str, Any]] | None = None  # see queues.senders
 
     @classmethod
     def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> StrictJob:
@@ -236,10 +237,12 @@ class EmailWorker(PlainFailures, SimpleWorker):
     def perform(self, taken: Taken) -> list[Any]:
         """Runs a job. Returns what is still to be written of it, with `Turns.take` or `Turns.end`; nothing if it did
         not end well: then it is written already."""
-        job, execution = taken
-        with on_heartbeat(lambda: self.publish_heartbeat(job, execution)):
-            self.perform_job(job, self.queues[0], execution)
-        return self.ended.pop(execution.id, [])
+        self.perform_job(taken.job, self.queues[0], taken.execution)
+        return self.ended.pop(taken.execution.id, [])
+
+    def held(self, taken: Taken) -> AbstractContextManager[None]:
+        """Renews the lease of a job that was taken, while the body runs."""
+        return on_heartbeat(lambda: self.publish_heartbeat(*taken))
 
     def publish_heartbeat(self, job: rq.job.Job, execution: Execution) -> None:
         with self.fail_fast_redis.pipeline() as pipeline:
