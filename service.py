@@ -20,15 +20,16 @@ from mail.templates import use as use_templates
 from process import prefork
 from process.log import emit, say_why_not, set_up
 from process.sd_daemon import on_stop
+from process.sockets import listen_on
+from process.version import VERSION
 from queues.connection import Unavailable, announcements, connect, reach
 from queues.jobs import Jobs
 from queues.offer import load_file
 from settings import Settings, SettingsError, load
 from web import hosts
 from web.app import make_app
-from web.handlers import VERSION
 from web.octets import ON_THE_WIRE
-from web.server import MOST_CONNECTIONS, Server, listen_on, room_for
+from web.server import MOST_CONNECTIONS, Server, room_for
 
 M_MMAP_THRESHOLD = -3  # mallopt(3)
 

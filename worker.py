@@ -20,7 +20,6 @@ from typing import Any
 
 import settings
 import tasks
-from mail import delivery
 from process import log, sd_daemon
 from queues import keys
 from queues.bulk import Bulk
@@ -57,6 +56,8 @@ class WorkerPool:
     """
 
     def __init__(self, queue: str, current: settings.Settings) -> None:
+        from mail import delivery  # here, since the worker for `jobs` sends no mail
+
         self.settings = current
         self.delivery = delivery.current()
         self.redis = connect(current.redis_url.get_secret_value())  # fails fast: each second is another try
