@@ -21,6 +21,7 @@ from typing import Any
 import settings
 import tasks
 from process import log, sd_daemon
+from process.memory import return_free_memory, use_one_arena
 from queues import keys
 from queues.bulk import Bulk
 from queues.connection import (
@@ -94,7 +95,7 @@ class WorkerPool:
             self.maintained_at = time.monotonic()
             duties += [self.clamp_future_heartbeats, lambda: sift(self.queue)]
             duties += [self.maintenance_worker.run_maintenance_tasks, self.delivery.sweep]
-            duties += [lambda: self.delivery.tally.forget_ended(self.redis)]
+            duties += [lambda: self.delivery.tally.forget_ended(self.redis), return_free_memory]
         for duty in (*duties, self.replenish):
             try:
                 duty()
@@ -195,6 +196,7 @@ def main() -> int:
     try:
         current = settings.load(*QUEUES[queue].needs)
         log.set_up(current.log_level, current.log_format)
+        use_one_arena()
         url = current.redis_url.get_secret_value()
         if current.tasks_file:
             load_file(current.tasks_file)

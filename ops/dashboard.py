@@ -47,6 +47,7 @@ from ops.page.audit import note
 from ops.page.view import asker
 from process import sd_daemon
 from process.log import emit, say_why_not, set_up, where
+from process.memory import use_one_arena
 from process.sockets import listen_on
 from queues.connection import Unavailable, connect, is_wrong_type, why_unavailable
 from queues.jobs import Jobs, NotFound, NotPossible
@@ -383,6 +384,7 @@ def main() -> int:
     app = make_app(settings, login, given.allow_host)
     server = create_server(app, sockets=sockets, threads=4, ident=None, max_request_body_size=MAX_BODY)
     set_up(settings.log_level, settings.log_format)
+    use_one_arena()
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a browser asks for six files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     emit("dashboard_started", listen=address)

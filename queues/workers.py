@@ -364,7 +364,7 @@ class PatientScheduler(RQScheduler):
     def enqueue_scheduled_jobs(self) -> None:
         with unless_unavailable():
             super().enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
-            if self.acquired_locks:  # else it is another's
+            if self.acquired_locks and self.tasks:  # without the locks it is another's
                 self.cron.tick()
 
 
