@@ -381,10 +381,10 @@ def main() -> int:
     except OSError as error:
         say_why_not(f"DASHBOARD_LISTEN: cannot listen on {address}: {error.strerror}")
         return 2
+    use_one_arena()
     app = make_app(settings, login, given.allow_host)
     server = create_server(app, sockets=sockets, threads=4, ident=None, max_request_body_size=MAX_BODY)
     set_up(settings.log_level, settings.log_format)
-    use_one_arena()
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a browser asks for six files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     emit("dashboard_started", listen=address)
