@@ -247,6 +247,7 @@ class Settings(BaseModel):
     tasks_file: FilePath | None = None
 
     worker_concurrency: Annotated[int, Field(ge=1, le=64)] = 16
+    worker_processes: Annotated[int, Field(ge=1, le=64)] | None = None
 
     # fmt: off
     retry_schedule: Annotated[tuple[Duration, ...], parsed_by(parse_schedule), Field(max_length=50)] = (
