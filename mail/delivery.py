@@ -20,7 +20,7 @@ from mail.claim import Busy, Claim, Early, iso
 from mail.counters import DELIVERED, SMTP
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
-from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
+from mail.states import EXPIRED, NOT_ADMITTED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
@@ -44,7 +44,6 @@ from smtp.relay import Relay
 from smtp.tally import Tally
 from smtp.verdict import Outcome, Reply
 
-NOT_ADMITTED = "MAIL_ALLOWLIST or MAIL_REDIRECT_TO keeps it from a recipient"
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
 AFTER = {  # the reply that decided -> what the recipient is after the attempt
     Verdict.ACCEPTED: Status.ACCEPTED,

@@ -11,13 +11,13 @@ from mail import unsubscribe
 from mail.address import Mailbox
 from mail.forms import html_with_ids
 from mail.message import Draft, Message, who_gets
+from mail.moments import LONGEST_DELAY
 from mail.plain import text_beside
 from mail.request import FieldError, Invalid, Rendered, Request, content_errors, parse, validate
 from mail.templates import render
 from settings import Settings
 
 ANYBODY = "preview@example.com"
-LONGEST_DELAY = timedelta(days=30)
 
 
 class Expired(Invalid):

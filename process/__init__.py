@@ -3,5 +3,8 @@
 log.py        logs one line per event, with names from a closed list
 sd_daemon.py  speaks sd_notify and sd_listen_fds
 env_file.py   reads NAME=value lines, strictly
+memory.py     what malloc keeps of a burst
+sockets.py    the sockets on which a process listens
+version.py    which version this is
 prefork.py    one process that watches, several that serve on its sockets
 """

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import rq
 import rq.intermediate_queue
@@ -33,11 +33,13 @@ from rq.worker.base import BaseWorker, WorkerStatus
 from process import sd_daemon
 from process.log import emit, where
 from queues.connection import REFUSES_WRITES, Redis, announcements, fail_fast, is_hopeless, why_unavailable
-from queues.cron import Cron
 from queues.executions import Taken, Turns
 from queues.heartbeat import LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
 from queues.jobs import JobFailed, Policy
 from queues.quarantine import StrictJob, Unreadable, set_aside, sift
+
+if TYPE_CHECKING:
+    from queues.cron import Cron
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -288,6 +290,8 @@ class PatientScheduler(RQScheduler):
 
     @cached_property
     def cron(self) -> Cron:
+        from queues.cron import Cron  # here, since the process that sends mail has no cron
+
         [queue] = self._queue_names
         return Cron(self.connection, queue, self.tasks)
 
@@ -302,7 +306,7 @@ class PatientScheduler(RQScheduler):
     def enqueue_scheduled_jobs(self) -> None:
         with unless_unavailable():
             super().enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
-            if self.acquired_locks:  # else it is another's
+            if self.acquired_locks and self.tasks:  # without the locks it is another's
                 self.cron.tick()
 
 

@@ -1,0 +1,30 @@
+"""Opens the sockets on which a process listens, or takes those of systemd. See sd_listen_fds(3)."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Any
+
+from process import sd_daemon
+
+
+def listen_on(listen: tuple[str, int]) -> list[socket.socket]:
+    """Returns the sockets that systemd has opened, else new ones; localhost has two addresses. Raises OSError."""
+    given = sd_daemon.sockets()
+    if given:
+        return given
+    try:
+        found = socket.getaddrinfo(*listen, type=socket.SOCK_STREAM)
+    except (OSError, ValueError):
+        raise OSError(errno.EADDRNOTAVAIL, "there is no such host") from None
+    return [bound(family, address) for family, _, _, _, address in found]
+
+
+def bound(family: int, address: Any) -> socket.socket:
+    one = socket.socket(family, socket.SOCK_STREAM)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    one.bind(address)
+    return one
