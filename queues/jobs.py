@@ -1,4 +1,4 @@
-"""Accepts, requeues, cancels and reads jobs in RQ's queues; and says what a running job may ask of RQ.
+"""Accepts, requeues, cancels and reads jobs in RQ's queues.
 
 One Lua script accepts a job: it stores everything (the job, its place in the queue, its idempotency key, what the
 caller wants stored beside it) or nothing. The commands are RQ's own: RQ writes them once into a pipeline that is never
@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from redis.client import Pipeline
 from redis.exceptions import ConnectionError, TimeoutError, WatchError
-from rq import Queue, get_current_job
-from rq import Retry as Retry
+from rq import Queue, Retry
 from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job
 from rq.rate_limit import ACQUIRE_AND_ENQUEUE_SCRIPT
@@ -416,38 +414,3 @@ def _iso(moment: datetime | None) -> str | None:
 def rq_now() -> str:
     """Returns the time as RQ writes it into a job."""
     return utcformat(now())
-
-
-def queued_at() -> float:
-    """Returns when the job that runs in this thread was queued, in seconds since 1970; 0 outside of a job."""
-    job = get_current_job()
-    return job.enqueued_at.timestamp() if job and job.enqueued_at else 0
-
-
-def taken_with_it() -> Any:
-    """Returns what the script that took the job of this thread has done beside, if it has; see queues.executions."""
-    return getattr(get_current_job(), "beside", None)
-
-
-def take_next() -> tuple[str, Any]:
-    """Takes the next job for this thread already, while it runs this one, if nobody idle could have it. Returns its id
-    and what the script has done beside; "" and None if there is none."""
-    take: Callable[[], tuple[str, Any]] | None = getattr(get_current_job(), "take_next", None)
-    return take() if take else ("", None)
-
-
-def run_by() -> str:
-    """Returns the machine, and the worker that runs the job of this thread, if there is one: `host/1a2b3c4d`."""
-    job = get_current_job()
-    return "/".join([socket.gethostname(), *([job.worker_name[:8]] if job and job.worker_name else [])])
-
-
-def allow_exceptions(number: int) -> None:
-    """Sets after how many more exceptions RQ tries the job that runs in this thread again; at 0 it fails for good."""
-    if job := get_current_job():
-        job.retries_left = number
-
-
-def run_again_in(seconds: float) -> Retry:
-    """Returns what a function returns to be run again. RQ counts this apart from the tries after an exception."""
-    return Retry(max=1_000_000, interval=max(1, round(seconds)))
