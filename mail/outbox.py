@@ -54,6 +54,7 @@ from queues.jobs import (
     not_removed,
 )
 from queues.quarantine import DAMAGED
+from queues.submission import Submission
 from queues.table import BULK, EMAIL
 from settings import Settings
 
@@ -195,10 +196,14 @@ class Outbox(Reader):
 
     def accept(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None) -> Accepted:
         """Stores and queues mails in one atomic step, all of them. Raises `IdempotencyConflict`, `Unavailable`."""
+        return self.jobs.accept(self.submission(drafts, idempotency))
+
+    def submission(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None) -> Submission:
+        """Returns what `accept` hands to Redis. Raises `Unavailable`."""
         mails = {new_id(): draft for draft in drafts}
         words = [word for mail_id, draft in mails.items() for word in self._words(mail_id, draft)]
         places = {mail_id: _place(draft) for mail_id, draft in mails.items()}
-        return self._queue(places, Beside(self.store.script(ACCEPT).source, words), idempotency)
+        return self._submission(places, Beside(self.store.script(ACCEPT).source, words), idempotency)
 
     def _words(self, mail_id: str, draft: Draft) -> Iterator[Any]:
         fields = [word for pair in _record(mail_id, draft).items() for word in pair]
@@ -208,8 +213,10 @@ class Outbox(Reader):
         scored = [word for member in self.index.members(mail_id, draft) for word in (0, member)]
         yield from (len(scored), *scored)
 
-    def _queue(self, places: Mapping[str, Place], beside: Beside, idempotency: Idempotency | None = None) -> Accepted:
-        return self.jobs.accept(
+    def _submission(
+        self, places: Mapping[str, Place], beside: Beside, idempotency: Idempotency | None = None
+    ) -> Submission:
+        return self.jobs.submission(
             EMAIL,
             "tasks.deliver",
             {mail_id: Call([mail_id], {}, place) for mail_id, place in places.items()},
@@ -356,7 +363,7 @@ class Outbox(Reader):
         except NotFound:
             if self.read(mail_id)["status"] not in (State.FAILED, State.UNKNOWN):
                 raise NotPossible("only a failed mail can be queued again") from None
-            self._queue({mail_id: Place()}, Beside())
+            self.jobs.accept(self._submission({mail_id: Place()}, Beside()))
 
 
 def _who_gets(to: str, settings: Settings) -> Mailbox | None:

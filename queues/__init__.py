@@ -5,6 +5,7 @@ keys.py        RQ's keys in Redis, by RQ's own names
 connection.py  the client, Lua scripts, and the meaning of Redis' errors
 heartbeat.py   leases and the one thread that renews them
 jobs.py        accept, requeue, cancel, read; what a running job asks of RQ
+submission.py  what is accepted, of several requests in one round trip
 health.py      the state of the queues, for readyz, metrics and the doctor
 overview.py    who works on what, for people; pause and resume
 failures.py    which jobs failed, and of what, for people
