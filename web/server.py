@@ -89,10 +89,21 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 class Task(WSGITask):  # type: ignore[misc]
     """Writes an answer, which may have been begun by another task for the same request."""
 
+    wrote_header: bool
+
     def get_environment(self) -> dict[str, Any]:
         request: Parser = self.request
         request.environ = request.environ or super().get_environment()
         return request.environ
+
+    def write(self, data: bytes) -> None:
+        """Sends head and body of an answer in one packet, if that is all of it and small."""
+        if self.wrote_header or not self.has_body or not self.content_length == len(data) <= QUICK_BODY:
+            super().write(data)
+            return
+        head = self.build_response_header()
+        self.wrote_header, self.content_bytes_written = True, len(data)
+        self.channel.write_soon(head + data)
 
 
 class LastTask(Task):
