@@ -6,6 +6,7 @@ connection.py  the client, Lua scripts, and the meaning of Redis' errors
 heartbeat.py   leases and the one thread that renews them
 jobs.py        accept, requeue, cancel, read
 running.py     what a job that runs asks of RQ
+acceptance.py  what is accepted, of several requests in one round trip
 health.py      the state of the queues, for readyz, metrics and the doctor
 overview.py    who works on what, for people; pause and resume
 failures.py    which jobs failed, and of what, for people
