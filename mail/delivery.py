@@ -96,7 +96,8 @@ class Delivery:
             return self._end(claim, given_up(claim), TROUBLE_TOO_LONG)
         if wait:
             return self._end(claim, State.DELAYED, wait.reason, math.ceil(wait.seconds), wait.reserved)
-        envelope = Envelope(claim.message.sender.address, todo, claim.message.needs_smtputf8)
+        message = claim.message
+        envelope = Envelope(message.envelope_sender, todo, message.needs_smtputf8, message.needs_8bitmime)
         return self._hand_over(claim, envelope, to_mime(claim.message, claim.message_id, claim.created_at))
 
     def _hand_over(self, claim: Claim, envelope: Envelope, mime: bytes) -> str | Retry:

@@ -149,7 +149,7 @@ def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
     outline, content = draft.message.to_json()
     return {
         "created_at": iso(made_at(mail_id)),
-        "message_id": message_id(mail_id, draft.message.sender),
+        "message_id": draft.message_id or message_id(mail_id, draft.message.sender),
         "outline": outline,
         "content": _compressed(content),
         "recipients": recipients_to_json(_recipients(draft)),
@@ -193,12 +193,21 @@ class Outbox(Reader):
         self.store = Store(jobs.redis, settings)
         self.index = Index(jobs.redis)
 
-    def accept(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None) -> Accepted:
-        """Stores and queues mails in one atomic step, all of them. Raises `IdempotencyConflict`, `Unavailable`."""
-        mails = {new_id(): draft for draft in drafts}
+    def accept(
+        self,
+        drafts: Sequence[Draft],
+        idempotency: Idempotency | None = None,
+        *,
+        ids: Sequence[str] = (),
+        known_for: int | None = None,
+    ) -> Accepted:
+        """Stores and queues mails in one atomic step, all of them. With the same `ids` it may be called again after
+        `Unavailable`: nothing is stored twice. A repeat is known for IDEMPOTENCY_TTL, or `known_for` so many seconds.
+        Raises `IdempotencyConflict`, `Unavailable`."""
+        mails = dict(zip(ids or [new_id() for _ in drafts], drafts, strict=True))
         words = [word for mail_id, draft in mails.items() for word in self._words(mail_id, draft)]
         places = {mail_id: _place(draft) for mail_id, draft in mails.items()}
-        return self._queue(places, Beside(self.store.script(ACCEPT).source, words), idempotency)
+        return self._queue(places, Beside(self.store.script(ACCEPT).source, words), idempotency, known_for)
 
     def _words(self, mail_id: str, draft: Draft) -> Iterator[Any]:
         fields = [word for pair in _record(mail_id, draft).items() for word in pair]
@@ -208,7 +217,13 @@ class Outbox(Reader):
         scored = [word for member in self.index.members(mail_id, draft) for word in (0, member)]
         yield from (len(scored), *scored)
 
-    def _queue(self, places: Mapping[str, Place], beside: Beside, idempotency: Idempotency | None = None) -> Accepted:
+    def _queue(
+        self,
+        places: Mapping[str, Place],
+        beside: Beside,
+        idempotency: Idempotency | None = None,
+        known_for: int | None = None,
+    ) -> Accepted:
         return self.jobs.accept(
             EMAIL,
             "tasks.deliver",
@@ -216,7 +231,7 @@ class Outbox(Reader):
             Policy(self.settings.job_timeout, AFTER_A_CRASH, self.settings.retain_sent, self.settings.retain_failed),
             beside=beside,
             idempotency=idempotency,
-            idempotency_ttl=self.settings.idempotency_ttl,
+            idempotency_ttl=known_for or self.settings.idempotency_ttl,
         )
 
     def claim(self, mail_id: str, queued_at: float) -> Claim | str:
