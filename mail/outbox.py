@@ -33,7 +33,8 @@ from mail.claim import (
     timestamp,
 )
 from mail.index import Index, made_at, new_id
-from mail.message import Draft, Message, message_id, who_gets
+from mail.message import Draft, Message, Raw, message_id, who_gets
+from mail.raw import header_of, without
 from mail.reader import MAIL_ID, NO_MAIL, Reader
 from mail.states import State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
@@ -63,6 +64,7 @@ AFTER_A_CRASH = (1, 5, 30)
 NOT_SENT = "not sent: the API key has scope test"
 COPIED_BY = "dashboard"  # in the place of the API key that has submitted a copy
 UNSUBSCRIBE = re.compile("list-unsubscribe", re.IGNORECASE)  # and -Post
+NOT_COPIED = re.compile("list-unsubscribe.*|message-id")
 # ARGV[at] and on: of each mail the id, when to look at it if it does not move on, how many words its fields are, these,
 # how many words for mail.index, these.
 ACCEPT = """
@@ -331,7 +333,9 @@ class Outbox(Reader):
         if not box:
             raise NotPossible("the address must be one, such as ada@example.com, to which this service sends mail")
         headers = {name: value for name, value in message.headers.items() if not UNSUBSCRIBE.match(name)}
-        return self.accept([Draft(replace(message, to=[box], cc=[], bcc=[], headers=headers), key=COPIED_BY)]).id
+        raw = message.raw and as_a_copy(message.raw)
+        copied = replace(message, to=[box], cc=[], bcc=[], headers=headers, raw=raw)
+        return self.accept([Draft(copied, key=COPIED_BY)]).id
 
     def reschedule(self, mail_id: str, moment: float) -> None:
         """Moves a scheduled mail that no attempt has taken yet to `moment` (seconds since 1970). Raises `NotFound`,
@@ -380,6 +384,11 @@ def _who_gets(to: str, settings: Settings) -> Mailbox | None:
     except ValueError:
         return None
     return who_gets(meant, settings) if settings.allow_local_domains or not meant.is_local else None
+
+
+def as_a_copy(raw: Raw) -> Raw:
+    octets = raw.octets.encode("latin-1")
+    return raw._replace(octets=without(octets, header_of(octets), NOT_COPIED).decode("latin-1"))
 
 
 def jittered(pause: int) -> int:

@@ -9,8 +9,8 @@ Standards: RFC 5322 (lines, fields), 2045 2.8 (8-bit), 6376 (DKIM), 6532 (UTF-8 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from email.utils import getaddresses
+from functools import lru_cache
 from typing import NamedTuple
 
 from mail.address import CONTROL, Mailbox, decoded, strict_address
@@ -19,6 +19,9 @@ LONGEST_LINE = 998  # octets without CRLF
 LARGEST_HEADER = 256 * 1024  # bytes
 FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)\r\n")
 END_OF_HEADER = b"\r\n\r\n"
+address_of = lru_cache(maxsize=1000)(
+    strict_address
+)  # envelope and header have the same ones, a program's mails one From
 
 
 class NotAMail(Exception):
@@ -53,7 +56,7 @@ class Header(NamedTuple):
         for display, address in getaddresses(self.texts(name)):
             try:
                 name_of = CONTROL.sub(" ", decoded(CONTROL.sub(" ", display))).strip()[:200]
-                found.append(Mailbox(name_of, strict_address(address)))
+                found.append(Mailbox(name_of, address_of(address)))
             except ValueError:
                 continue
         return found
@@ -93,7 +96,7 @@ def header_of(data: bytes) -> Header:
     return Header(tuple(fields), end)
 
 
-def without(data: bytes, header: Header, names: Collection[str], prefix: str) -> bytes:
-    """Returns the mail without the fields of these names, and those whose names begin with `prefix`."""
-    kept = [one.line for one in header.fields if one.name not in names and not one.name.startswith(prefix)]
+def without(data: bytes, header: Header, names: re.Pattern[str]) -> bytes:
+    """Returns the mail without the fields of these names, in small letters."""
+    kept = [one.line for one in header.fields if not names.fullmatch(one.name)]
     return data if len(kept) == len(header.fields) else b"".join([*kept, data[header.size :]])

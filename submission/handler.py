@@ -16,11 +16,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 from aiosmtpd.smtp import MISSING, AuthResult, Envelope, LoginPassword, Session
 
-from mail.address import Mailbox, strict_address
+from mail.address import Mailbox
 from mail.counters import ACCEPT, Gathered
 from mail.index import new_id
 from mail.message import who_gets
 from mail.outbox import Outbox
+from mail.raw import address_of
 from process.guesses import Guesses, network
 from process.log import emit, where
 from queues.connection import CANNOT_NOW, Unavailable
@@ -92,40 +93,38 @@ class Handler:
     async def handle_MAIL(self, server: Any, session: Session, envelope: Envelope, given: str, options: Any) -> str:
         if not session.authenticated:
             return "530 5.7.0 the client must log in: the password is an API key"
-        address = "" if given == "<>" else given
-        reply = self._objection(address, "553 5.1.8") if address else ""
+        address, reply = ("", "") if given == "<>" else self._address(given, "553 5.1.8")
         key = server.key
-        if not reply and address and not key.may_send_from(strict_address(address)):
+        if address and not key.may_send_from(address):
             reply = f"550 5.7.1 the sender must be at {' or '.join(key.domains)}, as the API key is for"
         if reply:
             return self._refuse(server, "mail", reply)
-        server.sender, server.recipients = address and strict_address(address), {}
+        server.sender, server.recipients = address, {}
         envelope.mail_from = given  # which opens the transaction
         return "250 2.1.0 OK"
 
     async def handle_RCPT(self, server: Any, session: Session, envelope: Envelope, given: str, options: Any) -> str:
-        reply = self._objection(given, "553 5.1.3")
-        box = Mailbox("", "" if reply else strict_address(given))
+        address, reply = self._address(given, "553 5.1.3")
+        box, most, known = Mailbox("", address), self.settings.max_recipients, server.recipients
         if not reply and not who_gets(box, self.settings):
             reply = "550 5.7.1 the recipient must be on MAIL_ALLOWLIST: this service sends to nobody else"
-        most, known = self.settings.max_recipients, server.recipients
-        if not reply and len(known) >= most and box.address not in known:
+        if not reply and len(known) >= most and address not in known:
             reply = f"452 4.5.3 a mail may have {most} recipients: send it to the others apart"
         if reply:
             return self._refuse(server, "rcpt", reply)
-        server.recipients[box.address] = box
+        known[address] = box
         envelope.rcpt_tos.append(given)
         return "250 2.1.5 OK"
 
-    def _objection(self, address: str, code: str) -> str:
-        """Returns why an address cannot be in an envelope, "" if it can."""
+    def _address(self, given: str, code: str) -> tuple[str, str]:
+        """Returns the address as it goes into an envelope; or "" and why it cannot."""
         try:
-            box = Mailbox("", strict_address(address))
+            address = address_of(given)
         except ValueError:
-            return f"{code} the address must be one such as ada@example.com"
-        if box.is_local and not self.settings.allow_local_domains:
-            return f"{code} the address must have a domain with a dot, unless ALLOW_LOCAL_DOMAINS=yes"
-        return ""
+            return "", f"{code} the address must be one such as ada@example.com"
+        if Mailbox("", address).is_local and not self.settings.allow_local_domains:
+            return "", f"{code} the address must have a domain with a dot, unless ALLOW_LOCAL_DOMAINS=yes"
+        return address, ""
 
     def _refuse(self, server: Any, phase: str, reply: str) -> str:
         emit("submission", status=reply[:3], phase=phase, key=server.key.name)

@@ -25,7 +25,7 @@ from settings import ApiKey, Settings
 
 OURS = "x-async-email-"
 IDEMPOTENCY_KEY = "resend-idempotency-key"
-DROPPED = ("bcc", "return-path", IDEMPOTENCY_KEY)
+DROPPED = re.compile(f"bcc|return-path|{IDEMPOTENCY_KEY}|{OURS}.*")
 LONGEST_SUBJECT = 998  # characters, as in the API
 LONGEST_MESSAGE_ID = 995  # characters, as much as one line holds
 
@@ -73,7 +73,7 @@ def take(data: bytes, envelope: Envelope, key: ApiKey, settings: Settings) -> Ta
     senders = senders_of(header, envelope, settings)
     if not all(key.may_send_from(one.address) for one in senders):
         raise Refused(f"550 5.7.1 the header From must be at {' or '.join(key.domains)}, as the API key is for")
-    octets = without(data, header, DROPPED, OURS).decode("latin-1")
+    octets = without(data, header, DROPPED).decode("latin-1")
     is_wide = envelope.smtputf8 and not data[: header.size].isascii()
     to, cc, bcc = outline_of(header, envelope.recipients, settings)
     message = Message(

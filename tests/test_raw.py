@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from email import message_from_bytes
 
@@ -71,8 +72,8 @@ def test_what_a_mail_must_have_is_put_in_front_of_it(octets: bytes) -> None:
 def test_fields_are_taken_out_whole_and_the_others_stay_to_the_octet() -> None:
     hidden = b"bCC: x@example.com,\r\n\t y@example.com\r\nX-Async-Email-Tag : a=b\r\n"
     mixed = FULL.replace(b"Mime-", hidden + b"Mime-")
-    assert without(mixed, header_of(mixed), ("bcc",), "x-async-email-") == FULL
-    assert without(FULL, header_of(FULL), ("bcc",), "x-") is FULL
+    assert without(mixed, header_of(mixed), re.compile("bcc|x-async-email-.*")) == FULL
+    assert without(FULL, header_of(FULL), re.compile("bcc")) is FULL
 
 
 def test_mailboxes_are_read_as_people_write_them() -> None:
