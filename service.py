@@ -7,7 +7,6 @@ them.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from mail.templates import read_again_when_changed
 from mail.templates import use as use_templates
 from process import prefork
 from process.log import emit, say_why_not, set_up
+from process.memory import give_memory_back
 from process.sd_daemon import on_stop
 from queues.connection import Unavailable, announcements, connect, reach
 from queues.jobs import Jobs
@@ -29,15 +29,6 @@ from web.app import make_app
 from web.handlers import VERSION
 from web.octets import ON_THE_WIRE
 from web.server import MOST_CONNECTIONS, Server, listen_on, room_for
-
-M_MMAP_THRESHOLD = -3  # mallopt(3)
-
-
-def give_memory_back() -> None:
-    """Fixes the size from which glibc's malloc returns a freed block to the system. By itself it raises this after each
-    large block, and keeps what eight threads have once needed."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
 
 
 def main() -> int:

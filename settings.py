@@ -257,8 +257,8 @@ class Settings(BaseSettings):
     api_keys_file: FilePath | None = None
 
     submission_listen: Annotated[tuple[Address, ...], parsed_by(parse_addresses), NoDecode] = ()
-    submission_tls_cert: FilePath | None = None
-    submission_tls_key: FilePath | None = None
+    submission_tls_cert: Path | None = None  # which only that process need be able to see
+    submission_tls_key: Path | None = None
     submission_dedupe: Duration | None = None
 
     templates_dir: DirectoryPath | None = None

@@ -21,6 +21,7 @@ from typing import Any
 from mail.address import default_sender
 from process import sd_daemon
 from process.log import emit, say_why_not, set_up, where
+from process.memory import give_memory_back
 from queues.connection import Unavailable, announcements, connect, reach
 from queues.jobs import Jobs
 from settings import Settings, SettingsError, load
@@ -37,8 +38,8 @@ def main() -> int:
     try:
         settings = load("api_keys", "mail_from")
         default_sender_of(settings)
-        sockets = sd_daemon.sockets() or listen_on(settings)
         tls = context_of(settings)
+        sockets = sd_daemon.sockets() or listen_on(settings)
         if not tls and any(port_of(one) == TLS_PORT for one in sockets):
             raise SettingsError(["SUBMISSION_TLS_CERT and SUBMISSION_TLS_KEY must be set for port 465"])
         redis = connect(settings.redis_url.get_secret_value())
@@ -47,6 +48,7 @@ def main() -> int:
         return 2
     set_up(settings.log_level, settings.log_format)
     logging.getLogger("mail.log").disabled = True  # aiosmtpd's, with addresses, bodies and passwords in it
+    give_memory_back()
     announcements.begin(redis)
     with suppress(Unavailable):  # it is said now, and may come up after us
         reach(settings.redis_url.get_secret_value())

@@ -17,22 +17,26 @@ LOGIN = b"AUTH PLAIN " + base64.b64encode(b"\0resend\0send-key") + b"\r\n"
 
 
 class Submission:
-    """The process that takes mail by SMTP, with settings of its own."""
+    """The process that takes mail by SMTP, with settings of its own; `changes` are made to its code first."""
 
-    def __init__(self, house: House, **settings: str) -> None:
+    def __init__(self, house: House, changes: str = "", **settings: str) -> None:
         self.house, self.port = house, free_port()
+        patched = f"import sys; from submission import __main__ as main, conversation, handler; {changes}"
+        self.command = (
+            ["-c", f"{patched.format(port=self.port)}; sys.exit(main.main())"] if changes else ["-m", "submission"]
+        )
         self.settings = {"SUBMISSION_LISTEN": f"127.0.0.1:{self.port}", "PYTHONPATH": str(house.root), **settings}
         self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
         environment = self.house.environment | self.settings
-        self.process = self.house.run("submission", "-m", "submission", env=environment)
+        self.process = self.house.run("submission", *self.command, env=environment)
         eventually(self.answers)
         return self.process
 
     def answers(self) -> bool:
         with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
-            return connection.recv(3) == b"220"
+            return connection.recv(3) == b"220" if "TLS_PORT" not in self.command[-1] else True
         return False
 
     def client(self, key: str = "send-key", **options: Any) -> smtplib.SMTP:
