@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
-from aiosmtpd.smtp import MISSING, AuthResult, Envelope, LoginPassword, Session
+from aiosmtpd.smtp import MISSING, AuthResult, Envelope, LoginPassword, Session, TLSSetupException
 
 from mail.address import Mailbox
 from mail.counters import ACCEPT, Gathered
@@ -38,7 +38,8 @@ PAUSE = 1.0  # seconds between tries
 SLOW = 1.0  # seconds before a login is looked at, once one from this address was wrong
 FULL = "452 4.3.1 the queue is full: send this again later"
 AWAY = "451 4.3.0 the mail cannot be stored now: send this again later"
-FAULT = "451 4.3.0 this is a fault of the service, whose log says where"
+CLIENTS = (TLSSetupException, ConnectionError, asyncio.LimitOverrunError, asyncio.IncompleteReadError)  # their faults
+LONGEST_REPLY = 500  # characters; RFC 5321 4.5.3.1.5 has 512 octets
 
 
 class Outcome(NamedTuple):
@@ -159,7 +160,7 @@ class Handler:
                 async with self.large:
                     return await loop.run_in_executor(self.threads, self._accept, body, envelope, key, mail_id)
             except Refused as refused:
-                return Outcome(str(refused))
+                return Outcome(str(refused)[:LONGEST_REPLY])
             except Unavailable as error:
                 if str(error) == CANNOT_NOW["OOM"]:
                     return Outcome(FULL)
@@ -181,8 +182,10 @@ class Handler:
         return Outcome(f"250 2.6.0 stored as {stored.id}", stored.id, stored.replayed)
 
     async def handle_exception(self, error: Exception) -> str:
+        if isinstance(error, CLIENTS) or isinstance(error.__context__, CLIENTS):
+            return "500 5.5.2 this cannot be understood"
         emit("crashed", logging.ERROR, where=where(error))
-        return FAULT
+        return "451 4.3.0 this is a fault of the service, whose log says where"
 
 
 def plain(body: BinaryIO) -> bytes:

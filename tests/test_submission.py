@@ -126,6 +126,7 @@ def test_headers_of_ours_do_what_the_fields_of_the_api_do(there: Submission, api
     shown = [mail[name] for name in ("status", "priority", "on_doubt", "expires_at")]
     assert shown == ["scheduled", "bulk", "hold", "2099-01-01T00:00:00+00:00"]
     assert [tag["value"] for tag in mail["tags"]] == ["1", "2"]
+    assert api.get(f"/emails/{mail['id']}/attachments").body["data"] == []
 
 
 def test_nothing_is_relayed_without_a_login(there: Submission) -> None:
@@ -177,6 +178,25 @@ def test_the_same_octets_are_one_mail_for_as_long_as_is_asked(house: House, ther
     assert other.send(MAIL) == first != other.send(MAIL + b"x\r\n")
     assert other.send(MAIL, "full-key") != first != other.send(MAIL, "send-key", "ada@example.com", "c@example.com")
     eventually(lambda: other.send(MAIL) != first)
+
+
+def test_a_mail_beyond_ascii_is_announced_to_the_relay_as_it_was_here(there: Submission, api: Api, far: Relay) -> None:
+    for sender, options in (("ada@example.com", ""), ("\u00e4@example.com", "SMTPUTF8 ")):
+        mail = MAIL.replace(b"Hello", "H\u00e4llo".encode())
+        with there.talk() as talk:
+            command = f"MAIL FROM:<{sender}> {options}BODY=8BITMIME\r\nRCPT TO:<bob@example.com>\r\nDATA\r\n"
+            mail_id = (talk.say(command.encode(), 3) + talk.say(mail + b".\r\n"))[-1].split()[-1]
+        api.wait_for(mail_id, "sent")
+        assert far.accepted[-1].content.endswith(mail)
+        said = [one for one in far.server.commands if one.startswith("MAIL")][-1]
+        assert ("BODY=8BITMIME" in said, "SMTPUTF8" in said) == (True, bool(options))
+
+
+def test_a_staging_system_sends_to_its_tester(house: House, there: Submission, api: Api, far: Relay) -> None:
+    mail_id = Submission(house, MAIL_REDIRECT_TO="tester@example.com").send().split()[-1]
+    mail = api.wait_for(mail_id, "sent")
+    assert (far.accepted[-1].recipients, far.accepted[-1].content[-len(MAIL) :]) == (["tester@example.com"], MAIL)
+    assert mail["to"] == ['"bob@example.com" <tester@example.com>']
 
 
 def test_who_is_not_admitted_is_refused_at_rcpt(house: House, there: Submission) -> None:

@@ -6,6 +6,7 @@ import signal
 import smtplib
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -188,6 +189,21 @@ def test_who_does_not_log_in_is_sent_away(house: House) -> None:
     with other.talk(login=False) as silent:
         assert silent.reply().startswith("220")
         assert silent.reply().startswith("421 4.3.2 log in")
+
+
+def test_what_clients_do_wrong_is_no_fault_of_ours_in_the_log(house: House, tmp_path: Path) -> None:
+    other, linger = Submission(house, **Certified(tmp_path).settings), struct.pack("ii", 1, 0)
+    for octets in (
+        b"STARTTLS\r\nno TLS\r\n",
+        b"AUTH LOGIN\r\n" + b"x" * 5000 + b"\r\n",
+        b"\xff\0\r\n",
+        LOGIN + ENVELOPE,
+    ):
+        with other.talk(login=False) as talk:
+            talk.say(HELLO + octets, 3)
+            talk.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)  # the close is a reset
+    assert other.send().startswith("250")
+    assert not {"crashed", "Traceback", "ERROR"} & set(house.log("submission").split())
 
 
 def test_one_address_has_so_many_connections_and_all_together_so_many() -> None:
