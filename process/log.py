@@ -25,7 +25,7 @@ EVENTS = frozenset({
     # an HTTP request was answered: method, route, status, ms, name of the key, old_key (a newer one has its name), id,
     # request_id; of a refusal also the error's name, the field, and the reason of a 503
     "request",
-    # a mail came by SMTP, or was refused, whole or at `phase`: status, ms, bytes, key, old_key, id, replayed
+    # a mail came by SMTP, or was refused, whole or at `phase`: status, reason, ms, bytes, key, id, replayed
     "submission",
     "crashed",  # a fault of ours in a request or a duty of the worker pool: where, and never what
     "few_descriptors",  # a process of the API may open so few files that it takes only `connections`

@@ -46,6 +46,7 @@ class Outcome(NamedTuple):
     """What a mail was answered. `id` is empty if it was not taken."""
 
     reply: str
+    reason: str = ""
     id: str = ""
     replayed: bool = False
 
@@ -122,13 +123,13 @@ class Handler:
         try:
             address = address_of(given)
         except ValueError:
-            return "", f"{code} the address must be one such as ada@example.com"
+            return "", f"{code} the address must be a mailbox (RFC 5321 4.1.2)"
         if Mailbox("", address).is_local and not self.settings.allow_local_domains:
             return "", f"{code} the address must have a domain with a dot, unless ALLOW_LOCAL_DOMAINS=yes"
         return address, ""
 
     def _refuse(self, server: Any, phase: str, reply: str) -> str:
-        emit("submission", status=reply[:3], phase=phase, key=server.key.name)
+        emit("submission", status=reply[:3], phase=phase, reason=reply.split(" ", 2)[-1], key=server.key.name)
         return reply
 
     async def receive(self, server: Any, envelope: Envelope) -> str:
@@ -139,16 +140,23 @@ class Handler:
         seconds = time.perf_counter() - started
         if outcome.id:
             self.accepting.add(seconds)
-        about = {"key": server.key.name, "old_key": server.key.old or None, "id": outcome.id}
-        level = logging.WARNING if outcome.reply.startswith("451") else logging.INFO
-        status = outcome.reply[:3]
-        repeat = outcome.replayed or None
-        emit("submission", level, status=status, ms=seconds * 1000, bytes=server.size, replayed=repeat, **about)
+        emit(
+            "submission",
+            logging.WARNING if outcome.reply.startswith("451") else logging.INFO,
+            status=outcome.reply[:3],
+            reason=outcome.reason,
+            ms=seconds * 1000,
+            bytes=server.size,
+            key=server.key.name,
+            old_key=server.key.old or None,
+            id=outcome.id,
+            replayed=outcome.replayed or None,
+        )
         return outcome.reply
 
     async def store(self, body: BinaryIO, size: int, envelope: intake.Envelope, key: ApiKey) -> Outcome:
         """Stores a mail, and tries again while Redis is away: with the same id, since a try may have done it."""
-        deadline, mail_id, counted = time.monotonic() + PATIENCE, new_id(), False
+        deadline, mail_id, counted = time.monotonic() + PATIENCE, new_id(), not key.rate
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -160,17 +168,16 @@ class Handler:
                 async with self.large:
                     return await loop.run_in_executor(self.threads, self._accept, body, envelope, key, mail_id)
             except Refused as refused:
-                return Outcome(str(refused)[:LONGEST_REPLY])
+                return Outcome(str(refused)[:LONGEST_REPLY], refused.reason)
             except Unavailable as error:
                 if str(error) == CANNOT_NOW["OOM"]:
-                    return Outcome(FULL)
+                    return Outcome(FULL, str(error))
                 if time.monotonic() + PAUSE > deadline:
-                    return Outcome(AWAY)
+                    return Outcome(AWAY, str(error))
                 await asyncio.sleep(PAUSE)
 
     def _hold_to_its_rate(self, key: ApiKey) -> None:
-        wait = self.limits.take(f"key:{key.name}", key.rate) if key.rate else 0
-        if wait:
+        if key.rate and (wait := self.limits.take(f"key:{key.name}", key.rate)):
             raise Refused(f"451 4.7.0 this API key may send {key.rate}: send this again in {math.ceil(wait)} seconds")
 
     def _accept(self, body: BinaryIO, envelope: intake.Envelope, key: ApiKey, mail_id: str) -> Outcome:
@@ -179,7 +186,7 @@ class Handler:
             stored = self.outbox.accept([taken.draft], taken.idempotency, ids=[mail_id], known_for=taken.known_for)
         except IdempotencyConflict:
             raise Refused("554 5.6.0 Resend-Idempotency-Key: was used before, for another mail") from None
-        return Outcome(f"250 2.6.0 stored as {stored.id}", stored.id, stored.replayed)
+        return Outcome(f"250 2.6.0 stored as {stored.id}", "", stored.id, stored.replayed)
 
     async def handle_exception(self, error: Exception) -> str:
         if isinstance(error, CLIENTS) or isinstance(error.__context__, CLIENTS):

@@ -31,7 +31,11 @@ LONGEST_MESSAGE_ID = 995  # characters, as much as one line holds
 
 
 class Refused(Exception):
-    """The text is the SMTP reply: what must be true, and never what the mail says."""
+    """The text is the SMTP reply: what must be true, and never what the mail says. `reason` is for the log."""
+
+    def __init__(self, reply: str, reason: str = "") -> None:
+        super().__init__(reply)
+        self.reason = reason or reply.split(" ", 2)[-1]
 
 
 class Envelope(NamedTuple):
@@ -69,33 +73,23 @@ def take(data: bytes, envelope: Envelope, key: ApiKey, settings: Settings) -> Ta
     except NotAMail as error:
         raise Refused(f"554 5.6.0 {error}") from None
     except Invalid as invalid:
-        raise Refused("554 5.6.0 " + "; ".join(f"{_name_of(one)}: {one.message}" for one in invalid.errors)) from None
-    senders = senders_of(header, envelope, settings)
-    if not all(key.may_send_from(one.address) for one in senders):
-        raise Refused(f"550 5.7.1 the header From must be at {' or '.join(key.domains)}, as the API key is for")
-    octets = without(data, header, DROPPED).decode("latin-1")
-    is_wide = envelope.smtputf8 and not data[: header.size].isascii()
+        told = "; ".join(f"{_name_of(one)}: {one.message}" for one in invalid.errors)
+        raise Refused(f"554 5.6.0 {told}", "a header X-Async-Email- is wrong") from None  # its name may be anything
+    sender = sender_of(header, envelope, key, settings)
     to, cc, bcc = outline_of(header, envelope.recipients, settings)
+    octets = without(data, header, DROPPED).decode("latin-1")
     message = Message(
-        sender=senders[0],
+        sender=sender,
         to=to,
         cc=cc,
         bcc=bcc,
         reply_to=header.mailboxes("reply-to")[:50],
         subject=" ".join(header.values("subject"))[:LONGEST_SUBJECT],
         tags=[tag.model_dump() for tag in wishes.tag],
-        raw=Raw(octets, envelope.sender, is_wide),
+        raw=Raw(octets, envelope.sender, envelope.smtputf8 and not data[: header.size].isascii()),
     )
-    draft = Draft(
-        message,
-        wishes.expires_at,
-        wishes.on_doubt,
-        key=key.name,
-        test=key.scope == "test",
-        scheduled_at=at,
-        priority=wishes.priority,
-        message_id=" ".join(header.values("message-id"))[:LONGEST_MESSAGE_ID],
-    )
+    draft = Draft(message, wishes.expires_at, wishes.on_doubt, key.name, key.scope == "test", at, wishes.priority)
+    draft = draft._replace(message_id=" ".join(header.values("message-id"))[:LONGEST_MESSAGE_ID])
     dedupe = settings.submission_dedupe
     if known := by_key(header, envelope, key):
         return Taken(draft, known)
@@ -125,19 +119,26 @@ def _name_of(error: FieldError) -> str:
     return f"{OURS}{error.field.partition('[')[0].replace('_', '-')}".title()
 
 
-def senders_of(header: Header, envelope: Envelope, settings: Settings) -> list[Mailbox]:
+def sender_of(header: Header, envelope: Envelope, key: ApiKey, settings: Settings) -> Mailbox:
     """Returns who the mail is from: of a mail without From the envelope's sender, else MAIL_FROM. Raises `Refused`."""
     written = header.values("from")
     if len(written) > 1:
         raise Refused("554 5.6.0 the mail must have one header From (RFC 5322 3.6)")
     senders = header.mailboxes("from")
+    if written and key.domains:  # and not what one reader takes for an address, and another for a comment
+        try:
+            senders = [Mailbox.parse(header.texts("from")[0])]
+        except ValueError:
+            senders = []
     if written and not senders:
         raise Refused("554 5.6.0 the header From must have an address (RFC 5322 3.6.2)")
     if not senders:
         senders = [Mailbox("", envelope.sender) if envelope.sender else Mailbox.parse(settings.mail_from)]
     if any(one.is_local for one in senders) and not settings.allow_local_domains:
         raise Refused("554 5.6.0 the header From must have a domain with a dot, unless ALLOW_LOCAL_DOMAINS=yes")
-    return senders
+    if not all(key.may_send_from(one.address) for one in senders):
+        raise Refused(f"550 5.7.1 the header From must be at {' or '.join(key.domains)}, as the API key is for")
+    return senders[0]
 
 
 def outline_of(header: Header, recipients: Sequence[Mailbox], settings: Settings) -> list[list[Mailbox]]:

@@ -152,6 +152,13 @@ def test_a_key_is_held_to_its_rate_and_its_domains(there: Submission) -> None:
         client.mail("ada@acme.example")
         client.rcpt("bob@example.com")
         assert client.data(MAIL)[0] == 550
+    for written in (
+        b"x@example.com, ada@acme.example",
+        b"<x @example.com>, ada@acme.example",
+        b"(<x@y.z>) ada@acme.example",
+    ):
+        mail = MAIL.replace(b"Ada <ada@example.com>", written)
+        assert there.send(mail, "acme-key", "ada@acme.example").startswith("554 5.6.0 the header From")
     at_home = MAIL.replace(b"ada@example.com", b"ada@acme.example")
     assert there.send(at_home, "acme-key", "ada@acme.example").startswith("250")
 
