@@ -18,7 +18,7 @@ from mail.templates import read_again_when_changed
 from mail.templates import use as use_templates
 from process import prefork
 from process.log import emit, say_why_not, set_up
-from process.memory import give_memory_back
+from process.resources import give_memory_back
 from process.sd_daemon import on_stop
 from queues.connection import Unavailable, announcements, connect, reach
 from queues.jobs import Jobs

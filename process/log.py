@@ -28,7 +28,7 @@ EVENTS = frozenset({
     # a mail came by SMTP, or was refused, whole or at `phase`: status, reason, ms, bytes, key, id, replayed
     "submission",
     "crashed",  # a fault of ours in a request or a duty of the worker pool: where, and never what
-    "few_descriptors",  # a process of the API may open so few files that it takes only `connections`
+    "few_descriptors",  # a process may open so few files that it takes only `connections`
     "stuck",  # a process of the API made no progress and was killed: process
     "sent", "delayed", "failed", "unknown",  # the result of an attempt, or a mail expired: id, reason, next_in, test
     "task_finished", "task_failed",  # the result of a job of POST /jobs: id, task, error

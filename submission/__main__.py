@@ -21,11 +21,11 @@ from typing import Any
 from mail.address import default_sender
 from process import sd_daemon
 from process.log import emit, say_why_not, set_up, where
-from process.memory import give_memory_back
+from process.resources import give_memory_back
 from queues.connection import Unavailable, announcements, connect, reach
 from queues.jobs import Jobs
 from settings import Settings, SettingsError, load
-from submission.conversation import TLS_PORT, Conversation, Conversations, hostname
+from submission.conversation import MOST, TLS_PORT, Conversation, Conversations, hostname
 from submission.handler import Handler
 
 BACKLOG = 512
@@ -113,6 +113,8 @@ async def serve(settings: Settings, jobs: Jobs, sockets: list[socket.socket], tl
         factory = partial(Conversation, all_of_them, implicit)
         context: dict[str, Any] = {"ssl": tls} if implicit else {}
         servers.append(await loop.create_server(factory, sock=one, backlog=BACKLOG, **context))
+    if all_of_them.most < MOST:
+        emit("few_descriptors", logging.WARNING, connections=all_of_them.most)
     emit("submission_started", listen=" ".join(map(str, settings.submission_listen)), recipients=settings.staging)
     with handler.accepting.handed_over():
         while not stopping.is_set():

@@ -21,6 +21,7 @@ from aiosmtpd.smtp import SMTP, Envelope
 
 from mail.address import Mailbox
 from process.guesses import network
+from process.resources import open_files
 from settings import ApiKey
 from submission.handler import Handler
 
@@ -31,6 +32,7 @@ IDLE = 300  # seconds: between two commands, and for a whole mail (RFC 5321 4.5.
 LOGIN_WITHIN = 60  # seconds
 LONGEST = 3600  # seconds of a connection; the client opens another
 MOST = 1000  # connections
+PER_CONNECTION, BESIDE = 2, 100  # files: a mail that is being read is one; sockets of Redis, what Python opens
 MOST_OF_ONE = 100  # of them from one address, or one IPv6 network; loopback may have all
 TLS_PORT = 465  # RFC 8314 3.3: TLS from the first byte
 IDENT = "async-email"
@@ -45,11 +47,12 @@ class Conversations:
         self.hostname = hostname
         self.open: set[Conversation] = set()
         self.places: Counter[str] = Counter()
+        self.most = max(1, min(MOST, (open_files(MOST * PER_CONNECTION + BESIDE) - BESIDE) // PER_CONNECTION))
         self.stopping = False
 
     def admit(self, one: Conversation) -> bool:
         place = network(one.address)
-        if len(self.open) >= MOST or (self.places[place] >= MOST_OF_ONE and place != "loopback"):
+        if len(self.open) >= self.most or (self.places[place] >= MOST_OF_ONE and place != "loopback"):
             return False
         self.open.add(one)
         self.places[place] += 1

@@ -206,6 +206,15 @@ def test_what_clients_do_wrong_is_no_fault_of_ours_in_the_log(house: House, tmp_
     assert not {"crashed", "Traceback", "ERROR"} & set(house.log("submission").split())
 
 
+def test_with_few_descriptors_it_serves_fewer_and_says_so(house: House) -> None:
+    other = Submission(house, "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (140, 140))")
+    talks = [other.talk(login=False) for _ in range(25)]
+    assert [talk.reply()[:3] for talk in talks] == ["220"] * 20 + ["421"] * 5
+    assert "few_descriptors connections=20" in house.log("submission")
+    for talk in talks:
+        talk.__exit__()
+
+
 def test_one_address_has_so_many_connections_and_all_together_so_many() -> None:
     class One:
         def __init__(self, address: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import resource
 import socket
 import threading
 import time
@@ -28,6 +27,7 @@ from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from process import sd_daemon
+from process.resources import open_files
 from queues.connection import is_silent
 from settings import Address
 from web.errors import as_line, error_shape
@@ -134,14 +134,8 @@ def bound(family: int, address: Any) -> socket.socket:
 def room_for(sockets: int) -> int:
     """Returns how many connections the limit of file descriptors leaves on each socket. Raises it first as far as may
     be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = PER_CONNECTION * MOST_CONNECTIONS * sockets + BESIDE
-    if 0 <= soft < wanted:  # below 0: no limit
-        soft = min(wanted, hard) if hard >= 0 else wanted
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft < 0:
-        return MOST_CONNECTIONS
-    return max(1, (soft - BESIDE) // PER_CONNECTION // sockets)
+    may_open = open_files(PER_CONNECTION * MOST_CONNECTIONS * sockets + BESIDE)
+    return max(1, (may_open - BESIDE) // PER_CONNECTION // sockets)
 
 
 class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
