@@ -147,6 +147,12 @@ class Conversation(SMTP):
                 cast(asyncio.Transport, self.transport).write(f"421 4.3.2 {why}\r\n".encode())
             self.transport.close()
 
+    async def hang_up(self, arg: str | None) -> None:
+        """Ends with what speaks HTTP: a page in somebody's browser could send a whole conversation in a form."""
+        raise ConnectionResetError
+
+    smtp_GET = smtp_HEAD = smtp_POST = smtp_PUT = smtp_OPTIONS = smtp_CONNECT = smtp_PRI = hang_up
+
     async def smtp_AUTH(self, arg: str | None) -> None:
         """Takes the mechanism in small letters, too (RFC 4422 3.1)."""
         mechanism, _, rest = (arg or "").partition(" ")

@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,15 @@ def test_nothing_is_smuggled_out(there: Submission, api: Api, far: Relay) -> Non
     api.wait_for(mail_id, "sent")
     assert far.accepted[-1].content.endswith(MAIL[-8:] + body)
     assert far.accepted[-1].recipients == ["bob@example.com"]
+
+
+def test_what_speaks_http_is_hung_up_on(there: Submission, client: redis.Redis) -> None:
+    for line in (b"POST / HTTP/1.1\r\n", b"PRI * HTTP/2.0\r\n", b"get /\r\n"):
+        with there.talk(login=False) as talk:
+            talk.socket.sendall(line + HELLO + LOGIN + ENVELOPE + MAIL + b".\r\n")
+            with suppress(ConnectionResetError):
+                assert talk.file.read().count(b"\n") == 1
+    assert accepted(client) == 0
 
 
 def test_all_of_a_conversation_may_be_sent_at_once(there: Submission, client: redis.Redis) -> None:
@@ -297,6 +307,24 @@ def test_port_465_speaks_tls_at_once_and_a_new_certificate_is_read_on_sighup(hou
     certified.issue()
     other.process.send_signal(signal.SIGHUP)
     eventually(lambda: serial() != first)
+
+
+def test_systemd_brings_the_sockets_and_hears_of_each_step(house: House, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard, socket.create_server(("127.0.0.1", 0)) as one:
+        heard.bind(str(tmp_path / "notify"))
+        heard.settimeout(30)
+        taken = f"import os; os.dup2({one.fileno()}, 3); os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"
+        patched = (
+            f"{taken}; import sys; from submission import __main__ as main; main.BEAT = 0.1; sys.exit(main.main())"
+        )
+        environment = house.environment | {"NOTIFY_SOCKET": str(tmp_path / "notify"), "PYTHONPATH": str(house.root)}
+        process = house.run("activated", "-c", patched, env=environment, pass_fds=[one.fileno()])
+        assert [heard.recv(100) for _ in "12"] == [b"READY=1\nWATCHDOG=1"] * 2
+        with smtplib.SMTP("127.0.0.1", one.getsockname()[1], timeout=30) as client:
+            client.login("any", "send-key")
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: heard.recv(100) == b"STOPPING=1")
+        assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize(
