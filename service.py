@@ -60,7 +60,7 @@ def main() -> int:
     with suppress(Unavailable):  # it is said now, and may come up after us
         reach(settings.redis_url.get_secret_value())
 
-    def serve(alive: Callable[[], None]) -> None:
+    def serve(alive: Callable[[], None], _: int) -> None:
         server = Server(app, ON_THE_WIRE * settings.max_message_bytes, sockets)
         on_stop(server.stop)
         with app.accepting.handed_over():

@@ -265,6 +265,7 @@ class Settings(BaseSettings):
     tasks_file: FilePath | None = None
 
     worker_concurrency: Annotated[int, Field(ge=1, le=64)] = 16
+    worker_processes: Annotated[int, Field(ge=1, le=64)] | None = None
 
     # fmt: off
     retry_schedule: Annotated[tuple[Duration, ...], parsed_by(parse_schedule), NoDecode, Field(max_length=50)] = (

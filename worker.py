@@ -1,15 +1,16 @@
 """Runs the jobs of one queue: `python worker.py [email|jobs]`.
 
-`email` is a pool: WORKER_CONCURRENCY RQ workers as threads of this process, each with its own Redis connection and SMTP
-session, for a mail is nearly all waiting. The main thread looks after them: signals, heartbeats, RQ's scheduler for
-mail that was put off, RQ's maintenance and our sweep. `jobs` is RQ's own worker, which forks for each job, so that a
-task that hangs or crashes can be killed; RQ's scheduler is a process of its own there, which also queues the tasks with
-`cron`. SIGTERM lets the jobs in hand finish.
+`email` sends WORKER_CONCURRENCY mails at a time, in WORKER_PROCESSES processes. Each process is one RQ worker whose
+threads run its jobs, for a mail is nearly all waiting. Its main thread looks after them: signals, heartbeats, RQ's
+scheduler for mail that was put off, RQ's maintenance and our sweep. `jobs` is RQ's own worker, which forks for each
+job, so that a task that hangs or crashes can be killed; RQ's scheduler is a process of its own there, which also queues
+the tasks with `cron`. SIGTERM lets the jobs in hand finish.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from typing import Any
 import settings
 import tasks
 from mail import delivery
-from process import log, sd_daemon
+from process import log, prefork, sd_daemon
 from queues import keys
 from queues.bulk import Bulk
 from queues.connection import (
@@ -34,14 +35,20 @@ from queues.connection import (
     translating_errors,
     why_unavailable,
 )
+from queues.executions import Turns
 from queues.heartbeat import LEASE_SECONDS, MAINTENANCE_EVERY
 from queues.offer import load_file, offered_on, with_cron
 from queues.quarantine import put_aside, sift
+from queues.senders import Senders
 from queues.table import EMAIL, QUEUES
-from queues.workers import EmailWorker, Functions, JobsWorker, Scheduler, make_worker
+from queues.workers import EmailWorker, Functions, JobsWorker, Scheduler, make_worker, register
 
-FED_PER_WORKER = 50  # bulk mails that a worker may have before it; more than it can send in a second
-STUCK_AFTER = 120  # seconds beyond its timeout after which an attempt is taken for stuck
+FED_PER_SENDER = 50  # bulk mails that a sender may have before it; more than it can send in a second
+STUCK_AFTER = (
+    120  # seconds beyond its timeout after which an attempt is taken for stuck; and a process without progress
+)
+FEWEST = 4  # mails at a time that are worth a process of their own
+Report = Callable[[str], None]
 
 
 def allowed(queue: str) -> Functions:
@@ -50,21 +57,24 @@ def allowed(queue: str) -> Functions:
 
 
 class WorkerPool:
-    """The e-mail workers of one process, and what their main thread does for all of them, once a second.
+    """The senders of one process, and what its main thread does for all of them, once a second."""
 
-    Replaces a worker whose thread has ended, so the process outlives what made it quit: a Redis that was away for
-    minutes, a fault of ours.
-    """
-
-    def __init__(self, queue: str, current: settings.Settings) -> None:
+    def __init__(
+        self, queue: str, current: settings.Settings, concurrency: int = 1, report: Report = sd_daemon.tell
+    ) -> None:
+        """`concurrency` is the number of mails at a time; `report` takes what is for the service manager."""
         self.settings = current
+        self.report = report
         self.delivery = delivery.current()
-        self.redis = connect(current.redis_url.get_secret_value())  # fails fast: each second is another try
+        url = current.redis_url.get_secret_value()
+        self.redis = connect(url)  # fails fast: each second is another try
         self.maintenance_worker = make_worker(EmailWorker, queue, self.redis, allowed(queue))  # takes no jobs
         self.queue = self.maintenance_worker.queues[0]
+        self.worker = make_worker(EmailWorker, queue, self.delivery.outbox.jobs.redis, allowed(queue))
+        self.worker.turns = Turns(self.worker, *self.delivery.outbox.claim_beside())
+        self.senders = Senders(self.worker, connect(url, retrying=True), concurrency, self.is_paused)
         self.scheduler = Scheduler(queue, self.redis)
-        self.bulk = Bulk(self.redis, FED_PER_WORKER * current.worker_concurrency)
-        self.workers: dict[threading.Thread, EmailWorker] = {}
+        self.bulk = Bulk(self.redis, FED_PER_SENDER * concurrency)
         self.suspended = False  # by `rq suspend`
         self.asked_to_stop = threading.Event()
         self.signalled_at = 0.0
@@ -75,13 +85,14 @@ class WorkerPool:
         sd_daemon.on_stop(self.handle_signal)
         with suppress(RedisError):
             self.delivery.pacing.start()
-        while not self.asked_to_stop.is_set() or self.workers:
+        while not self.asked_to_stop.is_set() or self.senders.threads:
             began = time.monotonic()
             self.tick()
             self.asked_to_stop.wait(max(0.0, began + 1 - time.monotonic()))
             if self.asked_to_stop.is_set():
-                sd_daemon.tell("STOPPING=1")
+                self.report("STOPPING=1")
                 self.drain()
+        self.worker.register_death()
         with suppress(RedisError):
             self.scheduler.stop()  # type: ignore[no-untyped-call]
             self.delivery.tally.erase(self.redis)
@@ -94,29 +105,18 @@ class WorkerPool:
             duties += [self.clamp_future_heartbeats, lambda: sift(self.queue)]
             duties += [self.maintenance_worker.run_maintenance_tasks, self.delivery.sweep]
             duties += [lambda: self.delivery.tally.forget_ended(self.redis)]
-        for duty in (*duties, self.replenish):
+        for duty in (*duties, self.senders.replenish):
             try:
                 duty()
                 announcements.note(None)
             except Exception as error:
                 if reason := why_unavailable(error):
                     announcements.note(reason)
-                    sd_daemon.tell(f"STATUS=waiting: {reason}")
+                    self.report(f"STATUS=waiting: {reason}")
                     if not is_hopeless(reason):
-                        sd_daemon.tell("WATCHDOG=1")  # waiting for a Redis that is away or full is not being stuck
+                        self.report("WATCHDOG=1")  # waiting for a Redis that is away or full is not being stuck
                     return
                 log.emit("crashed", logging.ERROR, where=log.where(error))
-
-    def replenish(self) -> None:
-        """Starts as many workers as are missing."""
-        self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
-        while len(self.workers) < self.settings.worker_concurrency and not self.asked_to_stop.is_set():
-            redis = connect(self.settings.redis_url.get_secret_value(), retrying=True)
-            worker = make_worker(EmailWorker, self.queue.name, redis, allowed(self.queue.name))
-            worker.is_paused = self.is_paused
-            thread = threading.Thread(target=worker.work, kwargs={"logging_level": None}, name=worker.name)
-            self.workers[thread] = worker
-            thread.start()
 
     def is_paused(self) -> bool:
         """Returns whether no mail should be taken: at `rq suspend`, and while the relay is in trouble. It would only be
@@ -124,38 +124,31 @@ class WorkerPool:
         return self.suspended or self.delivery.pacing.closed_for() > 0
 
     def drain(self) -> None:
-        """Lets workers that wait for a job end, and forgets those that have."""
-        for worker in self.workers.values():
-            worker.stopping = True
+        """Lets the senders end, and waits for them a tenth of a second."""
+        self.senders.stop()
         with suppress(RedisError):
-            # Our workers in BLMOVE see `stopping` when they are woken; other programs' clients block again.
+            # Ours in BLMOVE sees that when it is woken; other programs' clients block again.
             for client in self.redis.client_list(_type="normal"):
                 if client["cmd"] == "blmove":
                     self.redis.client_unblock(int(client["id"]))
-        for thread in list(self.workers):
-            thread.join(0.1 / len(self.workers))
-        self.workers = {thread: worker for thread, worker in self.workers.items() if thread.is_alive()}
+        self.senders.join(0.1)
 
     def publish_heartbeats(self) -> None:
-        """Writes all workers' heartbeats and our tally; looks for `rq suspend` and workers that Redis has forgotten."""
-        workers = list(self.workers.values())
+        """Writes the worker's heartbeat and our tally; looks for `rq suspend`, and whether Redis knows the worker."""
         with self.redis.pipeline(transaction=False) as pipeline:
-            for worker in workers:
-                worker.add_heartbeat(pipeline)
-            self.delivery.tally.write(pipeline)
-            for worker in workers:
-                pipeline.sismember(worker.redis_workers_keys, worker.key)
             pipeline.exists(keys.SUSPENDED)
-            seen = pipeline.execute()
-        self.suspended = bool(seen.pop())
-        for worker, known in zip(workers, seen[len(seen) - len(workers) :], strict=True):
-            worker.forgotten = not known
+            pipeline.sismember(self.worker.redis_workers_keys, self.worker.key)
+            self.worker.add_heartbeat(pipeline, bool(self.senders.busy_since))
+            self.delivery.tally.write(pipeline)
+            self.suspended, is_known = map(bool, pipeline.execute()[:2])
+        if not is_known:
+            register(self.worker, self.redis)
 
     def watch(self) -> None:
         """Feeds systemd's watchdog, unless an attempt at a mail takes longer than it can."""
-        busy = [worker.busy_since for worker in self.workers.values() if worker.busy_since]
+        busy = self.senders.busy_since
         if not busy or time.monotonic() - min(busy) < self.settings.job_timeout + STUCK_AFTER:
-            sd_daemon.tell("READY=1\nWATCHDOG=1\nSTATUS=")
+            self.report("READY=1\nWATCHDOG=1\nSTATUS=")
 
     def schedule(self) -> None:
         """Queues mail that was put off and is due. What the scheduler fails at is set aside, for the next second."""
@@ -201,8 +194,8 @@ def main() -> int:
         with translating_errors():
             redis, pooled = connect(url, retrying=True), QUEUES[queue].pooled
             put_aside(redis, keys.kinds(queue))  # RQ could not even register
-            worker = WorkerPool(queue, current) if pooled else make_worker(JobsWorker, queue, redis, allowed(queue))
-            if isinstance(worker, JobsWorker):
+            worker = None if pooled else make_worker(JobsWorker, queue, redis, allowed(queue))
+            if worker:
                 worker.cron = with_cron(queue, current)
     except settings.SettingsError as error:
         log.say_why_not(error)
@@ -212,14 +205,38 @@ def main() -> int:
         return 1
     announcements.begin(redis)
     log.emit("worker_started", queue=queue, recipients=current.staging if pooled else "")
-    if isinstance(worker, WorkerPool):
-        worker.work()
-        worker.delivery.pool.close_all()
-    else:
+    if worker:
         sd_daemon.on_stop(worker.request_stop)
         sd_daemon.tell("READY=1")
         worker.work(with_scheduler=True, logging_level=None)
+    else:
+        send(queue, current)
     return 0
+
+
+def send(queue: str, current: settings.Settings) -> None:
+    """Sends mail until SIGTERM, in as many processes as are set. All share WORKER_CONCURRENCY, which is what a relay
+    sees: where it allows three connections, a machine with more cores must not open more."""
+    together = current.worker_concurrency
+    processes = min(together, current.worker_processes or min(cores(), max(1, together // FEWEST)))
+
+    def work(report: Report, place: int = 0) -> None:
+        pool = WorkerPool(queue, current, together // processes + (place < together % processes), report)
+        pool.work()
+        pool.delivery.pool.close_all()
+
+    def work_in_child(alive: Callable[[], None], place: int) -> None:
+        work(lambda said: alive() if "WATCHDOG=1" in said else None, place)  # systemd listens to the parent alone
+
+    if processes == 1:
+        work(sd_daemon.tell)
+    else:
+        prefork.run(processes, work_in_child, STUCK_AFTER)
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

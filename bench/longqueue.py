@@ -16,7 +16,8 @@ from statistics import median, quantiles
 from bench.backlog import copy, drafted, outbox_at
 from bench.relay import RelayProcess
 from bench.rig import NotMeasured, Rig
-from bench.sides import KEY, SIDES
+from bench.side import KEY
+from bench.sides import SIDES
 from tests.servers import Api, free_port
 
 PATIENCE = 300  # seconds until those in front are sent

@@ -1,4 +1,4 @@
-"""Writes the results as `benchmarks.md` and its plot: medians over the rounds, with the smallest and largest beside.
+"""Writes the results as `benchmarks.md`: medians over the rounds, with the smallest and largest beside.
 
 A ratio is taken within each round and then its median, so what the machine did meanwhile is in both its parts.
 """
@@ -6,24 +6,25 @@ A ratio is taken within each round and then its median, so what the machine did 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from statistics import median
 
-from bench.targets import BEST, MEASUREMENTS, Measurement, Target
+from bench.kept import Part
+from bench.plot import plot_name
+from bench.targets import BEST, CHAMPION, MEASUREMENTS, Measurement, Target
 
 Rounds = Sequence[Mapping[str, float]]  # one side's figures, round by round; empty where it could not be measured
-Results = Mapping[str, Mapping[str, Rounds]]  # by measurement and side
 COMPARED = (  # five lines at most
-    "**Ours**: the worker as it is installed, one process that sends 16 mails at once, and two of them.",
+    "**Ours**: the worker as it is installed, one process that sends 16 mails at once, or two with 8 each. The peers "
+    "send 16 at once as well, in one process or two, but for those whose names say otherwise.",
     "**Naive peers**, what teams write first: an SMTP session for each mail. Celery as it comes (behind Flask, for "
-    "accepting) and with 16 processes, dramatiq with 16 threads.",
-    "**Warm peers**, what a good engineer makes of that: the same code, with a session kept for each process or "
-    "thread, opened anew once when it turns out dead. Celery with 16 processes and with 16 threads, dramatiq.",
-    "**The floor**: one worker of stock RQ, which ours is built on, forking for each mail, or `SimpleWorker`, naive "
-    "and warm.",
-    "**The best peer** is the one of all of these with the highest median in that table. The ratio to it comes first.",
+    "accepting) and with 16 processes, dramatiq with threads, taskiq with aiosmtplib.",
+    "**Warm peers**, what a good engineer makes of that: the same code with sessions that are kept, and opened anew "
+    "once when they turn out dead; Celery also with threads, and BullMQ with nodemailer's pool.",
+    "**The best peer** is the one of these, and of a worker of stock RQ, which ours is built on (**the floor**), with "
+    "the highest median in that table. The ratio to it comes first.",
+    "**Postfix** is the champion beside them: mail in by SMTP and out to the same relay, without a queue in Redis, "
+    "templates or an API.",
 )
-BAR, ROW, LEFT, WIDTH = 18, 26, 250, 760  # of the plot, in pixels
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -42,11 +43,15 @@ def is_ours(side: str) -> bool:
     return side.startswith("ours")
 
 
+def is_peer(side: str) -> bool:
+    return not is_ours(side) and side != CHAMPION
+
+
 def rival(target: Target, sides: Mapping[str, Rounds]) -> str:
     """Returns the side that a target compares with, and "" where there is none."""
     if target.other != BEST:
         return target.other
-    theirs = {side: figures(rounds, target.figure) for side, rounds in sides.items() if not is_ours(side)}
+    theirs = {side: figures(rounds, target.figure) for side, rounds in sides.items() if is_peer(side)}
     medians = {side: median(values) for side, values in theirs.items() if values}
     return max(medians, key=medians.__getitem__, default="")
 
@@ -64,87 +69,76 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def section(measurement: Measurement, sides: Mapping[str, Rounds], size: Mapping[str, object]) -> Iterator[str]:
+def section(name: str, parts: Sequence[Part]) -> Iterator[str]:
+    """Yields one measurement, server by server."""
+    measurement, measured = MEASUREMENTS[name], [part for part in parts if name in part.results]
     yield f"## {measurement.title}"
-    yield measurement.words.format(**size)
+    yield measurement.words.format(**measured[-1].size)
+    for part in measured:
+        if len(parts) > 1:
+            yield f"### {part.server}"
+        yield from tables(measurement, part.results[name])
+
+
+def tables(measurement: Measurement, sides: Mapping[str, Rounds]) -> Iterator[str]:
     rows = [
         [name, *(spread(figures(sides[side], one.key), one.form) for one in measurement.figures)]
         for side, name in measurement.sides.items()
         if side in sides
     ]
     yield table(["", *(one.heading for one in measurement.figures)], rows)
-    rows = [verdict(target, sides, measurement.sides) for target in measurement.targets]
+    rows = [verdict(target, sides, measurement) for target in measurement.targets]
     yield table(["compared", "measured", "target", ""], rows)
 
 
-def verdict(target: Target, sides: Mapping[str, Rounds], names: Mapping[str, str]) -> list[str]:
+def verdict(target: Target, sides: Mapping[str, Rounds], measurement: Measurement) -> list[str]:
     values, words = ratios(target, sides), target.words
     if target.other == BEST:
-        words = f"**{words}, to the best peer** ({names.get(rival(target, sides), 'none')})"
-    form = ",.2f" if target.other else ",.1f"
+        words = f"**{words}, to the best peer** ({measurement.sides.get(rival(target, sides), 'none')})"
+    [own] = [one.form for one in measurement.figures if one.key == target.figure]
+    form = ",.2f" if target.other else own
+    if not target.relation:
+        return [words, spread(values, form), "–", ""]
     judged = "not measured" if not values else "met" if target.is_met(median(values)) else "**missed**"
     return [words, spread(values, form), f"{target.relation} {target.limit:,.4g}", judged]
 
 
-def document(results: Results, size: Mapping[str, object], facts: Sequence[str], notes: Sequence[str]) -> str:
-    """Returns the page. `facts` says on what it was measured and how, `notes` what was not."""
-    parts = [
+def document(parts: Sequence[Part]) -> str:
+    """Returns the page, of one server or more."""
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    said = [
         "# Measured beside what teams write themselves",
         "\n".join(f"- {line}" for line in COMPARED),
         "The peers' code is in `bench/peers/`. `bench/run` builds everything, measures the sides in turn and writes "
-        "this page. Each figure is the median over the rounds, with the smallest and the largest in brackets; each "
-        "ratio is taken within a round.",
-        "\n".join(f"- {fact}" for fact in facts),
+        f"this page. Each figure is the median over {rounds(parts)}, with the smallest and the largest in brackets; "
+        "each ratio is taken within a round. All rounds are in [benchmarks.jsonl](benchmarks.jsonl).",
+        "\n".join(f"- {fact}" for fact in facts(parts)),
     ]
-    if any(MEASUREMENTS[key].drawn for key in results):
-        parts.append("![Medians as bars](img/benchmarks.svg)")
-    for key, sides in results.items():
-        parts += section(MEASUREMENTS[key], sides, size)
+    for part in parts:
+        if any(MEASUREMENTS[key].drawn for key in part.results):
+            said.append(f"![Medians as bars, on {part.server}](img/{plot_name(parts, part)})")
+    for name in MEASUREMENTS:
+        if any(name in part.results for part in parts):
+            said += section(name, parts)
     if notes:
-        parts += ["## Not measured", "\n".join(f"- {note}" for note in notes)]
-    return "\n\n".join(parts) + "\n"
+        said += ["## Not measured", "\n".join(f"- {note}" for note in notes)]
+    return "\n\n".join(said) + "\n"
 
 
-# --- the plot ---------------------------------------------------------------------------------------------------------
-
-STYLE = """
-text { font: 13px system-ui, sans-serif; fill: #1f2933 } .title { font-weight: 600 } .number { fill: #52606d }
-.ours { fill: #2f7ed8 } .theirs { fill: #a0a8b3 } line { stroke: #1f2933; stroke-width: 1.5 }
-@media (prefers-color-scheme: dark) {
-  text { fill: #e4e7eb } .number { fill: #9aa5b1 } .theirs { fill: #616e7c } line { stroke: #e4e7eb }
-}
-"""
-
-
-def plot(results: Results) -> str:
-    """Draws bars to the median, and a line from the smallest to the largest. Each group has its own scale."""
-    parts, y = list[str](), 0
-    for key, sides in results.items():
-        measurement = MEASUREMENTS[key]
-        if measurement.drawn:
-            parts += group(measurement, sides, y)
-            y += ROW * (len(sides) + 2)
-    size = f'width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}"'
-    body = "\n".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n<style>{STYLE}</style>\n{body}\n</svg>\n'
+def facts(parts: Sequence[Part]) -> list[str]:
+    """Returns what is true of all servers, then what is of one, with its name."""
+    common = [fact for fact in dict.fromkeys(parts[0].facts) if all(fact in part.facts for part in parts)]
+    own = [
+        fact if part.server in fact else f"{part.server}: {fact}"
+        for part in parts
+        for fact in dict.fromkeys(part.facts)
+        if fact not in common
+    ]
+    return common + own
 
 
-def group(measurement: Measurement, sides: Mapping[str, Rounds], y: int) -> Iterator[str]:
-    [unit] = [one.heading for one in measurement.figures if one.key == measurement.drawn]
-    yield f'<text class="title" x="0" y="{y + 18}">{escape(measurement.title)}: {escape(unit)}</text>'
-    values = {side: figures(sides[side], measurement.drawn) for side in measurement.sides if side in sides}
-    scale = (WIDTH - LEFT - 90) / max((max(some) for some in values.values() if some), default=1)
-    for side, some in values.items():
-        y += ROW
-        yield f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(measurement.sides[side])}</text>'
-        if some:
-            yield from bar(some, scale, y, "ours" if is_ours(side) else "theirs")
-
-
-def bar(values: Sequence[float], scale: float, y: int, who: str) -> Iterator[str]:
-    middle, low, high = (scale * value for value in (median(values), min(values), max(values)))
-    centre = y + BAR // 2
-    yield f'<rect class="{who}" x="{LEFT}" y="{y}" width="{middle:.1f}" height="{BAR}" rx="2"/>'
-    if low < high:
-        yield f'<line x1="{LEFT + low:.1f}" x2="{LEFT + high:.1f}" y1="{centre}" y2="{centre}"/>'
-    yield f'<text class="number" x="{LEFT + high + 8:.1f}" y="{y + 14}">{median(values):,.0f}</text>'
+def rounds(parts: Sequence[Part]) -> str:
+    """Returns how many there are: `5 rounds`, or `3–5 rounds` where a server has fewer than another."""
+    counts = {len(some) for part in parts for sides in part.results.values() for some in sides.values()} or {0}
+    words = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
+    return f"{words} round{'s' if words != '1' else ''}"

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.servers import RedisServer, free_port, kill_group, start
 
@@ -59,9 +59,12 @@ class NotMeasured(Exception):
 
 
 class Rig:
+    redis_program: ClassVar[str | None] = None  # chosen once for a whole run; None: the first that there is
+
     def __init__(self, directory: Path, *redis_options: str) -> None:
         self.directory = directory
-        self.redis_server = RedisServer(directory, "--appendfsync", "everysec", *REDIS, *redis_options)
+        options = ("--appendfsync", "everysec", *REDIS, *redis_options)
+        self.redis_server = RedisServer(directory, *options, program=self.redis_program)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Rig:

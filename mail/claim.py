@@ -101,6 +101,7 @@ class Claim:
     reserved: bool = False
     test: bool = False
     priority: str = "normal"
+    calm: bool = False  # the relay was not in trouble as the mail was claimed
     settled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     claimed_at: float = field(default_factory=time.time)

@@ -23,7 +23,8 @@ from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
-from queues.jobs import JobFailed, Jobs, Retry, allow_exceptions, queued_at, run_again_in, run_by
+from queues.jobs import JobFailed, Jobs, Retry, allow_exceptions, queued_at, run_again_in, run_by, taken_with_it
+from queues.pipelining import PipeliningRedis
 from smtp.envelope import Envelope
 from smtp.pacing import Pacing
 from smtp.policy import MESSAGE, Phase, Verdict
@@ -68,7 +69,7 @@ class Delivery:
         obeys. Raises `Failed` when a person must look: RQ then puts the job into its failed registry, and a requeue
         from there gives the mail all its attempts again."""
         try:
-            claim = self.outbox.claim(mail_id, queued_at())
+            claim = self.outbox.claim(mail_id, queued_at(), taken_with_it())
         except Busy as busy:
             emit("early" if isinstance(busy, Early) else "busy", id=mail_id, next_in=f"{busy.seconds:.0f}s")
             return run_again_in(busy.seconds + 1)
@@ -91,7 +92,7 @@ class Delivery:
             return self._conclude(claim, [])
         if claim.has_expired():
             return self._expire(claim)
-        wait = self.pacing.admit(claim.reserved, claim.was_put_off, claim.priority)
+        wait = self.pacing.admit(claim.reserved, claim.was_put_off, claim.priority, claim.calm)
         if wait and wait.is_trouble and claim.age > self.outbox.settings.trouble_for:
             return self._end(claim, given_up(claim), TROUBLE_TOO_LONG)
         if wait:
@@ -308,4 +309,5 @@ class Dots:
 def current() -> Delivery:
     """Returns this process's delivery. The main thread must ask for it before others do: there must not be two."""
     chosen = settings.load()
-    return Delivery(Outbox(Jobs(connect(chosen.redis_url.get_secret_value(), retrying=True)), chosen))
+    redis = connect(chosen.redis_url.get_secret_value(), retrying=True, kind=PipeliningRedis)
+    return Delivery(Outbox(Jobs(redis), chosen))

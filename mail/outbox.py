@@ -15,7 +15,7 @@ import re
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -80,30 +80,45 @@ local function beside(at)
   count('accepted', mails)
 end
 """
-# KEYS: mail, claim, RQ's failed registry. ARGV: mail id, token, lease in ms, when the job was queued (seconds), when to
-# look at the mail if this attempt does not end, now (ISO 8601: since when the mail waits, if a person has asked again),
-# now (seconds).
+# claim(id, token, lease in ms, when the job was queued (seconds), when to look at the mail if this attempt does not
+# end, now (ISO 8601: since when the mail waits, if a person has asked again), now (seconds)).
 # It is put off until its `scheduled_at`: RQ's scheduler may have queued its job just before that was moved.
 # A failed or unknown mail is claimed only if a person has queued it again since: RQ may run a job twice, and then the
 # second run must not be taken for a wish. Nor is one that the sweep found expired: the scheduler may queue its job
 # later on. A second call with the same token (a lost reply) finds its own claim.
+# Returns the state in which there is nothing to do, or `claimed`, the token, whether the relay is calm, and the mail.
 CLAIM = """
-local state = redis.call('HGET', KEYS[1], 'state')
-if not may(state, 'sending') then return {state or 'gone'} end
-local early = (tonumber(redis.call('HGET', KEYS[1], 'scheduled_at')) or 0) - ARGV[7]
-if early > 0 then return {'early', math.ceil(early * 1000)} end
-if state == 'failed' or state == 'unknown' then
-  local settled_at, lapsed = unpack(redis.call('HMGET', KEYS[1], 'settled_at', 'lapsed'))
-  local asked = tonumber(ARGV[4]) > tonumber(settled_at) and not redis.call('ZSCORE', KEYS[3], ARGV[1])
-  if lapsed == '1' or not asked then return {state} end
+local function claim(id, token, lease, queued_at, look_at, iso, now)
+  local mail, held = MAIL .. id, MAIL .. id .. ':claim'
+  local state, scheduled_at = unpack(redis.call('HMGET', mail, 'state', 'scheduled_at'))
+  if not may(state, 'sending') then return {state or 'gone'} end
+  local early = (tonumber(scheduled_at) or 0) - now
+  if early > 0 then return {'early', math.ceil(early * 1000)} end
+  local fields = {'state_before', state}
+  if state == 'failed' or state == 'unknown' then
+    local settled_at, lapsed = unpack(redis.call('HMGET', mail, 'settled_at', 'lapsed'))
+    local asked = tonumber(queued_at) > tonumber(settled_at) and not redis.call('ZSCORE', FAILED_JOBS, id)
+    if lapsed == '1' or not asked then return {state} end
+    fields = {'state_before', state, 'since', iso}
+  end
+  local holder = redis.call('GET', held)
+  if holder and holder ~= token then return {'busy', redis.call('PTTL', held)} end
+  redis.call('SET', held, token, 'PX', lease)
+  if not holder then become(id, 'sending', nil, look_at, fields) end
+  return {'claimed', token, 1 - redis.call('EXISTS', BREAKER), redis.call('HGETALL', mail)}
 end
-local holder = redis.call('GET', KEYS[2])
-if holder and holder ~= ARGV[2] then return {'busy', redis.call('PTTL', KEYS[2])} end
-redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
-local fields = {'state_before', state}
-if state == 'failed' or state == 'unknown' then fields = {'state_before', state, 'since', ARGV[6]} end
-if not holder then become(ARGV[1], 'sending', nil, ARGV[5], fields) end
-return {'claimed', redis.call('HGETALL', KEYS[1])}
+"""
+# ARGV: as `claim` takes them.
+CLAIM_ALONE = CLAIM + "return claim(unpack(ARGV))"
+# For queues.executions, which takes the mail's job in the same step. ARGV[at] and on: the token, the lease in ms, when
+# to look at the mail, now (ISO 8601), now (seconds). It leaves a mail that may have been asked for again to `claim`.
+CLAIM_BESIDE = f"""{CLAIM}
+local function beside(id, at)
+  local state = redis.call('HGET', MAIL .. id, 'state')
+  if state == 'failed' or state == 'unknown' then return end
+  local token, lease, look_at, iso, now = unpack(ARGV, at, at + 4)
+  return claim(id, token, lease, 0, look_at, iso, now)
+end
 """
 # KEYS: mail, claim, bulk, of which RQ knows nothing. ARGV: mail id, now, then what removes its job, if it has one.
 # Returns what stands in the way: the mail's state ('sending': an attempt holds it), and the job's status where that is
@@ -236,17 +251,14 @@ class Outbox(Reader):
             idempotency_ttl=known_for or self.settings.idempotency_ttl,
         )
 
-    def claim(self, mail_id: str, queued_at: float) -> Claim | str:
+    def claim(self, mail_id: str, queued_at: float, taken: Any = None) -> Claim | str:
         """Takes a mail for one attempt, or returns the state in which there is nothing to do. Raises `Busy`, `Early`.
 
         `queued_at` is when its job was queued, in seconds since 1970: it shows whether somebody has asked again for a
-        mail that failed. `Claim.held` keeps the claim; one that ran out is of a worker that is dead or stood still.
+        mail that failed. `taken` is what `claim_beside` has returned, if it was taken with its job. `Claim.held` keeps
+        the claim; one that ran out is of a worker that is dead or stood still.
         """
-        token = uuid.uuid4().hex
-        touched = [mail_key(mail_id), claim_key(mail_id), keys.failed(EMAIL)]
-        now = time.time()
-        args = [mail_id, token, LEASE_SECONDS * 1000, queued_at, now + LOOK_AFTER, iso(now), now]
-        reply = self.store.run(CLAIM, touched, args)
+        reply = taken or self._claim(mail_id, queued_at)
         verdict = reply[0].decode()
         if verdict == "busy":
             raise Busy(reply[1] / 1000)
@@ -254,11 +266,13 @@ class Outbox(Reader):
             raise Early(reply[1] / 1000)
         if verdict != "claimed":
             return str(verdict)
-        stored = {name.decode(): value for name, value in zip(reply[1][::2], reply[1][1::2], strict=True)}
+        _, token, calm, fields = reply
+        stored = {name.decode(): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
         return Claim(
             store=self.store,
             id=mail_id,
-            token=token,
+            token=token.decode(),
+            calm=bool(calm),
             message=Message.from_json(stored["outline"], zlib.decompress(stored["content"])),
             message_id=stored["message_id"].decode(),
             created_at=datetime.fromisoformat(stored["created_at"].decode()),
@@ -273,6 +287,19 @@ class Outbox(Reader):
             test=bool(stored.get("test")),
             priority=stored.get("priority", b"normal").decode(),
         )
+
+    def _claim(self, mail_id: str, queued_at: float) -> Any:
+        token, lease, look_at, iso_now, now = self._claiming(uuid.uuid4().hex)
+        return self.store.run(CLAIM_ALONE, [], [mail_id, token, lease, queued_at, look_at, iso_now, now])
+
+    def claim_beside(self) -> tuple[str, Callable[[str], list[Any]]]:
+        """Returns what queues.executions needs to claim a mail in the step that takes its job: the script's source, and
+        what makes its words of a token."""
+        return self.store.script(CLAIM_BESIDE).source, self._claiming
+
+    def _claiming(self, token: str) -> list[Any]:
+        now = time.time()
+        return [token, LEASE_SECONDS * 1000, now + LOOK_AFTER, iso(now), now]
 
     def cancel(self, mail_id: str) -> None:
         """Stops a mail that is not being sent and not sent. Raises `NotFound`, `NotPossible`, `Unavailable`."""

@@ -11,9 +11,12 @@ import time
 from typing import Any, NamedTuple
 
 from mail.states import FINAL, State, transition
+from queues import keys
 from queues.connection import SOMETHING_ELSE, Redis, Script, Unavailable, fail_fast, translating_errors
 from queues.heartbeat import LEASE_SECONDS
+from queues.table import EMAIL
 from settings import Settings
+from smtp.pacing import BREAKER
 
 MAIL = "mail:"
 OPEN = "mail:open"  # sorted set: every mail that is not final, by the moment at which mail.sweep looks at it
@@ -67,6 +70,7 @@ class Store:
         # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
         kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
         shared = {"OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT, "INDEX": INDEX}
+        shared |= {"FAILED_JOBS": keys.failed(EMAIL), "BREAKER": BREAKER}
         self._become = transition(MAIL=MAIL, KEPT=kept, PERIODS=PERIODS, **shared)
         self._scripts: dict[str, Script] = {}
 

@@ -332,6 +332,8 @@ def child_settings(ports: argparse.Namespace, configured: settings.Settings) -> 
         "DASHBOARD_LISTEN": f"127.0.0.1:{ports.dashboard_port}",
         "MAIL_FROM": configured.mail_from or "async-email <hello@example.com>",
     }
+    if configured.worker_processes is None:
+        chosen["WORKER_PROCESSES"] = "1"  # a laptop has many cores, and little mail
     if configured.smtp_host is None:
         chosen |= {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(ports.smtp_port), "SMTP_SECURITY": "none"}
     return chosen

@@ -94,6 +94,7 @@ def set_up(level: str, form: str = "plain") -> None:
     handler = logging.StreamHandler(sys.stdout)
     if level != "DEBUG":
         handler.addFilter(_ours_or_a_warning)  # on the handler, since RQ sets the levels of its loggers itself
+        logging.getLogger("rq.worker").setLevel(logging.WARNING)  # where it does not, it need not make the lines
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JournalFormatter(JsonFormatter() if form == "json" else plain))
     logging.basicConfig(handlers=[handler], level=level)

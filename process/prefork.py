@@ -1,6 +1,6 @@
-"""Runs one process that watches, and several that serve on the sockets it has opened.
+"""Runs one process that watches, and several that work: serve on the sockets it has opened, or send mail.
 
-A Python process uses one core, and a request is nearly all work, so one process would leave the other core idle. The
+A Python process uses one core, so one process alone would leave the other cores idle. The
 children are forked when everything is loaded and share that memory. One that ends is replaced within a second, one
 without progress for `STUCK_AFTER` is killed first; all end with the parent, however it ends.
 """
@@ -17,24 +17,34 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from queue import SimpleQueue
 
 from process.log import emit, where
 from process.sd_daemon import STOP, on_stop, tell
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-STUCK_AFTER = 15  # seconds without progress
+STUCK_AFTER = 15  # seconds without progress, unless told otherwise
 PAUSE = 1.0  # seconds, before a child that ended is replaced
 
 Alive = Callable[[], None]
+Work = Callable[[Alive, int], None]
 
 
-def run(count: int, work: Callable[[Alive], None]) -> None:
-    """Runs `work` in `count` processes, until SIGTERM or its like; then passes SIGTERM on and waits for them to end.
+def run(count: int, work: Work, stuck_after: float | None = None) -> None:
+    """Runs `work` in `count` processes, until SIGTERM or its like; then passes SIGTERM on and waits for them to end. So
+    does each further signal.
 
-    `work` must return on SIGTERM, and call its argument at least every `STUCK_AFTER` seconds, after progress.
+    `work` must return on SIGTERM, and call its first argument at least every `stuck_after` seconds (STUCK_AFTER), after
+    progress. The second is the process's place: 0 for the first.
     """
-    stopping = threading.Event()
-    on_stop(lambda *_: stopping.set())
+    patience = stuck_after or STUCK_AFTER
+    stopping, signals = threading.Event(), SimpleQueue[int]()
+
+    def stop(number: int, _: object) -> None:
+        signals.put(number)
+        stopping.set()
+
+    on_stop(stop)
     seen = memoryview(mmap.mmap(-1, 8 * count)).cast("d")  # shared with the children: when each last made progress
     children: dict[int, int] = {}  # process id -> its place
     gc.collect()
@@ -46,19 +56,21 @@ def run(count: int, work: Callable[[Alive], None]) -> None:
         tell("READY=1\nWATCHDOG=1")
         turned = time.monotonic()
         stopping.wait(PAUSE)
-        if time.monotonic() - turned > STUCK_AFTER:  # this process was stopped, and its children with it
+        if time.monotonic() - turned > patience:  # this process was stopped, and its children with it
             for place in range(count):
                 seen[place] = time.monotonic()
-        _reap(children, seen)
+        _reap(children, seen, patience)
     tell("STOPPING=1")
-    for child in children:
-        os.kill(child, signal.SIGTERM)
     while children:
+        while not signals.empty():
+            signals.get()
+            for child in children:
+                os.kill(child, signal.SIGTERM)
         time.sleep(0.05)
-        _reap(children, seen)
+        _reap(children, seen, patience)
 
 
-def _fork(work: Callable[[Alive], None], seen: memoryview[float], place: int) -> int:
+def _fork(work: Work, seen: memoryview[float], place: int) -> int:
     parent = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # until the child no longer has its parent's handlers
     child = os.fork()
@@ -76,7 +88,7 @@ def _fork(work: Callable[[Alive], None], seen: memoryview[float], place: int) ->
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:  # else it died before that, and no signal comes
-            work(alive)
+            work(alive, place)
             code = 0
     except Exception as error:
         emit("crashed", logging.ERROR, where=where(error))
@@ -84,10 +96,10 @@ def _fork(work: Callable[[Alive], None], seen: memoryview[float], place: int) ->
         os._exit(code)
 
 
-def _reap(children: dict[int, int], seen: memoryview[float]) -> None:
+def _reap(children: dict[int, int], seen: memoryview[float], patience: float) -> None:
     """Kills the children without progress, and forgets those that have ended."""
     for child, place in children.items():
-        if time.monotonic() - seen[place] > STUCK_AFTER:
+        if time.monotonic() - seen[place] > patience:
             emit("stuck", logging.ERROR, process=child)
             os.kill(child, signal.SIGKILL)
     with suppress(ChildProcessError):

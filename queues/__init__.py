@@ -10,6 +10,9 @@ overview.py    who works on what, for people; pause and resume
 failures.py    which jobs failed, and of what, for people
 bulk.py        bulk mail, let into the queue as far as that is short
 workers.py     RQ's workers and scheduler, changed
+executions.py  jobs, taken and ended in one step: for the e-mail worker
+senders.py     the threads of that worker
+pipelining.py  a client whose commands from many threads go to Redis together
 quarantine.py  jobs that RQ cannot read, set aside so that the others go on
 cron.py        tasks that are queued by themselves, at their times
 limits.py      how often something may be done, for all processes together

@@ -82,7 +82,7 @@ RETRYING = {
 }
 
 
-def connect(url: str, *, retrying: bool = False) -> Redis:
+def connect(url: str, *, retrying: bool = False, kind: type[Redis] = Redis) -> Redis:
     """Returns a client that gives up within three seconds, or a `retrying` one (the workers') that outlasts a restart.
 
     The first never repeats a command by itself: redis-py would send a transaction again whose reply was lost, and so
@@ -90,7 +90,7 @@ def connect(url: str, *, retrying: bool = False) -> Redis:
     never work.
     """
     try:
-        client = Redis.from_url(
+        client = kind.from_url(
             url,
             **(RETRYING if retrying else FAIL_FAST),
             **({} if url.startswith("unix:") else {"socket_keepalive": True}),

@@ -389,7 +389,7 @@ class Jobs:
         RQ's `Job.delete` raises for each that it finds in the list alone."""
         listed = job.execution_registry
         for execution_id in listed.get_execution_ids():
-            if not self.redis.hexists(f"rq:execution:{job.id}:{execution_id}", "created_at"):
+            if not self.redis.hexists(f"{keys.EXECUTION}{job.id}:{execution_id}", "created_at"):
                 self.redis.zrem(listed.key, execution_id)
 
 
@@ -422,6 +422,11 @@ def queued_at() -> float:
     """Returns when the job that runs in this thread was queued, in seconds since 1970; 0 outside of a job."""
     job = get_current_job()
     return job.enqueued_at.timestamp() if job and job.enqueued_at else 0
+
+
+def taken_with_it() -> Any:
+    """Returns what the script that took the job of this thread has done beside, if it has; see queues.executions."""
+    return getattr(get_current_job(), "beside", None)
 
 
 def run_by() -> str:

@@ -10,6 +10,7 @@ from rq import Worker, registry
 from rq.cron_job_registry import get_registry_key as cron_jobs
 from rq.cron_scheduler_registry import get_registry_key as cron_schedulers
 from rq.defaults import RQ_KEY_PREFIX
+from rq.executions import ExecutionRegistry
 from rq.job import Job
 from rq.queue import Queue
 from rq.rate_limit import RateLimitRegistry
@@ -20,6 +21,7 @@ from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 SUSPENDED = WORKERS_SUSPENDED  # exists while `rq suspend` holds
 CRON_SCHEDULER = f"{RQ_KEY_PREFIX}:cron_scheduler:{{}}"
+EXECUTION = f"{RQ_KEY_PREFIX}:execution:"  # and <job>:<execution>
 LIMITS = RateLimitRegistry.rl_keys_key  # the names of tasks with `concurrency` that have jobs: <queue>:tasks.<task>
 
 
@@ -58,9 +60,12 @@ def waiting(limit: str) -> str:
 scheduled = registry.ScheduledJobRegistry.key_template.format
 started = registry.StartedJobRegistry.key_template.format
 ready = registry.ReadyJobRegistry.key_template.format
+finished = registry.FinishedJobRegistry.key_template.format
 failed = registry.FailedJobRegistry.key_template.format
 deferred = registry.DeferredJobRegistry.key_template.format
 canceled = registry.CanceledJobRegistry.key_template.format
+
+executions = ExecutionRegistry.key_template.format  # by a job's id: those of its executions
 
 
 def kinds(name: str) -> dict[str, str]:

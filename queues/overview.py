@@ -100,7 +100,7 @@ def _ask(redis: Redis, commands: Sequence[tuple[str, ...]]) -> list[Any]:
 def _jobs(redis: Redis, entries: list[bytes]) -> dict[bytes, Running]:
     """Returns the jobs of workers' executions, each written `<job>:<execution>`."""
     ids = [_text(entry).partition(":")[0] for entry in entries]
-    executions = _ask(redis, [("HGETALL", f"rq:execution:{_text(entry)}") for entry in entries])
+    executions = _ask(redis, [("HGETALL", f"{keys.EXECUTION}{_text(entry)}") for entry in entries])
     described = _ask(redis, [("HGET", keys.job(job_id), "description") for job_id in ids])
     return {
         entry: Running(job_id, task_of(text or b""), _number((execution or {}).get(b"created_at", b"")))

@@ -32,10 +32,10 @@ from rq.worker.base import BaseWorker, WorkerStatus
 
 from process import sd_daemon
 from process.log import emit, where
-from queues import keys
 from queues.connection import REFUSES_WRITES, Redis, announcements, fail_fast, is_hopeless, why_unavailable
 from queues.cron import Cron
-from queues.heartbeat import HEARTBEAT_SECONDS, LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
+from queues.executions import Taken, Turns
+from queues.heartbeat import LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
 from queues.jobs import JobFailed, Policy
 from queues.quarantine import StrictJob, Unreadable, set_aside, sift
 
@@ -50,6 +50,7 @@ class Job(StrictJob):
     """An RQ job that can only call what its worker allows; see `make_worker`."""
 
     allowed: ClassVar[Functions] = {}
+    beside: Any = None  # what was done in the step that took it; see queues.executions
 
     @classmethod
     def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> StrictJob:
@@ -125,11 +126,12 @@ def unless_unavailable() -> Iterator[None]:
         announcements.note(reason)
 
 
-def register_again(worker: BaseWorker) -> None:
-    """Registers a worker that Redis has forgotten (FLUSHALL; it stood still for minutes). RQ does this at its birth
-    alone: it would work on, unseen by monitoring."""
+def register(worker: BaseWorker, redis: Redis) -> None:
+    """Registers a worker, also one that Redis has forgotten (FLUSHALL; it stood still for minutes). RQ does this at its
+    birth alone: it would work on, unseen by monitoring."""
     worker.last_heartbeat = now()
-    with worker.connection.pipeline() as pipeline:
+    worker.birth_date = worker.birth_date or worker.last_heartbeat
+    with redis.pipeline() as pipeline:
         pipeline.hset(worker.key, mapping=worker.serialize() | {"state": worker._state})
         pipeline.expire(worker.key, worker.worker_ttl + 60)
         worker_registration.register(worker, pipeline)
@@ -181,7 +183,7 @@ class JobsWorker(PlainFailures, Worker):
         with unless_unavailable():
             super().heartbeat(timeout, pipeline)
             if pipeline is None and not self.connection.sismember(self.redis_workers_keys, self.key):
-                register_again(self)
+                register(self, self.connection)
         if not is_hopeless(announcements.reason or ""):
             sd_daemon.tell("WATCHDOG=1")
 
@@ -206,80 +208,46 @@ class NoTimeout(BaseDeathPenalty):
 
 
 class EmailWorker(PlainFailures, SimpleWorker):
-    """One of a pool: an RQ worker that runs its jobs in its own thread.
+    """An RQ worker with many jobs in hand: each of its senders, a thread, calls `take` and `perform` in turn.
 
-    RQ's worker makes some fifteen round trips beside its job, several of them as heartbeats. This one makes three; the
-    pool's main thread does the rest.
+    Does without RQ's loop: `Turns` takes and ends jobs. RQ's own code deals with all that does not end well.
     """
 
     queue_class = Queue
     death_penalty_class = NoTimeout
-    should_run_maintenance_tasks = False  # the main thread does, and is never busy with a mail
-    is_paused: Callable[[], object]  # whether no job should be taken now
-    stopping = False
-    forgotten = False  # by Redis, as the main thread has seen
-    published: tuple[str, float] = ("", 0)  # the state last written to Redis, and when
-    busy_since: float | None = None  # time.monotonic(), while it makes an attempt
+
+    turns: Turns
 
     @cached_property
     def fail_fast_redis(self) -> Redis:
         return fail_fast(self.connection)
 
-    def check_for_suspension(self, burst: bool) -> None:
-        while not self.stopping and self.is_paused():
-            time.sleep(0.5)
+    @cached_property
+    def ended(self) -> dict[str, list[Any]]:
+        """Returns what is still to be written of executions that ended well, by their ids."""
+        return {}
 
-    def _install_signal_handlers(self) -> None:
-        """Does nothing: the main thread has them."""
+    def add_heartbeat(self, pipeline: Pipeline, is_busy: bool) -> None:
+        self._state = WorkerStatus.BUSY if is_busy else WorkerStatus.IDLE
+        pipeline.hset(self.key, mapping={"last_heartbeat": utcformat(now()), "state": self._state})
+        pipeline.expire(self.key, self.worker_ttl + 60)
+        pipeline.expire(self.executions_key, self.worker_ttl + 60)
 
-    def subscribe(self) -> None:
-        """Does nothing: RQ's remote commands need a thread and a connection, and there is no work horse to stop."""
-
-    def set_state(self, state: str, pipeline: Pipeline | None = None) -> None:
-        self._state = state  # `add_heartbeat` writes it
-
-    def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
-        """Writes nothing: the pool does, with `add_heartbeat`. But RQ calls this around each job and each wait for one,
-        the only place from where its loop can be left: raises `StopRequested` there while the pool drains."""
-        if self.stopping and not self.executions:
-            raise StopRequested
-        if self.forgotten:  # done in this thread, which alone knows that it is not about to end
-            self.forgotten = False
-            register_again(self)
-
-    def add_heartbeat(self, pipeline: Pipeline) -> None:
-        """Adds this worker's heartbeat and state to `pipeline`, if either is due."""
-        if self.published[0] != self._state or time.monotonic() - self.published[1] >= HEARTBEAT_SECONDS:
-            self.published = (self._state, time.monotonic())
-            pipeline.hset(self.key, mapping={"last_heartbeat": utcformat(now()), "state": self._state})
-            pipeline.expire(self.key, self.worker_ttl + 60)
-            pipeline.expire(self.executions_key, self.worker_ttl + 60)
-
-    def prepare_execution(self, job: rq.job.Job) -> Execution:
-        """Does what RQ's does, and `prepare_job_execution`, in one transaction."""
-        with self.connection.pipeline() as pipeline:
-            execution = Execution.create(job, LEASE_SECONDS, pipeline=pipeline, worker_name=self.name)
-            self.executions[execution.id] = execution
-            job.prepare_for_execution(self.name, pipeline=pipeline)
-            pipeline.persist(job.key)
-            pipeline.lrem(self.queues[0].intermediate_queue_key, 1, job.id)
-            pipeline.execute()
-        return execution
-
-    def prepare_job_execution(self, job: rq.job.Job, remove_from_intermediate_queue: bool = False) -> None:
-        """Does nothing: `prepare_execution` did it."""
-
-    def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
-        self._state, self.busy_since = WorkerStatus.BUSY, time.monotonic()
-        execution = self.prepare_execution(job)
+    def perform(self, taken: Taken) -> list[Any]:
+        """Runs a job. Returns what is still to be written of it, with `Turns.take` or `Turns.end`; nothing if it did
+        not end well: then it is written already."""
+        job, execution = taken
         with on_heartbeat(lambda: self.publish_heartbeat(job, execution)):
-            self.perform_job(job, queue, execution)
-        self._state, self.busy_since = WorkerStatus.IDLE, None
+            self.perform_job(job, self.queues[0], execution)
+        return self.ended.pop(execution.id, [])
 
     def publish_heartbeat(self, job: rq.job.Job, execution: Execution) -> None:
         with self.fail_fast_redis.pipeline() as pipeline:
             execution.heartbeat(job.started_job_registry, LEASE_SECONDS, pipeline=pipeline)
             pipeline.execute()
+
+    def prepare_job_execution(self, job: rq.job.Job, remove_from_intermediate_queue: bool = False) -> None:
+        """Does nothing: the script that takes a job did it."""
 
     def handle_execution_ended(self, job: rq.job.Job, queue: rq.Queue, heartbeat_ttl: int) -> None:
         job.ended_at = now()  # and no heartbeat: the outcome is written next
@@ -287,39 +255,10 @@ class EmailWorker(PlainFailures, SimpleWorker):
     def handle_job_success(
         self, job: rq.job.Job, queue: rq.Queue, started_job_registry: StartedJobRegistry, execution: Execution
     ) -> None:
-        """Does what RQ's does, without the jobs that depend on this one or repeat it: ours have none."""
-        result_ttl = job.get_result_ttl(self.default_result_ttl)
-        worked = job.ended_at - job.started_at  # type: ignore[operator]  # both are set when an attempt has ended
-        with self.connection.pipeline() as pipeline:
-            self.increment_successful_job_count(pipeline=pipeline)
-            self.increment_total_working_time(worked, pipeline)
-            job._handle_success(
-                result_ttl,
-                pipeline=pipeline,
-                worker_name=self.name,
-                execution_id=execution.id,
-                execution_started_at=execution.created_at,
-                execution_ended_at=job.ended_at,
-            )
-            shrink(job, pipeline)
-            job.cleanup(result_ttl, pipeline=pipeline, remove_from_queue=False)
-            self.cleanup_execution(job, pipeline=pipeline, execution=execution)
-            pipeline.execute()
-
-
-# What RQ needs of a job only as long as it may run again.
-TO_RUN = (
-    *("success_callback_name", "failure_callback_name", "stopped_callback_name", "group_id", "worker_name"),
-    *("retries_left", "retry_intervals", "timeout", "result_ttl", "failure_ttl", "last_heartbeat"),
-)
-
-
-def shrink(job: rq.job.Job, pipeline: Pipeline) -> None:
-    """Leaves of a finished job what people look at. RQ keeps its result in a stream, which takes 4.7 KB for one word;
-    a field of the job takes ten bytes. What became of the mail is in the mail."""
-    pipeline.delete(keys.results(job.id))
-    pipeline.hdel(job.key, *TO_RUN)
-    pipeline.hset(job.key, "result", job.serializer.dumps(job._result))
+        """Leaves the writing to the script that takes the next job. Our jobs have no others that depend on them, and
+        do not repeat."""
+        self.ended[execution.id] = self.turns.ending(job, execution)
+        self.executions.pop(execution.id, None)
 
 
 AnyWorker = TypeVar("AnyWorker", EmailWorker, JobsWorker)

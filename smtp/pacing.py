@@ -157,6 +157,7 @@ end
 return used
 """
 
+BREAKER = "relay:breaker"  # exists while the relay is in trouble
 KINDS = {  # the keys of `relay`, and the type of each
     **dict.fromkeys(("relay:breaker", "relay:streak"), "hash"),
     **dict.fromkeys(("relay:gone", "relay:told", "relay:told_again"), "list"),
@@ -205,10 +206,15 @@ class Pacing:
         )
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
-    def admit(self, reserved: bool = False, put_off: bool = False, priority: str = "normal") -> Wait | None:
+    def admit(
+        self, reserved: bool = False, put_off: bool = False, priority: str = "normal", calm: bool = False
+    ) -> Wait | None:
         """Returns None for go, now: after a wait of HOLD at most if that gets it its turn. A go is counted, and wasted
         if the mail does not go. `reserved`: the mail had a reservation. `put_off`: the relay has put this mail off
-        before, so others probe first for a minute."""
+        before, so others probe first for a minute. `calm`: there was no BREAKER right now, so nothing need be asked
+        where no rate is set either."""
+        if calm and not self.rates and not self._troubled:
+            return None
         hold = HOLD[priority] if reserved or priority == "high" else 0
         args = [int(PAUSE * 1000), int(PROBE * 1000), int(reserved), int(put_off), priority, int(hold * 1000)]
         args += self.bulk_rates if priority == "bulk" else self.rates

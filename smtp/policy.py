@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -180,6 +181,7 @@ CHOSEN = re.compile(
 )
 
 
+@lru_cache(maxsize=256)  # nearly all replies say the same
 def row_for(phase: Phase, code: int | None, text: str = "") -> Row:
     """Returns the row that decides. `code` is None where no reply came."""
     written = "none" if code is None else str(code)

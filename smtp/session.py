@@ -26,6 +26,7 @@ from smtp.relay import Relay, connect_any, tls_context
 from smtp.verdict import Reply
 
 CHUNK = 64 * 1024  # bytes of the body
+SMALL = 16 * 1024  # bytes of a mail that goes out in one piece with its dot, as one record of TLS
 LONGEST_LINE = 8192  # octets of a reply; RFC 5321 4.5.3.1.5 has 512
 MOST_LINES = 200  # of a reply
 PATIENCE = 2  # seconds per reply that is only needed to keep a session
@@ -67,12 +68,12 @@ class _Client(smtplib.SMTP):
         except OSError:
             self.close()
             raise
-        if not line:
-            self.close()
-            raise smtplib.SMTPServerDisconnected("closed")
         if len(line) > LONGEST_LINE:
             self.close()
             raise smtplib.SMTPResponseException(-1, b"a reply longer than SMTP allows")
+        if not line.endswith(b"\n"):  # what is cut off is no reply
+            self.close()
+            raise smtplib.SMTPServerDisconnected("closed")
         return line
 
 
@@ -104,6 +105,7 @@ class Session:
         self.last: Reply | None = None
         self.mails = 0
         self.replies: Replies = {}
+        self.unsent = b""  # of the mail, before its final dot
         self.dot_at: float | None = None  # when this mail's was out, of time.monotonic()
         self.tls = ""  # its version
         self.may_pipeline, self.pipelined = True, False
@@ -163,6 +165,7 @@ class Session:
         # `abort` needs a handle of its own, for during a TLS handshake smtplib's socket is nobody's. It sets `aborted`
         # before it looks at `handle`, and here it is the other way round, so one of the two notices.
         self.handle = sock.dup()
+        self.handle.setblocking(False)
         if self.aborted.is_set():
             raise TimeoutError
         if self.relay.security == "tls":
@@ -182,9 +185,9 @@ class Session:
         self.expect(Reply(Phase.AUTH, code, _text(text)))
 
     def begin(self, envelope: Envelope, mime: bytes) -> Replies:
-        """Sends a mail but for its final dot, in as few round trips as the relay allows: until `finish`, it cannot have
-        accepted anything. Opens the connection for the first mail. Returns the replies to RCPT, which are in `replies`
-        also where this, or `finish`, raises `Stopped`."""
+        """Sends a mail but for its final dot, and of a small one only the envelope, in as few round trips as the relay
+        allows: until `finish`, it cannot have accepted anything. Opens the connection for the first mail. Returns the
+        replies to RCPT, which are in `replies` also where this, or `finish`, raises `Stopped`."""
         self.replies, self.dot_at = {}, None
         if self.state is State.NEW:
             self.open()
@@ -193,17 +196,20 @@ class Session:
         self.state = State.IN_TRANSACTION
         self.send_envelope()
         self.pending_replies += 1
-        if not self.send_mail(dot_stuffed(crlf_lines(mime))):
+        self.state, body = State.MID_DATA, dot_stuffed(crlf_lines(mime))
+        self.unsent = body if len(body) <= SMALL else b""
+        if not self.unsent and not self.send_mail(body):
             raise Stopped(self.final_reply())
         return self.replies
 
     def finish(self) -> Reply:
-        """Sends the final dot and returns the final reply. If it does not get out, nothing is in doubt.
+        """Sends the final dot, with the text of a small mail, and returns the final reply. If it does not get out, or
+        the relay has hung up before, nothing is in doubt.
 
         Once it is, silence is doubt, and is borne to the deadline: some relays scan for viruses before they answer,
         RFC 5321 4.5.3.2.6 asks for ten minutes, and a client that gives up earlier sends again what was accepted.
         """
-        if self.send_mail(b".\r\n"):
+        if not self.has_hung_up() and self.send_mail(self.unsent + b".\r\n"):
             self.state, self.dot_at = State.AWAITING_FINAL_REPLY, time.monotonic()
             self.sock.settimeout(None)
         return self.final_reply()
@@ -244,7 +250,6 @@ class Session:
     def send_mail(self, data: bytes) -> bool:
         """Hands a part of the mail to the kernel. Returns False if that did not take all of it: a relay that wants no
         more (552, 421) says so and hangs up, and its last words are the final reply."""
-        self.state = State.MID_DATA
         try:
             for start in range(0, len(data), CHUNK):  # a timeout is for a whole sendall()
                 self.sock.sendall(data[start : start + CHUNK])
@@ -252,6 +257,13 @@ class Session:
             self.sock.settimeout(LAST_WORDS)
             return False
         return True
+
+    def has_hung_up(self) -> bool:
+        """Returns whether the relay has closed the connection, as far as the kernel knows: a write would be taken."""
+        try:
+            return not (self.handle and self.handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
 
     def final_reply(self) -> Reply:
         """Returns the reply to the mail as a whole."""

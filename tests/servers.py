@@ -236,6 +236,7 @@ class House:
             "LOG_LEVEL": "DEBUG",
             "PYTHONWARNINGS": "error",
             "RETRY_SCHEDULE": "1s,1s",
+            "WORKER_PROCESSES": "1",  # so that the process that a test kills is the one that sends
             **settings,
         }
 

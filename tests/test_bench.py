@@ -25,11 +25,15 @@ from unittest.mock import Mock
 
 import pytest
 
-from bench import sides
+from bench import install, side
+from bench.kept import Kept, Turn
 from bench.load import Request, put_load
-from bench.measure import taking_part
+from bench.measure import sides_of
+from bench.plot import LEFT, plot
 from bench.relay import RelayProcess
-from bench.report import Rounds, document, plot
+from bench.report import Rounds, document
+from bench.rig import NotMeasured
+from bench.sides import SIDES
 from bench.targets import MEASUREMENTS
 from bench.trials import QUICK, TRIALS, Size
 
@@ -112,9 +116,9 @@ def test_a_round_trip_takes_its_time(tmp_path: Path) -> None:
 @pytest.fixture
 def welcome(relay: RelayProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """What the peers send with, as those do that keep a session."""
-    for name, value in {**relay.environment(), **sides.COMMON, "KEEP_SESSION": "1"}.items():
+    for name, value in {**relay.environment(), **side.COMMON, "KEEP_SESSION": "1"}.items():
         monkeypatch.setenv(name, value)
-    spec = importlib.util.spec_from_file_location("welcome", sides.PEERS / "welcome.py")
+    spec = importlib.util.spec_from_file_location("welcome", install.PEERS / "welcome.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -154,52 +158,113 @@ RESULTS: dict[str, dict[str, Rounds]] = {
         "celery": [{"rate": 100, "p99": 10}, {}, {"rate": 400, "p99": 10}],
     },
     "send0": {
-        "ours": [{"rate": 200}, {"rate": 300}],
+        "ours": [{"rate": 200, "cpu": 1.0}, {"rate": 300, "cpu": 1.2}],
         "dramatiq": [{"rate": 100}, {"rate": 900}],
         "celery_threads_warm": [{"rate": 400}, {}],
         "celery16_warm": [{"rate": 500}, {"rate": 600}],
+        "postfix": [{"rate": 1000}, {"rate": 1000}],
     },
-    "idle": {"ours": [{"p50": 20, "p99": 40}]},
+    "idle": {"ours": [{"p50": 20, "p99": 10}]},
     "queue": {"ours": [{"accept_short": 1.0, "accept_long": 1.1, "send_short": 2.0, "bytes": 2000}]},
 }
 
 
-def test_the_page_has_medians_with_their_spread_and_each_ratio_beside_its_target() -> None:
-    page = document(RESULTS, asdict(QUICK), ["2 cores"], ["Round 2: the peer did not start."])
+def keep(kept: Kept, server: str, results: dict[str, dict[str, Rounds]]) -> None:
+    facts = ["2 cores", f"{server}, persistent", f"{len(results)} a second"]
+    kept.begin(server, asdict(QUICK), facts, ["RQ: left out."])
+    for name, sides in results.items():
+        for one, rounds in sides.items():
+            for number, figures in enumerate(rounds, 1):
+                kept.add(Turn(server, number, name, one), dict(figures), "" if figures else "it did not start")
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Kept:
+    keep(Kept(tmp_path / "kept.jsonl"), "Redis 7", RESULTS)
+    return Kept(tmp_path / "kept.jsonl")  # as the next run finds it
+
+
+def test_the_page_has_medians_with_their_spread_and_each_ratio_beside_its_target(kept: Kept) -> None:
+    page = document(kept.parts())
     assert "| async-email (Waitress, 2 processes) | 800 (300–900) | – | 5.0 (5.0–9.0) | – | – |" in page
     assert "| Flask + Celery (Gunicorn, 2 workers) | 250 (100–400) |" in page
-    assert "| requests/s | 2.50 (2.00–3.00) | ≥ 1.5 | met |" in page  # the second round has no peer
+    assert "| requests/s | 2.50 (2.00–3.00) | ≥ 2 | met |" in page  # the second round has no peer
     assert "| p99 | 0.70 (0.50–0.90) | ≤ 1 | met |" in page
-    assert "| memory | – | ≤ 0.7 | not measured |" in page
-    assert "| p50, ms | 20.0 | < 15 | **missed** |" in page
+    assert "| memory | – | ≤ 0.5 | not measured |" in page
+    assert "| p50, ms | 20.0 | < 5 | **missed** |" in page
     assert "| accept, long to short | 1.10 | ≤ 1.1 | met |" in page
-    assert "| **mails/s, 1 process, to the best peer** (Celery, 16 processes, warm) | 0.45 (0.40–0.50) | > 1 |" in page
+    assert "| **mails/s, 1 process, to the best peer** (Celery, 16 processes, warm) | 0.45 (0.40–0.50) | – |  |" in page
     assert "2 processes, to the best peer** (Celery, 16 processes, warm) | – | ≥ 2 | not measured |" in page
+    assert "| CPU ms a mail, 1 process | 1.10 (1.00–1.20) | ≤ 1.2 | met |" in page
     assert "| RQ, forking |" not in page  # a side that took no part
     assert len(re.findall(r"^- \*\*", page.partition("\n| ")[0], re.MULTILINE)) <= 5  # what is compared with what
-    assert page.endswith("- Round 2: the peer did not start.\n")
+    assert "- RQ: left out.\n- Round 2, Redis 7, Accepting a mail: Flask + Celery" in page
+    assert page.endswith("Sending, a relay without latency: Celery, 16 threads, warm: it did not start\n")
 
 
-def test_the_plot_has_a_bar_for_every_side_that_was_measured() -> None:
-    root = ElementTree.fromstring(plot({**RESULTS, "send20": {side: [] for side in MEASUREMENTS["send20"].sides}}))
+def test_rounds_are_kept_until_a_new_run_replaces_them(kept: Kept) -> None:
+    keep(kept, "Valkey 9", {"send0": RESULTS["send0"], "idle": {"ours": [{"p50": 3, "p99": 10}]}})
+    failed = Turn("Redis 7", 2, "accept", "celery")
+    assert not kept.has(failed)  # so that --continue tries it again
+    kept.add(failed, {"rate": 300}, "")
+    assert kept.has(failed)
+    page = document(Kept(kept.path).parts())
+    assert "| Flask + Celery (Gunicorn, 2 workers) | 300 (100–400) |" in page
+    assert re.findall(r"\n### (.*)", page) == ["Redis 7", "Redis 7", "Valkey 9", "Redis 7", "Valkey 9", "Redis 7"]
+    facts = ["2 cores", "Redis 7, persistent", "Redis 7: 4 a second", "Valkey 9, persistent", "Valkey 9: 2 a second"]
+    assert "\n- ".join(facts) in page
+    assert "(img/benchmarks.svg)" in page
+    assert "(img/benchmarks2.svg)" in page
+    kept.forget("Redis 7", asdict(QUICK), ["accept", "send0", "idle"])
+    assert [(part.server, *part.results) for part in Kept(kept.path).parts()] == [
+        ("Valkey 9", "send0", "idle"),
+        ("Redis 7", "queue"),
+    ]
+    with pytest.raises(NotMeasured, match="another size on Redis 7"):
+        kept.begin("Redis 7", asdict(Size()), [], [])
+    kept.forget("Redis 7", asdict(Size()), ["idle"])
+    assert [part.server for part in kept.parts()] == ["Valkey 9"]
+    kept.forget("Valkey 9", asdict(QUICK), ["send0", "idle"])
+    assert not Kept(kept.path).lines
+
+
+def test_the_plot_has_a_bar_for_every_side_that_was_measured_and_the_limit_as_a_line() -> None:
+    send20: dict[str, Rounds] = {"ours": [{"rate": 600}], "ours2": []}
+    root = ElementTree.fromstring(plot({**RESULTS, "send20": send20}))
     bars = [float(bar.attrib["width"]) for bar in root.iter("{http://www.w3.org/2000/svg}rect")]
-    assert len(bars) == 2 + 4
+    assert len(bars) == 2 + 5 + 1
     assert bars[0] / bars[1] == pytest.approx(800 / 250, rel=0.01)
+    [limit] = [line for line in root.iter("{http://www.w3.org/2000/svg}line") if line.get("class") == "limit"]
+    assert limit.attrib["x1"] == limit.attrib["x2"]
+    assert (float(limit.attrib["x1"]) - LEFT) / bars[-1] == pytest.approx(800 / 600, rel=0.01)
 
 
 def test_every_measurement_has_a_trial() -> None:
     assert MEASUREMENTS.keys() == TRIALS.keys()
-    assert {side for measurement in MEASUREMENTS.values() for side in measurement.sides} == sides.SIDES.keys()
+    assert {side for measurement in MEASUREMENTS.values() for side in measurement.sides} == SIDES.keys()
+
+
+@pytest.mark.parametrize(("name", "senders", "started"), [
+    ("ours", 64, [("64", "1")]), ("ours2", 16, [("8", "1")] * 2), ("bullmq", 64, [("32", "1")] * 2),
+])  # fmt: skip
+def test_the_senders_are_divided_among_the_processes(name: str, senders: int, started: list[tuple[str, str]]) -> None:
+    rig = Mock()
+    SIDES[name].start_workers(rig, {}, senders)
+    environments = [call.args[2] for call in rig.start.call_args_list]
+    assert [(one["WORKER_CONCURRENCY"], one["WORKER_PROCESSES"]) for one in environments] == started
 
 
 def test_a_peer_that_cannot_be_set_up_is_said_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sides, "VENV", tmp_path)
-    sides.missing.cache_clear()
-    size = Size()
-    assert taking_part("send20", size) == ["ours", "ours2"]
-    assert len(size.notes) == len(MEASUREMENTS["send20"].sides) - 2
-    assert size.notes[-3].startswith("RQ, forking: left out, since it could not be set up ([Errno 2]")
-    sides.missing.cache_clear()
+    monkeypatch.setattr(install, "VENV", tmp_path)
+    monkeypatch.setattr(install, "BULLMQ", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    install.missing.cache_clear()
+    taking_part, left_out = sides_of(["send20", "send0"])
+    assert taking_part == {"send20": ["ours", "ours2"], "send0": ["ours", "ours2"]}
+    assert len(left_out) == len(MEASUREMENTS["send20"].sides) - 2
+    assert left_out[-4].startswith("RQ, forking: left out, since it could not be set up ([Errno 2]")
+    install.missing.cache_clear()
 
 
 class Answering(BaseHTTPRequestHandler):

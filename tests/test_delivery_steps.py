@@ -24,6 +24,7 @@ from mail.states import State, Status
 from queues.connection import connect
 from queues.jobs import Jobs
 from settings import Settings
+from smtp import session
 from smtp.envelope import Envelope
 from smtp.policy import Phase, Verdict
 from smtp.relay import Relay
@@ -303,8 +304,9 @@ def test_what_stops_a_mail_before_its_dot_leaves_it_unsent(
     ("expires", "events"), [(False, [("mark", 1), ("mark", 1), ("sent", 2)]), (True, [("mark", 1), ("failed", 1)])]
 )
 def test_a_mail_whose_kept_session_dies_at_the_dot_begins_again_and_nothing_of_the_first_mark_is_left(
-    expires: bool, events: list[object]
+    expires: bool, events: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(session, "SMALL", 0)
     gone = threading.Event()
 
     def die(line: Line) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 
+from smtp import session
 from smtp.policy import Phase, Verdict
 from smtp.verdict import Reply
 from tests.conversations import another, at, attempt, fate, meet, opened, served
@@ -19,15 +20,17 @@ from tests.verdicts import ACCEPTED, IN_DOUBT, REFUSED, TROUBLE, TRY_AGAIN
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
 
 
-@pytest.mark.parametrize("mime", [MIME, LARGE], ids=["small", "large"])
-def test_begin_sends_all_but_the_dot_and_knows_the_replies_about_recipients(mime: bytes) -> None:
+@pytest.mark.parametrize(("mime", "heard"), [(MIME, b""), (LARGE, LARGE)], ids=["small", "large"])
+def test_begin_sends_the_envelope_or_all_but_the_dot_and_knows_the_replies_about_recipients(
+    mime: bytes, heard: bytes
+) -> None:
     calls: list[dict[str, Reply]] = []
 
     def look(replies: Mapping[str, Reply]) -> None:
         calls.append(dict(replies))
-        eventually(lambda: there.heard.endswith(mime[-10:]))
+        eventually(lambda: there.heard.endswith(heard[-10:] or b"DATA\r\n"))
         time.sleep(0.1)
-        assert bytes(there.heard).endswith(b"DATA\r\n" + mime)
+        assert bytes(there.heard).endswith(b"DATA\r\n" + heard)
         assert not there.bodies
 
     with ScriptedRelay({"RCPT": ["250 2.1.5 ok", "550 5.1.1 no", "450 4.2.1 busy"]}) as there:
@@ -51,9 +54,9 @@ def test_a_conversation_that_ends_between_begin_and_finish_has_sent_nothing(
 
     with ScriptedRelay(offers=offers) as there:
         with pytest.raises(error, match="lost the claim"):
-            attempt(at(there.port), before_dot=refuse)
-        eventually(lambda: there.heard.endswith(b"DATA\r\n" + MIME))
-    assert there.heard.endswith(b"DATA\r\n" + MIME)
+            attempt(at(there.port), before_dot=refuse, mime=LARGE)
+        eventually(lambda: there.heard.endswith(LARGE[-10:]))
+    assert there.heard.endswith(b"DATA\r\n" + LARGE)
     assert not there.bodies
 
 
@@ -152,7 +155,8 @@ def test_no_mail_is_sent_for_nobody_though_the_relay_invites_one(refusal: str) -
 
 
 @WAYS
-def test_an_end_that_cannot_go_out_leaves_nothing_in_doubt(offers: list[str]) -> None:
+def test_an_end_that_cannot_go_out_leaves_nothing_in_doubt(offers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "SMALL", 0)
     gone = threading.Event()
 
     def go(line: Line) -> str:
@@ -166,3 +170,23 @@ def test_an_end_that_cannot_go_out_leaves_nothing_in_doubt(offers: list[str]) ->
     there, outcome = meet({"BODY": go}, offers=offers, before_dot=wait_for_the_reset)
     assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
     assert not there.bodies
+
+
+@pytest.mark.parametrize("way", [hang_up, reset])
+def test_a_small_mail_is_not_in_doubt_where_the_relay_has_hung_up_before_its_text(way: Callable[[Line], str]) -> None:
+    def go(line: Line) -> str:
+        line.say("354 go on")
+        return way(line)
+
+    there, outcome = meet({"DATA": go}, before_dot=lambda _: time.sleep(0.3))
+    assert fate(outcome) == (Phase.TRANSFER, None, TRY_AGAIN)
+    assert not there.bodies
+
+
+@pytest.mark.parametrize("cut", [b"2", b"250", b"250 2.0.0 que", b"250-2.0.0 queued\r\n250 as 4711"])
+def test_a_reply_that_is_cut_off_is_none(cut: bytes) -> None:
+    def part(line: Line) -> str:
+        line.say_raw(cut)
+        return hang_up(line)
+
+    assert fate(meet({".": part})[1]) == (Phase.DOT, None, IN_DOUBT)

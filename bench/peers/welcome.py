@@ -1,8 +1,8 @@
 """What a team writes: a small mail, and an SMTP session for it, or with KEEP_SESSION one that is kept for the next.
 
-All peers call `send`. The TLS context is made once and the own name is not looked up in DNS, which is more than most
-such code does. A session that turns out dead is opened anew and its mail sent again, once; where only the last reply
-was lost, that mail goes out twice.
+All peers in Python call `send`, but taskiq, which has an async one of its own. The TLS context is made once and the own
+name is not looked up in DNS, which is more than most such code does. A session that turns out dead is opened anew and
+its mail sent again, once; where only the last reply was lost, that mail goes out twice.
 """
 
 import os
@@ -22,7 +22,7 @@ If you did not sign up, you can ignore it.
 """
 
 
-def send(name: str, email: str) -> None:
+def message(name: str, email: str) -> EmailMessage:
     mail = EmailMessage()
     mail["Subject"] = f"Welcome, {name}"
     mail["From"] = os.environ["MAIL_FROM"]
@@ -30,6 +30,11 @@ def send(name: str, email: str) -> None:
     mail["Date"] = formatdate()
     mail["Message-ID"] = make_msgid(domain="example.com")
     mail.set_content(BODY.format(name=name))
+    return mail
+
+
+def send(name: str, email: str) -> None:
+    mail = message(name, email)
     if os.environ.get("KEEP_SESSION"):
         send_in_kept_session(mail)
     else:
