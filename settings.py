@@ -14,6 +14,7 @@ table list the same variables; a test compares them.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import ipaddress
 import os
 import re
@@ -108,6 +109,10 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
+def parse_addresses(text: str) -> tuple[Address, ...]:
+    return tuple(map(parse_address, text.split(",")))
+
+
 def parse_address(text: str) -> Address:
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([^\s:\[\]]+)):([0-9]{1,5})", text.strip())
     if not match or not 0 < int(match[3]) < 65536:
@@ -132,9 +137,19 @@ class ApiKey(NamedTuple):
         """Returns the name of the key whose mails alone this one may see: its own, or "" for all."""
         return "" if self.scope == "full" else self.name
 
+    def may_send_from(self, address: str) -> bool:
+        """Returns whether the key may send from this address. A domain has no subdomains."""
+        return not self.domains or address.rpartition("@")[2] in self.domains
+
     def __str__(self) -> str:
         optional = [str(self.rate or ""), "+".join(self.domains)]
         return ":".join([self.name, self.sha256, self.scope, *optional]).rstrip(":")
+
+
+def find_key(keys: tuple[ApiKey, ...], secret: bytes) -> ApiKey | None:
+    """Returns the key of this secret. Compares all keys, each in constant time."""
+    digest = hashlib.sha256(secret).hexdigest()
+    return next(iter([key for key in keys if hmac.compare_digest(key.sha256, digest)]), None)
 
 
 DOMAIN = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
@@ -243,6 +258,11 @@ class Settings(BaseModel):
     api_keys: Annotated[tuple[ApiKey, ...], parsed_by(parse_api_keys)] = ()
     api_keys_file: FilePath | None = None
 
+    submission_listen: Annotated[tuple[Address, ...], parsed_by(parse_addresses)] = ()
+    submission_tls_cert: Path | None = None  # which only that process need be able to see
+    submission_tls_key: Path | None = None
+    submission_dedupe: Duration | None = None
+
     templates_dir: DirectoryPath | None = None
     tasks_file: FilePath | None = None
 
@@ -300,10 +320,14 @@ class Settings(BaseModel):
         faults = []
         if self.smtp_username and self.smtp_security == "none" and not is_loopback(self.smtp_host or ""):
             faults.append("SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls")
-        if not is_loopback(self.listen.host) and self.knows_dev_key:
+        open_to_all = [self.listen.host, *(address.host for address in self.submission_listen)]
+        if not all(map(is_loopback, open_to_all)) and self.knows_dev_key:
+            name = "SUBMISSION_LISTEN" if is_loopback(self.listen.host) else "LISTEN"
             faults.append(
-                f"API_KEYS holds the key '{DEV_KEY}', which everybody knows, and LISTEN is not loopback; make a key"
+                f"API_KEYS holds the key '{DEV_KEY}', which everybody knows, and {name} is not loopback; make a key"
             )
+        if bool(self.submission_tls_cert) != bool(self.submission_tls_key):
+            faults.append("SUBMISSION_TLS_CERT and SUBMISSION_TLS_KEY go together: set both, or neither")
         if not self.redis_url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
             faults.append("REDIS_URL must start with redis://, rediss:// or unix://")
         try:

@@ -40,16 +40,17 @@ def kill_workers_at_random(stage: Stage) -> None:
             stage.signal(stage.rng.choice(stage.workers()))
 
 
-def kill_api(stage: Stage) -> None:
+def kill_front(stage: Stage) -> None:
+    """Kills the process that accepts."""
     for _ in range(4):
         eventually(stage.is_up, 60)
         stage.wait(0.1, 1.2)
-        stage.signal("api")
+        stage.signal(stage.front)
 
 
-def kill_api_unheard(stage: Stage) -> None:
-    """Kills the API when a mail is stored and its answer has not left."""
-    stage.proxy.lose(ACCEPT, 3, then=lambda: stage.signal("api"))
+def kill_front_unheard(stage: Stage) -> None:
+    """Kills the process that accepts when a mail is stored and its answer has not left."""
+    stage.proxy.lose(ACCEPT, 3, then=lambda: stage.signal(stage.front))
     eventually(lambda: stage.proxy.lost == 3, 90)
 
 

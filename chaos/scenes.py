@@ -22,9 +22,9 @@ from chaos.faults import (
     flush_scripts,
     greylist,
     kill_and_step_clock_back,
-    kill_api,
-    kill_api_unheard,
     kill_dashboard,
+    kill_front,
+    kill_front_unheard,
     kill_in_maintenance,
     kill_workers_at_random,
     let_certificate_expire,
@@ -67,8 +67,26 @@ def killed_at(point: str) -> Scene:
 
 MORE = [
     Scene("workers killed", "two e-mail workers are killed at random moments", kill_workers_at_random, workers=2),
-    Scene("API killed", "the API is killed four times while it accepts", kill_api, held=False),
-    Scene("API killed before its answer", "the API stores a mail and dies", kill_api_unheard, held=False, proxied=True),
+    Scene("API killed", "the API is killed four times while it accepts", kill_front, held=False),
+    Scene(
+        "API killed before its answer", "the API stores a mail and dies", kill_front_unheard, held=False, proxied=True
+    ),
+    Scene("submission killed", "the process for SMTP is killed four times", kill_front, held=False, by_smtp=True),
+    Scene(
+        "submission killed before its answer",
+        "the process for SMTP stores a mail and dies",
+        kill_front_unheard,
+        held=False,
+        by_smtp=True,
+        proxied=True,
+    ),
+    Scene(
+        "Redis killed under SMTP",
+        "Redis is killed three times while mail comes by SMTP",
+        restart_redis(signal.SIGKILL, times=3),
+        held=False,
+        by_smtp=True,
+    ),
     Scene("dashboard killed", "the dashboard is killed twice", kill_dashboard, held=False),
     Scene("power cut", "API, workers and Redis are killed at the same moment", cut_power, workers=2),
     Scene("poison mail", "a mail kills its worker each time", poison, workers=0),

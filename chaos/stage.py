@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import smtplib
 import subprocess
 import threading
 import time
@@ -58,6 +59,7 @@ class Scene:
     uncounted: bool = False  # the fault may cost no mail an attempt
     refuses: bool = False  # some recipients are refused for good
     spread: float = 5  # seconds over which the mails are submitted
+    by_smtp: bool = False  # the client knows nothing of us: the same mail again until it hears 250
     times: int = 1  # so many times the usual number of mails
     limit: float = PROMISE  # seconds from the end of the fault until every mail is final
 
@@ -128,6 +130,7 @@ class Stage:
         self.authority = trustme.CA()
         self.relay = self._make_relay()
         self.api = Api(free_port())
+        self.smtp_port = free_port()
         self.pauses = [self.rng.uniform(0, 2 * scene.spread / len(self.mails)) for _ in self.mails]
         self.accepted: dict[str, str] = {}  # key -> id
         self.accepted_at: dict[str, float] = {}  # key -> moment, as all of time.monotonic()
@@ -184,10 +187,16 @@ class Stage:
         if self.scene.secure:
             settings |= {"SMTP_SECURITY": "starttls", "SMTP_CA_FILE": write_ca(self.authority, self.directory)}
             settings |= {"SMTP_USERNAME": "mailer", "SMTP_PASSWORD": "password"}
+        if self.scene.by_smtp:
+            settings |= {"SUBMISSION_LISTEN": f"127.0.0.1:{self.smtp_port}", "PYTHONPATH": str(ROOT)}
+            settings |= {"SUBMISSION_DEDUPE": "10m"}
         return settings | dict(self.scene.settings)
 
     def _start(self) -> None:
         self.keeper.keep("api", self.program("service.py"))
+        if self.scene.by_smtp:
+            self.keeper.keep("submission", ["-m", "submission"])
+            self.has_logged("submission", "submission_started")
         for number in range(self.scene.workers):
             first = None
             if number == 0 and self.scene.dies_at:
@@ -203,6 +212,11 @@ class Stage:
         if "maintenance" in self.scene.dies_at or "connect" in self.scene.dies_at:
             return 1
         return self.rng.randint(1, len(self.doomed) if self.scene.refuses else max(1, len(self.mails) // 4))
+
+    @property
+    def front(self) -> str:
+        """Returns the name of the process that accepts mail."""
+        return "submission" if self.scene.by_smtp else "api"
 
     def program(self, name: str, *arguments: str) -> list[str]:
         command = [str(ROOT / name), *arguments]
@@ -296,6 +310,8 @@ class Stage:
 
     def post(self, mail: Mail) -> str | None:
         """Returns the mail's id, if it was accepted."""
+        if self.scene.by_smtp:
+            return self._submit_by_smtp(mail)
         try:
             answer = self.api.post("/emails", mail.body, Idempotency_Key=mail.key)
         except (OSError, http.client.HTTPException, json.JSONDecodeError):
@@ -303,6 +319,20 @@ class Stage:
             return None
         self.answers[answer.status] += 1
         return str(answer.body["id"]) if answer.status in TAKEN else None
+
+    def _submit_by_smtp(self, mail: Mail) -> str | None:
+        text = f"From: ada@example.com\r\nSubject: {mail.key}\r\n\r\nHello.\r\n.\r\nThat was a dot.\r\n"
+        try:
+            with smtplib.SMTP("127.0.0.1", self.smtp_port, timeout=60) as client:
+                client.login("any", self.api.key)
+                client.mail("ada@example.com")
+                for address in mail.recipients:
+                    client.rcpt(address)
+                code, said = client.data(text)
+        except OSError:  # smtplib's own are, too
+            code, said = 0, b""
+        self.answers[{250: 200, 451: 503, 452: 503}.get(code, code)] += 1  # as the API would say it
+        return said.decode().split()[-1] if code == 250 else None
 
     def get(self, path: str) -> dict[str, Any] | None:
         try:

@@ -7,7 +7,7 @@ moments.py   a time as clients write it
 templates.py templates on disk -> subject, text, html
 message.py   Message, its stored form, and the draft that the outbox accepts
 draft.py     a request's body -> a draft: checked, its template rendered, composed
-mime.py      Message -> bytes (plain.py: html -> the text beside it)
+mime.py      Message -> bytes (plain.py: html -> the text beside it; raw.py: a mail that goes out as it came by SMTP)
 store.py     the mails in Redis: names of keys, how scripts are run
 states.py    the states, what follows what, and BECOME: the one place where a state changes
 outbox.py    the mails together: accept, claim, cancel, move, requeue

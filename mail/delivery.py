@@ -222,7 +222,8 @@ class Ahead:
 
 def written(claim: Claim, recipients: list[str]) -> tuple[Envelope, bytes]:
     """Returns a mail's envelope and text."""
-    envelope = Envelope(claim.message.sender.address, recipients, claim.message.needs_smtputf8)
+    message = claim.message
+    envelope = Envelope(message.envelope_sender, recipients, message.needs_smtputf8, message.needs_8bitmime)
     return envelope, to_mime(claim.message, claim.message_id, claim.created_at)
 
 

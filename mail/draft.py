@@ -73,12 +73,18 @@ def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int
     request = parse(body, default_sender=default_sender, max_recipients=max_recipients, local_domains=local_domains)
     rendered = render(request.template.id, request.template.variables) if request.template else None
     message = compose(request, rendered)
-    at = scheduled(request.scheduled_at) if request.scheduled_at is not None else None
-    if request.expires_at and request.expires_at <= datetime.now(timezone.utc):
-        raise Expired(FieldError("expires_at", "must be in the future"))
-    if request.expires_at and at and request.expires_at <= at:
-        raise Invalid(FieldError("expires_at", "must be after scheduled_at"))
+    at = timed(request.scheduled_at, request.expires_at)
     return Draft(message, request.expires_at, request.on_doubt, scheduled_at=at, priority=request.priority)
+
+
+def timed(scheduled_at: datetime | timedelta | None, expires_at: datetime | None) -> datetime | None:
+    """Returns when the mail is to be sent, if not now. Raises `Invalid`, or `Expired`."""
+    at = scheduled(scheduled_at) if scheduled_at is not None else None
+    if expires_at and expires_at <= datetime.now(timezone.utc):
+        raise Expired(FieldError("expires_at", "must be in the future"))
+    if expires_at and at and expires_at <= at:
+        raise Invalid(FieldError("expires_at", "must be after scheduled_at"))
+    return at
 
 
 def preview(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | None, str | None]:

@@ -20,6 +20,14 @@ STRUCTURED = re.compile(  # headers that are no free text: RFC 5322 3.6.4, 2369,
 PIECE = 64 * 1024  # characters; of base64, a multiple of 4
 
 
+class Raw(NamedTuple):
+    """A mail that came by SMTP, and goes out as it came."""
+
+    octets: str  # its bytes, each as a character (Latin-1)
+    sender: str  # the envelope's, to which the relay reports; "" for nobody
+    smtputf8: bool = False  # its client has said that it needs RFC 6531
+
+
 @dataclass(frozen=True)
 class Message:
     """A mail that can be sent. The first group of fields is its outline; the rest is its content, dropped once sent."""
@@ -36,8 +44,9 @@ class Message:
     html: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     attachments: list[dict[str, str]] = field(default_factory=list)
+    raw: Raw | None = None  # then the others of the content are empty, and to, cc and bcc are the envelope's recipients
 
-    CONTENT = ("text", "html", "headers", "attachments")
+    CONTENT = ("text", "html", "headers", "attachments", "raw")
 
     @property
     def recipients(self) -> list[str]:
@@ -48,7 +57,18 @@ class Message:
     def needs_smtputf8(self) -> bool:
         """Returns whether an address is not ASCII: only servers that offer SMTPUTF8 take it (RFC 6531)."""
         boxes = (self.sender, *self.to, *self.cc, *self.bcc, *self.reply_to)
-        return not all(box.address.isascii() for box in boxes)
+        has_wide_address = not all(box.address.isascii() for box in boxes) or not self.envelope_sender.isascii()
+        return has_wide_address or bool(self.raw and self.raw.smtputf8)
+
+    @property
+    def needs_8bitmime(self) -> bool:
+        """Returns whether it has 8-bit octets as they came: our own are only beside an SMTPUTF8 address."""
+        return bool(self.raw and not self.raw.octets.isascii())
+
+    @property
+    def envelope_sender(self) -> str:
+        """Returns the address in MAIL FROM, "" for the null sender."""
+        return self.raw.sender if self.raw else self.sender.address
 
     def to_json(self) -> tuple[str, Iterator[str]]:
         """Returns (outline, content). The content may hold ten megabytes, so it comes in pieces."""
@@ -62,13 +82,15 @@ class Message:
         whole["sender"] = Mailbox(*whole["sender"])
         for name in ("to", "cc", "bcc", "reply_to"):
             whole[name] = [Mailbox(*box) for box in whole[name]]
+        if "raw" in whole:
+            whole["raw"] = Raw(*whole["raw"])
         return cls(**whole)
 
 
 class Draft(NamedTuple):
     """A mail to accept. After `expires_at` it is not sent any more, but fails; `on_doubt` overrides ON_DOUBT; `key` is
     the name of the API key that submitted it. A `test` is treated as any mail, and never sent. None is sent before its
-    `scheduled_at`."""
+    `scheduled_at`. `message_id` is the one that it brings, if any."""
 
     message: Message
     expires_at: datetime | None = None
@@ -77,6 +99,7 @@ class Draft(NamedTuple):
     test: bool = False
     scheduled_at: datetime | None = None
     priority: str = "normal"  # or "high" or "bulk"
+    message_id: str = ""
 
 
 def who_gets(box: Mailbox, settings: Settings) -> Mailbox | None:
@@ -93,9 +116,16 @@ def _dump(value: object) -> str:
 
 
 def _pieces(content: dict[str, Any]) -> Iterator[str]:
-    """Writes what `_dump` would, without a second copy of the attachments: base64 has nothing to escape."""
-    files = content.pop("attachments")
-    yield _dump(content)[:-1] + ',"attachments":['
+    """Writes what `_dump` would, without a second copy of the attachments: base64 has nothing to escape. What does not
+    come by SMTP has no member `raw`, which workers of an earlier version refuse."""
+    files, raw = content.pop("attachments"), content.pop("raw")
+    yield _dump(content)[:-1]
+    if raw:
+        yield ',"raw":["'
+        octets = raw.octets
+        yield from (_dump(octets[start : start + PIECE])[1:-1] for start in range(0, len(octets), PIECE))
+        yield '",' + _dump(raw[1:])[1:]
+    yield ',"attachments":['
     for number, file in enumerate(files):
         small = {name: value for name, value in file.items() if name != "content"}
         yield ("," if number else "") + _dump(small)[:-1] + ',"content":"'

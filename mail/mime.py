@@ -21,6 +21,7 @@ from urllib.parse import quote
 from mail.address import Mailbox, phrase
 from mail.message import STRUCTURED, Message
 from mail.plain import text_beside
+from mail.raw import header_of
 
 # Header text that needs no encoding and folds at its spaces. After the longest name (76) the longest word with the
 # longest run of spaces still ends before column 998.
@@ -35,8 +36,23 @@ DELIMITER = b"--=_"  # how the lines between parts begin; a text that holds it i
 
 def to_mime(message: Message, message_id: str, date: datetime) -> bytes:
     """Returns the message as it goes over the wire: CRLF line ends, 7-bit but for SMTPUTF8 addresses, without Bcc."""
+    if message.raw:
+        return as_it_came(message, message.raw.octets.encode("latin-1"), message_id, date)
     seed = hashlib.sha256(message_id.encode()).hexdigest()[:24]
     return head(message, message_id, date).encode() + mime_body(message, seed)
+
+
+def as_it_came(message: Message, octets: bytes, message_id: str, date: datetime) -> bytes:
+    """Puts in front of a mail that came by SMTP the header fields that it must have and lacks."""
+    there = {field.name for field in header_of(octets).fields}
+    lines = {
+        "from": address_header("From", [message.sender]),
+        "date": f"Date: {format_datetime(date)}",
+        "message-id": f"Message-ID: {message_id}",
+        "mime-version": "MIME-Version: 1.0",
+    }
+    missing = "".join(f"{line}\r\n" for name, line in lines.items() if name not in there)
+    return missing.encode() + octets
 
 
 def head(message: Message, message_id: str, date: datetime) -> str:

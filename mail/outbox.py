@@ -34,7 +34,8 @@ from mail.claim import (
     timestamp,
 )
 from mail.index import Index, made_at, new_id
-from mail.message import Draft, Message, message_id, who_gets
+from mail.message import Draft, Message, Raw, message_id, who_gets
+from mail.raw import header_of, without
 from mail.reader import MAIL_ID, NO_MAIL, Reader
 from mail.states import State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
@@ -66,6 +67,7 @@ NOT_SENT = "not sent: the API key has scope test"
 COPIED_BY = "dashboard"  # in the place of the API key that has submitted a copy
 SMALL = 4096  # characters: what zlib finds in a window of 2**12
 UNSUBSCRIBE = re.compile("list-unsubscribe", re.IGNORECASE)  # and -Post
+NOT_COPIED = re.compile("list-unsubscribe.*|message-id")
 # ARGV[at] and on: of each mail the id, when to look at it if it does not move on, how many words its fields are, these,
 # how many words for mail.index, these.
 ACCEPT = """
@@ -167,7 +169,7 @@ def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
     outline, content = draft.message.to_json()
     return {
         "created_at": iso(made_at(mail_id)),
-        "message_id": message_id(mail_id, draft.message.sender),
+        "message_id": draft.message_id or message_id(mail_id, draft.message.sender),
         "outline": outline,
         "content": _compressed(content),
         "recipients": recipients_to_json(_recipients(draft)),
@@ -216,16 +218,25 @@ class Outbox(Reader):
         self.store = Store(jobs.redis, settings)
         self.index = Index(jobs.redis)
 
-    def accept(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None) -> Accepted:
-        """Stores and queues mails in one atomic step, all of them. Raises `IdempotencyConflict`, `Unavailable`."""
-        return self.jobs.accept(self.acceptance(drafts, idempotency))
+    def accept(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None, **how: Any) -> Accepted:
+        """Stores and queues mails in one atomic step, all of them. Takes what `acceptance` takes. Raises
+        `IdempotencyConflict`, `Unavailable`."""
+        return self.jobs.accept(self.acceptance(drafts, idempotency, **how))
 
-    def acceptance(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None) -> Acceptance:
-        """Returns what `accept` hands to Redis. Raises `Unavailable`."""
-        mails = {new_id(): draft for draft in drafts}
+    def acceptance(
+        self,
+        drafts: Sequence[Draft],
+        idempotency: Idempotency | None = None,
+        *,
+        ids: Sequence[str] = (),
+        known_for: int | None = None,
+    ) -> Acceptance:
+        """Returns what `accept` hands to Redis. With the same `ids` that may be done again after `Unavailable`: nothing
+        is stored twice. A repeat is known for IDEMPOTENCY_TTL, or `known_for` so many seconds. Raises `Unavailable`."""
+        mails = dict(zip(ids or [new_id() for _ in drafts], drafts, strict=True))
         words = [word for mail_id, draft in mails.items() for word in self._words(mail_id, draft)]
         places = {mail_id: _place(draft) for mail_id, draft in mails.items()}
-        return self._submission(places, Beside(self.store.script(ACCEPT).source, words), idempotency)
+        return self._queued(places, Beside(self.store.script(ACCEPT).source, words), idempotency, known_for)
 
     def _words(self, mail_id: str, draft: Draft) -> list[Any]:
         fields = [word for pair in _record(mail_id, draft).items() for word in pair]
@@ -234,8 +245,12 @@ class Outbox(Reader):
         scored = [word for member in self.index.members(mail_id, draft) for word in (0, member)]
         return [mail_id, look_at(moment + LOOK_AFTER, expires_at), len(fields), *fields, len(scored), *scored]
 
-    def _submission(
-        self, places: Mapping[str, Place], beside: Beside, idempotency: Idempotency | None = None
+    def _queued(
+        self,
+        places: Mapping[str, Place],
+        beside: Beside,
+        idempotency: Idempotency | None = None,
+        known_for: int | None = None,
     ) -> Acceptance:
         return self.jobs.acceptance(
             EMAIL,
@@ -244,7 +259,7 @@ class Outbox(Reader):
             Policy(self.settings.job_timeout, AFTER_A_CRASH, self.settings.retain_sent, self.settings.retain_failed),
             beside=beside,
             idempotency=idempotency,
-            idempotency_ttl=self.settings.idempotency_ttl,
+            idempotency_ttl=known_for or self.settings.idempotency_ttl,
         )
 
     def claim(self, mail_id: str, queued_at: float, taken: Any = None) -> Claim | str:
@@ -356,7 +371,9 @@ class Outbox(Reader):
         if not box:
             raise NotPossible("the address must be one, such as ada@example.com, to which this service sends mail")
         headers = {name: value for name, value in message.headers.items() if not UNSUBSCRIBE.match(name)}
-        return self.accept([Draft(replace(message, to=[box], cc=[], bcc=[], headers=headers), key=COPIED_BY)]).id
+        raw = message.raw and as_a_copy(message.raw)
+        copied = replace(message, to=[box], cc=[], bcc=[], headers=headers, raw=raw)
+        return self.accept([Draft(copied, key=COPIED_BY)]).id
 
     def reschedule(self, mail_id: str, moment: float) -> None:
         """Moves a scheduled mail that no attempt has taken yet to `moment` (seconds since 1970). Raises `NotFound`,
@@ -396,7 +413,7 @@ class Outbox(Reader):
         except NotFound:
             if self.read(mail_id)["status"] not in (State.FAILED, State.UNKNOWN):
                 raise NotPossible("only a failed mail can be queued again") from None
-            self.jobs.accept(self._submission({mail_id: Place()}, Beside()))
+            self.jobs.accept(self._queued({mail_id: Place()}, Beside()))
 
 
 def _who_gets(to: str, settings: Settings) -> Mailbox | None:
@@ -405,6 +422,11 @@ def _who_gets(to: str, settings: Settings) -> Mailbox | None:
     except ValueError:
         return None
     return who_gets(meant, settings) if settings.allow_local_domains or not meant.is_local else None
+
+
+def as_a_copy(raw: Raw) -> Raw:
+    octets = raw.octets.encode("latin-1")
+    return raw._replace(octets=without(octets, header_of(octets), NOT_COPIED).decode("latin-1"))
 
 
 def jittered(pause: int) -> int:

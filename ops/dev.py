@@ -1,9 +1,9 @@
-"""Starts everything on this machine: `bin/dev` runs Redis, the mail catcher, the API, both workers and the dashboard.
+"""Starts everything on this machine: `bin/dev` runs Redis, the mail catcher, all ways in, the workers, the dashboard.
 
-Everything listens on loopback and answers to its names only (web/hosts.py; --allow-host adds one), the API knows the
-key `dev` beside those in `.env`, mail goes to the catcher unless SMTP_HOST is set, and the queue is kept under var/dev/
-from one start to the next. It says what to do if a port is taken or there is no Redis, prints all addresses once
-everything answers, then a line per event. Ctrl-C stops it, and nothing runs on when it has ended, however it has
+Everything listens on loopback and answers to its names only (web/hosts.py; --allow-host adds one), API and SMTP know
+the key `dev` beside those in `.env`, mail goes to the catcher unless SMTP_HOST is set, and the queue is kept under
+var/dev/ from one start to the next. It says what to do if a port is taken or there is no Redis, prints all addresses
+once everything answers, then a line per event. Ctrl-C stops it, and nothing runs on when it has ended, however it has
 (guard.py). Only one may use a queue at a time (lock.py).
 """
 
@@ -44,7 +44,7 @@ from web.hosts import add_flag
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT = 20  # seconds for each part to answer
-COLOURS = {"redis": 31, "catcher": 35, "api": 32, "email": 36, "dashboard": 33}  # of a terminal; queues: 34
+COLOURS = {"redis": 31, "catcher": 35, "api": 32, "email": 36, "dashboard": 33}  # of a terminal; others: 34
 
 
 class Failed(Exception):
@@ -94,6 +94,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name, port, what in (
         ("api", 8000, "HTTP API"),
         ("dashboard", 9181, "rq-dashboard"),
+        ("submission", 2525, "mail by SMTP"),
         ("smtp", 1025, "mail catcher, SMTP"),
         ("mail", 8025, "mail catcher, page"),
         ("redis", 6380, "Redis or Valkey"),
@@ -246,6 +247,12 @@ def http_answers(port: int, path: str) -> bool:
     return False
 
 
+def smtp_answers(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+        return connection.recv(3) == b"220"
+    return False
+
+
 def redis_answers(redis: Redis) -> bool:
     with suppress(RedisError):  # not there yet, or still loading its file
         return bool(redis.ping())
@@ -269,7 +276,7 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
         )
     configured = load()
     catcher = configured.smtp_host is None
-    parts = ("api", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
+    parts = ("api", "submission", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
     data = ROOT / lock.DATA / lock.FOLDERS[0 if catcher else 1]
     held = stack.begin(data)
     check_ports({f"--{name}-port": getattr(ports, f"{name}_port") for name in parts})
@@ -286,6 +293,7 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
         stack.start("catcher", partial(http_answers, ports.mail_port, "/healthz"), python, "-m", "ops.catcher", *flags)
     api = ("service.py", "--reload-templates", *names)
     stack.start("api", partial(http_answers, ports.api_port, "/readyz"), python, *api)
+    stack.start("submission", partial(smtp_answers, ports.submission_port), python, "-m", "submission")
     for queue in QUEUES:
         stack.start(queue, partial(worker_answers, redis, queue, stack), python, "worker.py", queue)
     dashboard = ("-m", "ops.dashboard", "--no-login", *names)
@@ -320,6 +328,7 @@ def child_settings(ports: argparse.Namespace, configured: settings.Settings) -> 
         "REDIS_URL": f"redis://127.0.0.1:{ports.redis_port}/0",
         "LISTEN": f"127.0.0.1:{ports.api_port}",
         "API_KEYS": api_keys(configured),
+        "SUBMISSION_LISTEN": f"127.0.0.1:{ports.submission_port}",
         "DASHBOARD_LISTEN": f"127.0.0.1:{ports.dashboard_port}",
         "MAIL_FROM": configured.mail_from or "async-email <hello@example.com>",
     }
@@ -358,6 +367,7 @@ def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:
 async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.
 
   API            http://127.0.0.1:{ports.api_port}      key: {settings.DEV_KEY}{more}
+  By SMTP        127.0.0.1:{ports.submission_port}            any user, and the key as password; no TLS
   Reference      http://127.0.0.1:{ports.api_port}/docs
   {mail}
   All mail       http://127.0.0.1:{ports.dashboard_port}/mail/

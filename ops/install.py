@@ -39,6 +39,7 @@ WORKERS = tuple(f"async-email-worker@{queue}.service" for queue in QUEUES)
 WORKER = "async-email-worker@.service"
 API = "async-email-api.service"
 DASHBOARD = "async-email-dashboard.service"
+SUBMISSION = "async-email-submission.service"  # which is off unless somebody has enabled its socket
 SOCKET = "async-email-api.socket"
 TARGET = "async-email.target"
 REDIS = "redis-server@async-email.service"
@@ -248,7 +249,7 @@ def start_services(server: Server) -> None:
         server.run("systemctl", "restart", SOCKET)
     # A reader of the queue must understand what is written to it: new workers know the old jobs, not the reverse.
     order = (API, *WORKERS, DASHBOARD) if server.going_back else (*WORKERS, API, DASHBOARD)
-    for unit in order:
+    for unit in (SUBMISSION, *order) if server.going_back else (*order, SUBMISSION):
         if runs_something_else(server, unit):
             server.run("systemctl", "restart", unit, may_fail=True)
     server.run("systemctl", "start", TARGET)

@@ -174,11 +174,11 @@ def listed(keys: Sequence[ApiKey]) -> None:
 
 
 def changed(file: KeyFile) -> None:
-    """Says how to make the API read its keys, which it does when it starts."""
+    """Says how to make API and SMTP read their keys, which they do when they start."""
     restart = "restart the API (Ctrl-C, and bin/dev again)"
     if SERVER in file.path.parents:
-        restart = "systemctl restart async-email-api    # drops no request"
-    say(f"Written to {file.path}. The API uses it after: {restart}")
+        restart = "systemctl try-restart async-email-api async-email-submission    # drops no request"
+    say(f"Written to {file.path}. API and SMTP use it after: {restart}")
 
 
 def say(text: str) -> None:

@@ -1,61 +1,21 @@
 """The dashboard's login: HTTP Basic (RFC 7617), compared in constant time and slow to guess.
 
-An address that was wrong ten times gets one more try every ten seconds, and meanwhile 429 with Retry-After (RFC 6585),
-also with the right password: an answer that differs would be the guess. All of loopback counts as one address, and so
-do all who come through a proxy.
+An address that was wrong too often (process.guesses) gets 429 with Retry-After (RFC 6585). All who come through a proxy
+count as one address.
 """
 
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import logging
-import time
-from collections.abc import Callable
-from threading import Lock
 
 from flask import Response, request
 
+from process.guesses import PAUSE, Guesses
 from process.log import emit
-from settings import Settings, is_loopback
+from settings import Settings
 
-TRIES = 10  # at once
-PAUSE = 10  # seconds, for one more
-REMEMBERED = 10_000  # addresses
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="dashboard", charset="UTF-8"'}
-
-
-class Guesses:
-    """Counts the wrong logins of each address, and forgets one every `PAUSE` seconds."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._forgotten_at: dict[str, float] = {}  # an address -> when its last wrong login will be forgotten
-        self._lock = Lock()
-
-    def take(self, address: str) -> bool:
-        """Counts a login before it is looked at, so that many at once are counted, too. Returns whether it may be."""
-        key, now = network(address), self._clock()
-        with self._lock:
-            until = max(now, self._forgotten_at.pop(key, now)) + PAUSE
-            admitted = until - now <= TRIES * PAUSE
-            self._forgotten_at[key] = until if admitted else until - PAUSE
-            if len(self._forgotten_at) > REMEMBERED:
-                self._forgotten_at.pop(next(iter(self._forgotten_at)))
-        return admitted
-
-    def give_back(self, address: str) -> None:
-        """Takes back that a login was counted: it was right."""
-        with self._lock:
-            key = network(address)
-            self._forgotten_at[key] = self._forgotten_at.get(key, 0) - PAUSE
-
-
-def network(address: str) -> str:
-    """Returns what one guesser can have as many addresses of as he likes."""
-    if is_loopback(address):
-        return "loopback"
-    return str(ipaddress.ip_network(f"{address}/64", strict=False)) if ":" in address else address
 
 
 class Login:

@@ -6,5 +6,7 @@ env_file.py   reads NAME=value lines, strictly
 memory.py     what malloc keeps of a burst
 sockets.py    the sockets on which a process listens
 version.py    which version this is
+guesses.py    counts wrong logins by address
+resources.py  how many files a process may open
 prefork.py    one process that watches, several that serve on its sockets
 """

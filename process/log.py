@@ -21,12 +21,14 @@ from process.sd_daemon import prioritized
 
 # fmt: off
 EVENTS = frozenset({
-    "api_started", "worker_started", "dashboard_started",
+    "api_started", "worker_started", "dashboard_started", "submission_started",
     # an HTTP request was answered: method, route, status, ms, name of the key, old_key (a newer one has its name), id,
     # request_id; of a refusal also the error's name, the field, and the reason of a 503
     "request",
+    # a mail came by SMTP, or was refused, whole or at `phase`: status, reason, ms, bytes, key, id, replayed
+    "submission",
     "crashed",  # a fault of ours in a request or a duty of the worker pool: where, and never what
-    "few_descriptors",  # a process of the API may open so few files that it takes only `connections`
+    "few_descriptors",  # a process may open so few files that it takes only `connections`
     "stuck",  # a process of the API made no progress and was killed: process
     "sent", "delayed", "failed", "unknown",  # the result of an attempt, or a mail expired: id, reason, next_in, test
     "task_finished", "task_failed",  # the result of a job of POST /jobs: id, task, error
@@ -39,7 +41,8 @@ EVENTS = frozenset({
     "redis_unavailable", "redis_back",  # this process cannot use Redis, because of `reason`; it can again: at
     "alert_sent", "alert_failed",  # people were told something; they could not be: to, kind, status, reason, next_in
     "operator",  # somebody has done something on the dashboard: who, what, id of the mail or job
-    "login_refused",  # a wrong login at the dashboard; at most one every ten seconds once there were ten
+    # a wrong login at the dashboard, or at=submission; once there were ten, at most one every ten seconds is looked at
+    "login_refused",
     "unreadable",  # a job or an entry of a registry that was set aside, so that the others go on: id, reason
 })
 # fmt: on

@@ -1,7 +1,7 @@
 """A mail as SMTP writes it: its envelope as commands, its lines for DATA. Pure.
 
 An address goes out exactly as it was accepted, or not at all; no body can end its mail early.
-Standards: RFC 5321 (SMTP), 6531 (SMTPUTF8).
+Standards: RFC 5321 (SMTP), 6152 (8BITMIME), 6531 (SMTPUTF8).
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ class Envelope(NamedTuple):
     sender: str
     recipients: Sequence[str]
     smtputf8: bool = False  # an address needs RFC 6531
+    eight_bit: bool = False  # its lines need RFC 6152
 
     def mail_from(self, *options: str) -> bytes | None:
-        """Returns the command, or None if the address cannot be written into one."""
-        return self._command("MAIL FROM", self.sender, *options, *(["SMTPUTF8"] if self.smtputf8 else []))
+        """Returns the command, or None if the address cannot be written into one. "" is the null sender (4.5.5)."""
+        options += ("BODY=8BITMIME",) * self.eight_bit + ("SMTPUTF8",) * self.smtputf8
+        return self._command("MAIL FROM", self.sender, *options)
 
     def rcpt_to(self) -> dict[str, bytes | None]:
         """Returns the commands by address, None where it cannot be written into one."""
@@ -30,7 +32,8 @@ class Envelope(NamedTuple):
 
     def _command(self, words: str, address: str, *options: str) -> bytes | None:
         """Writes the address to the letter: smtplib's own methods send what their parser makes of it."""
-        if not ADDRESS.fullmatch(address) or not (self.smtputf8 or address.isascii()):
+        is_null = not address and words == "MAIL FROM"
+        if not (is_null or ADDRESS.fullmatch(address)) or not (self.smtputf8 or address.isascii()):
             return None
         return (" ".join([f"{words}:<{address}>", *options]) + "\r\n").encode()
 

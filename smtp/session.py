@@ -249,7 +249,9 @@ class Session:
         asking the relay. Raises `Stopped` if the mail as a whole cannot."""
         if envelope.smtputf8 and not self.smtp.has_extn("smtputf8"):
             # RFC 6531 3.3: such a mail cannot go through this relay, now or later.
-            raise Stopped(Reply(Phase.MAIL, 550, "5.6.7 the relay does not offer SMTPUTF8, which an address needs"))
+            raise Stopped(Reply(Phase.MAIL, 550, "5.6.7 the relay does not offer SMTPUTF8, which the mail needs"))
+        if envelope.eight_bit and not self.smtp.has_extn("8bitmime"):  # RFC 6152 3
+            raise Stopped(Reply(Phase.MAIL, 550, "5.6.3 the relay does not offer 8BITMIME, which the mail needs"))
         mail = envelope.mail_from(*([f"SIZE={size}"] if self.smtp.has_extn("size") else []))
         if not mail:
             raise Stopped(Reply(Phase.MAIL, *UNSPEAKABLE))

@@ -67,11 +67,12 @@ def another(
     sender: str = SENDER,
     mime: bytes = MIME,
     smtputf8: bool = False,
+    eight_bit: bool = False,
     before_dot: Callable[[Mapping[str, Reply]], object] = lambda replies: None,
 ) -> Outcome:
     """Sends a mail, as mail.delivery does, on the session that the last one left, if it left any."""
     with POOL.conversation(to) as talk:
-        said = talk.begin(Envelope(sender, recipients or (ADA,), smtputf8), mime)
+        said = talk.begin(Envelope(sender, recipients or (ADA,), smtputf8, eight_bit), mime)
         while not isinstance(said, Outcome):
             before_dot(said)
             said = talk.finish()
@@ -120,6 +121,8 @@ def served(
 def meet(script: Script | None = None, *recipients: str, **options: Any) -> tuple[ScriptedRelay, Outcome]:
     """Sends a mail to a relay, with the options of `served` and `another`. Returns the relay, with all that it has
     heard, and the outcome."""
-    mail = {name: options.pop(name) for name in ("sender", "mime", "smtputf8", "before_dot") if name in options}
+    mail = {
+        name: options.pop(name) for name in ("sender", "mime", "smtputf8", "eight_bit", "before_dot") if name in options
+    }
     with served(script, **options) as (there, to):
         return there, another(to, *recipients, **mail)

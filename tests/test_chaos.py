@@ -25,6 +25,7 @@ CHOSEN = [  # scene and ON_DOUBT
     ("poison mail", "retry"),
     ("power cut", "retry"),
     ("API killed before its answer", "retry"),
+    ("submission killed before its answer", "retry"),
     ("Redis full", "retry"),
     ("reply to accept lost", "retry"),
     ("reply to settle lost", "hold"),

@@ -22,7 +22,7 @@ from redis import Redis
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
-from ops import login
+from process import guesses as guessing
 from tests.dashboards import (
     CHANGING,
     LOOKING,
@@ -77,8 +77,8 @@ def test_of_a_thousand_guesses_ten_are_looked_at(monkeypatch: pytest.MonkeyPatch
     with ThreadPoolExecutor(8) as threads:
         guess = partial(dashboard.application.test_client().get, "/")
         seen = Counter(one.status_code for one in threads.map(lambda n: guess(auth=("admin", str(n))), range(1000)))
-    assert seen == {401: login.TRIES, 429: 1000 - login.TRIES}
-    assert len(looked_at) == 2 * login.TRIES
+    assert seen == {401: guessing.TRIES, 429: 1000 - guessing.TRIES}
+    assert len(looked_at) == 2 * guessing.TRIES
     refused = dashboard.get("/", auth=("admin", PASSWORD))
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "10")
     assert dashboard.get("/").status_code == 401
@@ -87,28 +87,34 @@ def test_of_a_thousand_guesses_ten_are_looked_at(monkeypatch: pytest.MonkeyPatch
 
 def test_right_logins_are_not_limited_and_wrong_ones_are_forgotten_one_by_one() -> None:
     now = [0.0]
-    guesses = login.Guesses(lambda: now[0])
+    guesses = guessing.Guesses(lambda: now[0])
     for _ in range(100):
         assert guesses.take("192.0.2.1")
         guesses.give_back("192.0.2.1")
-    taken = [guesses.take("192.0.2.1") for _ in range(2 * login.TRIES)]
-    assert taken == [True] * login.TRIES + [False] * login.TRIES
-    now[0] += 2 * login.PAUSE
+    taken = [guesses.take("192.0.2.1") for _ in range(2 * guessing.TRIES)]
+    assert taken == [True] * guessing.TRIES + [False] * guessing.TRIES
+    now[0] += 2 * guessing.PAUSE
     assert [guesses.take("192.0.2.1") for _ in "123"] == [True, True, False]
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("127.0.0.1", "127.9.9.9"), ("127.0.0.1", "::1"), ("localhost", "::1"), ("2001:db8::1", "2001:db8::ffff:1")],
+    [
+        ("127.0.0.1", "127.9.9.9"),
+        ("127.0.0.1", "::1"),
+        ("localhost", "::1"),
+        ("2001:db8::1", "2001:db8::ffff:1"),
+        ("127.0.0.1", "::ffff:127.0.0.1"),
+    ],
 )
 def test_addresses_of_which_one_guesser_has_many_count_as_one(one: str, other: str) -> None:
-    assert login.network(one) == login.network(other)
-    assert login.network("192.0.2.1") != login.network("192.0.2.2")
+    assert guessing.network(one) == guessing.network(other)
+    assert guessing.network("192.0.2.1") != guessing.network("192.0.2.2")
 
 
 def test_only_so_many_addresses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login, "REMEMBERED", 100)
-    guesses = login.Guesses()
+    monkeypatch.setattr(guessing, "REMEMBERED", 100)
+    guesses = guessing.Guesses()
     for number in range(1000):
         guesses.take(f"192.0.{number >> 8}.{number & 255}")
     guesses.give_back("192.0.0.0")

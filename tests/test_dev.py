@@ -32,7 +32,7 @@ class Dev:
 
     def __init__(self, project: Path) -> None:
         self.project = project
-        self.ports = {name: free_port() for name in ("api", "dashboard", "smtp", "mail", "redis")}
+        self.ports = {name: free_port() for name in ("api", "submission", "dashboard", "smtp", "mail", "redis")}
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
         flags = [f"--{name}-port={port}" for name, port in self.ports.items()]
@@ -93,7 +93,7 @@ def test_the_curl_that_it_prints_puts_a_mail_on_the_catchers_page_and_prints_a_l
     [message] = eventually(lambda: catcher.get("/messages").body["messages"])
     assert message["subject"] == "Welcome, Ada"
     for name, port in running.ports.items():
-        assert name in ("smtp", "redis") or f"http://127.0.0.1:{port}" in said
+        assert name in ("smtp", "redis") or f" {'' if name == 'submission' else 'http://'}127.0.0.1:{port}" in said
     Api(running.ports["api"], key="dev").wait_for(json.loads(posted.stdout)["job_id"], "sent")
     lines = [line for line in running.stop().splitlines() if line and line != "Stopping ..."]
     assert sorted(line.split()[0] for line in lines) == ["api", "catcher", "email"], lines

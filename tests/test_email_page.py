@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from redis import Redis
 
+from mail.address import Mailbox
 from mail.draft import prepare
 from mail.listing import Wanted, page
 from mail.mime import head
@@ -23,6 +24,9 @@ from ops.page import audit, timeline
 from ops.page.audit import Action
 from queues import keys
 from queues.jobs import Call, Policy
+from settings import ApiKey
+from submission.intake import Envelope as SmtpEnvelope
+from submission.intake import take
 from tests.dashboards import contents, fail
 from tests.mails import claim
 from tests.pages import MAIL, Pages, words
@@ -217,6 +221,25 @@ def test_the_header_lines_are_those_that_go_out_as_long_as_they_are_kept(pages: 
     large = pages.text(f"/mail/emails/{pages.accept(headers={'X-Own': 'own words'}, text='x' * 2**21)}")
     assert "The mail is large" in large
     assert "X-Own" not in large
+
+
+def test_a_mail_that_came_by_smtp_is_shown_as_it_goes_out_and_masked_whole(
+    pages: Pages, redis_server: RedisServer
+) -> None:
+    to, key = Mailbox("", "planted-1@example.com"), ApiKey("shop", "", "send")
+    head = b"From: Planted <planted-2@example.com>\r\nX-Own: planted \xff\r\nList-Unsubscribe: <https://planted.example>\r\n"
+    data = head + b"Message-ID: <planted@example.com>\r\n\r\nplanted-text\r\n"
+    made = take(data, SmtpEnvelope("planted-3@example.com", [to], False), key, pages.settings)
+    mail_id = pages.outbox.accept([made.draft]).id
+    shown = pages.text(f"/mail/emails/{mail_id}")
+    assert all(one in shown for one in ("X-Own: planted", "MIME-Version: 1.0", "<planted@example.com>"))
+    assert "planted-text" not in shown
+    masked = Pages.of(redis_server.url, show_addresses=False).get(f"/mail/emails/{mail_id}")
+    assert not re.search("planted", masked.replace("&lt;planted@example.com&gt;", ""), re.IGNORECASE)
+    copied = claim(pages.outbox, pages.outbox.copy(mail_id, "me@example.com")).message
+    assert copied.raw is not None
+    assert "Unsubscribe" not in copied.raw.octets
+    assert (copied.recipients, "Message-ID" in copied.raw.octets) == (["me@example.com"], False)
 
 
 class Elements(HTMLParser):

@@ -177,7 +177,7 @@ def test_on_a_server_it_is_the_services_file(
     monkeypatch.setattr(keys, "SERVER", tmp_path)
     assert keys.default_file() == tmp_path / "credentials" / "api_keys"
     keys.changed(KeyFile(keys.default_file()))
-    assert "systemctl restart async-email-api" in capsys.readouterr().err
+    assert "systemctl try-restart async-email-api async-email-submission" in capsys.readouterr().err
 
 
 def test_the_service_goes_by_the_keys_of_its_last_start(

@@ -25,19 +25,21 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
     "mail": {"smtp", "queues", "settings", "process.log"},
     "tasks": {"mail.delivery", "queues.offer", "settings"},
     "web": {"mail", "queues", "settings", "process"},
+    "submission": {"mail", "queues", "settings", "process"},
     "service": {"web", "tasks", "mail.address", "mail.templates", "queues", "settings", "process"},
     "worker": {"tasks", "mail.delivery", "queues", "settings", "process"},
 }
 HOMES = {  # an outside thing -> the only rooms or files that may import it
     "smtplib": {"smtp.session"},
     "dotenv": {"process.env_file"},
-    "email": {"mail.mime", "ops.catcher", "ops.mailparts", "ops.page.words"},
+    "email": {"mail.mime", "mail.raw", "ops.catcher", "ops.mailparts", "ops.page.words"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard", "ops.page.view"},
     "redis": {"queues", "ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"},
     "rq": {"queues", "ops.dashboard"},
     "bottle": {"web", "ops.catcher"},
+    "aiosmtpd": {"submission", "ops.catcher"},
     "prometheus_client": {"web.metrics"},
-    "mail.draft": {"web", "ops"},  # with pydantic's models and Jinja: two megabytes that no worker needs
+    "mail.draft": {"web", "submission", "ops"},  # with pydantic's models and Jinja: two megabytes that no worker needs
     "waitress": {"web.server", "web.grammar", "ops.catcher", "ops.dashboard"},
 }
 WITHOUT = {  # what a process imports -> what is of no use to it: megabytes, and a slower start

@@ -17,6 +17,7 @@ SIGNPOST = ROOT / "systemd" / "async-email-worker.service"  # runs nothing
 SERVICES = [path for path in UNITS if path.suffix == ".service" and path != SIGNPOST]
 PROGRAMS = {  # service -> what it runs, and the secrets that this needs
     "async-email-api.service": ("service.py", {"redis_url", "api_keys"}),
+    "async-email-submission.service": ("-m submission", {"redis_url", "api_keys"}),
     "async-email-worker@.service": ("worker.py %i", {"redis_url", "smtp_password"}),
     "async-email-dashboard.service": (
         "-m ops.dashboard",
@@ -112,7 +113,7 @@ def test_a_service_runs_its_own_release_as_the_services_user(unit: Path) -> None
     assert service["WorkingDirectory"] == ["/opt/async-email/current"]
     assert (service["User"], service["Group"]) == (["async-email"], ["async-email"])
     file = program.split()[0] if program.endswith((".py", "%i")) else f"{program.split()[1].replace('.', '/')}.py"
-    assert (ROOT / file).exists()
+    assert (ROOT / file).exists() or (ROOT / file).with_suffix("").joinpath("__main__.py").exists()
 
 
 @all_services
@@ -128,7 +129,7 @@ def test_a_service_gets_the_secrets_that_it_needs_and_no_others(unit: Path) -> N
 
 
 def test_the_watchdog_watches_those_that_mail_depends_on() -> None:
-    for name in ("async-email-api.service", "async-email-worker@.service"):
+    for name in ("async-email-api.service", "async-email-submission.service", "async-email-worker@.service"):
         service = directives(ROOT / "systemd" / name, "Service")
         assert (service["Type"], service["NotifyAccess"]) == (["notify"], ["main"])
         assert int(service["WatchdogSec"][0]) >= 60  # longer than Redis may take to answer, several times
@@ -142,6 +143,12 @@ def test_only_nginx_may_use_the_apis_socket_and_a_restart_leaves_it_open() -> No
     assert f"server unix:{socket['ListenStream'][0]};" in site
     assert not directives(unit, "Unit").keys() & {"PartOf", "BindsTo"}
     assert words(unit, "Unit", "StopPropagatedFrom") == {"async-email.target"}
+
+
+def test_only_this_machine_may_submit_by_smtp_until_somebody_says_otherwise() -> None:
+    unit = ROOT / "systemd" / "async-email-submission.socket"
+    assert directives(unit, "Socket")["ListenStream"] == ["127.0.0.1:2525"]
+    assert not directives(unit, "Unit").keys() & {"PartOf", "BindsTo"}
 
 
 def test_redis_reads_its_file_only_after_an_unfinished_transaction_is_cut_off() -> None:

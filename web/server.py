@@ -12,7 +12,6 @@ Waitress: https://docs.pylonsproject.org/projects/waitress
 from __future__ import annotations
 
 import logging
-import resource
 import socket
 import threading
 import time
@@ -26,6 +25,7 @@ from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
+from process.resources import open_files
 from queues.connection import is_silent
 from web.errors import as_line, error_shape
 from web.grammar import Parser
@@ -149,14 +149,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 def room_for(sockets: int) -> int:
     """Returns how many connections the limit of file descriptors leaves on each socket. Raises it first as far as may
     be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = PER_CONNECTION * MOST_CONNECTIONS * sockets + BESIDE
-    if 0 <= soft < wanted:  # below 0: no limit
-        soft = min(wanted, hard) if hard >= 0 else wanted
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft < 0:
-        return MOST_CONNECTIONS
-    return max(1, (soft - BESIDE) // PER_CONNECTION // sockets)
+    may_open = open_files(PER_CONNECTION * MOST_CONNECTIONS * sockets + BESIDE)
+    return max(1, (may_open - BESIDE) // PER_CONNECTION // sockets)
 
 
 class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]

@@ -167,7 +167,8 @@ def header_lines(view: View, mail: Mapping[str, Any], kept: Kept) -> str:
     if not view.settings.show_addresses:
         message = without_addresses(message)
     about = message, mail["message_id"], datetime.fromisoformat(mail["created_at"])
-    return to_mime(*about).partition(b"\r\n\r\n")[0].decode() if kept.content else head(*about)
+    shown = kept.content and (not message.raw or view.settings.show_addresses)  # one that came by SMTP is not rewritten
+    return to_mime(*about).partition(b"\r\n\r\n")[0].decode(errors="replace") if shown else head(*about)
 
 
 def without_addresses(message: Message) -> Message:

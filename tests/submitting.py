@@ -1,0 +1,85 @@
+"""What the tests of submission share: its process, and clients that say what they are told to the octet."""
+
+from __future__ import annotations
+
+import base64
+import smtplib
+import socket
+import subprocess
+from contextlib import suppress
+from typing import Any
+
+from tests.servers import House, eventually, free_port
+
+MAIL = b"From: Ada <ada@example.com>\r\nTo: bob@example.com\r\nSubject: Hello\r\n\r\nHi Bob\r\n"
+ENVELOPE = b"MAIL FROM:<ada@example.com>\r\nRCPT TO:<bob@example.com>\r\nDATA\r\n"
+LOGIN = b"AUTH PLAIN " + base64.b64encode(b"\0resend\0send-key") + b"\r\n"
+
+
+class Submission:
+    """The process that takes mail by SMTP, with settings of its own; `changes` are made to its code first."""
+
+    def __init__(self, house: House, changes: str = "", **settings: str) -> None:
+        self.house, self.port = house, free_port()
+        patched = f"import sys; from submission import __main__ as main, conversation, handler; {changes}"
+        self.command = (
+            ["-c", f"{patched.format(port=self.port)}; sys.exit(main.main())"] if changes else ["-m", "submission"]
+        )
+        self.settings = {"SUBMISSION_LISTEN": f"127.0.0.1:{self.port}", "PYTHONPATH": str(house.root), **settings}
+        self.start()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        environment = self.house.environment | self.settings
+        self.process = self.house.run("submission", *self.command, env=environment)
+        eventually(self.answers)
+        return self.process
+
+    def answers(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+            return connection.recv(3) == b"220" if "TLS_PORT" not in self.command[-1] else True
+        return False
+
+    def client(self, key: str = "send-key", **options: Any) -> smtplib.SMTP:
+        client = smtplib.SMTP("127.0.0.1", self.port, timeout=60, **options)
+        client.login("resend", key)
+        return client
+
+    def send(self, mail: bytes = MAIL, key: str = "send-key", sender: str = "ada@example.com", *to: str) -> str:
+        """Sends a mail as smtplib does, to the octet, and returns the reply to it."""
+        with self.client(key) as client:
+            client.mail(sender)
+            for one in to or ("bob@example.com",):
+                client.rcpt(one)
+            code, text = client.data(mail)
+        return f"{code} {text.decode()}"
+
+    def talk(self, login: bool = True) -> Talk:
+        talk = Talk(self.port)
+        if login:
+            talk.say(b"EHLO test\r\n" + LOGIN, 3)
+        return talk
+
+
+class Talk:
+    """A client that says what it likes."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self.file = self.socket.makefile("rb")
+
+    def say(self, octets: bytes, replies: int = 1) -> list[str]:
+        """Returns so many replies, each as its last line."""
+        self.socket.sendall(octets)
+        return [self.reply() for _ in range(replies)]
+
+    def reply(self) -> str:
+        while (line := self.file.readline())[3:4] == b"-":
+            pass
+        return line.decode().strip()
+
+    def __enter__(self) -> Talk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.socket.close()
