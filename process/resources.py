@@ -1,4 +1,4 @@
-"""Sets how many files, and so connections, a process may open."""
+"""Sets how many files a process may open, and so how many connections it takes: getrlimit(2)."""
 
 from __future__ import annotations
 
