@@ -1,8 +1,8 @@
 """A TCP proxy in front of Redis that loses replies: it lets a request through and cuts the line before the answer.
 
 What was asked for has then been done, and who asked cannot know it. `lose(words, times)` arms it: a request that holds
-all of the words, and whose reply holds what is `said`, is the next to lose it, and `then` is called before anybody can
-notice. Everything else passes.
+all of the words, and whose reply holds what is `said`, is the next to lose it (or of `every` so many one), and `then`
+is called before anybody can notice. Everything else passes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class Proxy:
         self.port = free_port()
         self.words: tuple[bytes, ...] = ()
         self.said = b""
+        self.every = 1
+        self.matches = 0
         self.left = 0
         self.then: Callable[[], object] = lambda: None
         self.lost = 0
@@ -30,10 +32,15 @@ class Proxy:
         self.threads: list[threading.Thread] = []
 
     def lose(
-        self, words: tuple[bytes, ...], times: int, then: Callable[[], object] = lambda: None, said: bytes = b""
+        self,
+        words: tuple[bytes, ...],
+        times: int,
+        then: Callable[[], object] = lambda: None,
+        said: bytes = b"",
+        every: int = 1,
     ) -> None:
         with self.lock:
-            self.words, self.left, self.then, self.said = words, times, then, said
+            self.words, self.left, self.then, self.said, self.every = words, times, then, said, every
 
     def __enter__(self) -> Proxy:
         self.listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
@@ -80,6 +87,9 @@ class Proxy:
     def _is_to_be_lost(self, reply: bytes) -> bool:
         with self.lock:
             if self.left == 0 or self.said not in reply:
+                return False
+            self.matches += 1
+            if self.matches % self.every:
                 return False
             self.left -= 1
             self.lost += 1

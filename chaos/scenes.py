@@ -41,6 +41,7 @@ from chaos.faults import (
     relay_does_to_some,
     relay_says_for,
     restart_redis,
+    slowly,
     step_clock,
     take_relay_away,
     take_relay_away_for_an_hour,
@@ -275,7 +276,7 @@ def _all() -> list[Scene]:
             Scene(name, f"the relay hangs up {place}, for some mails", play, settings={"RETRY_SCHEDULE": QUICK})
         )
     words = REPLIES_LOST["the step that takes a job"]
-    play = lose_replies(*words, said=b"claimed")
+    play = slowly(lose_replies(*words, said=b"claimed", every=4))
     scenes.append(
         Scene("replies lost under load", "the same, of the commands of several", play, proxied=True, **UNDER_LOAD)
     )

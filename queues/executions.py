@@ -55,14 +55,22 @@ local function end_job(id, execution, ended_at, result, kept, took)
   redis.call('HINCRBYFLOAT', KEYS[5], 'total_working_time', took)
 end
 
+local function taken_by(execution)
+  for _, both in ipairs(redis.call('SMEMBERS', KEYS[6])) do  -- a few for each thread
+    if string.sub(both, -#execution) == execution then return string.sub(both, 1, -#execution - 2) end
+  end
+end
+
 local function take(execution, id)
-  local moved = id ~= ''
-  if not moved then id = redis.call('LINDEX', KEYS[1], 0) end
+  local remove = {{'LREM', KEYS[2], 1, id}}
+  if id == '' then
+    id, remove = taken_by(execution), nil
+    if not id then id, remove = redis.call('LINDEX', KEYS[1], 0), {{'LPOP', KEYS[1]}} end
+  end
   if not id then return end
-  local function remove() if moved then redis.call('LREM', KEYS[2], 1, id) else redis.call('LPOP', KEYS[1]) end end
   local job, both, now, lease = JOB .. id, id .. ':' .. execution, ARGV[2], ARGV[4]
   if redis.call('TYPE', job).ok ~= 'hash' or redis.call('HEXISTS', job, 'data') == 0 then
-    remove()
+    if remove then redis.call(unpack(remove)) end
     return {{id}}
   end
   redis.call('PERSIST', job)  -- first, since a full Redis lets a script write whose first write takes no memory
@@ -76,7 +84,7 @@ local function take(execution, id)
   redis.call('ZADD', KEYS[3], math.floor(now) + lease, both)
   redis.call('SADD', KEYS[6], both)
   redis.call('EXPIRE', KEYS[6], lease + 60)
-  remove()  -- last: where one of these keys holds something else, the job is still where it was
+  if remove then redis.call(unpack(remove)) end  -- last: if a key holds something else, the job is still where it was
   local done, said = pcall(beside, id, 13)
   return {{id, stored, done and said or nil}}
 end
@@ -97,8 +105,8 @@ class Taken(NamedTuple):
 
 
 class Turns:
-    """Takes jobs for one worker and ends them. Each script may be run again after a lost reply: a job that the first
-    run took is found when its lease ends, like that of a killed worker."""
+    """Takes jobs for one worker and ends them. The script may be run again after a lost reply: it finds the job that it
+    took under the same execution."""
 
     def __init__(self, worker: BaseWorker, beside: str = NOTHING.source, words: Words = lambda _: []) -> None:
         """`beside` is Lua that defines `beside(id, at)`, done in the same step for the job that is taken; `words` makes

@@ -14,6 +14,8 @@ from mail import delivery
 from mail.address import Mailbox
 from mail.outbox import CLAIM_BESIDE, Outbox
 from queues.heartbeat import on_heartbeat
+from settings import Rate
+from smtp.pacing import Pacing
 from smtp.policy import Phase
 from smtp.verdict import Reply
 from tests.conversations import POOL, another, served
@@ -138,6 +140,21 @@ def test_a_mail_that_may_not_go_when_its_turn_comes_leaves_nothing_of_it_behind(
         another(to)
     assert there.connections == 2
     assert len(there.accepted) == 3
+
+
+def test_only_what_is_new_is_claimed_with_its_job_and_nothing_is_where_a_rate_is_set(
+    outbox: Outbox, client: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (accept(outbox, text) for text in TEXTS[:2])
+    client.hset(f"mail:{second}", "state", "failed")
+    assert beside(outbox, second) is None  # whether a person has asked again its own attempt finds out
+    with served(offers=PIPES) as (there, to):
+        another(to)
+        made = delivers(outbox, to)
+        made.pacing = Pacing(outbox.jobs.redis, (Rate(1000, 1),))
+        monkeypatch.setattr(delivery, "take_next", lambda: pytest.fail("took the next mail"))
+        assert made.deliver(first) == "sent"
+    assert there.announced == 0
 
 
 def test_an_address_that_is_not_allowed_is_not_even_announced(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,7 @@ def test_each_mail_in_a_row_costs_one_round_trip(mime: bytes) -> None:
         for left in (3, 2, 1, 0):
             with POOL.conversation(to, talk) as current:
                 said = current.begin(Envelope(SENDER, [ADA]), mime)
+                assert POOL.running[current.session] == current.deadline
                 talk = current.announce(Envelope(SENDER, [ADA]), mime) if left else None
                 finished(current, said)
         assert mime is LARGE or there.turns - before == 1 + 5
@@ -140,7 +141,7 @@ def test_a_dot_that_got_out_without_all_that_follows_is_answered_for(mime: bytes
         assert fate(first) == (Phase.DOT, 250, ACCEPTED)
         with POOL.conversation(to, following) as talk:
             assert fate(finished(talk, talk.begin(Envelope(SENDER, [BOB]), NEXT)))[2] is ACCEPTED
-        assert there.connections == 2
+        assert (there.connections, POOL.one_by_one) == (2, set())
     assert there.accepted == [MIME, mime, NEXT]
 
 

@@ -202,3 +202,28 @@ def test_what_fails_beside_a_job_is_left_to_the_job(client: redis.Redis) -> None
     assert taken
     assert taken.job.beside is None
     assert client.zcard("rq:wip:email") == 1
+
+
+def test_the_second_run_of_a_step_finds_what_the_first_one_took(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue(client, *["tasks.deliver"] * 3)
+    worker = ours(client, lambda _: "sent")
+    first = worker.turns.take()
+    assert first
+    run, seen = worker.turns._next, []
+
+    def twice(*words: Any) -> Any:
+        run(*words)
+        seen.append(kept(client))
+        return run(*words)
+
+    monkeypatch.setattr(worker.turns, "_next", twice)
+    second = worker.turns.take(worker.perform(first))
+    assert second
+    assert second.job.id == "job-1"
+    again = kept(client)
+    for state in (seen[0], again):
+        del state["rq:worker:HEX"]  # which counts twice
+    assert again == seen[0]
+    assert client.lrange("rq:queue:email", 0, -1) == [b"job-2"]
