@@ -21,7 +21,7 @@ from smtp.verdict import Reply
 from tests.conversations import POOL, another, served
 from tests.mails import draft
 from tests.scripted_relay import Line, Script, take
-from tests.smtp_samples import PIPES
+from tests.smtp_samples import ADA, PIPES
 from tests.test_deliver import delivers
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
@@ -107,8 +107,8 @@ def test_each_mail_goes_to_its_own_recipients_and_is_held_until_its_turn(
         another(to)
         states = in_a_row(delivers(outbox, to), ids, monkeypatch)
         assert len(there.log) == len(held)
-        another(to)
-        assert there.connections == 1
+        another(to, ADA)
+        assert (there.connections, there.log[-1].recipients) == (1, [ADA])
     assert states == ["sent", "canceled" if is_canceled else "sent", "sent"]
     sent = [text for text in TEXTS if is_sent or text != TEXTS[1]]
     gone = [
