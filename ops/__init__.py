@@ -9,6 +9,7 @@ server.py, release.py, site.py  the server they change, what of a clone is insta
 aof.py                          cuts what a crash left unfinished off Redis' append-only file
 key.py, breaker.py              bin/key: makes, lists and revokes API keys; bin/breaker: shows and closes it
 top.py                          bin/top: the pages on a terminal
+sendmail.py                     bin/sendmail: takes a mail as sendmail does, and hands it over by SMTP
 restore.py                      bin/restore: brings back what bin/backup has saved
 dashboard.py, login.py          page/ and rq-dashboard behind a login that is slow to guess
 page/                           the pages for people at /mail/
