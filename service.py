@@ -7,7 +7,6 @@ them.
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from mail.templates import read_again_when_changed
 from mail.templates import use as use_templates
 from process import prefork
 from process.log import emit, say_why_not, set_up
-from process.memory import return_large_blocks, use_one_arena
+from process.memory import collect_seldom, return_large_blocks, use_one_arena
 from process.sd_daemon import on_stop
 from process.sockets import listen_on
 from process.version import VERSION
@@ -31,10 +30,6 @@ from web import hosts
 from web.app import make_app
 from web.octets import ON_THE_WIRE
 from web.server import MOST_CONNECTIONS, Server, room_for
-
-# Objects between two looks for cycles. At Python's 700 there would be one in each request, and one that is accepted
-# leaves no cycle behind.
-YOUNG = 10_000
 
 
 def main() -> int:
@@ -68,7 +63,7 @@ def main() -> int:
         reach(settings.redis_url.get_secret_value())
 
     def serve(alive: Callable[[], None], _: int) -> None:
-        gc.set_threshold(YOUNG)
+        collect_seldom()
         server = Server(app, ON_THE_WIRE * settings.max_message_bytes, sockets)
         on_stop(server.stop)
         with app.accepting.handed_over():

@@ -3,7 +3,7 @@
 log.py        logs one line per event, with names from a closed list
 sd_daemon.py  speaks sd_notify and sd_listen_fds
 env_file.py   reads NAME=value lines, strictly
-memory.py     what malloc keeps of a burst
+memory.py     how memory is kept and looked through
 sockets.py    the sockets on which a process listens
 version.py    which version this is
 guesses.py    counts wrong logins by address
