@@ -18,17 +18,18 @@ from mail.templates import read_again_when_changed
 from mail.templates import use as use_templates
 from process import prefork
 from process.log import emit, say_why_not, set_up
-from process.resources import give_memory_back
+from process.memory import return_large_blocks, use_one_arena
 from process.sd_daemon import on_stop
+from process.sockets import listen_on
+from process.version import VERSION
 from queues.connection import Unavailable, announcements, connect, reach
 from queues.jobs import Jobs
 from queues.offer import load_file
 from settings import Settings, SettingsError, load
 from web import hosts
 from web.app import make_app
-from web.handlers import VERSION
 from web.octets import ON_THE_WIRE
-from web.server import MOST_CONNECTIONS, Server, listen_on, room_for
+from web.server import MOST_CONNECTIONS, Server, room_for
 
 
 def main() -> int:
@@ -55,7 +56,8 @@ def main() -> int:
         say_why_not(f"LISTEN: cannot listen on {settings.listen}: {error.strerror}")
         return 2
     set_up(settings.log_level, settings.log_format)
-    give_memory_back()
+    use_one_arena()
+    return_large_blocks()
     announcements.begin(redis)
     with suppress(Unavailable):  # it is said now, and may come up after us
         reach(settings.redis_url.get_secret_value())

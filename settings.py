@@ -13,7 +13,6 @@ table list the same variables; a test compares them.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import hmac
 import ipaddress
@@ -22,16 +21,19 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, DirectoryPath, Field, FilePath, SecretStr, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    DirectoryPath,
+    Field,
+    FilePath,
+    SecretStr,
+    ValidationError,
+    model_validator,
 )
 
 from process import env_file
@@ -105,10 +107,6 @@ def is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
-
-
-def parse_addresses(text: str) -> tuple[Address, ...]:
-    return tuple(map(parse_address, text.split(",")))
 
 
 def parse_address(text: str) -> Address:
@@ -222,14 +220,14 @@ def _is_safe_url(url: str) -> bool:
 
 LONGEST_DURATION = 100 * 366 * 86400  # seconds; what is longer, Redis or Python may refuse
 Duration = Annotated[int, parsed_by(parse_duration), Field(gt=0, le=LONGEST_DURATION)]
-Listen = Annotated[Address, parsed_by(parse_address), NoDecode]
+Listen = Annotated[Address, parsed_by(parse_address)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """All settings. Durations are in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(env_ignore_empty=True, extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, validate_default=True)
 
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     redis_url_file: FilePath | None = None
@@ -245,18 +243,20 @@ class Settings(BaseSettings):
     smtp_ca_file: FilePath | None = None
     smtp_timeout: Duration = 30
     ehlo_name: Annotated[str, parsed_by(parse_ehlo_name)] | None = None
-    smtp_rate: Annotated[tuple[Rate, ...], parsed_by(parse_rates), NoDecode] = ()
+    smtp_rate: Annotated[tuple[Rate, ...], parsed_by(parse_rates)] = ()
 
     mail_from: str | None = None
     mail_redirect_to: Annotated[str, parsed_by(parse_one_address)] | None = None
-    mail_allowlist: Annotated[tuple[str, ...], parsed_by(parse_allowlist), NoDecode] = ()
+    mail_allowlist: Annotated[tuple[str, ...], parsed_by(parse_allowlist)] = ()
 
     listen: Listen = Address("127.0.0.1", 8000)
     api_processes: Annotated[int, Field(ge=1, le=64)] = 2
-    api_keys: Annotated[tuple[ApiKey, ...], parsed_by(parse_api_keys), NoDecode] = ()
+    api_keys: Annotated[tuple[ApiKey, ...], parsed_by(parse_api_keys)] = ()
     api_keys_file: FilePath | None = None
 
-    submission_listen: Annotated[tuple[Address, ...], parsed_by(parse_addresses), NoDecode] = ()
+    submission_listen: Annotated[
+        tuple[Address, ...], parsed_by(lambda text: tuple(map(parse_address, text.split(","))))
+    ] = ()
     submission_tls_cert: Path | None = None  # which only that process need be able to see
     submission_tls_key: Path | None = None
     submission_dedupe: Duration | None = None
@@ -268,7 +268,7 @@ class Settings(BaseSettings):
     worker_processes: Annotated[int, Field(ge=1, le=64)] | None = None
 
     # fmt: off
-    retry_schedule: Annotated[tuple[Duration, ...], parsed_by(parse_schedule), NoDecode, Field(max_length=50)] = (
+    retry_schedule: Annotated[tuple[Duration, ...], parsed_by(parse_schedule), Field(max_length=50)] = (
         60, 5 * 60, 15 * 60, 30 * 60, 3600, 2 * 3600, 4 * 3600, 8 * 3600, 12 * 3600
     )
     # fmt: on
@@ -294,19 +294,6 @@ class Settings(BaseSettings):
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["plain", "json"] = "plain"
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Puts `from_file` in the place of pydantic's own reader, which drops the lines that it cannot read."""
-        written = cast(InitSettingsSource, init_settings).init_kwargs.pop("from_file", {})
-        return init_settings, env_settings, InitSettingsSource(settings_cls, written), file_secret_settings
 
     @model_validator(mode="before")
     @classmethod
@@ -380,6 +367,18 @@ class Settings(BaseSettings):
         return self.deliver_timeout + 30
 
 
+def from_environment() -> dict[str, str]:
+    """Returns what the environment sets, by the names of fields. What is empty there is not set."""
+    given = {name.lower(): value for name, value in os.environ.items() if value}
+    return {name: given[name] for name in Settings.model_fields if name in given}
+
+
+def from_credentials(directory: str | None) -> dict[str, str]:
+    """Returns what systemd's credentials set, a file for each, by the names of fields."""
+    files = {name: Path(directory, name) for name in Settings.model_fields} if directory else {}
+    return {name: file.read_text().strip() for name, file in files.items() if file.is_file()}
+
+
 def from_file(path: Path) -> dict[str, str]:
     """Returns what an env file sets, by the names of fields. Raises `SettingsError`."""
     try:
@@ -396,6 +395,8 @@ def from_file(path: Path) -> dict[str, str]:
 def _faults(one: env_file.Assignment, assignments: list[env_file.Assignment]) -> Iterator[str]:
     known = [name.upper() for name in Settings.model_fields]
     if one.value and one.name not in known:
+        import difflib  # here, since nobody needs it but who has mistyped a name
+
         meant = difflib.get_close_matches(one.name.upper(), known, 1)
         advice = f"did you mean {meant[0]}?" if meant else "see .env.example for the names"
         yield f"{one.name} is not a setting; {advice}"
@@ -421,8 +422,9 @@ def load(*needed: str, **overrides: Any) -> Settings:
     """
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     file = Path(directory, "async-email.env") if directory else Path(".env")
+    written = overrides.pop("from_file") if "from_file" in overrides else from_file(file)
     try:
-        settings = Settings(**{"from_file": from_file(file), "_secrets_dir": directory, **overrides})
+        settings = Settings(**{**from_credentials(directory), **written, **from_environment(), **overrides})
     except ValidationError as error:
         raise SettingsError(explain(error)) from None
     missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not getattr(settings, name)]

@@ -16,18 +16,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mail import delivery
 from queues.offer import OFFERED as OFFERED  # all of this file that carries @task, for service.py and worker.py
 from queues.offer import task
 
 
 def deliver(mail_id: str) -> object:
     """Makes one attempt at one mail; mail.delivery does it. Every job of the queue `email` names this function."""
+    from mail import delivery  # here, since neither the API nor the worker for `jobs` sends mail
+
     return delivery.current().deliver(mail_id)
 
 
 @task(timeout=60)
 def why_failed(hours: Annotated[int, Field(ge=1, le=24 * 14)] = 24) -> dict[str, int]:
     """Counts the mails that failed in the last `hours`, by reason: `{"550 at rcpt": 3}`."""
+    from mail import delivery  # see `deliver`
+
     since = datetime.now(timezone.utc).timestamp() - hours * 3600
     return dict(Counter(delivery.current().outbox.failures(since)).most_common())

@@ -21,8 +21,8 @@ from typing import Any
 
 import settings
 import tasks
-from mail import delivery
 from process import log, prefork, sd_daemon
+from process.memory import return_free_memory, use_one_arena
 from queues import keys
 from queues.bulk import Bulk
 from queues.connection import (
@@ -63,6 +63,8 @@ class WorkerPool:
         self, queue: str, current: settings.Settings, concurrency: int = 1, report: Report = sd_daemon.tell
     ) -> None:
         """`concurrency` is the number of mails at a time; `report` takes what is for the service manager."""
+        from mail import delivery  # here, since the worker for `jobs` sends no mail
+
         self.settings = current
         self.report = report
         self.delivery = delivery.current()
@@ -104,7 +106,7 @@ class WorkerPool:
             self.maintained_at = time.monotonic()
             duties += [self.clamp_future_heartbeats, lambda: sift(self.queue)]
             duties += [self.maintenance_worker.run_maintenance_tasks, self.delivery.sweep]
-            duties += [lambda: self.delivery.tally.forget_ended(self.redis)]
+            duties += [lambda: self.delivery.tally.forget_ended(self.redis), return_free_memory]
         for duty in (*duties, self.senders.replenish):
             try:
                 duty()
@@ -187,6 +189,7 @@ def main() -> int:
     try:
         current = settings.load(*QUEUES[queue].needs)
         log.set_up(current.log_level, current.log_format)
+        use_one_arena()
         url = current.redis_url.get_secret_value()
         if current.tasks_file:
             load_file(current.tasks_file)
@@ -217,6 +220,8 @@ def main() -> int:
 def send(queue: str, current: settings.Settings) -> None:
     """Sends mail until SIGTERM, in as many processes as are set. All share WORKER_CONCURRENCY, which is what a relay
     sees: where it allows three connections, a machine with more cores must not open more."""
+    import mail.delivery  # noqa: F401  # before the processes are forked, which share it
+
     together = current.worker_concurrency
     processes = min(together, current.worker_processes or min(cores(), max(1, together // FEWEST)))
 

@@ -16,7 +16,7 @@ RQ = ("-m", "rq.cli", "worker", "--quiet")
 RQ_SIMPLE = (*RQ, "--worker-class", "rq.worker.SimpleWorker")
 SIDES = {
     "ours": Side(None, OURS),
-    "ours2": Side(None, OURS, processes=2, commands=2),
+    "ours2": Side(None, OURS, processes=2),
     "celery": Side("celery", CELERY),
     "celery16": Side("celery", CELERY_16),
     "celery16_warm": Side("celery", CELERY_16, warm=True),

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -125,12 +125,15 @@ class Claim:
     def keys(self) -> list[str]:
         return [mail_key(self.id), claim_key(self.id)]
 
+    def renewed(self) -> AbstractContextManager[None]:
+        """Renews the claim for as long as the body runs."""
+        return on_heartbeat(lambda: self.store.renew(self.keys, [self.token, LEASE_SECONDS * 1000]))
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Renews the claim for as long as the body runs, and releases it then, also where nothing was settled."""
-        renew = [self.token, LEASE_SECONDS * 1000]
         try:
-            with on_heartbeat(lambda: self.store.renew(self.keys, renew)):
+            with self.renewed():
                 yield
         finally:
             if not self.settled:

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -19,21 +20,30 @@ from mail.claim import Busy, Claim, Early, iso
 from mail.counters import DELIVERED, SMTP
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
-from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
+from mail.states import EXPIRED, NOT_ADMITTED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
-from queues.jobs import JobFailed, Jobs, Retry, allow_exceptions, queued_at, run_again_in, run_by, taken_with_it
+from queues.jobs import (
+    JobFailed,
+    Jobs,
+    Retry,
+    allow_exceptions,
+    queued_at,
+    run_again_in,
+    run_by,
+    take_next,
+    taken_with_it,
+)
 from queues.pipelining import PipeliningRedis
 from smtp.envelope import Envelope
 from smtp.pacing import Pacing
 from smtp.policy import MESSAGE, Phase, Verdict
-from smtp.pool import SessionPool
+from smtp.pool import Conversation, SessionPool
 from smtp.relay import Relay
 from smtp.tally import Tally
 from smtp.verdict import Outcome, Reply
 
-NOT_ADMITTED = "MAIL_ALLOWLIST or MAIL_REDIRECT_TO keeps it from a recipient"
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
 AFTER = {  # the reply that decided -> what the recipient is after the attempt
     Verdict.ACCEPTED: Status.ACCEPTED,
@@ -63,13 +73,15 @@ class Delivery:
         self.pool = SessionPool()
         self.tally = Tally(self.pool)
         self.dots = Dots()
+        self.ahead = threading.local()  # the mail at which a thread has looked ahead
 
     def deliver(self, mail_id: str) -> str | Retry:
         """Returns the state in which nothing is left to do (`sent`, `canceled`), or a `Retry`, which RQ's scheduler
         obeys. Raises `Failed` when a person must look: RQ then puts the job into its failed registry, and a requeue
         from there gives the mail all its attempts again."""
+        ahead = self._announced(mail_id)
         try:
-            claim = self.outbox.claim(mail_id, queued_at(), taken_with_it())
+            claim = ahead.claim if ahead else self.outbox.claim(mail_id, queued_at(), taken_with_it())
         except Busy as busy:
             emit("early" if isinstance(busy, Early) else "busy", id=mail_id, next_in=f"{busy.seconds:.0f}s")
             return run_again_in(busy.seconds + 1)
@@ -78,11 +90,13 @@ class Delivery:
             return claim if claim in (State.SENT, State.CANCELED) else _give_up(claim)
         with claim.held():
             try:
-                return self._attempt(claim)
+                return self._attempt(claim, ahead)
             finally:
                 self.dots.settled(claim.id)
+                if ahead:
+                    ahead.close()
 
-    def _attempt(self, claim: Claim) -> str | Retry:
+    def _attempt(self, claim: Claim, ahead: Ahead | None = None) -> str | Retry:
         admits = self.outbox.settings.admits
         if not all(admits(one.address) for one in claim.recipients if one.status != Status.ACCEPTED):
             return self._end(claim, given_up(claim), NOT_ADMITTED)  # stored before that was set, or by another service
@@ -97,14 +111,14 @@ class Delivery:
             return self._end(claim, given_up(claim), TROUBLE_TOO_LONG)
         if wait:
             return self._end(claim, State.DELAYED, wait.reason, math.ceil(wait.seconds), wait.reserved)
-        message = claim.message
-        envelope = Envelope(message.envelope_sender, todo, message.needs_smtputf8, message.needs_8bitmime)
-        return self._hand_over(claim, envelope, to_mime(claim.message, claim.message_id, claim.created_at))
+        return self._hand_over(claim, ahead or Ahead(claim, *written(claim, todo)))
 
-    def _hand_over(self, claim: Claim, envelope: Envelope, mime: bytes) -> str | Retry:
-        started = time.monotonic()
-        with self.pool.conversation(self.relay) as talk:
-            said = talk.begin(envelope, mime)  # all but the final dot: until it is out, nothing is sent
+    def _hand_over(self, claim: Claim, mail: Ahead) -> str | Retry:
+        started, envelope = time.monotonic(), mail.envelope
+        with self.pool.conversation(self.relay, mail.talk) as talk:
+            said = talk.begin(envelope, mail.mime)  # all but the final dot: until it is out, nothing is sent
+            if not isinstance(said, Outcome):
+                self._look_ahead(talk)
             while not isinstance(said, Outcome):  # a second time where a kept session has died at the dot
                 if claim.has_expired():
                     self.pacing.well()
@@ -122,6 +136,36 @@ class Delivery:
                 return self._conclude(claim, list(said.recipients.values()))
             finally:
                 self._tell_breaker(said.reply, put_off)
+
+    def _look_ahead(self, talk: Conversation) -> None:
+        """Takes the next mail now, if all senders are busy, so that its envelope goes out with this one's final dot.
+        Only a mail that nothing can stop any more: the relay then waits for its text."""
+        if not (self.pacing.is_free and self.pool.may_follow(talk.session)):
+            return
+        job_id, taken = take_next()
+        with suppress(
+            Exception
+        ):  # what is wrong with the next mail must not stop this one; its own attempt will say it
+            claim = self.outbox.claim(job_id, 0, taken) if taken and taken[0] == b"claimed" else ""
+            if isinstance(claim, Claim) and self._is_plain(claim):
+                ahead = Ahead(claim, *written(claim, [one.address for one in claim.recipients]))
+                ahead.talk = talk.announce(ahead.envelope, ahead.mime)
+                ahead.hold.enter_context(claim.renewed())
+                self.ahead.mail = ahead
+
+    def _is_plain(self, claim: Claim) -> bool:
+        is_new = claim.state_before == State.QUEUED and claim.calm and not claim.expires_at
+        admits = self.outbox.settings.admits
+        return is_new and all(one.status == Status.PENDING and admits(one.address) for one in claim.recipients)
+
+    def _announced(self, mail_id: str) -> Ahead | None:
+        """Returns the mail if this thread has looked ahead at it. One that is not the next is given up."""
+        ahead: Ahead | None = getattr(self.ahead, "mail", None)
+        self.ahead.mail = None
+        if ahead and ahead.claim.id != mail_id:
+            ahead.close()
+            return None
+        return ahead
 
     def _met_by_others(self, reply: Reply, put_off: bool) -> bool:
         try:
@@ -169,6 +213,27 @@ class Delivery:
         """Looks after mails that got stuck where RQ's own maintenance does not look."""
         for found in sweep(self.outbox):
             emit(found.event, id=found.mail_id, reason=found.why)
+
+
+class Ahead:
+    """A claimed mail as it goes out; `talk` if its envelope was announced with the final dot of the one before."""
+
+    def __init__(self, claim: Claim, envelope: Envelope, mime: bytes) -> None:
+        self.claim, self.envelope, self.mime = claim, envelope, mime
+        self.talk: Conversation | None = None
+        self.hold = ExitStack()
+
+    def close(self) -> None:
+        self.hold.close()
+        if self.talk:
+            self.talk.drop()
+
+
+def written(claim: Claim, recipients: list[str]) -> tuple[Envelope, bytes]:
+    """Returns a mail's envelope and text."""
+    message = claim.message
+    envelope = Envelope(message.envelope_sender, recipients, message.needs_smtputf8, message.needs_8bitmime)
+    return envelope, to_mime(message, claim.message_id, claim.created_at)
 
 
 def take_up(claim: Claim) -> None:

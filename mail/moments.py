@@ -15,6 +15,7 @@ TIME = re.compile(
 DELAY = re.compile(r"in (\d{1,6}) (min(?:ute)?|hour|day)s?", re.ASCII | re.IGNORECASE)
 UNITS = {"min": timedelta(minutes=1), "minute": timedelta(minutes=1)}
 UNITS |= {"hour": timedelta(hours=1), "day": timedelta(days=1)}
+LONGEST_DELAY = timedelta(days=30)  # until a mail's scheduled_at
 
 
 def time_with_zone(text: object) -> datetime:

@@ -43,6 +43,7 @@ SCHEDULED = "scheduled"  # what a mail with `scheduled_at` is called that is que
 FINAL = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED)  # nothing more happens unless a person asks
 TROUBLE_TOO_LONG = "the relay was in trouble for too long"  # why a mail failed that waited TROUBLE_FOR
 TEST = "test"  # what a mail that a key of scope `test` submitted is counted as once it is `sent`
+NOT_ADMITTED = "MAIL_ALLOWLIST or MAIL_REDIRECT_TO keeps it from a recipient"  # why a mail failed
 EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted under this name
 # `sent` follows all that is stored: an attempt that lost its claim may have sent the mail, and then it is the truth.
 FOLLOWS: Mapping[State | None, Set[State]] = {

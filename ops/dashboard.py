@@ -47,13 +47,14 @@ from ops.page.audit import note
 from ops.page.view import asker
 from process import sd_daemon
 from process.log import emit, say_why_not, set_up, where
+from process.memory import use_one_arena
+from process.sockets import listen_on
 from queues.connection import Unavailable, connect, is_wrong_type, why_unavailable
 from queues.jobs import Jobs, NotFound, NotPossible
 from queues.quarantine import DAMAGED, StrictJob
 from queues.table import EMAIL, QUEUES
 from settings import Settings, SettingsError, is_loopback, load
 from web.hosts import ALLOWED, add_flag, is_local, is_same_origin
-from web.server import listen_on
 
 PACKAGE = Path(upstream.__file__).parent  # rq_dashboard, as it is installed
 READING = {"GET", "HEAD", "OPTIONS"}
@@ -380,6 +381,7 @@ def main() -> int:
     except OSError as error:
         say_why_not(f"DASHBOARD_LISTEN: cannot listen on {address}: {error.strerror}")
         return 2
+    use_one_arena()
     app = make_app(settings, login, given.allow_host)
     server = create_server(app, sockets=sockets, threads=4, ident=None, max_request_body_size=MAX_BODY)
     set_up(settings.log_level, settings.log_format)

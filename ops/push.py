@@ -26,13 +26,9 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from mail.address import Mailbox
 from mail.index import new_id
 from mail.message import Message, message_id
-from mail.mime import to_mime
 from process.log import emit
 from settings import Settings
-from smtp.envelope import Envelope
 from smtp.policy import Verdict
-from smtp.pool import SessionPool
-from smtp.relay import Relay
 from smtp.verdict import Outcome
 
 SERVICE = "async-email"
@@ -125,6 +121,12 @@ def title(news: News) -> str:
 
 def by_mail(settings: Settings, news: News) -> None:
     """Hands the message to the relay. Raises `NotPushed`."""
+    # Here, since few dashboards have mail to send, and none has it often.
+    from mail.mime import to_mime
+    from smtp.envelope import Envelope
+    from smtp.pool import SessionPool
+    from smtp.relay import Relay
+
     to = Mailbox("", settings.alert_to or "")
     sender = Mailbox.parse(settings.mail_from) if settings.mail_from else to
     headers = {"Auto-Submitted": "auto-generated"}  # RFC 3834

@@ -23,11 +23,11 @@ from ops.condition import judge
 from ops.facts import CLOCK, ROOT, Facts, gather
 from ops.push import News, Outlet, ways
 from process.log import emit, where
+from process.version import VERSION
 from queues.connection import RedisError, Script, Unavailable, connect
 from queues.jobs import Jobs
 from queues.table import EMAIL
 from settings import Settings
-from web.handlers import VERSION
 
 EVERY = 15.0  # seconds
 # KEYS: watch. ARGV: field, value, ... Returns each field that has changed, and what it was.

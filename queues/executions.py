@@ -83,9 +83,9 @@ Words = Callable[[str], list[Any]]
 
 
 class Taken(NamedTuple):
-    """A job that is this worker's now. `job.beside` is what `beside` has returned with it."""
+    """A job that is this worker's now, of its job class. `job.beside` is what `beside` has returned with it."""
 
-    job: Job
+    job: Any
     execution: Execution
 
 

@@ -14,7 +14,7 @@ import json
 import socket
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -427,6 +427,13 @@ def queued_at() -> float:
 def taken_with_it() -> Any:
     """Returns what the script that took the job of this thread has done beside, if it has; see queues.executions."""
     return getattr(get_current_job(), "beside", None)
+
+
+def take_next() -> tuple[str, Any]:
+    """Takes the next job for this thread already, while it runs this one, if nobody idle could have it. Returns its id
+    and what the script has done beside; "" and None if there is none."""
+    take: Callable[[], tuple[str, Any]] | None = getattr(get_current_job(), "take_next", None)
+    return take() if take else ("", None)
 
 
 def run_by() -> str:

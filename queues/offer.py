@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, PydanticUserError, create_model
 from rq import get_current_job
 
 from process.log import emit
-from queues.cron import next_time
 from queues.jobs import JobFailed, Policy, Retry, allow_exceptions
 from queues.table import JOBS, QUEUES
 from settings import Settings, SettingsError
@@ -148,6 +147,8 @@ def _check_policy(queue: str, timeout: int, retry_in: tuple[int, ...], concurren
 def _check_cron(cron: str | None, arguments: type[BaseModel]) -> None:
     if cron is None:
         return
+    from queues.cron import next_time  # here, since croniter and dateutil take 0.7 MB, and few have a task with `cron`
+
     try:
         next_time(cron)
     except (ValueError, AttributeError):

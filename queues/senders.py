@@ -11,12 +11,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from queue import SimpleQueue
 from typing import Any
 
 from process.log import emit, where
 from queues import keys
 from queues.connection import Redis, announcements, why_unavailable
+from queues.executions import Taken
 from queues.workers import EmailWorker
 
 WAIT = 5  # seconds for a job, in one command; less than the client's time-out
@@ -39,7 +41,9 @@ class Sender(threading.Thread):
         super().__init__(name="sender")
         self.senders, self.worker = senders, senders.worker
         self.busy_since: float | None = None  # time.monotonic(), while it runs a job
-        self.ended: list[Any] = []  # what is still to be written of the last one
+        self.unwritten: list[list[Any]] = []  # ends of jobs
+        self.next: Taken | None = None  # the next job, if it was taken before its turn
+        self.holds_next = ExitStack()
 
     def run(self) -> None:
         job_id: str | None = ""  # of the job to take; "": whichever is next
@@ -52,21 +56,53 @@ class Sender(threading.Thread):
 
     def turn(self, job_id: str) -> str | None:
         """Takes a job and runs it. Returns which is to be next, or None to end."""
-        ended, self.ended = self.ended, []
+        taken, self.next = self.next, None
+        if taken:
+            self.perform(taken)
+            return ""
         if not job_id and self.senders.may_not_take():
-            if ended:
-                self.worker.turns.end(ended)
+            self.write_ends(0)
             return self.senders.wait()
-        taken = self.worker.turns.take(ended, job_id)
+        taken = self.take(job_id)
         announcements.note(None)
         if not taken:
             return self.senders.wait()
+        self.perform(taken)
+        return ""
+
+    def take(self, job_id: str = "") -> Taken | None:
+        self.write_ends(1)
+        taken = self.worker.turns.take(self.unwritten[0] if self.unwritten else [], job_id)
+        self.unwritten = []
+        return taken
+
+    def write_ends(self, but: int) -> None:
+        """Writes the ends of jobs, `but` for so many, which go with the next step."""
+        while len(self.unwritten) > but:
+            self.worker.turns.end(self.unwritten[0])
+            del self.unwritten[0]
+
+    def perform(self, taken: Taken) -> None:
         self.busy_since = time.monotonic()
+        taken.job.take_next = self.take_next
         try:
-            self.ended = self.worker.perform(taken)
+            with self.worker.held(taken):
+                self.holds_next.close()
+                ended = self.worker.perform(taken)
         finally:
             self.busy_since = None
-        return ""
+        if ended:
+            self.unwritten.append(ended)
+
+    def take_next(self) -> tuple[str, Any]:
+        """Takes the next job while one runs, if all are busy, and holds it until its turn comes."""
+        if not (self.next or self.senders.idle or self.senders.may_not_take()):
+            with suppress(Exception):  # the job that runs must not fail of it; the next step will say what is wrong
+                self.next = self.take()
+        if not self.next:
+            return "", None
+        self.holds_next.enter_context(self.worker.held(self.next))
+        return self.next.job.id, self.next.job.beside
 
 
 class Senders:
@@ -76,7 +112,8 @@ class Senders:
         self.worker, self.waiting, self.number, self.is_paused = worker, waiting, number, is_paused
         self.threads: list[Sender] = []
         self.waiter: threading.Thread | None = None
-        self.idle = threading.Semaphore(0)
+        self.asked = threading.Semaphore(0)  # as often as a sender waits for a job that nobody looks for yet
+        self.idle = 0  # senders that wait
         self.found: SimpleQueue[str | None] = SimpleQueue()
         self.lock = threading.Lock()  # around `stopping` and what is put into `found`
         self.stopping = False
@@ -118,13 +155,18 @@ class Senders:
 
     def wait(self) -> str | None:
         """Waits in a sender's thread for a job. Returns its id, or None to end."""
-        self.idle.release()
-        return self.found.get()
+        with self.lock:
+            self.idle += 1
+        self.asked.release()
+        found = self.found.get()
+        with self.lock:
+            self.idle -= 1
+        return found
 
     def _wait_for_jobs(self) -> None:
         while not self.stopping:
-            if self.idle.acquire(timeout=WAIT) and not self._find_one():
-                self.idle.release()
+            if self.asked.acquire(timeout=WAIT) and not self._find_one():
+                self.asked.release()
 
     def _find_one(self) -> bool:
         """Moves a job for an idle sender out of the queue, as RQ does, to where it is found if this process dies."""

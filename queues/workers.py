@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import rq
 import rq.intermediate_queue
@@ -33,11 +33,13 @@ from rq.worker.base import BaseWorker, WorkerStatus
 from process import sd_daemon
 from process.log import emit, where
 from queues.connection import REFUSES_WRITES, Redis, announcements, fail_fast, is_hopeless, why_unavailable
-from queues.cron import Cron
 from queues.executions import Taken, Turns
 from queues.heartbeat import LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
 from queues.jobs import JobFailed, Policy
 from queues.quarantine import StrictJob, Unreadable, set_aside, sift
+
+if TYPE_CHECKING:
+    from queues.cron import Cron
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -51,6 +53,7 @@ class Job(StrictJob):
 
     allowed: ClassVar[Functions] = {}
     beside: Any = None  # what was done in the step that took it; see queues.executions
+    take_next: Callable[[], tuple[str, Any]] | None = None  # see queues.senders
 
     @classmethod
     def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> StrictJob:
@@ -236,10 +239,12 @@ class EmailWorker(PlainFailures, SimpleWorker):
     def perform(self, taken: Taken) -> list[Any]:
         """Runs a job. Returns what is still to be written of it, with `Turns.take` or `Turns.end`; nothing if it did
         not end well: then it is written already."""
-        job, execution = taken
-        with on_heartbeat(lambda: self.publish_heartbeat(job, execution)):
-            self.perform_job(job, self.queues[0], execution)
-        return self.ended.pop(execution.id, [])
+        self.perform_job(taken.job, self.queues[0], taken.execution)
+        return self.ended.pop(taken.execution.id, [])
+
+    def held(self, taken: Taken) -> AbstractContextManager[None]:
+        """Renews the lease of a job that was taken, while the body runs."""
+        return on_heartbeat(lambda: self.publish_heartbeat(*taken))
 
     def publish_heartbeat(self, job: rq.job.Job, execution: Execution) -> None:
         with self.fail_fast_redis.pipeline() as pipeline:
@@ -285,6 +290,8 @@ class PatientScheduler(RQScheduler):
 
     @cached_property
     def cron(self) -> Cron:
+        from queues.cron import Cron  # here, since the process that sends mail has no cron
+
         [queue] = self._queue_names
         return Cron(self.connection, queue, self.tasks)
 
@@ -299,7 +306,7 @@ class PatientScheduler(RQScheduler):
     def enqueue_scheduled_jobs(self) -> None:
         with unless_unavailable():
             super().enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
-            if self.acquired_locks:  # else it is another's
+            if self.acquired_locks and self.tasks:  # without the locks it is another's
                 self.cron.tick()
 
 

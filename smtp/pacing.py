@@ -206,6 +206,11 @@ class Pacing:
         )
         self._troubled = False  # as far as this process knows: spares the healthy case a round trip
 
+    @property
+    def is_free(self) -> bool:
+        """Returns whether no rate is set, and this process has met with no trouble of late."""
+        return not self.rates and not self._troubled
+
     def admit(
         self, reserved: bool = False, put_off: bool = False, priority: str = "normal", calm: bool = False
     ) -> Wait | None:
@@ -213,7 +218,7 @@ class Pacing:
         if the mail does not go. `reserved`: the mail had a reservation. `put_off`: the relay has put this mail off
         before, so others probe first for a minute. `calm`: there was no BREAKER right now, so nothing need be asked
         where no rate is set either."""
-        if calm and not self.rates and not self._troubled:
+        if calm and self.is_free:
             return None
         hold = HOLD[priority] if reserved or priority == "high" else 0
         args = [int(PAUSE * 1000), int(PROBE * 1000), int(reserved), int(put_off), priority, int(hold * 1000)]

@@ -14,13 +14,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from smtp.envelope import Envelope
 from smtp.policy import Verdict
 from smtp.relay import Relay
-from smtp.session import Replies, Session, Stopped
+from smtp.session import Replies, Session, Stopped, Transaction
 from smtp.verdict import Outcome, Reply
 
 MOST_MAILS = 100  # per session: some relays end it after that many, or slow it down
@@ -28,6 +28,7 @@ OLDEST = 300  # seconds
 # Seconds without a mail. Long enough for a queue with mail in it, and so short that hardly a relay or a NAT on the way
 # has dropped the connection; a later mail pays for a new session, and no NOOP is ever needed.
 IDLE = 5
+SOON = 0.5  # seconds
 
 
 class SessionPool:
@@ -43,14 +44,14 @@ class SessionPool:
         self.wakes_at = 0.0
 
     @contextmanager
-    def conversation(self, relay: Relay) -> Iterator[Conversation]:
-        """Lends a session for one mail. The body must write the outcome down: what is still to be said to the relay,
-        RSET or QUIT, comes after it."""
-        talk = Conversation(self, relay)
+    def conversation(self, relay: Relay, announced: Conversation | None = None) -> Iterator[Conversation]:
+        """Lends a session for one mail, or goes on with one that was announced. The body must write the outcome down:
+        what is still to be said to the relay, RSET or QUIT, comes after it."""
+        talk = announced or Conversation(self, relay)
         try:
             yield talk
         finally:
-            self.release(talk.session)
+            talk.end()
 
     def acquire(self, relay: Relay, deadline: float, *, kept: bool = True) -> Session:
         """Returns a session for one mail: one that was kept, or a new one."""
@@ -72,6 +73,12 @@ class SessionPool:
                 del self.idle[session]
             return session
 
+    def may_follow(self, session: Session) -> bool:
+        """Returns whether the commands of another mail may go out with this one's final dot: where the relay takes
+        commands together, and has answered the last dot soon. Else a slow one would hold up two mails."""
+        is_new = session.mails < MOST_MAILS and time.monotonic() - session.opened_at < OLDEST
+        return is_new and session.pipelined and session.may_pipeline and session.dot_took < SOON
+
     def release(self, session: Session) -> None:
         """Keeps the session for the next mail if it is healthy and not worn out, or else closes it."""
         now = time.monotonic()
@@ -81,6 +88,13 @@ class SessionPool:
             self.running.pop(session, None)  # it may have been late and so aborted: then it is not quiet
             self.idle[session] = now + IDLE
             self._watch_until(now + IDLE)
+
+    def prolong(self, session: Session, deadline: float) -> None:
+        """Gives a session that is running another deadline."""
+        with self.changed:
+            if session in self.running:
+                self.running[session] = deadline
+                self._watch_until(deadline)
 
     def discard(self, session: Session) -> None:
         with self.changed:
@@ -137,13 +151,48 @@ class Conversation:
     one, which is not replaced.
     """
 
-    def __init__(self, pool: SessionPool, relay: Relay) -> None:
+    def __init__(self, pool: SessionPool, relay: Relay, before: Conversation | None = None) -> None:
         self.pool = pool
+        self.relay = relay
         self.deadline = time.monotonic() + relay.deadline
-        self.session = pool.acquire(relay, self.deadline)
+        self.session: Session = before.session if before else pool.acquire(relay, self.deadline)
+        self.planned: Transaction | None = None  # of a mail that was announced
+        self.next: Conversation | None = None
+
+    def announce(self, envelope: Envelope, mime: bytes) -> Conversation | None:
+        """Lets the commands of the next mail go out with this one's final dot, so that two mails share a round trip.
+        Returns its conversation, which comes next: `begin` goes on there; or None where it may not be."""
+        if self.next or not self.pool.may_follow(self.session):
+            return None
+        with suppress(Stopped):  # its own conversation will find out
+            planned = self.session.plan(envelope, len(mime))
+            if planned.rcpt:
+                self.next = Conversation(self.pool, self.relay, before=self)
+                self.next.planned = planned
+        return self.next
+
+    @property
+    def is_under_way(self) -> bool:
+        """Returns whether the commands of this mail, which was announced, are out and wait for `begin`."""
+        return self.planned is not None and self.session.following is self.planned
+
+    def end(self) -> None:
+        """Lets go of the session, unless the next mail is under way there."""
+        if not (self.next and self.next.is_under_way):
+            self.pool.release(self.session)
+
+    def drop(self) -> None:
+        """Gives up a mail that was announced and will not begin. The relay waits for its text, so nothing else can be
+        said there."""
+        if self.is_under_way:
+            self.pool.discard(self.session)
 
     def begin(self, envelope: Envelope, mime: bytes) -> Replies | Outcome:
         self.envelope, self.mime = envelope, mime
+        if self.is_under_way:
+            self.pool.prolong(self.session, self.deadline)
+        elif self.planned:
+            self.session = self.pool.acquire(self.relay, self.deadline)
         try:
             return self.session.begin(envelope, mime)
         except Stopped as stopped:
@@ -151,7 +200,7 @@ class Conversation:
 
     def finish(self) -> Replies | Outcome:
         try:
-            return self._decided(self.session.finish())
+            return self._decided(self.session.finish(self.next.planned if self.next else None))
         except Stopped as stopped:
             return self._decided(stopped.reply)
 
@@ -163,11 +212,17 @@ class Conversation:
 
     def _decided(self, final: Reply) -> Replies | Outcome:
         relay, was_kept = self.session.relay, self.session.mails > 1
-        unlearned = final.is_against_pipelining and self.session.pipelined
+        unlearned = self.session.pipelined and (
+            final.is_against_pipelining
+            or (self.next is not None and final.refuses_what_follows)
+            or (self.planned is not None and final.is_silence)
+        )
+        self.planned = None
         if unlearned:
             self.pool.one_by_one.add(relay)
         if (unlearned or (was_kept and final.is_the_sessions_end)) and not self.session.aborted.is_set():
             self.pool.discard(self.session)
+            self.next = None  # it finds that it is not under way
             self.session = self.pool.acquire(relay, self.deadline, kept=False)
             return self.begin(self.envelope, self.mime)
         # A recipient that was refused at RCPT keeps that reply; the others share the fate of the mail.

@@ -9,6 +9,7 @@ accepted, which puts it in doubt if the connection dies; and gateways announce i
 
 from __future__ import annotations
 
+import math
 import re
 import smtplib
 import socket
@@ -17,13 +18,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from enum import Enum
 
 from smtp import auth
 from smtp.envelope import Envelope, crlf_lines, dot_stuffed
 from smtp.policy import Phase, Verdict
 from smtp.relay import Relay, connect_any, tls_context
-from smtp.verdict import Reply
+from smtp.verdict import TIMED_OUT, Reply
 
 CHUNK = 64 * 1024  # bytes of the body
 SMALL = 16 * 1024  # bytes of a mail that goes out in one piece with its dot, as one record of TLS
@@ -80,6 +82,20 @@ class _Client(smtplib.SMTP):
 Replies = dict[str, Reply]  # to RCPT, by address
 
 
+@dataclass(eq=False)
+class Transaction:
+    """The commands of one mail (RFC 5321 3.3). `replies` has those for addresses that no command can be made of, and
+    then the relay's."""
+
+    mail: bytes
+    rcpt: dict[str, bytes]
+    replies: Replies
+
+    @property
+    def commands(self) -> list[bytes]:
+        return [self.mail, *self.rcpt.values(), b"DATA\r\n"]
+
+
 class State(Enum):
     """Names what the relay waits for, which decides what may be said to it."""
 
@@ -104,9 +120,11 @@ class Session:
         self.pending_replies = 0  # to what has been sent
         self.last: Reply | None = None
         self.mails = 0
-        self.replies: Replies = {}
+        self.transaction: Transaction | None = None
+        self.following: Transaction | None = None  # the next one, whose commands went out with this mail's final dot
         self.unsent = b""  # of the mail, before its final dot
         self.dot_at: float | None = None  # when this mail's was out, of time.monotonic()
+        self.dot_took = math.inf  # seconds until the last final reply
         self.tls = ""  # its version
         self.may_pipeline, self.pipelined = True, False
         self.opened_at = time.monotonic()
@@ -115,6 +133,11 @@ class Session:
         self.smtp = _Client(local_hostname=relay.ehlo_name)
         # starttls() checks the certificate against this name, which smtplib knows only when it connects by itself.
         self.smtp._host = relay.host  # type: ignore[attr-defined]
+
+    @property
+    def replies(self) -> Replies:
+        """Returns the replies to RCPT of this mail."""
+        return self.transaction.replies if self.transaction else {}
 
     @property
     def sock(self) -> socket.socket:
@@ -188,13 +211,14 @@ class Session:
         """Sends a mail but for its final dot, and of a small one only the envelope, in as few round trips as the relay
         allows: until `finish`, it cannot have accepted anything. Opens the connection for the first mail. Returns the
         replies to RCPT, which are in `replies` also where this, or `finish`, raises `Stopped`."""
-        self.replies, self.dot_at = {}, None
+        self.transaction, self.dot_at = None, None
         if self.state is State.NEW:
             self.open()
         self.mails += 1
-        self.write_commands(envelope, len(mime))
-        self.state = State.IN_TRANSACTION
-        self.send_envelope()
+        self.transaction = self.following or self.plan(envelope, len(mime))
+        if not self.transaction.rcpt:
+            raise Stopped(_gravest(self.replies.values()))
+        self.send_envelope(self.transaction, is_out=self.following is not None)
         self.pending_replies += 1
         self.state, body = State.MID_DATA, dot_stuffed(crlf_lines(mime))
         self.unsent = body if len(body) <= SMALL else b""
@@ -202,21 +226,27 @@ class Session:
             raise Stopped(self.final_reply())
         return self.replies
 
-    def finish(self) -> Reply:
+    def finish(self, following: Transaction | None = None) -> Reply:
         """Sends the final dot, with the text of a small mail, and returns the final reply. If it does not get out, or
-        the relay has hung up before, nothing is in doubt.
+        the relay has hung up before, nothing is in doubt. The commands of the `following` mail go out with it
+        (RFC 2920 3.1), so that `begin` finds the replies here; if the session is over, `following` is None then.
 
         Once it is, silence is doubt, and is borne to the deadline: some relays scan for viruses before they answer,
         RFC 5321 4.5.3.2.6 asks for ten minutes, and a client that gives up earlier sends again what was accepted.
         """
-        if not self.has_hung_up() and self.send_mail(self.unsent + b".\r\n"):
+        commands = following.commands if following else []
+        if not self.has_hung_up() and self.send_mail(self.unsent + b"".join((b".\r\n", *commands))):
             self.state, self.dot_at = State.AWAITING_FINAL_REPLY, time.monotonic()
             self.sock.settimeout(None)
-        return self.final_reply()
+            self.pending_replies += len(commands)
+        reply = self.final_reply()
+        if following and self.state is State.READY and reply.leaves_the_session:
+            self.state, self.following = State.IN_TRANSACTION, following
+        return reply
 
-    def write_commands(self, envelope: Envelope, size: int) -> None:
+    def plan(self, envelope: Envelope, size: int) -> Transaction:
         """Builds the SMTP commands. An address that cannot be written into a command is refused permanently, without
-        asking the relay."""
+        asking the relay. Raises `Stopped` if the mail as a whole cannot."""
         if envelope.smtputf8 and not self.smtp.has_extn("smtputf8"):
             # RFC 6531 3.3: such a mail cannot go through this relay, now or later.
             raise Stopped(Reply(Phase.MAIL, 550, "5.6.7 the relay does not offer SMTPUTF8, which the mail needs"))
@@ -226,25 +256,25 @@ class Session:
         if not mail:
             raise Stopped(Reply(Phase.MAIL, *UNSPEAKABLE))
         commands = envelope.rcpt_to()
-        self.mail, self.rcpt = mail, {address: command for address, command in commands.items() if command}
-        self.replies = {address: Reply(Phase.RCPT, *UNSPEAKABLE) for address in commands.keys() - self.rcpt.keys()}
-        if not self.rcpt:
-            raise Stopped(_gravest(self.replies.values()))
+        rcpt = {address: command for address, command in commands.items() if command}
+        replies = {address: Reply(Phase.RCPT, *UNSPEAKABLE) for address in commands.keys() - rcpt.keys()}
+        return Transaction(mail, rcpt, replies)
 
-    def send_envelope(self) -> None:
-        """Sends MAIL, RCPT and DATA, together where the relay allows it (RFC 2920). One recipient refused does not stop
-        the others, unless the relay closes on all (421)."""
+    def send_envelope(self, planned: Transaction, is_out: bool) -> None:
+        """Sends MAIL, RCPT and DATA, together where the relay allows it (RFC 2920), unless they are out already. One
+        recipient refused does not stop the others, unless the relay closes on all (421)."""
+        self.state, self.following = State.IN_TRANSACTION, None
         self.pipelined = self.may_pipeline and self.smtp.has_extn("pipelining")
-        if self.pipelined:
+        if self.pipelined and not is_out:
             with self.step(Phase.MAIL):
-                self.write(self.mail, *self.rcpt.values(), b"DATA\r\n")
-        self.expect(self.ask(Phase.MAIL, self.mail))
-        for address, command in self.rcpt.items():
-            self.replies[address] = reply = self.ask(Phase.RCPT, command)
+                self.write(*planned.commands)
+        self.expect(self.ask(Phase.MAIL, planned.mail))
+        for address, command in planned.rcpt.items():
+            planned.replies[address] = reply = self.ask(Phase.RCPT, command)
             if reply.code == 421:
                 raise Stopped(reply)
-        if not any(reply.verdict is Verdict.ACCEPTED for reply in self.replies.values()):
-            raise Stopped(_gravest(self.replies.values()))
+        if not any(reply.verdict is Verdict.ACCEPTED for reply in planned.replies.values()):
+            raise Stopped(_gravest(planned.replies.values()))
         self.expect(self.ask(Phase.DATA, b"DATA\r\n"))
 
     def send_mail(self, data: bytes) -> bool:
@@ -270,7 +300,8 @@ class Session:
         complete = self.state is State.AWAITING_FINAL_REPLY
         reply = self.answer(Phase.DOT if complete else Phase.TRANSFER)
         if complete:
-            self.state = State.READY
+            self.state, self.dot_took = State.READY, time.monotonic() - (self.dot_at or 0)
+            self.sock.settimeout(self.relay.timeout)
         return reply
 
     def write(self, *commands: bytes) -> None:
@@ -333,6 +364,7 @@ class Session:
 
     def close(self) -> None:
         """Closes the connection, with QUIT where that may be said, and does not wait for the answer to it."""
+        self.following = None
         with suppress(OSError):
             if self.state not in (State.NEW, State.MID_DATA) and not self.pending_replies:
                 self.smtp.putcmd("QUIT")
@@ -360,7 +392,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the relay's certificate is not valid: {error.verify_message}"
     if isinstance(error, TimeoutError) or isinstance(error.__context__, TimeoutError):  # smtplib: closed, timed out
-        return "timed out"
+        return TIMED_OUT
     if isinstance(error, smtplib.SMTPServerDisconnected):
         return "the relay closed the connection"
     if isinstance(error, (smtplib.SMTPNotSupportedError, auth.NotOffered)):

@@ -10,10 +10,12 @@ import os
 import re
 import socket
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from queues.connection import Redis, translating_errors
-from smtp.pool import SessionPool
+
+if TYPE_CHECKING:  # the dashboard reads the tally, and has no pool
+    from smtp.pool import SessionPool
 
 SESSIONS = "relay:sessions"
 EVERY = 15  # seconds; sooner where the figures have changed

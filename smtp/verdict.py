@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from smtp.policy import CHOSEN, MESSAGE, TOO_MANY, WITHOUT_RCPT, Phase, Verdict, row_for
 
+TIMED_OUT = "timed out"  # the text of a reply that did not come in time
 LONGEST_HINT = 12 * 3600  # seconds; what a relay asks for beyond that is not believed
 # "try again in 5 minutes", "retry after 300s", "come back in 00:04:59", "greylisted for 60 seconds". A time in what a
 # relay says of its limits ("400 per 24 hours") is none of these.
@@ -74,6 +75,17 @@ class Reply(NamedTuple):
         """Returns whether it may be about several commands at once, which the relay has announced and does not take."""
         lost = self.code == 503 or re.search("pipelin|synchroni", CHOSEN.sub("", self.text), re.IGNORECASE)
         return self.phase in (Phase.MAIL, Phase.RCPT, Phase.DATA) and bool(self.code and lost)
+
+    @property
+    def refuses_what_follows(self) -> bool:
+        """Returns whether a mail was refused at its dot because of the commands that came with that."""
+        out_of_step = re.search("pipelin|synchroni", CHOSEN.sub("", self.text), re.IGNORECASE)
+        return self.phase is Phase.DOT and (self.code or 0) >= 400 and bool(out_of_step)
+
+    @property
+    def is_silence(self) -> bool:
+        """Returns whether the first command of a mail was not answered in time."""
+        return self.phase is Phase.MAIL and self.code is None and self.text == TIMED_OUT
 
     @property
     def leaves_the_session(self) -> bool:

@@ -21,7 +21,7 @@ from aiosmtpd.smtp import SMTP, Envelope
 
 from mail.address import Mailbox
 from process.guesses import network
-from process.resources import open_files
+from process.sockets import open_files
 from settings import ApiKey
 from submission.handler import Handler
 

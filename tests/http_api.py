@@ -22,6 +22,7 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 import tasks
+from process.sockets import listen_on
 from queues.connection import connect
 from queues.jobs import Jobs
 from settings import Address, load
@@ -177,7 +178,7 @@ def running(
     app: server.Application, limit: int = 2**20, host: str = "127.0.0.1"
 ) -> Iterator[tuple[server.Server, threading.Thread]]:
     """The real Waitress, and the thread of its loop, in this process, for what must be looked at from inside."""
-    made = server.Server(app, limit, server.listen_on(Address(host, free_port())))
+    made = server.Server(app, limit, listen_on(Address(host, free_port())))
     loop = threading.Thread(target=made.run, name="loop", daemon=True)
     loop.start()
     try:

@@ -81,6 +81,13 @@ class Line:
         self.relay.log.append(self.acceptance)
         return self.acceptance
 
+    def has_left(self) -> bool:
+        """Returns whether the client has hung up. That it speaks already is no sign: the next mail's commands may come
+        with a final dot."""
+        if not select.select([self.socket], [], [], 0)[0]:
+            return False
+        return isinstance(self.socket, ssl.SSLSocket) or not self.socket.recv(1, socket.MSG_PEEK)
+
     def say(self, text: str) -> str:
         self.say_raw(text.encode() + b"\r\n")
         return text
@@ -142,7 +149,7 @@ def take_after(pause: float) -> Act:
     def act(line: Line) -> str:
         acceptance = line.accept()
         line.relay.over.wait(pause)
-        has_given_up = line.unread or select.select([line.socket], [], [], 0)[0]  # it speaks or leaves out of turn
+        has_given_up = line.has_left()
         line.say(OBLIGING["."])
         if not has_given_up:
             acceptance.answered_at = time.monotonic()

@@ -261,7 +261,8 @@ class Attempt:
         return self.at_mark() is not LOST
 
     def make(self) -> object:
-        return self.delivery._hand_over(self.claim, Envelope(SENDER, ["0@example.com"]), MIME)
+        mail = delivery.Ahead(self.claim, Envelope(SENDER, ["0@example.com"]), MIME)
+        return self.delivery._hand_over(self.claim, mail)
 
 
 @WAYS

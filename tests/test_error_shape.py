@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import redis
 
+from process.version import VERSION
 from tests.http_api import MAIL, SUBMITTED, UNKNOWN_ID, app_with, ask, held_to_the_shape, served, spoken
 from tests.servers import Api, House, free_port
 from web import app as web_app
-from web import handlers
 from web.middleware import Middleware
 
 LIMIT = 100_000  # bytes
@@ -253,5 +253,5 @@ def test_every_answer_in_json_ends_with_a_line(api: Api, request_line: str) -> N
 
 def test_the_first_page_says_what_this_is(api: Api) -> None:
     answer = api.call("GET", "/", headers={"Authorization": ""})
-    told = {"name": "async-email", "version": handlers.VERSION, "docs": "/docs", "openapi": "/openapi.json"}
+    told = {"name": "async-email", "version": VERSION, "docs": "/docs", "openapi": "/openapi.json"}
     assert answer.body == told

@@ -15,8 +15,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
-from mail.delivery import NOT_ADMITTED
-from mail.states import EXPIRED, LOST, TROUBLE_TOO_LONG, State
+from mail.states import EXPIRED, LOST, NOT_ADMITTED, TROUBLE_TOO_LONG, State
 from ops.page import failures
 from queues import keys
 from tests.mails import claim

@@ -7,6 +7,8 @@ import hashlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 from functools import lru_cache
 
 import pytest
@@ -37,8 +39,17 @@ HOMES = {  # an outside thing -> the only rooms or files that may import it
     "bottle": {"web", "ops.catcher"},
     "aiosmtpd": {"submission", "ops.catcher"},
     "prometheus_client": {"web.metrics"},
-    "mail.draft": {"web", "submission", "ops"},  # with pydantic's models and Jinja: two megabytes that no worker needs
+    "mail.draft": {"web", "ops"},  # with pydantic's models and Jinja: two megabytes that no worker needs
     "waitress": {"web.server", "web.grammar", "ops.catcher", "ops.dashboard"},
+}
+WITHOUT = {  # what a process imports -> what is of no use to it: megabytes, and a slower start
+    "service": "ops flask smtplib mail.delivery croniter prometheus_client pydantic_settings",
+    "submission.__main__": "ops web bottle waitress jinja2 smtplib mail.delivery croniter pydantic_settings",
+    "worker": "ops web bottle waitress jinja2 smtplib mail.delivery mail.request email_validator html croniter",
+    "worker, mail.delivery": "ops web bottle waitress jinja2 mail.request email_validator html croniter difflib",
+    "ops.dashboard": "web.handlers web.server bottle mail.request mail.delivery smtplib email.policy",
+    "ops.top": "web flask jinja2 mail.request mail.delivery smtplib croniter",
+    "ops.doctor": "redis rq pydantic",  # it says whether they are there
 }
 LONGEST_FUNCTION = 40  # lines
 LONGEST_FILE = 450  # lines
@@ -105,6 +116,13 @@ def test_no_file_imports_in_a_circle() -> None:
 def test_each_outside_thing_has_its_home(outside: str) -> None:
     users = {name for name, tree in modules().items() if any(within(one, {outside}) for one in imported(tree))}
     assert {name for name in users if not within(name, HOMES[outside])} == set()
+
+
+@pytest.mark.parametrize("process", WITHOUT)
+def test_a_process_imports_only_its_own_side(process: str) -> None:
+    listing = [sys.executable, "-c", f"import sys, {process}; print(*sys.modules)"]
+    loaded = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {name for name in WITHOUT[process].split() if name in loaded} == set()
 
 
 def test_in_the_service_only_settings_reads_the_environment_except_what_systemd_puts_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import signal
 import socket
@@ -202,6 +203,36 @@ def test_a_pool_sends_as_many_mails_at_once_as_it_has_senders_and_drains_them(
         assert process.wait(20) == 0
         states = Counter(api.email(one)["status"] for one in ids)
     assert states == {"sent": 4, "queued": 2}
+
+
+def test_processes_share_the_senders_and_one_that_is_killed_is_replaced(house: House, client: redis.Redis) -> None:
+    together = threading.Barrier(4)  # as many attempts as there may be, and the test
+
+    def meet(line: Line) -> str:
+        together.wait(20)
+        line.say("250 2.0.0 queued")
+        return "250 2.0.0 queued"
+
+    with ScriptedRelay({".": [*[meet] * 3, "250 2.0.0 queued"]}) as relay:
+        house.environment |= {"SMTP_PORT": str(relay.port), "WORKER_CONCURRENCY": "3", "WORKER_PROCESSES": "2"}
+        api = house.api()
+        ids = [api.post("/emails", MAIL).body["id"] for _ in range(8)]
+        parent = house.worker("email")
+        eventually(lambda: together.n_waiting == 3)
+        assert relay.connections == 3
+        pids = {worker.pid for worker in registered(client)}
+        assert len(pids) == 2
+        assert parent.pid not in pids
+        together.wait(20)
+        for mail_id in ids:
+            api.wait_for(mail_id, "sent")
+        killed = min(pid for pid in pids if pid)
+        os.kill(killed, signal.SIGKILL)
+        eventually(lambda: len({worker.pid for worker in registered(client)} - pids) == 1)
+        api.wait_for(api.post("/emails", MAIL).body["id"], "sent")
+        parent.terminate()
+        assert parent.wait(20) == 0
+        assert {worker.pid for worker in registered(client)} <= {killed}
 
 
 def test_a_sender_goes_on_after_what_it_cannot_bear(house: House, client: redis.Redis) -> None:
@@ -457,3 +488,21 @@ def test_a_duty_that_goes_wrong_keeps_the_main_thread_from_no_other(
     monkeypatch.setattr(main.senders, "replenish", lambda: done.append("replenish"))
     main.tick()
     assert done == ["schedule", "clamp_future_heartbeats", "sweep", "replenish"]
+
+
+def test_the_envelope_of_the_next_mail_goes_out_with_the_final_dot_where_all_are_busy(
+    house: House, client: redis.Redis
+) -> None:
+    with ScriptedRelay(offers=["PIPELINING"]) as relay:
+        house.environment |= {"SMTP_PORT": str(relay.port), "WORKER_CONCURRENCY": "1"}
+        api = house.api()
+        ids = [api.post("/emails", MAIL | {"subject": str(number)}).body["id"] for number in range(6)]
+        process = house.worker("email")
+        for mail_id in ids:
+            api.wait_for(mail_id, "sent")
+        eventually(lambda: not client.zcard("rq:wip:email"))
+        assert relay.turns == 1 + 2 + 6  # EHLO, two envelopes alone, and all dots
+        process.terminate()
+        assert process.wait(20) == 0
+    assert [body.count(f"Subject: {number}".encode()) for number, body in enumerate(relay.accepted)] == [1] * 6
+    assert all(len(api.email(mail_id)["attempts"]) == 1 for mail_id in ids)

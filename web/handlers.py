@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from bottle import HTTPResponse, request
@@ -21,11 +20,13 @@ from pydantic import Field, ValidationError
 
 from mail import attachments, sweep
 from mail.address import Mailbox
-from mail.draft import Expired, prepare, redirected
+from mail.draft import prepare, redirected
+from mail.due import Expired
 from mail.message import Draft
 from mail.outbox import Outbox
 from mail.request import FieldError, HeaderText, Invalid, OneMailbox, StrictModel, field_errors, validate
 from mail.states import SCHEDULED, State
+from process.version import VERSION
 from queues import health
 from queues.connection import weaknesses
 from queues.jobs import Accepted, Call, Idempotency, Jobs
@@ -37,7 +38,6 @@ from web.access import hold_to_its_domains
 from web.body import SMALL_BODY, BodyBudget, read_json
 from web.errors import bad_request, error_shape, json_response, note_refusal
 
-VERSION = re.findall(r"^## (\S+)", (Path(__file__).parent.parent / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
 MAX_BATCH = 100  # mails
 
 

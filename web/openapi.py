@@ -22,9 +22,10 @@ from pydantic.json_schema import GenerateJsonSchema
 from mail import forms, request, unsubscribe
 from mail.address import Mailbox, header_text
 from mail.moments import time_or_delay, time_with_zone
+from process.version import VERSION
 from web import answers, reference
 from web.catalog import PageQuery, Preview
-from web.handlers import MAX_BATCH, VERSION, JobRequest, StartJob
+from web.handlers import MAX_BATCH, JobRequest, StartJob
 from web.mails import ListQuery, Move, cursor_or_time, whole_number
 
 Json = dict[str, Any]

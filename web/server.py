@@ -11,7 +11,6 @@ Waitress: https://docs.pylonsproject.org/projects/waitress
 
 from __future__ import annotations
 
-import errno
 import logging
 import socket
 import threading
@@ -26,10 +25,8 @@ from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
-from process import sd_daemon
-from process.resources import open_files
+from process.sockets import open_files
 from queues.connection import is_silent
-from settings import Address
 from web.errors import as_line, error_shape
 from web.grammar import Parser
 from web.middleware import common_headers
@@ -108,27 +105,6 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Returns whether the connection can be closed without cutting off a request."""
         idle = time.time() - self.last_activity > QUIET_AFTER
         return idle and not (self.requests or self.request or self.total_outbufs_len)
-
-
-def listen_on(listen: Address) -> list[socket.socket]:
-    """Returns the sockets that systemd has opened, else new ones; localhost has two addresses. Raises OSError."""
-    given = sd_daemon.sockets()
-    if given:
-        return given
-    try:
-        found = socket.getaddrinfo(*listen, type=socket.SOCK_STREAM)
-    except (OSError, ValueError):
-        raise OSError(errno.EADDRNOTAVAIL, "there is no such host") from None
-    return [bound(family, address) for family, _, _, _, address in found]
-
-
-def bound(family: int, address: Any) -> socket.socket:
-    one = socket.socket(family, socket.SOCK_STREAM)
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    one.bind(address)
-    return one
 
 
 def room_for(sockets: int) -> int:

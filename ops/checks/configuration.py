@@ -19,7 +19,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import settings
-from mail import templates
 from mail.address import default_sender
 from ops import lock
 from ops.checks.findings import Findings, fault, note, ok, warn
@@ -163,6 +162,8 @@ def in_a_checkout(target: Target) -> Findings:
 
 def check_what_the_api_reads(current: Settings) -> None:
     """Looks at sender and templates as the API does before it starts. Raises SettingsError."""
+    from mail import templates  # here, as bin/top and others read the settings alone
+
     before, faults = templates.FOLDER, []
     try:
         if current.mail_from:

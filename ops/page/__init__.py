@@ -14,5 +14,5 @@ templates.py the templates, each with a preview
 email.py     one mail, and what a person may do about it
 timeline.py  what happened to a mail, step by step
 advice.py    what it means that a mail failed, and what fixes it
-audit.py     who did what
+audit.py     who did what, noted; actions.py shows it
 """

@@ -8,8 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mail.delivery import NOT_ADMITTED
-from mail.states import EXPIRED, LOST, State
+from mail.states import EXPIRED, LOST, NOT_ADMITTED, State
 from ops.checks import replies
 from smtp.policy import Phase, Verdict
 from smtp.verdict import Reply

@@ -8,13 +8,13 @@ Standards: Content Security Policy 3 (W3C), RFC 9110.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
+from types import ModuleType
 
 from flask import Blueprint, Response, abort
 
-from mail.templates import read_again_when_changed
-from mail.templates import use as use_templates
-from ops.page import activity, audit, email, failures, overview, scheduled, system, templates
+from ops.page import actions, activity, email, failures, overview, scheduled, system
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
 from queues.jobs import NotFound, NotPossible
@@ -38,23 +38,24 @@ ROUTES = (
     ("GET", "/system", system.show),
     ("GET", "/system/<act>", system.ask),
     ("POST", "/system/<act>", system.do),
-    ("GET", "/templates", templates.show),
-    ("GET", "/templates/<template_id>", templates.one),
-    ("POST", "/templates/<template_id>", templates.preview),
-    ("GET", "/templates/<template_id>/html", templates.frame),
     ("GET", "/emails/<mail_id>", email.show),
     ("GET", "/emails/<mail_id>/<action>", email.ask),
     ("POST", "/emails/<mail_id>/<action>", email.act),
-    ("GET", "/actions", audit.show),
+    ("GET", "/actions", actions.show),
+)
+TEMPLATES = (
+    ("GET", "/templates", "show"),
+    ("GET", "/templates/<template_id>", "one"),
+    ("POST", "/templates/<template_id>", "preview"),
+    ("GET", "/templates/<template_id>/html", "frame"),
 )
 
 
 def pages(redis: Redis, settings: Settings, by_login: bool) -> Blueprint:
     """Returns the blueprint. `by_login`: who asks has logged in, with a name."""
     blueprint, view = Blueprint("page", __name__, url_prefix="/mail"), View(redis, settings, by_login)
-    if settings.templates_dir:
-        use_templates(settings.templates_dir)
-    read_again_when_changed()
+    for method, path, name in TEMPLATES:
+        blueprint.add_url_rule(path, f"templates_{name}", partial(show_templates, name, view), methods=[method])
     for method, path, handler in ROUTES:
         endpoint = f"{handler.__module__.rpartition('.')[2]}_{handler.__name__}"
         blueprint.add_url_rule(path, endpoint, partial(handler, view), methods=[method])
@@ -63,6 +64,23 @@ def pages(redis: Redis, settings: Settings, by_login: bool) -> Blueprint:
     blueprint.register_error_handler(NotPossible, partial(email.refuse, view))
     blueprint.after_request(add_headers)
     return blueprint
+
+
+@lru_cache(maxsize=1)
+def template_pages(folder: Path | None) -> ModuleType:
+    """Loads ops.page.templates, for the first who asks: all that makes a mail comes with it, which takes 2 MB."""
+    from mail.templates import read_again_when_changed, use
+    from ops.page import templates
+
+    if folder:
+        use(folder)
+    read_again_when_changed()
+    return templates
+
+
+def show_templates(name: str, view: View, **given: str) -> Response:
+    answer: Response = getattr(template_pages(view.settings.templates_dir), name)(view, **given)
+    return answer
 
 
 def file(name: str) -> Response:

@@ -1,4 +1,4 @@
-"""Who did what: noted as the log's event `operator` and in Redis, shown at `/mail/actions`.
+"""Who did what: noted as the log's event `operator` and in Redis, by bin/top too, which has no pages.
 
 A note has no address and no subject: what names the thing is an id, or words without an @.
 """
@@ -12,16 +12,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from flask import Response, request
-
 from mail.store import ACTIONS
-from ops.page.view import View
 from ops.page.words import masked
 from process.log import emit
 from queues.connection import Redis, RedisError
 
 KEPT = 1000
-SHOWN = 100  # on a page
 NAMES = re.compile(r"[ -?A-~]{0,120}")  # printable ASCII without @
 
 
@@ -54,11 +50,3 @@ def _read(lines: Iterator[bytes]) -> Iterator[Action]:
         with suppress(ValueError, TypeError, KeyError):  # one that is damaged spoils no page
             one = json.loads(line)
             yield Action(float(one["at"]), *(str(one[name]) for name in ("who", "what", "id")))
-
-
-def show(view: View) -> Response:
-    given = request.args.get("from", "")
-    first = int(given) if re.fullmatch("[0-9]{1,3}", given) else 0
-    found = actions(view.redis, first, first + SHOWN - 1)
-    older = first + SHOWN if len(found) == SHOWN and first + SHOWN < KEPT else 0
-    return view.render("actions.html", "Actions", actions=found, older=older)

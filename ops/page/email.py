@@ -17,11 +17,9 @@ from flask import Response, abort, request
 from mail.address import Mailbox
 from mail.claim import timestamp
 from mail.counters import number
-from mail.draft import scheduled
 from mail.message import Message
 from mail.mime import head, to_mime
 from mail.reader import NO_MAIL
-from mail.request import Invalid
 from mail.states import FINAL, SCHEDULED, State, Status
 from mail.store import mail_key
 from ops.page import audit, timeline
@@ -249,6 +247,10 @@ def move_form(view: View, mail: Mapping[str, Any], status: int = 200, wrong: str
 def move(view: View, mail_id: str) -> Response | None:
     """Moves a scheduled mail to the time of the form, which is in the machine's time zone; or returns the form, and
     what is wrong with it."""
+    # Here, as it comes with all that makes a mail.
+    from mail.due import scheduled
+    from mail.request import Invalid
+
     try:
         asked = scheduled(datetime.fromisoformat(request.form.get("when", "")).astimezone())
     except Invalid as error:

@@ -16,9 +16,8 @@ from urllib.parse import urlencode
 from flask import Response, request
 
 from mail.causes import Cause, causes, ids, left, newest
-from mail.delivery import NOT_ADMITTED
 from mail.index import LAST, raw_id
-from mail.states import EXPIRED, TROUBLE_TOO_LONG, State, Status
+from mail.states import EXPIRED, NOT_ADMITTED, TROUBLE_TOO_LONG, State, Status
 from ops.checks import replies
 from ops.checks.findings import counted, lasting
 from ops.page import audit

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from flask import Response, request
 
-from mail.draft import LONGEST_DELAY
+from mail.moments import LONGEST_DELAY
 from ops.page.view import View, row
 from queues import keys
 from queues.connection import Redis
