@@ -31,8 +31,8 @@ def facts(server: str) -> list[str]:
         f"{date.today()}: {processor()}, {os.cpu_count()} cores, {memory:.0f} GB, {system}. "
         "Client, relay and Redis share the machine with what is measured.",
         f"Python {platform.python_version()}; {server} with `appendfsync everysec`, one for each trial.",
-        f"Ours: {ours}, `API_PROCESSES={COMMON['API_PROCESSES']}`, `WORKER_CONCURRENCY={SENDERS}`, or half of that in "
-        f"each of two processes. Theirs: {', '.join(peers())}.",
+        f"Ours: {ours}, `API_PROCESSES={COMMON['API_PROCESSES']}`, `WORKER_CONCURRENCY={SENDERS}`, in one process "
+        f"or shared by two. Theirs: {', '.join(peers())}.",
     ]
 
 

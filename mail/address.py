@@ -16,6 +16,10 @@ from typing import NamedTuple
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 ENCODED = r"=\?(?:utf-8|us-ascii|iso-8859-\d\d?|windows-125\d)(?:\*[A-Za-z-]*)?\?[bq]\?[!->@-~]*\?="
 ENCODED_WORDS = re.compile(rf"(?<!\S){ENCODED}(?: +{ENCODED})*(?!\S)", re.IGNORECASE)
+# What any parser reads alike, and the validator finds nothing to say about, at twenty times the cost.
+PLAIN = re.compile(
+    r"(?=.{3,254}$)(?=[^@]{1,64}@)[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*@(?:(?=[^.]{1,63}\.)[a-z0-9]+(?:-[a-z0-9]+)*\.)+[a-z]{2,63}"
+)
 EXAMPLES = "ada@example.com or Ada Lovelace <ada@example.com>"
 
 
@@ -110,6 +114,8 @@ def phrase(name: str) -> str:
 
 def strict_address(text: str) -> str:
     """Returns an addr-spec that every parser reads alike. Only the domain may change: lower case, A-labels."""
+    if PLAIN.fullmatch(text):
+        return text
     # Here, since it takes 20 ms to load, and no worker checks an address.
     from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
 

@@ -24,18 +24,9 @@ from mail.states import EXPIRED, NOT_ADMITTED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
-from queues.jobs import (
-    JobFailed,
-    Jobs,
-    Retry,
-    allow_exceptions,
-    queued_at,
-    run_again_in,
-    run_by,
-    take_next,
-    taken_with_it,
-)
+from queues.jobs import JobFailed, Jobs
 from queues.pipelining import PipeliningRedis
+from queues.running import Retry, allow_exceptions, queued_at, run_again_in, run_by, take_next, taken_with_it
 from smtp.envelope import Envelope
 from smtp.pacing import Pacing
 from smtp.policy import MESSAGE, Phase, Verdict

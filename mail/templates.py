@@ -75,6 +75,13 @@ def render(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | N
 
 
 def parts(template_id: str) -> list[Template | None]:
+    """Returns a template's subject, text and html. Raises `Invalid` and `Broken`."""
+    found = _parts.__wrapped__ if environment().auto_reload else _parts
+    return found(environment(), template_id)
+
+
+@lru_cache(maxsize=1000)  # but for a template that there is not, for one may come
+def _parts(_: Environment, template_id: str) -> list[Template | None]:
     there = _there(template_id) if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", template_id) else []
     if not there and template_id not in ids():
         known = ", ".join(ids())
@@ -93,7 +100,7 @@ def files(template_id: str) -> list[Path]:
 
 
 def _there(template_id: str) -> list[str]:
-    """Returns the names of the files that a template has. Each mail asks: pathlib would take as long as Jinja."""
+    """Returns the names of the files that a template has."""
     return [name for name in (SUBJECT, *BODIES) if os.path.isfile(f"{FOLDER}/{template_id}/{name}")]
 
 

@@ -4,14 +4,15 @@ table.py       the queues, a row each
 keys.py        RQ's keys in Redis, by RQ's own names
 connection.py  the client, Lua scripts, and the meaning of Redis' errors
 heartbeat.py   leases and the one thread that renews them
-jobs.py        accept, requeue, cancel, read; what a running job asks of RQ
+jobs.py        accept, requeue, cancel, read
+running.py     what a job that runs asks of RQ
+acceptance.py  what is accepted, of several requests in one round trip
 health.py      the state of the queues, for readyz, metrics and the doctor
 overview.py    who works on what, for people; pause and resume
 failures.py    which jobs failed, and of what, for people
 bulk.py        bulk mail, let into the queue as far as that is short
 workers.py     RQ's workers and scheduler, changed
-executions.py  jobs, taken and ended in one step: for the e-mail worker
-senders.py     the threads of that worker
+senders.py     the threads of the e-mail worker; executions.py: their jobs, taken and ended in one step
 pipelining.py  a client whose commands from many threads go to Redis together
 quarantine.py  jobs that RQ cannot read, set aside so that the others go on
 cron.py        tasks that are queued by themselves, at their times

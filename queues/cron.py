@@ -93,7 +93,7 @@ class CronTask(CronJob):
         job_id, due = str(uuid.uuid4()), self.next_enqueue_time.isoformat()
         commands = connection.pipeline()
         cron_job_registry.add(self.name, commands, now().timestamp())
-        queued = self.jobs.accept(
+        acceptance = self.jobs.acceptance(
             self.queue_name,
             self.func_name,
             {job_id: Call((), {})},
@@ -101,6 +101,7 @@ class CronTask(CronJob):
             beside=Beside(ALSO, flatten(commands)),
             idempotency=Idempotency.of("cron", self.name, due, None),
         )
+        queued = self.jobs.accept(acceptance)
         if not queued.replayed:
             emit("cron_queued", id=job_id, task=self.func_name.removeprefix("tasks."), due=due)
 

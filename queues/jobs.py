@@ -1,4 +1,4 @@
-"""Accepts, requeues, cancels and reads jobs in RQ's queues; and says what a running job may ask of RQ.
+"""Accepts, requeues, cancels and reads jobs in RQ's queues.
 
 One Lua script accepts a job: it stores everything (the job, its place in the queue, its idempotency key, what the
 caller wants stored beside it) or nothing. The commands are RQ's own: RQ writes them once into a pipeline that is never
@@ -9,20 +9,17 @@ RQ: https://python-rq.org/docs/
 
 from __future__ import annotations
 
-import hashlib
 import json
-import socket
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from redis.client import Pipeline
 from redis.exceptions import ConnectionError, TimeoutError, WatchError
-from rq import Queue, get_current_job
-from rq import Retry as Retry
+from rq import Queue, Retry
 from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job
 from rq.rate_limit import ACQUIRE_AND_ENQUEUE_SCRIPT
@@ -30,6 +27,11 @@ from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
 from queues import keys
+from queues.acceptance import Acceptance as Acceptance
+from queues.acceptance import Accepted as Accepted
+from queues.acceptance import Idempotency as Idempotency
+from queues.acceptance import IdempotencyConflict as IdempotencyConflict
+from queues.acceptance import replies
 from queues.connection import ROOM, Redis, Script, translating_errors
 from queues.quarantine import DAMAGED, StrictJob, Unreadable, set_aside
 from queues.table import QUEUES
@@ -80,10 +82,6 @@ end
 """
 
 
-class IdempotencyConflict(Exception):
-    """The idempotency key was used before, for another request."""
-
-
 class NotFound(Exception):
     """There is no such job, or it is no longer kept."""
 
@@ -94,20 +92,6 @@ class JobFailed(Exception):
 
 class NotPossible(Exception):
     """The job is in a state in which this cannot be done. The text says which."""
-
-
-class Idempotency(NamedTuple):
-    """Says what makes two requests the same: caller, endpoint and key; and by its fingerprint, the body."""
-
-    key: str
-    fingerprint: str
-
-    @classmethod
-    def of(cls, caller: str, endpoint: str, key: str, body: object) -> Idempotency:
-        """Takes `body` as parsed JSON, so that the order of its members does not matter."""
-        canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        digest = hashlib.sha256(f"{caller}\n{endpoint}\n{key}".encode()).hexdigest()
-        return cls(f"idempotency:{digest}", hashlib.sha256(canonical.encode()).hexdigest())
 
 
 class Beside(NamedTuple):
@@ -180,17 +164,6 @@ class JobTemplate:
         return words
 
 
-class Accepted(NamedTuple):
-    """The jobs of a request, in its order. `replayed`: those of an earlier request with the same idempotency key."""
-
-    ids: tuple[str, ...]
-    replayed: bool
-
-    @property
-    def id(self) -> str:
-        return self.ids[0]
-
-
 class Policy(NamedTuple):
     """How a job is run and kept; times in seconds. `retry_in` lists the pauses before each further attempt. No more
     than `concurrency` jobs of its function run at the same time; 0: any number."""
@@ -212,7 +185,17 @@ class Jobs:
         self._remove = Script(redis, REMOVE_JOB + "return remove_job(1)")
         self._template = lru_cache(self._record)
 
-    def accept(
+    def accept(self, acceptance: Acceptance) -> Accepted:
+        """Stores and queues jobs in one step.
+
+        Returns the ids, or those of an earlier request with the same idempotency key and fingerprint. Raises
+        `IdempotencyConflict` if the fingerprint was another, `Unavailable` if Redis cannot store them: then nothing is
+        stored, or all of it (a lost reply).
+        """
+        [reply] = replies(self.redis, [acceptance])
+        return acceptance.result(reply)
+
+    def acceptance(
         self,
         queue: str,
         function: str,
@@ -222,30 +205,16 @@ class Jobs:
         beside: Beside = NOTHING,
         idempotency: Idempotency | None = None,
         idempotency_ttl: int = 86400,
-    ) -> Accepted:
-        """Stores and queues jobs, and does what is `beside`, in one step.
-
-        `calls` has the call of each job, by its id. Returns the ids, or those of an earlier
-        request with the same idempotency key and fingerprint. Raises `IdempotencyConflict` if the fingerprint was
-        another, `Unavailable` if Redis cannot store them: then nothing is stored, or all of it (a lost reply).
-        """
+    ) -> Acceptance:
+        """Returns the acceptance of jobs, and of what is `beside` in the same step. `calls` has each job's call by its
+        id."""
         key, fingerprint = idempotency or ("", "")
-        with translating_errors():
-            accept, commands = self._accept(beside.source), list[Any]()
-            for job_id, call in calls.items():
-                place = call.place._replace(at=JobTemplate.AT if call.place.at else 0)
-                commands += self._template(queue, function, policy, place).render(job_id, call)
-            touched = [keys.job(next(iter(calls))), key]
-            words = [",".join(calls), fingerprint, idempotency_ttl, len(commands), *commands, *beside.words]
-            try:
-                verdict, ids = accept(keys=touched, args=words)
-            except ConnectionError:
-                # A connection died in the pool, or the reply was lost. The script knows its own jobs, so a second call
-                # stores nothing twice. A time-out is not repeated: the three seconds are spent.
-                verdict, ids = accept(keys=touched, args=words)
-        if verdict == b"conflict":
-            raise IdempotencyConflict
-        return Accepted(tuple(ids.decode().split(",")), verdict == b"replayed")
+        commands = list[Any]()
+        for job_id, call in calls.items():
+            place = call.place._replace(at=JobTemplate.AT if call.place.at else 0)
+            commands += self._template(queue, function, policy, place).render(job_id, call)
+        words = [",".join(calls), fingerprint, idempotency_ttl, len(commands), *commands, *beside.words]
+        return Acceptance(self._accept(beside.source), [keys.job(next(iter(calls))), key], words)
 
     def _record(self, queue: str, function: str, policy: Policy, place: Place) -> JobTemplate:
         job = Job.create(
@@ -264,10 +233,11 @@ class Jobs:
             job.rate_limit_key, job.rate_limit_concurrency = f"{queue}:{function}", policy.concurrency
         job.enqueue_at_front = place.front
         commands = self.redis.pipeline()
-        if place.at:
-            self.queues[queue].schedule_job(job, datetime.fromtimestamp(place.at, timezone.utc), pipeline=commands)
-        else:
-            self._enqueue(job, commands)
+        with translating_errors():  # RQ asks once which Redis it is
+            if place.at:
+                self.queues[queue].schedule_job(job, datetime.fromtimestamp(place.at, timezone.utc), pipeline=commands)
+            else:
+                self._enqueue(job, commands)
         aside = {keys.queue(queue): keys.queue(place.aside)} if place.aside else {}
         return JobTemplate(function, [aside.get(word, word) for word in flatten(commands)])
 
@@ -416,38 +386,3 @@ def _iso(moment: datetime | None) -> str | None:
 def rq_now() -> str:
     """Returns the time as RQ writes it into a job."""
     return utcformat(now())
-
-
-def queued_at() -> float:
-    """Returns when the job that runs in this thread was queued, in seconds since 1970; 0 outside of a job."""
-    job = get_current_job()
-    return job.enqueued_at.timestamp() if job and job.enqueued_at else 0
-
-
-def taken_with_it() -> Any:
-    """Returns what the script that took the job of this thread has done beside, if it has; see queues.executions."""
-    return getattr(get_current_job(), "beside", None)
-
-
-def take_next() -> tuple[str, Any]:
-    """Takes the next job for this thread already, while it runs this one, if nobody idle could have it. Returns its id
-    and what the script has done beside; "" and None if there is none."""
-    take: Callable[[], tuple[str, Any]] | None = getattr(get_current_job(), "take_next", None)
-    return take() if take else ("", None)
-
-
-def run_by() -> str:
-    """Returns the machine, and the worker that runs the job of this thread, if there is one: `host/1a2b3c4d`."""
-    job = get_current_job()
-    return "/".join([socket.gethostname(), *([job.worker_name[:8]] if job and job.worker_name else [])])
-
-
-def allow_exceptions(number: int) -> None:
-    """Sets after how many more exceptions RQ tries the job that runs in this thread again; at 0 it fails for good."""
-    if job := get_current_job():
-        job.retries_left = number
-
-
-def run_again_in(seconds: float) -> Retry:
-    """Returns what a function returns to be run again. RQ counts this apart from the tries after an exception."""
-    return Retry(max=1_000_000, interval=max(1, round(seconds)))

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, PydanticUserError, create_model
 from rq import get_current_job
 
 from process.log import emit
-from queues.jobs import JobFailed, Policy, Retry, allow_exceptions
+from queues.jobs import JobFailed, Policy
+from queues.running import Retry, allow_exceptions
 from queues.table import JOBS, QUEUES
 from settings import Settings, SettingsError
 

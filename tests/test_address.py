@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from email.utils import parseaddr
 
 import pytest
 from hypothesis import given
 
+from mail import address
 from mail.address import Mailbox
 from mail.request import parse
 from tests.sample_mails import PROPERTY, Box, accepted, boxes, mail, refusal
@@ -56,6 +58,32 @@ def test_two_addresses_in_one_are_refused(form: str, glue: str) -> None:
 )
 def test_a_name_that_could_be_more_than_a_name_is_refused(name: str) -> None:
     assert list(refusal(mail(to=f"{name} <ada@example.com>"))) == ["to[0]"]
+
+
+LOCALS = ["Ada.B_c+d-e", "a" * 64, "a" * 65, ".a", "a.", "a..b", "ada@b", "a'b", "a b", "a\n", ""]
+DOMAINS = [
+    "example.com",
+    "a-b.c2.example",
+    f"{'a' * 63}.com",
+    "a" + ".bc" * 62,
+    "Example.com",
+    f"{'a' * 64}.com",
+    "a.com\n",
+]
+DOMAINS += ["-a.com", "a-.com", "xn--a.com", "ab--c.com", "a..com", "a.com.", "a.c-m", "a.4", "a", "127.0.0.1", "ü.com"]
+
+
+@pytest.mark.parametrize("local", LOCALS)
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_what_is_plain_is_what_the_validator_would_return(
+    monkeypatch: pytest.MonkeyPatch, local: str, domain: str
+) -> None:
+    text = f"{local}@{domain}"
+    is_plain = bool(address.PLAIN.fullmatch(text))
+    assert is_plain == (len(text) < 255 and local in LOCALS[:2] and domain in DOMAINS[:4])
+    monkeypatch.setattr(address, "PLAIN", re.compile("(?!)"))
+    if is_plain:
+        assert address.strict_address(text) == text
 
 
 def test_the_case_of_a_local_part_is_kept() -> None:

@@ -76,7 +76,8 @@ IDS = [f"{letter}0000000-0000-4000-8000-000000000000" for letter in "cba"]
 def test_a_job_that_waits_can_be_canceled_and_one_that_failed_waits_again() -> None:
     jobs, (first, second, third) = Jobs(fakeredis.FakeRedis()), IDS
     for one in IDS:
-        jobs.accept(JOBS, "tasks.alone", {one: Call((), {})}, Policy(60, (), 100, 200, concurrency=1))
+        policy = Policy(60, (), 100, 200, concurrency=1)
+        jobs.accept(jobs.acceptance(JOBS, "tasks.alone", {one: Call((), {})}, policy))
     waiting = jobs.redis.zrange(keys.waiting(LIMIT), 0, -1)
     assert waiting == [second.encode(), third.encode()]  # in the order of their requests, not of their ids
     jobs.cancel(second)

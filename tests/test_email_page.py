@@ -384,7 +384,7 @@ def test_an_id_of_no_mail_says_for_how_long_mails_are_kept(pages: Pages, client:
     assert pages.post(f"/mail/emails/{GONE}/cancel").status_code == 404
     assert pages.post(f"/mail/emails/{GONE}/delete").status_code == 404
     jobs, policy = pages.outbox.jobs, Policy(60, (), 60, 60)
-    jobs.accept("jobs", "tasks.heartbeat", {GONE: Call([], {})}, policy)
+    jobs.accept(jobs.acceptance("jobs", "tasks.heartbeat", {GONE: Call([], {})}, policy))
     assert f'href="/rq/0/view/job/{GONE}"' in pages.get(f"/mail/emails/{GONE}", 404)
     for field in ("attempts", "recipients"):
         damaged = pages.accept()

@@ -18,7 +18,7 @@ from web import grammar, server
 LIMIT = 100_000  # bytes of a body
 
 
-class Echo:
+class Echo(server.Application):
     """An application that answers with what it was asked."""
 
     answered = 0

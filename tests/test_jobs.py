@@ -24,8 +24,10 @@ from rq.job import Job, JobStatus
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
+import queues.acceptance
 from queues import connection, heartbeat
-from queues.connection import Script, Unavailable
+from queues.acceptance import Acceptance, IdempotencyConflict
+from queues.connection import Unavailable
 from queues.jobs import Accepted, Beside, Call, Idempotency, Jobs, NotFound, NotPossible, Place, Policy
 from queues.table import EMAIL, JOBS
 from tests.http_api import fail
@@ -34,6 +36,7 @@ from tests.servers import RedisServer
 
 ONE = "00000000-0000-4000-8000-000000000001"
 TWO = "00000000-0000-4000-8000-000000000002"
+THREE = "00000000-0000-4000-8000-000000000003"
 
 
 @pytest.fixture
@@ -51,7 +54,11 @@ POLICY = Policy(timeout=60, retry_in=(10, 20), result_ttl=100, failure_ttl=200)
 
 
 def accept(store: Jobs, job_id: str = ONE, policy: Policy = POLICY, **more: Any) -> Accepted:
-    return store.accept(JOBS, "tasks.why_failed", {job_id: Call((), {})}, policy, **more)
+    return store.accept(acceptance(store, job_id, policy, **more))
+
+
+def acceptance(store: Jobs, job_id: str = ONE, policy: Policy = POLICY, **more: Any) -> Acceptance:
+    return store.acceptance(JOBS, "tasks.why_failed", {job_id: Call((), {})}, policy, **more)
 
 
 def stored(store: Jobs, job_id: str = ONE) -> Job:
@@ -104,7 +111,8 @@ def kept_in(redis: Any) -> tuple[Any, ...]:
 def test_what_is_written_for_a_job_is_what_rq_would_write(real: Jobs, retry_in: tuple[int, ...], place: Place) -> None:
     times: dict[str, Any] = {"timeout": 150, "result_ttl": 300, "failure_ttl": 400}
     real.redis.rpush("rq:queue:email", "other")
-    real.accept(EMAIL, "tasks.deliver", {ONE: Call(["é"], {"a": [1]}, place)}, Policy(retry_in=retry_in, **times))
+    call, policy = Call(["é"], {"a": [1]}, place), Policy(retry_in=retry_in, **times)
+    real.accept(real.acceptance(EMAIL, "tasks.deliver", {ONE: call}, policy))
     ours, seen = stored(real).to_dict(), kept_in(real.redis)
     real.redis.flushdb()
     real.redis.rpush("rq:queue:email", "other")
@@ -153,19 +161,34 @@ def test_a_job_accepted_twice_is_stored_once_and_both_are_told_so(store: Jobs) -
 def test_accept_is_asked_again_after_a_connection_that_broke_and_not_after_a_time_out(
     store: Jobs, monkeypatch: pytest.MonkeyPatch, error: type[Exception], calls: int
 ) -> None:
-    call, heard = Script.__call__, []
+    run, heard = queues.acceptance._run, []
 
-    def lose_the_first_reply(script: Script, **given: Any) -> Any:
-        heard.append(call(script, **given))
+    def lose_the_first_reply(*given: Any) -> Any:
+        heard.append(run(*given))
         if len(heard) == 1:
             raise error
         return heard[-1]
 
-    monkeypatch.setattr(Script, "__call__", lose_the_first_reply)
+    monkeypatch.setattr(queues.acceptance, "_run", lose_the_first_reply)
     with nullcontext() if calls == 2 else pytest.raises(Unavailable):
         assert accept(store) == Accepted((ONE,), replayed=False)
     assert len(heard) == calls
     assert queued(store) == [ONE]
+
+
+def test_requests_that_go_together_have_each_its_own_answer(real: Jobs) -> None:
+    accept(real)
+    real.redis.script_flush()  # what Redis has forgotten is sent whole
+    keyed = [(TWO, of(body="a")), (THREE, of(body="a")), (THREE, of(body="b")), (THREE, None)]
+    asked = [acceptance(real, job_id, idempotency=key) for job_id, key in keyed]
+    asked.insert(1, asked[0]._replace(keys=["none", "rq:queue:jobs"]))  # which is no string
+    replies = queues.acceptance.replies(real.redis, asked)
+    assert asked[0].result(replies[0]) == asked[2].result(replies[2])._replace(replayed=False)
+    for one in (1, 3):
+        with pytest.raises(IdempotencyConflict if one == 3 else Unavailable):
+            asked[one].result(replies[one])
+    assert asked[4].result(replies[4]).id == THREE
+    assert queued(real) == [ONE, TWO, THREE]
 
 
 def test_many_at_once_with_few_keys_make_few_jobs(real: Jobs) -> None:

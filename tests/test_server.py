@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
 import redis
 
 from queues import connection
+from queues.acceptance import Acceptance
+from queues.connection import Unavailable
 from tests import http_api
-from tests.servers import Api, House, eventually
+from tests.http_api import MAIL
+from tests.servers import Api, House, RedisServer, eventually
 from tests.test_structure import digest_of
 from web import server
 
 
-class Naming:
+class Naming(server.Application):
     """An application that answers with the name of the thread that it runs in."""
 
     answered = 0
@@ -90,6 +95,37 @@ def test_after_one_that_took_long_requests_wait_side_by_side(api: Api, app: Nami
 def test_while_redis_is_silent_requests_wait_side_by_side(api: Api) -> None:
     connection._silent.set()
     assert api.post("/", {}).body.startswith("waitress")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_requests_that_are_ready_together_go_to_redis_together_and_have_each_its_own_answer(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.setattr(server, "LONG", 60)
+    app, sizes, sent = http_api.app_with(redis_server.url), list[int](), threading.Event()
+    replies = app.replies
+
+    def slow(several: list[Acceptance]) -> list[Any]:
+        sizes.append(len(several))
+        sent.wait(60)
+        if fails and len(sizes) == 2:
+            raise Unavailable("Redis does not answer")
+        return replies(several)
+
+    app.replies = slow
+    headers = {"Authorization": "Bearer full-key", "Content-Type": "application/json"}
+    with http_api.served(app) as api, ExitStack() as stack:
+        asking = [stack.enter_context(closing(HTTPConnection("127.0.0.1", api.port))) for _ in range(5)]
+        for one in asking:
+            one.request("GET", "/healthz")
+            one.getresponse().read()
+        for one, body in zip(asking, [MAIL, MAIL, {}, MAIL, [MAIL] * 2], strict=True):
+            one.request("POST", "/emails/batch" if isinstance(body, list) else "/emails", json.dumps(body), headers)
+            eventually(lambda: sizes)
+        sent.set()
+        then = 503 if fails else 200
+        assert [one.getresponse().status for one in asking] == [200, then, 422, then, then]
+    assert sizes == [1, 3]
 
 
 @pytest.mark.parametrize("drips", [b"", b"G", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"])

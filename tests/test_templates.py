@@ -242,6 +242,17 @@ def test_what_may_be_missing_is_no_fault(folder: Path) -> None:
     assert render("x", {"c": "Hi"})[1] == "Hi"
 
 
+def test_a_new_template_counts_at_once_and_its_files_are_looked_for_once(folder: Path) -> None:
+    with pytest.raises(Invalid):
+        templates.render("new", {})
+    (folder / "new").mkdir()
+    for name in ("subject.txt", "body.txt"):
+        (folder / "new" / name).write_text("Hello")
+    assert templates.render("new", {}) == ("Hello", "Hello", None)
+    (folder / "new" / "body.txt").unlink()
+    assert templates.render("new", {}) == ("Hello", "Hello", None)
+
+
 def test_an_edited_template_counts_at_once_where_that_is_asked_for(folder: Path) -> None:
     write(folder, text="one", html="{% include 'x/footer.txt' %}", footer="one")
 

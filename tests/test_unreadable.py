@@ -52,7 +52,8 @@ def poison(client: Client, job_id: str, kind: str) -> None:
 
 
 def accept(client: Client, job_id: str, queue: str = JOBS) -> None:
-    Jobs(client).accept(queue, "tasks.why_failed", {job_id: Call((), {})}, Policy(60, (1, 1), 60, 60))
+    jobs, policy = Jobs(client), Policy(60, (1, 1), 60, 60)
+    jobs.accept(jobs.acceptance(queue, "tasks.why_failed", {job_id: Call((), {})}, policy))
 
 
 @pytest.mark.parametrize("kind", KINDS)

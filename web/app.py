@@ -6,16 +6,19 @@ Waitress refuses before the app is asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
+from functools import partial
 
 from bottle import Bottle, HTTPResponse, request
 
 from mail import counters, templates
+from queues.acceptance import replies
 from queues.jobs import Jobs
 from queues.offer import Task
 from settings import DEV_KEY, Settings, SettingsError
 from web import catalog, context, docs, mails
 from web.access import authenticate, hold_to_its_rate
+from web.context import Steps
 from web.errors import Refusal, as_refusal, error_response, routing_error
 from web.handlers import Service
 from web.hosts import ALLOWED, is_local
@@ -60,26 +63,42 @@ def make_app(settings: Settings, jobs: Jobs, offered: Mapping[str, Task], names:
     app.default_error_handler = routing_error
     for method, path, handler, scope in ROUTES:
         app.route(path, method, guarded(service, handler, scope))
-    return Middleware(app, counters.Gathered(jobs.redis, counters.ACCEPT))
+    return Middleware(app, counters.Gathered(jobs.redis, counters.ACCEPT), partial(replies, jobs.redis))
 
 
-def guarded(service: Service, handler: Callable[..., HTTPResponse], scope: str | None) -> Callable[..., HTTPResponse]:
+Handler = Callable[..., HTTPResponse | Steps[HTTPResponse]]
+
+
+def guarded(service: Service, handler: Handler, scope: str | None) -> Callable[..., HTTPResponse]:
     """Puts authentication, the budget for large bodies and the error shape around a handler."""
 
-    def call(**ids: str) -> HTTPResponse:
+    def steps(ids: Mapping[str, str]) -> Steps[HTTPResponse]:
         try:
             if request.environ["PATH_INFO"].encode() != request.environ["bottle.raw_path"].encode("latin-1"):
                 raise Refusal(404, "not_found", "no such path")  # Bottle leaves out what is not UTF-8
             if service.settings.knows_dev_key and not is_local(request.environ.get("HTTP_HOST", ""), service.names):
                 raise Refusal(421, "misdirected_request", f"with the key {DEV_KEY}, {ALLOWED}")
             if scope is None:
-                return handler(service, **ids)
+                return (yield from followed(handler(service, **ids)))
             key = authenticate(service.settings.api_keys, scope)
             context.current.get().caller = key
             hold_to_its_rate(key, service.limits)
             with service.large_bodies.reserve(min(request.content_length, service.settings.max_message_bytes)):
-                return handler(service, **ids)
+                return (yield from followed(handler(service, **ids)))
         except Exception as error:  # in no variable of ours: it would hold itself, and the body, by its traceback
             return error_response(as_refusal(error))
 
+    def call(**ids: str) -> HTTPResponse:
+        begun = steps(ids)
+        try:
+            context.current.get().waiting = begun, next(begun)
+        except StopIteration as done:
+            answer: HTTPResponse = done.value
+            return answer
+        return HTTPResponse()  # nobody gets it: Middleware.commit has the answer
+
     return call
+
+
+def followed(answer: HTTPResponse | Steps[HTTPResponse]) -> Steps[HTTPResponse]:
+    return (yield from answer) if isinstance(answer, Generator) else answer

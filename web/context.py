@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+from bottle import HTTPResponse
+
+from queues.acceptance import Acceptance
 from settings import ApiKey
+
+Answer = TypeVar("Answer")
+# What returns an answer, and may yield a acceptance once. It goes on with Redis' reply, in which no request is bound to
+# the thread any more: Bottle's `request` may be another one by then.
+Steps = Generator[Acceptance, Any, Answer]
 
 
 @dataclass
@@ -16,6 +26,7 @@ class Context:
     caller: ApiKey | None = None
     id: str = ""
     refusal: dict[str, str] = field(default_factory=dict)  # name, field and reason; nothing that the caller wrote
+    waiting: tuple[Steps[HTTPResponse], Acceptance] | None = None  # what is left of it, and for what it waits
 
     @property
     def key(self) -> str:

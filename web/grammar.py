@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.proxy_headers import PROXY_HEADERS
 from waitress.receiver import ChunkedReceiver
 from waitress.utilities import BadRequest
 
@@ -75,6 +76,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
 
     body_rcv: Any
     blank = 0  # bytes of the one empty line that may come first
+    environ: dict[str, Any] | None = None  # once the answer is begun
 
     def received(self, data: bytes) -> int:
         if not self.header_plus and self.body_rcv is None:
@@ -106,3 +108,5 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             raise ParsingError("it must be chunked once only")
         if codings:
             self.body_rcv = Chunks(self.body_rcv.getbuf())
+        for name in PROXY_HEADERS & self.headers.keys():  # anybody may write them
+            del self.headers[name]

@@ -36,6 +36,7 @@ from settings import Settings
 from web import context
 from web.access import hold_to_its_domains
 from web.body import SMALL_BODY, BodyBudget, read_json
+from web.context import Steps
 from web.errors import bad_request, error_shape, json_response, note_refusal
 
 MAX_BATCH = 100  # mails
@@ -86,20 +87,20 @@ class Service:
         self.large_bodies = BodyBudget(settings.max_message_bytes)
         self.sender = Mailbox.parse(settings.mail_from) if settings.mail_from else None
 
-    def start_job(self) -> HTTPResponse:
+    def start_job(self) -> Steps[HTTPResponse]:
         body = read_json(SMALL_BODY)
         asked = validate(StartJob, body)
         template = {"id": "welcome", "variables": {"name": asked.name}}
         mail = {"to": [Mailbox(asked.name, asked.email.address)], "template": template}
-        return accepted(self._submit(mail, idempotency(body)), 202, "job_id")
+        return accepted((yield from self._submit(mail, idempotency(body))), 202, "job_id")
 
-    def post_email(self) -> HTTPResponse:
+    def post_email(self) -> Steps[HTTPResponse]:
         body = read_json(self.settings.max_message_bytes)
-        job = self._submit(body, idempotency(body))
+        job = yield from self._submit(body, idempotency(body))
         later = body.get("scheduled_at") is not None
         return accepted(job, 200, "id", SCHEDULED if later else State.QUEUED)
 
-    def post_batch(self) -> HTTPResponse:
+    def post_batch(self) -> Steps[HTTPResponse]:
         """Accepts all or none; with `x-batch-validation: permissive` those that can be sent, and names the others."""
         body = read_json(self.settings.max_message_bytes)
         permissive, key = is_permissive(), idempotency(body)
@@ -109,7 +110,7 @@ class Service:
         earlier = self.jobs.recall(key) if key and errors else None
         if not permissive and not earlier:
             Invalid.raise_if(error for _, error in errors)
-        job = earlier or (self.outbox.accept(drafts, key) if drafts else Accepted((), replayed=False))
+        job = earlier or ((yield from self._accept(drafts, key)) if drafts else Accepted((), replayed=False))
         seen: dict[str, Any] = {"data": [{"id": mail_id} for mail_id in job.ids]}
         if permissive:
             seen["errors"] = [{"index": number, "message": f"{one.field}: {one.message}"} for number, one in errors]
@@ -126,7 +127,7 @@ class Service:
                 errors += [(number, replace(one, field=f"[{number}].{one.field}")) for one in invalid.errors]
         return drafts, errors
 
-    def _submit(self, body: Any, key: Idempotency | None) -> Accepted:
+    def _submit(self, body: Any, key: Idempotency | None) -> Steps[Accepted]:
         try:
             draft = self._draft(body)
         except Expired:
@@ -134,7 +135,11 @@ class Service:
             if earlier:  # a repeat of a request that came in time: what was answered then is still the answer
                 return earlier
             raise
-        return self.outbox.accept([draft], key)
+        return (yield from self._accept([draft], key))
+
+    def _accept(self, drafts: list[Draft], key: Idempotency | None) -> Steps[Accepted]:
+        acceptance = self.outbox.acceptance(drafts, key)
+        return acceptance.result((yield acceptance))  # in no variable, as in web.app
 
     def _draft(self, body: Any) -> Draft:
         draft = prepare(
@@ -159,7 +164,7 @@ class Service:
             files = attachments.listed(self.jobs.redis, mail_id)
         return json_response(200, {"object": "list", "has_more": False, "data": files})
 
-    def post_job(self) -> HTTPResponse:
+    def post_job(self) -> Steps[HTTPResponse]:
         body = read_json(SMALL_BODY)
         asked = validate(JobRequest, body)
         task = self.offered.get(asked.task)
@@ -169,7 +174,7 @@ class Service:
             task.arguments.model_validate_json(json.dumps(asked.args))
         except ValidationError as error:
             raise Invalid(*field_errors(error, "args")) from None
-        job = self.jobs.accept(
+        acceptance = self.jobs.acceptance(
             task.queue,
             f"tasks.{asked.task}",
             {str(uuid.uuid4()): Call((), asked.args)},
@@ -177,7 +182,7 @@ class Service:
             idempotency=idempotency(body),
             idempotency_ttl=self.settings.idempotency_ttl,
         )
-        return accepted(job, 202, "job_id")
+        return accepted(acceptance.result((yield acceptance)), 202, "job_id")
 
     def get_job(self, job_id: str) -> HTTPResponse:
         return json_response(200, self.jobs.read(job_id))

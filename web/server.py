@@ -17,8 +17,8 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
@@ -32,19 +32,31 @@ from web.grammar import Parser
 from web.middleware import common_headers
 
 QUICK_BODY = 16 * 1024  # bytes
+TOGETHER = 16  # requests; more would keep the first of them waiting
 LONG = 0.1  # seconds for one request; less may be the machine being busy
 # Seconds. A draining process closes no connection on which a request may be under way: nginx closes an idle one after 2
 # (keepalive_timeout in nginx/async-email.conf).
 QUIET_AFTER, DRAINED_AFTER = 3, 20
+FEW = 8  # connections of a process; nginx keeps 16
 MOST_CONNECTIONS = 400  # of a process, on each socket
 PER_CONNECTION, BESIDE = 2, 56  # file descriptors: one more for a large body; Redis, the log, Waitress' own
 UNREAD_FOR = 30  # seconds after which a client that reads nothing of its answer is cut off
 
 
+T = TypeVar("T")
+
+
 class Application(Protocol):
-    """A WSGI application that counts the requests it has answered, which shows progress."""
+    """A WSGI application that counts the requests it has answered, which shows progress. It answers several requests
+    at once in three steps: `begin` each, `commit` all, and then call it with the environment of each."""
 
     answered: int
+
+    def begin(self, environ: dict[str, Any]) -> Any:
+        return None
+
+    def commit(self, answers: Sequence[Any]) -> None:
+        return None
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]: ...
 
@@ -71,7 +83,27 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
         self.write(body)
 
 
-class LastTask(WSGITask):  # type: ignore[misc]
+class Task(WSGITask):  # type: ignore[misc]
+    """Writes an answer, which may have been begun by another task for the same request."""
+
+    wrote_header: bool
+
+    def get_environment(self) -> dict[str, Any]:
+        request: Parser = self.request
+        request.environ = request.environ or super().get_environment()
+        return request.environ
+
+    def write(self, data: bytes) -> None:
+        """Sends head and body of an answer in one packet, if that is all of it and small."""
+        if self.wrote_header or not self.has_body or not self.content_length == len(data) <= QUICK_BODY:
+            super().write(data)
+            return
+        head = self.build_response_header()
+        self.wrote_header, self.content_bytes_written = True, len(data)
+        self.channel.write_soon(head + data)
+
+
+class LastTask(Task):
     """Closes the connection after this response, so that the client reconnects elsewhere: used while draining."""
 
     def start(self) -> None:
@@ -81,6 +113,7 @@ class LastTask(WSGITask):  # type: ignore[misc]
 
 class Channel(HTTPChannel):  # type: ignore[misc]
     parser_class = Parser
+    task_class = Task
     error_task_class = JsonErrorTask
 
     def __init__(self, server: BaseWSGIServer, *rest: Any, **how: Any) -> None:
@@ -95,6 +128,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         channels = [one for one in self.server.active_channels.values() if not one.will_close]
         idle = [one for one in channels if one.total_outbufs_len or not one.requests]
         min(idle, key=lambda one: one.waits_since).will_close = True
+
+    def begin(self) -> Any:
+        """Begins the answer to the next request, which `service` writes; not to one that Waitress refuses."""
+        request = self.requests[0]
+        if self.connected and not request.error:
+            return self.server.application.begin(self.task_class(self, request).get_environment())
 
     def service(self) -> None:
         super().service()
@@ -119,13 +158,16 @@ class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
     answering it, and leaves others to Waitress's threads. After one that took long (a slow disk, a Redis that hangs)
     the threads get all for a second, so that requests wait side by side.
 
+    Small requests that are ready together are answered together, so that Redis is asked once for all of them.
+
     Keeps a request until the answer before it on its connection has been sent. So no thread waits for a client that
     does not read, a connection holds one answer at most, and a client that pipelines has one turn in each round.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, app: Application) -> None:
         super().__init__()
         self.set_thread_count(8)
+        self.app = app
         self.waiting: deque[Channel] = deque()
         self.threads_until = 0.0  # time.monotonic()
 
@@ -139,24 +181,42 @@ class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
 
     def answer(self) -> None:
         """Answers one request of each connection, or hands it to the threads. Runs in the loop's thread."""
+        begun: list[tuple[Channel, Any]] = []
         for _ in range(len(self.waiting)):
             channel = self.waiting.popleft()
-            if not channel.total_outbufs_len:
-                self._answer(channel)
-            elif time.time() - channel.last_activity < UNREAD_FOR:
-                self.waiting.append(channel)
+            if channel.total_outbufs_len:
+                if time.time() - channel.last_activity < UNREAD_FOR:
+                    self.waiting.append(channel)
+                else:
+                    channel.cancel()
+            elif self._is_quick(channel):
+                begun.append((channel, self._timed(channel.begin)))
             else:
-                channel.cancel()
+                super().add_task(channel)
+            if len(begun) == TOGETHER:
+                self._complete(begun)
+                begun = []
+        self._complete(begun)
 
-    def _answer(self, channel: Channel) -> None:
-        started = time.monotonic()
+    def _is_quick(self, channel: Channel) -> bool:
         small = channel.requests[0].body_bytes_received <= QUICK_BODY
-        if not small or started < self.threads_until or is_silent():
-            super().add_task(channel)
+        return small and time.monotonic() >= self.threads_until and not is_silent()
+
+    def _complete(self, begun: list[tuple[Channel, Any]]) -> None:
+        if is_silent():  # since one of them has asked
+            for channel, _ in begun:
+                super().add_task(channel)
             return
-        channel.service()
+        self._timed(lambda: self.app.commit([answer for _, answer in begun if answer]))
+        for channel, _ in begun:
+            self._timed(channel.service)
+
+    def _timed(self, step: Callable[[], T]) -> T:
+        started = time.monotonic()
+        done = step()
         if time.monotonic() - started > LONG:
             self.threads_until = time.monotonic() + 1
+        return done
 
 
 class Server:
@@ -165,7 +225,7 @@ class Server:
     def __init__(self, app: Application, max_body: int, sockets: list[socket.socket]) -> None:
         self.app = app
         self.map: dict[int, Any] = {}  # what Waitress watches
-        self.dispatcher = Dispatcher()
+        self.dispatcher = Dispatcher(app)
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # under load it warns at every request
         self.waitress = create_server(
             app,
@@ -178,7 +238,7 @@ class Server:
             channel_timeout=UNREAD_FOR,
             connection_limit=2 * MOST_CONNECTIONS,  # above, Waitress accepts none until one ends
             outbuf_high_watermark=2**40,  # bytes, never reached: Waitress would wait for the client
-            clear_untrusted_proxy_headers=True,
+            clear_untrusted_proxy_headers=False,  # it would do so too late: Parser drops them
         )
         self.listeners = [one for one in self.map.values() if isinstance(one, BaseWSGIServer)]
         for one in self.listeners:
@@ -222,9 +282,10 @@ class Server:
 
     def _accept_more(self) -> None:
         """Accepts as many connections as there are, or half of those that there may be. Waitress takes one in a round,
-        so the last of many newcomers would wait for as many rounds, each of which serves all that are in."""
+        so the last of many newcomers would wait for as many rounds, each of which serves all that are in. So do the
+        first few, but they wait for other processes, too: whoever has less to do accepts them."""
         for one in self.listeners:
-            for _ in range(min(len(one.active_channels), one.room // 2, 50)):
+            for _ in range(min(len(one.active_channels) - FEW, one.room // 2, 50)):
                 before = len(one.active_channels)
                 if one.readable():
                     one.handle_accept()
