@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
@@ -22,7 +25,19 @@ from chaos.stage import REFUSED, TESTS, Stage
 from queues.heartbeat import LOCKED_FOR
 from tests.conversations import server_context
 from tests.redis_troubles import Trouble
-from tests.scripted_relay import OBLIGING, Act, Line, Step, command_address, take, take_after
+from tests.scripted_relay import (
+    OBLIGING,
+    Act,
+    HungUp,
+    Line,
+    Step,
+    command_address,
+    last_words,
+    reset,
+    swallow,
+    take,
+    take_after,
+)
 from tests.servers import ROOT, eventually, free_port
 
 HOUR = 3600
@@ -60,6 +75,33 @@ def kill_dashboard(stage: Stage) -> None:
     for starts in (1, 2):
         stage.has_logged("dashboard", "dashboard_started", starts)
         stage.signal("dashboard")
+
+
+def kill_senders(stage: Stage) -> None:
+    """Kills one of the processes that a worker has forked."""
+    with stage.relay_says(DOT=take_after(0.15)):
+        for _ in range(4):
+            stage.relay_hears_a_mail()
+            stage.wait(0, 1)
+            os.kill(stage.rng.choice(stage.senders()), signal.SIGKILL)
+    assert stage.relay.announced, "no mail was taken ahead"
+
+
+def kill_parent(stage: Stage) -> None:
+    with stage.relay_says(DOT=take_after(0.15)):
+        for _ in range(3):
+            stage.relay_hears_a_mail()
+            stage.wait(0, 1)
+            senders = stage.senders()
+            stage.signal("worker-0")
+            eventually(lambda senders=senders: not any(map(is_running, senders)), 5)  # type: ignore[misc]
+
+
+def is_running(pid: int) -> bool:
+    """Returns whether there is such a process, which is none that waits for its parent."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] not in ("Z", "X")
+    return False
 
 
 def cut_power(stage: Stage) -> None:
@@ -147,10 +189,10 @@ def trouble_redis(trouble: Trouble, seconds: float) -> Play:
     return play
 
 
-def lose_replies(*words: bytes) -> Play:
+def lose_replies(*words: bytes, said: bytes = b"") -> Play:
     def play(stage: Stage) -> None:
         times = max(2, len(stage.mails) // 5)
-        stage.proxy.lose(words, times)
+        stage.proxy.lose(words, times, said=said)
         eventually(lambda: stage.proxy.lost == times, 90)
 
     return play
@@ -202,6 +244,23 @@ def relay_does_to_some(step: Act, **rest: Step) -> Play:
             eventually(lambda: len(stage.relay.script[place]) == 1, 90)
 
     return play
+
+
+def take_and_hang_up(line: Line) -> str:
+    take(line)
+    raise HungUp
+
+
+def cut_around_the_dot(stage: Stage) -> None:
+    """Cuts at random where a final dot comes, most of them with the commands of the next mail."""
+    acts: list[Act] = [take_after(0.05)] * 6 + [take_and_hang_up, swallow, reset, last_words("421 4.3.2 bye")]
+
+    def mail(line: Line) -> str:
+        return reset(line) if stage.rng.random() < 0.03 else line.say(OBLIGING["MAIL"])
+
+    with stage.relay_says(DOT=lambda line: stage.rng.choice(acts)(line), MAIL=mail):
+        eventually(lambda: stage.submitted, 90)
+    assert stage.relay.announced > len(stage.mails) // 8, stage.relay.announced
 
 
 def greylist() -> dict[str, Step]:

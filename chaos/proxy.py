@@ -1,7 +1,8 @@
 """A TCP proxy in front of Redis that loses replies: it lets a request through and cuts the line before the answer.
 
 What was asked for has then been done, and who asked cannot know it. `lose(words, times)` arms it: a request that holds
-all of the words is the next to lose its reply, and `then` is called before anybody can notice. Everything else passes.
+all of the words, and whose reply holds what is `said`, is the next to lose it, and `then` is called before anybody can
+notice. Everything else passes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Proxy:
         self.target = target
         self.port = free_port()
         self.words: tuple[bytes, ...] = ()
+        self.said = b""
         self.left = 0
         self.then: Callable[[], object] = lambda: None
         self.lost = 0
@@ -27,9 +29,11 @@ class Proxy:
         self.over = threading.Event()
         self.threads: list[threading.Thread] = []
 
-    def lose(self, words: tuple[bytes, ...], times: int, then: Callable[[], object] = lambda: None) -> None:
+    def lose(
+        self, words: tuple[bytes, ...], times: int, then: Callable[[], object] = lambda: None, said: bytes = b""
+    ) -> None:
         with self.lock:
-            self.words, self.left, self.then = words, times, then
+            self.words, self.left, self.then, self.said = words, times, then, said
 
     def __enter__(self) -> Proxy:
         self.listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
@@ -66,14 +70,16 @@ class Proxy:
                         if not heard:
                             return
                         key.data.sendall(heard)
-                        if key.fileobj is client and self._is_to_be_lost(heard):
-                            server.recv(1 << 16)  # so it was done
-                            self.then()
-                            return
+                        if key.fileobj is client and self.left and all(word in heard for word in self.words):
+                            reply = server.recv(1 << 16)  # so it was done
+                            if self._is_to_be_lost(reply):
+                                self.then()
+                                return
+                            client.sendall(reply)
 
-    def _is_to_be_lost(self, request: bytes) -> bool:
+    def _is_to_be_lost(self, reply: bytes) -> bool:
         with self.lock:
-            if self.left == 0 or not all(word in request for word in self.words):
+            if self.left == 0 or self.said not in reply:
                 return False
             self.left -= 1
             self.lost += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from functools import partial
+from typing import Any
 
 from chaos.faults import (
     ACCEPT,
@@ -16,6 +17,7 @@ from chaos.faults import (
     Play,
     answer_in_real_words,
     clean_at_once,
+    cut_around_the_dot,
     cut_power,
     deny_two_for_ever,
     drain,
@@ -26,6 +28,8 @@ from chaos.faults import (
     kill_front,
     kill_front_unheard,
     kill_in_maintenance,
+    kill_parent,
+    kill_senders,
     kill_workers_at_random,
     let_certificate_expire,
     lose_replies,
@@ -65,8 +69,32 @@ def killed_at(point: str) -> Scene:
     )
 
 
+# So much mail for so few senders that they take some ahead.
+UNDER_LOAD: dict[str, Any] = {"settings": {"WORKER_CONCURRENCY": "2"}, "pipelined": True, "times": 10}
+TWO = {"WORKER_CONCURRENCY": "4", "WORKER_PROCESSES": "2"}
 MORE = [
     Scene("workers killed", "two e-mail workers are killed at random moments", kill_workers_at_random, workers=2),
+    Scene(
+        "workers killed under load", "the same with mail taken ahead", kill_workers_at_random, workers=2, **UNDER_LOAD
+    ),
+    Scene(
+        "one of two processes killed",
+        "a worker's child is killed four times",
+        kill_senders,
+        **UNDER_LOAD | {"settings": TWO},
+    ),
+    Scene(
+        "parent of two processes killed",
+        "a worker with two children is killed",
+        kill_parent,
+        **UNDER_LOAD | {"settings": TWO},
+    ),
+    Scene(
+        "relay cuts around the dot",
+        "the relay hangs up where a dot comes with the next mail's commands",
+        cut_around_the_dot,
+        **UNDER_LOAD | {"settings": {"WORKER_CONCURRENCY": "2", "RETRY_SCHEDULE": QUICK}},
+    ),
     Scene("API killed", "the API is killed four times while it accepts", kill_front, held=False),
     Scene(
         "API killed before its answer", "the API stores a mail and dies", kill_front_unheard, held=False, proxied=True
@@ -160,6 +188,12 @@ MORE = [
         drain,
         settings={"WORKER_CONCURRENCY": "2"},
     ),
+    Scene(
+        "processes told to stop",
+        "a worker of two processes is told to stop in mid-mail, three times",
+        drain,
+        **UNDER_LOAD | {"settings": TWO},
+    ),
     Scene("told to stop twice", "SIGTERM twice while the relay has not answered", terminate_twice),
     Scene("group told to stop", "SIGTERM to the worker and its children, in mid-mail", terminate_group),
     Scene(
@@ -190,10 +224,9 @@ MORE = [
 
 REPLIES_LOST = {  # what the request holds whose reply is lost
     "accept": ACCEPT,
-    "claim": (b"EVALSHA", b"rq:failed:email"),
     "the mark before the final dot": (b"EVALSHA", b"in_doubt"),
     "settle": (b"EVALSHA", b"settled_at"),
-    "RQ's bookkeeping": (b"EXEC", b"rq:finished:email"),
+    "the step that takes a job": (b"EVALSHA", b"rq:queue:email:intermediate"),
 }
 
 TROUBLE: dict[str, tuple[str, Play]] = {  # no mail's fault, so it costs none an attempt
@@ -223,7 +256,8 @@ def _all() -> list[Scene]:
     scenes = [killed_at(point) for point in POINTS]
     for name, words in REPLIES_LOST.items():
         fault = f"the connection to Redis is cut so that the reply to {name} is lost"
-        scenes.append(Scene(f"reply to {name} lost", fault, lose_replies(*words), proxied=True))
+        said = b"claimed" if "takes a job" in name else b""
+        scenes.append(Scene(f"reply to {name} lost", fault, lose_replies(*words, said=said), proxied=True))
     for name, (fault, play) in TROUBLE.items():
         scenes.append(
             Scene(

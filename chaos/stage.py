@@ -54,6 +54,7 @@ class Scene:
     dies_at: str = ""  # a point of tests/killed_worker.py at which the first worker dies
     secure: bool = False  # the relay wants STARTTLS and a login
     proxied: bool = False  # Redis is reached through a proxy
+    pipelined: bool = False  # the relay surely announces PIPELINING
     clocked: bool = False  # the wall clock can be set
     held: bool = True  # whether it is worth playing with ON_DOUBT=hold, too
     uncounted: bool = False  # the fault may cost no mail an attempt
@@ -151,7 +152,7 @@ class Stage:
 
     def _make_relay(self) -> ScriptedRelay:
         # Plain dialogue or in groups of commands: what the relay lets us do, as it falls.
-        offers = self.rng.choice([[], ["PIPELINING"]])
+        offers = self.rng.choice([[], ["PIPELINING"]]) if not self.scene.pipelined else ["PIPELINING"]
         offers = offers + (["STARTTLS", "AUTH PLAIN"] if self.scene.secure else [])
         context = server_context(self.authority) if self.scene.secure else None
         return ScriptedRelay(
@@ -259,6 +260,11 @@ class Stage:
         with self.keeper.lock:
             self.keeper.processes[name].send_signal(number)
 
+    def senders(self) -> list[int]:
+        """Returns the processes that have the workers of RQ in them."""
+        found = [self.client.hget(key, "pid") for key in self.client.smembers("rq:workers")]
+        return sorted(pid for pid in map(int, filter(None, found)) if os.path.exists(f"/proc/{pid}"))
+
     def workers(self) -> list[str]:
         return [f"worker-{number}" for number in range(self.scene.workers)]
 
@@ -363,13 +369,13 @@ class Stage:
         """Waits until RQ, too, has nothing in hand: a job that it still has may be run again."""
         while time.monotonic() < deadline:
             try:
-                if not any(self._in_hand()):
+                if not any(self.in_hand()):
                     return
             except redis.RedisError:
                 pass
             self.over.wait(0.5)
 
-    def _in_hand(self) -> list[int]:
+    def in_hand(self) -> list[int]:
         with self.client.pipeline(transaction=False) as pipe:
             pipe.llen("rq:queue:email")
             pipe.llen("rq:queue:email:intermediate")

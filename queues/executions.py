@@ -37,7 +37,7 @@ TO_RUN = (
 # Leaves of a finished job what people look at. RQ keeps its result in a stream, which takes 4.7 KB for one word; a
 # field of the job takes ten bytes. What became of the mail is in the mail.
 # Returns nothing if the queue is empty, the id alone of a job that is gone or unreadable, or the id and the job's hash
-# and what `beside(id)` returns.
+# and what `beside(id)` returns, if it does not fail: the job will, and is dealt with then.
 NEXT = f"""
 local JOB, RESULTS = '{keys.job("")}', '{keys.results("")}'
 local EXECUTION, EXECUTIONS = '{keys.EXECUTION}', '{keys.executions("")}'
@@ -56,13 +56,18 @@ local function end_job(id, execution, ended_at, result, kept, took)
 end
 
 local function take(execution, id)
-  if id ~= '' then redis.call('LREM', KEYS[2], 1, id) else id = redis.call('LPOP', KEYS[1]) end
+  local moved = id ~= ''
+  if not moved then id = redis.call('LINDEX', KEYS[1], 0) end
   if not id then return end
+  local function remove() if moved then redis.call('LREM', KEYS[2], 1, id) else redis.call('LPOP', KEYS[1]) end end
   local job, both, now, lease = JOB .. id, id .. ':' .. execution, ARGV[2], ARGV[4]
-  if redis.call('TYPE', job).ok ~= 'hash' or redis.call('HEXISTS', job, 'data') == 0 then return {{id}} end
+  if redis.call('TYPE', job).ok ~= 'hash' or redis.call('HEXISTS', job, 'data') == 0 then
+    remove()
+    return {{id}}
+  end
+  redis.call('PERSIST', job)  -- first, since a full Redis lets a script write whose first write takes no memory
   local stored = redis.call('HGETALL', job)
   redis.call('HSET', job, 'status', 'started', 'started_at', ARGV[3], 'last_heartbeat', ARGV[3], 'worker_name', ARGV[1])
-  redis.call('PERSIST', job)
   redis.call('HSET', EXECUTION .. both, 'id', execution, 'job_id', id, 'created_at', now, 'last_heartbeat', now,
     'worker_name', ARGV[1])
   redis.call('EXPIRE', EXECUTION .. both, lease)
@@ -71,7 +76,9 @@ local function take(execution, id)
   redis.call('ZADD', KEYS[3], math.floor(now) + lease, both)
   redis.call('SADD', KEYS[6], both)
   redis.call('EXPIRE', KEYS[6], lease + 60)
-  return {{id, stored, beside(id, 13)}}
+  remove()  -- last: where one of these keys holds something else, the job is still where it was
+  local done, said = pcall(beside, id, 13)
+  return {{id, stored, done and said or nil}}
 end
 
 if ARGV[5] ~= '' then end_job(unpack(ARGV, 5, 10)) end
@@ -108,10 +115,9 @@ class Turns:
         aside."""
         while found := self._run(ended, execution_id := uuid4().hex, job_id):
             ended, job_id, taken_id = (), "", found[0].decode(errors="replace")
-            job: Any = self.worker.job_class(
-                taken_id, connection=self.worker.connection, serializer=self.worker.serializer
-            )
-            job.origin = self.queue.name
+            job: Any = self.worker.job_class(taken_id, connection=self.worker.connection)
+            # Set here, for RQ takes as long to find out that it is one as for all else of a job.
+            job.serializer, job.origin = self.worker.serializer, self.queue.name
             execution = Execution(execution_id, taken_id, self.worker.connection, self.worker.name)
             try:
                 if len(found) == 1:

@@ -165,8 +165,15 @@ class Senders:
 
     def _wait_for_jobs(self) -> None:
         while not self.stopping:
-            if self.asked.acquire(timeout=WAIT) and not self._find_one():
-                self.asked.release()
+            if self.asked.acquire(timeout=WAIT):
+                found = False
+                try:
+                    found = self._find_one()
+                except Exception as error:
+                    bear(error)
+                finally:
+                    if not found:
+                        self.asked.release()  # or a sender would wait for good
 
     def _find_one(self) -> bool:
         """Moves a job for an idle sender out of the queue, as RQ does, to where it is found if this process dies."""
@@ -174,12 +181,8 @@ class Senders:
         if self.may_not_take():
             time.sleep(PAUSE)
             return False
-        try:
-            moved: Any = self.waiting.blmove(keys.queue(name), keys.intermediate(name), WAIT)
-            announcements.note(None)
-        except Exception as error:
-            bear(error)
-            return False
+        moved: Any = self.waiting.blmove(keys.queue(name), keys.intermediate(name), WAIT)
+        announcements.note(None)
         if not moved:
             return False
         job_id = moved.decode(errors="replace")

@@ -222,7 +222,7 @@ class Session:
         self.pending_replies += 1
         self.state, body = State.MID_DATA, dot_stuffed(crlf_lines(mime))
         self.unsent = body if len(body) <= SMALL else b""
-        if not self.unsent and not self.send_mail(body):
+        if not self.unsent and self.send_mail(body) < len(body):
             raise Stopped(self.final_reply())
         return self.replies
 
@@ -235,12 +235,15 @@ class Session:
         RFC 5321 4.5.3.2.6 asks for ten minutes, and a client that gives up earlier sends again what was accepted.
         """
         commands = following.commands if following else []
-        if not self.has_hung_up() and self.send_mail(self.unsent + b"".join((b".\r\n", *commands))):
+        mail = self.unsent + b".\r\n"
+        data = b"".join((mail, *commands))
+        sent = 0 if self.has_hung_up() else self.send_mail(data)
+        if sent >= len(mail):  # the relay may have the mail, whatever became of the commands
             self.state, self.dot_at = State.AWAITING_FINAL_REPLY, time.monotonic()
             self.sock.settimeout(None)
             self.pending_replies += len(commands)
         reply = self.final_reply()
-        if following and self.state is State.READY and reply.leaves_the_session:
+        if following and sent == len(data) and self.state is State.READY and reply.leaves_the_session:
             self.state, self.following = State.IN_TRANSACTION, following
         return reply
 
@@ -277,16 +280,16 @@ class Session:
             raise Stopped(_gravest(planned.replies.values()))
         self.expect(self.ask(Phase.DATA, b"DATA\r\n"))
 
-    def send_mail(self, data: bytes) -> bool:
-        """Hands a part of the mail to the kernel. Returns False if that did not take all of it: a relay that wants no
-        more (552, 421) says so and hangs up, and its last words are the final reply."""
+    def send_mail(self, data: bytes) -> int:
+        """Hands a part of the mail to the kernel. Returns how many octets that took: a relay that wants no more (552,
+        421) says so and hangs up, and its last words are the final reply."""
+        sent, left = 0, memoryview(data)
         try:
-            for start in range(0, len(data), CHUNK):  # a timeout is for a whole sendall()
-                self.sock.sendall(data[start : start + CHUNK])
+            while sent < len(data):
+                sent += self.sock.send(left[sent : sent + CHUNK])
         except OSError:
             self.sock.settimeout(LAST_WORDS)
-            return False
-        return True
+        return sent
 
     def has_hung_up(self) -> bool:
         """Returns whether the relay has closed the connection, as far as the kernel knows: a write would be taken."""

@@ -101,6 +101,8 @@ class Line:
         heard = self.socket.recv(1 << 20)
         if not heard:
             raise HungUp
+        if self.acceptance and self.acceptance.answered_at and not self.acceptance.acknowledged_at:
+            self.acceptance.acknowledged_at = time.monotonic()  # what came with the dot was said before the answer
         if all_answered:
             self.relay.turns += 1
             time.sleep(self.relay.latency)
@@ -238,6 +240,7 @@ class ScriptedRelay:
         self.accepted: list[bytes] = []  # those among them that were answered with 2xx
         self.log: list[Acceptance] = []
         self.connections = 0
+        self.announced = 0  # mails whose commands came with the final dot of another
         self.over = threading.Event()
         self.lines: list[tuple[threading.Thread, Line]] = []
 
@@ -298,8 +301,6 @@ class ScriptedRelay:
             command = line.hear_until(b"\r\n").decode("utf-8", "replace")
             self.commands.append(command)
             line.command = command
-            if line.acceptance and line.acceptance.answered_at:
-                line.acceptance.acknowledged_at = time.monotonic()
             self._answer(line, command.split(" ")[0].split(":")[0].upper())
 
     def _answer(self, line: Line, verb: str) -> None:
@@ -330,6 +331,7 @@ class ScriptedRelay:
             self._perform(line, "BODY")
         line.body = line.hear_until(b"\r\n.\r\n") + b"\r\n"
         self.bodies.append(line.body)
+        self.announced += line.unread.startswith(b"MAIL")
         if self._perform(line, ".").startswith("2"):
             self.accepted.append(line.body)
 

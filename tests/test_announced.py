@@ -106,6 +106,44 @@ def test_what_becomes_of_one_is_not_what_becomes_of_the_other(
     assert copies[1] <= 2
 
 
+class Breaking:
+    """A socket whose kernel takes so many octets and no more."""
+
+    def __init__(self, sock: Any, left: int) -> None:
+        self.sock, self.left = sock, left
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+    def send(self, data: bytes) -> int:
+        if not self.left:
+            raise TimeoutError
+        taken = self.sock.send(data[: self.left])
+        self.left -= taken
+        return int(taken)
+
+    def sendall(self, data: bytes) -> None:
+        while data:
+            data = data[self.send(data) :]
+
+
+@pytest.mark.parametrize(("mime", "more"), [(MIME, 0), (MIME, 9), (LARGE, 40), (MIME, -1)])
+def test_a_dot_that_got_out_without_all_that_follows_is_answered_for(mime: bytes, more: int) -> None:
+    """It was taken for not sent, and the mail went out again without a word of doubt."""
+    with served(offers=PIPES) as (there, to):
+        another(to)
+        with POOL.conversation(to) as talk:
+            said = talk.begin(Envelope(SENDER, [ADA]), mime)
+            following = talk.announce(Envelope(SENDER, [BOB]), NEXT)
+            talk.session.smtp.sock = Breaking(talk.session.sock, len(talk.session.unsent) + 3 + more)  # type: ignore[assignment]
+            first = finished(talk, said)
+        assert fate(first) == (Phase.DOT, 250, ACCEPTED)
+        with POOL.conversation(to, following) as talk:
+            assert fate(finished(talk, talk.begin(Envelope(SENDER, [BOB]), NEXT)))[2] is ACCEPTED
+        assert there.connections == 2
+    assert there.accepted == [MIME, mime, NEXT]
+
+
 @pytest.mark.parametrize("steps", [{".": forget}, {"MAIL": ["250 ok", "503 5.5.1 nested MAIL", "250 ok"]}])
 def test_a_relay_that_does_not_take_it_is_learnt_and_costs_no_mail(steps: dict[str, Any]) -> None:
     with served(after_one(steps), offers=PIPES, timeout=0.3) as (there, to):

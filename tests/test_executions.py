@@ -170,12 +170,35 @@ def test_a_worker_that_is_killed_leaves_its_jobs_to_rqs_maintenance(client: redi
 
 
 def test_a_full_redis_still_ends_a_job_and_gives_out_the_next(client: redis.Redis) -> None:
-    enqueue(client, "tasks.deliver", "tasks.deliver")
+    enqueue(client, *["tasks.deliver"] * 3)
     worker = ours(client, lambda _: "sent")
     taken = worker.turns.take()
     assert taken
     client.config_set("maxmemory", 1)
     try:
         assert worker.turns.take(worker.perform(taken))
+        assert worker.turns.take()
     finally:
         client.config_set("maxmemory", 0)
+
+
+def test_a_job_is_in_the_queue_until_all_of_its_start_is_written(client: redis.Redis) -> None:
+    enqueue(client, "tasks.deliver")
+    worker = ours(client, lambda _: "sent")
+    client.set("rq:wip:email", "no registry")
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        worker.turns.take()
+    assert client.lrange("rq:queue:email", 0, -1) == [b"job-0"]
+    client.delete("rq:wip:email")
+    assert worker.turns.take()
+    assert client.llen("rq:queue:email") == 0
+
+
+def test_what_fails_beside_a_job_is_left_to_the_job(client: redis.Redis) -> None:
+    enqueue(client, "tasks.deliver")
+    worker = ours(client, lambda _: "sent")
+    worker.turns = Turns(worker, "local function beside(id, at) return redis.call('LLEN', 'rq:job:' .. id) end")
+    taken = worker.turns.take()
+    assert taken
+    assert taken.job.beside is None
+    assert client.zcard("rq:wip:email") == 1

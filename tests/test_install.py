@@ -19,7 +19,7 @@ import redis
 
 from ops import install, release, site
 from ops.server import Fault, Server
-from settings import ApiKey, from_file, load
+from settings import ApiKey, from_credentials, from_file, load
 from tests.http_api import MAIL
 from tests.relay import Relay
 from tests.servers import ROOT, House, RedisServer, copy_project, eventually, mode
@@ -193,7 +193,8 @@ def test_secrets_are_made_once_and_only_root_reads_them(server: Server) -> None:
     install.configure(server)
     key = server.new_key
     assert key
-    settings = load(from_file=from_file(server.env), _secrets_dir=server.credentials)  # as the service reads it
+    secrets = from_credentials(str(server.credentials))
+    settings = load(from_file=from_file(server.env), **secrets)  # as the service reads it
     assert settings.api_keys == (ApiKey("default", hashlib.sha256(key.encode()).hexdigest(), "full"),)
     assert settings.redis_url.get_secret_value().startswith("unix://async-email:")
     assert settings.dashboard_password

@@ -39,11 +39,12 @@ HOMES = {  # an outside thing -> the only rooms or files that may import it
     "bottle": {"web", "ops.catcher"},
     "aiosmtpd": {"submission", "ops.catcher"},
     "prometheus_client": {"web.metrics"},
-    "mail.draft": {"web", "submission", "ops"},  # with pydantic's models and Jinja: two megabytes that no worker needs
+    "mail.draft": {"web", "ops"},  # with pydantic's models and Jinja: two megabytes that no worker needs
     "waitress": {"web.server", "web.grammar", "ops.catcher", "ops.dashboard"},
 }
 WITHOUT = {  # what a process imports -> what is of no use to it: megabytes, and a slower start
     "service": "ops flask smtplib mail.delivery croniter prometheus_client pydantic_settings",
+    "submission.__main__": "ops web bottle waitress jinja2 smtplib mail.delivery croniter pydantic_settings",
     "worker": "ops web bottle waitress jinja2 smtplib mail.delivery mail.request email_validator html croniter",
     "worker, mail.delivery": "ops web bottle waitress jinja2 mail.request email_validator html croniter difflib",
     "ops.dashboard": "web.handlers web.server bottle mail.request mail.delivery smtplib email.policy",

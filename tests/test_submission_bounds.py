@@ -232,6 +232,16 @@ def test_who_does_not_log_in_is_sent_away(house: House) -> None:
         assert silent.reply().startswith("421 4.3.2 log in")
 
 
+def test_a_connection_ends_after_its_time_but_not_in_the_middle_of_a_mail(house: House) -> None:
+    other = Submission(house, "conversation.LOGIN_WITHIN = conversation.LONGEST = 0.2")
+    with other.talk() as idle, other.talk() as busy, other.talk() as undecided:
+        for one in (busy, undecided):
+            one.say(ENVELOPE.removesuffix(b"DATA\r\n"), 2)
+        assert idle.reply().startswith("421 4.3.2 this connection has been open")
+        assert [one[:3] for one in busy.say(b"DATA\r\n" + MAIL + b".\r\n", 3)] == ["354", "250", "421"]
+        assert [one[:3] for one in undecided.say(b"RSET\r\n" + ENVELOPE, 2)] == ["250", "421"]
+
+
 def test_what_clients_do_wrong_is_no_fault_of_ours_in_the_log(house: House, tmp_path: Path) -> None:
     other, linger = Submission(house, **Certified(tmp_path).settings), struct.pack("ii", 1, 0)
     for octets in (
