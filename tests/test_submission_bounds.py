@@ -333,6 +333,14 @@ def test_what_is_sent_ahead_of_tls_is_forgotten(house: House, tmp_path: Path) ->
             assert inner.recv(100)[:3] == b"503"  # neither EHLO nor AUTH was heard
 
 
+@pytest.mark.parametrize("port", ["0", "{port}"])
+def test_this_machine_is_offered_tls_on_port_587_alone(house: House, tmp_path: Path, port: str) -> None:
+    other = Submission(house, f"conversation.STARTTLS_PORT = {port}", **Certified(tmp_path).settings)
+    with smtplib.SMTP("127.0.0.1", other.port, timeout=30) as client:
+        client.ehlo()
+        assert (client.has_extn("auth"), client.has_extn("starttls")) == (True, port != "0")
+
+
 def test_port_465_speaks_tls_at_once_and_a_new_certificate_is_read_on_sighup(house: House, tmp_path: Path) -> None:
     certified = Certified(tmp_path)
     other = Submission(house, "main.TLS_PORT = {port}", **certified.settings)
