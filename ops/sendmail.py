@@ -102,10 +102,10 @@ def config_of(file: str) -> Config:
     url, (name, sender) = given.get("SUBMISSION_URL", ""), parseaddr(given.get("MAIL_FROM", ""))
     if not re.fullmatch(r"smtps?://[^@/]+@[^@/]+", url):
         raise Stop(CONFIG, f"{file}: SUBMISSION_URL must be such as smtp://any:API-KEY@127.0.0.1:2525")
-    if "@" not in sender:
+    if is_local(sender):
         raise Stop(CONFIG, f"{file}: MAIL_FROM must be an address: of mail from users of this machine")
     local_to = given.get("LOCAL_TO", "")
-    if local_to and "@" not in local_to:
+    if local_to and is_local(local_to):
         raise Stop(CONFIG, f"{file}: LOCAL_TO must be an address: it gets mail to users of this machine")
     return Config(url, name, sender, local_to, file)
 
@@ -131,22 +131,28 @@ def addressed(mail: Mail, asked: Asked, config: Config) -> tuple[str, list[str]]
     recipients = [address for _, address in getaddresses([*asked.recipients, *named]) if address]
     if not recipients:
         raise Stop(USAGE_ERROR, "the mail must have a recipient: in its header, with -t, or on the command line")
-    if not config.local_to and not all("@" in one for one in recipients):
+    if not config.local_to and any(map(is_local, recipients)):
         raise Stop(NO_USER, f"{config.file}: LOCAL_TO must be set, for mail to users of this machine")
-    recipients = [one if "@" in one else config.local_to for one in recipients]
+    recipients = [config.local_to if is_local(one) else one for one in recipients]
     sender = asked.sender
     if sender is None:
-        sender = next((one for _, one in getaddresses(mail.values(b"from")) if "@" in one), "")
+        sender = next((one for _, one in getaddresses(mail.values(b"from")) if not is_local(one)), "")
     elif sender in ("", "<>"):
         return "", list(dict.fromkeys(recipients))
-    return (sender.strip("<>") if "@" in sender else config.sender), list(dict.fromkeys(recipients))
+    return (config.sender if is_local(sender) else sender.strip("<>")), list(dict.fromkeys(recipients))
+
+
+def is_local(address: str) -> bool:
+    """Returns whether it is a user of this machine; never of a name with a dot, which may be a domain of mail."""
+    _, at, domain = address.strip("<>").lower().partition("@")
+    return not at or domain in ("localhost", "localhost.localdomain", os.uname().nodename.lower().partition(".")[0])
 
 
 def completed(mail: Mail, asked: Asked, config: Config) -> Mail:
     """Puts in a From with a whole address, the address for a local user, and a key by which a repeat is known."""
     fields = [(name, _qualified(name, value, config)) for name, value in mail.fields]
     written = ", ".join(mail.values(b"from"))
-    if "@" not in written:
+    if "@" not in written or all(one and is_local(one) for _, one in getaddresses([written])):
         fields = [field for field in fields if field[0].lower() != b"from"]
         name = asked.name or next(filter(None, parseaddr(written)), config.name)
         name = re.sub(r"[\x00-\x1f\x7f]", " ", name.encode(errors="surrogateescape").decode(errors="replace"))

@@ -6,10 +6,14 @@ import base64
 import re
 import smtplib
 import socket
+import ssl
 import subprocess
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+import trustme
 
 from tests.servers import House, eventually, free_port
 
@@ -128,3 +132,29 @@ class Tap:
                 other.sendall(data)
         with suppress(OSError):
             other.shutdown(socket.SHUT_RDWR)
+
+
+class Certified:
+    """A certificate for the process, which may be issued again."""
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        self.names = names or ("127.0.0.1", "localhost")
+        self.authority = trustme.CA()
+        self.cert, self.key = folder / "cert.pem", folder / "key.pem"
+        self.issue()
+
+    def issue(self) -> None:
+        made = self.authority.issue_cert(*self.names)
+        made.private_key_pem.write_to_path(str(self.key))
+        with self.cert.open("wb") as file:
+            file.writelines(blob.bytes() for blob in made.cert_chain_pems)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {"SUBMISSION_TLS_CERT": str(self.cert), "SUBMISSION_TLS_KEY": str(self.key)}
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        self.authority.configure_trust(context)
+        return context

@@ -5,19 +5,22 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from email import message_from_bytes
+from os import uname
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conversations import write_ca
 from tests.relay import Delivery, Relay
 from tests.servers import ROOT, House, RedisServer, eventually
-from tests.submitting import Submission, Tap
+from tests.submitting import Certified, Submission, Tap
 
 MAIL = b"From: Ada <ada@example.com>\nTo: bob@example.com\nSubject: Hello\n\nHi Bob\n"
 CRON = b"From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@web> backup\n\ndone\n"
 OF_CRON = b"From: CronDaemon <web@example.com>\nTo: root <admin@example.com>\nSubject: Cron <root@web> backup\n\ndone\n"
 HIDDEN = b"Cc: c@example.com\nBCC: d@example.com,\n e@example.com\nSubject: x\n\n.\n..\nend\n"
+LOCAL = b"From: Blog <blog@localhost>\nTo: Root <root@LOCALHOST>\nSubject: x\n\nx\n"
 TWO = MAIL.replace(b"\nTo:", b",\n bob@example.com\nTo:")
 WEB, ADA, BOB, ADMIN = "web@example.com", "ada@example.com", "bob@example.com", "admin@example.com"
 FROM_WEB = b"From: Web 1 <web@example.com>\n"
@@ -38,6 +41,13 @@ CALLS = {  # words, mail -> sender, recipients, content
     "as cron": ("-FCronDaemon -i -B8BITMIME -oem root", CRON, WEB, [ADMIN], OF_CRON),
     "no header": (BOB, b"no header: \xc3\xa4\rx\r\r\ny", WEB, [BOB], FROM_WEB + b"\nno header: \xc3\xa4\nx\ny\n"),
     "two authors": (BOB, TWO, ADA, [BOB], TWO),
+    "local hosts": (
+        "-t -fx@" + uname().nodename,
+        LOCAL,
+        WEB,
+        [ADMIN],
+        LOCAL.replace(b"<blog@localhost>", b"<web@example.com>"),
+    ),
     "resent": (
         "-t",
         b"Resent-To: c@example.com\n" + MAIL,
@@ -62,13 +72,13 @@ def there(redis_server: RedisServer, far: Relay, tmp_path_factory: pytest.TempPa
         yield Submission(house)
 
 
-def call(directory: Path, mail: bytes, *words: str, **settings: str) -> tuple[int, str]:
+def call(directory: Path, mail: bytes, *words: str, authority: str = "", **settings: str) -> tuple[int, str]:
     """Returns its exit code and what it says."""
     given = {"MAIL_FROM": "Web 1 <web@example.com>", "LOCAL_TO": "admin@example.com", **settings}
     lines = [f"{name}={value}\n" for name, value in given.items() if value]
     (directory / "sendmail.conf").write_text("# settings\n" + "".join(lines))
     command = [str(ROOT / "bin" / "sendmail"), "-C", str(directory / "sendmail.conf"), *words]
-    ran = subprocess.run(command, input=mail, capture_output=True, env={}, timeout=60)
+    ran = subprocess.run(command, input=mail, capture_output=True, env={"SSL_CERT_FILE": authority}, timeout=60)
     return ran.returncode, (ran.stdout + ran.stderr).decode()
 
 
@@ -116,7 +126,7 @@ def test_what_smtp_cannot_carry_is_encoded(there: Submission, far: Relay, tmp_pa
         (65, "554 5.6.0 the mail must have one", "-t", {"mail": b"From: x@example.com\n" + MAIL}),
         (65, "a line's end", "-f a@example.com\nx", {"words": [BOB]}),
         (67, "LOCAL_TO must be set", "root", {"LOCAL_TO": ""}),
-        (67, "553 5.1.3", "bob@localhost", {}),
+        (67, "553 5.1.3", "bob@elsewhere", {}),
         (69, "452 4.5.3", "a@x.example b@x.example c@x.example d@x.example", {}),
         (75, "does not answer", "-t", {"port": 0}),
         (77, "535 5.7.8", "-t", {"key": "wrong"}),
@@ -146,3 +156,16 @@ def test_a_mail_whose_reply_was_lost_is_handed_over_again_and_is_one_mail(
     assert len(tap.mails) == len(set(tap.mails)) + 2 == 3
     sent(there, far, tmp_path, MAIL, BOB)
     assert len(far.accepted) == before + 2
+
+
+@pytest.mark.parametrize("scheme", ["smtp", "smtps"])
+def test_another_machines_service_is_spoken_to_over_tls_with_its_own_certificate(
+    there: Submission, tmp_path: Path, scheme: str
+) -> None:
+    certified = Certified(tmp_path, "0.0.0.0")  # which is this machine, and not among the names of loopback
+    ports = "main.TLS_PORT = {port}" if scheme == "smtps" else "conversation.STARTTLS_PORT = {port}"
+    other = Submission(there.house, ports, **certified.settings)
+    to = {"SUBMISSION_URL": f"{scheme}://any:send-key@0.0.0.0:{other.port}"}
+    assert call(tmp_path, MAIL, "-t", authority=write_ca(certified.authority, tmp_path), **to) == (0, "")
+    assert call(tmp_path, MAIL, "-t", **to)[0] == 75
+    assert call(tmp_path, MAIL, "-t", SUBMISSION_URL=f"smtp://any:send-key@0.0.0.0:{there.port}")[0] == 78

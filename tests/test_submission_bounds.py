@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import redis
-import trustme
 
 from mail.address import Mailbox
 from mail.outbox import Outbox
@@ -30,7 +29,7 @@ from submission.conversation import MOST, MOST_OF_ONE, Conversations
 from submission.handler import Outcome
 from tests.relay import Relay
 from tests.servers import Api, House, RedisServer, eventually
-from tests.submitting import ENVELOPE, LOGIN, MAIL, Submission
+from tests.submitting import ENVELOPE, LOGIN, MAIL, Certified, Submission
 from tests.test_structure import digest_of
 
 FOREIGN = "conversation.network = handler.network = lambda address: 'far'"
@@ -278,29 +277,6 @@ def test_one_address_has_so_many_connections_and_all_together_so_many() -> None:
     assert admitted(*["192.0.2.1"] * 2000) == admitted(*["::ffff:192.0.2.1"] * 2000) == MOST_OF_ONE
     assert admitted(*["127.0.0.1"] * 2000) == MOST
     assert admitted(*(f"192.0.{n % 200}.2" for n in range(2000))) == MOST
-
-
-class Certified:
-    def __init__(self, folder: Path) -> None:
-        self.authority = trustme.CA()
-        self.cert, self.key = folder / "cert.pem", folder / "key.pem"
-        self.issue()
-
-    def issue(self) -> None:
-        made = self.authority.issue_cert("127.0.0.1", "localhost")
-        made.private_key_pem.write_to_path(str(self.key))
-        with self.cert.open("wb") as file:
-            file.writelines(blob.bytes() for blob in made.cert_chain_pems)
-
-    @property
-    def settings(self) -> dict[str, str]:
-        return {"SUBMISSION_TLS_CERT": str(self.cert), "SUBMISSION_TLS_KEY": str(self.key)}
-
-    @property
-    def context(self) -> ssl.SSLContext:
-        context = ssl.create_default_context()
-        self.authority.configure_trust(context)
-        return context
 
 
 def test_nobody_far_may_log_in_without_tls_and_wrong_logins_end(house: House, tmp_path: Path) -> None:
