@@ -132,7 +132,7 @@ def test_mail_comes_by_smtp_from_other_machines_and_from_its_own_programs(server
         **dict(zip(settings, ("127.0.0.1:2525,0.0.0.0:465", "/etc/ssl/smtp.crt", "/etc/ssl/smtp.key"), strict=True))
     )
     try:
-        assert "on port 465" in server.install().stdout  # the doctor's words
+        assert "is taken by SMTP on port 465" in server.install().stdout  # the doctor says so
         context = ssl.create_default_context()
         authority.configure_trust(context)
         with smtplib.SMTP_SSL(server.machine.address, 465, context=context, timeout=60) as client:
