@@ -274,6 +274,11 @@ def _all() -> list[Scene]:
         scenes.append(
             Scene(name, f"the relay hangs up {place}, for some mails", play, settings={"RETRY_SCHEDULE": QUICK})
         )
+    words = REPLIES_LOST["the step that takes a job"]
+    play = lose_replies(*words, said=b"claimed")
+    scenes.append(
+        Scene("replies lost under load", "the same, of the commands of several", play, proxied=True, **UNDER_LOAD)
+    )
     return scenes + MORE
 
 

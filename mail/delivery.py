@@ -102,12 +102,13 @@ class Delivery:
             return self._end(claim, given_up(claim), TROUBLE_TOO_LONG)
         if wait:
             return self._end(claim, State.DELAYED, wait.reason, math.ceil(wait.seconds), wait.reserved)
-        return self._hand_over(claim, ahead or Ahead(claim, *written(claim, todo)))
+        letter = (ahead and ahead.letter) or written(claim, todo)
+        return self._hand_over(claim, *letter, ahead.talk if ahead else None)
 
-    def _hand_over(self, claim: Claim, mail: Ahead) -> str | Retry:
-        started, envelope = time.monotonic(), mail.envelope
-        with self.pool.conversation(self.relay, mail.talk) as talk:
-            said = talk.begin(envelope, mail.mime)  # all but the final dot: until it is out, nothing is sent
+    def _hand_over(self, claim: Claim, envelope: Envelope, mime: bytes, announced: Conversation | None) -> str | Retry:
+        started = time.monotonic()
+        with self.pool.conversation(self.relay, announced) as talk:
+            said = talk.begin(envelope, mime)  # all but the final dot: until it is out, nothing is sent
             if not isinstance(said, Outcome):
                 self._look_ahead(talk)
             while not isinstance(said, Outcome):  # a second time where a kept session has died at the dot
@@ -129,8 +130,8 @@ class Delivery:
                 self._tell_breaker(said.reply, put_off)
 
     def _look_ahead(self, talk: Conversation) -> None:
-        """Takes the next mail now, if all senders are busy, so that its envelope goes out with this one's final dot.
-        Only a mail that nothing can stop any more: the relay then waits for its text."""
+        """Takes the next mail now, if all senders are busy, and holds it. The envelope of one that nothing can stop any
+        more goes out with this one's final dot: the relay then waits for its text."""
         if not (self.pacing.is_free and self.pool.may_follow(talk.session)):
             return
         job_id, taken = take_next()
@@ -138,11 +139,11 @@ class Delivery:
             Exception
         ):  # what is wrong with the next mail must not stop this one; its own attempt will say it
             claim = self.outbox.claim(job_id, 0, taken) if taken and taken[0] == b"claimed" else ""
-            if isinstance(claim, Claim) and self._is_plain(claim):
-                ahead = Ahead(claim, *written(claim, [one.address for one in claim.recipients]))
-                ahead.talk = talk.announce(ahead.envelope, ahead.mime)
-                ahead.hold.enter_context(claim.renewed())
-                self.ahead.mail = ahead
+            if isinstance(claim, Claim):
+                self.ahead.mail = ahead = Ahead(claim)
+                if self._is_plain(claim):
+                    ahead.letter = written(claim, [one.address for one in claim.recipients])
+                    ahead.talk = talk.announce(*ahead.letter)
 
     def _is_plain(self, claim: Claim) -> bool:
         is_new = claim.state_before == State.QUEUED and claim.calm and not claim.expires_at
@@ -207,12 +208,15 @@ class Delivery:
 
 
 class Ahead:
-    """A claimed mail as it goes out; `talk` if its envelope was announced with the final dot of the one before."""
+    """A mail that was claimed before its turn, and is held until then, however long the relay takes for the one before;
+    `talk` if its envelope was announced with the final dot of that."""
 
-    def __init__(self, claim: Claim, envelope: Envelope, mime: bytes) -> None:
-        self.claim, self.envelope, self.mime = claim, envelope, mime
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.letter: tuple[Envelope, bytes] | None = None
         self.talk: Conversation | None = None
         self.hold = ExitStack()
+        self.hold.enter_context(claim.renewed())
 
     def close(self) -> None:
         self.hold.close()

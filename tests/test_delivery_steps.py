@@ -261,8 +261,7 @@ class Attempt:
         return self.at_mark() is not LOST
 
     def make(self) -> object:
-        mail = delivery.Ahead(self.claim, Envelope(SENDER, ["0@example.com"]), MIME)
-        return self.delivery._hand_over(self.claim, mail)
+        return self.delivery._hand_over(self.claim, Envelope(SENDER, ["0@example.com"]), MIME, None)
 
 
 @WAYS

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import redis
 
+from queues import running
 from queues.connection import Unavailable, connect
+from queues.heartbeat import on_heartbeat
 from queues.senders import Senders
 from tests.servers import RedisServer, eventually
 from tests.test_executions import client as client
@@ -27,15 +29,31 @@ def troubles() -> list[Exception]:
 
 
 @pytest.fixture
+def during() -> list[Callable[[], object]]:
+    """What a job does."""
+    return []
+
+
+@pytest.fixture
 def senders(
-    redis_server: RedisServer, client: redis.Redis, done: list[str], troubles: list[Exception]
+    redis_server: RedisServer,
+    client: redis.Redis,
+    done: list[str],
+    troubles: list[Exception],
+    during: list[Callable[[], object]],
 ) -> Iterator[Senders]:
     def is_paused() -> bool:
         if troubles and threading.current_thread().name == "waiter":
             raise troubles.pop()
         return False
 
-    worker = ours(client, lambda one: done.append(one) or "sent")  # type: ignore[func-returns-value]
+    def deliver(_: str) -> str:
+        for act in during:
+            act()
+        done.append(running.run_by())
+        return "sent"
+
+    worker = ours(client, deliver)
     kept = Senders(worker, connect(redis_server.url), 1, is_paused)
     yield kept
     kept.stop()
@@ -51,3 +69,36 @@ def test_a_job_is_found_after_what_the_waiting_thread_could_not_bear(
     eventually(lambda: senders.replenish() or not troubles)  # type: ignore[func-returns-value]
     enqueue(client, "tasks.deliver")
     eventually(lambda: senders.replenish() or done)  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize(
+    ("number", "stopping", "taken"), [(1, False, ["job-1", "job-2", ""]), (2, False, [""]), (1, True, [""])]
+)
+def test_a_job_is_taken_ahead_and_held_only_if_nobody_else_could_run_it(
+    client: redis.Redis,
+    senders: Senders,
+    done: list[str],
+    during: list[Callable[[], object]],
+    number: int,
+    stopping: bool,
+    taken: list[str],
+) -> None:
+    senders.number = number
+    if number == 2:
+        senders.replenish()
+        eventually(lambda: senders.idle == 2)
+    seen: list[tuple[str, int]] = []
+
+    def act() -> None:
+        if stopping:
+            senders.stop()
+        job_id, _ = running.take_next()
+        seen.append((job_id, len(on_heartbeat.__self__.all)))  # type: ignore[attr-defined]
+
+    during.append(act)
+    enqueue(client, *["tasks.deliver"] * (1 if number == 2 else 3))
+    senders.replenish()
+    eventually(lambda: len(done) == len(taken))
+    assert seen == [(one, 2 if one else 1) for one in taken]
+    eventually(lambda: client.zcard("rq:finished:email") == len(taken) and not client.zcard("rq:wip:email"))
+    assert client.llen("rq:queue:email") == (2 if stopping else 0)
