@@ -34,6 +34,7 @@ LONGEST = 3600  # seconds of a connection; the client opens another
 MOST = 1000  # connections
 PER_CONNECTION, BESIDE = 2, 100  # files: a mail that is being read is one; sockets of Redis, what Python opens
 MOST_OF_ONE = 100  # of them from one address, or one IPv6 network; loopback may have all
+STARTTLS_PORT = 587  # RFC 6409 3.1
 TLS_PORT = 465  # RFC 8314 3.3: TLS from the first byte
 IDENT = "async-email"
 
@@ -107,6 +108,13 @@ class Conversation(SMTP):
         """Returns whether nobody on the way can read a password."""
         is_encrypted = self.encrypted or bool(self.session and self.session.ssl)
         return is_encrypted or network(self.address) in ("loopback", "")  # or a socket file
+
+    @property
+    def needs_no_tls(self) -> bool:
+        """Returns whether TLS is not offered: to this machine, or a program that takes what is offered would refuse a
+        certificate that is not for 127.0.0.1. On port 587 it is, for a program there that was told to use it."""
+        here = self.transport.get_extra_info("sockname") if self.transport else None
+        return self.may_log_in and not (isinstance(here, tuple) and here[1] == STARTTLS_PORT)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if self.session is None:  # and not the second time, after STARTTLS

@@ -30,9 +30,9 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
     "worker": {"tasks", "mail.delivery", "queues", "settings", "process"},
 }
 HOMES = {  # an outside thing -> the only rooms or files that may import it
-    "smtplib": {"smtp.session"},
+    "smtplib": {"smtp.session", "ops.sendmail"},
     "dotenv": {"process.env_file"},
-    "email": {"mail.mime", "mail.raw", "ops.catcher", "ops.mailparts", "ops.page.words"},
+    "email": {"mail.mime", "mail.raw", "ops.catcher", "ops.mailparts", "ops.page.words", "ops.sendmail"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard", "ops.page.view"},
     "redis": {"queues", "ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"},
     "rq": {"queues", "ops.dashboard"},
