@@ -128,7 +128,7 @@ def test_what_smtp_cannot_carry_is_encoded(there: Submission, far: Relay, tmp_pa
         (67, "LOCAL_TO must be set", "root", {"LOCAL_TO": ""}),
         (67, "553 5.1.3", "bob@elsewhere", {}),
         (69, "452 4.5.3", "a@x.example b@x.example c@x.example d@x.example", {}),
-        (75, "does not answer", "-t", {"port": 0}),
+        (75, "does not answer", "-t", {"port": 1}),
         (77, "535 5.7.8", "-t", {"key": "wrong"}),
         (78, "SUBMISSION_URL must be", "-t", {"SUBMISSION_URL": "127.0.0.1"}),
         (78, "MAIL_FROM must be", "-t", {"MAIL_FROM": "root"}),
