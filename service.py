@@ -18,7 +18,7 @@ from mail.templates import read_again_when_changed
 from mail.templates import use as use_templates
 from process import prefork
 from process.log import emit, say_why_not, set_up
-from process.memory import return_large_blocks, use_one_arena
+from process.memory import collect_seldom, return_large_blocks, use_one_arena
 from process.sd_daemon import on_stop
 from process.sockets import listen_on
 from process.version import VERSION
@@ -63,6 +63,7 @@ def main() -> int:
         reach(settings.redis_url.get_secret_value())
 
     def serve(alive: Callable[[], None], _: int) -> None:
+        collect_seldom()
         server = Server(app, ON_THE_WIRE * settings.max_message_bytes, sockets)
         on_stop(server.stop)
         with app.accepting.handed_over():

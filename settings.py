@@ -109,10 +109,6 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def parse_addresses(text: str) -> tuple[Address, ...]:
-    return tuple(map(parse_address, text.split(",")))
-
-
 def parse_address(text: str) -> Address:
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([^\s:\[\]]+)):([0-9]{1,5})", text.strip())
     if not match or not 0 < int(match[3]) < 65536:
@@ -258,7 +254,9 @@ class Settings(BaseModel):
     api_keys: Annotated[tuple[ApiKey, ...], parsed_by(parse_api_keys)] = ()
     api_keys_file: FilePath | None = None
 
-    submission_listen: Annotated[tuple[Address, ...], parsed_by(parse_addresses)] = ()
+    submission_listen: Annotated[
+        tuple[Address, ...], parsed_by(lambda text: tuple(map(parse_address, text.split(","))))
+    ] = ()
     submission_tls_cert: Path | None = None  # which only that process need be able to see
     submission_tls_key: Path | None = None
     submission_dedupe: Duration | None = None

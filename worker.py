@@ -22,7 +22,7 @@ from typing import Any
 import settings
 import tasks
 from process import log, prefork, sd_daemon
-from process.memory import return_free_memory, use_one_arena
+from process.memory import collect_seldom, return_free_memory, use_one_arena
 from queues import keys
 from queues.bulk import Bulk
 from queues.connection import (
@@ -222,6 +222,7 @@ def send(queue: str, current: settings.Settings) -> None:
     sees: where it allows three connections, a machine with more cores must not open more."""
     import mail.delivery  # noqa: F401  # before the processes are forked, which share it
 
+    collect_seldom()
     together = current.worker_concurrency
     processes = min(together, current.worker_processes or min(cores(), max(1, together // FEWEST)))
 

@@ -3,7 +3,7 @@
 address.py   a mailbox, checked
 request.py   what a caller may ask for: the fields of POST /emails
 forms.py     the forms in which real clients write a field -> our one form (unsubscribe.py: two fields -> headers)
-moments.py   a time as clients write it
+moments.py   a time as clients write it (due.py: held against the clock)
 templates.py templates on disk -> subject, text, html
 message.py   Message, its stored form, and the draft that the outbox accepts
 draft.py     a request's body -> a draft: checked, its template rendered, composed

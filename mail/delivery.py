@@ -228,7 +228,7 @@ def written(claim: Claim, recipients: list[str]) -> tuple[Envelope, bytes]:
     """Returns a mail's envelope and text."""
     message = claim.message
     envelope = Envelope(message.envelope_sender, recipients, message.needs_smtputf8, message.needs_8bitmime)
-    return envelope, to_mime(claim.message, claim.message_id, claim.created_at)
+    return envelope, to_mime(message, claim.message_id, claim.created_at)
 
 
 def take_up(claim: Claim) -> None:

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from mail import unsubscribe
 from mail.address import Mailbox
+from mail.due import timed
 from mail.forms import html_with_ids
 from mail.message import Draft, Message, who_gets
-from mail.moments import LONGEST_DELAY
 from mail.plain import text_beside
 from mail.request import FieldError, Invalid, Rendered, Request, content_errors, parse, validate
 from mail.templates import render
 from settings import Settings
 
 ANYBODY = "preview@example.com"
-
-
-class Expired(Invalid):
-    """Nothing is wrong with the request except that its `expires_at` or `scheduled_at` has passed."""
 
 
 def compose(request: Request, rendered: tuple[str, str | None, str | None] | None = None) -> Message:
@@ -77,29 +72,8 @@ def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int
     return Draft(message, request.expires_at, request.on_doubt, scheduled_at=at, priority=request.priority)
 
 
-def timed(scheduled_at: datetime | timedelta | None, expires_at: datetime | None) -> datetime | None:
-    """Returns when the mail is to be sent, if not now. Raises `Invalid`, or `Expired`."""
-    at = scheduled(scheduled_at) if scheduled_at is not None else None
-    if expires_at and expires_at <= datetime.now(timezone.utc):
-        raise Expired(FieldError("expires_at", "must be in the future"))
-    if expires_at and at and expires_at <= at:
-        raise Invalid(FieldError("expires_at", "must be after scheduled_at"))
-    return at
-
-
 def preview(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
     """Returns (subject, text, html) of a mail of this template. Raises what such a mail would be refused with."""
     mail = {"from": ANYBODY, "to": ANYBODY, "template": {"id": template_id, "variables": variables}}
     made = prepare(mail, default_sender=None, max_recipients=1).message
     return made.subject, text_beside(made.text, made.html), made.html
-
-
-def scheduled(asked: datetime | timedelta) -> datetime:
-    """Returns the moment that was asked for. Raises `Invalid`, or `Expired` if it has passed."""
-    now = datetime.now(timezone.utc)
-    moment = now + asked if isinstance(asked, timedelta) else asked
-    if moment <= now:
-        raise Expired(FieldError("scheduled_at", "must be in the future"))
-    if moment > now + LONGEST_DELAY:
-        raise Invalid(FieldError("scheduled_at", f"must be within {LONGEST_DELAY.days} days"))
-    return moment

@@ -119,13 +119,13 @@ def _pieces(content: dict[str, Any]) -> Iterator[str]:
     """Writes what `_dump` would, without a second copy of the attachments: base64 has nothing to escape. What does not
     come by SMTP has no member `raw`, which workers of an earlier version refuse."""
     files, raw = content.pop("attachments"), content.pop("raw")
-    yield _dump(content)[:-1]
+    begun = _dump(content)[:-1]
     if raw:
-        yield ',"raw":["'
         octets = raw.octets
-        yield from (_dump(octets[start : start + PIECE])[1:-1] for start in range(0, len(octets), PIECE))
-        yield '",' + _dump(raw[1:])[1:]
-    yield ',"attachments":['
+        yield f'{begun},"raw":["{_dump(octets[:PIECE])[1:-1]}'
+        yield from (_dump(octets[start : start + PIECE])[1:-1] for start in range(PIECE, len(octets), PIECE))
+        begun = '",' + _dump(raw[1:])[1:]
+    yield begun + ',"attachments":['
     for number, file in enumerate(files):
         small = {name: value for name, value in file.items() if name != "content"}
         yield ("," if number else "") + _dump(small)[:-1] + ',"content":"'

@@ -5,10 +5,12 @@ lock.py, guard.py               its data are locked, its parts end with it
 catcher.py, mailparts.py        its mail catcher: SMTP in and a page; what a mail's bytes hold
 failing.py                      which mail the catcher refuses on purpose
 install.py                      bin/install: the steps from a bare server to a running one, and every upgrade
-server.py, release.py, site.py  the server they change, what of a clone is installed, the nginx site
+server.py, release.py           the server they change, what of a clone is installed
+site.py, smtp_in.py             the nginx site; mail by SMTP, as its settings say
 aof.py                          cuts what a crash left unfinished off Redis' append-only file
 key.py, breaker.py              bin/key: makes, lists and revokes API keys; bin/breaker: shows and closes it
 top.py                          bin/top: the pages on a terminal
+sendmail.py                     bin/sendmail: takes a mail as sendmail does, and hands it over by SMTP
 restore.py                      bin/restore: brings back what bin/backup has saved
 dashboard.py, login.py          page/ and rq-dashboard behind a login that is slow to guess
 page/                           the pages for people at /mail/

@@ -367,7 +367,7 @@ def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:
 async-email is running. Ctrl-C stops all of it; the queue is kept in var/dev/.
 
   API            http://127.0.0.1:{ports.api_port}      key: {settings.DEV_KEY}{more}
-  By SMTP        127.0.0.1:{ports.submission_port}            any user, and the key as password; no TLS
+  By SMTP        127.0.0.1:{ports.submission_port}            any user, the key as password, no TLS: docs/smtp.md
   Reference      http://127.0.0.1:{ports.api_port}/docs
   {mail}
   All mail       http://127.0.0.1:{ports.dashboard_port}/mail/

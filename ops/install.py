@@ -31,6 +31,8 @@ from ops.checks.system import memory
 from ops.release import CLEAN_ENVIRONMENT, MARK, copy_files, release_id
 from ops.server import Fault, Server, text_of
 from ops.site import set_up_nginx
+from ops.smtp_in import SERVICE as SUBMISSION
+from ops.smtp_in import set_up_submission
 from queues.table import QUEUES
 
 KNOWN = {"debian 12", "debian 13"}  # tests/deploy has passed on them
@@ -39,7 +41,6 @@ WORKERS = tuple(f"async-email-worker@{queue}.service" for queue in QUEUES)
 WORKER = "async-email-worker@.service"
 API = "async-email-api.service"
 DASHBOARD = "async-email-dashboard.service"
-SUBMISSION = "async-email-submission.service"  # which is off unless somebody has enabled its socket
 SOCKET = "async-email-api.socket"
 TARGET = "async-email.target"
 REDIS = "redis-server@async-email.service"
@@ -325,6 +326,7 @@ INSTALL = (
     ("Redis: an instance of its own, with an append-only file, without a port", start_redis),
     ("nginx: the one site of this machine, in front of the API", set_up_nginx),
     *SWITCH,
+    ("Mail by SMTP, if SUBMISSION_LISTEN is set", set_up_submission),
     ("The doctor: what is still wrong or missing", run_doctor),
     (f"Old releases: the last {KEPT} stay", remove_old_releases),
 )

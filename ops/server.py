@@ -64,6 +64,12 @@ class Server:
         """Returns whether the operator's file has a value for this setting, or names a file with one."""
         return bool(re.search(rf"^\s*(export\s+)?{name}(_FILE)?\s*=\s*\S", text_of(self.env) or "", re.MULTILINE))
 
+    def value(self, name: str) -> str:
+        """Returns what the operator's file sets a plain setting to; "" if it does not."""
+        text = text_of(self.env) or ""
+        found = re.findall(rf"^[ \t]*(?:export[ \t]+)?{name}[ \t]*=[ \t]*([^#\n]*)", text, re.MULTILINE)
+        return found[-1].strip().strip("'\"") if found else ""
+
     def is_on(self, unit: str) -> bool:
         """Returns whether it runs, and will after a reboot."""
         return [self.ask("systemctl", word, unit) for word in ("is-enabled", "is-active")] == ["enabled", "active"]

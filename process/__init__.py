@@ -3,10 +3,9 @@
 log.py        logs one line per event, with names from a closed list
 sd_daemon.py  speaks sd_notify and sd_listen_fds
 env_file.py   reads NAME=value lines, strictly
-memory.py     what malloc keeps of a burst
-sockets.py    the sockets on which a process listens
+memory.py     how memory is kept and looked through
+sockets.py    the sockets on which a process listens, and how many files it may open
 version.py    which version this is
 guesses.py    counts wrong logins by address
-resources.py  how many files a process may open
 prefork.py    one process that watches, several that serve on its sockets
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 import socket
 from typing import Any
 
@@ -26,5 +27,18 @@ def bound(family: int, address: Any) -> socket.socket:
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
         one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    one.bind(address)
+    try:
+        one.bind(address)
+    except OSError:
+        one.close()
+        raise
     return one
+
+
+def open_files(wanted: int) -> int:
+    """Returns how many files this process may open. Raises that to `wanted` first, as far as may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < wanted:  # below 0: no limit
+        soft = min(wanted, hard) if hard >= 0 else wanted
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft if soft >= 0 else wanted

@@ -123,10 +123,9 @@ class Turns:
         aside."""
         while found := self._run(ended, execution_id := uuid4().hex, job_id):
             ended, job_id, taken_id = (), "", found[0].decode(errors="replace")
-            job: Any = self.worker.job_class(
-                taken_id, connection=self.worker.connection, serializer=self.worker.serializer
-            )
-            job.origin = self.queue.name
+            job: Any = self.worker.job_class(taken_id, connection=self.worker.connection)
+            # Set here, for RQ takes as long to find out that it is one as for all else of a job.
+            job.serializer, job.origin = self.worker.serializer, self.queue.name
             execution = Execution(execution_id, taken_id, self.worker.connection, self.worker.name)
             try:
                 if len(found) == 1:

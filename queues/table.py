@@ -17,7 +17,7 @@ class Row(NamedTuple):
     """A queue, and how its jobs are run."""
 
     name: str
-    pooled: bool  # many RQ workers as threads of one process; else RQ's own worker, which forks for each job
+    pooled: bool  # one RQ worker a process, whose threads run a job each; else RQ's own, which forks for each job
     runs: tuple[str, ...]  # the functions that its workers may run, beside those of tasks.py that name the queue
     needs: tuple[str, ...] = ()  # the settings that its worker cannot do without
 

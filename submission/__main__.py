@@ -22,6 +22,8 @@ from mail.address import default_sender
 from process import sd_daemon
 from process.log import emit, say_why_not, set_up, where
 from process.memory import return_large_blocks, use_one_arena
+from process.sockets import listen_on
+from process.version import VERSION
 from queues.connection import Unavailable, announcements, connect, reach
 from queues.jobs import Jobs
 from settings import Settings, SettingsError, load
@@ -39,7 +41,7 @@ def main() -> int:
         settings = load("api_keys", "mail_from")
         default_sender_of(settings)
         tls = context_of(settings)
-        sockets = sd_daemon.sockets() or listen_on(settings)
+        sockets = listening(settings)
         if not tls and any(port_of(one) == TLS_PORT for one in sockets):
             raise SettingsError(["SUBMISSION_TLS_CERT and SUBMISSION_TLS_KEY must be set for port 465"])
         redis = connect(settings.redis_url.get_secret_value())
@@ -64,17 +66,18 @@ def default_sender_of(settings: Settings) -> None:
         raise SettingsError([f"MAIL_FROM: {error}"]) from None
 
 
-def listen_on(settings: Settings) -> list[socket.socket]:
-    """Returns a socket for each address. Raises `SettingsError`."""
+def listening(settings: Settings) -> list[socket.socket]:
+    """Returns the sockets that systemd has opened, else those of SUBMISSION_LISTEN. Raises `SettingsError`."""
+    if given := sd_daemon.sockets():
+        return given
     if not settings.submission_listen:
         raise SettingsError(["SUBMISSION_LISTEN is not set: name where to take mail, such as 127.0.0.1:2525"])
     sockets = []
-    for host, port in settings.submission_listen:
+    for one in settings.submission_listen:
         try:
-            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            sockets.append(socket.create_server(address[:2], family=family, backlog=BACKLOG))
+            sockets += listen_on(one)
         except OSError as error:
-            raise SettingsError([f"SUBMISSION_LISTEN: cannot listen on {host}:{port}: {error.strerror}"]) from None
+            raise SettingsError([f"SUBMISSION_LISTEN: cannot listen on {one}: {error.strerror}"]) from None
     return sockets
 
 
@@ -116,7 +119,8 @@ async def serve(settings: Settings, jobs: Jobs, sockets: list[socket.socket], tl
         servers.append(await loop.create_server(factory, sock=one, backlog=BACKLOG, **context))
     if all_of_them.most < MOST:
         emit("few_descriptors", logging.WARNING, connections=all_of_them.most)
-    emit("submission_started", listen=" ".join(map(str, settings.submission_listen)), recipients=settings.staging)
+    about = {"listen": " ".join(map(str, settings.submission_listen)), "version": VERSION}
+    emit("submission_started", **about, recipients=settings.staging)
     with handler.accepting.handed_over():
         while not stopping.is_set():
             sd_daemon.tell("READY=1\nWATCHDOG=1")

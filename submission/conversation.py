@@ -21,7 +21,7 @@ from aiosmtpd.smtp import SMTP, Envelope
 
 from mail.address import Mailbox
 from process.guesses import network
-from process.resources import open_files
+from process.sockets import open_files
 from settings import ApiKey
 from submission.handler import Handler
 
@@ -34,6 +34,7 @@ LONGEST = 3600  # seconds of a connection; the client opens another
 MOST = 1000  # connections
 PER_CONNECTION, BESIDE = 2, 100  # files: a mail that is being read is one; sockets of Redis, what Python opens
 MOST_OF_ONE = 100  # of them from one address, or one IPv6 network; loopback may have all
+STARTTLS_PORT = 587  # RFC 6409 3.1
 TLS_PORT = 465  # RFC 8314 3.3: TLS from the first byte
 IDENT = "async-email"
 
@@ -48,7 +49,6 @@ class Conversations:
         self.open: set[Conversation] = set()
         self.places: Counter[str] = Counter()
         self.most = max(1, min(MOST, (open_files(MOST * PER_CONNECTION + BESIDE) - BESIDE) // PER_CONNECTION))
-        self.stopping = False
 
     def admit(self, one: Conversation) -> bool:
         place = network(one.address)
@@ -65,9 +65,8 @@ class Conversations:
 
     def stop(self) -> None:
         """Ends those that have no mail in hand, and each other one after its mail."""
-        self.stopping = True
         for one in list(self.open):
-            one.leave_if_idle("the service is stopping")
+            one.leave_soon("the service is stopping")
 
 
 class Conversation(SMTP):
@@ -98,6 +97,7 @@ class Conversation(SMTP):
         self.body: BinaryIO | None = None
         self.size = 0
         self.timer: asyncio.TimerHandle | None = None
+        self.ending = ""  # why no further mail is taken
 
     @property
     def key(self) -> ApiKey:
@@ -108,6 +108,13 @@ class Conversation(SMTP):
         """Returns whether nobody on the way can read a password."""
         is_encrypted = self.encrypted or bool(self.session and self.session.ssl)
         return is_encrypted or network(self.address) in ("loopback", "")  # or a socket file
+
+    @property
+    def needs_no_tls(self) -> bool:
+        """Returns whether TLS is not offered: to this machine, or a program that takes what is offered would refuse a
+        certificate that is not for 127.0.0.1. On port 587 it is, for a program there that was told to use it."""
+        here = self.transport.get_extra_info("sockname") if self.transport else None
+        return self.may_log_in and not (isinstance(here, tuple) and here[1] == STARTTLS_PORT)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if self.session is None:  # and not the second time, after STARTTLS
@@ -134,10 +141,11 @@ class Conversation(SMTP):
         if not self.key:
             self.leave("log in within a minute")
             return
-        self.timer = self.loop.call_later(LONGEST, self.leave_if_idle, "this connection has been open long enough")
+        self.timer = self.loop.call_later(LONGEST, self.leave_soon, "this connection has been open long enough")
 
-    def leave_if_idle(self, why: str) -> None:
-        """Ends the conversation unless a transaction is open; that one ends it, as soon as the service is stopping."""
+    def leave_soon(self, why: str) -> None:
+        """Ends the conversation; if a transaction is open, after that."""
+        self.ending = why
         if self.body is None and not (self.envelope and self.envelope.mail_from):
             self.leave(why)
 
@@ -161,6 +169,9 @@ class Conversation(SMTP):
     async def smtp_MAIL(self, arg: str | None) -> None:
         """Takes AUTH=, which Postfix adds for a server that knows AUTH, and means nothing here (RFC 4954 5); and names
         the limit of SIZE= by its code."""
+        if self.ending:
+            self.leave(self.ending)
+            return
         address, bracket, options = (arg or "").partition(">")
         options = re.sub(r"(?i)\s+AUTH=\S+", "", options)
         size = re.search(r"(?i)\sSIZE=([0-9]{1,20})(?!\S)", options)
@@ -192,8 +203,8 @@ class Conversation(SMTP):
             finally:
                 self.body, self.envelope = None, Envelope()
         await self.push(reply)
-        if self.all_of_them.stopping:
-            self.leave("the service is stopping")
+        if self.ending:
+            self.leave(self.ending)
 
     @property
     def handler(self) -> Handler:

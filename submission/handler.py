@@ -66,7 +66,8 @@ class Handler:
 
     async def handle_EHLO(self, server: Any, session: Session, envelope: Envelope, name: str, said: list[str]) -> Any:
         session.host_name = name
-        shown = [line for line in said if server.may_log_in or not line.startswith("250-AUTH")]
+        hidden = "250-STARTTLS" if server.needs_no_tls else "250-AUTH" if not server.may_log_in else None
+        shown = [line for line in said if not (hidden and line.startswith(hidden))]
         return [*shown[:-1], "250-PIPELINING", shown[-1]]
 
     async def handle_AUTH(self, server: Any, session: Session, envelope: Envelope, words: list[str]) -> Any:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field
 
 from mail.address import Mailbox
-from mail.draft import timed
+from mail.due import timed
 from mail.message import Draft, Message, Raw, who_gets
 from mail.moments import time_with_zone
 from mail.raw import Header, NotAMail, check, header_of, without

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import base64
+import re
 import smtplib
 import socket
+import ssl
 import subprocess
+import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+import trustme
 
 from tests.servers import House, eventually, free_port
 
@@ -83,3 +89,72 @@ class Talk:
     def __exit__(self, *_: object) -> None:
         self.file.close()
         self.socket.close()
+
+
+class Tap:
+    """A wire to the process: each mail is heard as it goes in, and the first `cuts` replies to mails are cut off."""
+
+    def __init__(self, port: int, cuts: int = 0) -> None:
+        self.far, self.cuts = port, cuts
+        self.heard: list[bytearray] = []  # of each connection, what the client said
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    @property
+    def mails(self) -> list[bytes]:
+        found = (re.findall(rb"(?is)DATA\r\n(.*?\r\n)\.\r\n", bytes(heard)) for heard in self.heard)
+        return [mail.replace(b"\r\n..", b"\r\n.") for mails in found for mail in mails]
+
+    def __enter__(self) -> Tap:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listening.shutdown(socket.SHUT_RDWR)
+        self.listening.close()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                near = self.listening.accept()[0]
+                up = socket.create_connection(("127.0.0.1", self.far))
+                self.heard.append(bytearray())
+                for pair in ((near, up, self.heard[-1]), (up, near, bytearray())):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, one: socket.socket, other: socket.socket, heard: bytearray) -> None:
+        with one, suppress(OSError):
+            while data := one.recv(2**16):
+                heard += data
+                if self.cuts and data.startswith(b"250 2.6.0"):
+                    self.cuts -= 1
+                    break
+                other.sendall(data)
+        with suppress(OSError):
+            other.shutdown(socket.SHUT_RDWR)
+
+
+class Certified:
+    """A certificate for the process, which may be issued again."""
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        self.names = names or ("127.0.0.1", "localhost")
+        self.authority = trustme.CA()
+        self.cert, self.key = folder / "cert.pem", folder / "key.pem"
+        self.issue()
+
+    def issue(self) -> None:
+        made = self.authority.issue_cert(*self.names)
+        made.private_key_pem.write_to_path(str(self.key))
+        with self.cert.open("wb") as file:
+            file.writelines(blob.bytes() for blob in made.cert_chain_pems)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {"SUBMISSION_TLS_CERT": str(self.cert), "SUBMISSION_TLS_KEY": str(self.key)}
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        self.authority.configure_trust(context)
+        return context

@@ -21,7 +21,7 @@ import redis
 
 from process.version import VERSION
 from tests.http_api import MAIL, SUBMITTED, UNKNOWN_ID, app_with, ask, held_to_the_shape, served, spoken
-from tests.servers import Api, House, free_port
+from tests.servers import Api, House, RedisServer, free_port
 from web import app as web_app
 from web.middleware import Middleware
 
@@ -182,6 +182,17 @@ def test_a_route_that_crashes_tells_neither_the_caller_nor_the_log_what_it_was_d
     assert "RuntimeError" not in json.dumps(answer.body)
     assert f"request_id={answer.body['request_id']}" in caplog.text
     assert re.search(r'crashed .*where="RuntimeError .*test_error_shape\.py:\d+', caplog.text)
+
+
+def test_a_crash_on_the_way_to_redis_is_answered_and_leaves_the_next_request_alone(redis_server: RedisServer) -> None:
+    app = app_with(redis_server.url)
+    replies = app.replies
+    for broken in (lambda _: [None], lambda _: []):
+        app.replies = broken
+        crashed = ask(app, "POST", "/emails", MAIL)
+        held_to_the_shape(crashed, 500, "application_error")
+    app.replies = replies
+    assert ask(app, "POST", "/emails", MAIL).status == 200
 
 
 def test_a_crash_in_a_real_process_is_told_in_one_line_that_quotes_nothing(tmp_path: Path) -> None:

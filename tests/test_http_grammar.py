@@ -61,6 +61,11 @@ def test_a_request_without_a_body_is_answered_whatever_it_expects(port: int, len
     assert (two.status, two.body["headers"]) == (200, {"HOST": "a", "X_SECOND": "1"})
 
 
+def test_what_a_proxy_would_say_of_the_client_is_not_believed(port: int) -> None:
+    [seen] = spoken(port, get("X-Forwarded-For: 192.0.2.1", "X-Forwarded-Host: b", "Forwarded: host=b", "X-Other: c"))
+    assert seen.body["headers"] == {"HOST": "a", "X_OTHER": "c"}
+
+
 def test_a_body_that_is_announced_is_asked_for(port: int) -> None:
     head = post("Expect: 100-continue", "Content-Length: 2")
     go_on, answer, other = spoken(port, head, b"hi", get())

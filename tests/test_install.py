@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from ops import install, release, site
+from ops import install, release, site, smtp_in
 from ops.server import Fault, Server
-from settings import ApiKey, from_file, load
+from settings import ApiKey, from_credentials, from_file, load
 from tests.http_api import MAIL
 from tests.relay import Relay
 from tests.servers import ROOT, House, RedisServer, copy_project, eventually, mode
@@ -193,7 +193,8 @@ def test_secrets_are_made_once_and_only_root_reads_them(server: Server) -> None:
     install.configure(server)
     key = server.new_key
     assert key
-    settings = load(from_file=from_file(server.env), _secrets_dir=server.credentials)  # as the service reads it
+    secrets = from_credentials(str(server.credentials))
+    settings = load(from_file=from_file(server.env), **secrets)  # as the service reads it
     assert settings.api_keys == (ApiKey("default", hashlib.sha256(key.encode()).hexdigest(), "full"),)
     assert settings.redis_url.get_secret_value().startswith("unix://async-email:")
     assert settings.dashboard_password
@@ -428,6 +429,39 @@ def test_a_service_whose_secret_was_made_anew_is_restarted(
     assert [unit for unit in units if install.runs_something_else(again, unit)] == [install.API]
     again.written = set()
     assert not any(install.runs_something_else(again, unit) for unit in units)
+
+
+SOCKETS = "systemctl stop async-email-submission.service async-email-submission.socket"
+ON = "systemctl enable --now async-email-submission.socket", "systemctl start async-email-submission.service"
+OFF = "systemctl disable --now async-email-submission.socket async-email-submission.service"
+
+
+def test_mail_by_smtp_is_turned_on_moved_and_turned_off_as_its_settings_say(
+    server: Server, monkeypatch: pytest.MonkeyPatch, noted: list[str]
+) -> None:
+    def does(settings: str, is_on: bool) -> list[str]:
+        server.write(server.env, settings, 0o600)
+        monkeypatch.setattr(Server, "ask", lambda *_, **__: "enabled" if is_on else "disabled")
+        noted.clear()
+        smtp_in.set_up_submission(server)
+        return noted
+
+    socket = server.units / "async-email-submission.socket.d/listen.conf"
+    certificate = server.units / "async-email-submission.service.d/tls.conf"
+    assert does("#SUBMISSION_LISTEN=127.0.0.1:2525\nSUBMISSION_LISTEN=\nMAIL_FROM=x\n", False) == []
+    assert does("", True) == []  # by somebody's own hand
+    assert does("SUBMISSION_LISTEN='localhost:2525, [::]:465' # x\n", False) == ["systemctl daemon-reload", *ON]
+    lines = ["[Socket]", "ListenStream=", "ListenStream=127.0.0.1:2525", "ListenStream=[::]:465"]
+    assert socket.read_text().splitlines()[1:] == lines
+    assert not certificate.exists()
+    tls = "SUBMISSION_LISTEN=127.0.0.1:465\nSUBMISSION_TLS_CERT=/a b/c.pem\nSUBMISSION_TLS_KEY=/k\n"
+    assert does(tls, True) == ["systemctl daemon-reload", SOCKETS, *ON]
+    assert "LoadCredential=tls_cert:/a b/c.pem\nLoadCredential=tls_key:/k\n" in certificate.read_text()
+    assert does(tls, True) == []
+    assert does("SUBMISSION_LISTEN=127.0.0.1:465\n", True) == ["systemctl daemon-reload", SOCKETS, *ON]
+    assert "tls_cert" not in certificate.read_text()
+    assert does("", True) == [OFF]
+    assert does("", False) == []
 
 
 # --- the units --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mail.address import Mailbox
-from mail.draft import Expired, compose, prepare
+from mail.draft import compose, prepare
+from mail.due import Expired
 from mail.message import Message, message_id
 from mail.request import parse
 from tests.sample_mails import CONTROLS, Rendered, accepted, mail, refusal

@@ -30,20 +30,21 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
     "worker": {"tasks", "mail.delivery", "queues", "settings", "process"},
 }
 HOMES = {  # an outside thing -> the only rooms or files that may import it
-    "smtplib": {"smtp.session"},
+    "smtplib": {"smtp.session", "ops.sendmail"},
     "dotenv": {"process.env_file"},
-    "email": {"mail.mime", "mail.raw", "ops.catcher", "ops.mailparts", "ops.page.words"},
+    "email": {"mail.mime", "mail.raw", "ops.catcher", "ops.mailparts", "ops.page.words", "ops.sendmail"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard", "ops.page.view"},
     "redis": {"queues", "ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"},
     "rq": {"queues", "ops.dashboard"},
     "bottle": {"web", "ops.catcher"},
     "aiosmtpd": {"submission", "ops.catcher"},
     "prometheus_client": {"web.metrics"},
-    "mail.draft": {"web", "submission", "ops"},  # with pydantic's models and Jinja: two megabytes that no worker needs
+    "mail.draft": {"web", "ops"},  # with pydantic's models and Jinja: two megabytes that no worker needs
     "waitress": {"web.server", "web.grammar", "ops.catcher", "ops.dashboard"},
 }
 WITHOUT = {  # what a process imports -> what is of no use to it: megabytes, and a slower start
     "service": "ops flask smtplib mail.delivery croniter prometheus_client pydantic_settings",
+    "submission.__main__": "ops web bottle waitress jinja2 smtplib mail.delivery croniter pydantic_settings",
     "worker": "ops web bottle waitress jinja2 smtplib mail.delivery mail.request email_validator html croniter",
     "worker, mail.delivery": "ops web bottle waitress jinja2 mail.request email_validator html croniter difflib",
     "ops.dashboard": "web.handlers web.server bottle mail.request mail.delivery smtplib email.policy",

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import redis
-import trustme
 
 from mail.address import Mailbox
 from mail.outbox import Outbox
@@ -30,7 +29,7 @@ from submission.conversation import MOST, MOST_OF_ONE, Conversations
 from submission.handler import Outcome
 from tests.relay import Relay
 from tests.servers import Api, House, RedisServer, eventually
-from tests.submitting import ENVELOPE, LOGIN, MAIL, Submission
+from tests.submitting import ENVELOPE, LOGIN, MAIL, Certified, Submission
 from tests.test_structure import digest_of
 
 FOREIGN = "conversation.network = handler.network = lambda address: 'far'"
@@ -232,6 +231,16 @@ def test_who_does_not_log_in_is_sent_away(house: House) -> None:
         assert silent.reply().startswith("421 4.3.2 log in")
 
 
+def test_a_connection_ends_after_its_time_but_not_in_the_middle_of_a_mail(house: House) -> None:
+    other = Submission(house, "conversation.LOGIN_WITHIN = conversation.LONGEST = 0.2")
+    with other.talk() as idle, other.talk() as busy, other.talk() as undecided:
+        for one in (busy, undecided):
+            one.say(ENVELOPE.removesuffix(b"DATA\r\n"), 2)
+        assert idle.reply().startswith("421 4.3.2 this connection has been open")
+        assert [one[:3] for one in busy.say(b"DATA\r\n" + MAIL + b".\r\n", 3)] == ["354", "250", "421"]
+        assert [one[:3] for one in undecided.say(b"RSET\r\n" + ENVELOPE, 2)] == ["250", "421"]
+
+
 def test_what_clients_do_wrong_is_no_fault_of_ours_in_the_log(house: House, tmp_path: Path) -> None:
     other, linger = Submission(house, **Certified(tmp_path).settings), struct.pack("ii", 1, 0)
     for octets in (
@@ -270,29 +279,6 @@ def test_one_address_has_so_many_connections_and_all_together_so_many() -> None:
     assert admitted(*(f"192.0.{n % 200}.2" for n in range(2000))) == MOST
 
 
-class Certified:
-    def __init__(self, folder: Path) -> None:
-        self.authority = trustme.CA()
-        self.cert, self.key = folder / "cert.pem", folder / "key.pem"
-        self.issue()
-
-    def issue(self) -> None:
-        made = self.authority.issue_cert("127.0.0.1", "localhost")
-        made.private_key_pem.write_to_path(str(self.key))
-        with self.cert.open("wb") as file:
-            file.writelines(blob.bytes() for blob in made.cert_chain_pems)
-
-    @property
-    def settings(self) -> dict[str, str]:
-        return {"SUBMISSION_TLS_CERT": str(self.cert), "SUBMISSION_TLS_KEY": str(self.key)}
-
-    @property
-    def context(self) -> ssl.SSLContext:
-        context = ssl.create_default_context()
-        self.authority.configure_trust(context)
-        return context
-
-
 def test_nobody_far_may_log_in_without_tls_and_wrong_logins_end(house: House, tmp_path: Path) -> None:
     certified = Certified(tmp_path)
     other = Submission(house, f"handler.SLOW = 0; {FOREIGN}", **certified.settings)
@@ -321,6 +307,14 @@ def test_what_is_sent_ahead_of_tls_is_forgotten(house: House, tmp_path: Path) ->
         with certified.context.wrap_socket(talk.socket, server_hostname="127.0.0.1") as inner:
             inner.sendall(b"MAIL FROM:<ada@example.com>\r\n")
             assert inner.recv(100)[:3] == b"503"  # neither EHLO nor AUTH was heard
+
+
+@pytest.mark.parametrize("port", ["0", "{port}"])
+def test_this_machine_is_offered_tls_on_port_587_alone(house: House, tmp_path: Path, port: str) -> None:
+    other = Submission(house, f"conversation.STARTTLS_PORT = {port}", **Certified(tmp_path).settings)
+    with smtplib.SMTP("127.0.0.1", other.port, timeout=30) as client:
+        client.ehlo()
+        assert (client.has_extn("auth"), client.has_extn("starttls")) == (True, port != "0")
 
 
 def test_port_465_speaks_tls_at_once_and_a_new_certificate_is_read_on_sighup(house: House, tmp_path: Path) -> None:

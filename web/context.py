@@ -13,7 +13,7 @@ from queues.acceptance import Acceptance
 from settings import ApiKey
 
 Answer = TypeVar("Answer")
-# What returns an answer, and may yield a acceptance once. It goes on with Redis' reply, in which no request is bound to
+# What returns an answer, and may yield an acceptance once. It goes on with Redis' reply, when no request is bound to
 # the thread any more: Bottle's `request` may be another one by then.
 Steps = Generator[Acceptance, Any, Answer]
 

@@ -20,7 +20,8 @@ from pydantic import Field, ValidationError
 
 from mail import attachments, sweep
 from mail.address import Mailbox
-from mail.draft import Expired, prepare, redirected
+from mail.draft import prepare, redirected
+from mail.due import Expired
 from mail.message import Draft
 from mail.outbox import Outbox
 from mail.request import FieldError, HeaderText, Invalid, OneMailbox, StrictModel, field_errors, validate

@@ -10,7 +10,7 @@ from bottle import HTTPResponse, request
 from pydantic import BeforeValidator, Field
 
 from mail.address import Mailbox
-from mail.draft import scheduled
+from mail.due import scheduled
 from mail.index import first_id, raw_id
 from mail.listing import STATES, Wanted, page
 from mail.moments import time_with_zone

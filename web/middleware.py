@@ -57,7 +57,7 @@ class Middleware:
         self.answered = 0  # requests; a lost increment does not matter
 
     def begin(self, environ: dict[str, Any]) -> Answer:
-        """Answers a request, but for what waits for Redis to accept a acceptance."""
+        """Answers a request, but for what waits for Redis to accept an acceptance."""
         given = environ.get("HTTP_X_REQUEST_ID", "")
         request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
         answer = environ[BEGUN] = Answer(Context(request_id))

@@ -25,7 +25,7 @@ from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
-from process.resources import open_files
+from process.sockets import open_files
 from queues.connection import is_silent
 from web.errors import as_line, error_shape
 from web.grammar import Parser

@@ -155,7 +155,8 @@ def ports(target: Target, settings: Settings) -> Findings:
     for port in sorted(open_ones & ours.keys()):
         what, fix = ours[port]
         yield fault(f"{what} listens on port {port} for everybody, not only for this machine", fix)
-    others = sorted(open_ones - PUBLIC - ours.keys())
+    meant = {one.port for one in settings.submission_listen}
+    others = sorted(open_ones - PUBLIC - ours.keys() - meant)
     if others:
         found = f"other programs listen for everybody, on {', '.join(map(str, others))}"
         yield note(found, "sudo ss -ltnp shows whose they are; close them in the security group or firewall")

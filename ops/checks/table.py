@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ops.checks import alerts, configuration, flow, machine, names, relay, store, units
+from ops.checks import alerts, configuration, flow, machine, names, relay, store, submission, units
 from ops.checks.findings import Finding, Findings, fault, note, warn
 from ops.checks.target import Target
 from process.log import where
@@ -40,6 +40,7 @@ CHECKS = {
     "queue": with_settings(flow.waiting),
     "nginx": alone(machine.nginx),
     "tls": alone(machine.tls),
+    "smtp": with_settings(submission.ports),
     "logs": alone(machine.logs),
     "ports": with_settings(machine.ports),
     "clock": alone(machine.clock),

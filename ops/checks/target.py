@@ -46,8 +46,8 @@ class Target:
         return f"sudo {self.opt}/current/bin/{name}" if self.installed else f"bin/{name}"
 
     def restart(self, part: str) -> str:
-        """Returns the command for `api`, `worker@email`, `worker@jobs` or `dashboard`."""
+        """Returns the command for `api`, `worker@email`, `worker@jobs`, `dashboard` or `submission`."""
         if self.installed:
             return f"sudo systemctl restart async-email-{part}"
-        by_hand = {"api": "service.py", "dashboard": "-m ops.dashboard"}
+        by_hand = {"api": "service.py", "dashboard": "-m ops.dashboard", "submission": "-m submission"}
         return f"bin/dev, or .venv/bin/python {by_hand.get(part, part.replace('worker@', 'worker.py '))}"

@@ -248,7 +248,7 @@ def move(view: View, mail_id: str) -> Response | None:
     """Moves a scheduled mail to the time of the form, which is in the machine's time zone; or returns the form, and
     what is wrong with it."""
     # Here, as it comes with all that makes a mail.
-    from mail.draft import scheduled
+    from mail.due import scheduled
     from mail.request import Invalid
 
     try:

@@ -122,7 +122,7 @@ def breaker(view: View) -> dict[str, Any] | None:
 
 
 class Process(NamedTuple):
-    """The workers of one process: the e-mail workers are threads of one."""
+    """The workers of one process; an e-mail worker has a job for each of its threads."""
 
     host: str
     pid: str

@@ -13,11 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trustme
 
-from ops.checks import configuration, machine, system, units
+from ops.checks import configuration, machine, submission, system, units
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
 from tests.checks.support import Server, assert_finds, fake, listed, of, worst
+from tests.conversations import server_context
 from tests.scripted_relay import Act, ScriptedRelay, raw
 from tests.servers import ROOT, free_port
 
@@ -341,3 +343,19 @@ def test_where_there_is_no_systemd_nginx_or_timedatectl_nothing_is_wrong(
     target.systemd = server.folder / "none"
     for check in (units.running, machine.nginx, machine.clock):
         assert_finds(check(target), NOTE, "skipped")
+
+
+def test_ports_that_take_mail_by_smtp_greet_and_are_encrypted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_finds(submission.ports(server.target, of()), NOTE, "SUBMISSION_LISTEN is not set")
+    away = of(submission_listen=f"127.0.0.1:{free_port()}")
+    assert_finds(submission.ports(server.target, away), FAULT, "nothing takes mail by SMTP", "sudo bin/install")
+    tls = {"submission_tls_cert": "/c.pem", "submission_tls_key": "/k"}
+    for implicit in (False, True):
+        with ScriptedRelay(implicit=implicit, tls=server_context(trustme.CA(), "127.0.0.1")) as there:
+            monkeypatch.setattr(submission, "TLS_PORT", there.port if implicit else 0)
+            settings = {"submission_listen": f"0.0.0.0:{there.port}"}
+            assert_finds(submission.ports(server.target, of(**settings)), OK, f"on port {there.port}")
+            assert_finds(submission.ports(server.target, of(**settings)), WARN, "without TLS", "SUBMISSION_TLS_CERT")
+            assert worst(submission.ports(server.target, of(**settings, **tls))).level == OK
+    fake(server.folder, "openssl", "echo Certificate will expire", monkeypatch)
+    assert_finds(submission.ports(server.target, of(**settings, **tls)), WARN, "/c.pem, for mail by SMTP, expires")

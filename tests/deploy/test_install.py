@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import email
 import re
+import smtplib
+import ssl
 
 import pytest
+import trustme
 
 from tests.deploy.server import COMMANDS, ENV, OURS, Installed, Server
 from tests.servers import Api, eventually
@@ -117,3 +120,30 @@ def test_a_new_key_works_until_it_is_revoked(server: Server) -> None:
     assert "billing" in server.machine.admin(f"sudo {COMMANDS}/key list").stdout
     server.machine.admin(f"sudo {COMMANDS}/key revoke billing && {restart}")
     assert billing.post("/start-job", mail).status == 403
+
+
+def test_mail_comes_by_smtp_from_other_machines_and_from_its_own_programs(server: Server) -> None:
+    authority, (there, own) = trustme.CA(), (server.somebody(), server.somebody())
+    made = authority.issue_cert(server.machine.address)
+    server.machine.write("/etc/ssl/smtp.crt", "".join(blob.bytes().decode() for blob in made.cert_chain_pems))
+    server.machine.write("/etc/ssl/smtp.key", made.private_key_pem.bytes().decode())
+    settings = ("SUBMISSION_LISTEN", "SUBMISSION_TLS_CERT", "SUBMISSION_TLS_KEY")
+    server.edit(
+        **dict(zip(settings, ("127.0.0.1:2525,0.0.0.0:465", "/etc/ssl/smtp.crt", "/etc/ssl/smtp.key"), strict=True))
+    )
+    try:
+        assert "is taken by SMTP on port 465" in server.install().stdout  # the doctor says so
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        with smtplib.SMTP_SSL(server.machine.address, 465, context=context, timeout=60) as client:
+            client.login("any", server.key)
+            client.sendmail("hello@shop.internal", [there], "Subject: Hello\r\n\r\nHello\r\n")
+        conf = f"SUBMISSION_URL=smtp://any:{server.key}@127.0.0.1:2525\nMAIL_FROM=hello@shop.internal\n"
+        server.machine.write("/home/admin/sendmail.conf", conf)
+        server.machine.admin(f"echo Hello | {COMMANDS}/sendmail -C sendmail.conf {own} && rm -f sendmail.conf")
+        server.arrives(there, own)
+    finally:
+        server.edit(**dict.fromkeys(settings, ""))
+        server.install()
+        server.restart()
+    assert server.machine.says("systemctl is-active async-email-submission.socket || true") == "inactive"
