@@ -135,9 +135,7 @@ class Delivery:
         if not (self.pacing.is_free and self.pool.may_follow(talk.session)):
             return
         job_id, taken = take_next()
-        with suppress(
-            Exception
-        ):  # what is wrong with the next mail must not stop this one; its own attempt will say it
+        with suppress(Exception):  # what is wrong with the next mail is for its own attempt to say
             claim = self.outbox.claim(job_id, 0, taken) if taken and taken[0] == b"claimed" else ""
             if isinstance(claim, Claim):
                 self.ahead.mail = ahead = Ahead(claim)
