@@ -63,7 +63,10 @@ class Side:
         self, rig: Rig, relay: Mapping[str, str], senders: int = SENDERS
     ) -> list[subprocess.Popen[bytes]]:
         each = str(senders // self.processes)
-        forks = {"WORKER_CONCURRENCY": str(senders), "WORKER_PROCESSES": str(self.processes)}
+        forks = {
+            "WORKER_CONCURRENCY": each if self.framework else str(senders),
+            "WORKER_PROCESSES": str(self.processes),
+        }
         environment = self.environment(rig, **forks, **relay)
         commands = [[part.format(each=each, number=number) for part in self.worker] for number in range(self.commands)]
         return [

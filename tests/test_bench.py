@@ -245,7 +245,7 @@ def test_every_measurement_has_a_trial() -> None:
 
 
 @pytest.mark.parametrize(("name", "senders", "started"), [
-    ("ours", 64, [("64", "1")]), ("ours2", 16, [("16", "2")]),
+    ("ours", 64, [("64", "1")]), ("ours2", 16, [("16", "2")]), ("bullmq", 64, [("32", "2")] * 2),
 ])  # fmt: skip
 def test_the_senders_are_divided_among_the_processes(name: str, senders: int, started: list[tuple[str, str]]) -> None:
     rig = Mock()
