@@ -44,9 +44,8 @@ from queues.table import EMAIL, QUEUES
 from queues.workers import EmailWorker, Functions, JobsWorker, Scheduler, make_worker, register
 
 FED_PER_SENDER = 50  # bulk mails that a sender may have before it; more than it can send in a second
-STUCK_AFTER = (
-    120  # seconds beyond its timeout after which an attempt is taken for stuck; and a process without progress
-)
+# Seconds beyond its timeout after which an attempt is taken for stuck; and without progress, after which a process is.
+STUCK_AFTER = 120
 FEWEST = 4  # mails at a time that are worth a process of their own
 Report = Callable[[str], None]
 

@@ -34,9 +34,8 @@ class PipeliningRedis(Redis):
         self._lock = threading.Lock()
         self._waiting: list[Call] = []
         self._is_sending = False
-        self._alone: Redis | None = (
-            None  # has a connection of its own; to borrow one each time takes as long as a command
-        )
+        # Has a connection of its own: to borrow one for each command takes as long as the command.
+        self._alone: Redis | None = None
         self.round_trips = 0  # so far
 
     def execute_command(self, *words: Any, **options: Any) -> Any:

@@ -25,8 +25,8 @@ WAIT = 5  # seconds for a job, in one command; less than the client's time-out
 PAUSE = 0.5  # seconds between looks while no job may be taken
 
 
-def bear(error: Exception) -> None:
-    """Says what is wrong, and waits a second: the same is tried again."""
+def log_and_pause(error: Exception) -> None:
+    """Logs what is wrong, and waits a second, before the same is tried again."""
     if reason := why_unavailable(error):
         announcements.note(reason)
     else:
@@ -51,8 +51,9 @@ class Sender(threading.Thread):
             try:
                 job_id = self.turn(job_id)
             except Exception as error:
-                bear(error)
-                job_id = ""
+                log_and_pause(error)
+                # A thread that is to stop waits for no Redis: what is unwritten is found when its lease ends.
+                job_id = None if self.senders.stopping and not self.next else ""
 
     def turn(self, job_id: str) -> str | None:
         """Takes a job and runs it. Returns which is to be next, or None to end."""
@@ -170,7 +171,7 @@ class Senders:
                 try:
                     found = self._find_one()
                 except Exception as error:
-                    bear(error)
+                    log_and_pause(error)
                 finally:
                     if not found:
                         self.asked.release()  # or a sender would wait for good
@@ -187,10 +188,10 @@ class Senders:
             return False
         job_id = moved.decode(errors="replace")
         with self.lock:
-            if self.stopping:
-                self._give_back(name, job_id)
-            else:
+            if not self.stopping:
                 self.found.put(job_id)
+                return True
+        self._give_back(name, job_id)
         return True
 
     def _give_back(self, name: str, job_id: str) -> None:

@@ -174,6 +174,10 @@ class Conversation:
     @property
     def is_under_way(self) -> bool:
         """Returns whether the commands of this mail, which was announced, are out and wait for `begin`."""
+        return self._is_announced and not self.session.aborted.is_set()
+
+    @property
+    def _is_announced(self) -> bool:
         return self.planned is not None and self.session.following is self.planned
 
     def end(self) -> None:
@@ -184,7 +188,7 @@ class Conversation:
     def drop(self) -> None:
         """Gives up a mail that was announced and will not begin. The relay waits for its text, so nothing else can be
         said there."""
-        if self.is_under_way:
+        if self._is_announced:
             self.pool.discard(self.session)
 
     def begin(self, envelope: Envelope, mime: bytes) -> Replies | Outcome:
@@ -192,6 +196,7 @@ class Conversation:
         if self.is_under_way:
             self.pool.prolong(self.session, self.deadline)
         elif self.planned:
+            self.drop()  # it was aborted, at the deadline of the mail before
             self.session = self.pool.acquire(self.relay, self.deadline)
         try:
             return self.session.begin(envelope, mime)

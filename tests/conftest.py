@@ -42,6 +42,13 @@ def house(
         yield house
 
 
+@pytest.fixture(scope="module")
+def far() -> Iterator[Relay]:
+    """A relay that all tests of a module share."""
+    with Relay() as relay:
+        yield relay
+
+
 @pytest.fixture
 def relay() -> Iterator[Relay]:
     with Relay() as relay:

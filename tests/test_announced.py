@@ -168,6 +168,23 @@ def test_a_mail_that_is_refused_because_of_what_follows_begins_again_without() -
     assert there.accepted == [MIME, MIME, NEXT]
 
 
+def test_a_deadline_that_passes_between_two_mails_is_not_the_seconds_trouble() -> None:
+    with served(offers=PIPES, deadline=0.5) as (there, to):
+        another(to)
+        with POOL.conversation(to) as talk:
+            said = talk.begin(Envelope(SENDER, [ADA]), MIME)
+            following = talk.announce(Envelope(SENDER, [BOB]), NEXT)
+            finished(talk, said)
+        assert following
+        assert following.is_under_way
+        time.sleep(0.7)  # as long as it takes to write down the first
+        following.deadline += 1
+        with POOL.conversation(to, following) as talk:
+            assert fate(finished(talk, talk.begin(Envelope(SENDER, [BOB]), NEXT))) == (Phase.DOT, 250, ACCEPTED)
+        assert there.connections == 2
+    assert there.accepted == [MIME, MIME, NEXT]
+
+
 def test_of_a_mail_that_is_given_up_nothing_goes_out() -> None:
     with served(offers=PIPES) as (there, to):
         another(to)

@@ -120,3 +120,20 @@ def test_a_job_that_is_found_as_the_worker_ends_goes_back(
     assert senders._find_one()
     assert client.lrange("rq:queue:email", 0, -1) == [b"job-0", b"job-1"]
     assert client.llen("rq:queue:email:intermediate") == 0
+
+
+def test_a_sender_that_is_to_stop_waits_for_no_redis(
+    client: redis.Redis, senders: Senders, during: list[Callable[[], object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asked again for as long as Redis was away, until systemd killed it."""
+
+    def fail(_: object) -> None:
+        raise Unavailable("Redis does not answer")
+
+    monkeypatch.setattr(senders.worker.turns, "end", fail)
+    during.append(senders.stop)
+    enqueue(client, "tasks.deliver")
+    senders.replenish()
+    eventually(lambda: senders.stopping)
+    senders.join(10)
+    assert not senders.threads

@@ -59,12 +59,6 @@ CALLS = {  # words, mail -> sender, recipients, content
 
 
 @pytest.fixture(scope="module")
-def far() -> Iterator[Relay]:
-    with Relay() as relay:
-        yield relay
-
-
-@pytest.fixture(scope="module")
 def there(redis_server: RedisServer, far: Relay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submission]:
     folder = tmp_path_factory.mktemp("house")
     with House(folder, redis_server.url, MAX_RECIPIENTS="3", **far.environment(folder)) as house:

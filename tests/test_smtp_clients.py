@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from bench.postfix import MAIN
 from tests import programs
 from tests.relay import Relay
 from tests.servers import ROOT, House, RedisServer, eventually, free_port, kill_group, start
@@ -49,12 +50,6 @@ Content-Transfer-Encoding: 8bit
 def of_the_page(language: str, marker: str) -> str:
     (found,) = [one for one in re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL) if marker in one]
     return str(found)
-
-
-@pytest.fixture(scope="module")
-def far() -> Iterator[Relay]:
-    with Relay() as relay:
-        yield relay
 
 
 @pytest.fixture(scope="module")
@@ -182,19 +177,6 @@ def test_what_a_client_says_arrives_to_the_octet(tap: Tap, far: Relay, tmp_path:
 
 # --- Postfix, with all of its mail ------------------------------------------------------------------------------------
 
-MAIN = """
-compatibility_level = 3.6
-queue_directory = {place}/queue
-data_directory = {place}/data
-maillog_file = {place}/data/mail.log
-maillog_file_prefixes = /
-myhostname = localhost
-mydestination =
-inet_interfaces = loopback-only
-inet_protocols = ipv4
-mynetworks = 127.0.0.0/8
-alias_maps =
-"""
 MASTER = """
 127.0.0.1:{port} inet n - n - - smtpd
 cleanup unix n - n - 0 cleanup

@@ -13,12 +13,6 @@ from tests.submitting import LOGIN, MAIL, Submission
 
 
 @pytest.fixture(scope="module")
-def far() -> Iterator[Relay]:
-    with Relay() as relay:
-        yield relay
-
-
-@pytest.fixture(scope="module")
 def house(redis_server: RedisServer, far: Relay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("house")
     limits = {"MAX_MESSAGE_BYTES": "100000", "MAX_RECIPIENTS": "3", "LOG_LEVEL": "INFO"}

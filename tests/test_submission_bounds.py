@@ -40,12 +40,6 @@ EVIL = (
 
 
 @pytest.fixture(scope="module")
-def far() -> Iterator[Relay]:
-    with Relay() as relay:
-        yield relay
-
-
-@pytest.fixture(scope="module")
 def house(redis_server: RedisServer, far: Relay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("house")
     with House(folder, redis_server.url, LOG_LEVEL="INFO", **far.environment(folder)) as house:
