@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from selenium.common import WebDriverException
+from selenium.common import TimeoutException, WebDriverException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
 from tests.programs import program
@@ -38,4 +39,8 @@ def browser(tmp_path: Path) -> Iterator[Chrome]:
 
 def wait_for(browser: Chrome, condition: Callable[[Chrome], object]) -> None:
     """Waits until `condition` is true, and over what Selenium raises meanwhile: a page that draws itself anew."""
-    WebDriverWait(browser, 10, 0.05, [WebDriverException]).until(condition)
+    try:
+        WebDriverWait(browser, 60, 0.05, [WebDriverException]).until(condition)
+    except TimeoutException:
+        shown = browser.find_element(By.TAG_NAME, "body").text
+        raise AssertionError(f"after 60 seconds {browser.current_url} shows:\n{shown}") from None

@@ -26,7 +26,6 @@ from tests.servers import RedisServer, eventually
 from tests.test_email_page import HELD, HOSTILE, LATER, REFUSED, SENT, attempt
 
 pytestmark = pytest.mark.browser
-TOMORROW = (datetime.now(timezone.utc).astimezone() + timedelta(days=1)).replace(hour=9, minute=0)
 TAGS = [{"name": "kind", "value": "invoice"}]
 PATHS: tuple[str, ...] = ("", "?span=3d", "activity", "activity?q=state:failed", "scheduled", "failures", "system")
 PATHS += (
@@ -50,6 +49,7 @@ def site(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) ->
 def mails(client: Redis, redis_server: RedisServer) -> dict[str, str]:
     """What is there to be asked about; by name."""
     pages = Pages.of(redis_server.url)
+    tomorrow = (datetime.now(timezone.utc).astimezone() + timedelta(days=1)).replace(hour=9, minute=0)
     made = {
         "sent": pages.accept(to=["ada@example.com"], subject="Reset your password"),
         "failed": pages.accept(to=["bob@example.com"], subject="Invoice 17", tags=TAGS),
@@ -57,7 +57,7 @@ def mails(client: Redis, redis_server: RedisServer) -> dict[str, str]:
         "doubt": pages.accept(to=["carol@example.com"], subject="Your ticket", on_doubt="hold"),
         "later": pages.accept(to=["dan@example.com"], subject="Your order"),
         "waits": pages.accept(to=["fay@example.com"], subject="Welcome, Fay"),
-        "scheduled": pages.accept(subject="The news of the week", scheduled_at=TOMORROW.isoformat()),
+        "scheduled": pages.accept(subject="The news of the week", scheduled_at=tomorrow.isoformat()),
     }
     for name, told in (("sent", SENT), ("failed", REFUSED), ("failed too", REFUSED), ("doubt", HELD), ("later", LATER)):
         attempt(pages.outbox, made[name], told)
