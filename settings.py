@@ -14,19 +14,14 @@ table list the same variables; a test compares them.
 from __future__ import annotations
 
 import hashlib
-import hmac
-import ipaddress
 import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     DirectoryPath,
     Field,
@@ -37,12 +32,29 @@ from pydantic import (
 )
 
 from process import env_file
+from process.api_keys import ApiKey, parse_api_keys
+from process.relays import ONLY, RelaySettings, parse_relays
+from process.values import (
+    Address,
+    Duration,
+    Host,
+    Listen,
+    Port,
+    Rates,
+    is_loopback,
+    is_safe_url,
+    parse_address,
+    parse_allowlist,
+    parse_ehlo_name,
+    parse_one_address,
+    parse_schedule,
+    parsed_by,
+)
 
-SECRETS = ("redis_url", "smtp_password", "api_keys", "dashboard_password", "alert_url")
+SECRETS = ("redis_url", "smtp_password", "api_keys", "dashboard_password", "alert_url", "relays")
 VERBATIM = ("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url")  # any text, so `#` too
 CUT = "{} would end before its #: put the whole value in single quotes, or the comment on a line of its own"
 DEV_KEY = "dev"  # bin/dev's API key; everybody knows it, so it may be served on loopback only
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class SettingsError(Exception):
@@ -53,177 +65,6 @@ class SettingsError(Exception):
         self.faults = faults
 
 
-def parsed_by(parse: Callable[[str], object]) -> BeforeValidator:
-    """Applies `parse` to text only: a default, or a value that code passes in, has its type already."""
-    return BeforeValidator(lambda given: parse(given) if isinstance(given, str) else given)
-
-
-def parse_duration(text: str) -> int:
-    """Returns seconds: `"90s"` -> 90, `"5m"` -> 300, `"24h"`, `"3d"`."""
-    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text.strip())
-    if not match:
-        raise ValueError("must be a number and a unit: 30s, 5m, 24h or 3d")
-    return int(match[1]) * UNITS[match[2]]
-
-
-def parse_schedule(text: str) -> list[int]:
-    return [parse_duration(part) for part in text.split(",")]
-
-
-class Rate(NamedTuple):
-    most: int  # so many mails or requests
-    seconds: int  # in any period of this length
-
-    def __str__(self) -> str:
-        return f"{self.most}/{next(unit for unit, seconds in UNITS.items() if seconds == self.seconds)}"
-
-    @classmethod
-    def parse(cls, text: str) -> Rate:
-        match = re.fullmatch(r"([1-9][0-9]{0,4})/([smhd])", text.strip())
-        if not match:
-            raise ValueError("must be a rate per second, minute, hour or day, such as 14/s")
-        return cls(int(match[1]), UNITS[match[2]])
-
-
-def parse_rates(text: str) -> tuple[Rate, ...]:
-    """Returns the rates of `"14/s, 2000/d"`, all of which hold at once."""
-    try:
-        return tuple(map(Rate.parse, text.split(",")))
-    except ValueError as error:
-        raise ValueError(f"{error}, or several such as 30/m,2000/d") from None
-
-
-class Address(NamedTuple):
-    """Where a process listens."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def parse_address(text: str) -> Address:
-    match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([^\s:\[\]]+)):([0-9]{1,5})", text.strip())
-    if not match or not 0 < int(match[3]) < 65536:
-        raise ValueError("must be host:port, such as 127.0.0.1:8000 or [::1]:8000")
-    return Address(match[1] or match[2], int(match[3]))
-
-
-class ApiKey(NamedTuple):
-    """A caller's key, of which only the SHA-256 is kept. Scope `send` may submit, and read, move and cancel what
-    it submitted; `test` the same, and nothing is sent; `full` may do everything. `rate` is how many requests it may
-    make; `domains` are those that it may send from, if not from all."""
-
-    name: str
-    sha256: str
-    scope: str
-    rate: Rate | None = None
-    domains: tuple[str, ...] = ()
-    old: bool = False  # a newer one has its name
-
-    @property
-    def reads_only(self) -> str:
-        """Returns the name of the key whose mails alone this one may see: its own, or "" for all."""
-        return "" if self.scope == "full" else self.name
-
-    def may_send_from(self, address: str) -> bool:
-        """Returns whether the key may send from this address. A domain has no subdomains."""
-        return not self.domains or address.rpartition("@")[2] in self.domains
-
-    def __str__(self) -> str:
-        optional = [str(self.rate or ""), "+".join(self.domains)]
-        return ":".join([self.name, self.sha256, self.scope, *optional]).rstrip(":")
-
-
-def find_key(keys: tuple[ApiKey, ...], secret: bytes) -> ApiKey | None:
-    """Returns the key of this secret. Compares all keys, each in constant time."""
-    digest = hashlib.sha256(secret).hexdigest()
-    return next(iter([key for key in keys if hmac.compare_digest(key.sha256, digest)]), None)
-
-
-DOMAIN = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
-ATOM = r'[^\s\x00-\x1f\x7f@.,;:()<>\[\]"\\]+'
-ADDRESS = rf"{ATOM}(?:\.{ATOM})*@(?i:{DOMAIN})"
-API_KEY = re.compile(
-    r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::(full|send|test)"
-    rf"(?::(?:([0-9]+/[smhd])|(?=:))(?::((?i:{DOMAIN}(?:\+{DOMAIN})*)))?)?)?"
-)
-
-
-def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
-    keys = []
-    for number, entry in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
-        match = API_KEY.fullmatch(entry)
-        if not match:  # the entry itself may be a key pasted in clear: never repeat it
-            form = "name:sha256hex[:scope[:rate[:domains]]], with scope full, send or test, a rate such as 50/s or none"
-            raise ValueError(f"entry {number} must be {form}, and domains in ASCII such as acme.example+acme.test")
-        rate, domains = Rate.parse(match[4]) if match[4] else None, (match[5] or "").lower()
-        keys.append(ApiKey(match[1], match[2], match[3] or "full", rate, tuple(filter(None, domains.split("+")))))
-    for same in ([one for one in keys if one.name == key.name] for key in keys):
-        if len(same) > 2 or len(set(same)) < len(same) or len({one._replace(sha256="") for one in same}) > 1:
-            raise ValueError("each name must be unique, or that of an old key and a new one that may do the same")
-    newest = {key.name: key for key in keys}
-    return tuple(key._replace(old=key != newest[key.name]) for key in keys)
-
-
-def parse_one_address(text: str) -> str:
-    """Returns an address as it stands."""
-    if not re.fullmatch(ADDRESS, text.strip()):
-        raise ValueError("must be one address without a name, such as tester@acme.example")
-    return text.strip()
-
-
-def parse_allowlist(text: str) -> tuple[str, ...]:
-    """Returns addresses and domains, in small letters."""
-    entries = tuple(part.strip().lower() for part in text.split(","))
-    if not all(re.fullmatch(f"{ADDRESS}|{DOMAIN}", entry) for entry in entries):
-        raise ValueError("must be addresses and domains in ASCII, such as ada@example.com,acme.example")
-    return entries
-
-
-def parse_host(text: str) -> str:
-    """Returns a host's name or address as it stands. A port, a scheme or a login beside it is no part of it."""
-    host = text.strip()
-    if re.fullmatch(r"[0-9A-Fa-f.:]+(%[\w.-]+)?", host):  # ipaddress takes any text behind %
-        with suppress(ValueError):
-            return str(ipaddress.ip_address(host))
-    if not re.fullmatch(r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*\.?", host) or len(host) > 253:
-        raise ValueError("must be a host's name or address alone, such as smtp.example.com; its port is SMTP_PORT")
-    return host
-
-
-def parse_ehlo_name(text: str) -> str:
-    """Returns a domain, or an address in brackets (RFC 5321 4.1.3)."""
-    name = text.strip()
-    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Za-z.:]+\]", name) or len(name) > 255:
-        raise ValueError("must be a full name, such as mail.example.com, or an address in brackets: [192.0.2.1]")
-    return name
-
-
-def _is_safe_url(url: str) -> bool:
-    """Returns whether a secret in it is not sent in clear, but within this machine."""
-    try:
-        at = urlsplit(url)
-        _ = at.port
-    except ValueError:
-        return False
-    loopback = at.scheme == "http" and is_loopback(at.hostname or "")
-    return bool(at.hostname) and (at.scheme == "https" or loopback) and bool(re.fullmatch(r"[!-~]+", url))
-
-
-LONGEST_DURATION = 100 * 366 * 86400  # seconds; what is longer, Redis or Python may refuse
-Duration = Annotated[int, parsed_by(parse_duration), Field(gt=0, le=LONGEST_DURATION)]
-Listen = Annotated[Address, parsed_by(parse_address)]
-Port = Annotated[int, Field(ge=1, le=65535)]
-
-
 class Settings(BaseModel):
     """All settings. Durations are in seconds, sizes in bytes."""
 
@@ -232,7 +73,7 @@ class Settings(BaseModel):
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     redis_url_file: FilePath | None = None
 
-    smtp_host: Annotated[str, parsed_by(parse_host)] | None = None
+    smtp_host: Host | None = None
     smtp_port: Port = 587
     smtp_security: Literal["starttls", "tls", "none"] = Field(
         default_factory=lambda given: "tls" if given.get("smtp_port") == 465 else "starttls"
@@ -243,7 +84,9 @@ class Settings(BaseModel):
     smtp_ca_file: FilePath | None = None
     smtp_timeout: Duration = 30
     ehlo_name: Annotated[str, parsed_by(parse_ehlo_name)] | None = None
-    smtp_rate: Annotated[tuple[Rate, ...], parsed_by(parse_rates)] = ()
+    smtp_rate: Rates = ()
+    relays: Annotated[tuple[RelaySettings, ...], parsed_by(parse_relays)] = ()
+    relays_file: FilePath | None = None
 
     mail_from: str | None = None
     mail_redirect_to: Annotated[str, parsed_by(parse_one_address)] | None = None
@@ -316,6 +159,8 @@ class Settings(BaseModel):
     def check_combinations(self) -> Settings:
         """Raises ValueError with a sentence for each value that has its type and is wrong all the same."""
         faults = []
+        if self.smtp_host and self.relays:
+            faults.append("SMTP_HOST and RELAYS both name a relay: put the one of SMTP_HOST into RELAYS, and unset it")
         if self.smtp_username and self.smtp_security == "none" and not is_loopback(self.smtp_host or ""):
             faults.append("SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls")
         open_to_all = [self.listen.host, *(address.host for address in self.submission_listen)]
@@ -332,7 +177,7 @@ class Settings(BaseModel):
             _ = urlsplit(self.redis_url.get_secret_value()).port
         except ValueError:  # its text would quote the password
             faults.append("REDIS_URL must be a URL: write / # ? : @ in its password as %2F %23 %3F %3A %40")
-        if self.alert_url and not _is_safe_url(self.alert_url.get_secret_value()):
+        if self.alert_url and not is_safe_url(self.alert_url.get_secret_value()):
             faults.append("ALERT_URL must be a URL that begins with https://, or with http:// on loopback")
         if faults:
             raise ValueError("\n".join(faults))
@@ -355,6 +200,14 @@ class Settings(BaseModel):
             return "only recipients on MAIL_ALLOWLIST are served" if self.mail_allowlist else ""
         whose = "mail for recipients that are not on MAIL_ALLOWLIST" if self.mail_allowlist else "all mail"
         return f"{whose} goes to MAIL_REDIRECT_TO"
+
+    @property
+    def all_relays(self) -> tuple[RelaySettings, ...]:
+        """Returns the relays in the order in which they are asked: those of RELAYS, or the one of SMTP_HOST, if any."""
+        if self.relays or not self.smtp_host:
+            return self.relays
+        fields = ("host", "port", "security", "username", "password", "ca_file", "rate")
+        return (RelaySettings.model_construct(name=ONLY, **{name: getattr(self, f"smtp_{name}") for name in fields}),)
 
     @property
     def deliver_timeout(self) -> int:
@@ -427,7 +280,10 @@ def load(*needed: str, **overrides: Any) -> Settings:
         settings = Settings(**{**from_credentials(directory), **written, **from_environment(), **overrides})
     except ValidationError as error:
         raise SettingsError(explain(error)) from None
-    missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not getattr(settings, name)]
+    there = {"smtp_host": settings.all_relays}
+    missing = [
+        f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not there.get(name, getattr(settings, name))
+    ]
     if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password):
         # Checked in the process that sends the mail: under systemd, the API is not given the password.
         missing.append("SMTP_USERNAME and SMTP_PASSWORD go together: set both, or neither for a relay without a login")

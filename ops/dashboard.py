@@ -49,11 +49,12 @@ from process import sd_daemon
 from process.log import emit, say_why_not, set_up, where
 from process.memory import use_one_arena
 from process.sockets import listen_on
+from process.values import is_loopback
 from queues.connection import Unavailable, connect, is_wrong_type, why_unavailable
 from queues.jobs import Jobs, NotFound, NotPossible
 from queues.quarantine import DAMAGED, StrictJob
 from queues.table import EMAIL, QUEUES
-from settings import Settings, SettingsError, is_loopback, load
+from settings import Settings, SettingsError, load
 from web.hosts import ALLOWED, add_flag, is_local, is_same_origin
 
 PACKAGE = Path(upstream.__file__).parent  # rq_dashboard, as it is installed

@@ -36,6 +36,7 @@ import tasks
 from ops import lock
 from ops.aof import cut_unfinished
 from ops.failing import percentage
+from process.api_keys import ApiKey
 from queues import keys
 from queues.cron import next_time
 from queues.offer import load_file
@@ -344,7 +345,7 @@ def api_keys(configured: settings.Settings) -> str:
     names, name = {key.name for key in configured.api_keys}, settings.DEV_KEY
     while name in names:
         name += "-"
-    own = settings.ApiKey(name, hashlib.sha256(settings.DEV_KEY.encode()).hexdigest(), "full")
+    own = ApiKey(name, hashlib.sha256(settings.DEV_KEY.encode()).hexdigest(), "full")
     return ",".join(map(str, (*configured.api_keys, own)))
 
 

@@ -25,7 +25,8 @@ from pathlib import Path
 
 from mail.address import strict_address
 from process import env_file
-from settings import ApiKey, Rate, parse_api_keys
+from process.api_keys import ApiKey, parse_api_keys
+from process.values import Rate
 
 SERVER = Path("/etc/async-email")
 LINE = re.compile(r"^#?[ \t]*API_KEYS[ \t]*=.*$", re.MULTILINE)

@@ -6,8 +6,8 @@ go at once, and then ten a second. It is one key, `limit:NAME`: the moment, in m
 
 from __future__ import annotations
 
+from process.values import Rate
 from queues.connection import Redis, Script, translating_errors
-from settings import Rate
 
 # KEYS: the bucket. ARGV: how many, in how many ms. Returns for how many ms to wait; 0: it may be done, and is counted.
 TAKE = """

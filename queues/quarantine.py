@@ -25,9 +25,9 @@ from rq.exceptions import DeserializationError, NoSuchJobError, TimeoutFormatErr
 from rq.job import JOB_ID_PATTERN, parse_job_id
 
 from process.log import emit
+from process.values import LONGEST_DURATION
 from queues import keys
 from queues.connection import Script, is_wrong_type
-from settings import LONGEST_DURATION
 
 UNREADABLE = "jobs:unreadable"  # sorted set: ids of jobs that were set aside, by when; the hashes are at <this>:<id>
 UNREADABLE_KEPT = 14 * 86400  # seconds

@@ -27,8 +27,8 @@ import time
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from process.values import Rate
 from queues.connection import Redis, Script, translating_errors
-from settings import Rate
 from smtp.policy import CHOSEN, Phase
 from smtp.verdict import Reply
 

@@ -10,6 +10,7 @@ import ssl
 from functools import lru_cache
 from typing import NamedTuple
 
+from process.relays import ONLY, RelaySettings
 from settings import Settings
 
 SEND_BUFFER = 256 * 1024  # bytes
@@ -29,15 +30,16 @@ class Relay(NamedTuple):
     ehlo_name: str  # what we call ourselves
 
     @classmethod
-    def of(cls, current: Settings) -> Relay:
-        """Returns the relay that the settings name."""
+    def of(cls, current: Settings, one: RelaySettings | None = None) -> Relay:
+        """Returns one relay of the settings; by default the first."""
+        one = one or next(iter(current.all_relays), RelaySettings.model_construct(name=ONLY))
         return cls(
-            host=current.smtp_host or "",
-            port=current.smtp_port,
-            security=current.smtp_security,
-            username=current.smtp_username,
-            password=current.smtp_password.get_secret_value() if current.smtp_password else None,
-            ca_file=str(current.smtp_ca_file) if current.smtp_ca_file else None,
+            host=one.host or "",
+            port=one.port,
+            security=one.security,
+            username=one.username,
+            password=one.password.get_secret_value() if one.password else None,
+            ca_file=str(one.ca_file) if one.ca_file else None,
             timeout=current.smtp_timeout,
             deadline=current.deliver_timeout,
             ehlo_name=current.ehlo_name or own_name(),

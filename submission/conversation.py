@@ -20,9 +20,9 @@ from typing import BinaryIO, cast
 from aiosmtpd.smtp import SMTP, Envelope
 
 from mail.address import Mailbox
+from process.api_keys import ApiKey
 from process.guesses import network
 from process.sockets import open_files
-from settings import ApiKey
 from submission.handler import Handler
 
 END = b"\r\n.\r\n"

@@ -22,12 +22,13 @@ from mail.index import new_id
 from mail.message import who_gets
 from mail.outbox import Outbox
 from mail.raw import address_of
+from process.api_keys import ApiKey, find_key
 from process.guesses import Guesses, network
 from process.log import emit, where
 from queues.connection import CANNOT_NOW, Unavailable
 from queues.jobs import IdempotencyConflict, Jobs
 from queues.limits import Limits
-from settings import ApiKey, Settings, find_key
+from settings import Settings
 from submission import intake
 from submission.intake import Refused, take
 

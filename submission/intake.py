@@ -20,8 +20,9 @@ from mail.message import Draft, Message, Raw, who_gets
 from mail.moments import time_with_zone
 from mail.raw import Header, NotAMail, check, header_of, without
 from mail.request import FieldError, Invalid, ScheduledAt, StrictModel, Tag, validate
+from process.api_keys import ApiKey
 from queues.jobs import Idempotency
-from settings import ApiKey, Settings
+from settings import Settings
 
 OURS = "x-async-email-"
 IDEMPOTENCY_KEY = "resend-idempotency-key"

@@ -23,9 +23,10 @@ from rq.serializers import JSONSerializer
 
 import tasks
 from process.sockets import listen_on
+from process.values import Address
 from queues.connection import connect
 from queues.jobs import Jobs
-from settings import Address, load
+from settings import load
 from tests.servers import Answer, Api, free_port
 from web import app as web_app
 from web import errors, middleware, server

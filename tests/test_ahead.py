@@ -13,8 +13,8 @@ from rq import Retry
 from mail import delivery
 from mail.address import Mailbox
 from mail.outbox import CLAIM_BESIDE, Outbox
+from process.values import Rate
 from queues.heartbeat import on_heartbeat
-from settings import Rate
 from smtp.pacing import Pacing
 from smtp.policy import Phase
 from smtp.verdict import Reply

@@ -124,7 +124,7 @@ def test_a_key_is_compared_with_every_known_key_in_constant_time(
         compared.append(one)
         return one == other
 
-    monkeypatch.setattr("settings.hmac.compare_digest", compare)
+    monkeypatch.setattr("process.api_keys.hmac.compare_digest", compare)
     with served(app_with(redis_server.url, api_keys=",".join(f"{n}:{digest}" for n, digest in known.items()))) as api:
         status = api.call("GET", f"/jobs/{UNKNOWN_ID}", headers={"Authorization": f"Bearer {given}"}).status
     assert status == (404 if given in known else 403)

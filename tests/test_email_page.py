@@ -22,9 +22,9 @@ from mail.states import EXPIRED, State, Status
 from mail.sweep import sweep
 from ops.page import audit, timeline
 from ops.page.audit import Action
+from process.api_keys import ApiKey
 from queues import keys
 from queues.jobs import Call, Policy
-from settings import ApiKey
 from submission.intake import Envelope as SmtpEnvelope
 from submission.intake import take
 from tests.dashboards import contents, fail

@@ -17,7 +17,8 @@ from werkzeug.test import Client
 
 from ops import catcher, dev
 from ops.failing import Failures
-from settings import ApiKey, load
+from process.api_keys import ApiKey
+from settings import load
 from tests.dashboards import in_process
 from tests.http_api import MAIL, app_with, ask
 from tests.servers import Api, RedisServer, eventually, free_port

@@ -19,7 +19,8 @@ import redis
 
 from ops import install, release, site, smtp_in
 from ops.server import Fault, Server
-from settings import ApiKey, from_credentials, from_file, load
+from process.api_keys import ApiKey
+from settings import from_credentials, from_file, load
 from tests.http_api import MAIL
 from tests.relay import Relay
 from tests.servers import ROOT, House, RedisServer, copy_project, eventually, mode

@@ -13,7 +13,7 @@ import pytest
 
 from ops import key as keys
 from ops.key import KeyFile
-from settings import ApiKey
+from process.api_keys import ApiKey
 from tests.servers import ROOT, Api, House, RedisServer, mode
 
 DIGEST = hashlib.sha256(b"a key").hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 
-from settings import Rate
+from process.values import Rate
 from smtp import pacing
 from smtp.pacing import Pacing, in_trouble, standing
 from smtp.policy import Phase

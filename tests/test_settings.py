@@ -12,7 +12,9 @@ from unittest.mock import patch
 
 import pytest
 
-from settings import Address, ApiKey, Settings, SettingsError, load
+from process.api_keys import ApiKey
+from process.values import Address
+from settings import Settings, SettingsError, load
 
 ROOT = Path(__file__).parent.parent
 DIGEST = hashlib.sha256(b"a key").hexdigest()

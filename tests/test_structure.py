@@ -18,11 +18,11 @@ from tests.servers import ROOT, project_files
 TOP = {"service", "worker", "tasks", "settings"}
 ANYTHING = {"ops", "chaos", "bench", "tests"}  # what people run beside it; nobody imports them
 MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import beside itself
-    "settings": {"process.env_file"},
+    "settings": {"process.env_file", "process.values", "process.api_keys", "process.relays"},
     "process": set[str](),
     "queues": {"settings", "process"},
-    "smtp": {"queues.connection", "settings"},
-    "mail": {"smtp", "queues", "settings", "process.log"},
+    "smtp": {"queues.connection", "settings", "process.values", "process.relays"},
+    "mail": {"smtp", "queues", "settings", "process.log", "process.relays"},
     "tasks": {"mail.delivery", "queues.offer", "settings"},
     "web": {"mail", "queues", "settings", "process"},
     "submission": {"mail", "queues", "settings", "process"},

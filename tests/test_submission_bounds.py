@@ -21,9 +21,9 @@ import redis
 
 from mail.address import Mailbox
 from mail.outbox import Outbox
+from process.api_keys import ApiKey
 from queues.connection import Unavailable
 from queues.jobs import Accepted
-from settings import ApiKey
 from submission import handler, intake
 from submission.conversation import MOST, MOST_OF_ONE, Conversations
 from submission.handler import Outcome

@@ -8,8 +8,9 @@ from bottle import request
 
 from mail.address import Mailbox
 from mail.request import FieldError, Invalid
+from process.api_keys import ApiKey, find_key
+from process.values import Rate
 from queues.limits import Limits
-from settings import ApiKey, Rate, find_key
 from web.errors import Refusal
 
 

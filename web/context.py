@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from bottle import HTTPResponse
 
+from process.api_keys import ApiKey
 from queues.acceptance import Acceptance
-from settings import ApiKey
 
 Answer = TypeVar("Answer")
 # What returns an answer, and may yield an acceptance once. It goes on with Redis' reply, when no request is bound to

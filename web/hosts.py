@@ -13,7 +13,7 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Collection
 
-from settings import is_loopback
+from process.values import is_loopback
 
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^][:@/\\?#\s]+))(?::[0-9]*)?")
 ALLOWED = "the Host must be localhost, 127.0.0.1 or [::1], or a name that --allow-host gives"

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from ops.checks import replies
 from ops.checks.findings import FAULT, Findings, fault, note, ok, warn
 from ops.checks.target import Target
-from settings import Settings, is_loopback
+from process.values import is_loopback
+from settings import Settings
 from smtp.relay import Relay
 from smtp.session import Session, Stopped
 

@@ -24,8 +24,9 @@ from ops.checks import system
 from ops.checks.findings import FAULT, Finding, Findings, fault, lasting, note, ok, sized, warn
 from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
+from process.values import is_loopback
 from queues.connection import connect, is_full, weaknesses
-from settings import Settings, is_loopback
+from settings import Settings
 
 OUR_CONF, OUR_SOCKETS = "/etc/redis/redis-async-email.conf", "/run/redis-async-email"
 OLDEST = (6, 2)  # has BLMOVE, without which a killed worker loses the job it has just popped

@@ -9,7 +9,8 @@ import ssl
 from ops.checks.findings import Findings, fault, lasting, note, ok, warn
 from ops.checks.machine import SOON, runs_out
 from ops.checks.target import Target
-from settings import Address, Settings, is_loopback
+from process.values import Address, is_loopback
+from settings import Settings
 
 TLS_PORT = 465
 

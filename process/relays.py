@@ -1,0 +1,102 @@
+"""RELAYS: several relays by name, as TOML; each table is one, and their order is that in which they are asked. Pure.
+
+[first]
+host = "smtp.example.com"
+username = "acme"
+password = "..."
+
+[second]
+kind = "resend"
+url = "https://api.resend.com"
+api_key = "..."
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import import_module
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FilePath, SecretStr, ValidationError, model_validator
+
+from process.values import DOMAIN, Host, Port, Rates, is_loopback, is_safe_url
+
+tomllib: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+ONLY = "relay"  # the name of the one that SMTP_HOST names
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+OF_KIND = {"smtp": {"host", "port", "security", "username", "password", "ca_file"}, "resend": {"url", "api_key"}}
+
+
+class RelaySettings(BaseModel):
+    """Says where one relay is, and what mail it takes. `rate` and `concurrency` hold for all workers together; with
+    `domains`, it takes mail from these alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, validate_default=True)
+
+    name: str
+    kind: Literal["smtp", "resend"] = "smtp"
+    host: Host | None = None
+    port: Port = 587
+    security: Literal["starttls", "tls", "none"] = Field(
+        default_factory=lambda given: "tls" if given.get("port") == 465 else "starttls"
+    )
+    username: str | None = None
+    password: SecretStr | None = None
+    ca_file: FilePath | None = None
+    url: str | None = None
+    api_key: SecretStr | None = None
+    rate: Rates = ()
+    concurrency: Annotated[int, Field(ge=1, le=64)] | None = None
+    domains: Annotated[tuple[str, ...], Field(max_length=1000)] = ()
+
+    @model_validator(mode="after")
+    def check_combinations(self) -> RelaySettings:
+        faults = []
+        needed = {"smtp": "host", "resend": "url"}[self.kind]
+        if not getattr(self, needed):
+            faults.append(f"{needed} must be set for a relay of kind {self.kind}")
+        others = set().union(*OF_KIND.values()) - OF_KIND[self.kind]
+        faults += [f"{name} is not for a relay of kind {self.kind}" for name in sorted(others & self.model_fields_set)]
+        if self.url and not is_safe_url(self.url):
+            faults.append("url must be a URL that begins with https://, or with http:// on loopback")
+        if self.kind == "resend" and not self.api_key:
+            faults.append("api_key must be set for a relay of kind resend")
+        if self.username and self.security == "none" and not is_loopback(self.host or ""):
+            faults.append("security none would send the password in clear; use starttls or tls")
+        if self.kind == "smtp" and bool(self.username) != bool(self.password):
+            faults.append("username and password go together: set both, or neither for a relay without a login")
+        if not all(re.fullmatch(DOMAIN, domain) for domain in self.domains):
+            faults.append("domains must be domains in ASCII and small letters, such as acme.example")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def serves(self, domain: str) -> bool:
+        """Returns whether it takes mail from addresses of this domain, written in small letters."""
+        return not self.domains or domain in self.domains
+
+
+def parse_relays(text: str) -> tuple[RelaySettings, ...]:
+    """Returns the relays of a TOML text, in its order. Raises ValueError with all that is wrong."""
+    try:
+        tables: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:  # which names the line, and quotes nothing
+        raise ValueError(f"must be TOML: {error}") from None
+    relays, faults = [], []
+    for name, table in tables.items():
+        if not NAME.fullmatch(name) or not isinstance(table, dict) or name == ONLY:
+            faults.append(f"each entry must be a table whose name is 1 to 32 of a-z, 0-9, _ and -, and not {ONLY}")
+            continue
+        try:
+            relays.append(RelaySettings(**{**table, "name": name}))
+        except ValidationError as error:
+            faults += [f"{name}: {_sentence(fault)}" for fault in error.errors(include_input=False, include_url=False)]
+    if faults:
+        raise ValueError("; ".join(faults))
+    return tuple(relays)
+
+
+def _sentence(fault: Any) -> str:
+    field, text = ".".join(map(str, fault["loc"][:1])), fault["msg"].removeprefix("Value error, ")
+    return f"{field}: {text[0].lower()}{text[1:]}" if field else text
