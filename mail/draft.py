@@ -41,9 +41,13 @@ def compose(request: Request, rendered: tuple[str, str | None, str | None] | Non
         html=html_with_ids(
             html, {one.content_id: one.cid for one in request.attachments if one.content_id and one.cid}
         ),
-        headers={**request.headers, **unsubscribe.headers(request.unsubscribe_url, request.unsubscribe_email)},
+        headers={**_headers(request), **unsubscribe.headers(request.unsubscribe_url, request.unsubscribe_email)},
         attachments=[one.stored() for one in request.attachments],
     )
+
+
+def _headers(request: Request) -> dict[str, str]:
+    return {name: value for name, value in request.headers.items() if name.lower() != "message-id"}
 
 
 def redirected(message: Message, settings: Settings) -> Message:
@@ -69,7 +73,8 @@ def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int
     rendered = render(request.template.id, request.template.variables) if request.template else None
     message = compose(request, rendered)
     at = timed(request.scheduled_at, request.expires_at)
-    return Draft(message, request.expires_at, request.on_doubt, scheduled_at=at, priority=request.priority)
+    draft = Draft(message, request.expires_at, request.on_doubt, scheduled_at=at, priority=request.priority)
+    return draft._replace(message_id=request.message_id)
 
 
 def preview(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
