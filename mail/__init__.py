@@ -14,7 +14,7 @@ reader.py    what is kept of them, for those who ask (attachments.py: the files 
 index.py     the index of all mails, by state, recipient, tag and cause (listing.py, causes.py: its mails)
 suppression.py  addresses that are not served any more
 claim.py     one attempt's hold on one mail: mark, settle
-delivery.py  one attempt, top to bottom
+delivery.py  one attempt, top to bottom (routes.py: which relay the mail goes to)
 sweep.py     mails that got stuck: found, and queued again or given up
 counters.py  what is counted for ever, and how long things took (figures.py: the same by minute and hour)
 """

@@ -296,7 +296,9 @@ class Outbox(Reader):
             counted=int(stored.get("counted", 0)),
             expires_at=timestamp(stored.get("expires_at", b"").decode()),
             on_doubt=stored.get("on_doubt", b"").decode() or self.settings.on_doubt,
-            reserved=bool(stored.get("in_line")),
+            reserved=stored.get("in_line", b"").decode(),
+            relay=stored.get("relay", b"").decode(),
+            held_by=stored.get("held_by", b"").decode(),
             test=bool(stored.get("test")),
             priority=stored.get("priority", b"normal").decode(),
         )

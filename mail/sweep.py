@@ -56,7 +56,7 @@ AT_ONCE = 1000  # mails looked at in one go
 OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
 OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list", WATCH: "hash"}
 OURS |= {keys.queue(BULK): "list", SUPPRESSED: "hash", SUPPRESSIONS: "zset"}
-KINDS = OURS | pacing.KINDS  # of the keys that all mails share
+KINDS = OURS | pacing.kinds()  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds
 MAIL_ID = re.compile(rb"[\w-]+")
 
