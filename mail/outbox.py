@@ -177,6 +177,7 @@ def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
         **({"on_doubt": draft.on_doubt} if draft.on_doubt else {}),
         **({"key": draft.key} if draft.key else {}),
         **({"test": "1"} if draft.test else {}),
+        **({"relay": draft.relay} if draft.relay else {}),
         **({"priority": draft.priority} if draft.priority != "normal" else {}),
         **(_scheduled(draft.scheduled_at.timestamp()) if draft.scheduled_at else {}),
     }
