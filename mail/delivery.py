@@ -29,7 +29,7 @@ from queues.jobs import JobFailed, Jobs
 from queues.pipelining import PipeliningRedis
 from queues.running import Retry, allow_exceptions, queued_at, run_again_in, run_by, take_next, taken_with_it
 from smtp.envelope import Envelope
-from smtp.pacing import Wait
+from smtp.pacing import WAITS, Wait
 from smtp.policy import MESSAGE, Phase, Verdict
 from smtp.pool import Conversation, SessionPool
 from smtp.tally import Tally
@@ -61,7 +61,7 @@ class Delivery:
         self.outbox = outbox
         self.routes = Routes(outbox.jobs.redis, outbox.settings)
         self.pool = SessionPool()
-        self.tally = Tally(self.pool)
+        self.tally = Tally(self.pool, self.routes.relays)
         self.dots = Dots()
         self.ahead = threading.local()  # the mail at which a thread has looked ahead
 
@@ -107,7 +107,8 @@ class Delivery:
 
     def _wait(self, claim: Claim, wait: Wait) -> str | Retry:
         if wait.is_trouble and claim.age > self.outbox.settings.trouble_for:
-            return self._end(claim, given_up(claim), TROUBLE_TOO_LONG)
+            why = "" if wait.reason == WAITS["breaker"] else f": {wait.reason}"
+            return self._end(claim, given_up(claim), f"{TROUBLE_TOO_LONG}{why}")
         return self._end(claim, State.DELAYED, wait.reason, math.ceil(wait.seconds), wait.line)
 
     def _hand_over(

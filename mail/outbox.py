@@ -182,6 +182,7 @@ def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
         **({"key": draft.key} if draft.key else {}),
         **({"test": "1"} if draft.test else {}),
         **({"skip_suppression": "1"} if draft.skip_suppression else {}),
+        **({"relay": draft.relay} if draft.relay else {}),
         **({"priority": draft.priority} if draft.priority != "normal" else {}),
         **(_scheduled(draft.scheduled_at.timestamp()) if draft.scheduled_at else {}),
     }
