@@ -73,8 +73,15 @@ def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int
     rendered = render(request.template.id, request.template.variables) if request.template else None
     message = compose(request, rendered)
     at = timed(request.scheduled_at, request.expires_at)
-    draft = Draft(message, request.expires_at, request.on_doubt, scheduled_at=at, priority=request.priority)
-    return draft._replace(message_id=request.message_id)
+    return Draft(
+        message,
+        request.expires_at,
+        request.on_doubt,
+        scheduled_at=at,
+        priority=request.priority,
+        message_id=request.message_id,
+        relay=request.relay or "",
+    )
 
 
 def preview(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
