@@ -59,7 +59,7 @@ class Delivery:
 
     def __init__(self, outbox: Outbox) -> None:
         self.outbox = outbox
-        self.relay = Relay.of(outbox.settings)
+        self.relay = Relay.of(outbox.settings, redis=outbox.jobs.redis)
         self.pacing = Pacing(outbox.jobs.redis, outbox.settings.smtp_rate)
         self.pool = SessionPool()
         self.tally = Tally(self.pool)

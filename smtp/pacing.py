@@ -164,6 +164,7 @@ KINDS = {  # the keys of `relay`, and the type of each
     **dict.fromkeys(("relay:told_bulk", "relay:told_bulk_again"), "list"),
     **dict.fromkeys(("relay:probe", "relay:rates"), "string"),
     "relay:sessions": "hash",  # smtp.tally
+    **{"relay:token": "hash", "relay:renewing": "string"},  # smtp.tokens
 }
 
 
