@@ -14,16 +14,17 @@ from typing import Any
 from mail.message import Message
 from mail.states import State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
+from process.relays import ONLY
 from queues import keys
 from queues.heartbeat import LEASE_SECONDS, on_heartbeat
 from smtp.policy import MESSAGE
 
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
-# KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, or the mail was canceled or
-# sent meanwhile, and this attempt must stop.
+# KEYS: mail, claim. ARGV: token, recipients, other fields and values. 0: the claim has passed to another attempt, or
+# the mail was canceled or sent meanwhile, and this attempt must stop.
 MARK_IN_DOUBT = """
 if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'sending' then return 0 end
-redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
+redis.call('HSET', KEYS[1], 'recipients', unpack(ARGV, 2))
 return 1
 """
 # KEYS: mail, claim, RQ's job. ARGV: mail id, token, state, now, when to look at it if it does not move on, how many
@@ -82,8 +83,9 @@ class Recipient:
 @dataclass
 class Claim:
     """One attempt's hold on one mail. `counted` is the number of attempts that count against it; `expires_at` is in
-    seconds since 1970, 0 for a mail that does not expire; `reserved` says that it has its turn under SMTP_RATE now;
-    `counts` goes into the totals with the outcome. The recipients of a `test` are all served already."""
+    seconds since 1970, 0 for a mail that does not expire; `reserved` names the relay where it has its turn now ("1":
+    that of SMTP_HOST), `relay` the one that it must go by, `held_by` the one that may have it already; `counts` goes
+    into the totals with the outcome. The recipients of a `test` are all served already."""
 
     store: Store
     id: str
@@ -98,7 +100,9 @@ class Claim:
     attempts: list[dict[str, Any]] = field(default_factory=list)
     counted: int = 0
     expires_at: float = 0
-    reserved: bool = False
+    reserved: str = ""
+    relay: str = ""
+    held_by: str = ""
     test: bool = False
     priority: str = "normal"
     calm: bool = False  # the relay was not in trouble as the mail was claimed
@@ -116,10 +120,9 @@ class Claim:
         """Returns the seconds since the mail was accepted, or asked for again."""
         return time.time() - self.since.timestamp()
 
-    @property
-    def was_put_off(self) -> bool:
+    def put_off_by(self, relay: str) -> bool:
         """Returns whether the relay has put off this mail itself before; not only that it could not be reached."""
-        return any(one.get("phase") in MESSAGE for one in self.attempts)
+        return any(one.get("phase") in MESSAGE and one.get("relay_name", ONLY) == relay for one in self.attempts)
 
     @property
     def keys(self) -> list[str]:
@@ -139,14 +142,15 @@ class Claim:
             if not self.settled:
                 self.store.run(RELEASE, self.keys, [self.token])
 
-    def mark_in_doubt(self, statuses: Mapping[str, Status]) -> None:
-        """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt. The claim
-        itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
+    def mark_in_doubt(self, statuses: Mapping[str, Status], relay: str = ONLY) -> None:
+        """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt, and which
+        relay may have the mail. The claim itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
         marked = [replace(one, status=statuses.get(one.address, one.status)) for one in self.recipients]
-        if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, recipients_to_json(marked)]):
+        held = [] if relay == ONLY else ["held_by", relay]
+        if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, recipients_to_json(marked), *held]):
             raise ClaimLost(self.id)
 
-    def settle(self, state: State, *, reason: str = "", next_in: float = 0, reserved: bool = False) -> None:
+    def settle(self, state: State, *, reason: str = "", next_in: float = 0, reserved: str = "") -> None:
         """Writes the outcome: recipients, attempts, state. Raises `ClaimLost` where it is not this attempt's to write.
         That somebody was served is written however long Redis takes: nobody else knows it."""
         now = time.time()
@@ -156,8 +160,9 @@ class Claim:
             "counted": self.counted,
             "reason": reason,
             "settled_at": now,
-            "in_line": "1" if reserved else "",
+            "in_line": reserved,
             "next_attempt_at": iso(now + next_in) if next_in else "",
+            **({"held_by": self.held_by} if any("relay_name" in one for one in self.attempts[-1:]) else {}),
         }
         words = [word for pair in fields.items() for word in pair]
         counts = [word for pair in self.counts.items() for word in pair]

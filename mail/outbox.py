@@ -39,6 +39,7 @@ from mail.raw import header_of, without
 from mail.reader import MAIL_ID, NO_MAIL, Reader
 from mail.states import State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
+from mail.suppression import Suppressions
 from queues import keys
 from queues.acceptance import Acceptance
 from queues.connection import translating_errors
@@ -217,6 +218,7 @@ class Outbox(Reader):
         super().__init__(jobs, settings)
         self.store = Store(jobs.redis, settings)
         self.index = Index(jobs.redis)
+        self.suppressions = Suppressions(self.store, self.index, settings.keep_suppressed_addresses)
 
     def accept(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None, **how: Any) -> Accepted:
         """Stores and queues mails in one atomic step, all of them. Takes what `acceptance` takes. Raises
@@ -294,7 +296,9 @@ class Outbox(Reader):
             counted=int(stored.get("counted", 0)),
             expires_at=timestamp(stored.get("expires_at", b"").decode()),
             on_doubt=stored.get("on_doubt", b"").decode() or self.settings.on_doubt,
-            reserved=bool(stored.get("in_line")),
+            reserved=stored.get("in_line", b"").decode(),
+            relay=stored.get("relay", b"").decode(),
+            held_by=stored.get("held_by", b"").decode(),
             test=bool(stored.get("test")),
             priority=stored.get("priority", b"normal").decode(),
         )

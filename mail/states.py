@@ -135,8 +135,19 @@ local function reindex(id, was, reason_was, state, reason)
   if cause then redis.pcall('ZADD', INDEX, 0, cause) end
 end
 """
-# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX
-# (keys), PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final states, in seconds).
+# suppress(digest, entry): adds an address to the suppression list (mail.suppression), if it is not on it. Returns the
+# id of its entry, in bytes. In pcall, for a key may hold something else, which mail.sweep puts aside.
+SUPPRESS = """
+local function suppress(digest, entry)
+  local known = redis.pcall('HGET', SUPPRESSED, digest)
+  if type(known) == 'string' then return string.sub(known, 1, 16) end
+  redis.pcall('HSET', SUPPRESSED, digest, entry)
+  redis.pcall('ZADD', SUPPRESSIONS, 0, string.sub(entry, 1, 16) .. digest)
+  return string.sub(entry, 1, 16)
+end
+"""
+# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX, SUPPRESSED,
+# SUPPRESSIONS (keys), PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final states, in seconds).
 #
 # become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `now` is needed where a relay
 # has taken the mail just now; `look_at` is when mail.sweep looks at one that is not final; `fields` are written with
@@ -185,7 +196,7 @@ def transition(**constants: object) -> str:
     tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED, "TEST": TEST}
     tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED, "OVER_TIME": OVER_TIME}
     tables |= {"CAUSED": CAUSED}
-    return named(**constants, **tables) + NOTE + COUNT + REINDEX + BECOME
+    return named(**constants, **tables) + NOTE + COUNT + REINDEX + BECOME + SUPPRESS
 
 
 def named(**constants: object) -> str:

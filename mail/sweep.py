@@ -35,6 +35,8 @@ from mail.store import (
     MARKS,
     OPEN,
     SECRET,
+    SUPPRESSED,
+    SUPPRESSIONS,
     SWEPT,
     TOTALS,
     WATCH,
@@ -53,8 +55,8 @@ from smtp import pacing
 AT_ONCE = 1000  # mails looked at in one go
 OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
 OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list", WATCH: "hash"}
-OURS |= {keys.queue(BULK): "list"}
-KINDS = OURS | pacing.KINDS  # of the keys that all mails share
+OURS |= {keys.queue(BULK): "list", SUPPRESSED: "hash", SUPPRESSIONS: "zset"}
+KINDS = OURS | pacing.kinds()  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds
 MAIL_ID = re.compile(rb"[\w-]+")
 

@@ -27,6 +27,7 @@ import time
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from process.relays import ONLY
 from process.values import Rate
 from queues.connection import Redis, Script, translating_errors
 from smtp.policy import CHOSEN, Phase
@@ -157,27 +158,34 @@ end
 return used
 """
 
-BREAKER = "relay:breaker"  # exists while the relay is in trouble
-KINDS = {  # the keys of `relay`, and the type of each
-    **dict.fromkeys(("relay:breaker", "relay:streak"), "hash"),
-    **dict.fromkeys(("relay:gone", "relay:told", "relay:told_again"), "list"),
-    **dict.fromkeys(("relay:told_bulk", "relay:told_bulk_again"), "list"),
-    **dict.fromkeys(("relay:probe", "relay:rates"), "string"),
-    "relay:sessions": "hash",  # smtp.tally
-    **{"relay:token": "hash", "relay:renewing": "string"},  # smtp.tokens
-}
+BREAKER = "relay:breaker"  # exists while the relay of SMTP_HOST is in trouble
+
+
+def key_prefix(name: str) -> str:
+    """Returns how the keys of a relay begin."""
+    return ONLY if name == ONLY else f"{ONLY}:{name}"
+
+
+def kinds(name: str = ONLY) -> dict[str, str]:
+    """Returns the keys of a relay, and the type of each. Those of tokens are smtp.tokens', `sessions` is
+    smtp.tally's."""
+    of_type = {
+        "hash": ("breaker", "streak", "sessions", "token"),
+        "list": ("gone", "told", "told_again", "told_bulk", "told_bulk_again"),
+        "string": ("probe", "rates", "renewing"),
+    }
+    return {f"{key_prefix(name)}:{key}": kind for kind, keys in of_type.items() for key in keys}
 
 
 class Wait(NamedTuple):
-    """Says how long a mail must wait, and why. `reserved`: it has its turn under SMTP_RATE at that moment."""
+    """Says how long a mail must wait, and why. `reserved`: it has its turn under SMTP_RATE at that moment, at the relay
+    that `line` names."""
 
     seconds: float
     reason: str
     reserved: bool
-
-    @property
-    def is_trouble(self) -> bool:
-        return self.reason == WAITS["breaker"]
+    is_trouble: bool = False
+    line: str = ""
 
 
 WAITS = {"breaker": "the relay is in trouble", "rate": "SMTP_RATE is reached"}
@@ -230,7 +238,8 @@ class Pacing:
             time.sleep(wait[0] / 1000)
             return None
         early = max(0.0, HOLD[priority] - LATE) if verdict == b"rate" else 0  # to wait there for its moment
-        return Wait(number / 1000 - early, WAITS[verdict.decode()], reserved=verdict == b"rate")
+        is_rate = verdict == b"rate"
+        return Wait(number / 1000 - early, WAITS[verdict.decode()], reserved=is_rate, is_trouble=not is_rate)
 
     def trouble(
         self, pause: float = 0, put_off: bool = False, *, reply: Reply | None = None, relay: object = ""
@@ -267,10 +276,10 @@ class Pacing:
         """Closes the breaker because a person asks for it."""
         self.redis.delete(*self.breaker)
 
-    def closed_for(self) -> float:
+    def closed_for(self, sure: bool = False) -> float:
         """Returns the seconds for which no mail can go, because the breaker is open or another mail probes; 0 as long
-        as this process has met with no trouble itself."""
-        return self._closed_for(keys=self.breaker) / 1000 if self._troubled else 0.0
+        as this process has met with no trouble itself, unless it is to be `sure`."""
+        return self._closed_for(keys=self.breaker) / 1000 if self._troubled or sure else 0.0
 
     def room_for_bulk(self) -> float:
         """Returns how many bulk mails may line up now: as many as go in BULK_AHEAD, any number where none has to wait.

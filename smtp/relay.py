@@ -13,6 +13,7 @@ from typing import NamedTuple
 from process.relays import ONLY, RelaySettings
 from queues.connection import Redis, connect
 from settings import Settings
+from smtp.pacing import key_prefix
 from smtp.tokens import Tokens
 
 SEND_BUFFER = 256 * 1024  # bytes
@@ -62,7 +63,7 @@ def _tokens(current: Settings, one: RelaySettings, redis: Redis | None) -> Token
     if not one.oauth:
         return None
     shared = redis or connect(current.redis_url.get_secret_value())
-    return Tokens(shared, one.oauth, one.name, even_alone=redis is None)
+    return Tokens(shared, one.oauth, key_prefix(one.name), even_alone=redis is None)
 
 
 @lru_cache(maxsize=1)

@@ -131,7 +131,7 @@ def test_a_mail_that_may_not_go_when_its_turn_comes_leaves_nothing_of_it_behind(
 
         def trouble(*args: Any) -> None:
             after(*args)
-            made.pacing.trouble(60, reply=Reply(Phase.CONNECT, None, "refused"))
+            made.routes.ways[0].pacing.trouble(60, reply=Reply(Phase.CONNECT, None, "refused"))
 
         monkeypatch.setattr(made, "_tell_breaker", trouble)
         assert in_a_row(made, ids, monkeypatch) == ["sent", "delayed"]
@@ -151,7 +151,7 @@ def test_only_what_is_new_is_claimed_with_its_job_and_nothing_is_where_a_rate_is
     with served(offers=PIPES) as (there, to):
         another(to)
         made = delivers(outbox, to)
-        made.pacing = Pacing(outbox.jobs.redis, (Rate(1000, 1),))
+        made.routes.ways[0].pacing = Pacing(outbox.jobs.redis, (Rate(1000, 1),))
         monkeypatch.setattr(delivery, "take_next", lambda: pytest.fail("took the next mail"))
         assert made.deliver(first) == "sent"
     assert there.announced == 0
