@@ -33,6 +33,7 @@ from pydantic import (
 
 from process import env_file
 from process.api_keys import ApiKey, parse_api_keys
+from process.grants import Grant, parse_grant
 from process.relays import ONLY, RelaySettings, parse_relays
 from process.values import (
     Address,
@@ -51,7 +52,7 @@ from process.values import (
     parsed_by,
 )
 
-SECRETS = ("redis_url", "smtp_password", "api_keys", "dashboard_password", "alert_url", "relays")
+SECRETS = ("redis_url", "smtp_password", "smtp_oauth", "api_keys", "dashboard_password", "alert_url", "relays")
 VERBATIM = ("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url")  # any text, so `#` too
 CUT = "{} would end before its #: put the whole value in single quotes, or the comment on a line of its own"
 DEV_KEY = "dev"  # bin/dev's API key; everybody knows it, so it may be served on loopback only
@@ -81,6 +82,8 @@ class Settings(BaseModel):
     smtp_username: str | None = None
     smtp_password: SecretStr | None = None
     smtp_password_file: FilePath | None = None
+    smtp_oauth: Annotated[Grant, parsed_by(parse_grant)] | None = None
+    smtp_oauth_file: FilePath | None = None
     smtp_ca_file: FilePath | None = None
     smtp_timeout: Duration = 30
     ehlo_name: Annotated[str, parsed_by(parse_ehlo_name)] | None = None
@@ -162,6 +165,8 @@ class Settings(BaseModel):
         faults = []
         if self.smtp_host and self.relays:
             faults.append("SMTP_HOST and RELAYS both name a relay: put the one of SMTP_HOST into RELAYS, and unset it")
+        if self.smtp_password and self.smtp_oauth:
+            faults.append("only one of SMTP_PASSWORD and SMTP_OAUTH may be set")
         if self.smtp_username and self.smtp_security == "none" and not is_loopback(self.smtp_host or ""):
             faults.append("SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls")
         open_to_all = [self.listen.host, *(address.host for address in self.submission_listen)]
@@ -207,7 +212,7 @@ class Settings(BaseModel):
         """Returns the relays in the order in which they are asked: those of RELAYS, or the one of SMTP_HOST, if any."""
         if self.relays or not self.smtp_host:
             return self.relays
-        fields = ("host", "port", "security", "username", "password", "ca_file", "rate")
+        fields = ("host", "port", "security", "username", "password", "oauth", "ca_file", "rate")
         return (RelaySettings.model_construct(name=ONLY, **{name: getattr(self, f"smtp_{name}") for name in fields}),)
 
     @property
@@ -285,9 +290,10 @@ def load(*needed: str, **overrides: Any) -> Settings:
     missing = [
         f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not there.get(name, getattr(settings, name))
     ]
-    if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password):
+    if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password or settings.smtp_oauth):
         # Checked in the process that sends the mail: under systemd, the API is not given the password.
-        missing.append("SMTP_USERNAME and SMTP_PASSWORD go together: set both, or neither for a relay without a login")
+        why = "SMTP_USERNAME and SMTP_PASSWORD go together: set both, or neither for a relay without a login"
+        missing.append(why.replace("PASSWORD", "OAUTH") if settings.smtp_oauth else why)
     if missing:
         raise SettingsError(missing)
     return settings

@@ -18,10 +18,10 @@ from tests.servers import ROOT, project_files
 TOP = {"service", "worker", "tasks", "settings"}
 ANYTHING = {"ops", "chaos", "bench", "tests"}  # what people run beside it; nobody imports them
 MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import beside itself
-    "settings": {"process.env_file", "process.values", "process.api_keys", "process.relays"},
+    "settings": {"process.env_file", "process.values", "process.api_keys", "process.relays", "process.grants"},
     "process": set[str](),
     "queues": {"settings", "process"},
-    "smtp": {"queues.connection", "settings", "process.values", "process.relays"},
+    "smtp": {"queues.connection", "settings", "process.values", "process.relays", "process.grants"},
     "mail": {"smtp", "queues", "settings", "process.log", "process.relays"},
     "tasks": {"mail.delivery", "queues.offer", "settings"},
     "web": {"mail", "queues", "settings", "process"},
