@@ -38,6 +38,8 @@ from mail.store import (
     SWEPT,
     TOTALS,
     WATCH,
+    WEBHOOK_TOTALS,
+    WEBHOOK_WANTED,
     claim_key,
     look_at,
     mail_key,
@@ -53,7 +55,7 @@ from smtp import pacing
 AT_ONCE = 1000  # mails looked at in one go
 OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
 OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list", WATCH: "hash"}
-OURS |= {keys.queue(BULK): "list"}
+OURS |= {keys.queue(BULK): "list", WEBHOOK_WANTED: "hash", WEBHOOK_TOTALS: "hash"}
 KINDS = OURS | pacing.KINDS  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds
 MAIL_ID = re.compile(rb"[\w-]+")
