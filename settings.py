@@ -125,6 +125,7 @@ class Settings(BaseModel):
     retain_sent: Duration = 3 * 86400
     retain_failed: Duration = 14 * 86400
     idempotency_ttl: Duration = 86400
+    keep_suppressed_addresses: bool = False
 
     max_message_bytes: Annotated[int, Field(ge=1024, le=64 * 2**20)] = 10 * 2**20
     allow_local_domains: bool = False

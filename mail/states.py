@@ -1,7 +1,7 @@
 """The states of a mail: which there are, which follows which, and BECOME, the one place where a mail's state changes.
 
-    queued -> sending -> sent | failed | unknown (in doubt and held) | delayed -> sending ...
-    queued, delayed, failed, unknown -> canceled
+    queued -> sending -> sent | failed | unknown (in doubt and held) | suppressed | delayed -> sending ...
+    queued, delayed, failed, unknown, suppressed -> canceled
     unknown -> sent | failed, when a person says that it arrived
 
 Every script that changes a state is BECOME and a body: accept, claim, settle, cancel, sweep (mail.store puts them
@@ -24,6 +24,7 @@ class State(str, Enum):
     FAILED = "failed"
     UNKNOWN = "unknown"  # the relay may have accepted it, and it is held
     CANCELED = "canceled"
+    SUPPRESSED = "suppressed"  # each recipient is on the suppression list
 
     __str__ = str.__str__
 
@@ -35,15 +36,20 @@ class Status(str, Enum):
     IN_DOUBT = "in_doubt"
     ACCEPTED = "accepted"
     REFUSED = "refused"
+    SUPPRESSED = "suppressed"  # on the suppression list at the last attempt
 
     __str__ = str.__str__
 
 
 SCHEDULED = "scheduled"  # what a mail with `scheduled_at` is called that is queued and that no attempt has taken yet
-FINAL = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED)  # nothing more happens unless a person asks
+FINAL = (  # nothing more happens unless a person asks
+    *(State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED, State.SUPPRESSED),
+)
+AGAIN = frozenset({State.FAILED, State.UNKNOWN, State.SUPPRESSED})  # a person may have it queued again
 TROUBLE_TOO_LONG = "the relay was in trouble for too long"  # why a mail failed that waited TROUBLE_FOR
 TEST = "test"  # what a mail that a key of scope `test` submitted is counted as once it is `sent`
 NOT_ADMITTED = "MAIL_ALLOWLIST or MAIL_REDIRECT_TO keeps it from a recipient"  # why a mail failed
+ALL_SUPPRESSED = "each recipient is on the suppression list"  # why a mail is suppressed
 EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted under this name
 # `sent` follows all that is stored: an attempt that lost its claim may have sent the mail, and then it is the truth.
 FOLLOWS: Mapping[State | None, Set[State]] = {
@@ -54,6 +60,7 @@ FOLLOWS: Mapping[State | None, Set[State]] = {
     State.FAILED: {State.SENDING, State.CANCELED, State.SENT},
     State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT, State.FAILED},
     State.CANCELED: {State.CANCELED, State.SENT},
+    State.SUPPRESSED: {State.SENDING, State.CANCELED, State.SENT},
     State.SENT: {State.SENT},
 }
 # Fields that a mail loses as it comes into a state. Once it is sent or canceled, nobody needs its content.
@@ -183,9 +190,20 @@ local function announce(id, event, reason)
   end
 end
 """
-# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX
-# (keys), those of WEBHOOKS, PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final states, in
-# seconds).
+# suppress(digest, entry): adds an address to the suppression list (mail.suppression), if it is not on it. Returns the
+# id of its entry, in bytes. In pcall, for a key may hold something else, which mail.sweep puts aside.
+SUPPRESS = """
+local function suppress(digest, entry)
+  local known = redis.pcall('HGET', SUPPRESSED, digest)
+  if type(known) == 'string' then return string.sub(known, 1, 16) end
+  redis.pcall('HSET', SUPPRESSED, digest, entry)
+  redis.pcall('ZADD', SUPPRESSIONS, 0, string.sub(entry, 1, 16) .. digest)
+  return string.sub(entry, 1, 16)
+end
+"""
+# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX, SUPPRESSED,
+# SUPPRESSIONS (keys), those of WEBHOOKS, PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final
+# states, in seconds).
 #
 # become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `now` is needed where a relay
 # has taken the mail just now; `look_at` is when mail.sweep looks at one that is not final; `fields` are written with
@@ -234,8 +252,8 @@ def transition(**constants: object) -> str:
     """Returns BECOME behind all that it uses, as local variables of the script."""
     tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED, "TEST": TEST}
     tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED, "OVER_TIME": OVER_TIME}
-    tables |= {"CAUSED": CAUSED, "EVENTS": EVENTS, "MOST_WAITING": MOST_WAITING}
-    return named(**constants, **tables) + NOTE + COUNT + REINDEX + ANNOUNCE + BECOME
+    tables |= {"CAUSED": CAUSED, "AGAIN": AGAIN, "EVENTS": EVENTS, "MOST_WAITING": MOST_WAITING}
+    return named(**constants, **tables) + NOTE + COUNT + REINDEX + ANNOUNCE + BECOME + SUPPRESS
 
 
 def named(**constants: object) -> str:
@@ -261,7 +279,7 @@ def effective_state(
     again is written by its next claim; that one has expired while it waited, or its job is gone, by the sweep."""
     over = expired and reason == EXPIRED
     queued_again = job_status in ("queued", "scheduled", "started") and not over
-    if state in (State.FAILED, State.UNKNOWN) and queued_again:
+    if state in AGAIN and queued_again:
         return State.QUEUED, ""
     if state in FINAL:
         return state, reason

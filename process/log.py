@@ -30,7 +30,8 @@ EVENTS = frozenset({
     "crashed",  # a fault of ours in a request or a duty of the worker pool: where, and never what
     "few_descriptors",  # a process may open so few files that it takes only `connections`
     "stuck",  # a process of the API made no progress and was killed: process
-    "sent", "delayed", "failed", "unknown",  # the result of an attempt, or a mail expired: id, reason, next_in, test
+    # the result of an attempt, or a mail expired: id, reason, next_in, test
+    "sent", "delayed", "failed", "unknown", "suppressed",
     "task_finished", "task_failed",  # the result of a job of POST /jobs: id, task, error
     "cron_queued",  # the time of a task with `cron` has come: id of its job, task, due
     "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
