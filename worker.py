@@ -222,11 +222,14 @@ def send(queue: str, current: settings.Settings) -> None:
     import mail.delivery  # noqa: F401  # before the processes are forked, which share it
 
     collect_seldom()
-    together = current.worker_concurrency
+    limits = [one.concurrency for one in current.all_relays]
+    together = min(current.worker_concurrency, sum(limit or current.worker_concurrency for limit in limits))
     processes = min(together, current.worker_processes or min(cores(), max(1, together // FEWEST)))
+    processes = min([processes, *filter(None, limits)])  # each has at least one of what a relay takes at a time
 
     def work(report: Report, place: int = 0) -> None:
         pool = WorkerPool(queue, current, together // processes + (place < together % processes), report)
+        pool.delivery.routes.share(place, processes)
         pool.work()
         pool.delivery.pool.close_all()
 

@@ -8,7 +8,7 @@ waited for, and a mail whose final dot went out without an answer stays with the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from typing import Any
@@ -17,8 +17,9 @@ from mail.claim import Claim
 from process.relays import ONLY, RelaySettings
 from queues.connection import Redis, RedisError, Unavailable
 from settings import Settings
-from smtp.pacing import PAUSE, Pacing, Wait, key_prefix
+from smtp.pacing import PAUSE, Pacing, Wait
 from smtp.policy import MESSAGE, SESSION, Phase, Verdict
+from smtp.published import publish
 from smtp.relay import Relay
 from smtp.verdict import Reply
 
@@ -31,7 +32,7 @@ class Way:
 
     def __init__(self, one: RelaySettings, redis: Redis, current: Settings) -> None:
         self.name, self.kind, self.settings = one.name, one.kind, one
-        self.pacing = Pacing(redis, one.rate, key_prefix(one.name))
+        self.pacing = Pacing(redis, one.rate, one.name)
         self.relay = Relay.of(current, one, redis)
         self.upstream: Any = None  # with `post`
         self.slots = threading.BoundedSemaphore(one.concurrency or 64)
@@ -56,6 +57,11 @@ class Way:
         calm = claim.calm and self.is_only  # the claim knows of no other's breaker
         return self.pacing.admit(claim.reserved == self.line, claim.put_off_by(self.name), claim.priority, calm)
 
+    def named(self, wait: Wait) -> Wait:
+        """Returns a wait that is not for trouble, with the relay that it is for."""
+        words = wait.reason if self.is_only or not wait.reserved else f"the rate of relay {self.name} is reached"
+        return wait._replace(line=self.line if wait.reserved else "", reason=words)
+
     @contextmanager
     def slot(self) -> Iterator[bool]:
         """Takes one of the relay's `concurrency` for as long as the body runs; yields whether there was one."""
@@ -72,9 +78,15 @@ class Routes:
 
     def __init__(self, redis: Redis, current: Settings) -> None:
         relays = current.all_relays or (RelaySettings.model_construct(name=ONLY),)
+        self.redis = redis
         # Those of kind resend are left out as long as nothing posts to them: give them `upstream`, and see delivery.
         self.ways = [Way(one, redis, current) for one in relays if one.kind == "smtp"]
         self.is_single = len(relays) == 1 and relays[0].name == ONLY
+
+    @property
+    def relays(self) -> dict[str, Relay | None]:
+        """Returns the relays whose sessions are counted, by name; None stands for any."""
+        return {ONLY: None} if self.is_single else {way.name: way.relay for way in self.ways}
 
     def share(self, place: int, processes: int) -> None:
         """Divides the `concurrency` of each relay among the processes; this one has this place among them."""
@@ -86,6 +98,7 @@ class Routes:
         """Takes up the settings of a worker that starts."""
         for way in self.ways:
             way.pacing.start()
+        publish(self.redis, [way.settings for way in self.ways])
 
     @property
     def is_closed(self) -> bool:
@@ -111,7 +124,7 @@ class Routes:
             return held
         domain = claim.message.sender.address.rpartition("@")[2].lower()
         ways = [way for way in self.ways if (way.name == claim.relay if claim.relay else way.settings.serves(domain))]
-        tried = _tried(claim)
+        tried = _tried(claim.attempts)
         return sorted(ways, key=lambda way: way.name in tried)
 
     @contextmanager
@@ -120,10 +133,13 @@ class Routes:
         waits = []
         for way in self.for_mail(claim):
             with way.slot() as free:
-                full = Wait(1, f"concurrency of relay {way.name} is reached", claim.reserved == way.line)
+                full = Wait(1, f"the concurrency of relay {way.name} is reached", claim.reserved == way.line)
                 wait = way.admit(claim) if free else full
-                if not (wait and wait.is_trouble):
-                    yield wait._replace(line=way.line if wait.reserved else "") if wait else way
+                if not wait:
+                    yield way
+                    return
+                if not wait.is_trouble:
+                    yield way.named(wait)
                     return
                 waits.append(wait)
         yield min(waits, default=Wait(PAUSE, self.why_none(claim), False, True))
@@ -134,11 +150,11 @@ class Routes:
         return "no relay takes mail from this domain"
 
     def may_move(self, claim: Claim, way: Way, replies: Sequence[Reply]) -> bool:
-        """Returns whether the mail, after such replies of `way`, goes on to another at once."""
+        """Returns whether the mail, after such replies of `way` in its last attempt, goes on to another at once."""
         left = [reply for reply in replies if reply.verdict not in (Verdict.ACCEPTED, Verdict.REFUSED)]
         if self.is_single or not left or not all(map(is_movable, left)):
             return False
-        tried = {way.name, *_tried(claim)}
+        tried = {way.name, *_tried(claim.attempts[:-1])}
         others = [one for one in self.for_mail(claim) if one.name not in tried]
         with suppress(Unavailable, RedisError):  # what was replied is to be written down first
             return any(one.pacing.closed_for(sure=True) == 0 for one in others)
@@ -150,7 +166,7 @@ def is_movable(reply: Reply) -> bool:
     return reply.verdict is Verdict.TROUBLE and not reply.repeated and reply.phase in BEFORE_DOT
 
 
-def _tried(claim: Claim) -> set[str]:
+def _tried(attempts: Sequence[Mapping[str, Any]]) -> set[str]:
     """Returns the relays that the mail has been moved on from since it waited last."""
-    last = takewhile(lambda one: one.get("moved"), reversed(claim.attempts))
+    last = takewhile(lambda one: one.get("moved"), reversed(attempts))
     return {one.get("relay_name", "") for one in last}

@@ -14,12 +14,17 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from mail.claim import iso
+from mail.claim import Claim, iso
 from mail.index import LAST, Index, made_at, new_id, raw_id
+from mail.states import Status
 from mail.store import SUPPRESSED, SUPPRESSIONS, Store
-from queues.connection import ResponseError, is_wrong_type, translating_errors
+from queues.connection import RedisError, ResponseError, Unavailable, is_wrong_type, translating_errors
+from settings import Settings
+from smtp.policy import ENHANCED, Phase
+from smtp.verdict import Outcome
 
 BOUNCE, COMPLAINT, MANUAL = ORIGINS = ("bounce", "complaint", "manual")
 LONGEST_REASON = 40  # bytes
@@ -74,9 +79,10 @@ class Entry(NamedTuple):
 class Suppressions:
     """The list. Raises `Unavailable` where Redis cannot answer."""
 
-    def __init__(self, store: Store, index: Index, keep_addresses: bool) -> None:
+    def __init__(self, store: Store, index: Index, settings: Settings) -> None:
         self.store, self.redis, self.index = store, store.redis, index
-        self.keep_addresses = keep_addresses
+        self.keep_addresses = settings.keep_suppressed_addresses
+        self.redirect_to = settings.mail_redirect_to  # which stands for other addresses
 
     def words(self, address: str, origin: str, source_id: str = "", reason: str = "") -> list[bytes]:
         """Returns what a script's `suppress` takes. `reason` must be without an address: a code, a phase."""
@@ -91,6 +97,26 @@ class Suppressions:
         words = [word for one in addresses for word in self.words(one, origin, source_id, reason)]
         with translating_errors():
             return list(map(_id, self.store.run(ADD, [], words)))
+
+    def obey(self, claim: Claim) -> bool:
+        """Leaves those on the list out of an attempt. Returns whether there were any."""
+        waiting = [one for one in claim.recipients if one.status == Status.PENDING] if claim.suppressing else []
+        found = self.among([one.address for one in waiting])
+        for one in waiting:
+            if one.address in found:
+                one.status, one.code, one.text = Status.SUPPRESSED, None, "on the suppression list"
+        return bool(found)
+
+    def note_refused(self, claim: Claim, outcome: Outcome) -> None:
+        """Has the step that settles a mail add the addresses of which the relay has said that there are none. Where
+        Redis is away now, what the relay has said is not to be lost for that."""
+        alone = len(outcome.recipients) == 1
+        for address, reply in outcome.recipients.items():
+            if reply.is_no_address and (alone or reply.phase is Phase.RCPT) and address != self.redirect_to:
+                found = ENHANCED.match(reply.text)
+                why = " ".join(filter(None, [str(reply.code), found and found[1], "at", reply.phase.value]))
+                with suppress(Unavailable, RedisError):
+                    claim.suppress += self.words(address, BOUNCE, claim.id, why)
 
     def among(self, addresses: list[str]) -> set[str]:
         """Returns those of the addresses that are on the list. Raises redis-py's errors."""

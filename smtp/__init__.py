@@ -11,4 +11,5 @@ tokens.py    the token that all workers log in with
 pool.py      sessions that are kept for the next mail, and every conversation's deadline
 tally.py     how many sessions all workers have
 pacing.py    a relay's rate and breaker, shared by all workers
+published.py which relays there are, for those who may not see RELAYS
 """

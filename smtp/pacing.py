@@ -13,9 +13,10 @@ worker; and so does a `normal` one that returns at its moment. `bulk` mail lines
 that other mail need not wait until all of it has had its turn. It leaves a twentieth of a long period (`30/m`,
 `2000/d`): else it would take all of it at its beginning, and a login code would wait for its end.
 
-Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until, since; of the last trouble phase, code, text,
-relay), `relay:probe` (string), `relay:rates` (string: of the worker that started last), `relay:streak` (hash: words,
-mails, since), and lists of moments in ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails),
+Keys of the relay of SMTP_HOST; those of a named one begin with `relay:<name>:`. `relay:breaker` (hash: troubles,
+open_until, since; of the last trouble phase, code, text, relay), `relay:probe` (string), `relay:rates` (string: of the
+worker that started last), `relay:streak` (hash: words, mails, since), and lists of moments in ms: `relay:gone` (mails
+sent), `relay:told` (reservations of new mails),
 `relay:told_bulk` (of new bulk mails), `relay:told_again` and `relay:told_bulk_again` (of returning ones).
 """
 
@@ -204,8 +205,8 @@ class Pacing:
     """Paces the mail to one relay, by its name, together with all workers. Raises redis-py's errors: a worker that
     cannot ask does not send."""
 
-    def __init__(self, redis: Redis, rates: tuple[Rate, ...], relay: str = "relay") -> None:
-        self.redis = redis
+    def __init__(self, redis: Redis, rates: tuple[Rate, ...], name: str = ONLY) -> None:
+        self.redis, relay = redis, key_prefix(name)
         self.breaker = [f"{relay}:breaker", f"{relay}:probe"]
         self.moments = [f"{relay}:{name}" for name in ("gone", "told", "told_again", "told_bulk", "told_bulk_again")]
         self.streak, self.used = f"{relay}:streak", f"{relay}:rates"
@@ -297,18 +298,18 @@ class Pacing:
         self._start(keys=[self.breaker[0], self.used, *self.moments[1:]], args=[str(self.rates)])
 
 
-def used(redis: Redis, rates: tuple[Rate, ...], relay: str = "relay") -> list[tuple[Rate, int]]:
+def used(redis: Redis, rates: tuple[Rate, ...], name: str = ONLY) -> list[tuple[Rate, int]]:
     """Returns of each rate how many mails have gone within its period until now. Raises `Unavailable`."""
     with translating_errors():
         ask, periods = Script(redis, HEAD + USED), [rate.seconds * 1000 for rate in rates]
-        counts = ask([f"{relay}:breaker", f"{relay}:gone"], periods)
+        counts = ask([f"{key_prefix(name)}:breaker", f"{key_prefix(name)}:gone"], periods)
     return list(zip(rates, counts, strict=True))
 
 
-def in_trouble(redis: Redis, relay: str = "relay") -> bool:
+def in_trouble(redis: Redis, name: str = ONLY) -> bool:
     """Returns whether the relay's breaker is open. Raises `Unavailable`."""
     with translating_errors():
-        return bool(redis.hexists(f"{relay}:breaker", "open_until"))
+        return bool(redis.hexists(f"{key_prefix(name)}:breaker", "open_until"))
 
 
 class Standing(NamedTuple):
@@ -322,10 +323,10 @@ class Standing(NamedTuple):
     relay: str
 
 
-def standing(redis: Redis, relay: str = "relay") -> Standing | None:
+def standing(redis: Redis, name: str = ONLY) -> Standing | None:
     """Returns None if there is no trouble. Raises `Unavailable`."""
     with translating_errors():
-        stored: Any = redis.hgetall(f"{relay}:breaker")
+        stored: Any = redis.hgetall(f"{key_prefix(name)}:breaker")
     return read_standing(stored)
 
 
