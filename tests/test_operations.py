@@ -26,8 +26,10 @@ from ops.checks.configuration import credentials_directory
 from ops.checks.target import Target
 from ops.server import Server
 from process.log import EVENTS
+from process.relays import parse_relays
 from settings import Settings
 from smtp import pacing
+from smtp.published import publish
 from tests.checks.support import fake
 from tests.http_api import MAIL
 from tests.operations import BLOCKS, PAGE, block, line
@@ -162,6 +164,14 @@ def test_the_breaker_is_shown_and_closed_by_command(
     assert breaker.main(["close"]) == 0
     assert "The breaker is closed. " in capsys.readouterr().out
     assert paces.admit() is None
+    publish(client, parse_relays('[first]\nhost = "a.example"\n[second]\nhost = "b.example"'))
+    pacing.Pacing(client, (), "first").trouble(5 * 60)
+    assert breaker.main([]) == 0
+    assert "relay first is in trouble, and mail goes by another (next try in 5 min)" in capsys.readouterr().out
+    assert (breaker.main(["close", "third"]), breaker.main(["close", "second"])) == (2, 0)
+    assert pacing.in_trouble(client, "first")
+    assert breaker.main(["close", "first"]) == 0
+    assert not pacing.in_trouble(client, "first")
 
 
 def test_without_settings_or_redis_the_breaker_says_so(

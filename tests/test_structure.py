@@ -22,7 +22,7 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
     "process": set[str](),
     "queues": {"settings", "process"},
     "smtp": {"queues.connection", "settings", "process.values", "process.relays"},
-    "mail": {"smtp", "queues", "settings", "process.log", "process.relays"},
+    "mail": {"smtp", "queues", "settings", "process.log", "process.relays", "process.values"},
     "tasks": {"mail.delivery", "queues.offer", "settings"},
     "web": {"mail", "queues", "settings", "process"},
     "submission": {"mail", "queues", "settings", "process"},
