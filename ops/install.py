@@ -141,8 +141,8 @@ def configure(server: Server) -> None:
     server.folder(server.credentials, 0o700)
     if text_of(server.env) is None:
         server.write(server.env, (server.source / ".env.example").read_text(), 0o600)
-    if text_of(server.etc / "relays.toml") is None:  # empty is none, but systemd wants the file
-        server.write(server.etc / "relays.toml", RELAYS, 0o600)
+    if text_of(server.relays) is None:  # without a table there is none, but systemd wants the file
+        server.write(server.relays, "" if server.is_set("RELAYS") else RELAYS, 0o600)
     made: dict[str, Callable[[], str]] = {
         "redis_url": lambda: f"unix://async-email:{secrets.token_urlsafe(32)}@{REDIS_SOCKET}",
         "api_keys": lambda: make_key(server),
@@ -353,7 +353,8 @@ ROLLBACK = (MACHINE, ("The previous release", find_previous_release), *SWITCH)
 
 
 def farewell(server: Server) -> str:
-    missing = [name for name in ("SMTP_HOST", "MAIL_FROM") if not server.is_set(name)]
+    several = re.search(r"^\[", text_of(server.relays) or "", re.MULTILINE)
+    missing = [name for name in (*(() if several else ("SMTP_HOST",)), "MAIL_FROM") if not server.is_set(name)]
     lines = [f"\n{server.release.name} is installed."]
     if server.new_key:
         lines += [f"\nThe API key, which is shown only this once:\n\n    {server.new_key}"]

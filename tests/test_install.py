@@ -202,7 +202,7 @@ def test_secrets_are_made_once_and_only_root_reads_them(server: Server) -> None:
     assert settings.dashboard_password
     assert not settings.smtp_password
     assert mode(server.etc) == mode(server.credentials) == 0o700
-    relays = server.etc / "relays.toml"
+    relays = server.relays
     assert {mode(path) for path in (server.env, relays, *server.credentials.iterdir())} == {0o600}
     assert parse_relays(relays.read_text()) == ()
     examples = [line[2:] for line in relays.read_text().splitlines() if re.match(r"# (\[|\w+ =)", line)]

@@ -94,6 +94,11 @@ def test_each_example_of_settings_is_right(text: str, tmp_path: Path) -> None:
     assert bool(loaded.smtp_rate) == ("SMTP_RATE" in text)
 
 
+def test_the_example_of_several_relays_is_right() -> None:
+    [text] = [text for language, text in BLOCKS if language == "toml"]
+    assert [one.name for one in parse_relays(text)] == ["first", "second", "newsletters"]
+
+
 def test_the_examples_are_for_the_relays_whose_refusals_the_doctor_explains() -> None:
     hosts = re.findall(r"^SMTP_HOST=(\S+)", PAGE, re.MULTILINE)
     for pattern in (replies.GMAIL, replies.MICROSOFT, replies.SES):

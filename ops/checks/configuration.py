@@ -149,9 +149,7 @@ def in_a_checkout(target: Target) -> Findings:
         current = settings.load()
         check_what_the_api_reads(current)
         needed = ("smtp_host", "mail_from") if current.all_relays else ("smtp_host",)
-        settings.load(
-            *needed, **({} if current.all_relays else {"smtp_host": "127.0.0.1"})
-        )  # the catcher
+        settings.load(*needed, **({} if current.all_relays else {"smtp_host": "127.0.0.1"}))  # the catcher
         if current.tasks_file:
             load_file(current.tasks_file)
     except SettingsError as error:
