@@ -76,6 +76,7 @@ def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int
         scheduled_at=at,
         priority=request.priority,
         relay=request.relay or "",
+        skip_suppression=request.skip_suppression,
     )
 
 

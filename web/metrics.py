@@ -20,6 +20,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from mail import counters, sweep
+from mail.claim import SUPPRESSED_RECIPIENTS
 from mail.counters import ACCEPT, DELIVERED, RESULTS, SMTP, VERDICTS, Histogram
 from mail.outbox import Outbox
 from queues import health
@@ -30,6 +31,7 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 COUNTERS = (  # name, its field in mail:totals, what it counts
     ("mails_accepted", "accepted", "Mails that were stored and queued."),
     ("delayed", "delayed", "Times that a mail was put off: by the relay, its trouble, doubt or SMTP_RATE."),
+    ("suppressed_recipients", SUPPRESSED_RECIPIENTS, "Recipients who were left out, being on the suppression list."),
     ("in_doubt", "in_doubt", "Attempts after which the relay may have the mail and nobody knows."),
 )
 QUEUE_GAUGES = (  # name, its attribute of a QueueState, what it shows
@@ -87,6 +89,8 @@ class Scrape(Collector):
             info: dict[str, Any] = self.outbox.jobs.redis.info()
         kept = not {name for name, _ in weaknesses(info)} & {"no_aof", "aof_failing"}
         in_trouble = self.outbox.relay_in_trouble()
+        listed = self.outbox.suppressions.size()
+        yield gauge("suppressions", "Addresses on the suppression list.", listed)
         yield gauge("breaker_open", "Whether all mail waits because the relay is in trouble.", in_trouble)
         yield gauge("redis_memory_bytes", "What Redis takes.", info["used_memory"])
         yield gauge("redis_memory_max_bytes", "What Redis may take (maxmemory); 0: any.", info.get("maxmemory", 0))
