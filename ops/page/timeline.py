@@ -30,6 +30,7 @@ ENDS = {  # a state -> what it is called, how it looks, and what a person does t
     State.FAILED: ("Failed", "bad", ""),
     State.UNKNOWN: ("In doubt, and held", "warn", ""),
     State.CANCELED: ("Canceled", "", "cancel"),
+    State.SUPPRESSED: ("Suppressed: each recipient is on the suppression list", "warn", ""),
 }
 DONE = {"requeue": "Queued again", "cancel": "Canceled", "move": "Moved to another time"}
 DONE |= {"arrived": "Said to have arrived", "copy": "A copy sent to ALERT_TO"}
