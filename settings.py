@@ -35,24 +35,33 @@ from process import env_file
 from process.api_keys import ApiKey, parse_api_keys
 from process.relays import ONLY, RelaySettings, parse_relays
 from process.values import (
+    IMAP_URL,
     Address,
     Duration,
     Host,
     Listen,
     Port,
     Rates,
+    is_imap_url,
     is_loopback,
     is_safe_url,
     parse_address,
     parse_allowlist,
+    parse_bounce_address,
     parse_ehlo_name,
     parse_one_address,
     parse_schedule,
     parsed_by,
 )
 
-SECRETS = ("redis_url", "smtp_password", "api_keys", "dashboard_password", "alert_url", "relays")
-VERBATIM = ("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url")  # any text, so `#` too
+SECRETS = (
+    *("redis_url", "smtp_password", "api_keys", "dashboard_password", "alert_url", "relays"),
+    *("bounce_imap_url", "doubt_imap_url"),
+)
+VERBATIM = (
+    *("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url"),
+    *("bounce_imap_url", "doubt_imap_url"),
+)  # any text, so `#` too
 CUT = "{} would end before its #: put the whole value in single quotes, or the comment on a line of its own"
 DEV_KEY = "dev"  # bin/dev's API key; everybody knows it, so it may be served on loopback only
 
@@ -91,6 +100,12 @@ class Settings(BaseModel):
     mail_from: str | None = None
     mail_redirect_to: Annotated[str, parsed_by(parse_one_address)] | None = None
     mail_allowlist: Annotated[tuple[str, ...], parsed_by(parse_allowlist)] = ()
+
+    bounce_address: Annotated[str, parsed_by(parse_bounce_address)] | None = None
+    bounce_imap_url: SecretStr | None = None
+    bounce_imap_url_file: FilePath | None = None
+    doubt_imap_url: SecretStr | None = None
+    doubt_imap_url_file: FilePath | None = None
 
     listen: Listen = Address("127.0.0.1", 8000)
     api_processes: Annotated[int, Field(ge=1, le=64)] = 2
@@ -179,6 +194,10 @@ class Settings(BaseModel):
             faults.append("REDIS_URL must be a URL: write / # ? : @ in its password as %2F %23 %3F %3A %40")
         if self.alert_url and not is_safe_url(self.alert_url.get_secret_value()):
             faults.append("ALERT_URL must be a URL that begins with https://, or with http:// on loopback")
+        for name in ("bounce_imap_url", "doubt_imap_url"):
+            given = getattr(self, name)
+            if given and not is_imap_url(given.get_secret_value()):
+                faults.append(f"{name.upper()} must be {IMAP_URL}")
         if faults:
             raise ValueError("\n".join(faults))
         return self

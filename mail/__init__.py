@@ -15,6 +15,7 @@ reader.py    what is kept of them, for those who ask (attachments.py: the files 
 index.py     the index of all mails, by state, recipient, tag and cause (listing.py, causes.py: its mails)
 claim.py     one attempt's hold on one mail: mark, settle
 delivery.py  one attempt, top to bottom
+reports.py   a bounce or complaint as it is read (verp.py, bounces.py: of which mail; mailboxes.py, imap.py: looked for)
 sweep.py     mails that got stuck: found, and queued again or given up
 counters.py  what is counted for ever, and how long things took (figures.py: the same by minute and hour)
 """

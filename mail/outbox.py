@@ -39,6 +39,7 @@ from mail.raw import header_of, without
 from mail.reader import MAIL_ID, NO_MAIL, Reader
 from mail.states import State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
+from mail.verp import return_path
 from queues import keys
 from queues.acceptance import Acceptance
 from queues.connection import translating_errors
@@ -64,6 +65,7 @@ from settings import Settings
 # attempt kills its worker is parked as failed after four.
 AFTER_A_CRASH = (1, 5, 30)
 NOT_SENT = "not sent: the API key has scope test"
+BY_A_PERSON = "a person said that it arrived"  # how it is known that a mail in doubt did
 COPIED_BY = "dashboard"  # in the place of the API key that has submitted a copy
 SMALL = 4096  # characters: what zlib finds in a window of 2**12
 UNSUBSCRIBE = re.compile("list-unsubscribe", re.IGNORECASE)  # and -Post
@@ -284,6 +286,7 @@ class Outbox(Reader):
             id=mail_id,
             token=token.decode(),
             calm=bool(calm),
+            return_path=self.return_path(mail_id),
             message=Message.from_json(stored["outline"], zlib.decompress(stored["content"])),
             message_id=stored["message_id"].decode(),
             created_at=datetime.fromisoformat(stored["created_at"].decode()),
@@ -298,6 +301,11 @@ class Outbox(Reader):
             test=bool(stored.get("test")),
             priority=stored.get("priority", b"normal").decode(),
         )
+
+    def return_path(self, mail_id: str) -> str:
+        """Returns the address to which servers report on a mail; "" without BOUNCE_ADDRESS. Raises `Unavailable`."""
+        bounces = self.settings.bounce_address
+        return return_path(bounces, mail_id, self.index.proof) if bounces else ""
 
     def _claim(self, mail_id: str, queued_at: float) -> Any:
         token, lease, look_at, iso_now, now = self._claiming(uuid.uuid4().hex)
@@ -334,9 +342,9 @@ class Outbox(Reader):
         except NotFound:  # somebody deleted the job; the mail is left
             return []
 
-    def arrived(self, mail_id: str) -> None:
-        """Notes that a mail in doubt did arrive, as a person has found out: those in doubt were served. It is sent then
-        and its job removed; or failed, if somebody else was not served. Raises `NotFound`, `NotPossible`,
+    def arrived(self, mail_id: str, how: str = BY_A_PERSON) -> None:
+        """Notes that a mail in doubt did arrive, and how that is known: those in doubt were served. It is sent then and
+        its job removed; or failed, if somebody else was not served. Raises `NotFound`, `NotPossible`,
         `Unavailable`."""
         seen = self.read(mail_id)
         if seen["status"] != State.UNKNOWN:
@@ -347,7 +355,7 @@ class Outbox(Reader):
         left = [one for one in recipients if one.status != Status.ACCEPTED]
         why = ", ".join(dict.fromkeys(f"{one.code} before" for one in left if one.code)) or seen["reason"]
         now = time.time()
-        attempts = [*seen["attempts"], {"at": iso(now), "verdict": "settled", "text": "a person said that it arrived"}]
+        attempts = [*seen["attempts"], {"at": iso(now), "verdict": "settled", "text": how}]
         args: list[Any] = [mail_id, State.FAILED if left else State.SENT, attempts_to_json(attempts)]
         args += [recipients_to_json(recipients), why if left else "", now, *([] if left else self._removal(mail_id))]
         with translating_errors():

@@ -2,7 +2,8 @@
 
     queued -> sending -> sent | failed | unknown (in doubt and held) | delayed -> sending ...
     queued, delayed, failed, unknown -> canceled
-    unknown -> sent | failed, when a person says that it arrived
+    unknown -> sent | failed, when it is found out that it arrived
+    sent -> bounced | complained, when a report says so
 
 Every script that changes a state is BECOME and a body: accept, claim, settle, cancel, sweep (mail.store puts them
 together). Anything that must happen whenever a mail fails, is sent, ... (a webhook, a suppression list) is added to
@@ -24,6 +25,8 @@ class State(str, Enum):
     FAILED = "failed"
     UNKNOWN = "unknown"  # the relay may have accepted it, and it is held
     CANCELED = "canceled"
+    BOUNCED = "bounced"  # it was sent, and has come back: from a recipient at least, all that is told by mail.bounces
+    COMPLAINED = "complained"  # it was sent, and a recipient calls it spam
 
     __str__ = str.__str__
 
@@ -35,12 +38,16 @@ class Status(str, Enum):
     IN_DOUBT = "in_doubt"
     ACCEPTED = "accepted"
     REFUSED = "refused"
+    BOUNCED = "bounced"  # accepted, and come back
+    COMPLAINED = "complained"
 
     __str__ = str.__str__
 
 
 SCHEDULED = "scheduled"  # what a mail with `scheduled_at` is called that is queued and that no attempt has taken yet
-FINAL = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED)  # nothing more happens unless a person asks
+RETURNED = (State.BOUNCED, State.COMPLAINED)  # a report has come about a mail that was sent
+ENDS = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED)  # of an attempt, or before one
+FINAL = (*ENDS, *RETURNED)  # nothing more happens unless a person asks, or a report comes
 TROUBLE_TOO_LONG = "the relay was in trouble for too long"  # why a mail failed that waited TROUBLE_FOR
 TEST = "test"  # what a mail that a key of scope `test` submitted is counted as once it is `sent`
 NOT_ADMITTED = "MAIL_ALLOWLIST or MAIL_REDIRECT_TO keeps it from a recipient"  # why a mail failed
@@ -49,12 +56,14 @@ EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted 
 FOLLOWS: Mapping[State | None, Set[State]] = {
     None: {State.QUEUED},
     State.QUEUED: {State.SENDING, State.FAILED, State.CANCELED, State.SENT},
-    State.SENDING: {*FINAL, State.SENDING, State.DELAYED},  # sending: another attempt takes it over
-    State.DELAYED: {*FINAL, State.SENDING},
+    State.SENDING: {*ENDS, State.SENDING, State.DELAYED},  # sending: another attempt takes it over
+    State.DELAYED: {*ENDS, State.SENDING},
     State.FAILED: {State.SENDING, State.CANCELED, State.SENT},
     State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT, State.FAILED},
     State.CANCELED: {State.CANCELED, State.SENT},
-    State.SENT: {State.SENT},
+    State.SENT: {State.SENT, *RETURNED},
+    State.BOUNCED: {*RETURNED},
+    State.COMPLAINED: {*RETURNED},
 }
 # Fields that a mail loses as it comes into a state. Once it is sent or canceled, nobody needs its content.
 DROPS: Mapping[State, tuple[str, ...]] = {

@@ -28,6 +28,7 @@ WATCH = "mail:watch"  # hash: what the dashboard's watch has seen, and told peop
 INDEX = "mail:index"  # sorted set: mail.index
 KEY_NAMES = "mail:keys"  # set: the names of all API keys that have submitted a mail
 SECRET = "mail:secret"  # string: the key of the digests of addresses in the index
+MAILBOX = "mail:mailbox"  # hash: up to which mail the mailbox of reports was read: mail.mailboxes
 MARKS = "mail:marks"  # sorted set: what happened when, mail.figures
 LOOK_AFTER = 2 * LEASE_SECONDS  # seconds after which a mail should have moved on, and mail.sweep looks at it
 

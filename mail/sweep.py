@@ -32,6 +32,7 @@ from mail.store import (
     INDEX,
     KEY_NAMES,
     LAST_SENT,
+    MAILBOX,
     MARKS,
     OPEN,
     SECRET,
@@ -52,7 +53,15 @@ from smtp import pacing
 
 AT_ONCE = 1000  # mails looked at in one go
 OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
-OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list", WATCH: "hash"}
+OURS |= {
+    INDEX: "zset",
+    KEY_NAMES: "set",
+    SECRET: "string",
+    MARKS: "zset",
+    ACTIONS: "list",
+    WATCH: "hash",
+    MAILBOX: "hash",
+}
 OURS |= {keys.queue(BULK): "list"}
 KINDS = OURS | pacing.KINDS  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds

@@ -128,8 +128,10 @@ def configure(server: Server) -> None:
         "redis_url": lambda: f"unix://async-email:{secrets.token_urlsafe(32)}@{REDIS_SOCKET}",
         "api_keys": lambda: make_key(server),
         "dashboard_password": lambda: secrets.token_urlsafe(16),
-        "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as is the next
+        "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as are the next
         "alert_url": lambda: "",
+        "bounce_imap_url": lambda: "",
+        "doubt_imap_url": lambda: "",
     }
     for name, make in made.items():
         if text_of(server.credentials / name) is None:  # empty counts as not set, but systemd wants the file

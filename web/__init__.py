@@ -2,6 +2,7 @@
 
 app.py         the routes, and what is around each
 handlers.py    what each route answers
+inbound.py     reports that a mail server hands over
 mails.py       mails listed, canceled, moved
 catalog.py     templates, domains and API keys, to read
 docs.py        GET /openapi.json, which openapi.py makes of answers.py (types) and reference.py (docs/api.md)

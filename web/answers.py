@@ -13,7 +13,7 @@ from typing_extensions import NotRequired, TypedDict
 from mail.states import State, Status
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
-LastEvent = Literal["queued", "scheduled", "delivery_delayed", "sent", "failed", "canceled"]
+LastEvent = Literal["queued", "scheduled", "delivery_delayed", "sent", "failed", "canceled", "bounced", "complained"]
 Waiting = Literal["queued", "deferred", "scheduled", "rate_limited"]
 JobStatus = Waiting | Literal["started", "finished", "failed", "stopped", "canceled"]
 From = TypedDict("From", {"from": str})
@@ -73,6 +73,7 @@ class Attempt(TypedDict):
     took_ms: NotRequired[int]
     tls: NotRequired[str]
     bytes: NotRequired[int]
+    to: NotRequired[str]
 
 
 class ListedMail(From):
@@ -131,6 +132,15 @@ class JobState(TypedDict):
     ended_at: Time | None
     result: NotRequired[Any]
     error: NotRequired[str]
+
+
+class Report(TypedDict):
+    object: Literal["report"]
+    kind: Literal["bounce", "complaint"] | None
+    matched: bool
+    email_id: str | None
+    noted: int
+    reason: str
 
 
 class TemplateEntry(TypedDict):

@@ -125,6 +125,7 @@ def fates(mail: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the recipients, and how many of them are served, refused and in doubt."""
     statuses = [one["status"] for one in mail["recipients"]]
     names = {"served": Status.ACCEPTED, "refused": Status.REFUSED, "in_doubt": Status.IN_DOUBT}
+    names["bounced"] = Status.BOUNCED
     return {"recipients": mail["recipients"], **{name: statuses.count(status) for name, status in names.items()}}
 
 
