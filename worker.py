@@ -85,7 +85,7 @@ class WorkerPool:
         """Sends mail until SIGTERM or its like, and then until every mail in hand has been dealt with."""
         sd_daemon.on_stop(self.handle_signal)
         with suppress(RedisError):
-            self.delivery.pacing.start()
+            self.delivery.routes.start()
         while not self.asked_to_stop.is_set() or self.senders.threads:
             began = time.monotonic()
             self.tick()
@@ -120,9 +120,9 @@ class WorkerPool:
                 log.emit("crashed", logging.ERROR, where=log.where(error))
 
     def is_paused(self) -> bool:
-        """Returns whether no mail should be taken: at `rq suspend`, and while the relay is in trouble. It would only be
-        put off, and a long queue would go round and round."""
-        return self.suspended or self.delivery.pacing.closed_for() > 0
+        """Returns whether no mail should be taken: at `rq suspend`, and while all relays are in trouble. It would only
+        be put off, and a long queue would go round and round."""
+        return self.suspended or self.delivery.routes.is_closed
 
     def drain(self) -> None:
         """Lets the senders end, and waits for them a tenth of a second."""
@@ -161,7 +161,7 @@ class WorkerPool:
 
     def feed(self) -> None:
         """Lets bulk mail into the queue."""
-        self.bulk.feed(self.delivery.pacing.room_for_bulk())
+        self.bulk.feed(self.delivery.routes.room_for_bulk())
 
     def clamp_future_heartbeats(self) -> None:
         """Shortens leases that a clock set back by an hour has left: they would last for an hour."""
@@ -222,11 +222,14 @@ def send(queue: str, current: settings.Settings) -> None:
     import mail.delivery  # noqa: F401  # before the processes are forked, which share it
 
     collect_seldom()
-    together = current.worker_concurrency
+    limits = [one.concurrency for one in current.all_relays]
+    together = min(current.worker_concurrency, sum(limit or current.worker_concurrency for limit in limits))
     processes = min(together, current.worker_processes or min(cores(), max(1, together // FEWEST)))
+    processes = min([processes, *filter(None, limits)])  # each has at least one of what a relay takes at a time
 
     def work(report: Report, place: int = 0) -> None:
         pool = WorkerPool(queue, current, together // processes + (place < together % processes), report)
+        pool.delivery.routes.share(place, processes)
         pool.work()
         pool.delivery.pool.close_all()
 

@@ -7,6 +7,9 @@ asks for the same report again.
 
 The mail becomes `bounced` or `complained`, its recipient too, and the report stands in its history. A mail that has
 failed for other recipients stays failed, so that it can be queued again for these.
+
+Of a mail to one recipient alone, the address goes on the suppression list: at a complaint, or a bounce that says that
+there is no such address. Whoever has had a mail to several could report on the others.
 """
 
 from __future__ import annotations
@@ -22,18 +25,20 @@ from mail.claim import Recipient, attempts_to_json, iso, recipients_from_json, r
 from mail.outbox import Outbox
 from mail.reader import MAIL_ID
 from mail.reports import BOUNCE, Failed, Report
-from mail.states import RETURNED, State, Status
+from mail.states import EVENTS, RETURNED, State, Status
 from mail.store import mail_key
 from mail.verp import mails_in
 from process.log import emit
 from queues.connection import translating_errors
 from queues.jobs import NotFound, NotPossible
 from queues.quarantine import DAMAGED
+from smtp.policy import names_no_address
 
 OF_KIND = {reports.BOUNCE: State.BOUNCED, reports.COMPLAINT: State.COMPLAINED}
 SERVED = (Status.ACCEPTED, Status.BOUNCED, Status.COMPLAINED)
 # KEYS: mail. ARGV: mail id, the state, attempts and recipients that were read, the new ones, the new state ("": the
-# mail's own), the reason. Returns whether it is written: by this call, or by one whose reply was lost.
+# mail's own), the reason, the event that webhooks are told; then what goes on the suppression list. Returns whether it
+# is written: by this call, or by one whose reply was lost.
 NOTE_REPORT = """
 local state, attempts, recipients = unpack(redis.call('HMGET', KEYS[1], 'state', 'attempts', 'recipients'))
 if attempts == ARGV[5] then return 1 end
@@ -44,6 +49,8 @@ if ARGV[7] == '' then
 else
   become(ARGV[1], ARGV[7], nil, nil, {'reason', ARGV[8], unpack(fields)})
 end
+if ARGV[7] == '' or ARGV[7] == state then announce(ARGV[1], ARGV[9], ARGV[8]) end  -- which a change of state does
+for at = 10, #ARGV, 2 do suppress(ARGV[at], ARGV[at + 1]) end
 return 1
 """
 
@@ -108,13 +115,22 @@ class Bounces:
         if not change.history:
             return found._replace(why=change.why, mail_id=mail_id if change.known else "")
         becomes = "" if state == State.FAILED else OF_KIND[report.kind].value
-        args = [mail_id, state, attempts, recipients, attempts_to_json(history)]
-        args += [recipients_to_json(change.recipients), becomes, change.reason]
+        args: list[Any] = [mail_id, state, attempts, recipients, attempts_to_json(history)]
+        args += [recipients_to_json(change.recipients), becomes, change.reason, EVENTS[OF_KIND[report.kind]]]
+        args += self._suppressed(mail_id, report.kind, change)
         with translating_errors():
             if not self.outbox.store.run(NOTE_REPORT, [mail_key(mail_id)], args):
                 return None
         emit(OF_KIND[report.kind], id=mail_id, reason=change.reason)
         return found._replace(noted=len(change.history))
+
+    def _suppressed(self, mail_id: str, kind: str, change: Change) -> list[bytes]:
+        """Returns what a report adds to the suppression list, as scripts take it."""
+        suppressions, [one, *others] = self.outbox.suppressions, change.recipients
+        hopeless = kind == reports.COMPLAINT or names_no_address(one.code, re.sub(r"^\d{3}[ -]", "", one.text))
+        if others or not hopeless or one.address == suppressions.redirect_to:
+            return []
+        return suppressions.words(one.address, kind, mail_id, change.reason)
 
     def _resolved(self, found: Found, recipients: str, report: Report, proven: bool) -> Found | None:
         """Settles a mail in doubt about which a report has come: the relay has taken it. Then the report is noted."""
@@ -158,9 +174,11 @@ def changed(recipients: list[Recipient], report: Report, proven: bool) -> Change
         if one.status == status or (status == Status.BOUNCED and one.status == Status.COMPLAINED):
             known = True
             continue
-        one.status, one.code, one.text = status, failed.code, failed.text or failed.status
-        said = failed.text if failed.status in failed.text else f"{failed.status} {failed.text}".strip()
-        history.append({"at": iso(time.time()), "relay": report.by, "code": failed.code, "text": said})
+        has_it = re.match(rf"(\d{{3}}[ -])?{re.escape(failed.status)}", failed.text)
+        said = failed.text if has_it else f"{failed.status} {failed.text}".strip()
+        code = failed.code or (550 if failed.status.startswith("5.") else None)
+        one.status, one.code, one.text = status, code, said
+        history.append({"at": iso(time.time()), "relay": report.by, "code": code, "text": said})
         history[-1] |= {"verdict": status.value, "to": one.address}
         reason = reason or reason_of(report.kind, failed)
     why = "it is known already" if known else "it names nobody to whom this mail went"

@@ -14,20 +14,22 @@ from typing import Any
 from mail.message import Message
 from mail.states import State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
+from process.relays import ONLY
 from queues import keys
 from queues.heartbeat import LEASE_SECONDS, on_heartbeat
 from smtp.policy import MESSAGE
 
+SUPPRESSED_RECIPIENTS = "recipients:suppressed"  # in mail.counters' totals
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
-# KEYS: mail, claim. ARGV: token, recipients. 0: the claim has passed to another attempt, or the mail was canceled or
-# sent meanwhile, and this attempt must stop.
+# KEYS: mail, claim. ARGV: token, recipients, other fields and values. 0: the claim has passed to another attempt, or
+# the mail was canceled or sent meanwhile, and this attempt must stop.
 MARK_IN_DOUBT = """
 if redis.call('GET', KEYS[2]) ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'sending' then return 0 end
-redis.call('HSET', KEYS[1], 'recipients', ARGV[2])
+redis.call('HSET', KEYS[1], 'recipients', unpack(ARGV, 2))
 return 1
 """
 # KEYS: mail, claim, RQ's job. ARGV: mail id, token, state, now, when to look at it if it does not move on, how many
-# words of totals follow, these, then field, value, ...
+# words of totals follow, how many for the suppression list, these and those, then field, value, ...
 # `sent` is written by every attempt that knows it, also when its claim has run out. Anything else only by the holder. A
 # second call with the same token changes nothing.
 SETTLE = """
@@ -37,14 +39,16 @@ local settled_by, was = unpack(redis.call('HMGET', KEYS[1], 'settled_by', 'state
 if settled_by == token then return 1 end
 if not mine and state ~= 'sent' then return 0 end
 if was == 'bounced' or was == 'complained' then return 1 end  -- somebody else has sent it, and a report has come
-local fields = 7 + ARGV[6]
+local counts = 8 + ARGV[6]
+local fields = counts + ARGV[7]
 if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, fields)}) then return 0 end
 if mine then redis.call('DEL', KEYS[2]) end
-for i = 7, fields - 1, 2 do
+for i = counts, fields - 1, 2 do suppress(ARGV[i], ARGV[i + 1]) end
+for i = 8, counts - 1, 2 do
   redis.pcall('HINCRBY', TOTALS, ARGV[i], ARGV[i + 1])
   if string.find(ARGV[i], OVER_TIME) then note(ARGV[i], ARGV[i + 1]) end
 end
-if (state == 'failed' or state == 'unknown') and redis.call('EXISTS', KEYS[3]) == 1 then
+if AGAIN[state] and redis.call('EXISTS', KEYS[3]) == 1 then
   redis.call('HSET', KEYS[3], 'retries_left', 0)  -- should its worker die now, RQ must not try again
 end
 return 1
@@ -84,8 +88,9 @@ class Recipient:
 @dataclass
 class Claim:
     """One attempt's hold on one mail. `counted` is the number of attempts that count against it; `expires_at` is in
-    seconds since 1970, 0 for a mail that does not expire; `reserved` says that it has its turn under SMTP_RATE now;
-    `counts` goes into the totals with the outcome. The recipients of a `test` are all served already."""
+    seconds since 1970, 0 for a mail that does not expire; `reserved` names the relay where it has its turn now ("1":
+    that of SMTP_HOST), `relay` the one that it must go by, `held_by` the one that may have it already; `counts` goes
+    into the totals with the outcome. The recipients of a `test` are all served already."""
 
     store: Store
     id: str
@@ -100,11 +105,15 @@ class Claim:
     attempts: list[dict[str, Any]] = field(default_factory=list)
     counted: int = 0
     expires_at: float = 0
-    reserved: bool = False
+    reserved: str = ""
+    relay: str = ""
+    held_by: str = ""
     test: bool = False
     priority: str = "normal"
     return_path: str = ""  # in the place of the sender in its envelope, but for a mail that has none there
     calm: bool = False  # the relay was not in trouble as the mail was claimed
+    suppressing: bool = False  # the suppression list is not empty, and is to be obeyed
+    suppress: list[bytes] = field(default_factory=list)  # what settle adds to it: mail.suppression
     settled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     claimed_at: float = field(default_factory=time.time)
@@ -125,10 +134,9 @@ class Claim:
         given = self.message.envelope_sender
         return (self.return_path or given) if given else ""
 
-    @property
-    def was_put_off(self) -> bool:
+    def put_off_by(self, relay: str) -> bool:
         """Returns whether the relay has put off this mail itself before; not only that it could not be reached."""
-        return any(one.get("phase") in MESSAGE for one in self.attempts)
+        return any(one.get("phase") in MESSAGE and one.get("relay_name", ONLY) == relay for one in self.attempts)
 
     @property
     def keys(self) -> list[str]:
@@ -148,35 +156,46 @@ class Claim:
             if not self.settled:
                 self.store.run(RELEASE, self.keys, [self.token])
 
-    def mark_in_doubt(self, statuses: Mapping[str, Status]) -> None:
-        """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt. The claim
-        itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
-        marked = [replace(one, status=statuses.get(one.address, one.status)) for one in self.recipients]
-        if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, recipients_to_json(marked)]):
+    def mark_in_doubt(self, statuses: Mapping[str, Status], relay: str = ONLY) -> None:
+        """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt, and which
+        relay may have the mail. The claim itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
+        marked = [replace(one, status=statuses.get(one.address, one.status)) for one in undecided(self.recipients)]
+        held = [] if relay == ONLY else ["held_by", relay]
+        if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, recipients_to_json(marked), *held]):
             raise ClaimLost(self.id)
 
-    def settle(self, state: State, *, reason: str = "", next_in: float = 0, reserved: bool = False) -> None:
+    def settle(self, state: State, *, reason: str = "", next_in: float = 0, reserved: str = "") -> None:
         """Writes the outcome: recipients, attempts, state. Raises `ClaimLost` where it is not this attempt's to write.
         That somebody was served is written however long Redis takes: nobody else knows it."""
-        now = time.time()
+        now, waits = time.time(), state == State.DELAYED
+        if not waits and (left_out := sum(one.status == Status.SUPPRESSED for one in self.recipients)):
+            self.counts[SUPPRESSED_RECIPIENTS] += left_out
         fields: dict[str, str | float] = {
-            "recipients": recipients_to_json(self.recipients),
+            "recipients": recipients_to_json(undecided(self.recipients) if waits else self.recipients),
             "attempts": attempts_to_json(self.attempts),
             "counted": self.counted,
             "reason": reason,
             "settled_at": now,
-            "in_line": "1" if reserved else "",
+            "in_line": reserved,
             "next_attempt_at": iso(now + next_in) if next_in else "",
+            **({"held_by": self.held_by} if any("relay_name" in one for one in self.attempts[-1:]) else {}),
         }
         words = [word for pair in fields.items() for word in pair]
         counts = [word for pair in self.counts.items() for word in pair]
         again = look_at(now + next_in + LOOK_AFTER, self.expires_at)
-        args = [self.id, self.token, state, now, again, len(counts), *counts, *words]
+        args = [self.id, self.token, state, now, again, len(counts), len(self.suppress)]
+        args += [*counts, *self.suppress, *words]
         served = any(recipient.status == Status.ACCEPTED for recipient in self.recipients)
         settle = self.store.insist if served else self.store.run
         if not settle(SETTLE, [*self.keys, keys.job(self.id)], args):
             raise ClaimLost(self.id)
         self.settled = True
+
+
+def undecided(recipients: list[Recipient]) -> list[Recipient]:
+    """Returns the recipients of a mail that is not through yet: the next attempt looks again who is suppressed. Workers
+    of an earlier version do not know that word."""
+    return [replace(one, status=Status.PENDING) if one.status == Status.SUPPRESSED else one for one in recipients]
 
 
 def iso(moment: float) -> str:

@@ -20,7 +20,8 @@ from mail.claim import Busy, Claim, Early, iso
 from mail.counters import DELIVERED, SMTP
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
-from mail.states import EXPIRED, NOT_ADMITTED, RETURNED, TROUBLE_TOO_LONG, State, Status
+from mail.routes import Routes, Way
+from mail.states import AGAIN, ALL_SUPPRESSED, EXPIRED, NOT_ADMITTED, RETURNED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
@@ -28,10 +29,9 @@ from queues.jobs import JobFailed, Jobs
 from queues.pipelining import PipeliningRedis
 from queues.running import Retry, allow_exceptions, queued_at, run_again_in, run_by, take_next, taken_with_it
 from smtp.envelope import Envelope
-from smtp.pacing import Pacing
+from smtp.pacing import WAITS, Wait
 from smtp.policy import MESSAGE, Phase, Verdict
 from smtp.pool import Conversation, SessionPool
-from smtp.relay import Relay
 from smtp.tally import Tally
 from smtp.verdict import Outcome, Reply
 
@@ -59,10 +59,9 @@ class Delivery:
 
     def __init__(self, outbox: Outbox) -> None:
         self.outbox = outbox
-        self.relay = Relay.of(outbox.settings)
-        self.pacing = Pacing(outbox.jobs.redis, outbox.settings.smtp_rate)
+        self.routes = Routes(outbox.jobs.redis, outbox.settings)
         self.pool = SessionPool()
-        self.tally = Tally(self.pool)
+        self.tally = Tally(self.pool, self.routes.relays)
         self.dots = Dots()
         self.ahead = threading.local()  # the mail at which a thread has looked ahead
 
@@ -92,47 +91,57 @@ class Delivery:
         if not all(admits(one.address) for one in claim.recipients if one.status != Status.ACCEPTED):
             return self._end(claim, given_up(claim), NOT_ADMITTED)  # stored before that was set, or by another service
         take_up(claim)
+        if not (ahead and ahead.letter):
+            self.outbox.suppressions.obey(claim)
         todo = [one.address for one in claim.recipients if one.status == Status.PENDING]
         if not todo:
             return self._conclude(claim, [])
         if claim.has_expired():
             return self._expire(claim)
-        wait = self.pacing.admit(claim.reserved, claim.was_put_off, claim.priority, claim.calm)
-        if wait and wait.is_trouble and claim.age > self.outbox.settings.trouble_for:
-            return self._end(claim, given_up(claim), TROUBLE_TOO_LONG)
-        if wait:
-            return self._end(claim, State.DELAYED, wait.reason, math.ceil(wait.seconds), wait.reserved)
-        letter = (ahead and ahead.letter) or written(claim, todo)
-        return self._hand_over(claim, *letter, ahead.talk if ahead else None)
+        with self.routes.lend(claim) as way:
+            if isinstance(way, Wait):
+                return self._wait(claim, way)
+            letter = (ahead and ahead.letter) or written(claim, todo)
+            # A way with `upstream` goes here: it needs no dot, and records, concludes and tells the breaker likewise.
+            return self._hand_over(claim, way, *letter, ahead.talk if ahead else None)
 
-    def _hand_over(self, claim: Claim, envelope: Envelope, mime: bytes, announced: Conversation | None) -> str | Retry:
+    def _wait(self, claim: Claim, wait: Wait) -> str | Retry:
+        if wait.is_trouble and claim.age > self.outbox.settings.trouble_for:
+            why = "" if wait.reason == WAITS["breaker"] else f": {wait.reason}"
+            return self._end(claim, given_up(claim), f"{TROUBLE_TOO_LONG}{why}")
+        return self._end(claim, State.DELAYED, wait.reason, math.ceil(wait.seconds), wait.line)
+
+    def _hand_over(
+        self, claim: Claim, way: Way, envelope: Envelope, mime: bytes, announced: Conversation | None
+    ) -> str | Retry:
         started = time.monotonic()
-        with self.pool.conversation(self.relay, announced) as talk:
+        with self.pool.conversation(way.relay, announced) as talk:
             said = talk.begin(envelope, mime)  # all but the final dot: until it is out, nothing is sent
             if not isinstance(said, Outcome):
-                self._look_ahead(talk)
+                self._look_ahead(way, talk)
             while not isinstance(said, Outcome):  # a second time where a kept session has died at the dot
                 if claim.has_expired():
-                    self.pacing.well()
+                    way.pacing.well()
                     return self._expire(claim)
                 self.dots.expect(claim.id)
-                claim.mark_in_doubt(at_dot(envelope.recipients, said))
+                claim.mark_in_doubt(at_dot(envelope.recipients, said), way.name)
                 said = talk.finish()
             SMTP.note(time.monotonic() - started, claim.counts)
             figures = talk.figures(since=claim.started)
-            put_off = claim.was_put_off
-            if said.reply.is_about_the_mail and self._met_by_others(said.reply, put_off):
+            put_off = claim.put_off_by(way.name)
+            if said.reply.is_about_the_mail and self._met_by_others(way, said.reply, put_off):
                 said = said.repeated()
-            record(claim, said, self.relay, figures)
+            record(claim, said, way, figures)
+            self.outbox.suppressions.note_refused(claim, said)
             try:  # written down before a word more to the relay, and before anything else
-                return self._conclude(claim, list(said.recipients.values()))
+                return self._conclude(claim, list(said.recipients.values()), way)
             finally:
-                self._tell_breaker(said.reply, put_off)
+                self._tell_breaker(way, said.reply, put_off)
 
-    def _look_ahead(self, talk: Conversation) -> None:
+    def _look_ahead(self, way: Way, talk: Conversation) -> None:
         """Takes the next mail now, if all senders are busy, and holds it. The envelope of one that nothing can stop any
         more goes out with this one's final dot: the relay then waits for its text."""
-        if not (self.pacing.is_free and self.pool.may_follow(talk.session)):
+        if not (self.routes.is_single and way.pacing.is_free and self.pool.may_follow(talk.session)):
             return
         job_id, taken = take_next()
         with suppress(Exception):  # what is wrong with the next mail is for its own attempt to say
@@ -146,7 +155,8 @@ class Delivery:
     def _is_plain(self, claim: Claim) -> bool:
         is_new = claim.state_before == State.QUEUED and claim.calm and not claim.expires_at
         admits = self.outbox.settings.admits
-        return is_new and all(one.status == Status.PENDING and admits(one.address) for one in claim.recipients)
+        is_new = is_new and all(one.status == Status.PENDING and admits(one.address) for one in claim.recipients)
+        return is_new and not self.outbox.suppressions.obey(claim)
 
     def _announced(self, mail_id: str) -> Ahead | None:
         """Returns the mail if this thread has looked ahead at it. One that is not the next is given up."""
@@ -157,13 +167,16 @@ class Delivery:
             return None
         return ahead
 
-    def _met_by_others(self, reply: Reply, put_off: bool) -> bool:
+    def _met_by_others(self, way: Way, reply: Reply, put_off: bool) -> bool:
         try:
-            return self.pacing.refused_alike(reply.words, self.outbox.last_sent() or 0, put_off)
+            return way.pacing.refused_alike(reply.words, self.outbox.last_sent() or 0, put_off)
         except (Unavailable, RedisError):  # the reply is to be written down, however long that takes
             return False
 
-    def _conclude(self, claim: Claim, replies: Sequence[Reply]) -> str | Retry:
+    def _conclude(self, claim: Claim, replies: Sequence[Reply], way: Way | None = None) -> str | Retry:
+        if way and self.routes.may_move(claim, way, replies):
+            claim.attempts[-1]["moved"] = True
+            return self._end(claim, State.DELAYED, reason(claim, replies), 1)
         state, pause = next_state(claim, replies, self.outbox.settings.retry_schedule)
         why = reason(claim, replies) if state != State.SENT else ""
         if state == State.SENT and replies:  # a test has none
@@ -175,7 +188,7 @@ class Delivery:
     def _expire(self, claim: Claim) -> str | Retry:
         return self._end(claim, given_up(claim), EXPIRED)
 
-    def _end(self, claim: Claim, state: State, reason: str, pause: int = 0, reserved: bool = False) -> str | Retry:
+    def _end(self, claim: Claim, state: State, reason: str, pause: int = 0, reserved: str = "") -> str | Retry:
         """Writes down the state after this attempt, logs it, and says to RQ what is to become of the job."""
         if state == State.DELAYED and claim.has_expired(within=pause):
             return self._expire(claim)  # now rather than then: there will be no other attempt
@@ -188,16 +201,16 @@ class Delivery:
         allow_exceptions(len(AFTER_A_CRASH))  # this attempt ended well enough: crashes are counted from here
         return run_again_in(pause)
 
-    def _tell_breaker(self, reply: Reply, put_off: bool) -> None:
+    def _tell_breaker(self, way: Way, reply: Reply, put_off: bool) -> None:
         # What was said to several mails alike is about the account, or about what one caller sends. The relay is there,
         # and others are to find out for themselves.
         if not reply.repeated and (reply.code is None or reply.verdict is Verdict.TROUBLE):
             inside = reply.phase in MESSAGE
             pause = 0 if reply.phase is Phase.RCPT else reply.pause  # which may be one recipient's
-            if self.pacing.trouble(pause, put_off and inside, reply=reply, relay=self.relay):
-                emit("breaker_opened", reason=reply.summary)
-        elif self.pacing.well():
-            emit("breaker_closed")
+            if way.pacing.trouble(pause, put_off and inside, reply=reply, relay=way.relay):
+                emit("breaker_opened", reason=reply.summary, relay=way.marks.get("relay_name"))
+        elif way.pacing.well():
+            emit("breaker_closed", relay=way.marks.get("relay_name"))
 
     def sweep(self) -> None:
         """Looks after mails that got stuck where RQ's own maintenance does not look."""
@@ -231,9 +244,9 @@ def written(claim: Claim, recipients: list[str]) -> tuple[Envelope, bytes]:
 
 def take_up(claim: Claim) -> None:
     """Deals with the traces of earlier attempts, before this one."""
-    asked_again = claim.state_before in (State.FAILED, State.UNKNOWN)
+    asked_again = claim.state_before in AGAIN
     if asked_again:
-        claim.counted = 0
+        claim.counted, claim.held_by = 0, ""
     if claim.state_before == State.SENDING:
         died = {"verdict": "interrupted", "text": "the worker died in this attempt"}
         claim.attempts.append({"at": iso(time.time()), **died})
@@ -242,7 +255,8 @@ def take_up(claim: Claim) -> None:
             claim.counts["in_doubt"] += 1
     retry_doubt = (asked_again or claim.on_doubt == "retry") and not claim.has_expired()
     for one in claim.recipients:
-        if (one.status == Status.IN_DOUBT and retry_doubt) or (one.status == Status.REFUSED and asked_again):
+        refused = one.status == Status.SUPPRESSED or (one.status == Status.REFUSED and asked_again)
+        if refused or (one.status == Status.IN_DOUBT and retry_doubt):
             one.status = Status.PENDING
 
 
@@ -251,7 +265,7 @@ def at_dot(recipients: Sequence[str], replies: Mapping[str, Reply]) -> dict[str,
     return {who: AT_DOT[replies[who].verdict] for who in recipients}
 
 
-def record(claim: Claim, outcome: Outcome, relay: Relay, figures: Mapping[str, Any]) -> None:
+def record(claim: Claim, outcome: Outcome, way: Way, figures: Mapping[str, Any]) -> None:
     """Enters into the claim what the relay said, in all and about each recipient."""
     for one in claim.recipients:
         reply = outcome.recipients.get(one.address)
@@ -259,11 +273,14 @@ def record(claim: Claim, outcome: Outcome, relay: Relay, figures: Mapping[str, A
             one.status, one.code, one.text = AFTER[reply.verdict], reply.code, reply.text
     reply, verdict = outcome.reply, outcome.reply.verdict
     claim.counts[f"attempt:{verdict.value.replace(' ', '_')}"] += 1
+    for name in way.marks.values():
+        claim.counts[f"relay:{name}:{verdict.value.replace(' ', '_')}"] += 1
     if verdict is Verdict.IN_DOUBT:
         claim.counts["in_doubt"] += 1
+        claim.held_by = way.name
     said = {"phase": reply.phase, "code": reply.code, "text": reply.text, "verdict": verdict}
     by = {"worker": run_by(), "began": iso(claim.claimed_at)}
-    claim.attempts.append({"at": iso(time.time()), "relay": str(relay), **said, **by, **figures})
+    claim.attempts.append({"at": iso(time.time()), "relay": str(way.relay), **way.marks, **said, **by, **figures})
 
 
 def given_up(claim: Claim) -> State:
@@ -287,7 +304,9 @@ def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int]) 
         return State.FAILED, 0
     if Status.IN_DOUBT in statuses:
         return State.UNKNOWN, 0
-    return (State.FAILED if Status.REFUSED in statuses else State.SENT), 0
+    if Status.REFUSED in statuses:
+        return State.FAILED, 0
+    return (State.SENT if Status.ACCEPTED in statuses else State.SUPPRESSED), 0
 
 
 def is_trouble(claim: Claim, replies: Sequence[Reply]) -> bool:
@@ -299,7 +318,7 @@ def is_trouble(claim: Claim, replies: Sequence[Reply]) -> bool:
 def _troubled(claim: Claim) -> int:
     """Returns how often the relay has put off this mail without charging it, 6 at most: each doubles the pause, to half
     an hour. Mail that only waits for a relay that is away comes back within half a minute."""
-    inside = sum(one.get("phase") in MESSAGE for one in claim.attempts)
+    inside = sum(one.get("phase") in MESSAGE and not one.get("moved") for one in claim.attempts)
     return min(6, max(0, inside - claim.counted - 1))
 
 
@@ -325,7 +344,8 @@ def reason(claim: Claim, replies: Sequence[Reply]) -> str:
     now = {reply.code for reply in replies}
     refused = [one.code for one in claim.recipients if one.status == Status.REFUSED and one.code not in now]
     bad += [f"{code} before" for code in refused]
-    return ", ".join(dict.fromkeys(bad)) or "held: the relay may have accepted it"
+    suppressed = all(one.status == Status.SUPPRESSED for one in claim.recipients)
+    return ", ".join(dict.fromkeys(bad)) or (ALL_SUPPRESSED if suppressed else "held: the relay may have accepted it")
 
 
 def _give_up(reason: str) -> NoReturn:

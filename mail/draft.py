@@ -69,7 +69,14 @@ def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int
     rendered = render(request.template.id, request.template.variables) if request.template else None
     message = compose(request, rendered)
     at = timed(request.scheduled_at, request.expires_at)
-    return Draft(message, request.expires_at, request.on_doubt, scheduled_at=at, priority=request.priority)
+    return Draft(
+        message,
+        request.expires_at,
+        request.on_doubt,
+        scheduled_at=at,
+        priority=request.priority,
+        relay=request.relay or "",
+    )
 
 
 def preview(template_id: str, variables: Mapping[str, Any]) -> tuple[str, str | None, str | None]:

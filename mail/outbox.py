@@ -37,8 +37,9 @@ from mail.index import Index, made_at, new_id
 from mail.message import Draft, Message, Raw, message_id, who_gets
 from mail.raw import header_of, without
 from mail.reader import MAIL_ID, NO_MAIL, Reader
-from mail.states import State, Status
+from mail.states import AGAIN, State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
+from mail.suppression import Suppressions
 from mail.verp import return_path
 from queues import keys
 from queues.acceptance import Acceptance
@@ -91,7 +92,8 @@ end
 # A failed or unknown mail is claimed only if a person has queued it again since: RQ may run a job twice, and then the
 # second run must not be taken for a wish. Nor is one that the sweep found expired: the scheduler may queue its job
 # later on. A second call with the same token (a lost reply) finds its own claim.
-# Returns the state in which there is nothing to do, or `claimed`, the token, whether the relay is calm, and the mail.
+# Returns the state in which there is nothing to do, or `claimed`, the token, whether the relay is calm, how many
+# addresses are suppressed, and the mail.
 CLAIM = """
 local function claim(id, token, lease, queued_at, look_at, iso, now)
   local mail, held = MAIL .. id, MAIL .. id .. ':claim'
@@ -100,7 +102,7 @@ local function claim(id, token, lease, queued_at, look_at, iso, now)
   local early = (tonumber(scheduled_at) or 0) - now
   if early > 0 then return {'early', math.ceil(early * 1000)} end
   local fields = {'state_before', state}
-  if state == 'failed' or state == 'unknown' then
+  if AGAIN[state] then
     local settled_at, lapsed = unpack(redis.call('HMGET', mail, 'settled_at', 'lapsed'))
     local asked = tonumber(queued_at) > tonumber(settled_at) and not redis.call('ZSCORE', FAILED_JOBS, id)
     if lapsed == '1' or not asked then return {state} end
@@ -110,7 +112,9 @@ local function claim(id, token, lease, queued_at, look_at, iso, now)
   if holder and holder ~= token then return {'busy', redis.call('PTTL', held)} end
   redis.call('SET', held, token, 'PX', lease)
   if not holder then become(id, 'sending', nil, look_at, fields) end
-  return {'claimed', token, 1 - redis.call('EXISTS', BREAKER), redis.call('HGETALL', mail)}
+  local listed = redis.pcall('HLEN', SUPPRESSED)
+  listed = type(listed) == 'number' and listed or 0
+  return {'claimed', token, 1 - redis.call('EXISTS', BREAKER), listed, redis.call('HGETALL', mail)}
 end
 """
 # ARGV: as `claim` takes them.
@@ -120,7 +124,7 @@ CLAIM_ALONE = CLAIM + "return claim(unpack(ARGV))"
 CLAIM_BESIDE = f"""{CLAIM}
 local function beside(id, at)
   local state = redis.call('HGET', MAIL .. id, 'state')
-  if state == 'failed' or state == 'unknown' then return end
+  if AGAIN[state] then return end
   local token, lease, look_at, iso, now = unpack(ARGV, at, at + 4)
   return claim(id, token, lease, 0, look_at, iso, now)
 end
@@ -179,6 +183,8 @@ def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
         **({"on_doubt": draft.on_doubt} if draft.on_doubt else {}),
         **({"key": draft.key} if draft.key else {}),
         **({"test": "1"} if draft.test else {}),
+        **({"skip_suppression": "1"} if draft.skip_suppression else {}),
+        **({"relay": draft.relay} if draft.relay else {}),
         **({"priority": draft.priority} if draft.priority != "normal" else {}),
         **(_scheduled(draft.scheduled_at.timestamp()) if draft.scheduled_at else {}),
     }
@@ -219,6 +225,7 @@ class Outbox(Reader):
         super().__init__(jobs, settings)
         self.store = Store(jobs.redis, settings)
         self.index = Index(jobs.redis)
+        self.suppressions = Suppressions(self.store, self.index, settings)
 
     def accept(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None, **how: Any) -> Accepted:
         """Stores and queues mails in one atomic step, all of them. Takes what `acceptance` takes. Raises
@@ -279,14 +286,15 @@ class Outbox(Reader):
             raise Early(reply[1] / 1000)
         if verdict != "claimed":
             return str(verdict)
-        _, token, calm, fields = reply
+        _, token, calm, listed, fields = reply
         stored = {name.decode(): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
         return Claim(
             store=self.store,
             id=mail_id,
             token=token.decode(),
             calm=bool(calm),
-            return_path=self.return_path(mail_id),
+            return_path=return_path(self.settings.bounce_address, mail_id, self.index.proof),
+            suppressing=bool(listed) and not stored.get("skip_suppression"),
             message=Message.from_json(stored["outline"], zlib.decompress(stored["content"])),
             message_id=stored["message_id"].decode(),
             created_at=datetime.fromisoformat(stored["created_at"].decode()),
@@ -297,15 +305,12 @@ class Outbox(Reader):
             counted=int(stored.get("counted", 0)),
             expires_at=timestamp(stored.get("expires_at", b"").decode()),
             on_doubt=stored.get("on_doubt", b"").decode() or self.settings.on_doubt,
-            reserved=bool(stored.get("in_line")),
+            reserved=stored.get("in_line", b"").decode(),
+            relay=stored.get("relay", b"").decode(),
+            held_by=stored.get("held_by", b"").decode(),
             test=bool(stored.get("test")),
             priority=stored.get("priority", b"normal").decode(),
         )
-
-    def return_path(self, mail_id: str) -> str:
-        """Returns the address to which servers report on a mail; "" without BOUNCE_ADDRESS. Raises `Unavailable`."""
-        bounces = self.settings.bounce_address
-        return return_path(bounces, mail_id, self.index.proof) if bounces else ""
 
     def _claim(self, mail_id: str, queued_at: float) -> Any:
         token, lease, look_at, iso_now, now = self._claiming(uuid.uuid4().hex)
@@ -352,7 +357,7 @@ class Outbox(Reader):
         recipients = [Recipient(**one) for one in seen["recipients"]]
         for one in recipients:
             one.status = Status.ACCEPTED if one.status == Status.IN_DOUBT else one.status
-        left = [one for one in recipients if one.status != Status.ACCEPTED]
+        left = [one for one in recipients if one.status not in (Status.ACCEPTED, Status.SUPPRESSED)]
         why = ", ".join(dict.fromkeys(f"{one.code} before" for one in left if one.code)) or seen["reason"]
         now = time.time()
         attempts = [*seen["attempts"], {"at": iso(now), "verdict": "settled", "text": how}]
@@ -419,7 +424,7 @@ class Outbox(Reader):
         try:
             self.jobs.requeue(mail_id)
         except NotFound:
-            if self.read(mail_id)["status"] not in (State.FAILED, State.UNKNOWN):
+            if self.read(mail_id)["status"] not in AGAIN:
                 raise NotPossible("only a failed mail can be queued again") from None
             self.jobs.accept(self._queued({mail_id: Place()}, Beside()))
 

@@ -24,12 +24,13 @@ from queues.quarantine import DAMAGED
 from queues.table import EMAIL
 from settings import Settings
 from smtp.pacing import in_trouble
+from smtp.published import Published, published
 
 NO_MAIL = "what is stored under this id cannot be read as a mail"
 MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # other keys of ours begin with mail:, too
 # fmt: off
 SHOWN = ("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at", "reason",
-         "expires_at", "on_doubt", "key", "test", "scheduled_at", "priority")
+         "expires_at", "on_doubt", "key", "test", "scheduled_at", "priority", "relay")
 # fmt: on
 # A state that Resend does not have -> its word for it: SDKs fail at any other.
 LAST_EVENT: Mapping[str, str] = {
@@ -107,6 +108,7 @@ class Reader:
             "key": stored["key"] or None,
             "test": bool(stored["test"]),
             "priority": stored["priority"] or "normal",
+            "relay": stored["relay"] or None,
             "next_attempt_at": stored["next_attempt_at"] or None,
             "expires_at": stored["expires_at"] or None,
             "on_doubt": stored["on_doubt"] or self.settings.on_doubt,
@@ -133,14 +135,18 @@ class Reader:
             for start in range(0, len(ids), 500):
                 pipe = self.jobs.redis.pipeline(transaction=False)
                 for mail_id in ids[start : start + 500]:
-                    pipe.hmget(mail_key(mail_id.decode()), "reason", "settled_at")
-                for reason, settled_at in pipe.execute():
-                    if reason and number(settled_at) >= since:
+                    pipe.hmget(mail_key(mail_id.decode()), "state", "reason", "settled_at")
+                for state, reason, settled_at in pipe.execute():
+                    if reason and number(settled_at) >= since and state != State.SUPPRESSED.value.encode():
                         yield reason.decode(errors="replace")
 
     def relay_in_trouble(self) -> bool:
-        """Returns whether the relay's breaker is open, so that all mail waits. Raises `Unavailable`."""
-        return in_trouble(self.jobs.redis)
+        """Returns whether the breaker of each relay is open, so that all mail waits. Raises `Unavailable`."""
+        return all(in_trouble(self.jobs.redis, one.name) for one in self.relays())
+
+    def relays(self) -> list[Published]:
+        """Returns the relays that the workers know, in their order. Raises `Unavailable`."""
+        return published(self.jobs.redis)
 
     def last_sent(self) -> float | None:
         with translating_errors():

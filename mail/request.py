@@ -248,6 +248,7 @@ class Request(StrictModel):
     expires_at: Annotated[datetime, BeforeValidator(time_with_zone)] | None = None
     on_doubt: Literal["retry", "hold"] | None = None
     priority: Literal["high", "normal", "bulk"] = "normal"
+    relay: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] | None = None
     unsubscribe_url: Annotated[str, Field(max_length=800), AfterValidator(unsubscribe.https_url)] | None = None
     unsubscribe_email: OneMailbox | None = None
 

@@ -36,9 +36,13 @@ from mail.store import (
     MARKS,
     OPEN,
     SECRET,
+    SUPPRESSED,
+    SUPPRESSIONS,
     SWEPT,
     TOTALS,
     WATCH,
+    WEBHOOK_TOTALS,
+    WEBHOOK_WANTED,
     claim_key,
     look_at,
     mail_key,
@@ -50,20 +54,14 @@ from queues.jobs import rq_now
 from queues.quarantine import put_aside
 from queues.table import BULK, EMAIL
 from smtp import pacing
+from smtp.published import NAMES
 
 AT_ONCE = 1000  # mails looked at in one go
 OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
-OURS |= {
-    INDEX: "zset",
-    KEY_NAMES: "set",
-    SECRET: "string",
-    MARKS: "zset",
-    ACTIONS: "list",
-    WATCH: "hash",
-    MAILBOX: "hash",
-}
-OURS |= {keys.queue(BULK): "list"}
-KINDS = OURS | pacing.KINDS  # of the keys that all mails share
+OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list", WATCH: "hash"}
+OURS |= {keys.queue(BULK): "list", SUPPRESSED: "hash", SUPPRESSIONS: "zset"}
+OURS |= {WEBHOOK_WANTED: "hash", WEBHOOK_TOTALS: "hash", MAILBOX: "hash"}
+KINDS = OURS | {NAMES: "hash"} | pacing.kinds()  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds
 MAIL_ID = re.compile(rb"[\w-]+")
 
@@ -147,7 +145,8 @@ class Finding(NamedTuple):
 def sweep(outbox: Outbox) -> Iterator[Finding]:
     """Looks at the mails that are overdue. Yields those that were stuck or have expired, and what is no mail."""
     redis, now = outbox.jobs.redis, time.time()
-    put_aside(redis, KINDS)  # each mail comes into a new OPEN with its next attempt
+    named = {key: kind for one in outbox.settings.relays for key, kind in pacing.kinds(one.name).items()}
+    put_aside(redis, KINDS | named)  # each mail comes into a new OPEN with its next attempt
     overdue: list[Any] = redis.zrangebyscore(OPEN, 0, now, start=0, num=AT_ONCE)
     trouble_since = iso(now - outbox.settings.trouble_for) if overdue and outbox.relay_in_trouble() else ""
     heads = [_first_since(redis, queue) for queue in (EMAIL, BULK)] if overdue else []

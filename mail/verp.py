@@ -18,7 +18,10 @@ from collections.abc import Callable
 Proof = Callable[[str], bytes]  # a mail's id -> ten bytes that nobody else can compute: mail.index
 
 
-def return_path(bounce_address: str, mail_id: str, prove: Proof) -> str:
+def return_path(bounce_address: str | None, mail_id: str, prove: Proof) -> str:
+    """Returns the address to which servers report on a mail; "" without BOUNCE_ADDRESS."""
+    if not bounce_address:
+        return ""
     local, _, domain = bounce_address.rpartition("@")
     return f"{local}+{_letters(uuid.UUID(mail_id).bytes)}.{_letters(prove(mail_id))}@{domain}"
 

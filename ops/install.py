@@ -129,6 +129,7 @@ def configure(server: Server) -> None:
         "api_keys": lambda: make_key(server),
         "dashboard_password": lambda: secrets.token_urlsafe(16),
         "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as are the next
+        "smtp_oauth": lambda: "",
         "alert_url": lambda: "",
         "bounce_imap_url": lambda: "",
         "doubt_imap_url": lambda: "",

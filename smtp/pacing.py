@@ -13,9 +13,10 @@ worker; and so does a `normal` one that returns at its moment. `bulk` mail lines
 that other mail need not wait until all of it has had its turn. It leaves a twentieth of a long period (`30/m`,
 `2000/d`): else it would take all of it at its beginning, and a login code would wait for its end.
 
-Keys of the relay `relay`: `relay:breaker` (hash: troubles, open_until, since; of the last trouble phase, code, text,
-relay), `relay:probe` (string), `relay:rates` (string: of the worker that started last), `relay:streak` (hash: words,
-mails, since), and lists of moments in ms: `relay:gone` (mails sent), `relay:told` (reservations of new mails),
+Keys of the relay of SMTP_HOST; those of a named one begin with `relay:<name>:`. `relay:breaker` (hash: troubles,
+open_until, since; of the last trouble phase, code, text, relay), `relay:probe` (string), `relay:rates` (string: of the
+worker that started last), `relay:streak` (hash: words, mails, since), and lists of moments in ms: `relay:gone` (mails
+sent), `relay:told` (reservations of new mails),
 `relay:told_bulk` (of new bulk mails), `relay:told_again` and `relay:told_bulk_again` (of returning ones).
 """
 
@@ -27,6 +28,7 @@ import time
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from process.relays import ONLY
 from process.values import Rate
 from queues.connection import Redis, Script, translating_errors
 from smtp.policy import CHOSEN, Phase
@@ -157,26 +159,34 @@ end
 return used
 """
 
-BREAKER = "relay:breaker"  # exists while the relay is in trouble
-KINDS = {  # the keys of `relay`, and the type of each
-    **dict.fromkeys(("relay:breaker", "relay:streak"), "hash"),
-    **dict.fromkeys(("relay:gone", "relay:told", "relay:told_again"), "list"),
-    **dict.fromkeys(("relay:told_bulk", "relay:told_bulk_again"), "list"),
-    **dict.fromkeys(("relay:probe", "relay:rates"), "string"),
-    "relay:sessions": "hash",  # smtp.tally
-}
+BREAKER = "relay:breaker"  # exists while the relay of SMTP_HOST is in trouble
+
+
+def key_prefix(name: str) -> str:
+    """Returns how the keys of a relay begin."""
+    return ONLY if name == ONLY else f"{ONLY}:{name}"
+
+
+def kinds(name: str = ONLY) -> dict[str, str]:
+    """Returns the keys of a relay, and the type of each. Those of tokens are smtp.tokens', `sessions` is
+    smtp.tally's."""
+    of_type = {
+        "hash": ("breaker", "streak", "sessions", "token"),
+        "list": ("gone", "told", "told_again", "told_bulk", "told_bulk_again"),
+        "string": ("probe", "rates", "renewing"),
+    }
+    return {f"{key_prefix(name)}:{key}": kind for kind, keys in of_type.items() for key in keys}
 
 
 class Wait(NamedTuple):
-    """Says how long a mail must wait, and why. `reserved`: it has its turn under SMTP_RATE at that moment."""
+    """Says how long a mail must wait, and why. `reserved`: it has its turn under SMTP_RATE at that moment, at the relay
+    that `line` names."""
 
     seconds: float
     reason: str
     reserved: bool
-
-    @property
-    def is_trouble(self) -> bool:
-        return self.reason == WAITS["breaker"]
+    is_trouble: bool = False
+    line: str = ""
 
 
 WAITS = {"breaker": "the relay is in trouble", "rate": "SMTP_RATE is reached"}
@@ -195,8 +205,8 @@ class Pacing:
     """Paces the mail to one relay, by its name, together with all workers. Raises redis-py's errors: a worker that
     cannot ask does not send."""
 
-    def __init__(self, redis: Redis, rates: tuple[Rate, ...], relay: str = "relay") -> None:
-        self.redis = redis
+    def __init__(self, redis: Redis, rates: tuple[Rate, ...], name: str = ONLY) -> None:
+        self.redis, relay = redis, key_prefix(name)
         self.breaker = [f"{relay}:breaker", f"{relay}:probe"]
         self.moments = [f"{relay}:{name}" for name in ("gone", "told", "told_again", "told_bulk", "told_bulk_again")]
         self.streak, self.used = f"{relay}:streak", f"{relay}:rates"
@@ -229,7 +239,8 @@ class Pacing:
             time.sleep(wait[0] / 1000)
             return None
         early = max(0.0, HOLD[priority] - LATE) if verdict == b"rate" else 0  # to wait there for its moment
-        return Wait(number / 1000 - early, WAITS[verdict.decode()], reserved=verdict == b"rate")
+        is_rate = verdict == b"rate"
+        return Wait(number / 1000 - early, WAITS[verdict.decode()], reserved=is_rate, is_trouble=not is_rate)
 
     def trouble(
         self, pause: float = 0, put_off: bool = False, *, reply: Reply | None = None, relay: object = ""
@@ -266,10 +277,10 @@ class Pacing:
         """Closes the breaker because a person asks for it."""
         self.redis.delete(*self.breaker)
 
-    def closed_for(self) -> float:
+    def closed_for(self, sure: bool = False) -> float:
         """Returns the seconds for which no mail can go, because the breaker is open or another mail probes; 0 as long
-        as this process has met with no trouble itself."""
-        return self._closed_for(keys=self.breaker) / 1000 if self._troubled else 0.0
+        as this process has met with no trouble itself, unless it is to be `sure`."""
+        return self._closed_for(keys=self.breaker) / 1000 if self._troubled or sure else 0.0
 
     def room_for_bulk(self) -> float:
         """Returns how many bulk mails may line up now: as many as go in BULK_AHEAD, any number where none has to wait.
@@ -287,18 +298,18 @@ class Pacing:
         self._start(keys=[self.breaker[0], self.used, *self.moments[1:]], args=[str(self.rates)])
 
 
-def used(redis: Redis, rates: tuple[Rate, ...], relay: str = "relay") -> list[tuple[Rate, int]]:
+def used(redis: Redis, rates: tuple[Rate, ...], name: str = ONLY) -> list[tuple[Rate, int]]:
     """Returns of each rate how many mails have gone within its period until now. Raises `Unavailable`."""
     with translating_errors():
         ask, periods = Script(redis, HEAD + USED), [rate.seconds * 1000 for rate in rates]
-        counts = ask([f"{relay}:breaker", f"{relay}:gone"], periods)
+        counts = ask([f"{key_prefix(name)}:breaker", f"{key_prefix(name)}:gone"], periods)
     return list(zip(rates, counts, strict=True))
 
 
-def in_trouble(redis: Redis, relay: str = "relay") -> bool:
+def in_trouble(redis: Redis, name: str = ONLY) -> bool:
     """Returns whether the relay's breaker is open. Raises `Unavailable`."""
     with translating_errors():
-        return bool(redis.hexists(f"{relay}:breaker", "open_until"))
+        return bool(redis.hexists(f"{key_prefix(name)}:breaker", "open_until"))
 
 
 class Standing(NamedTuple):
@@ -312,10 +323,10 @@ class Standing(NamedTuple):
     relay: str
 
 
-def standing(redis: Redis, relay: str = "relay") -> Standing | None:
+def standing(redis: Redis, name: str = ONLY) -> Standing | None:
     """Returns None if there is no trouble. Raises `Unavailable`."""
     with translating_errors():
-        stored: Any = redis.hgetall(f"{relay}:breaker")
+        stored: Any = redis.hgetall(f"{key_prefix(name)}:breaker")
     return read_standing(stored)
 
 

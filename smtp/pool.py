@@ -101,10 +101,12 @@ class SessionPool:
             self.running.pop(session, None)
         session.close()
 
-    def counts(self) -> tuple[int, int]:
-        """Returns how many sessions are busy with a mail, and how many are kept for the next."""
+    def counts(self, relay: Relay | None = None) -> tuple[int, int]:
+        """Returns how many sessions are busy with a mail, and how many are kept for the next; those with one relay, or
+        all."""
         with self.changed:
-            return len(self.running), len(self.idle)
+            busy, idle = (sum(relay in (None, one.relay) for one in kept) for kept in (self.running, self.idle))
+            return busy, idle
 
     def close_all(self) -> None:
         """Closes the sessions that no mail is using, with a QUIT each: for a process that ends."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -41,6 +42,7 @@ READ = {  # a shape -> what it says of ada, and whether it names the mail but by
     "yahoo-arf": ("complained", None, "complaint: abuse", True),
 }
 # fmt: on
+MAY_COME_BACK = {"forwarded", "sendmail", "utf8"}  # these say no more than that it was not delivered
 without_return_path = {name for name, shape in SHAPES.items() if "RETURN_PATH" not in shape}
 
 
@@ -66,8 +68,12 @@ def sent(outbox: Outbox, to: Any = ADA, status: Status = Status.ACCEPTED, state:
     return mail_id
 
 
+def path_of(outbox: Outbox, mail_id: str) -> str:
+    return return_path(outbox.settings.bounce_address, mail_id, outbox.index.proof)
+
+
 def about(outbox: Outbox, name: str, mail_id: str, to: str = ADA, path: str | None = None) -> bytes:
-    path = outbox.return_path(mail_id) if path is None else path
+    path = path_of(outbox, mail_id) if path is None else path
     return filled(SHAPES[name], f"<{mail_id}@acme.example>", path, to)
 
 
@@ -89,6 +95,10 @@ def test_a_report_is_read_rightly_and_changes_its_mail_once(outbox: Outbox, clie
     assert (again.mail_id, again.noted, again.why) == (mail_id, 0, "it is known already")
     assert client.hgetall(f"mail:{mail_id}") == before
     assert client.hget("mail:totals", state) == b"1"
+    entry = outbox.suppressions.find(ADA)
+    assert (entry and (entry.origin, entry.source_id, entry.reason)) == (
+        None if name in MAY_COME_BACK else (found.kind, mail_id, reason)
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -102,7 +112,7 @@ def test_without_bounce_address_a_report_is_matched_by_message_id_if_it_has_one(
 def test_what_is_no_report_or_is_forged_changes_nothing(outbox: Outbox, client: Any) -> None:
     alone, two, waits = sent(outbox), sent(outbox, TO_TWO), sent(outbox, status=Status.PENDING, state=State.DELAYED)
     refused, test = sent(outbox, status=Status.REFUSED, state=State.FAILED), sent(outbox, test=True)
-    right = outbox.return_path(alone)
+    right = path_of(outbox, alone)
     samples = {name: filled(shape, f"<{alone}@acme.example>", right) for name, shape in as_none()}
     for name in SHAPES:
         samples[f"{name}, not sent"] = about(outbox, name, waits)
@@ -118,7 +128,7 @@ def test_what_is_no_report_or_is_forged_changes_nothing(outbox: Outbox, client: 
             local, domain = right.split("@")
             wrong = f"{local[:-1]}{'a' if local[-1] != 'a' else 'q'}@{domain}"
             samples[f"{name}, forged proof"] = about(outbox, name, alone, path=wrong)
-            samples[f"{name}, of two mails"] = about(outbox, name, alone, path=f"{right}, {outbox.return_path(two)}")
+            samples[f"{name}, of two mails"] = about(outbox, name, alone, path=f"{right}, {path_of(outbox, two)}")
         if READ[name][3] and name not in ("redacted-arf", "utf8"):
             samples[f"{name}, of another, by Message-ID"] = about(outbox, name, alone, "eve@example.com", BOUNCES)
     assert len(samples) >= 100 + len(AUTOREPLIES)
@@ -132,7 +142,8 @@ def test_what_is_no_report_or_is_forged_changes_nothing(outbox: Outbox, client: 
     assert {key: client.hgetall(f"mail:{key}") for key in before} == before
 
 
-def test_of_two_recipients_the_one_who_is_named_bounces_then_the_other(outbox: Outbox) -> None:
+def test_of_two_recipients_the_one_who_is_named_bounces_then_the_other(outbox: Outbox, client: Any) -> None:
+    client.hset("webhook:wanted", "a", "a.example email.bounced email.complained ")
     mail_id = sent(outbox, TO_TWO)
     for address, statuses in zip(TO_TWO, (["bounced", "accepted"], ["bounced", "bounced"]), strict=True):
         assert Bounces(outbox).take(about(outbox, "postfix", mail_id, address)).noted == 1
@@ -140,6 +151,12 @@ def test_of_two_recipients_the_one_who_is_named_bounces_then_the_other(outbox: O
     assert Bounces(outbox).take(about(outbox, "yahoo-arf", mail_id)).noted == 1
     assert outbox.read(mail_id)["status"] == "complained"
     assert Bounces(outbox).take(about(outbox, "postfix", mail_id)).noted == 0  # a complaint is not undone
+    told = client.hget("webhook:waiting:a", mail_id).decode()
+    assert re.findall(r"(email\S+) \d+ (.*)", told) == [
+        *[("email.bounced", "bounced: 550 5.1.1")] * 2,
+        ("email.complained", "complaint: abuse"),
+    ]
+    assert outbox.suppressions.size() == 0  # one of the two could have written it about the other
 
 
 def test_a_mail_that_failed_for_others_stays_failed(outbox: Outbox) -> None:
@@ -187,7 +204,7 @@ def test_the_return_path_is_in_the_envelope_but_of_what_has_none(outbox: Outbox)
     for raw, expected in ((None, True), (Raw("a", "own@acme.example"), True), (Raw("a", ""), False)):
         object.__setattr__(message, "raw", raw)
         taken = claim(outbox, outbox.accept([Draft(message)]).id)
-        assert taken.envelope_sender == (outbox.return_path(taken.id) if expected else "")
+        assert taken.envelope_sender == (path_of(outbox, taken.id) if expected else "")
         assert len(taken.envelope_sender.partition("@")[0]) <= 64
 
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from datetime import datetime, timedelta, timezone
 from queue import Queue
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,7 @@ NEVER = Reply(Phase.RCPT, 550, "5.1.1 no such user")
 SILENCE = Reply(Phase.DOT, None, "the relay closed the connection")
 AWAY = Reply(Phase.CONNECT, None, "refused")
 RELAY = Relay("relay.example.com", 587, "none", None, None, None, timeout=5, deadline=10, ehlo_name="client.example")
+WAY: Any = SimpleNamespace(name="relay", relay=RELAY, marks={})
 
 
 def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "retry") -> Claim:
@@ -63,7 +65,7 @@ def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: st
 
 def after(taken: Claim, *replies: Reply) -> tuple[str, int]:
     pending = [one.address for one in taken.recipients if one.status == "pending"]
-    delivery.record(taken, Outcome(replies[-1], dict(zip(pending, replies, strict=True))), RELAY, {})
+    delivery.record(taken, Outcome(replies[-1], dict(zip(pending, replies, strict=True))), WAY, {})
     return delivery.next_state(taken, replies, (10, 100))
 
 
@@ -249,7 +251,8 @@ class Attempt:
         self.claim = claim("pending")
         self.at_mark: Callable[[], object] = lambda: None
         self.delivery = delivery.Delivery(Outbox(Jobs(connect("redis://127.0.0.1:1/0")), Settings()))
-        self.delivery.relay, self.delivery.pool = at(there.port), POOL
+        self.way = self.delivery.routes.ways[0]
+        self.way.relay, self.delivery.pool = at(there.port), POOL
         self.claim.store = SimpleNamespace(run=self.run, insist=self.run)  # type: ignore[assignment]
 
     def run(self, script: str, keys: list[str], args: list[str]) -> bool:
@@ -261,7 +264,7 @@ class Attempt:
         return self.at_mark() is not LOST
 
     def make(self) -> object:
-        return self.delivery._hand_over(self.claim, Envelope(SENDER, ["0@example.com"]), MIME, None)
+        return self.delivery._hand_over(self.claim, self.way, Envelope(SENDER, ["0@example.com"]), MIME, None)
 
 
 @WAYS

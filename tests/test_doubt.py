@@ -104,7 +104,7 @@ def test_a_mail_in_doubt_that_did_not_arrive_goes_again_to_those_in_doubt_only(o
     outbox.requeue(taken.id)
     with served() as (there, to):
         made = delivery.Delivery(outbox)
-        made.relay, made.pool = to, POOL
+        made.routes.ways[0].relay, made.pool = to, POOL
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(delivery, "queued_at", lambda: 1e10)
             assert made.deliver(taken.id) == "sent"

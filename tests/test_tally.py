@@ -7,12 +7,13 @@ import time
 import pytest
 import redis
 
-from smtp.tally import SESSIONS, Tally, sessions
+from smtp.tally import Tally, key_of, sessions
 from tests.conversations import POOL, another, served
 from tests.http_api import MAIL
 from tests.relay import Relay
 from tests.servers import House, eventually
 
+SESSIONS = key_of("relay")
 pytestmark = pytest.mark.usefixtures("nothing_is_left_open")
 
 

@@ -20,11 +20,11 @@ PROGRAMS = {  # service -> what it runs, and the secrets that this needs
     "async-email-submission.service": ("-m submission", {"redis_url", "api_keys"}),
     "async-email-worker@.service": (
         "worker.py %i",
-        {"redis_url", "smtp_password", "bounce_imap_url", "doubt_imap_url"},
+        {"redis_url", "smtp_password", "smtp_oauth", "bounce_imap_url", "doubt_imap_url"},
     ),
     "async-email-dashboard.service": (
         "-m ops.dashboard",
-        {"redis_url", "dashboard_password", "alert_url", "smtp_password"},
+        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth"},
     ),
 }
 # Names of Redis or Valkey on Debian and Ubuntu; redis.service is an alias that is there only where it is enabled.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from bottle import request
 
@@ -34,6 +35,15 @@ def hold_to_its_domains(key: ApiKey, sender: Mailbox) -> None:
     if not key.may_send_from(sender.address):
         told = f"must be an address at {' or '.join(key.domains)}: this API key may send from nowhere else"
         raise Invalid(FieldError("from", told, forbidden=True))
+
+
+def hold_to_relays(key: ApiKey, relay: str, names: Callable[[], list[str]]) -> None:
+    """Raises `Invalid` if there is no such relay, or, which is a 403 then, if the key may not choose one."""
+    if key.scope != "full":
+        told = "must be left out: only an API key of scope full may choose the relay"
+        raise Invalid(FieldError("relay", told, forbidden=True))
+    if relay not in (known := names()):
+        raise Invalid(FieldError("relay", f"must be one of {', '.join(known)}"))
 
 
 def hold_to_its_rate(key: ApiKey, limits: Limits) -> None:

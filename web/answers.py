@@ -63,6 +63,8 @@ class Attempt(TypedDict):
 
     at: Time
     relay: NotRequired[str]
+    relay_name: NotRequired[str]
+    moved: NotRequired[bool]
     phase: NotRequired[str]
     code: NotRequired[int | None]
     text: str
@@ -92,6 +94,7 @@ class ListedMail(From):
     key: str | None
     test: bool
     priority: Literal["high", "normal", "bulk"]
+    relay: str | None
     next_attempt_at: Time | None
     expires_at: Time | None
     on_doubt: Literal["retry", "hold"]
