@@ -55,7 +55,7 @@ class Folder:
 
 
 @contextmanager
-def opened(url: str, readonly: bool = False) -> Iterator[Folder]:
+def opened(url: str, readonly: bool = False, timeout: float = TIMEOUT) -> Iterator[Folder]:
     """Opens the folder that a URL names (settings.check_combinations). Raises `Unreachable`, also in the body."""
     import imap_tools
     from imap_tools.errors import ImapToolsError, MailboxFolderSelectError, MailboxLoginError
@@ -66,10 +66,10 @@ def opened(url: str, readonly: bool = False) -> Iterator[Folder]:
     try:
         if at.scheme == "imaps":
             mailbox: Any = imap_tools.MailBox(
-                at.hostname or "", at.port or 993, timeout=TIMEOUT, ssl_context=ssl.create_default_context()
+                at.hostname or "", at.port or 993, timeout=timeout, ssl_context=ssl.create_default_context()
             )
         else:
-            mailbox = imap_tools.MailBoxUnencrypted(at.hostname or "", at.port or 143, timeout=TIMEOUT)
+            mailbox = imap_tools.MailBoxUnencrypted(at.hostname or "", at.port or 143, timeout=timeout)
         login = mailbox.login if (user + password).isascii() else mailbox.login_utf8
         with mailbox:
             login(user, password, initial_folder=None)

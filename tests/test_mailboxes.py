@@ -13,13 +13,18 @@ import tasks
 from mail import mailboxes, reports
 from mail.outbox import Outbox
 from mail.states import State, Status
+from ops.checks.findings import FAULT, NOTE, OK
+from ops.checks.mailboxes import readable as checked
+from ops.checks.target import Target
 from queues import offer
 from queues.jobs import Jobs
 from queues.offer import with_cron
 from queues.table import EMAIL, JOBS
 from settings import Settings, SettingsError, load
+from tests.checks.support import assert_finds
 from tests.dovecot import Dovecot
 from tests.report_samples import BOUNCES
+from tests.servers import ROOT
 from tests.test_bounces import about, sent
 
 SENT = "[Gmail]/Sent Mail"
@@ -100,6 +105,17 @@ def test_a_mailbox_that_cannot_be_read_is_named_without_a_secret(
         assert told.startswith(reason), told
         assert f'mailbox_unreachable at=BOUNCE_IMAP_URL reason="{told}"' in caplog.text
     assert "wrong-secret" not in caplog.text
+
+
+def test_the_doctor_looks_into_both(server: Dovecot, ca_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", ca_file)
+    here, given = Target(ROOT), {"bounce_imap_url": server.url(), "doubt_imap_url": server.url(password="s3cr3t")}
+    assert_finds(checked(here, Settings()), NOTE, "nobody reads what comes back")
+    found = list(checked(here, Settings.model_validate(given)))
+    assert [(one.level, one.found.partition(" (")[0]) for one in found] == [
+        (OK, "the mailbox of BOUNCE_IMAP_URL can be read"),
+        (FAULT, "DOUBT_IMAP_URL: the server refuses the login"),
+    ]
 
 
 def test_the_tasks_are_there_only_where_a_mailbox_is_set() -> None:
