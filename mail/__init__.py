@@ -1,8 +1,7 @@
 """What an e-mail is and what becomes of it. Knows no HTTP and no socket.
 
 address.py   a mailbox, checked
-request.py   what a caller may ask for: the fields of POST /emails
-forms.py     the forms in which real clients write a field -> our one form (unsubscribe.py: two fields -> headers)
+request.py   what a caller may ask for (forms.py, unsubscribe.py: the forms in which real clients write a field -> ours)
 moments.py   a time as clients write it (due.py: held against the clock)
 templates.py templates on disk -> subject, text, html
 message.py   Message, its stored form, and the draft that the outbox accepts
@@ -13,6 +12,7 @@ states.py    the states, what follows what, and BECOME: the one place where a st
 outbox.py    the mails together: accept, claim, cancel, move, requeue
 reader.py    what is kept of them, for those who ask (attachments.py: the files of one)
 index.py     the index of all mails, by state, recipient, tag and cause (listing.py, causes.py: its mails)
+suppression.py  addresses that are not served any more
 claim.py     one attempt's hold on one mail: mark, settle
 delivery.py  one attempt, top to bottom (routes.py: which relay the mail goes to)
 sweep.py     mails that got stuck: found, and queued again or given up

@@ -19,6 +19,7 @@ from queues import keys
 from queues.heartbeat import LEASE_SECONDS, on_heartbeat
 from smtp.policy import MESSAGE
 
+SUPPRESSED_RECIPIENTS = "recipients:suppressed"  # in mail.counters' totals
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
 # KEYS: mail, claim. ARGV: token, recipients, other fields and values. 0: the claim has passed to another attempt, or
 # the mail was canceled or sent meanwhile, and this attempt must stop.
@@ -28,7 +29,7 @@ redis.call('HSET', KEYS[1], 'recipients', unpack(ARGV, 2))
 return 1
 """
 # KEYS: mail, claim, RQ's job. ARGV: mail id, token, state, now, when to look at it if it does not move on, how many
-# words of totals follow, these, then field, value, ...
+# words of totals follow, how many for the suppression list, these and those, then field, value, ...
 # `sent` is written by every attempt that knows it, also when its claim has run out. Anything else only by the holder. A
 # second call with the same token changes nothing.
 SETTLE = """
@@ -36,14 +37,16 @@ local id, token, state = ARGV[1], ARGV[2], ARGV[3]
 local mine = redis.call('GET', KEYS[2]) == token
 if redis.call('HGET', KEYS[1], 'settled_by') == token then return 1 end
 if not mine and state ~= 'sent' then return 0 end
-local fields = 7 + ARGV[6]
+local counts = 8 + ARGV[6]
+local fields = counts + ARGV[7]
 if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, fields)}) then return 0 end
 if mine then redis.call('DEL', KEYS[2]) end
-for i = 7, fields - 1, 2 do
+for i = counts, fields - 1, 2 do suppress(ARGV[i], ARGV[i + 1]) end
+for i = 8, counts - 1, 2 do
   redis.pcall('HINCRBY', TOTALS, ARGV[i], ARGV[i + 1])
   if string.find(ARGV[i], OVER_TIME) then note(ARGV[i], ARGV[i + 1]) end
 end
-if (state == 'failed' or state == 'unknown') and redis.call('EXISTS', KEYS[3]) == 1 then
+if AGAIN[state] and redis.call('EXISTS', KEYS[3]) == 1 then
   redis.call('HSET', KEYS[3], 'retries_left', 0)  -- should its worker die now, RQ must not try again
 end
 return 1
@@ -106,6 +109,8 @@ class Claim:
     test: bool = False
     priority: str = "normal"
     calm: bool = False  # the relay was not in trouble as the mail was claimed
+    suppressing: bool = False  # the suppression list is not empty, and is to be obeyed
+    suppress: list[bytes] = field(default_factory=list)  # what settle adds to it: mail.suppression
     settled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     claimed_at: float = field(default_factory=time.time)
@@ -145,7 +150,7 @@ class Claim:
     def mark_in_doubt(self, statuses: Mapping[str, Status], relay: str = ONLY) -> None:
         """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt, and which
         relay may have the mail. The claim itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
-        marked = [replace(one, status=statuses.get(one.address, one.status)) for one in self.recipients]
+        marked = [replace(one, status=statuses.get(one.address, one.status)) for one in undecided(self.recipients)]
         held = [] if relay == ONLY else ["held_by", relay]
         if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, recipients_to_json(marked), *held]):
             raise ClaimLost(self.id)
@@ -153,9 +158,11 @@ class Claim:
     def settle(self, state: State, *, reason: str = "", next_in: float = 0, reserved: str = "") -> None:
         """Writes the outcome: recipients, attempts, state. Raises `ClaimLost` where it is not this attempt's to write.
         That somebody was served is written however long Redis takes: nobody else knows it."""
-        now = time.time()
+        now, waits = time.time(), state == State.DELAYED
+        if not waits and (left_out := sum(one.status == Status.SUPPRESSED for one in self.recipients)):
+            self.counts[SUPPRESSED_RECIPIENTS] += left_out
         fields: dict[str, str | float] = {
-            "recipients": recipients_to_json(self.recipients),
+            "recipients": recipients_to_json(undecided(self.recipients) if waits else self.recipients),
             "attempts": attempts_to_json(self.attempts),
             "counted": self.counted,
             "reason": reason,
@@ -167,12 +174,19 @@ class Claim:
         words = [word for pair in fields.items() for word in pair]
         counts = [word for pair in self.counts.items() for word in pair]
         again = look_at(now + next_in + LOOK_AFTER, self.expires_at)
-        args = [self.id, self.token, state, now, again, len(counts), *counts, *words]
+        args = [self.id, self.token, state, now, again, len(counts), len(self.suppress)]
+        args += [*counts, *self.suppress, *words]
         served = any(recipient.status == Status.ACCEPTED for recipient in self.recipients)
         settle = self.store.insist if served else self.store.run
         if not settle(SETTLE, [*self.keys, keys.job(self.id)], args):
             raise ClaimLost(self.id)
         self.settled = True
+
+
+def undecided(recipients: list[Recipient]) -> list[Recipient]:
+    """Returns the recipients of a mail that is not through yet: the next attempt looks again who is suppressed. Workers
+    of an earlier version do not know that word."""
+    return [replace(one, status=Status.PENDING) if one.status == Status.SUPPRESSED else one for one in recipients]
 
 
 def iso(moment: float) -> str:

@@ -21,7 +21,7 @@ from mail.counters import DELIVERED, SMTP
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
 from mail.routes import Routes, Way
-from mail.states import EXPIRED, NOT_ADMITTED, TROUBLE_TOO_LONG, State, Status
+from mail.states import AGAIN, ALL_SUPPRESSED, EXPIRED, NOT_ADMITTED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
@@ -91,6 +91,8 @@ class Delivery:
         if not all(admits(one.address) for one in claim.recipients if one.status != Status.ACCEPTED):
             return self._end(claim, given_up(claim), NOT_ADMITTED)  # stored before that was set, or by another service
         take_up(claim)
+        if not (ahead and ahead.letter):
+            self.outbox.suppressions.obey(claim)
         todo = [one.address for one in claim.recipients if one.status == Status.PENDING]
         if not todo:
             return self._conclude(claim, [])
@@ -130,6 +132,7 @@ class Delivery:
             if said.reply.is_about_the_mail and self._met_by_others(way, said.reply, put_off):
                 said = said.repeated()
             record(claim, said, way, figures)
+            self.outbox.suppressions.note_refused(claim, said)
             try:  # written down before a word more to the relay, and before anything else
                 return self._conclude(claim, list(said.recipients.values()), way)
             finally:
@@ -152,7 +155,8 @@ class Delivery:
     def _is_plain(self, claim: Claim) -> bool:
         is_new = claim.state_before == State.QUEUED and claim.calm and not claim.expires_at
         admits = self.outbox.settings.admits
-        return is_new and all(one.status == Status.PENDING and admits(one.address) for one in claim.recipients)
+        is_new = is_new and all(one.status == Status.PENDING and admits(one.address) for one in claim.recipients)
+        return is_new and not self.outbox.suppressions.obey(claim)
 
     def _announced(self, mail_id: str) -> Ahead | None:
         """Returns the mail if this thread has looked ahead at it. One that is not the next is given up."""
@@ -240,7 +244,7 @@ def written(claim: Claim, recipients: list[str]) -> tuple[Envelope, bytes]:
 
 def take_up(claim: Claim) -> None:
     """Deals with the traces of earlier attempts, before this one."""
-    asked_again = claim.state_before in (State.FAILED, State.UNKNOWN)
+    asked_again = claim.state_before in AGAIN
     if asked_again:
         claim.counted, claim.held_by = 0, ""
     if claim.state_before == State.SENDING:
@@ -251,7 +255,8 @@ def take_up(claim: Claim) -> None:
             claim.counts["in_doubt"] += 1
     retry_doubt = (asked_again or claim.on_doubt == "retry") and not claim.has_expired()
     for one in claim.recipients:
-        if (one.status == Status.IN_DOUBT and retry_doubt) or (one.status == Status.REFUSED and asked_again):
+        refused = one.status == Status.SUPPRESSED or (one.status == Status.REFUSED and asked_again)
+        if refused or (one.status == Status.IN_DOUBT and retry_doubt):
             one.status = Status.PENDING
 
 
@@ -299,7 +304,9 @@ def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int]) 
         return State.FAILED, 0
     if Status.IN_DOUBT in statuses:
         return State.UNKNOWN, 0
-    return (State.FAILED if Status.REFUSED in statuses else State.SENT), 0
+    if Status.REFUSED in statuses:
+        return State.FAILED, 0
+    return (State.SENT if Status.ACCEPTED in statuses else State.SUPPRESSED), 0
 
 
 def is_trouble(claim: Claim, replies: Sequence[Reply]) -> bool:
@@ -337,7 +344,8 @@ def reason(claim: Claim, replies: Sequence[Reply]) -> str:
     now = {reply.code for reply in replies}
     refused = [one.code for one in claim.recipients if one.status == Status.REFUSED and one.code not in now]
     bad += [f"{code} before" for code in refused]
-    return ", ".join(dict.fromkeys(bad)) or "held: the relay may have accepted it"
+    suppressed = all(one.status == Status.SUPPRESSED for one in claim.recipients)
+    return ", ".join(dict.fromkeys(bad)) or (ALL_SUPPRESSED if suppressed else "held: the relay may have accepted it")
 
 
 def _give_up(reason: str) -> NoReturn:

@@ -123,10 +123,10 @@ class Index:
         `Unavailable`."""
         return of_sealed(self.sealed(address))
 
-    def sealed(self, text: str) -> str:
-        """Returns a text's keyed digest in 16 hex digits, the same whether it is in capitals or not. Raises
+    def sealed(self, text: str, size: int = 8) -> str:
+        """Returns a text's keyed digest of so many bytes in hex, the same whether it is in capitals or not. Raises
         `Unavailable`."""
-        return hashlib.blake2b(text.lower().encode(), key=self._key(), digest_size=8).hexdigest()
+        return hashlib.blake2b(text.lower().encode(), key=self._key(), digest_size=size).hexdigest()
 
     def _key(self) -> bytes:
         secret, read_at = self._secret

@@ -90,7 +90,8 @@ class Message:
 class Draft(NamedTuple):
     """A mail to accept. After `expires_at` it is not sent any more, but fails; `on_doubt` overrides ON_DOUBT; `key` is
     the name of the API key that submitted it. A `test` is treated as any mail, and never sent. None is sent before its
-    `scheduled_at`. `message_id` is the one that it brings, if any; `relay` names the only one that it may go by."""
+    `scheduled_at`. `message_id` is the one that it brings, if any; `relay` names the only one that it may go by;
+    `skip_suppression` sends it to suppressed addresses, too."""
 
     message: Message
     expires_at: datetime | None = None
@@ -101,6 +102,7 @@ class Draft(NamedTuple):
     priority: str = "normal"  # or "high" or "bulk"
     message_id: str = ""
     relay: str = ""
+    skip_suppression: bool = False
 
 
 def who_gets(box: Mailbox, settings: Settings) -> Mailbox | None:

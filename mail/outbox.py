@@ -37,8 +37,9 @@ from mail.index import Index, made_at, new_id
 from mail.message import Draft, Message, Raw, message_id, who_gets
 from mail.raw import header_of, without
 from mail.reader import MAIL_ID, NO_MAIL, Reader
-from mail.states import State, Status
+from mail.states import AGAIN, State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
+from mail.suppression import Suppressions
 from queues import keys
 from queues.acceptance import Acceptance
 from queues.connection import translating_errors
@@ -89,7 +90,8 @@ end
 # A failed or unknown mail is claimed only if a person has queued it again since: RQ may run a job twice, and then the
 # second run must not be taken for a wish. Nor is one that the sweep found expired: the scheduler may queue its job
 # later on. A second call with the same token (a lost reply) finds its own claim.
-# Returns the state in which there is nothing to do, or `claimed`, the token, whether the relay is calm, and the mail.
+# Returns the state in which there is nothing to do, or `claimed`, the token, whether the relay is calm, how many
+# addresses are suppressed, and the mail.
 CLAIM = """
 local function claim(id, token, lease, queued_at, look_at, iso, now)
   local mail, held = MAIL .. id, MAIL .. id .. ':claim'
@@ -98,7 +100,7 @@ local function claim(id, token, lease, queued_at, look_at, iso, now)
   local early = (tonumber(scheduled_at) or 0) - now
   if early > 0 then return {'early', math.ceil(early * 1000)} end
   local fields = {'state_before', state}
-  if state == 'failed' or state == 'unknown' then
+  if AGAIN[state] then
     local settled_at, lapsed = unpack(redis.call('HMGET', mail, 'settled_at', 'lapsed'))
     local asked = tonumber(queued_at) > tonumber(settled_at) and not redis.call('ZSCORE', FAILED_JOBS, id)
     if lapsed == '1' or not asked then return {state} end
@@ -108,7 +110,9 @@ local function claim(id, token, lease, queued_at, look_at, iso, now)
   if holder and holder ~= token then return {'busy', redis.call('PTTL', held)} end
   redis.call('SET', held, token, 'PX', lease)
   if not holder then become(id, 'sending', nil, look_at, fields) end
-  return {'claimed', token, 1 - redis.call('EXISTS', BREAKER), redis.call('HGETALL', mail)}
+  local listed = redis.pcall('HLEN', SUPPRESSED)
+  listed = type(listed) == 'number' and listed or 0
+  return {'claimed', token, 1 - redis.call('EXISTS', BREAKER), listed, redis.call('HGETALL', mail)}
 end
 """
 # ARGV: as `claim` takes them.
@@ -118,7 +122,7 @@ CLAIM_ALONE = CLAIM + "return claim(unpack(ARGV))"
 CLAIM_BESIDE = f"""{CLAIM}
 local function beside(id, at)
   local state = redis.call('HGET', MAIL .. id, 'state')
-  if state == 'failed' or state == 'unknown' then return end
+  if AGAIN[state] then return end
   local token, lease, look_at, iso, now = unpack(ARGV, at, at + 4)
   return claim(id, token, lease, 0, look_at, iso, now)
 end
@@ -177,6 +181,7 @@ def _record(mail_id: str, draft: Draft) -> dict[Any, Any]:
         **({"on_doubt": draft.on_doubt} if draft.on_doubt else {}),
         **({"key": draft.key} if draft.key else {}),
         **({"test": "1"} if draft.test else {}),
+        **({"skip_suppression": "1"} if draft.skip_suppression else {}),
         **({"relay": draft.relay} if draft.relay else {}),
         **({"priority": draft.priority} if draft.priority != "normal" else {}),
         **(_scheduled(draft.scheduled_at.timestamp()) if draft.scheduled_at else {}),
@@ -218,6 +223,7 @@ class Outbox(Reader):
         super().__init__(jobs, settings)
         self.store = Store(jobs.redis, settings)
         self.index = Index(jobs.redis)
+        self.suppressions = Suppressions(self.store, self.index, settings)
 
     def accept(self, drafts: Sequence[Draft], idempotency: Idempotency | None = None, **how: Any) -> Accepted:
         """Stores and queues mails in one atomic step, all of them. Takes what `acceptance` takes. Raises
@@ -278,13 +284,14 @@ class Outbox(Reader):
             raise Early(reply[1] / 1000)
         if verdict != "claimed":
             return str(verdict)
-        _, token, calm, fields = reply
+        _, token, calm, listed, fields = reply
         stored = {name.decode(): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
         return Claim(
             store=self.store,
             id=mail_id,
             token=token.decode(),
             calm=bool(calm),
+            suppressing=bool(listed) and not stored.get("skip_suppression"),
             message=Message.from_json(stored["outline"], zlib.decompress(stored["content"])),
             message_id=stored["message_id"].decode(),
             created_at=datetime.fromisoformat(stored["created_at"].decode()),
@@ -347,7 +354,7 @@ class Outbox(Reader):
         recipients = [Recipient(**one) for one in seen["recipients"]]
         for one in recipients:
             one.status = Status.ACCEPTED if one.status == Status.IN_DOUBT else one.status
-        left = [one for one in recipients if one.status != Status.ACCEPTED]
+        left = [one for one in recipients if one.status not in (Status.ACCEPTED, Status.SUPPRESSED)]
         why = ", ".join(dict.fromkeys(f"{one.code} before" for one in left if one.code)) or seen["reason"]
         now = time.time()
         attempts = [*seen["attempts"], {"at": iso(now), "verdict": "settled", "text": "a person said that it arrived"}]
@@ -414,7 +421,7 @@ class Outbox(Reader):
         try:
             self.jobs.requeue(mail_id)
         except NotFound:
-            if self.read(mail_id)["status"] not in (State.FAILED, State.UNKNOWN):
+            if self.read(mail_id)["status"] not in AGAIN:
                 raise NotPossible("only a failed mail can be queued again") from None
             self.jobs.accept(self._queued({mail_id: Place()}, Beside()))
 

@@ -144,9 +144,9 @@ class Reader:
             for start in range(0, len(ids), 500):
                 pipe = self.jobs.redis.pipeline(transaction=False)
                 for mail_id in ids[start : start + 500]:
-                    pipe.hmget(mail_key(mail_id.decode()), "reason", "settled_at")
-                for reason, settled_at in pipe.execute():
-                    if reason and number(settled_at) >= since:
+                    pipe.hmget(mail_key(mail_id.decode()), "state", "reason", "settled_at")
+                for state, reason, settled_at in pipe.execute():
+                    if reason and number(settled_at) >= since and state != State.SUPPRESSED.value.encode():
                         yield reason.decode(errors="replace")
 
     def relay_in_trouble(self) -> bool:

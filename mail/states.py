@@ -1,7 +1,7 @@
 """The states of a mail: which there are, which follows which, and BECOME, the one place where a mail's state changes.
 
-    queued -> sending -> sent | failed | unknown (in doubt and held) | delayed -> sending ...
-    queued, delayed, failed, unknown -> canceled
+    queued -> sending -> sent | failed | unknown (in doubt and held) | suppressed | delayed -> sending ...
+    queued, delayed, failed, unknown, suppressed -> canceled
     unknown -> sent | failed, when a person says that it arrived
 
 Every script that changes a state is BECOME and a body: accept, claim, settle, cancel, sweep (mail.store puts them
@@ -24,6 +24,7 @@ class State(str, Enum):
     FAILED = "failed"
     UNKNOWN = "unknown"  # the relay may have accepted it, and it is held
     CANCELED = "canceled"
+    SUPPRESSED = "suppressed"  # each recipient is on the suppression list
 
     __str__ = str.__str__
 
@@ -35,15 +36,20 @@ class Status(str, Enum):
     IN_DOUBT = "in_doubt"
     ACCEPTED = "accepted"
     REFUSED = "refused"
+    SUPPRESSED = "suppressed"  # on the suppression list at the last attempt
 
     __str__ = str.__str__
 
 
 SCHEDULED = "scheduled"  # what a mail with `scheduled_at` is called that is queued and that no attempt has taken yet
-FINAL = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED)  # nothing more happens unless a person asks
+FINAL = (  # nothing more happens unless a person asks
+    *(State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED, State.SUPPRESSED),
+)
+AGAIN = frozenset({State.FAILED, State.UNKNOWN, State.SUPPRESSED})  # a person may have it queued again
 TROUBLE_TOO_LONG = "the relay was in trouble for too long"  # why a mail failed that waited TROUBLE_FOR
 TEST = "test"  # what a mail that a key of scope `test` submitted is counted as once it is `sent`
 NOT_ADMITTED = "MAIL_ALLOWLIST or MAIL_REDIRECT_TO keeps it from a recipient"  # why a mail failed
+ALL_SUPPRESSED = "each recipient is on the suppression list"  # why a mail is suppressed
 EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted under this name
 # `sent` follows all that is stored: an attempt that lost its claim may have sent the mail, and then it is the truth.
 FOLLOWS: Mapping[State | None, Set[State]] = {
@@ -54,6 +60,7 @@ FOLLOWS: Mapping[State | None, Set[State]] = {
     State.FAILED: {State.SENDING, State.CANCELED, State.SENT},
     State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT, State.FAILED},
     State.CANCELED: {State.CANCELED, State.SENT},
+    State.SUPPRESSED: {State.SENDING, State.CANCELED, State.SENT},
     State.SENT: {State.SENT},
 }
 # Fields that a mail loses as it comes into a state. Once it is sent or canceled, nobody needs its content.
@@ -67,6 +74,15 @@ DROPS: Mapping[State, tuple[str, ...]] = {
 COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)}  # and `accepted` by accept, all mails at once
 OVER_TIME = "^delivered:[^u]"  # Lua's pattern of the totals that mail.figures has by minute and hour, beside COUNTED
 CAUSED = frozenset({State.FAILED, State.UNKNOWN, State.DELAYED})  # in mail.index by their `reason`, too: mail.causes
+# What webhooks are told as a mail comes into a state: Resend's words, and ours where it has none.
+EVENTS: Mapping[State, str] = {
+    State.SENT: "email.sent",
+    State.DELAYED: "email.delivery_delayed",
+    State.FAILED: "email.failed",
+    State.UNKNOWN: "email.in_doubt",
+    State.CANCELED: "email.canceled",
+}
+MOST_WAITING = 250_000  # mails whose events wait for one endpoint: some 70 MB of Redis
 LETTERS = {  # in mail.index
     **{state.value: state.value[0] for state in State},
     State.SENDING.value: "n",
@@ -77,10 +93,16 @@ LETTERS = {  # in mail.index
 # note(field, number): adds to this minute and this hour, by Redis' own clock, which is asked once and only if need be.
 # A new field gives its bucket the whole lifetime. In pcall, for a key may hold something else.
 NOTE = """
+local moment
+local function redis_time()
+  moment = moment or redis.call('TIME')
+  return moment
+end
+
 local buckets
 local function current()
   if buckets then return buckets end
-  local now = redis.call('TIME')[1]
+  local now = redis_time()[1]
   buckets = {}
   for at, period in ipairs(PERIODS) do
     buckets[at] = {period[1] .. math.floor(now / period[2]), period[3]}
@@ -135,8 +157,53 @@ local function reindex(id, was, reason_was, state, reason)
   if cause then redis.pcall('ZADD', INDEX, 0, cause) end
 end
 """
-# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX
-# (keys), PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final states, in seconds).
+# await(endpoint, id, line): adds an event to those of a mail that wait for an endpoint, in one field: a line with the
+# attempts that the first event has had, and since when it is the first, and a line for each event: its type, its moment
+# in microseconds, its reason. In WEBHOOK_DUE is when the first is to be posted; 0: now, the oldest mail's first.
+# A mail that waits to be told as delayed is not told as delayed again, or a relay away for days would fill Redis.
+# announce(id, event, reason): the same for each endpoint that wants it, of which webhooks.queue writes WEBHOOK_WANTED.
+# In pcall, for a key may hold something else.
+ANNOUNCE = """
+local function await(endpoint, id, line)
+  local waiting = WEBHOOK_WAITING .. endpoint
+  local was = redis.pcall('HGET', waiting, id)
+  if type(was) == 'table' then return end
+  if not was and redis.call('HLEN', waiting) >= MOST_WAITING then
+    redis.pcall('HINCRBY', WEBHOOK_TOTALS, 'dropped:' .. endpoint, 1)
+    return
+  end
+  if was and string.find(was, '\\n' .. EVENTS.delayed .. '[^\\n]*$') and string.find(line, EVENTS.delayed, 1, true) then
+    return
+  end
+  redis.call('HSET', waiting, id, (was or '0 ' .. redis_time()[1]) .. '\\n' .. line)
+  redis.pcall('ZADD', WEBHOOK_DUE .. endpoint, 'NX', 0, id)
+end
+
+local function announce(id, event, reason)
+  local wanted = redis.pcall('HGETALL', WEBHOOK_WANTED)
+  for at = 1, #wanted, 2 do
+    if string.find(wanted[at + 1], ' ' .. event .. ' ', 1, true) then
+      local now = redis_time()
+      local line = event .. ' ' .. now[1] .. string.format('%06d', now[2])
+      await(wanted[at], id, line .. ' ' .. string.gsub(reason or '', '%c', ' '))
+    end
+  end
+end
+"""
+# suppress(digest, entry): adds an address to the suppression list (mail.suppression), if it is not on it. Returns the
+# id of its entry, in bytes. In pcall, for a key may hold something else, which mail.sweep puts aside.
+SUPPRESS = """
+local function suppress(digest, entry)
+  local known = redis.pcall('HGET', SUPPRESSED, digest)
+  if type(known) == 'string' then return string.sub(known, 1, 16) end
+  redis.pcall('HSET', SUPPRESSED, digest, entry)
+  redis.pcall('ZADD', SUPPRESSIONS, 0, string.sub(entry, 1, 16) .. digest)
+  return string.sub(entry, 1, 16)
+end
+"""
+# Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX, SUPPRESSED,
+# SUPPRESSIONS (keys), those of WEBHOOKS, PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final
+# states, in seconds).
 #
 # become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `now` is needed where a relay
 # has taken the mail just now; `look_at` is when mail.sweep looks at one that is not final; `fields` are written with
@@ -169,6 +236,7 @@ local function become(id, state, now, look_at, fields)
   end
   if state == 'sent' and now and not test then redis.call('SET', LAST_SENT, now) end
   if was and was ~= state then reindex(id, was, reason_was, state, reason) end  -- accept writes the first members
+  if EVENTS[state] and was ~= state then announce(id, EVENTS[state], reason) end
   return true
 end
 """
@@ -184,8 +252,8 @@ def transition(**constants: object) -> str:
     """Returns BECOME behind all that it uses, as local variables of the script."""
     tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED, "TEST": TEST}
     tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED, "OVER_TIME": OVER_TIME}
-    tables |= {"CAUSED": CAUSED}
-    return named(**constants, **tables) + NOTE + COUNT + REINDEX + BECOME
+    tables |= {"CAUSED": CAUSED, "AGAIN": AGAIN, "EVENTS": EVENTS, "MOST_WAITING": MOST_WAITING}
+    return named(**constants, **tables) + NOTE + COUNT + REINDEX + ANNOUNCE + BECOME + SUPPRESS
 
 
 def named(**constants: object) -> str:
@@ -211,7 +279,7 @@ def effective_state(
     again is written by its next claim; that one has expired while it waited, or its job is gone, by the sweep."""
     over = expired and reason == EXPIRED
     queued_again = job_status in ("queued", "scheduled", "started") and not over
-    if state in (State.FAILED, State.UNKNOWN) and queued_again:
+    if state in AGAIN and queued_again:
         return State.QUEUED, ""
     if state in FINAL:
         return state, reason

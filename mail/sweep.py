@@ -35,9 +35,13 @@ from mail.store import (
     MARKS,
     OPEN,
     SECRET,
+    SUPPRESSED,
+    SUPPRESSIONS,
     SWEPT,
     TOTALS,
     WATCH,
+    WEBHOOK_TOTALS,
+    WEBHOOK_WANTED,
     claim_key,
     look_at,
     mail_key,
@@ -54,7 +58,8 @@ from smtp.published import NAMES
 AT_ONCE = 1000  # mails looked at in one go
 OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
 OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list", WATCH: "hash"}
-OURS |= {keys.queue(BULK): "list"}
+OURS |= {keys.queue(BULK): "list", SUPPRESSED: "hash", SUPPRESSIONS: "zset"}
+OURS |= {WEBHOOK_WANTED: "hash", WEBHOOK_TOTALS: "hash"}
 KINDS = OURS | {NAMES: "hash"} | pacing.kinds()  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds
 MAIL_ID = re.compile(rb"[\w-]+")

@@ -147,7 +147,8 @@ def configure(server: Server) -> None:
         "redis_url": lambda: f"unix://async-email:{secrets.token_urlsafe(32)}@{REDIS_SOCKET}",
         "api_keys": lambda: make_key(server),
         "dashboard_password": lambda: secrets.token_urlsafe(16),
-        "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as is the next
+        "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as are the next
+        "smtp_oauth": lambda: "",
         "alert_url": lambda: "",
     }
     for name, make in made.items():

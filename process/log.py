@@ -21,7 +21,7 @@ from process.sd_daemon import prioritized
 
 # fmt: off
 EVENTS = frozenset({
-    "api_started", "worker_started", "dashboard_started", "submission_started",
+    "api_started", "worker_started", "dashboard_started", "submission_started", "webhooks_started",
     # an HTTP request was answered: method, route, status, ms, name of the key, old_key (a newer one has its name), id,
     # request_id; of a refusal also the error's name, the field, and the reason of a 503
     "request",
@@ -30,7 +30,8 @@ EVENTS = frozenset({
     "crashed",  # a fault of ours in a request or a duty of the worker pool: where, and never what
     "few_descriptors",  # a process may open so few files that it takes only `connections`
     "stuck",  # a process of the API made no progress and was killed: process
-    "sent", "delayed", "failed", "unknown",  # the result of an attempt, or a mail expired: id, reason, next_in, test
+    # the result of an attempt, or a mail expired: id, reason, next_in, test
+    "sent", "delayed", "failed", "unknown", "suppressed",
     "task_finished", "task_failed",  # the result of a job of POST /jobs: id, task, error
     "cron_queued",  # the time of a task with `cron` has come: id of its job, task, due
     "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
@@ -40,6 +41,8 @@ EVENTS = frozenset({
     "repaired", "given_up",  # what the sweep did with a mail that was stuck: id, reason
     "redis_unavailable", "redis_back",  # this process cannot use Redis, because of `reason`; it can again: at
     "alert_sent", "alert_failed",  # people were told something; they could not be: to, kind, status, reason, next_in
+    # an event was posted to the endpoint `to`; it will be again; it was too often: kind, id of the mail, status, reason
+    "webhook_delivered", "webhook_failed", "webhook_given_up",
     "operator",  # somebody has done something on the dashboard: who, what, id of the mail or job
     # a wrong login at the dashboard, or at=submission; once there were ten, at most one every ten seconds is looked at
     "login_refused",

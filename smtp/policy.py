@@ -171,6 +171,31 @@ TABLE = (
     Row(MESSAGE, "4..", ANY, "", TRY_AGAIN, "this mail or this recipient is put off", "RFC 5321 4.2.1"),
     Row(MESSAGE, "5..", ANY, "", REFUSED, "this mail or this recipient is refused", "RFC 5321 4.2.1"),
 )
+class NoAddress(NamedTuple):
+    """Two patterns as in a row, of a refusal that says that there is no such address, for anybody, today or tomorrow.
+    A mailbox that is full, closed to us, or disabled (5.2.1: it may come back) is one all the same."""
+
+    enhanced: str
+    words: str
+    source: str
+
+
+NO_SUCH_USER = (
+    r"\b(no such|unknown|invalid|non-?existent|unrouteable|bad destination) (local )?(user|mailbox|recipient|address)"
+    r"|\b(user|mailbox|recipient|account|address(ee)?|local part|alias)\b.{0,60}?"
+    r"(unknown|not (found|known|exist|a valid)|n.t exist|no longer exists|invalid\b|unrouteable)"
+    r"|no mailbox (here )?by that name|no (one|such person) at this address|user doesn.t have an? |not our customer"
+)
+NO_ADDRESS = (
+    NoAddress(r"5\.1\.[1236]", "", "RFC 3463 3.2: bad mailbox, system or syntax, moved; Gmail, Postfix, Exchange"),
+    NoAddress(r"5\.1\.10", "", "RFC 7505: its domain takes no mail; Microsoft, RecipientNotFound"),
+    NoAddress(r"-|5\.[01]\.0|5\.5\.[01]", NO_SUCH_USER, "Exim, qmail, sendmail, Yahoo, cPanel: words alone"),
+    NoAddress(r"5\.5\.0", r"mailbox unavailable", "Outlook.com, for a mailbox that is none"),
+)
+NOT_THE_ADDRESS = (  # words of a refusal that is about who sends, or what, whatever its code
+    r"\b(spam\w*|polic(y|ies)|(black|block|deny) ?-?list\w*|blocked|rbl|dnsbl|reputation|sender|relay\w*|authenticat\w+"
+    r"|not (allowed|permitted)|access denied|quota|full|limit|rate|temporar\w+|try again|gr[ea]y-?list\w*|verif\w+)\b"
+)
 # fmt: on
 ENHANCED = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?!\S)\s*")
 # Anybody may choose an address or a domain, and whoever sends a mail its subject.
@@ -195,3 +220,16 @@ def row_for(phase: Phase, code: int | None, text: str = "") -> Row:
             if not row.words or re.search(row.words, words or "", re.IGNORECASE):
                 return row
     raise LookupError("the last rows must match every reply")
+
+
+@lru_cache(maxsize=256)
+def names_no_address(code: int | None, text: str) -> bool:
+    """Returns whether what refuses a recipient says that there is no such address."""
+    found = ENHANCED.match(text)
+    words = CHOSEN.sub(" ", text[found.end() if found else 0 :])
+    if not code or code // 100 != 5 or re.search(NOT_THE_ADDRESS, words, re.IGNORECASE):
+        return False
+    enhanced = found[1] if found else "-"
+    return any(
+        re.fullmatch(one.enhanced, enhanced) and re.search(one.words, words, re.IGNORECASE) for one in NO_ADDRESS
+    )

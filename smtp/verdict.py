@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from smtp.policy import CHOSEN, MESSAGE, TOO_MANY, WITHOUT_RCPT, Phase, Verdict, row_for
+from smtp.policy import CHOSEN, MESSAGE, TOO_MANY, WITHOUT_RCPT, Phase, Verdict, names_no_address, row_for
 
 TIMED_OUT = "timed out"  # the text of a reply that did not come in time
 LONGEST_HINT = 12 * 3600  # seconds; what a relay asks for beyond that is not believed
@@ -52,6 +52,13 @@ class Reply(NamedTuple):
     def words(self) -> str:
         """Returns what is the same when another mail meets with it: no address, number or id."""
         return f"{self.code} {re.sub(r'[^ ]*[0-9@<>][^ ]*', '', self.text).lower()}"
+
+    @property
+    def is_no_address(self) -> bool:
+        """Returns whether it refuses a recipient because there is no such address. Behind RCPT it may be about any of
+        them."""
+        about_one = self.phase in (Phase.RCPT, Phase.DATA, Phase.DOT) and self.verdict is Verdict.REFUSED
+        return about_one and names_no_address(self.code, self.text)
 
     @property
     def is_too_many(self) -> bool:

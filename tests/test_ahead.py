@@ -91,12 +91,19 @@ def steps(held: list[int]) -> Script:
 
 @pytest.mark.parametrize(
     ("second", "announced"),
-    [({}, 2), ({"expires_in": 3600}, 1), ({"on_doubt": "hold"}, 2), ({"test": True}, 0), ({"canceled": True}, 0)],
+    [
+        *[({}, 2), ({"expires_in": 3600}, 1), ({"on_doubt": "hold"}, 2), ({"test": True}, 0), ({"canceled": True}, 0)],
+        *[({"listed": f"{TEXTS[1][:9]}@example.com"}, 0), ({"listed": "eve@example.com"}, 2)],
+    ],
 )
 def test_each_mail_goes_to_its_own_recipients_and_is_held_until_its_turn(
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch, held: list[int], second: dict[str, Any], announced: int
 ) -> None:
-    is_sent = not {"test", "canceled"} & second.keys()
+    listed = second.pop("listed", "")
+    is_suppressed = listed.startswith("two")
+    if listed:
+        outbox.suppressions.add(listed, "manual")
+    is_sent = not {"test", "canceled"} & second.keys() and not is_suppressed
     is_canceled = second.pop("canceled", False)
     if "expires_in" in second:
         second = {"expires_at": draft(second["expires_in"]).expires_at}
@@ -109,7 +116,7 @@ def test_each_mail_goes_to_its_own_recipients_and_is_held_until_its_turn(
         assert len(there.log) == len(held)
         another(to, ADA)
         assert (there.connections, there.log[-1].recipients) == (1, [ADA])
-    assert states == ["sent", "canceled" if is_canceled else "sent", "sent"]
+    assert states == ["sent", "canceled" if is_canceled else "failed" if is_suppressed else "sent", "sent"]
     sent = [text for text in TEXTS if is_sent or text != TEXTS[1]]
     gone = [
         (one.recipients, "".join(one.body.decode().split("\r\n\r\n", 1)[1].split("=\r\n"))) for one in there.log[:-1]

@@ -61,6 +61,7 @@ def bring(outbox: Outbox, client: Any, how: str) -> str:
         (State.SENT, State.SENT, ["sent"], 3 * DAY + 3600),
         (State.FAILED, State.FAILED, ["failed"], 15 * DAY),
         (State.UNKNOWN, State.UNKNOWN, ["unknown"], 15 * DAY),
+        (State.SUPPRESSED, State.SUPPRESSED, ["suppressed"], 15 * DAY),
         ("canceled twice", State.CANCELED, ["delayed", "canceled"], 15 * DAY),
         ("failed and canceled", State.CANCELED, ["failed", "canceled"], 15 * DAY),
         ("unknown and canceled", State.CANCELED, ["unknown", "canceled"], 15 * DAY),

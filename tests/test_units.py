@@ -18,10 +18,10 @@ SERVICES = [path for path in UNITS if path.suffix == ".service" and path != SIGN
 PROGRAMS = {  # service -> what it runs, and the secrets that this needs
     "async-email-api.service": ("service.py", {"redis_url", "api_keys"}),
     "async-email-submission.service": ("-m submission", {"redis_url", "api_keys"}),
-    "async-email-worker@.service": ("worker.py %i", {"redis_url", "smtp_password", "relays"}),
+    "async-email-worker@.service": ("worker.py %i", {"redis_url", "smtp_password", "smtp_oauth", "relays"}),
     "async-email-dashboard.service": (
         "-m ops.dashboard",
-        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "relays"},
+        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth", "relays"},
     ),
 }
 # Names of Redis or Valkey on Debian and Ubuntu; redis.service is an alias that is there only where it is enabled.

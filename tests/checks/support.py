@@ -24,6 +24,7 @@ SECRETS = {
     "api_keys": f"shop:{'ab' * 32}\n",
     "dashboard_password": PASSWORD,
     "smtp_password": "",
+    "smtp_oauth": "",
     "alert_url": "",
 }
 HEALTHY = {
