@@ -140,7 +140,7 @@ def encryption_and_login(one: Session, target: Target, settings: Settings) -> Fi
     elif not is_loopback(one.relay.host):
         yield warn("mail goes to the relay unencrypted", f"SMTP_SECURITY=starttls; {target.edit}")
     if one.relay.username:
-        yield ok(f"{one.relay} accepts our login")
+        yield ok(f"{one.relay} accepts our login{' by token' if one.relay.tokens else ''}")
     elif one.smtp.has_extn("auth") and not is_loopback(one.relay.host):
         found = f"{one.relay} offers a login and SMTP_USERNAME is not set: it may refuse mail for others"
         yield warn(found, f"SMTP_USERNAME and SMTP_PASSWORD: {target.edit}")
@@ -163,6 +163,8 @@ def certificate(sock: ssl.SSLSocket, relay: Relay) -> Findings:
 
 def likely_mistakes(to: Relay) -> Findings:
     """Finds what can be said of a refused login without showing it."""
+    if to.tokens:
+        return
     password, host, username = to.password or "", to.host.lower(), to.username or ""
     if re.search(r"\s", password):
         yield note("SMTP_PASSWORD has spaces in it", "Google shows app passwords with spaces; write the letters only")
