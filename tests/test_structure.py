@@ -24,7 +24,7 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
     "smtp": {"queues.connection", "settings", "process.values", "process.relays"},
     "mail": {"smtp", "queues", "settings", "process.log", "process.relays"},
     "tasks": {"mail.delivery", "queues.offer", "settings"},
-    "web": {"mail", "queues", "settings", "process"},
+    "web": {"mail", "queues", "settings", "process", "webhooks.queue"},
     "submission": {"mail", "queues", "settings", "process"},
     "webhooks": {"mail", "queues", "settings", "process"},
     "service": {"web", "tasks", "mail.address", "mail.templates", "queues", "settings", "process"},

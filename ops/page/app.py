@@ -14,7 +14,7 @@ from types import ModuleType
 
 from flask import Blueprint, Response, abort
 
-from ops.page import actions, activity, email, failures, overview, scheduled, system
+from ops.page import actions, activity, email, failures, overview, scheduled, system, webhooks
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
 from queues.jobs import NotFound, NotPossible
@@ -42,6 +42,8 @@ ROUTES = (
     ("GET", "/emails/<mail_id>/<action>", email.ask),
     ("POST", "/emails/<mail_id>/<action>", email.act),
     ("GET", "/actions", actions.show),
+    ("GET", "/webhooks", webhooks.show),
+    ("POST", "/webhooks/<endpoint>/<act>", webhooks.act),
 )
 TEMPLATES = (
     ("GET", "/templates", "show"),
