@@ -286,7 +286,9 @@ class Outbox(Reader):
             raise Early(reply[1] / 1000)
         if verdict != "claimed":
             return str(verdict)
-        _, token, calm, listed, fields = reply
+        return self._claimed(mail_id, *reply[1:])
+
+    def _claimed(self, mail_id: str, token: bytes, calm: int, listed: int, fields: list[bytes]) -> Claim:
         stored = {name.decode(): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
         return Claim(
             store=self.store,

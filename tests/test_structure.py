@@ -32,7 +32,7 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
     "upstream": {"smtp.policy", "smtp.verdict", "process.relays", "process.version"},
     "mail": {"smtp", "upstream", "queues", "settings", "process.log", "process.relays", "process.values"},
     "tasks": {"mail.delivery", "mail.mailboxes", "queues.offer", "settings"},
-    "web": {"mail", "queues", "settings", "process"},
+    "web": {"mail", "queues", "settings", "process", "webhooks.queue"},
     "submission": {"mail", "queues", "settings", "process"},
     "webhooks": {"mail", "queues", "settings", "process"},
     "service": {"web", "tasks", "mail.address", "mail.templates", "queues", "settings", "process"},
