@@ -33,26 +33,38 @@ from pydantic import (
 
 from process import env_file
 from process.api_keys import ApiKey, parse_api_keys
+from process.grants import Grant, parse_grant
 from process.relays import ONLY, RelaySettings, parse_relays
 from process.values import (
+    IMAP_URL,
     Address,
     Duration,
     Host,
     Listen,
     Port,
     Rates,
+    is_imap_url,
     is_loopback,
     is_safe_url,
     parse_address,
     parse_allowlist,
+    parse_bounce_address,
     parse_ehlo_name,
     parse_one_address,
     parse_schedule,
     parsed_by,
 )
+from process.webhooks import ONLY as ONLY_WEBHOOK
+from process.webhooks import SECRET, URL, EndpointSettings, is_fit, parse_secrets, parse_webhooks
 
-SECRETS = ("redis_url", "smtp_password", "api_keys", "dashboard_password", "alert_url", "relays")
-VERBATIM = ("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url")  # any text, so `#` too
+# fmt: off
+SECRETS = ("redis_url", "smtp_password", "smtp_oauth", "api_keys", "dashboard_password", "alert_url", "relays",
+           "webhook_url", "webhook_secret", "webhooks", "bounce_imap_url", "doubt_imap_url")
+# fmt: on
+VERBATIM = (  # any text, so `#` too
+    *("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url"),
+    *("bounce_imap_url", "doubt_imap_url"),
+)
 CUT = "{} would end before its #: put the whole value in single quotes, or the comment on a line of its own"
 DEV_KEY = "dev"  # bin/dev's API key; everybody knows it, so it may be served on loopback only
 
@@ -81,6 +93,8 @@ class Settings(BaseModel):
     smtp_username: str | None = None
     smtp_password: SecretStr | None = None
     smtp_password_file: FilePath | None = None
+    smtp_oauth: Annotated[Grant, parsed_by(parse_grant)] | None = None
+    smtp_oauth_file: FilePath | None = None
     smtp_ca_file: FilePath | None = None
     smtp_timeout: Duration = 30
     ehlo_name: Annotated[str, parsed_by(parse_ehlo_name)] | None = None
@@ -91,6 +105,12 @@ class Settings(BaseModel):
     mail_from: str | None = None
     mail_redirect_to: Annotated[str, parsed_by(parse_one_address)] | None = None
     mail_allowlist: Annotated[tuple[str, ...], parsed_by(parse_allowlist)] = ()
+
+    bounce_address: Annotated[str, parsed_by(parse_bounce_address)] | None = None
+    bounce_imap_url: SecretStr | None = None
+    bounce_imap_url_file: FilePath | None = None
+    doubt_imap_url: SecretStr | None = None
+    doubt_imap_url_file: FilePath | None = None
 
     listen: Listen = Address("127.0.0.1", 8000)
     api_processes: Annotated[int, Field(ge=1, le=64)] = 2
@@ -136,6 +156,13 @@ class Settings(BaseModel):
     alert_url_file: FilePath | None = None
     alert_to: Annotated[str, parsed_by(parse_one_address)] | None = None
 
+    webhook_url: SecretStr | None = None
+    webhook_url_file: FilePath | None = None
+    webhook_secret: Annotated[tuple[SecretStr, ...], parsed_by(parse_secrets)] = ()
+    webhook_secret_file: FilePath | None = None
+    webhooks: Annotated[tuple[EndpointSettings, ...], parsed_by(parse_webhooks)] = ()
+    webhooks_file: FilePath | None = None
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["plain", "json"] = "plain"
 
@@ -162,6 +189,8 @@ class Settings(BaseModel):
         faults = []
         if self.smtp_host and self.relays:
             faults.append("SMTP_HOST and RELAYS both name a relay: put the one of SMTP_HOST into RELAYS, and unset it")
+        if self.smtp_password and self.smtp_oauth:
+            faults.append("only one of SMTP_PASSWORD and SMTP_OAUTH may be set")
         if self.smtp_username and self.smtp_security == "none" and not is_loopback(self.smtp_host or ""):
             faults.append("SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls")
         open_to_all = [self.listen.host, *(address.host for address in self.submission_listen)]
@@ -180,6 +209,14 @@ class Settings(BaseModel):
             faults.append("REDIS_URL must be a URL: write / # ? : @ in its password as %2F %23 %3F %3A %40")
         if self.alert_url and not is_safe_url(self.alert_url.get_secret_value()):
             faults.append("ALERT_URL must be a URL that begins with https://, or with http:// on loopback")
+        if self.webhook_url and self.webhooks:
+            faults.append("WEBHOOK_URL and WEBHOOKS both name an endpoint: put it into WEBHOOKS, and unset WEBHOOK_URL")
+        if self.webhook_url and not is_fit(self.webhook_url.get_secret_value()):
+            faults.append(f"WEBHOOK_URL {URL}")
+        for name in ("bounce_imap_url", "doubt_imap_url"):
+            given = getattr(self, name)
+            if given and not is_imap_url(given.get_secret_value()):
+                faults.append(f"{name.upper()} must be {IMAP_URL}")
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -207,8 +244,16 @@ class Settings(BaseModel):
         """Returns the relays in the order in which they are asked: those of RELAYS, or the one of SMTP_HOST, if any."""
         if self.relays or not self.smtp_host:
             return self.relays
-        fields = ("host", "port", "security", "username", "password", "ca_file", "rate")
+        fields = ("host", "port", "security", "username", "password", "oauth", "ca_file", "rate")
         return (RelaySettings.model_construct(name=ONLY, **{name: getattr(self, f"smtp_{name}") for name in fields}),)
+
+    @property
+    def all_webhooks(self) -> tuple[EndpointSettings, ...]:
+        """Returns the endpoints that are told what becomes of mails: those of WEBHOOKS, or the one of WEBHOOK_URL."""
+        if self.webhooks or not self.webhook_url:
+            return self.webhooks
+        url, secrets = self.webhook_url, self.webhook_secret
+        return (EndpointSettings.model_construct(name=ONLY_WEBHOOK, url=url, secrets=secrets),)
 
     @property
     def deliver_timeout(self) -> int:
@@ -265,6 +310,7 @@ NEEDED = {  # a setting that a process cannot run without -> what to write there
     "smtp_host": "name the relay to send through, such as smtp.example.com",
     "mail_from": "name the sender of mail that names none, such as 'Acme <hello@example.com>'",
     "api_keys": "without a key nobody could call the API; make one with: bin/key new NAME",
+    "webhook_url": "name the endpoint that is told what becomes of mails, or several in WEBHOOKS",
     "dashboard_password": "the dashboard shows and repeats mail, so it needs a login",
 }
 
@@ -281,13 +327,16 @@ def load(*needed: str, **overrides: Any) -> Settings:
         settings = Settings(**{**from_credentials(directory), **written, **from_environment(), **overrides})
     except ValidationError as error:
         raise SettingsError(explain(error)) from None
-    there = {"smtp_host": settings.all_relays}
+    there = {"smtp_host": settings.all_relays, "webhook_url": settings.all_webhooks}
     missing = [
         f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not there.get(name, getattr(settings, name))
     ]
-    if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password):
+    if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password or settings.smtp_oauth):
         # Checked in the process that sends the mail: under systemd, the API is not given the password.
-        missing.append("SMTP_USERNAME and SMTP_PASSWORD go together: set both, or neither for a relay without a login")
+        why = "SMTP_USERNAME and SMTP_PASSWORD go together: set both, or neither for a relay without a login"
+        missing.append(why.replace("PASSWORD", "OAUTH") if settings.smtp_oauth else why)
+    if "webhook_url" in needed and settings.webhook_url and not settings.webhook_secret:
+        missing.append(f"WEBHOOK_SECRET is not set: it {SECRET}")
     if missing:
         raise SettingsError(missing)
     return settings

@@ -35,8 +35,10 @@ return 1
 SETTLE = """
 local id, token, state = ARGV[1], ARGV[2], ARGV[3]
 local mine = redis.call('GET', KEYS[2]) == token
-if redis.call('HGET', KEYS[1], 'settled_by') == token then return 1 end
+local settled_by, was = unpack(redis.call('HMGET', KEYS[1], 'settled_by', 'state'))
+if settled_by == token then return 1 end
 if not mine and state ~= 'sent' then return 0 end
+if was == 'bounced' or was == 'complained' then return 1 end  -- somebody else has sent it, and a report has come
 local counts = 8 + ARGV[6]
 local fields = counts + ARGV[7]
 if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, fields)}) then return 0 end
@@ -110,6 +112,7 @@ class Claim:
     asked: str = ""
     test: bool = False
     priority: str = "normal"
+    return_path: str = ""  # in the place of the sender in its envelope, but for a mail that has none there
     calm: bool = False  # the relay was not in trouble as the mail was claimed
     suppressing: bool = False  # the suppression list is not empty, and is to be obeyed
     suppress: list[bytes] = field(default_factory=list)  # what settle adds to it: mail.suppression
@@ -126,6 +129,12 @@ class Claim:
     def age(self) -> float:
         """Returns the seconds since the mail was accepted, or asked for again."""
         return time.time() - self.since.timestamp()
+
+    @property
+    def envelope_sender(self) -> str:
+        """Returns the address to which servers report. What is itself a report, and so has none, gets none."""
+        given = self.message.envelope_sender
+        return (self.return_path or given) if given else ""
 
     def put_off_by(self, relay: str) -> bool:
         """Returns whether the relay has put off this mail itself before; not only that it could not be reached."""

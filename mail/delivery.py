@@ -23,7 +23,7 @@ from mail.outbox import AFTER_A_CRASH, Outbox, jittered
 from mail.parsed import Unsayable
 from mail.posted import fields_of, key_of
 from mail.routes import Routes, Way
-from mail.states import AGAIN, ALL_SUPPRESSED, EXPIRED, NOT_ADMITTED, TROUBLE_TOO_LONG, State, Status
+from mail.states import AGAIN, ALL_SUPPRESSED, EXPIRED, NOT_ADMITTED, RETURNED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
@@ -81,7 +81,7 @@ class Delivery:
             return run_again_in(busy.seconds + 1)
         if isinstance(claim, str):
             emit("nothing_to_do", id=mail_id, state=claim)
-            return claim if claim in (State.SENT, State.CANCELED) else _give_up(claim)
+            return claim if claim in (State.SENT, State.CANCELED, *RETURNED) else _give_up(claim)
         with claim.held():
             try:
                 return self._attempt(claim, ahead)
@@ -267,7 +267,7 @@ class Ahead:
 def written(claim: Claim, recipients: list[str]) -> tuple[Envelope, bytes]:
     """Returns a mail's envelope and text."""
     message = claim.message
-    envelope = Envelope(message.envelope_sender, recipients, message.needs_smtputf8, message.needs_8bitmime)
+    envelope = Envelope(claim.envelope_sender, recipients, message.needs_smtputf8, message.needs_8bitmime)
     return envelope, to_mime(message, claim.message_id, claim.created_at)
 
 

@@ -81,6 +81,7 @@ def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int
         priority=request.priority,
         message_id=request.message_id,
         relay=request.relay or "",
+        skip_suppression=request.skip_suppression,
     )
 
 

@@ -38,7 +38,7 @@ class Way:
     def __init__(self, one: RelaySettings, redis: Redis, current: Settings) -> None:
         self.name, self.kind, self.settings = one.name, one.kind, one
         self.pacing = Pacing(redis, one.rate, one.name)
-        self.relay = Relay.of(current, one)
+        self.relay = Relay.of(current, one, redis)
         self.upstream = Upstream(one, current.smtp_timeout) if one.kind == "resend" else None
         self.place: object = self.upstream or self.relay
         self.slots = threading.BoundedSemaphore(one.concurrency or 64)

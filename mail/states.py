@@ -2,7 +2,8 @@
 
     queued -> sending -> sent | failed | unknown (in doubt and held) | suppressed | delayed -> sending ...
     queued, delayed, failed, unknown, suppressed -> canceled
-    unknown -> sent | failed, when a person says that it arrived
+    unknown -> sent | failed, when it is found out that it arrived
+    sent -> bounced | complained, when a report says so
 
 Every script that changes a state is BECOME and a body: accept, claim, settle, cancel, sweep (mail.store puts them
 together). Anything that must happen whenever a mail fails, is sent, ... (a webhook, a suppression list) is added to
@@ -25,6 +26,8 @@ class State(str, Enum):
     UNKNOWN = "unknown"  # the relay may have accepted it, and it is held
     CANCELED = "canceled"
     SUPPRESSED = "suppressed"  # each recipient is on the suppression list
+    BOUNCED = "bounced"  # it was sent, and has come back: from a recipient at least, all that is told by mail.bounces
+    COMPLAINED = "complained"  # it was sent, and a recipient calls it spam
 
     __str__ = str.__str__
 
@@ -37,14 +40,16 @@ class Status(str, Enum):
     ACCEPTED = "accepted"
     REFUSED = "refused"
     SUPPRESSED = "suppressed"  # on the suppression list at the last attempt
+    BOUNCED = "bounced"  # accepted, and come back
+    COMPLAINED = "complained"
 
     __str__ = str.__str__
 
 
 SCHEDULED = "scheduled"  # what a mail with `scheduled_at` is called that is queued and that no attempt has taken yet
-FINAL = (  # nothing more happens unless a person asks
-    *(State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED, State.SUPPRESSED),
-)
+RETURNED = (State.BOUNCED, State.COMPLAINED)  # a report has come about a mail that was sent
+ENDS = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED, State.SUPPRESSED)  # of an attempt, or before one
+FINAL = (*ENDS, *RETURNED)  # nothing more happens unless a person asks, or a report comes
 AGAIN = frozenset({State.FAILED, State.UNKNOWN, State.SUPPRESSED})  # a person may have it queued again
 TROUBLE_TOO_LONG = "the relay was in trouble for too long"  # why a mail failed that waited TROUBLE_FOR
 TEST = "test"  # what a mail that a key of scope `test` submitted is counted as once it is `sent`
@@ -55,13 +60,15 @@ EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted 
 FOLLOWS: Mapping[State | None, Set[State]] = {
     None: {State.QUEUED},
     State.QUEUED: {State.SENDING, State.FAILED, State.CANCELED, State.SENT},
-    State.SENDING: {*FINAL, State.SENDING, State.DELAYED},  # sending: another attempt takes it over
-    State.DELAYED: {*FINAL, State.SENDING},
+    State.SENDING: {*ENDS, State.SENDING, State.DELAYED},  # sending: another attempt takes it over
+    State.DELAYED: {*ENDS, State.SENDING},
     State.FAILED: {State.SENDING, State.CANCELED, State.SENT},
     State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT, State.FAILED},
     State.CANCELED: {State.CANCELED, State.SENT},
     State.SUPPRESSED: {State.SENDING, State.CANCELED, State.SENT},
-    State.SENT: {State.SENT},
+    State.SENT: {State.SENT, *RETURNED},
+    State.BOUNCED: {*RETURNED},
+    State.COMPLAINED: {*RETURNED},
 }
 # Fields that a mail loses as it comes into a state. Once it is sent or canceled, nobody needs its content.
 DROPS: Mapping[State, tuple[str, ...]] = {
@@ -74,6 +81,17 @@ DROPS: Mapping[State, tuple[str, ...]] = {
 COUNTED = {state: state.value for state in (*FINAL, State.DELAYED)}  # and `accepted` by accept, all mails at once
 OVER_TIME = "^delivered:[^u]"  # Lua's pattern of the totals that mail.figures has by minute and hour, beside COUNTED
 CAUSED = frozenset({State.FAILED, State.UNKNOWN, State.DELAYED})  # in mail.index by their `reason`, too: mail.causes
+# What webhooks are told as a mail comes into a state: Resend's words, and ours where it has none.
+EVENTS: Mapping[State, str] = {
+    State.SENT: "email.sent",
+    State.DELAYED: "email.delivery_delayed",
+    State.FAILED: "email.failed",
+    State.UNKNOWN: "email.in_doubt",
+    State.CANCELED: "email.canceled",
+    State.BOUNCED: "email.bounced",
+    State.COMPLAINED: "email.complained",
+}
+MOST_WAITING = 250_000  # mails whose events wait for one endpoint: some 70 MB of Redis
 LETTERS = {  # in mail.index
     **{state.value: state.value[0] for state in State},
     State.SENDING.value: "n",
@@ -84,10 +102,16 @@ LETTERS = {  # in mail.index
 # note(field, number): adds to this minute and this hour, by Redis' own clock, which is asked once and only if need be.
 # A new field gives its bucket the whole lifetime. In pcall, for a key may hold something else.
 NOTE = """
+local moment
+local function redis_time()
+  moment = moment or redis.call('TIME')
+  return moment
+end
+
 local buckets
 local function current()
   if buckets then return buckets end
-  local now = redis.call('TIME')[1]
+  local now = redis_time()[1]
   buckets = {}
   for at, period in ipairs(PERIODS) do
     buckets[at] = {period[1] .. math.floor(now / period[2]), period[3]}
@@ -142,6 +166,39 @@ local function reindex(id, was, reason_was, state, reason)
   if cause then redis.pcall('ZADD', INDEX, 0, cause) end
 end
 """
+# await(endpoint, id, line): adds an event to those of a mail that wait for an endpoint, in one field: a line with the
+# attempts that the first event has had, and since when it is the first, and a line for each event: its type, its moment
+# in microseconds, its reason. In WEBHOOK_DUE is when the first is to be posted; 0: now, the oldest mail's first.
+# A mail that waits to be told as delayed is not told as delayed again, or a relay away for days would fill Redis.
+# announce(id, event, reason): the same for each endpoint that wants it, of which webhooks.queue writes WEBHOOK_WANTED.
+# In pcall, for a key may hold something else.
+ANNOUNCE = """
+local function await(endpoint, id, line)
+  local waiting = WEBHOOK_WAITING .. endpoint
+  local was = redis.pcall('HGET', waiting, id)
+  if type(was) == 'table' then return end
+  if not was and redis.call('HLEN', waiting) >= MOST_WAITING then
+    redis.pcall('HINCRBY', WEBHOOK_TOTALS, 'dropped:' .. endpoint, 1)
+    return
+  end
+  if was and string.find(was, '\\n' .. EVENTS.delayed .. '[^\\n]*$') and string.find(line, EVENTS.delayed, 1, true) then
+    return
+  end
+  redis.call('HSET', waiting, id, (was or '0 ' .. redis_time()[1]) .. '\\n' .. line)
+  redis.pcall('ZADD', WEBHOOK_DUE .. endpoint, 'NX', 0, id)
+end
+
+local function announce(id, event, reason)
+  local wanted = redis.pcall('HGETALL', WEBHOOK_WANTED)
+  for at = 1, #wanted, 2 do
+    if string.find(wanted[at + 1], ' ' .. event .. ' ', 1, true) then
+      local now = redis_time()
+      local line = event .. ' ' .. now[1] .. string.format('%06d', now[2])
+      await(wanted[at], id, line .. ' ' .. string.gsub(reason or '', '%c', ' '))
+    end
+  end
+end
+"""
 # suppress(digest, entry): adds an address to the suppression list (mail.suppression), if it is not on it. Returns the
 # id of its entry, in bytes. In pcall, for a key may hold something else, which mail.sweep puts aside.
 SUPPRESS = """
@@ -154,7 +211,8 @@ local function suppress(digest, entry)
 end
 """
 # Uses the tables of this file and, from mail.store, MAIL (prefix), OPEN, TOTALS, LAST_SENT, SWEPT, INDEX, SUPPRESSED,
-# SUPPRESSIONS (keys), PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final states, in seconds).
+# SUPPRESSIONS (keys), those of WEBHOOKS, PERIODS (of which mail.figures has figures) and KEPT (the lifetimes of final
+# states, in seconds).
 #
 # become(id, state, now, look_at, fields): false where the state cannot follow the mail's. `now` is needed where a relay
 # has taken the mail just now; `look_at` is when mail.sweep looks at one that is not final; `fields` are written with
@@ -173,7 +231,7 @@ local function become(id, state, now, look_at, fields)
   if was then redis.call('HDEL', mail, unpack(DROPS[state])) end
   redis.call('HSET', mail, 'state', state, unpack(fields))
   local counted = COUNTED[state]
-  local reason = CAUSED[state] and redis.call('HGET', mail, 'reason')
+  local reason = (CAUSED[state] or RETURNED[state]) and redis.call('HGET', mail, 'reason')
   if state == 'failed' and reason == EXPIRED then counted = EXPIRED end
   local test = state == 'sent' and redis.call('HEXISTS', mail, 'test') == 1
   if test then counted = TEST end
@@ -187,6 +245,7 @@ local function become(id, state, now, look_at, fields)
   end
   if state == 'sent' and now and not test then redis.call('SET', LAST_SENT, now) end
   if was and was ~= state then reindex(id, was, reason_was, state, reason) end  -- accept writes the first members
+  if EVENTS[state] and was ~= state then announce(id, EVENTS[state], reason) end
   return true
 end
 """
@@ -202,8 +261,14 @@ def transition(**constants: object) -> str:
     """Returns BECOME behind all that it uses, as local variables of the script."""
     tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED, "TEST": TEST}
     tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED, "OVER_TIME": OVER_TIME}
-    tables |= {"CAUSED": CAUSED, "AGAIN": AGAIN}
-    return named(**constants, **tables) + NOTE + COUNT + REINDEX + BECOME + SUPPRESS
+    tables |= {
+        "CAUSED": CAUSED,
+        "AGAIN": AGAIN,
+        "RETURNED": frozenset(RETURNED),
+        "EVENTS": EVENTS,
+        "MOST_WAITING": MOST_WAITING,
+    }
+    return named(**constants, **tables) + NOTE + COUNT + REINDEX + ANNOUNCE + BECOME + SUPPRESS
 
 
 def named(**constants: object) -> str:

@@ -28,9 +28,20 @@ WATCH = "mail:watch"  # hash: what the dashboard's watch has seen, and told peop
 INDEX = "mail:index"  # sorted set: mail.index
 KEY_NAMES = "mail:keys"  # set: the names of all API keys that have submitted a mail
 SECRET = "mail:secret"  # string: the key of the digests of addresses in the index
+MAILBOX = "mail:mailbox"  # hash: up to which mail the mailbox of reports was read: mail.mailboxes
 SUPPRESSED = "mail:suppressed"  # hash: the addresses that are not served, as digests: mail.suppression
 SUPPRESSIONS = "mail:suppressions"  # sorted set: the same by time
 MARKS = "mail:marks"  # sorted set: what happened when, mail.figures
+WEBHOOK_WANTED = "webhook:wanted"  # hash: of each endpoint its host, when it was last seen, the events that it wants
+WEBHOOK_TOTALS = "webhook:totals"  # hash: what became of the events of each endpoint
+WEBHOOK_WAITING = "webhook:waiting:"  # and the endpoint's name. Hash: the events of each mail that wait
+WEBHOOK_DUE = "webhook:due:"  # and the same. Sorted set: the mails, by when their first event is to be posted
+WEBHOOKS = {
+    "WEBHOOK_WANTED": WEBHOOK_WANTED,
+    "WEBHOOK_TOTALS": WEBHOOK_TOTALS,
+    "WEBHOOK_WAITING": WEBHOOK_WAITING,
+    "WEBHOOK_DUE": WEBHOOK_DUE,
+}
 LOOK_AFTER = 2 * LEASE_SECONDS  # seconds after which a mail should have moved on, and mail.sweep looks at it
 
 
@@ -72,7 +83,7 @@ class Store:
         # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
         kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
         shared = {"OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT, "INDEX": INDEX}
-        shared |= {"FAILED_JOBS": keys.failed(EMAIL), "BREAKER": BREAKER}
+        shared |= WEBHOOKS | {"FAILED_JOBS": keys.failed(EMAIL), "BREAKER": BREAKER}
         shared |= {"SUPPRESSED": SUPPRESSED, "SUPPRESSIONS": SUPPRESSIONS}
         self._become = transition(MAIL=MAIL, KEPT=kept, PERIODS=PERIODS, **shared)
         self._scripts: dict[str, Script] = {}

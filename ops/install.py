@@ -33,6 +33,8 @@ from ops.server import Fault, Server, text_of
 from ops.site import set_up_nginx
 from ops.smtp_in import SERVICE as SUBMISSION
 from ops.smtp_in import set_up_submission
+from ops.webhooks import SERVICE as WEBHOOKS
+from ops.webhooks import set_up_webhooks
 from queues.table import QUEUES
 
 KNOWN = {"debian 12", "debian 13"}  # tests/deploy has passed on them
@@ -119,22 +121,48 @@ def make_release(server: Server) -> None:
     server.write(release / MARK, python, 0o644)
 
 
+RELAYS = """\
+# Several relays, in order: a mail goes by the first that is well. Unset SMTP_HOST and its like in async-email.env then.
+# What each may have is in docs/operations.md, "Several relays"; then: sudo systemctl restart async-email.target
+#
+# [first]
+# host = "smtp.example.com"
+# username = "acme"
+# password = "..."
+#
+# [second]
+# host = "smtp.example.net"
+# port = 465
+# username = "acme"
+# password = "..."
+"""
+
+
 def configure(server: Server) -> None:
     server.folder(server.etc, 0o700)
     server.folder(server.credentials, 0o700)
     if text_of(server.env) is None:
         server.write(server.env, (server.source / ".env.example").read_text(), 0o600)
+    if text_of(server.relays) is None:  # without a table there is none, but systemd wants the file
+        server.write(server.relays, "" if server.is_set("RELAYS") else RELAYS, 0o600)
     made: dict[str, Callable[[], str]] = {
         "redis_url": lambda: f"unix://async-email:{secrets.token_urlsafe(32)}@{REDIS_SOCKET}",
         "api_keys": lambda: make_key(server),
         "dashboard_password": lambda: secrets.token_urlsafe(16),
-        "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as is the next
+        "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as are the next
+        "smtp_oauth": lambda: "",
         "alert_url": lambda: "",
+        "bounce_imap_url": lambda: "",
+        "doubt_imap_url": lambda: "",
+        "webhook_url": lambda: "",
+        "webhook_secret": lambda: "",
     }
     for name, make in made.items():
         if text_of(server.credentials / name) is None:  # empty counts as not set, but systemd wants the file
             value = "" if server.is_set(name.upper()) else make()
             server.write(server.credentials / name, f"{value}\n" if value else "", 0o600)
+    if text_of(server.webhooks) is None:
+        server.write(server.webhooks, "", 0o600)
 
 
 def make_key(server: Server) -> str:
@@ -250,7 +278,8 @@ def start_services(server: Server) -> None:
         server.run("systemctl", "restart", SOCKET)
     # A reader of the queue must understand what is written to it: new workers know the old jobs, not the reverse.
     order = (API, *WORKERS, DASHBOARD) if server.going_back else (*WORKERS, API, DASHBOARD)
-    for unit in (SUBMISSION, *order) if server.going_back else (*order, SUBMISSION):
+    beside = (SUBMISSION, WEBHOOKS)
+    for unit in (*beside, *order) if server.going_back else (*order, *beside):
         if runs_something_else(server, unit):
             server.run("systemctl", "restart", unit, may_fail=True)
     server.run("systemctl", "start", TARGET)
@@ -327,6 +356,7 @@ INSTALL = (
     ("nginx: the one site of this machine, in front of the API", set_up_nginx),
     *SWITCH,
     ("Mail by SMTP, if SUBMISSION_LISTEN is set", set_up_submission),
+    ("Webhooks, if WEBHOOK_URL or an endpoint in webhooks.toml is set", set_up_webhooks),
     ("The doctor: what is still wrong or missing", run_doctor),
     (f"Old releases: the last {KEPT} stay", remove_old_releases),
 )
@@ -334,7 +364,8 @@ ROLLBACK = (MACHINE, ("The previous release", find_previous_release), *SWITCH)
 
 
 def farewell(server: Server) -> str:
-    missing = [name for name in ("SMTP_HOST", "MAIL_FROM") if not server.is_set(name)]
+    several = re.search(r"^\[", text_of(server.relays) or "", re.MULTILINE)
+    missing = [name for name in (*(() if several else ("SMTP_HOST",)), "MAIL_FROM") if not server.is_set(name)]
     lines = [f"\n{server.release.name} is installed."]
     if server.new_key:
         lines += [f"\nThe API key, which is shown only this once:\n\n    {server.new_key}"]

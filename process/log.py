@@ -21,7 +21,7 @@ from process.sd_daemon import prioritized
 
 # fmt: off
 EVENTS = frozenset({
-    "api_started", "worker_started", "dashboard_started", "submission_started",
+    "api_started", "worker_started", "dashboard_started", "submission_started", "webhooks_started",
     # an HTTP request was answered: method, route, status, ms, name of the key, old_key (a newer one has its name), id,
     # request_id; of a refusal also the error's name, the field, and the reason of a 503
     "request",
@@ -37,10 +37,14 @@ EVENTS = frozenset({
     "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
     "busy",  # a job for a mail that another attempt holds
     "early",  # a job for a mail that was moved to a later time just as it was due: id, next_in
-    "breaker_opened", "breaker_closed",  # all mail waits for the relay, because of `reason`; it flows again
+    "breaker_opened", "breaker_closed",  # all mail waits for the relay, or `relay` of several: reason; it flows again
+    "bounced", "complained",  # a report has come about a mail that was sent: id, reason
+    "mailbox_unreachable",  # a mailbox cannot be read: at (the setting that names it), reason
     "repaired", "given_up",  # what the sweep did with a mail that was stuck: id, reason
     "redis_unavailable", "redis_back",  # this process cannot use Redis, because of `reason`; it can again: at
     "alert_sent", "alert_failed",  # people were told something; they could not be: to, kind, status, reason, next_in
+    # an event was posted to the endpoint `to`; it will be again; it was too often: kind, id of the mail, status, reason
+    "webhook_delivered", "webhook_failed", "webhook_given_up",
     "operator",  # somebody has done something on the dashboard: who, what, id of the mail or job
     # a wrong login at the dashboard, or at=submission; once there were ten, at most one every ten seconds is looked at
     "login_refused",

@@ -16,16 +16,21 @@ from __future__ import annotations
 import re
 import sys
 from importlib import import_module
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FilePath, SecretStr, ValidationError, model_validator
 
+from process.grants import Grant
 from process.values import DOMAIN, Host, Port, Rates, is_loopback, is_safe_url
 
+Named = TypeVar("Named", bound=BaseModel)
 tomllib: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 ONLY = "relay"  # the name of the one that SMTP_HOST names
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
-OF_KIND = {"smtp": {"host", "port", "security", "username", "password", "ca_file"}, "resend": {"url", "api_key"}}
+OF_KIND = {
+    "smtp": {"host", "port", "security", "username", "password", "oauth", "ca_file"},
+    "resend": {"url", "api_key"},
+}
 
 
 class RelaySettings(BaseModel):
@@ -43,6 +48,7 @@ class RelaySettings(BaseModel):
     )
     username: str | None = None
     password: SecretStr | None = None
+    oauth: Grant | None = None  # in place of a password
     ca_file: FilePath | None = None
     url: str | None = None
     api_key: SecretStr | None = None
@@ -64,8 +70,10 @@ class RelaySettings(BaseModel):
             faults.append("api_key must be set for a relay of kind resend")
         if self.username and self.security == "none" and not is_loopback(self.host or ""):
             faults.append("security none would send the password in clear; use starttls or tls")
-        if self.kind == "smtp" and bool(self.username) != bool(self.password):
-            faults.append("username and password go together: set both, or neither for a relay without a login")
+        if self.password and self.oauth:
+            faults.append("only one of password and oauth may be set")
+        elif self.kind == "smtp" and bool(self.username) != bool(self.password or self.oauth):
+            faults.append("username and password go together (or oauth): set both, or neither for one without a login")
         if not all(re.fullmatch(DOMAIN, domain) for domain in self.domains):
             faults.append("domains must be domains in ASCII and small letters, such as acme.example")
         if faults:
@@ -79,22 +87,28 @@ class RelaySettings(BaseModel):
 
 def parse_relays(text: str) -> tuple[RelaySettings, ...]:
     """Returns the relays of a TOML text, in its order. Raises ValueError with all that is wrong."""
+    return parse_tables(text, RelaySettings, ONLY)
+
+
+def parse_tables(text: str, kind: type[Named], reserved: str) -> tuple[Named, ...]:
+    """Returns what each table of a TOML text describes, in its order; its name is one of its fields, and none is
+    `reserved`. Raises ValueError with all that is wrong."""
     try:
         tables: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:  # which names the line, and quotes nothing
         raise ValueError(f"must be TOML: {error}") from None
-    relays, faults = [], []
+    found, faults = [], []
     for name, table in tables.items():
-        if not NAME.fullmatch(name) or not isinstance(table, dict) or name == ONLY:
-            faults.append(f"each entry must be a table whose name is 1 to 32 of a-z, 0-9, _ and -, and not {ONLY}")
+        if not NAME.fullmatch(name) or not isinstance(table, dict) or name == reserved:
+            faults.append(f"each entry must be a table whose name is 1 to 32 of a-z, 0-9, _ and -, and not {reserved}")
             continue
         try:
-            relays.append(RelaySettings(**{**table, "name": name}))
+            found.append(kind(**{**table, "name": name}))
         except ValidationError as error:
             faults += [f"{name}: {_sentence(fault)}" for fault in error.errors(include_input=False, include_url=False)]
     if faults:
         raise ValueError("; ".join(faults))
-    return tuple(relays)
+    return tuple(found)
 
 
 def _sentence(fault: Any) -> str:

@@ -129,8 +129,10 @@ class Reply(NamedTuple):
     @property
     def summary(self) -> str:
         """Returns code and phase without a word of the relay's: fit for logs and exception texts. While connecting,
-        nothing of a mail is said, so the system's words are shown: `no reply at connect (Connection refused)`."""
-        why = f" ({self.text})" if self.phase is Phase.CONNECT and self.text else ""
+        nothing of a mail is said, so the system's words are shown: `no reply at connect (Connection refused)`; as are
+        ours where there is no token."""
+        may_show = self.phase is Phase.CONNECT or (self.phase is Phase.AUTH and self.text.startswith("no token: "))
+        why = f" ({self.text})" if may_show and self.text else ""
         return f"no reply at {self.phase.value}{why}" if self.code is None else f"{self.code} at {self.phase.value}"
 
 

@@ -14,14 +14,18 @@ from redis import Redis
 
 from mail.outbox import Outbox
 from ops.condition import judge
-from ops.facts import Clock, Facts, gather
+from ops.facts import At, Clock, Facts, gather
+from process.relays import parse_relays
+from process.values import Rate
 from queues.health import QueueState
 from settings import Settings
 from smtp.pacing import Pacing, Standing
 from smtp.policy import Phase
+from smtp.published import Published, publish
 from smtp.verdict import Reply
 from tests.checks.support import GMAIL
 from tests.mails import accept
+from webhooks.queue import Standing as Endpoint
 
 NOW = datetime(2026, 11, 27, 14, 0).timestamp()
 INFO = {"aof_enabled": 1, "role": "master", "used_memory": 900 << 20}
@@ -41,6 +45,24 @@ def facts(email: QueueState | None = None, jobs: QueueState | None = None, **giv
     return Facts(NOW, settings, **{"last_sent": NOW - 5, **known, **given})
 
 
+def at(name: str, reply: Reply | None = None, until: float = 0, serves_all: bool = True) -> At:
+    one = Published(name, "smtp", f"{name}.example:587", (Rate(20, 3600),), serves_all)
+    return At(one, since(reply) if reply else None, until)
+
+
+def hook(name: str = "shop", **given: Any) -> Endpoint:
+    known: dict[str, Any] = {
+        "events": [],
+        "seen": NOW - 30,
+        "waiting": 212,
+        "given_up": 0,
+        "since": NOW - 900,
+        "is_down": True,
+    }
+    known |= {"host": f"{name}.example", "reply": "HTTP 502", "answered": 0, "counts": {}}
+    return Endpoint(name, **(known | given))
+
+
 REFUSED = Reply(Phase.AUTH, 535, "5.7.8 planted words")
 AWAY = Reply(Phase.CONNECT, None, "Connection refused")
 EXPIRED = Reply(Phase.STARTTLS, None, "the relay's certificate is not valid: certificate has expired")
@@ -57,6 +79,13 @@ TABLE: list[tuple[Facts, str, str, str]] = [  # facts, level and kind (! for a p
     (facts(info={"aof_last_write_status": "err"}), "bad disk!", "cannot write its append-only file, so new", "df -h"),
     (facts(info={"rdb_last_bgsave_status": "err"}), "bad disk!", "cannot write its snapshot", "df -h"),
     (facts(info={"aof_enabled": 0}), "bad unsafe!", "a crash would lose", "appendonly yes"),
+    (facts(webhooks=[hook(is_down=False), hook(seen=NOW - 100, is_down=False)]), "well well", "All is well", ""),
+    (facts(webhooks=[hook(), hook("two")]), "warn webhook!",
+     "The webhook at shop.example has failed since 13:45 (HTTP 502); what became of 212 mails waits to be told. "
+     "So it is with 1 more.", "/mail/webhooks"),
+    (facts(webhooks=[hook(since=NOW - 100, waiting=1)]), "warn webhook", "what became of 1 mail waits", "goes out"),
+    (facts(webhooks=[hook(seen=NOW - 600)]), "warn webhooks!", "No process posts to the webhook at shop.example since",
+     "webhooks"),
     (facts(queue(workers=0, queued=1), waiting=1), "bad worker!",
      "No worker runs, so no mail goes out. 1 mail waits, none is lost.", "worker.py email"),
     (facts(jobs=queue(workers=0)), "well well", "", ""),
@@ -100,6 +129,15 @@ TABLE: list[tuple[Facts, str, str, str]] = [  # facts, level and kind (! for a p
     (facts(recent=Counter(failed=4)), "well well", "", ""),
     (facts(recent=Counter(failed=5, sent=20)), "well well", "", ""),
     (facts(to_sweep=NOW - 901), "warn sweep!", "A mail has been stuck for 15 min", "worker.py"),
+    (facts(relays=(at("first", REFUSED), at("second"))), "warn relay_down!",
+     "Relay first is in trouble, since 13:59: the relay does not accept this login (535 at auth). Mail goes by second.",
+     "check username and password; some relays want an API key as the password; edit RELAYS"),
+    (facts(relays=(at("first", AWAY), at("second", serves_all=False))), "warn relay_down!", "no other takes waits", ""),
+    (facts(relays=(at("first", AWAY), at("second", AWAY)), waiting=2), "bad relay!",
+     "All relays are in trouble; first, since 13:59: the relay cannot be reached (Connection refused). 2", "host"),
+    (facts(relays=(at("first"), at("second", until=NOW + 200))), "warn rate",
+     "Rate of relay second (20/h) is used up", "RELAYS"),
+    (facts(relays=(at("first"), at("second"))), "well well", "", ""),
     (facts(disk_free=100 << 20), "warn disk!", "Redis' disk is nearly full, with 100 MB free", "du"),
 ]
 # fmt: on
@@ -150,5 +188,13 @@ def test_the_facts_are_gathered_and_nothing_is_changed(outbox: Outbox, client: R
     assert (seen.waiting, seen.overdue, seen.suspended, seen.in_doubt, seen.rate_until) == (3, 1, True, 0, NOW)
     assert (seen.today["accepted"], seen.queues["email"].workers, seen.has_scheduler) == (3, 0, False)
     assert (seen.standing and seen.standing.reply, seen.info["aof_enabled"], bool(seen.disk_free)) == (REFUSED, 1, True)
+    publish(client, parse_relays('[first]\nhost = "a.example"\n[second]\nhost = "b.example"\ndomains = ["b.example"]'))
+    Pacing(client, (), "second").trouble(60, reply=REFUSED)
+    client.lpush("relay:second:told", round(NOW * 1000))
+    assert [(one.relay.name, bool(one.standing), one.rate_until) for one in gather(outbox).relays] == [
+        ("first", False, 0),
+        ("second", True, NOW),
+    ]
+    assert gather(outbox).standing is None
     assert abs(seen.skew) < 0.5
     assert 1e6 < seen.longest < NOW

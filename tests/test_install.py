@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from ops import install, release, site, smtp_in
+from ops import install, release, site, smtp_in, webhooks
 from ops.server import Fault, Server
 from process.api_keys import ApiKey
+from process.relays import parse_relays
 from settings import from_credentials, from_file, load
 from tests.http_api import MAIL
 from tests.relay import Relay
@@ -201,7 +202,11 @@ def test_secrets_are_made_once_and_only_root_reads_them(server: Server) -> None:
     assert settings.dashboard_password
     assert not settings.smtp_password
     assert mode(server.etc) == mode(server.credentials) == 0o700
-    assert {mode(path) for path in (server.env, *server.credentials.iterdir())} == {0o600}
+    relays = server.relays
+    assert {mode(path) for path in (server.env, relays, *server.credentials.iterdir())} == {0o600}
+    assert parse_relays(relays.read_text()) == ()
+    examples = [line[2:] for line in relays.read_text().splitlines() if re.match(r"# (\[|\w+ =)", line)]
+    assert [one.name for one in parse_relays("\n".join(examples))] == ["first", "second"]
     before = content(server.etc)
     install.configure(server)
     assert content(server.etc) == before
@@ -463,6 +468,30 @@ def test_mail_by_smtp_is_turned_on_moved_and_turned_off_as_its_settings_say(
     assert "tls_cert" not in certificate.read_text()
     assert does("", True) == [OFF]
     assert does("", False) == []
+
+
+def test_webhooks_are_turned_on_and_off_as_their_settings_say(
+    server: Server, monkeypatch: pytest.MonkeyPatch, noted: list[str]
+) -> None:
+    service, url = "async-email-webhooks.service", server.credentials / "webhook_url"
+
+    def does(is_on: bool) -> list[str]:
+        monkeypatch.setattr(Server, "ask", lambda *_, **__: "enabled" if is_on else "disabled")
+        noted.clear()
+        webhooks.set_up_webhooks(server)
+        return noted
+
+    files = {server.env: "WEBHOOK_URL=https://a.example\n", url: "https://a.example\n", server.webhooks: "[shop]\n"}
+    for file in files:
+        server.write(file, "\n" if file == url else "#WEBHOOK_URL=\n# [shop]\n", 0o600)
+    assert does(False) == []
+    assert does(True) == [f"systemctl disable --now {service}"]
+    for file, text in files.items():
+        before = file.read_text()
+        server.write(file, text, 0o600)
+        assert does(True) == []
+        assert does(False) == [f"systemctl enable {service}", f"systemctl start {service}"]
+        server.write(file, before, 0o600)
 
 
 # --- the units --------------------------------------------------------------------------------------------------------
