@@ -130,6 +130,7 @@ def configure(server: Server) -> None:
         "dashboard_password": lambda: secrets.token_urlsafe(16),
         "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as are the next
         "smtp_oauth": lambda: "",
+        "dkim_key": lambda: "",
         "alert_url": lambda: "",
     }
     for name, make in made.items():

@@ -35,9 +35,10 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
     "submission": {"mail", "queues", "settings", "process"},
     "webhooks": {"mail", "queues", "settings", "process"},
     "service": {"web", "tasks", "mail.address", "mail.templates", "queues", "settings", "process"},
-    "worker": {"tasks", "mail.delivery", "queues", "settings", "process"},
+    "worker": {"tasks", "mail.delivery", "mail.dkim", "queues", "settings", "process"},
 }
 HOMES = {  # an outside thing -> the only rooms or files that may import it
+    "dkim": {"mail.dkim"},
     "smtplib": {"smtp.session", "ops.sendmail"},
     "dotenv": {"process.env_file"},
     "email": {"mail.mime", "mail.raw", "ops.catcher", "ops.mailparts", "ops.page.words", "ops.sendmail"},
@@ -47,7 +48,7 @@ HOMES = {  # an outside thing -> the only rooms or files that may import it
     "bottle": {"web", "ops.catcher"},
     "aiosmtpd": {"submission", "ops.catcher"},
     "prometheus_client": {"web.metrics"},
-    "urllib3": {"webhooks.post"},
+    "urllib3": {"webhooks.post", "smtp.oauth"},
     "mail.draft": {"web", "ops"},  # with pydantic's models and Jinja: two megabytes that no worker needs
     "waitress": {"web.server", "web.grammar", "ops.catcher", "ops.dashboard"},
 }

@@ -18,10 +18,10 @@ SERVICES = [path for path in UNITS if path.suffix == ".service" and path != SIGN
 PROGRAMS = {  # service -> what it runs, and the secrets that this needs
     "async-email-api.service": ("service.py", {"redis_url", "api_keys"}),
     "async-email-submission.service": ("-m submission", {"redis_url", "api_keys"}),
-    "async-email-worker@.service": ("worker.py %i", {"redis_url", "smtp_password", "smtp_oauth"}),
+    "async-email-worker@.service": ("worker.py %i", {"redis_url", "smtp_password", "smtp_oauth", "dkim_key"}),
     "async-email-dashboard.service": (
         "-m ops.dashboard",
-        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth"},
+        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth", "dkim_key"},
     ),
 }
 # Names of Redis or Valkey on Debian and Ubuntu; redis.service is an alias that is there only where it is enabled.

@@ -46,6 +46,7 @@ CHECKS = {
     "clock": alone(machine.clock),
     "redis clock": with_settings(store.clock),
     "dns": with_settings(names.sender),
+    "dkim": with_settings(names.signature),
     "alerts": with_settings(alerts.configured),
 }
 CANARY = {"canary": with_settings(flow.canary)}  # if --send-to asks for it

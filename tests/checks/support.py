@@ -25,6 +25,7 @@ SECRETS = {
     "dashboard_password": PASSWORD,
     "smtp_password": "",
     "smtp_oauth": "",
+    "dkim_key": "",
     "alert_url": "",
 }
 HEALTHY = {
