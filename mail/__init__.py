@@ -6,6 +6,7 @@ moments.py   a time as clients write it (due.py: held against the clock)
 templates.py templates on disk -> subject, text, html
 message.py   Message, its stored form, and the draft that the outbox accepts
 draft.py     a request's body -> a draft: checked, its template rendered, composed
+posted.py    Message -> the fields of POST /emails, for an upstream (parsed.py: of a mail that came by SMTP)
 mime.py      Message -> bytes (plain.py: html -> the text beside it; raw.py: a mail that goes out as it came by SMTP)
 store.py     the mails in Redis: names of keys, how scripts are run
 states.py    the states, what follows what, and BECOME: the one place where a state changes

@@ -33,6 +33,7 @@ from tests.http_api import MAIL
 from tests.operations import BLOCKS, PAGE, block, line
 from tests.servers import ROOT, House, RedisServer, eventually, project_files
 
+GRANT = '{"provider": "microsoft", "client_id": "a", "refresh_token": "b"}'  # what bin/oauth writes
 OTHERS = {  # variables of redis-cli, of RQ and of clients
     *("REDISCLI_AUTH", "RQ_REDIS_URL"),
     *("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS", "MAIL_URL", "MAIL_KEY"),
@@ -86,6 +87,7 @@ def test_each_setting_is_one() -> None:
 @pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "ini"], ids=lambda text: text[:20])
 def test_each_example_of_settings_is_right(text: str, tmp_path: Path) -> None:
     (tmp_path / "async-email.env").write_text(text)
+    (tmp_path / "smtp_oauth").write_text(GRANT if "bin/oauth" in text else "")
     with credentials_directory(tmp_path):
         loaded = settings.load(*(["smtp_host", "mail_from"] if "SMTP_HOST" in text else []))
     assert loaded.smtp_security == "starttls"

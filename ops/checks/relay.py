@@ -121,7 +121,7 @@ def encryption_and_login(one: Session, target: Target, settings: Settings) -> Fi
     elif not is_loopback(one.relay.host):
         yield warn("mail goes to the relay unencrypted", f"SMTP_SECURITY=starttls; {target.edit}")
     if one.relay.username:
-        yield ok(f"{one.relay} accepts our login")
+        yield ok(f"{one.relay} accepts our login{' by token' if one.relay.tokens else ''}")
     elif one.smtp.has_extn("auth") and not is_loopback(one.relay.host):
         found = f"{one.relay} offers a login and SMTP_USERNAME is not set: it may refuse mail for others"
         yield warn(found, f"SMTP_USERNAME and SMTP_PASSWORD: {target.edit}")
@@ -144,6 +144,8 @@ def certificate(sock: ssl.SSLSocket, relay: Relay) -> Findings:
 
 def likely_mistakes(settings: Settings) -> Findings:
     """Finds what can be said of a refused login without showing it."""
+    if settings.smtp_oauth:
+        return
     password = settings.smtp_password.get_secret_value() if settings.smtp_password else ""
     host, username = (settings.smtp_host or "").lower(), settings.smtp_username or ""
     if re.search(r"\s", password):
