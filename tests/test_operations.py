@@ -26,8 +26,10 @@ from ops.checks.configuration import credentials_directory
 from ops.checks.target import Target
 from ops.server import Server
 from process.log import EVENTS
+from process.relays import parse_relays
 from settings import Settings
 from smtp import pacing
+from smtp.published import publish
 from tests.checks.support import fake
 from tests.http_api import MAIL
 from tests.operations import BLOCKS, PAGE, block, line
@@ -92,6 +94,11 @@ def test_each_example_of_settings_is_right(text: str, tmp_path: Path) -> None:
         loaded = settings.load(*(["smtp_host", "mail_from"] if "SMTP_HOST" in text else []))
     assert loaded.smtp_security == "starttls"
     assert bool(loaded.smtp_rate) == ("SMTP_RATE" in text)
+
+
+def test_the_example_of_several_relays_is_right() -> None:
+    [text] = [text for language, text in BLOCKS if language == "toml"]
+    assert [one.name for one in parse_relays(text)] == ["first", "second", "newsletters"]
 
 
 def test_the_examples_are_for_the_relays_whose_refusals_the_doctor_explains() -> None:
@@ -164,6 +171,14 @@ def test_the_breaker_is_shown_and_closed_by_command(
     assert breaker.main(["close"]) == 0
     assert "The breaker is closed. " in capsys.readouterr().out
     assert paces.admit() is None
+    publish(client, parse_relays('[first]\nhost = "a.example"\n[second]\nhost = "b.example"'))
+    pacing.Pacing(client, (), "first").trouble(5 * 60)
+    assert breaker.main([]) == 0
+    assert "relay first is in trouble, and mail goes by another (next try in 5 min)" in capsys.readouterr().out
+    assert (breaker.main(["close", "third"]), breaker.main(["close", "second"])) == (2, 0)
+    assert pacing.in_trouble(client, "first")
+    assert breaker.main(["close", "first"]) == 0
+    assert not pacing.in_trouble(client, "first")
 
 
 def test_without_settings_or_redis_the_breaker_says_so(

@@ -30,7 +30,7 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
     "queues": {"settings", "process"},
     "smtp": {"queues.connection", "settings", "process.values", "process.relays", "process.grants"},
     "upstream": {"smtp.policy", "smtp.verdict", "process.relays", "process.version"},
-    "mail": {"smtp", "upstream", "queues", "settings", "process.log", "process.relays"},
+    "mail": {"smtp", "upstream", "queues", "settings", "process.log", "process.relays", "process.values"},
     "tasks": {"mail.delivery", "queues.offer", "settings"},
     "web": {"mail", "queues", "settings", "process"},
     "submission": {"mail", "queues", "settings", "process"},

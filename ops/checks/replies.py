@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 
 from smtp.policy import MESSAGE, Verdict, row_for
+from smtp.published import Published
 from smtp.verdict import Reply
 
 GMAIL = r"(gmail|googlemail|google)\.com$"
@@ -176,6 +177,7 @@ OTHERWISE = (  # for what smtp.policy does not take for trouble
     (ANY, LATER, "4..", "", "the relay puts this mail off; it is tried again",
      "wait; GET /emails/ID has the relay's own words"),
 )
+OF_ONE = re.compile(r"\bSMTP_(HOST|PORT|SECURITY|USERNAME|PASSWORD|CA_FILE|RATE)\b")
 NOTHING = ("the relay does not answer as it should", "see the port and SMTP_SECURITY; try again later")
 # fmt: on
 
@@ -189,6 +191,17 @@ def explain(host: str, reply: Reply) -> tuple[str, str]:
     )
     judged = waits if policy.verdict is Verdict.TROUBLE and reply.phase in MESSAGE and reply.code else None
     return _first(ROWS, host, reply) or judged or _first(OTHERWISE, host, reply) or NOTHING
+
+
+def explain_at(relay: Published, reply: Reply) -> tuple[str, str]:
+    """Returns what `explain` does of one of several relays: with the names that its fields have in RELAYS."""
+    meaning, fix = explain(relay.host, reply)
+    return (meaning, fix) if relay.is_only else (of_one(meaning), of_one(fix))
+
+
+def of_one(text: str) -> str:
+    """Returns a text with the names that settings of a relay have in RELAYS."""
+    return OF_ONE.sub(lambda found: found[1].lower(), text)
 
 
 def _first(rows: tuple[tuple[str, ...], ...], host: str, reply: Reply) -> tuple[str, str] | None:

@@ -86,7 +86,8 @@ def _attempt(one: Mapping[str, Any]) -> Iterator[Step]:
     what, look = VERDICTS.get(one["verdict"], (one["verdict"], ""))
     size = sized(one["bytes"]) if one.get("bytes") else ""
     tls = one.get("tls") or ("no TLS" if "tls" in one else "")
-    facts = tuple(filter(None, (one.get("relay"), tls, size)))
+    relay = ", ".join(str(one[name]) for name in ("relay_name", "relay") if one.get(name))
+    facts = tuple(filter(None, (relay, tls, size, "it goes to another relay" if one.get("moved") else "")))
     yield Step(what, ended, reply(one), one["text"], facts, look)
 
 

@@ -13,12 +13,13 @@ import trustme
 from ops.checks import relay, replies
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
-from settings import Settings
+from settings import Settings, load
 from smtp.policy import Phase
+from smtp.relay import Relay
 from smtp.verdict import Reply
+from tests import relay as test_relay
 from tests.checks.support import GMAIL, M365, PASSWORD, SES, Said, Server, assert_finds, listed, of, worst
 from tests.conversations import server_context
-from tests.relay import Relay
 from tests.scripted_relay import ScriptedRelay, Step, drip
 from tests.servers import free_port
 from tests.token_server import EXPIRED, TokenServer
@@ -222,7 +223,7 @@ def test_a_refused_login_is_explained_for_the_relay_that_refused_it(
 
 
 def test_the_doctor_logs_in_by_token_and_says_why_there_is_none(target: Target) -> None:
-    with TokenServer() as server, Relay(takes_token=server.takes) as there:
+    with TokenServer() as server, test_relay.Relay(takes_token=server.takes) as there:
         settings = at(there.port, smtp_username="ada@acme.example", smtp_oauth=server.grant(), redis_url=NO_REDIS)
         assert_finds(relay.login(target, settings), OK, "accepts our login by token")
         server.answers = [(400, EXPIRED, {})]
@@ -231,11 +232,22 @@ def test_the_doctor_logs_in_by_token_and_says_why_there_is_none(target: Target) 
         )
 
 
+def test_each_of_several_relays_is_tried_and_what_is_wrong_with_one_has_its_name(target: Target) -> None:
+    with ScriptedRelay() as there:
+        lines = (
+            f'[{name}]\nhost = "127.0.0.1"\nport = {port}\nsecurity = "none"\n'
+            for name, port in (("first", free_port()), ("second", there.port))
+        )
+        found = listed(relay.login(target, load(from_file={}, relays="".join(lines))))
+    assert [(one.level, "relay first: " in one.found) for one in found] == [(FAULT, True), (OK, False), (OK, False)]
+    assert "correct host and port (edit RELAYS" in found[0].fix
+
+
 def test_what_can_be_seen_of_a_wrong_password_is_said_without_it() -> None:
     spaces = at(587, smtp_host=GMAIL, smtp_security="starttls", smtp_username="a", smtp_password="abcd efgh")
-    assert_finds(relay.likely_mistakes(spaces), NOTE, "has spaces in it")
+    assert_finds(relay.likely_mistakes(Relay.of(spaces)), NOTE, "has spaces in it")
     iam = at(587, smtp_host=SES, smtp_security="tls", smtp_username="AKIA", smtp_password="x" * 40)
-    assert_finds(relay.likely_mistakes(iam), NOTE, "looks like an IAM key")
+    assert_finds(relay.likely_mistakes(Relay.of(iam)), NOTE, "looks like an IAM key")
 
 
 @pytest.mark.usefixtures("here")
