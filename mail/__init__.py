@@ -16,6 +16,7 @@ index.py     the index of all mails, by state, recipient, tag and cause (listing
 suppression.py  addresses that are not served any more
 claim.py     one attempt's hold on one mail: mark, settle
 delivery.py  one attempt, top to bottom (routes.py: which relay the mail goes to)
+reports.py   a bounce or complaint as it is read (verp.py, bounces.py: of which mail; mailboxes.py, imap.py: looked for)
 sweep.py     mails that got stuck: found, and queued again or given up
 counters.py  what is counted for ever, and how long things took (figures.py: the same by minute and hour)
 """

@@ -150,6 +150,8 @@ def configure(server: Server) -> None:
         "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as are the next
         "smtp_oauth": lambda: "",
         "alert_url": lambda: "",
+        "bounce_imap_url": lambda: "",
+        "doubt_imap_url": lambda: "",
     }
     for name, make in made.items():
         if text_of(server.credentials / name) is None:  # empty counts as not set, but systemd wants the file

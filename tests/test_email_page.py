@@ -277,7 +277,7 @@ def test_what_a_mail_and_a_relay_say_adds_no_element_to_the_page(pages: Pages, c
         (LATER, "cancel", "canceled", "Canceled without login"),
         (REFUSED, "cancel", "canceled", "It is canceled"),
         (REFUSED, "requeue", "queued", "It is queued again, and waits for a worker."),
-        (HELD, "arrived", "sent", "Sent: a person said at"),
+        (HELD, "arrived", "sent", "Sent: a person said that it arrived"),
         (HELD, "arrived", "sent", "Said to have arrived without login"),
         (HELD, "requeue", "queued", "Queued again without login"),
         (HELD._replace(state=State.FAILED), "requeue", "queued", "Queued again without login"),

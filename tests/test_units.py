@@ -18,7 +18,10 @@ SERVICES = [path for path in UNITS if path.suffix == ".service" and path != SIGN
 PROGRAMS = {  # service -> what it runs, and the secrets that this needs
     "async-email-api.service": ("service.py", {"redis_url", "api_keys"}),
     "async-email-submission.service": ("-m submission", {"redis_url", "api_keys"}),
-    "async-email-worker@.service": ("worker.py %i", {"redis_url", "smtp_password", "smtp_oauth", "relays"}),
+    "async-email-worker@.service": (
+        "worker.py %i",
+        {"redis_url", "smtp_password", "smtp_oauth", "relays", "bounce_imap_url", "doubt_imap_url"},
+    ),
     "async-email-dashboard.service": (
         "-m ops.dashboard",
         {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth", "relays"},

@@ -2,6 +2,7 @@
 
 app.py         the routes, and what is around each
 handlers.py    what each route answers
+inbound.py     reports that a mail server hands over
 mails.py       mails listed, canceled, moved
 suppressions.py  the addresses that are not served
 catalog.py     templates, domains and API keys, to read

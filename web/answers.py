@@ -13,7 +13,17 @@ from typing_extensions import NotRequired, TypedDict
 from mail.states import State, Status
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
-LastEvent = Literal["queued", "scheduled", "delivery_delayed", "sent", "failed", "suppressed", "canceled"]
+LastEvent = Literal[
+    "queued",
+    "scheduled",
+    "delivery_delayed",
+    "sent",
+    "failed",
+    "suppressed",
+    "canceled",
+    "bounced",
+    "complained",
+]
 Waiting = Literal["queued", "deferred", "scheduled", "rate_limited"]
 JobStatus = Waiting | Literal["started", "finished", "failed", "stopped", "canceled"]
 From = TypedDict("From", {"from": str})
@@ -75,6 +85,7 @@ class Attempt(TypedDict):
     took_ms: NotRequired[int]
     tls: NotRequired[str]
     bytes: NotRequired[int]
+    to: NotRequired[str]
 
 
 class ListedMail(From):
@@ -134,6 +145,15 @@ class JobState(TypedDict):
     ended_at: Time | None
     result: NotRequired[Any]
     error: NotRequired[str]
+
+
+class Report(TypedDict):
+    object: Literal["report"]
+    kind: Literal["bounce", "complaint"] | None
+    matched: bool
+    email_id: str | None
+    noted: int
+    reason: str
 
 
 class TemplateEntry(TypedDict):

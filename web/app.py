@@ -16,7 +16,7 @@ from queues.acceptance import replies
 from queues.jobs import Jobs
 from queues.offer import Task
 from settings import DEV_KEY, Settings, SettingsError
-from web import catalog, context, docs, mails, suppressions
+from web import catalog, context, docs, inbound, mails, suppressions
 from web.access import authenticate, hold_to_its_rate
 from web.context import Steps
 from web.errors import Refusal, as_refusal, error_response, routing_error
@@ -43,6 +43,7 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("GET", "/jobs/<job_id>", Service.get_job, "full"),
     ("POST", "/jobs/<job_id>/requeue", Service.requeue_job, "full"),
     ("DELETE", "/jobs/<job_id>", Service.delete_job, "full"),
+    ("POST", "/inbound/dsn", inbound.take_report, "full"),
     ("GET", "/templates", catalog.list_templates, "full"),
     ("GET", "/templates/<template_id>", catalog.get_template, "full"),
     ("POST", "/templates/<template_id>/preview", catalog.preview_template, "full"),

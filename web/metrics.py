@@ -102,9 +102,7 @@ class Scrape(Collector):
     def relays(self, relays: list[At]) -> Iterator[Metric]:
         """Yields the figures of each of several relays."""
         named = [one for one in relays if not one.relay.is_only]
-        if not named:
-            return
-        counts, gauges = counters.totals(self.outbox.jobs.redis), GaugeMetricFamily
+        counts, gauges = counters.totals(self.outbox.jobs.redis) if named else {}, GaugeMetricFamily
         opened = {(one.relay.name,): float(one.in_trouble) for one in named}
         text = "Whether the relay is in trouble, so that mail goes by another."
         yield labelled(gauges, "relay_breaker_open", text, ["relay"], opened)

@@ -131,7 +131,7 @@ def fates(mail: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the recipients, and how many of them are served, refused, in doubt and suppressed."""
     statuses = [one["status"] for one in mail["recipients"]]
     names = {"served": Status.ACCEPTED, "refused": Status.REFUSED, "in_doubt": Status.IN_DOUBT}
-    names |= {"suppressed": Status.SUPPRESSED}
+    names |= {"suppressed": Status.SUPPRESSED, "bounced": Status.BOUNCED}
     return {"recipients": mail["recipients"], **{name: statuses.count(status) for name, status in names.items()}}
 
 

@@ -25,6 +25,8 @@ SECRETS = {
     "dashboard_password": PASSWORD,
     "smtp_password": "",
     "smtp_oauth": "",
+    "bounce_imap_url": "",
+    "doubt_imap_url": "",
     "alert_url": "",
 }
 HEALTHY = {
