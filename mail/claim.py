@@ -108,7 +108,7 @@ class Claim:
     held_by: str = ""
     test: bool = False
     priority: str = "normal"
-    calm: bool = False  # the relay was not in trouble as the mail was claimed
+    calm: bool = False  # no relay was in trouble as the mail was claimed
     suppressing: bool = False  # the suppression list is not empty, and is to be obeyed
     suppress: list[bytes] = field(default_factory=list)  # what settle adds to it: mail.suppression
     settled: bool = False
