@@ -82,14 +82,8 @@ class Store:
         # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
         kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
         breakers = tuple(f"{key_prefix(one.name)}:breaker" for one in settings.relays) or (BREAKER,)
-        shared: dict[str, object] = {
-            "OPEN": OPEN,
-            "LAST_SENT": LAST_SENT,
-            "TOTALS": TOTALS,
-            "SWEPT": SWEPT,
-            "INDEX": INDEX,
-        }
-        shared |= WEBHOOKS | {"FAILED_JOBS": keys.failed(EMAIL), "BREAKERS": breakers}
+        shared: dict[str, object] = {"OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT}
+        shared |= WEBHOOKS | {"INDEX": INDEX, "FAILED_JOBS": keys.failed(EMAIL), "BREAKERS": breakers}
         shared |= {"SUPPRESSED": SUPPRESSED, "SUPPRESSIONS": SUPPRESSIONS}
         self._become = transition(MAIL=MAIL, KEPT=kept, PERIODS=PERIODS, **shared)
         self._scripts: dict[str, Script] = {}
