@@ -67,8 +67,7 @@ class Way:
 
     def admit(self, claim: Claim) -> Wait | None:
         """Returns None where the mail may go now. Its reservation at another relay is none here."""
-        calm = claim.calm and self.is_only  # the claim knows of no other's breaker
-        return self.pacing.admit(claim.reserved == self.line, claim.put_off_by(self.name), claim.priority, calm)
+        return self.pacing.admit(claim.reserved == self.line, claim.put_off_by(self.name), claim.priority, claim.calm)
 
     def named(self, wait: Wait) -> Wait:
         """Returns a wait that is not for trouble, with the relay that it is for."""
