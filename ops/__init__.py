@@ -9,6 +9,7 @@ server.py, release.py           the server they change, what of a clone is insta
 site.py, smtp_in.py             the nginx site; mail by SMTP, as its settings say
 aof.py                          cuts what a crash left unfinished off Redis' append-only file
 key.py, breaker.py              bin/key: makes, lists and revokes API keys; bin/breaker: shows and closes it
+oauth.py                        bin/oauth: the right to send by token, once
 top.py                          bin/top: the pages on a terminal
 sendmail.py                     bin/sendmail: takes a mail as sendmail does, and hands it over by SMTP
 restore.py                      bin/restore: brings back what bin/backup has saved

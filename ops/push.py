@@ -132,17 +132,23 @@ def by_mail(settings: Settings, news: News) -> None:
     headers = {"Auto-Submitted": "auto-generated"}  # RFC 3834
     mail = Message(sender, [to], [], [], [], title(news), text=f"{news.text}\n", headers=headers)
     mime = to_mime(mail, message_id(new_id(), sender), datetime.now(timezone.utc))
-    relay = Relay.of(settings)._replace(timeout=TIMEOUT, deadline=4 * TIMEOUT)
-    pool = SessionPool()
-    try:
-        with pool.conversation(relay) as talk:
-            said = talk.begin(Envelope(sender.address, mail.recipients, mail.needs_smtputf8), mime)
-            while not isinstance(said, Outcome):
-                said = talk.finish()
-    finally:
-        pool.close_all()
-    if said.reply.verdict not in (Verdict.ACCEPTED, Verdict.IN_DOUBT):  # rather none than two
-        raise NotPushed(said.reply.summary)
+    envelope, pool = Envelope(sender.address, mail.recipients, mail.needs_smtputf8), SessionPool()
+    why = "no relay is set that takes SMTP"
+    for one in [one for one in settings.all_relays if one.kind == "smtp"]:
+        relay = Relay.of(settings, one)._replace(timeout=TIMEOUT, deadline=4 * TIMEOUT)
+        try:
+            with pool.conversation(relay) as talk:
+                said = talk.begin(envelope, mime)
+                while not isinstance(said, Outcome):
+                    said = talk.finish()
+        finally:
+            pool.close_all()
+        if said.reply.verdict in (Verdict.ACCEPTED, Verdict.IN_DOUBT):  # rather none than two
+            return
+        why = said.reply.summary
+        if said.reply.verdict is not Verdict.TROUBLE:
+            break
+    raise NotPushed(why)
 
 
 def ways(settings: Settings) -> dict[str, Callable[[News], None]]:

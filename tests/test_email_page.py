@@ -163,6 +163,8 @@ def test_the_steps_of_a_mail_have_their_times_and_who_made_them() -> None:
     assert (seen[-1].said, seen[-1].facts) == ("OK 7", ("relay.example:587", "TLSv1.3", "2 KB"))
     mail["attempts"][-1] |= {"tls": "", "bytes": 312}
     assert timeline.steps(mail, 0, None, [])[-1].facts == ("relay.example:587", "no TLS", "312 bytes")
+    mail["attempts"][-1] |= {"relay_name": "first", "moved": True}
+    assert timeline.steps(mail, 0, None, [])[-1].facts[::3] == ("first, relay.example:587", "it goes to another relay")
 
 
 START = datetime.now(timezone.utc).replace(microsecond=0)

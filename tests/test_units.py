@@ -20,11 +20,11 @@ PROGRAMS = {  # service -> what it runs, and the secrets that this needs
     "async-email-submission.service": ("-m submission", {"redis_url", "api_keys"}),
     "async-email-worker@.service": (
         "worker.py %i",
-        {"redis_url", "smtp_password", "smtp_oauth", "bounce_imap_url", "doubt_imap_url"},
+        {"redis_url", "smtp_password", "smtp_oauth", "relays", "bounce_imap_url", "doubt_imap_url"},
     ),
     "async-email-dashboard.service": (
         "-m ops.dashboard",
-        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth"},
+        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth", "relays"},
     ),
 }
 # Names of Redis or Valkey on Debian and Ubuntu; redis.service is an alias that is there only where it is enabled.
@@ -124,9 +124,9 @@ def test_a_service_gets_the_secrets_that_it_needs_and_no_others(unit: Path) -> N
     service = directives(unit, "Service")
     _, needed = PROGRAMS[unit.name]
     folder = "/etc/async-email"
-    assert sorted(service["LoadCredential"]) == sorted(
-        [f"async-email.env:{folder}/async-email.env", *(f"{name}:{folder}/credentials/{name}" for name in needed)]
-    )
+    files = {"async-email.env": f"{folder}/async-email.env"} | {name: f"{folder}/credentials/{name}" for name in needed}
+    files |= {"relays": f"{folder}/relays.toml"} if "relays" in needed else {}
+    assert sorted(service["LoadCredential"]) == sorted(f"{name}:{path}" for name, path in files.items())
     assert needed <= set(SECRETS)
     assert "EnvironmentFile" not in service  # what is in the environment, every child and D-Bus can read
 

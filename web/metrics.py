@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from mail import counters, sweep
 from mail.counters import ACCEPT, DELIVERED, RESULTS, SMTP, VERDICTS, Histogram
 from mail.outbox import Outbox
+from mail.reader import At
 from queues import health
 from queues.connection import Unavailable, translating_errors, weaknesses
 
@@ -86,11 +87,32 @@ class Scrape(Collector):
         with translating_errors():
             info: dict[str, Any] = self.outbox.jobs.redis.info()
         kept = not {name for name, _ in weaknesses(info)} & {"no_aof", "aof_failing"}
-        in_trouble = self.outbox.relay_in_trouble()
-        yield gauge("breaker_open", "Whether all mail waits because the relay is in trouble.", in_trouble)
+        relays = self.outbox.standings()
+        text = "Whether all mail waits because the relay is in trouble."
+        yield gauge("breaker_open", text, all(one.in_trouble for one in relays))
+        yield from self.relays(relays)
         yield gauge("redis_memory_bytes", "What Redis takes.", info["used_memory"])
         yield gauge("redis_memory_max_bytes", "What Redis may take (maxmemory); 0: any.", info.get("maxmemory", 0))
         yield gauge("redis_append_only", "Whether Redis writes its append-only file, and well.", kept)
+
+    def relays(self, relays: list[At]) -> Iterator[Metric]:
+        """Yields the figures of each of several relays."""
+        named = [one for one in relays if not one.relay.is_only]
+        if not named:
+            return
+        counts, gauges = counters.totals(self.outbox.jobs.redis), GaugeMetricFamily
+        opened = {(one.relay.name,): float(one.in_trouble) for one in named}
+        text = "Whether the relay is in trouble, so that mail goes by another."
+        yield labelled(gauges, "relay_breaker_open", text, ["relay"], opened)
+        used = {(one.relay.name, str(rate)): float(mails) for one in named for rate, mails in one.used}
+        yield labelled(gauges, "relay_rate_used", "Mails within the period of a rate.", ["relay", "rate"], used)
+        attempts = {
+            (one.relay.name, verdict): counts[f"relay:{one.relay.name}:{verdict}"]
+            for one in named
+            for verdict in VERDICTS[:-1]
+        }
+        text = "Attempts at each relay by their verdict."
+        yield labelled(CounterMetricFamily, "relay_attempts", text, ["relay", "verdict"], attempts)
 
 
 def gauge(name: str, text: str, value: float) -> Metric:

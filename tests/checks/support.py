@@ -84,6 +84,7 @@ class Server:
         self.env = self.write("etc/async-email.env", ENV, 0o600)
         for name, value in SECRETS.items():
             self.write(f"etc/credentials/{name}", value, 0o600)
+        self.write("etc/relays.toml", "", 0o600)
         for name in ("etc", "etc/credentials"):
             (folder / name).chmod(0o700)
         for release in ("1.0", "2.0"):
