@@ -31,9 +31,7 @@ def about(seen: Standing) -> Findings:
     waiting = f"{counted(seen.waiting, 'mail')} with events that wait"
     if seen.is_down:
         found = f"the webhook {seen.name} at {seen.host} has failed for {lasting(time.time() - seen.since)}"
-        yield warn(
-            f"{found}: {seen.reply}; {waiting}", "see why; what waits goes out by itself once it answers"
-        )
+        yield warn(f"{found}: {seen.reply}; {waiting}", "see why; what waits goes out by itself once it answers")
     else:
         yield ok(f"the webhook {seen.name} at {seen.host} is told what becomes of mails; {waiting}")
     if seen.given_up:
