@@ -197,6 +197,10 @@ def main() -> int:
             redis, pooled = connect(url, retrying=True), QUEUES[queue].pooled
             put_aside(redis, keys.kinds(queue))  # RQ could not even register
             worker = None if pooled else make_worker(JobsWorker, queue, redis, allowed(queue))
+            if pooled:
+                from mail.dkim import Signer  # here, since the worker for `jobs` sends no mail
+
+                Signer.of(current)  # before the processes are forked: a key that is none is told once
             if worker:
                 worker.cron = with_cron(queue, current)
     except settings.SettingsError as error:
