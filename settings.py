@@ -36,16 +36,19 @@ from process.api_keys import ApiKey, parse_api_keys
 from process.grants import Grant, parse_grant
 from process.relays import ONLY, RelaySettings, parse_relays
 from process.values import (
+    IMAP_URL,
     Address,
     Duration,
     Host,
     Listen,
     Port,
     Rates,
+    is_imap_url,
     is_loopback,
     is_safe_url,
     parse_address,
     parse_allowlist,
+    parse_bounce_address,
     parse_domain,
     parse_ehlo_name,
     parse_one_address,
@@ -57,9 +60,12 @@ from process.webhooks import SECRET, URL, EndpointSettings, is_fit, parse_secret
 
 # fmt: off
 SECRETS = ("redis_url", "smtp_password", "smtp_oauth", "api_keys", "dashboard_password", "alert_url", "dkim_key",
-           "relays", "webhook_url", "webhook_secret", "webhooks")
+           "relays", "webhook_url", "webhook_secret", "webhooks", "bounce_imap_url", "doubt_imap_url")
 # fmt: on
-VERBATIM = ("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url")  # any text, so `#` too
+VERBATIM = (  # any text, so `#` too
+    *("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url"),
+    *("bounce_imap_url", "doubt_imap_url"),
+)
 CUT = "{} would end before its #: put the whole value in single quotes, or the comment on a line of its own"
 DEV_KEY = "dev"  # bin/dev's API key; everybody knows it, so it may be served on loopback only
 
@@ -104,6 +110,12 @@ class Settings(BaseModel):
     dkim_key_file: FilePath | None = None
     mail_redirect_to: Annotated[str, parsed_by(parse_one_address)] | None = None
     mail_allowlist: Annotated[tuple[str, ...], parsed_by(parse_allowlist)] = ()
+
+    bounce_address: Annotated[str, parsed_by(parse_bounce_address)] | None = None
+    bounce_imap_url: SecretStr | None = None
+    bounce_imap_url_file: FilePath | None = None
+    doubt_imap_url: SecretStr | None = None
+    doubt_imap_url_file: FilePath | None = None
 
     listen: Listen = Address("127.0.0.1", 8000)
     api_processes: Annotated[int, Field(ge=1, le=64)] = 2
@@ -208,6 +220,10 @@ class Settings(BaseModel):
             faults.append("WEBHOOK_URL and WEBHOOKS both name an endpoint: put it into WEBHOOKS, and unset WEBHOOK_URL")
         if self.webhook_url and not is_fit(self.webhook_url.get_secret_value()):
             faults.append(f"WEBHOOK_URL {URL}")
+        for name in ("bounce_imap_url", "doubt_imap_url"):
+            given = getattr(self, name)
+            if given and not is_imap_url(given.get_secret_value()):
+                faults.append(f"{name.upper()} must be {IMAP_URL}")
         if faults:
             raise ValueError("\n".join(faults))
         return self

@@ -28,6 +28,7 @@ WATCH = "mail:watch"  # hash: what the dashboard's watch has seen, and told peop
 INDEX = "mail:index"  # sorted set: mail.index
 KEY_NAMES = "mail:keys"  # set: the names of all API keys that have submitted a mail
 SECRET = "mail:secret"  # string: the key of the digests of addresses in the index
+MAILBOX = "mail:mailbox"  # hash: up to which mail the mailbox of reports was read: mail.mailboxes
 SUPPRESSED = "mail:suppressed"  # hash: the addresses that are not served, as digests: mail.suppression
 SUPPRESSIONS = "mail:suppressions"  # sorted set: the same by time
 MARKS = "mail:marks"  # sorted set: what happened when, mail.figures

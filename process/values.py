@@ -135,6 +135,31 @@ def is_safe_url(url: str) -> bool:
     return bool(at.hostname) and (at.scheme == "https" or loopback) and bool(re.fullmatch(r"[!-~]+", url))
 
 
+IMAP_URL = (
+    "a URL such as imaps://user:password@imap.example.com/INBOX, with / : @ # ? % in user and password as %2F ..."
+)
+
+
+def is_imap_url(url: str) -> bool:
+    """Returns whether it names a mailbox by IMAP, with a login that is not sent in clear but within this machine."""
+    try:
+        at = urlsplit(url)
+        _ = at.port
+    except ValueError:
+        return False
+    loopback = at.scheme == "imap" and is_loopback(at.hostname or "")
+    given = at.hostname and at.username and at.password and not (at.query or at.fragment)
+    return bool(given) and (at.scheme == "imaps" or loopback) and bool(re.fullmatch(r"[!-~]+", url))
+
+
+def parse_bounce_address(text: str) -> str:
+    """Returns an address to whose local part a mail's id can be added: together, at most 64 octets (RFC 5321)."""
+    address = parse_one_address(text)
+    if not address.isascii() or len(address.partition("@")[0]) > 20 or "+" in address:
+        raise ValueError("must be one address in ASCII, with 1 to 20 characters before the @ and no +")
+    return address
+
+
 LONGEST_DURATION = 100 * 366 * 86400  # seconds; what is longer, Redis or Python may refuse
 Duration = Annotated[int, parsed_by(parse_duration), Field(gt=0, le=LONGEST_DURATION)]
 Host = Annotated[str, parsed_by(parse_host)]

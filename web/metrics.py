@@ -20,17 +20,20 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from mail import counters, sweep
+from mail.claim import SUPPRESSED_RECIPIENTS
 from mail.counters import ACCEPT, DELIVERED, RESULTS, SMTP, VERDICTS, Histogram
 from mail.outbox import Outbox
 from mail.reader import At
 from queues import health
 from queues.connection import Unavailable, translating_errors, weaknesses
+from webhooks.queue import standings
 
 Labelled = type[CounterMetricFamily] | type[GaugeMetricFamily]
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 COUNTERS = (  # name, its field in mail:totals, what it counts
     ("mails_accepted", "accepted", "Mails that were stored and queued."),
     ("delayed", "delayed", "Times that a mail was put off: by the relay, its trouble, doubt or SMTP_RATE."),
+    ("suppressed_recipients", SUPPRESSED_RECIPIENTS, "Recipients who were left out, being on the suppression list."),
     ("in_doubt", "in_doubt", "Attempts after which the relay may have the mail and nobody knows."),
 )
 QUEUE_GAUGES = (  # name, its attribute of a QueueState, what it shows
@@ -52,7 +55,7 @@ class Scrape(Collector):
     def collect(self) -> Iterator[Metric]:
         yield labelled(GaugeMetricFamily, "build_info", "The version that answers.", ["version"], {(self.version,): 1})
         try:
-            found = [*self.totals(), *self.queues(), *self.store()]
+            found = [*self.totals(), *self.queues(), *self.store(), *self.webhooks()]
         except Unavailable:
             found = []
         yield gauge("redis_up", "Whether Redis answers the API.", bool(found))
@@ -91,6 +94,8 @@ class Scrape(Collector):
         text = "Whether all mail waits because the relay is in trouble."
         yield gauge("breaker_open", text, all(one.in_trouble for one in relays))
         yield from self.relays(relays)
+        listed = self.outbox.suppressions.size()
+        yield gauge("suppressions", "Addresses on the suppression list.", listed)
         yield gauge("redis_memory_bytes", "What Redis takes.", info["used_memory"])
         yield gauge("redis_memory_max_bytes", "What Redis may take (maxmemory); 0: any.", info.get("maxmemory", 0))
         yield gauge("redis_append_only", "Whether Redis writes its append-only file, and well.", kept)
@@ -98,9 +103,7 @@ class Scrape(Collector):
     def relays(self, relays: list[At]) -> Iterator[Metric]:
         """Yields the figures of each of several relays."""
         named = [one for one in relays if not one.relay.is_only]
-        if not named:
-            return
-        counts, gauges = counters.totals(self.outbox.jobs.redis), GaugeMetricFamily
+        counts, gauges = counters.totals(self.outbox.jobs.redis) if named else {}, GaugeMetricFamily
         opened = {(one.relay.name,): float(one.in_trouble) for one in named}
         text = "Whether the relay is in trouble, so that mail goes by another."
         yield labelled(gauges, "relay_breaker_open", text, ["relay"], opened)
@@ -113,6 +116,19 @@ class Scrape(Collector):
         }
         text = "Attempts at each relay by their verdict."
         yield labelled(CounterMetricFamily, "relay_attempts", text, ["relay", "verdict"], attempts)
+
+    def webhooks(self) -> Iterator[Metric]:
+        with translating_errors():
+            found = standings(self.outbox.jobs.redis)
+        outcomes = ("delivered", "failed", "given_up", "dropped")
+        posts = {(one.name, what): one.counts.get(what, 0) for one in found for what in outcomes}
+        text = "Events by what became of them; failed: tries that failed."
+        yield labelled(CounterMetricFamily, "webhook_events", text, ["endpoint", "outcome"], posts)
+        waiting = {(one.name,): one.waiting for one in found}
+        yield labelled(GaugeMetricFamily, "webhook_waiting", "Mails whose events wait.", ["endpoint"], waiting)
+        text = "Since when the endpoint has failed; 0: it answers."
+        since = {(one.name,): one.since for one in found}
+        yield labelled(GaugeMetricFamily, "webhook_down_since_timestamp_seconds", text, ["endpoint"], since)
 
 
 def gauge(name: str, text: str, value: float) -> Metric:

@@ -26,6 +26,8 @@ SECRETS = {
     "smtp_password": "",
     "smtp_oauth": "",
     "dkim_key": "",
+    "bounce_imap_url": "",
+    "doubt_imap_url": "",
     "alert_url": "",
 }
 HEALTHY = {
