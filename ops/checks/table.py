@@ -46,8 +46,8 @@ CHECKS = {
     "clock": alone(machine.clock),
     "redis clock": with_settings(store.clock),
     "dns": with_settings(names.sender),
-    "dkim": with_settings(names.signature),
     "mailboxes": with_settings(mailboxes.readable),
+    "dkim": with_settings(names.signature),
     "alerts": with_settings(alerts.configured),
     "webhooks": with_settings(webhooks.delivered),
 }

@@ -25,9 +25,9 @@ SECRETS = {
     "dashboard_password": PASSWORD,
     "smtp_password": "",
     "smtp_oauth": "",
-    "dkim_key": "",
     "bounce_imap_url": "",
     "doubt_imap_url": "",
+    "dkim_key": "",
     "alert_url": "",
 }
 HEALTHY = {
