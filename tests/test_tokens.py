@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ from queues.connection import connect
 from smtp import oauth, tokens
 from smtp.oauth import NoToken
 from smtp.tokens import Tokens
+from tests.conversations import server_context
 from tests.servers import free_port
 from tests.token_server import EXPIRED, FIRST, TokenServer
 
@@ -180,6 +182,15 @@ def test_whatever_is_answered_is_a_token_or_none(status: int, body: bytes, hint:
         token = oauth.token_from("https://login.example/token", {})
         assert token.text.isascii()
         assert 0 < token.life <= oauth.LONGEST_LIFE
+
+
+def test_a_token_server_whose_certificate_is_not_valid_is_told_nothing(authority: trustme.CA, ca_file: str) -> None:
+    with TokenServer(tls=server_context(authority)) as server, pytest.MonkeyPatch.context() as patch:
+        with pytest.raises(NoToken, match="does not answer"):
+            oauth.token_from(server.url, server.grant().request())
+        assert server.asked == []
+        patch.setenv("SSL_CERT_FILE", ca_file)
+        assert number(oauth.token_from(server.url, server.grant().request()).text) == 0
 
 
 # fmt: off
