@@ -79,8 +79,9 @@ def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int
         request.on_doubt,
         scheduled_at=at,
         priority=request.priority,
-        relay=request.relay or "",
         message_id=request.message_id,
+        relay=request.relay or "",
+        skip_suppression=request.skip_suppression,
     )
 
 

@@ -308,6 +308,7 @@ class Outbox(Reader):
             reserved=stored.get("in_line", b"").decode(),
             relay=stored.get("relay", b"").decode(),
             held_by=stored.get("held_by", b"").decode(),
+            asked=stored.get("asked", b"").decode(),
             test=bool(stored.get("test")),
             priority=stored.get("priority", b"normal").decode(),
         )

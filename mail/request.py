@@ -57,6 +57,7 @@ MESSAGES = {  # pydantic's name of an error -> what it says to a caller who know
     "model_type": "must be a JSON object",
     "literal_error": "must be {expected}",
     "int_type": "must be a whole number",
+    "bool_type": "must be true or false",
     "greater_than_equal": "must be {ge} or more",
     "less_than_equal": "must be at most {le}",
 }
@@ -251,6 +252,7 @@ class Request(StrictModel):
     on_doubt: Literal["retry", "hold"] | None = None
     priority: Literal["high", "normal", "bulk"] = "normal"
     relay: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] | None = None
+    skip_suppression: bool = False
     unsubscribe_url: Annotated[str, Field(max_length=800), AfterValidator(unsubscribe.https_url)] | None = None
     unsubscribe_email: OneMailbox | None = None
 

@@ -382,7 +382,9 @@ def test_what_is_not_possible_any_more_is_409_with_its_reason(pages: Pages, acti
 
 def test_an_id_of_no_mail_says_for_how_long_mails_are_kept(pages: Pages, client: Redis) -> None:
     for path in (f"/mail/emails/{GONE}", f"/mail/emails/{GONE}/requeue", "/mail/emails/x"):
-        assert "A sent mail is kept for 3 days, one that failed or was canceled for 14 days" in pages.text(path, 404)
+        assert "A sent mail is kept for 3 days, one that failed, was suppressed or canceled for 14 days" in pages.text(
+            path, 404
+        )
     assert pages.post(f"/mail/emails/{GONE}/cancel").status_code == 404
     assert pages.post(f"/mail/emails/{GONE}/delete").status_code == 404
     jobs, policy = pages.outbox.jobs, Policy(60, (), 60, 60)

@@ -22,10 +22,11 @@ from tests.http_upstream import CUT, TAKEN, Scripted, answer
 from tests.servers import Api, free_port
 from tests.verdicts import ACCEPTED, REFUSED, TROUBLE, TRY_AGAIN
 from upstream.answer import NO_API, reply_of
-from upstream.client import Upstream
+from upstream.client import Upstream, as_json
 
 GOT = Reply(Phase.HTTP, 200, "accepted as abc")
 MAIL = {"from": "ada@example.com", "to": ["bob@example.com"], "subject": "Grüße", "text": "Hi"}
+BODY = as_json(MAIL)
 NOT_JSON = "<html><body>Log in to the hotel's network"
 
 
@@ -40,7 +41,7 @@ def error(name: str, message: str = "words") -> str:
 def test_a_mail_is_posted_with_key_and_token_and_the_connection_is_kept() -> None:
     with Scripted() as server:
         upstream = at(f"{server.url}/v1/")
-        assert [upstream.post("k", MAIL, 9), upstream.post("k", MAIL, 9)] == [GOT, GOT]
+        assert [upstream.post("k", BODY, 9), upstream.post("k", BODY, 9)] == [GOT, GOT]
         upstream.close()
     assert (server.connections, server.asked[0]) == (1, server.asked[1])
     assert (server.asked[0].line, json.loads(server.asked[0].body)) == ("POST /v1/emails HTTP/1.1", MAIL)
@@ -72,7 +73,7 @@ def test_a_mail_is_posted_with_key_and_token_and_the_connection_is_kept() -> Non
 )  # fmt: skip
 def test_what_an_answer_says(status: int, body: str, headers: list[str], text: str, verdict: Any, pause: int) -> None:
     with Scripted([answer(status, body, *headers)]) as server:
-        reply = at(server.url).post("k", MAIL, 9)
+        reply = at(server.url).post("k", BODY, 9)
     assert (reply, reply.verdict, reply.pause) == (Reply(Phase.HTTP, status, text), verdict, pause)
     assert reply.may_have_been_taken is (verdict is TROUBLE and status not in (403, 429))
     assert len(server.asked) == 1
@@ -81,14 +82,14 @@ def test_what_an_answer_says(status: int, body: str, headers: list[str], text: s
 @pytest.mark.parametrize(
     ("acts", "reply", "times"),
     [
-        ([TAKEN, CUT, TAKEN], GOT, 3),  # on a kept connection, which may have died: at once on another
-        ([TAKEN, CUT, CUT], Reply(Phase.HTTP, None, "the upstream closed the connection"), 3),
+        ([TAKEN, CUT, TAKEN], GOT, 3),  # a kept connection may have died
+        ([TAKEN, CUT, CUT], Reply(Phase.HTTP, None, "the upstream closed the connection"), 5),
         ([TAKEN, answer(409, error("concurrent_idempotent_requests")), TAKEN], GOT, 3),
         ([TAKEN, answer(429, error("rate_limit_exceeded"), "Retry-After: 1"), TAKEN], GOT, 3),
         ([TAKEN, answer(429, error("rate_limit_exceeded"), "Retry-After: 1")],
          Reply(Phase.HTTP, 429, "rate_limit_exceeded (retry after 1 s): words"), 5),
         ([TAKEN, TAKEN[:-4], TAKEN[:-4]], Reply(Phase.HTTP, None, TIMED_OUT), 2),
-        ([TAKEN, b"220 mail.example.com ESMTP\r\n"], Reply(Phase.HTTP, None, "the upstream closed the connection"), 3),
+        ([TAKEN, b"220 mail.example.com ESMTP\r\n"], Reply(Phase.HTTP, None, "the upstream closed the connection"), 5),
         ([TAKEN, answer(200, " " * 70_000 + '{"id":"abc"}')], Reply(Phase.HTTP, 200, NO_API), 2),
     ],
 )  # fmt: skip
@@ -98,8 +99,8 @@ def test_a_mail_is_asked_for_again_at_once_where_that_helps(
     monkeypatch.setattr("upstream.client.random.uniform", lambda *_: 0.01)
     with Scripted(acts) as server:
         upstream = at(server.url)
-        assert upstream.post("first", MAIL, 9) == GOT
-        assert upstream.post("k", MAIL, 1 if reply.text == TIMED_OUT else 60) == reply
+        assert upstream.post("first", BODY, 9) == GOT
+        assert upstream.post("k", BODY, 1 if reply.text == TIMED_OUT else 60) == reply
     assert len(server.asked) == times
     assert (
         len({one.body for one in server.asked})
@@ -120,21 +121,21 @@ def nobody(port: int) -> str:
     ],
 )
 def test_an_upstream_that_is_not_reached_has_nothing(url: Callable[[], str], why: str) -> None:
-    reply = at(url()).post("k", MAIL, 9)
+    reply = at(url()).post("k", BODY, 9)
     assert (reply, reply.verdict) == (Reply(Phase.CONNECT, None, why), TROUBLE)
     assert not reply.may_have_been_taken
 
 
 def test_a_certificate_that_nobody_vouches_for_is_no_upstreams() -> None:
     with Scripted(tls=server_context(trustme.CA())) as server:
-        reply = at(server.url).post("k", MAIL, 9)
+        reply = at(server.url).post("k", BODY, 9)
     assert (reply.phase, "certificate is not valid" in reply.text, server.asked) == (Phase.CONNECT, True, [])
 
 
 def test_an_answer_that_drips_is_over_at_the_deadline() -> None:
     with Scripted([0.3]) as server:
         began = time.monotonic()
-        reply = at(server.url).post("k", MAIL, 1)
+        reply = at(server.url).post("k", BODY, 1)
         assert (reply, reply.may_have_been_taken) == (Reply(Phase.HTTP, None, TIMED_OUT), True)
         assert time.monotonic() - began < 20
 
@@ -143,7 +144,7 @@ def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, nobody(free_port()))
     with Scripted() as server:
-        assert at(server.url).post("k", MAIL, 9) == GOT
+        assert at(server.url).post("k", BODY, 9) == GOT
 
 
 @given(
@@ -155,15 +156,15 @@ def test_any_answer_is_judged(status: int, headers: dict[str, str], body: bytes)
 
 def test_another_of_ours_takes_a_mail_once_and_says_so_again(api: Api) -> None:
     upstream = at(nobody(api.port), "full-key")
-    taken = [upstream.post("k1", MAIL, 9) for _ in range(3)]
+    taken = [upstream.post("k1", BODY, 9) for _ in range(3)]
     assert [one.verdict for one in taken] == [ACCEPTED] * 3
     assert len({one.text for one in taken}) == 1
     assert api.email(taken[0].text.split()[-1])["subject"] == MAIL["subject"]
-    assert upstream.post("k1", MAIL | {"text": "another"}, 9)[1:3] == (
+    assert upstream.post("k1", as_json(MAIL | {"text": "another"}), 9)[1:3] == (
         409, "invalid_idempotent_request: this Idempotency-Key was used for a different request; "
         "use a new key for a new request",
     )  # fmt: skip
-    assert upstream.post("k2", MAIL | {"to": ["x"]}, 9).verdict is REFUSED
+    assert upstream.post("k2", as_json(MAIL | {"to": ["x"]}), 9).verdict is REFUSED
     assert (upstream.check(9).code, at(nobody(api.port), "wrong").check(9).verdict) == (200, TROUBLE)
 
 
@@ -175,5 +176,5 @@ def test_the_key_is_in_no_text_of_the_upstream() -> None:
 
 def test_a_socket_that_is_never_answered_is_no_leak() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        reply = at(nobody(silent.getsockname()[1])).post("k", MAIL, 0.5)
+        reply = at(nobody(silent.getsockname()[1])).post("k", BODY, 0.5)
     assert reply == Reply(Phase.HTTP, None, TIMED_OUT)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 KEY_LIFE = 20 * 3600  # seconds for which a key is surely known: 24 h at Resend, IDEMPOTENCY_TTL at another async-email
 AT_ONCE = 4  # requests in one attempt
-SHORT = 2  # seconds; a pause that is waited for here, where a rate is one per second
+SHORT = 2  # seconds; a pause that is waited for here, since most upstreams' rates are so many a second
+SOON = 0.1  # seconds; a connection may be cut that had been kept, or an earlier request not be answered yet
 
 
 class Upstream:
@@ -50,29 +51,25 @@ class Upstream:
         """Returns what is another for another upstream, also of the same name: a key is known to one alone."""
         return f"{self.name} {hashlib.sha256(self.url.rstrip('/').encode()).hexdigest()[:16]}"
 
-    def post(self, key: str, fields: Mapping[str, Any], deadline: float) -> Reply:
+    def post(self, key: str, body: bytes, deadline: float) -> Reply:
         """Asks the upstream to send a mail, for `deadline` seconds at most. The same key must come with the same
-        fields."""
-        body = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        body."""
         ends = time.monotonic() + deadline
-        for number in range(AT_ONCE):
-            reply, was_kept = self._ask("POST", "/emails", ends, body, {"Idempotency-Key": key})
-            pause = 0.2 if reply.is_being_answered else reply.pause if reply.code == 429 else 0
-            again = was_kept or 0 < pause <= SHORT
-            pause *= random.uniform(1, 2)  # or all threads would come back at the same moment
-            if not again or number == AT_ONCE - 1 or time.monotonic() + pause > ends:
+        for left in reversed(range(AT_ONCE)):
+            reply = self._ask("POST", "/emails", ends, body, {"Idempotency-Key": key})
+            pause = _again_in(reply) * random.uniform(1, 2)  # or all threads would come back at the same moment
+            if not (left and pause) or time.monotonic() + pause > ends:
                 break
             time.sleep(pause)
         return reply
 
     def check(self, deadline: float) -> Reply:
         """Asks for what needs the key and changes nothing."""
-        return self._ask("GET", "/emails?limit=1", time.monotonic() + deadline)[0]
+        return self._ask("GET", "/emails?limit=1", time.monotonic() + deadline)
 
     def _ask(
         self, method: str, path: str, ends: float, body: bytes | None = None, more: Mapping[str, str] | None = None
-    ) -> tuple[Reply, bool]:
-        """Returns the reply, and whether there was none on a connection that may have died before."""
+    ) -> Reply:
         from upstream.wire import Silent
 
         headers = {
@@ -84,10 +81,10 @@ class Upstream:
             **(more or {}),
         }
         try:
-            return reply_of(*self.wire().ask(method, path, headers, body, self.timeout, ends)), False
+            return reply_of(*self.wire().ask(method, path, headers, body, self.timeout, ends))
         except Silent as silent:
             phase = Phase.HTTP if silent.connected else Phase.CONNECT
-            return Reply(phase, None, str(silent)), silent.was_kept
+            return Reply(phase, None, str(silent))
 
     def wire(self) -> Wire:
         from upstream.wire import Wire
@@ -101,3 +98,15 @@ class Upstream:
         if self._wire:
             self._wire.close()
             self._wire = None
+
+
+def as_json(fields: Mapping[str, Any]) -> bytes:
+    """Returns the body of a request, the same for the same fields."""
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _again_in(reply: Reply) -> float:
+    """Returns after how many seconds it is worth asking again in this attempt; 0: it is not."""
+    if reply.is_being_answered or (reply.phase is Phase.HTTP and reply.code is None):
+        return SOON
+    return reply.pause if reply.code == 429 and reply.pause <= SHORT else 0

@@ -32,17 +32,16 @@ ALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 ]
-mine = threading.local()  # of this thread's request: `deadline`, `connected`, `is_new`
+mine = threading.local()  # of this thread's request: `deadline`, `connected`
 
 
 class Silent(Exception):
-    """There was no answer. `connected`: the upstream may have the request all the same; `was_kept`: the connection was
-    one that had served before, and may have died since. The text is why, in words of ours or of the system."""
+    """There was no answer. `connected`: the upstream may have the request all the same. The text is why, in words of
+    ours or of the system."""
 
-    def __init__(self, why: str, connected: bool, was_kept: bool) -> None:
+    def __init__(self, why: str, connected: bool) -> None:
         super().__init__(why)
         self.connected = connected
-        self.was_kept = was_kept
 
 
 class Answer(NamedTuple):
@@ -93,7 +92,7 @@ class _Noting:
 
     def connect(self) -> None:
         super().connect()  # type: ignore[misc]
-        mine.connected = mine.is_new = True
+        mine.connected = True
 
     def request(self, *args: Any, **how: Any) -> None:
         mine.connected = mine.connected or self.sock is not None  # type: ignore[attr-defined]
@@ -128,7 +127,7 @@ class Wire:
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, timeout: float, deadline: float
     ) -> Answer:
         """Makes one request, which is over at `deadline` (of time.monotonic()). Raises `Silent`."""
-        mine.deadline, mine.connected, mine.is_new = deadline, False, False
+        mine.deadline, mine.connected = deadline, False
         left = max(0.001, deadline - time.monotonic())
         patience = Timeout(connect=min(timeout, left), read=left)
         try:
@@ -142,7 +141,7 @@ class Wire:
             finally:
                 response.close()  # it was given back already if it was read whole
         except (HTTPError, OSError, http.client.HTTPException, ValueError) as error:
-            raise Silent(_reason(error), mine.connected, mine.connected and not mine.is_new) from None
+            raise Silent(_reason(error), mine.connected) from None
 
     def close(self) -> None:
         self.pool.close()

@@ -27,6 +27,7 @@ from web import answers, reference
 from web.catalog import PageQuery, Preview
 from web.handlers import MAX_BATCH, JobRequest, StartJob
 from web.mails import ListQuery, Move, cursor_or_time, whole_number
+from web.suppressions import ServeAll, Suppress, SuppressAll, SuppressionQuery
 
 Json = dict[str, Any]
 Route = tuple[str, str, Callable[..., Any], str | None]
@@ -68,6 +69,12 @@ OPERATIONS = {
     "PATCH /emails/{id}": Operation(answers.Changed, 200, Move, refused=(409,)),
     "POST /emails/{id}/cancel": Operation(answers.Changed, refused=(409,)),
     "GET /emails/{id}/attachments": Operation(answers.Files),
+    "GET /suppressions": Operation(answers.Suppressions, query=SuppressionQuery),
+    "POST /suppressions": Operation(answers.SuppressionId, 201, Suppress),
+    "POST /suppressions/batch/add": Operation(answers.SuppressionIds, 201, SuppressAll),
+    "POST /suppressions/batch/remove": Operation(answers.UnsuppressedIds, 200, ServeAll),
+    "GET /suppressions/{id}": Operation(answers.Suppression),
+    "DELETE /suppressions/{id}": Operation(answers.Unsuppressed),
     "POST /jobs": Operation(answers.Job, 202, JobRequest, headers=ONCE),
     "GET /jobs/{id}": Operation(answers.JobState),
     "POST /jobs/{id}/requeue": Operation(answers.Job, 202, refused=(409,)),

@@ -33,6 +33,7 @@ ENDS = {  # a state -> what it is called, how it looks, and what a person does t
     State.FAILED: ("Failed", "bad", ""),
     State.UNKNOWN: ("In doubt, and held", "warn", ""),
     State.CANCELED: ("Canceled", "", "cancel"),
+    State.SUPPRESSED: ("Suppressed: each recipient is on the suppression list", "warn", ""),
     State.BOUNCED: ("Bounced", "bad", ""),
     State.COMPLAINED: ("Complained of", "bad", ""),
 }
@@ -90,11 +91,11 @@ def _attempt(one: Mapping[str, Any]) -> Iterator[Step]:
     what, look = VERDICTS.get(one["verdict"], (one["verdict"], ""))
     size = sized(one["bytes"]) if one.get("bytes") else ""
     tls = one.get("tls") or ("no TLS" if "tls" in one else "")
+    relay = ", ".join(str(one[name]) for name in ("relay_name", "relay") if one.get(name))
+    facts = tuple(filter(None, (relay, tls, size, "it goes to another relay" if one.get("moved") else "")))
     if one["verdict"] == SETTLED:
         yield Step(one["text"][:1].upper() + one["text"][1:], ended, look=look)
         return
-    relay = ", ".join(str(one[name]) for name in ("relay_name", "relay") if one.get(name))
-    facts = tuple(filter(None, (relay, tls, size, "it goes to another relay" if one.get("moved") else "")))
     yield Step(what, ended, reply(one), one["text"], facts, look)
 
 

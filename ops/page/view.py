@@ -30,6 +30,7 @@ PAGES = {  # the paths of the navigation -> their names
     "/mail/activity": "Activity",
     "/mail/scheduled": "Scheduled",
     "/mail/failures": "Failures",
+    "/mail/suppressions": "Suppressions",
     "/mail/system": "Relay and workers",
     "/mail/templates": "Templates",
     "/mail/actions": "Actions",
@@ -43,6 +44,8 @@ DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of i
     "cancel": "It is canceled: nothing more of it is sent.",
     "arrived": "It is noted as sent to those who were in doubt.",
     "copy": "A copy is on its way to ALERT_TO.",
+    "suppress": "The address is on the list: no mail goes there until it is taken off.",
+    "unsuppress": "The address is off the list. A mail that was suppressed can be requeued on its own page.",
     "move": "It is moved, and is not sent before its new time.",
 }
 
