@@ -114,7 +114,7 @@ local function claim(id, token, lease, queued_at, look_at, iso, now)
   if not holder then become(id, 'sending', nil, look_at, fields) end
   local listed = redis.pcall('HLEN', SUPPRESSED)
   listed = type(listed) == 'number' and listed or 0
-  return {'claimed', token, 1 - redis.call('EXISTS', BREAKER), listed, redis.call('HGETALL', mail)}
+  return {'claimed', token, redis.call('EXISTS', unpack(BREAKERS)) == 0 and 1 or 0, listed, redis.call('HGETALL', mail)}
 end
 """
 # ARGV: as `claim` takes them.
@@ -286,7 +286,9 @@ class Outbox(Reader):
             raise Early(reply[1] / 1000)
         if verdict != "claimed":
             return str(verdict)
-        _, token, calm, listed, fields = reply
+        return self._claimed(mail_id, *reply[1:])
+
+    def _claimed(self, mail_id: str, token: bytes, calm: int, listed: int, fields: list[bytes]) -> Claim:
         stored = {name.decode(): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
         return Claim(
             store=self.store,

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from mail.outbox import Outbox
 from ops.checks import replies, store
-from ops.checks.findings import lasting, sized
+from ops.checks.findings import counted, lasting, sized
 from ops.facts import RECENT, STEP, Facts, gather
 from process.relays import ONLY
 from queues.connection import CANNOT_NOW, weaknesses
@@ -280,6 +280,23 @@ def disk(facts: Facts) -> Iterator[Condition]:
         yield Condition("warn", "disk", sentence, "make room: sudo du -xh / | sort -h | tail", push=True)
 
 
+def webhooks(facts: Facts) -> Iterator[Condition]:
+    """Says that an application is not told what becomes of its mails."""
+    silent = [one for one in facts.webhooks if one.is_silent(facts.now)]
+    down = [one for one in facts.webhooks if one.is_down and one not in silent]
+    for one, others in ((found[0], found[1:]) for found in (silent, down) if found):
+        if one in silent:
+            since, fix = one.seen, facts.target.restart("webhooks")
+            sentence = f"No process posts to the webhook at {one.host} since {moment(since, facts.now)}"
+        else:
+            since, fix = one.since, "see why it does, at /mail/webhooks; what waits goes out once it answers"
+            sentence = f"The webhook at {one.host} has failed since {moment(since, facts.now)} ({one.reply})"
+        sentence += f"; what became of {counted(one.waiting, 'mail')} waits to be told." if one.waiting else "."
+        sentence += f" So it is with {len(others)} more." if others else ""
+        kind = "webhooks" if one in silent else "webhook"
+        yield Condition("warn", kind, sentence, fix, since or None, push=facts.now - since > LATE)
+
+
 REDIS = frozenset({"redis", "replica", "disk", "full"})
 STANDS = REDIS | {"worker", "relay", "suspended", "stuck"}  # mail stands still, and it is known why
 Rule = Callable[[Facts], Iterator[Condition]]
@@ -301,6 +318,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule, frozenset[str]], ...] = (
     (("doubt",), in_doubt, frozenset()),
     (("failing",), failing, frozenset()),
     (("sweep",), unswept, STANDS | {"scheduler"}),
+    (("webhooks", "webhook"), webhooks, frozenset()),
     (("disk",), disk, frozenset({"disk"})),
 )
 # fmt: on

@@ -33,6 +33,7 @@ from redis.exceptions import RedisError
 
 import settings
 import tasks
+from mail.store import WEBHOOK_WANTED
 from ops import lock
 from ops.aof import cut_unfinished
 from ops.failing import percentage
@@ -268,6 +269,11 @@ def worker_answers(redis: Redis, queue: str, stack: Stack) -> bool:
     return any(redis.hget(name.decode(), "pid") == pid for name in names)
 
 
+def webhooks_answer(redis: Redis) -> bool:
+    """Returns whether the process that delivers has said what its endpoints want."""
+    return bool(redis.exists(WEBHOOK_WANTED))
+
+
 def run(stack: Stack, ports: argparse.Namespace) -> None:
     """Starts the parts in order, each when the parts that it needs answer."""
     if not redis_servers():
@@ -298,6 +304,8 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
     stack.start("submission", partial(smtp_answers, ports.submission_port), python, "-m", "submission")
     for queue in QUEUES:
         stack.start(queue, partial(worker_answers, redis, queue, stack), python, "worker.py", queue)
+    if configured.all_webhooks:
+        stack.start("webhooks", partial(webhooks_answer, redis), python, "-m", "webhooks")
     dashboard = ("-m", "ops.dashboard", "--no-login", *names)
     stack.start("dashboard", partial(http_answers, ports.dashboard_port, "/rq/"), python, *dashboard)
     stack.say(welcome(ports, configured))

@@ -29,6 +29,8 @@ from queues.table import EMAIL
 from settings import Settings
 from smtp.pacing import Standing, key_prefix, read_standing
 from smtp.published import NAMES, Published, read
+from webhooks.queue import Standing as Endpoint
+from webhooks.queue import standings
 
 ROOT = Path(__file__).parent.parent
 RECENT, HOUR = 10, 60  # minutes of which figures are looked at
@@ -69,6 +71,7 @@ class Facts:
     to_sweep: float = 0  # since when the sweep should have looked at a mail
     recent: Counter[str] = field(default_factory=Counter)  # the figures of the last minutes
     today: Counter[str] = field(default_factory=Counter)
+    webhooks: Sequence[Endpoint] = ()  # the endpoints that are told what becomes of mails
     longest: float = 0  # seconds that a mail has waited in the queue, in the last hour
 
 
@@ -106,6 +109,7 @@ def gather(outbox: Outbox, target: Target | None = None) -> Facts:
     try:
         with translating_errors():
             known = _from_redis(redis) | {"disk_free": _disk_free(redis, settings, target)}
+            known["webhooks"] = standings(redis)
         known["queues"] = health.queue_states(outbox.jobs)
         known |= _from_figures(redis, known["queues"][EMAIL])
     except Unavailable as why:

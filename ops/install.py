@@ -33,6 +33,8 @@ from ops.server import Fault, Server, text_of
 from ops.site import set_up_nginx
 from ops.smtp_in import SERVICE as SUBMISSION
 from ops.smtp_in import set_up_submission
+from ops.webhooks import SERVICE as WEBHOOKS
+from ops.webhooks import set_up_webhooks
 from queues.table import QUEUES
 
 KNOWN = {"debian 12", "debian 13"}  # tests/deploy has passed on them
@@ -149,14 +151,19 @@ def configure(server: Server) -> None:
         "dashboard_password": lambda: secrets.token_urlsafe(16),
         "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as are the next
         "smtp_oauth": lambda: "",
+        "dkim_key": lambda: "",
         "alert_url": lambda: "",
         "bounce_imap_url": lambda: "",
         "doubt_imap_url": lambda: "",
+        "webhook_url": lambda: "",
+        "webhook_secret": lambda: "",
     }
     for name, make in made.items():
         if text_of(server.credentials / name) is None:  # empty counts as not set, but systemd wants the file
             value = "" if server.is_set(name.upper()) else make()
             server.write(server.credentials / name, f"{value}\n" if value else "", 0o600)
+    if text_of(server.webhooks) is None:
+        server.write(server.webhooks, "", 0o600)
 
 
 def make_key(server: Server) -> str:
@@ -272,7 +279,8 @@ def start_services(server: Server) -> None:
         server.run("systemctl", "restart", SOCKET)
     # A reader of the queue must understand what is written to it: new workers know the old jobs, not the reverse.
     order = (API, *WORKERS, DASHBOARD) if server.going_back else (*WORKERS, API, DASHBOARD)
-    for unit in (SUBMISSION, *order) if server.going_back else (*order, SUBMISSION):
+    beside = (SUBMISSION, WEBHOOKS)
+    for unit in (*beside, *order) if server.going_back else (*order, *beside):
         if runs_something_else(server, unit):
             server.run("systemctl", "restart", unit, may_fail=True)
     server.run("systemctl", "start", TARGET)
@@ -349,6 +357,7 @@ INSTALL = (
     ("nginx: the one site of this machine, in front of the API", set_up_nginx),
     *SWITCH,
     ("Mail by SMTP, if SUBMISSION_LISTEN is set", set_up_submission),
+    ("Webhooks, if WEBHOOK_URL or an endpoint in webhooks.toml is set", set_up_webhooks),
     ("The doctor: what is still wrong or missing", run_doctor),
     (f"Old releases: the last {KEPT} stay", remove_old_releases),
 )

@@ -63,6 +63,7 @@ ACCEPTED, TRY_AGAIN, REFUSED, IN_DOUBT, TROUBLE = Verdict
 ANY = ".*"
 TOO_MANY = "the relay takes fewer recipients at once"
 TAKEN = "accepted as"  # how the text begins of an upstream's good answer; the mail's id there follows
+NO_API = "the answer is none of the API"  # the text of what somebody else has answered, on the way
 ASKED_TWICE = "the upstream is still at this mail"
 LIMIT = (  # how relays say that the account or this client has sent too much; not that one mail is too large
     r"^(?!.*\b(size|large|big|bytes)\b).*(ratelimit|transmit rate|throttl|permitted limits|messages was exceeded"
@@ -184,7 +185,9 @@ TABLE = (
     Row((Phase.HTTP,), "40[1237]", ANY, "", TROUBLE, "the upstream refuses the API key or the account", "Resend"),
     Row((Phase.HTTP,), "429", ANY, "", TROUBLE, "the account's rate or quota is used up", "Resend; RFC 6585 4"),
     Row((Phase.HTTP,), "40[45]|410|421", ANY, "", TROUBLE, "there is no such API at this URL", "RFC 9110 15.5"),
+    Row((Phase.HTTP,), "413", ANY, "", REFUSED, "this mail is too large", "RFC 9110 15.5.14; of a proxy as well"),
     Row((Phase.HTTP,), "40[89]|425", ANY, "", TRY_AGAIN, "this request is put off", "RFC 9110 15.5.9, RFC 8470 5.2"),
+    Row((Phase.HTTP,), "4..", ANY, f"^{NO_API}", TROUBLE, "what answers here is no API for mail", "RFC 9110 15.5"),
     Row((Phase.HTTP,), "4..", ANY, "", REFUSED, "this mail is refused", "Resend, 400, 413, 422, 451"),
     Row((Phase.HTTP,), "5..", ANY, "", TROUBLE, "the upstream is out of order", "RFC 9110 15.6"),
     Row((Phase.HTTP,), ANY, ANY, "", TROUBLE, "what answers here is no API for mail", "RFC 9110 15"),

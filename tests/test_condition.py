@@ -25,6 +25,7 @@ from smtp.published import Published, publish
 from smtp.verdict import Reply
 from tests.checks.support import GMAIL
 from tests.mails import accept
+from webhooks.queue import Standing as Endpoint
 
 NOW = datetime(2026, 11, 27, 14, 0).timestamp()
 INFO = {"aof_enabled": 1, "role": "master", "used_memory": 900 << 20}
@@ -49,6 +50,19 @@ def at(name: str, reply: Reply | None = None, until: float = 0, serves_all: bool
     return At(one, since(reply) if reply else None, until)
 
 
+def hook(name: str = "shop", **given: Any) -> Endpoint:
+    known: dict[str, Any] = {
+        "events": [],
+        "seen": NOW - 30,
+        "waiting": 212,
+        "given_up": 0,
+        "since": NOW - 900,
+        "is_down": True,
+    }
+    known |= {"host": f"{name}.example", "reply": "HTTP 502", "answered": 0, "counts": {}}
+    return Endpoint(name, **(known | given))
+
+
 REFUSED = Reply(Phase.AUTH, 535, "5.7.8 planted words")
 AWAY = Reply(Phase.CONNECT, None, "Connection refused")
 EXPIRED = Reply(Phase.STARTTLS, None, "the relay's certificate is not valid: certificate has expired")
@@ -65,6 +79,13 @@ TABLE: list[tuple[Facts, str, str, str]] = [  # facts, level and kind (! for a p
     (facts(info={"aof_last_write_status": "err"}), "bad disk!", "cannot write its append-only file, so new", "df -h"),
     (facts(info={"rdb_last_bgsave_status": "err"}), "bad disk!", "cannot write its snapshot", "df -h"),
     (facts(info={"aof_enabled": 0}), "bad unsafe!", "a crash would lose", "appendonly yes"),
+    (facts(webhooks=[hook(is_down=False), hook(seen=NOW - 100, is_down=False)]), "well well", "All is well", ""),
+    (facts(webhooks=[hook(), hook("two")]), "warn webhook!",
+     "The webhook at shop.example has failed since 13:45 (HTTP 502); what became of 212 mails waits to be told. "
+     "So it is with 1 more.", "/mail/webhooks"),
+    (facts(webhooks=[hook(since=NOW - 100, waiting=1)]), "warn webhook", "what became of 1 mail waits", "goes out"),
+    (facts(webhooks=[hook(seen=NOW - 600)]), "warn webhooks!", "No process posts to the webhook at shop.example since",
+     "webhooks"),
     (facts(queue(workers=0, queued=1), waiting=1), "bad worker!",
      "No worker runs, so no mail goes out. 1 mail waits, none is lost.", "worker.py email"),
     (facts(jobs=queue(workers=0)), "well well", "", ""),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from ops import install, release, site, smtp_in
+from ops import install, release, site, smtp_in, webhooks
 from ops.server import Fault, Server
 from process.api_keys import ApiKey
 from process.relays import parse_relays
@@ -468,6 +468,30 @@ def test_mail_by_smtp_is_turned_on_moved_and_turned_off_as_its_settings_say(
     assert "tls_cert" not in certificate.read_text()
     assert does("", True) == [OFF]
     assert does("", False) == []
+
+
+def test_webhooks_are_turned_on_and_off_as_their_settings_say(
+    server: Server, monkeypatch: pytest.MonkeyPatch, noted: list[str]
+) -> None:
+    service, url = "async-email-webhooks.service", server.credentials / "webhook_url"
+
+    def does(is_on: bool) -> list[str]:
+        monkeypatch.setattr(Server, "ask", lambda *_, **__: "enabled" if is_on else "disabled")
+        noted.clear()
+        webhooks.set_up_webhooks(server)
+        return noted
+
+    files = {server.env: "WEBHOOK_URL=https://a.example\n", url: "https://a.example\n", server.webhooks: "[shop]\n"}
+    for file in files:
+        server.write(file, "\n" if file == url else "#WEBHOOK_URL=\n# [shop]\n", 0o600)
+    assert does(False) == []
+    assert does(True) == [f"systemctl disable --now {service}"]
+    for file, text in files.items():
+        before = file.read_text()
+        server.write(file, text, 0o600)
+        assert does(True) == []
+        assert does(False) == [f"systemctl enable {service}", f"systemctl start {service}"]
+        server.write(file, before, 0o600)
 
 
 # --- the units --------------------------------------------------------------------------------------------------------

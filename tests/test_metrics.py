@@ -165,7 +165,7 @@ def test_a_scrape_reads_a_few_keys_and_writes_none(api: Api, client: Any) -> Non
         *("HGETALL", "HMGET", "GET"),
         *queue,
         *queue,
-        *("INFO", "HGETALL", "HEXISTS", "HLEN"),
+        *("INFO", "HGETALL", "HEXISTS", "HLEN", "HGETALL"),
     ]
 
 

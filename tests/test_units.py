@@ -18,13 +18,14 @@ SERVICES = [path for path in UNITS if path.suffix == ".service" and path != SIGN
 PROGRAMS = {  # service -> what it runs, and the secrets that this needs
     "async-email-api.service": ("service.py", {"redis_url", "api_keys"}),
     "async-email-submission.service": ("-m submission", {"redis_url", "api_keys"}),
+    "async-email-webhooks.service": ("-m webhooks", {"redis_url", "webhook_url", "webhook_secret", "webhooks"}),
     "async-email-worker@.service": (
         "worker.py %i",
-        {"redis_url", "smtp_password", "smtp_oauth", "relays", "bounce_imap_url", "doubt_imap_url"},
+        {"redis_url", "smtp_password", "smtp_oauth", "dkim_key", "relays", "bounce_imap_url", "doubt_imap_url"},
     ),
     "async-email-dashboard.service": (
         "-m ops.dashboard",
-        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth", "relays"},
+        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth", "dkim_key", "relays"},
     ),
 }
 # Names of Redis or Valkey on Debian and Ubuntu; redis.service is an alias that is there only where it is enabled.
@@ -119,20 +120,24 @@ def test_a_service_runs_its_own_release_as_the_services_user(unit: Path) -> None
     assert (ROOT / file).exists() or (ROOT / file).with_suffix("").joinpath("__main__.py").exists()
 
 
+def file_of(secret: str) -> str:
+    return f"{secret}.toml" if secret in ("webhooks", "relays") else f"credentials/{secret}"
+
+
 @all_services
 def test_a_service_gets_the_secrets_that_it_needs_and_no_others(unit: Path) -> None:
     service = directives(unit, "Service")
     _, needed = PROGRAMS[unit.name]
     folder = "/etc/async-email"
-    files = {"async-email.env": f"{folder}/async-email.env"} | {name: f"{folder}/credentials/{name}" for name in needed}
-    files |= {"relays": f"{folder}/relays.toml"} if "relays" in needed else {}
-    assert sorted(service["LoadCredential"]) == sorted(f"{name}:{path}" for name, path in files.items())
+    assert sorted(service["LoadCredential"]) == sorted(
+        [f"async-email.env:{folder}/async-email.env", *(f"{name}:{folder}/{file_of(name)}" for name in needed)]
+    )
     assert needed <= set(SECRETS)
     assert "EnvironmentFile" not in service  # what is in the environment, every child and D-Bus can read
 
 
 def test_the_watchdog_watches_those_that_mail_depends_on() -> None:
-    for name in ("async-email-api.service", "async-email-submission.service", "async-email-worker@.service"):
+    for name in PROGRAMS.keys() - {"async-email-dashboard.service"}:
         service = directives(ROOT / "systemd" / name, "Service")
         assert (service["Type"], service["NotifyAccess"]) == (["notify"], ["main"])
         assert int(service["WatchdogSec"][0]) >= 60  # longer than Redis may take to answer, several times

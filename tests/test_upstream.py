@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from process.relays import RelaySettings
 from process.version import VERSION
-from smtp.policy import Phase
+from smtp.policy import NO_API, Phase
 from smtp.verdict import TIMED_OUT, Reply
 from tests.conversations import server_context
 from tests.http_upstream import CUT, TAKEN, Scripted, answer
 from tests.servers import Api, free_port
 from tests.verdicts import ACCEPTED, REFUSED, TROUBLE, TRY_AGAIN
-from upstream.answer import NO_API, reply_of
+from upstream.answer import reply_of
 from upstream.client import Upstream, as_json
 
 GOT = Reply(Phase.HTTP, 200, "accepted as abc")
@@ -59,6 +59,7 @@ def test_a_mail_is_posted_with_key_and_token_and_the_connection_is_kept() -> Non
         (422, error("invalid_from_address", "a\n b"), [], "invalid_from_address: a b", REFUSED, 0),
         (422, error("validation_error", "x" * 999), [], f"validation_error: {'x' * 482}", REFUSED, 0),
         (413, NOT_JSON, [], NO_API, REFUSED, 0),
+        (400, NOT_JSON, [], NO_API, TROUBLE, 0),
         (403, error("invalid_api_key"), [], "invalid_api_key: words", TROUBLE, 0),
         (403, error("validation_error"), [], "validation_error: words", TRY_AGAIN, 0),
         (409, error("invalid_idempotent_request"), [], "invalid_idempotent_request: words", ACCEPTED, 0),
@@ -75,8 +76,8 @@ def test_what_an_answer_says(status: int, body: str, headers: list[str], text: s
     with Scripted([answer(status, body, *headers)]) as server:
         reply = at(server.url).post("k", BODY, 9)
     assert (reply, reply.verdict, reply.pause) == (Reply(Phase.HTTP, status, text), verdict, pause)
-    assert reply.may_have_been_taken is (verdict is TROUBLE and status not in (403, 429))
-    assert len(server.asked) == 1
+    assert reply.may_have_been_taken is (verdict is TROUBLE and status not in (400, 403, 429))
+    assert len(server.asked) == (4 if status in (200, 204) and verdict is TROUBLE else 1)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_what_an_answer_says(status: int, body: str, headers: list[str], text: s
          Reply(Phase.HTTP, 429, "rate_limit_exceeded (retry after 1 s): words"), 5),
         ([TAKEN, TAKEN[:-4], TAKEN[:-4]], Reply(Phase.HTTP, None, TIMED_OUT), 2),
         ([TAKEN, b"220 mail.example.com ESMTP\r\n"], Reply(Phase.HTTP, None, "the upstream closed the connection"), 5),
-        ([TAKEN, answer(200, " " * 70_000 + '{"id":"abc"}')], Reply(Phase.HTTP, 200, NO_API), 2),
+        ([TAKEN, answer(200, " " * 70_000 + '{"id":"abc"}')], Reply(Phase.HTTP, 200, NO_API), 5),
     ],
 )  # fmt: skip
 def test_a_mail_is_asked_for_again_at_once_where_that_helps(
@@ -166,6 +167,7 @@ def test_another_of_ours_takes_a_mail_once_and_says_so_again(api: Api) -> None:
     )  # fmt: skip
     assert upstream.post("k2", as_json(MAIL | {"to": ["x"]}), 9).verdict is REFUSED
     assert (upstream.check(9).code, at(nobody(api.port), "wrong").check(9).verdict) == (200, TROUBLE)
+    assert at(nobody(api.port), "full-key").check(9).verdict is ACCEPTED
 
 
 def test_the_key_is_in_no_text_of_the_upstream() -> None:

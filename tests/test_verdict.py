@@ -106,6 +106,8 @@ OTHERS: list[tuple[Phase, int | None, str, Verdict]] = [
     (Phase.HTTP, 409, "invalid_idempotent_request: Same key, another payload", ACCEPTED),
     (Phase.HTTP, 409, "concurrent_idempotent_requests (retry after 1 s): Same key, in progress", TROUBLE),
     (Phase.HTTP, 409, "validation_error: not possible", TRY_AGAIN),
+    (Phase.HTTP, 413, "the answer is none of the API", REFUSED),
+    (Phase.HTTP, 400, "the answer is none of the API", TROUBLE),
     (Phase.HTTP, 422, "invalid_from_address: invalid_idempotent_request", REFUSED),
     (Phase.HTTP, 429, "daily_quota_exceeded: You have reached your daily email sending quota", TROUBLE),
     (Phase.HTTP, 451, "security_error: We may have found a security issue with the request", REFUSED),

@@ -14,18 +14,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from smtp.policy import TAKEN, Phase
+from smtp.policy import NO_API, TAKEN, Phase
 from smtp.verdict import LONGEST_HINT, Reply
 
 LONGEST_TEXT = 500  # characters of a reply
-NO_API = "the answer is none of the API"
 
 
-def reply_of(status: int, headers: Mapping[str, str], body: bytes) -> Reply:
-    """Returns the reply: the id of the mail there, or the error's name and message, and the pause that is asked for."""
+def reply_of(status: int, headers: Mapping[str, str], body: bytes, wanted: str = "id") -> Reply:
+    """Returns the reply: the id of the mail there, or the error's name and message, and the pause that is asked for. A
+    good answer has the member that is `wanted`."""
     said = _object(body)
     if 200 <= status < 300:
-        own = said.get("id")
+        own = said.get(wanted)
         is_id = isinstance(own, str) and re.fullmatch(r"[!-~]{1,200}", own)
         return Reply(Phase.HTTP, status, f"{TAKEN} {own}" if is_id else NO_API)
     name, message = said.get("name"), said.get("message")

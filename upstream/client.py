@@ -65,10 +65,16 @@ class Upstream:
 
     def check(self, deadline: float) -> Reply:
         """Asks for what needs the key and changes nothing."""
-        return self._ask("GET", "/emails?limit=1", time.monotonic() + deadline)
+        return self._ask("GET", "/emails?limit=1", time.monotonic() + deadline, wanted="object")
 
     def _ask(
-        self, method: str, path: str, ends: float, body: bytes | None = None, more: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        ends: float,
+        body: bytes | None = None,
+        more: Mapping[str, str] | None = None,
+        wanted: str = "id",
     ) -> Reply:
         from upstream.wire import Silent
 
@@ -81,7 +87,7 @@ class Upstream:
             **(more or {}),
         }
         try:
-            return reply_of(*self.wire().ask(method, path, headers, body, self.timeout, ends))
+            return reply_of(*self.wire().ask(method, path, headers, body, self.timeout, ends), wanted)
         except Silent as silent:
             phase = Phase.HTTP if silent.connected else Phase.CONNECT
             return Reply(phase, None, str(silent))
@@ -107,6 +113,6 @@ def as_json(fields: Mapping[str, Any]) -> bytes:
 
 def _again_in(reply: Reply) -> float:
     """Returns after how many seconds it is worth asking again in this attempt; 0: it is not."""
-    if reply.is_being_answered or (reply.phase is Phase.HTTP and reply.code is None):
+    if reply.is_being_answered or (reply.may_have_been_taken and (reply.code or 200) < 300):  # or half an answer
         return SOON
     return reply.pause if reply.code == 429 and reply.pause <= SHORT else 0

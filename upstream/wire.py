@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import logging
 import socket
 import ssl
 import threading
@@ -32,6 +33,7 @@ ALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 ]
+logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it would log what somebody else has answered
 mine = threading.local()  # of this thread's request: `deadline`, `connected`
 
 

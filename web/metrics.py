@@ -26,6 +26,7 @@ from mail.outbox import Outbox
 from mail.reader import At
 from queues import health
 from queues.connection import Unavailable, translating_errors, weaknesses
+from webhooks.queue import standings
 
 Labelled = type[CounterMetricFamily] | type[GaugeMetricFamily]
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -54,7 +55,7 @@ class Scrape(Collector):
     def collect(self) -> Iterator[Metric]:
         yield labelled(GaugeMetricFamily, "build_info", "The version that answers.", ["version"], {(self.version,): 1})
         try:
-            found = [*self.totals(), *self.queues(), *self.store()]
+            found = [*self.totals(), *self.queues(), *self.store(), *self.webhooks()]
         except Unavailable:
             found = []
         yield gauge("redis_up", "Whether Redis answers the API.", bool(found))
@@ -115,6 +116,19 @@ class Scrape(Collector):
         }
         text = "Attempts at each relay by their verdict."
         yield labelled(CounterMetricFamily, "relay_attempts", text, ["relay", "verdict"], attempts)
+
+    def webhooks(self) -> Iterator[Metric]:
+        with translating_errors():
+            found = standings(self.outbox.jobs.redis)
+        outcomes = ("delivered", "failed", "given_up", "dropped")
+        posts = {(one.name, what): one.counts.get(what, 0) for one in found for what in outcomes}
+        text = "Events by what became of them; failed: tries that failed."
+        yield labelled(CounterMetricFamily, "webhook_events", text, ["endpoint", "outcome"], posts)
+        waiting = {(one.name,): one.waiting for one in found}
+        yield labelled(GaugeMetricFamily, "webhook_waiting", "Mails whose events wait.", ["endpoint"], waiting)
+        text = "Since when the endpoint has failed; 0: it answers."
+        since = {(one.name,): one.since for one in found}
+        yield labelled(GaugeMetricFamily, "webhook_down_since_timestamp_seconds", text, ["endpoint"], since)
 
 
 def gauge(name: str, text: str, value: float) -> Metric:

@@ -36,6 +36,7 @@ KEPT_GIVEN_UP = 100_000
 KEPT = 31 * 86400  # seconds
 WANTED_FOR = 7 * 86400  # seconds for which events are written while no process delivers
 GONE_AFTER = 3600  # seconds
+SILENT = 180  # seconds after which no process delivers: three times as long as one says so
 COMMON = (
     named(
         **WEBHOOKS,
@@ -235,6 +236,10 @@ class Standing(NamedTuple):
     reply: str  # of the last that failed
     answered: float
     counts: dict[str, int]
+
+    def is_silent(self, now: float) -> bool:
+        """Returns whether no process delivers."""
+        return self.seen < now - SILENT
 
 
 class Queue:

@@ -74,8 +74,8 @@ def every_file(target: Target) -> dict[str, Path]:
     """Returns the operator's file and the secrets that have files of their own, by their names as credentials."""
     folder = target.etc / "credentials"
     secrets = sorted(folder.iterdir()) if folder.is_dir() else []
-    relays = target.etc / "relays.toml"
-    return {path.name: path for path in (target.file, *secrets)} | ({"relays": relays} if relays.is_file() else {})
+    tables = {path.stem: path for path in sorted(target.etc.glob("*.toml"))}
+    return {path.name: path for path in (target.file, *secrets)} | tables
 
 
 def passed_to(unit: str, target: Target) -> dict[str, Path]:

@@ -11,6 +11,7 @@ suppressions.py  the addresses that are not served
 failures.py  why mails and jobs failed, by cause; queues all of a cause again
 system.py    relay, workers, queues, timed tasks, Redis; pause, resume, close the breaker
 templates.py the templates, each with a preview
+webhooks.py  the endpoints that are told what becomes of mails; test, replay
 email.py     one mail, and what a person may do about it
 timeline.py  what happened to a mail, step by step
 advice.py    what it means that a mail failed, and what fixes it

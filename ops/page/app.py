@@ -14,7 +14,7 @@ from types import ModuleType
 
 from flask import Blueprint, Response, abort
 
-from ops.page import actions, activity, email, failures, overview, scheduled, suppressions, system
+from ops.page import actions, activity, email, failures, overview, scheduled, suppressions, system, webhooks
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
 from queues.jobs import NotFound, NotPossible
@@ -46,6 +46,8 @@ ROUTES = (
     ("GET", "/suppressions/<entry_id>", suppressions.ask),
     ("POST", "/suppressions/<entry_id>", suppressions.remove),
     ("GET", "/actions", actions.show),
+    ("GET", "/webhooks", webhooks.show),
+    ("POST", "/webhooks/<endpoint>/<act>", webhooks.act),
 )
 TEMPLATES = (
     ("GET", "/templates", "show"),

@@ -23,7 +23,7 @@ from mail.reader import NO_MAIL
 from mail.states import FINAL, SCHEDULED, State, Status
 from mail.store import mail_key
 from mail.suppression import Entry
-from ops.page import audit, timeline
+from ops.page import audit, timeline, webhooks
 from ops.page.advice import advice, in_the_way
 from ops.page.search import alike
 from ops.page.view import View, go
@@ -119,6 +119,7 @@ def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
         "advice": advice(mail),
         "alike": alike(mail["reason"], state) if mail["reason"] and state in TOGETHER else "",
         "actions": actions,
+        "told": webhooks.of_mail(view.redis, mail["id"]),
         "alert_to": view.settings.alert_to,
         "final": state in FINAL,
         "listed": listed(view, mail),

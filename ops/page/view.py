@@ -33,6 +33,7 @@ PAGES = {  # the paths of the navigation -> their names
     "/mail/suppressions": "Suppressions",
     "/mail/system": "Relay and workers",
     "/mail/templates": "Templates",
+    "/mail/webhooks": "Webhooks",
     "/mail/actions": "Actions",
 }
 WITHOUT_LOGIN = "without login"  # in the place of a name
@@ -46,6 +47,9 @@ DONE: Mapping[str, str] = {  # what a page says after an action: the `done` of i
     "copy": "A copy is on its way to ALERT_TO.",
     "suppress": "The address is on the list: no mail goes there until it is taken off.",
     "unsuppress": "The address is off the list. A mail that was suppressed can be requeued on its own page.",
+    "webhook_replay": "What was given up waits again, and is posted as soon as the endpoint takes it.",
+    "webhook_again": "The event is posted again, with the same webhook-id.",
+    "webhook_test": "A test event is on its way.",
     "move": "It is moved, and is not sent before its new time.",
 }
 

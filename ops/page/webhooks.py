@@ -1,0 +1,88 @@
+"""The endpoints that are told what becomes of mails: `/mail/webhooks`; what waits, what was posted, and is again.
+
+Of an endpoint's URL only the host is known here: the rest may be a secret.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+from flask import Response, abort, request
+
+from ops.page import audit
+from ops.page.view import View, go
+from queues.connection import Redis, translating_errors
+from webhooks.queue import LOGGED, Line, Post, Queue, standings
+
+PATH = "/mail/webhooks"
+SHOWN = 50  # posts of each endpoint
+AT_ONCE = 10_000  # events that one press of a button puts back
+
+
+class Posted(NamedTuple):
+    """A post, or an event that waits: then it has no `post`."""
+
+    endpoint: str
+    line: Line
+    post: Post | None = None
+
+    @property
+    def happened(self) -> float:
+        return self.line.micros / 1e6
+
+
+def show(view: View) -> Response:
+    with translating_errors():
+        found = standings(view.redis)
+        posts = {one.name: posted(view.redis, one.name, SHOWN) for one in found}
+    silent = [one.name for one in found if one.is_silent(time.time())]
+    return view.render("webhooks.html", "Webhooks", endpoints=found, posts=posts, silent=silent)
+
+
+def posted(redis: Redis, name: str, most: int, mail_id: str = "") -> list[Posted]:
+    """Returns the last posts, the latest first; with `mail_id`, those of this mail."""
+    found = []
+    for post in Queue(redis, name).log(most):
+        try:
+            line = Line.parse(post.line)
+        except (ValueError, AttributeError):
+            continue
+        if mail_id in ("", post.mail_id):
+            found.append(Posted(name, line, post))
+    return found
+
+
+def of_mail(redis: Redis, mail_id: str) -> list[Posted]:
+    """Returns what of a mail was posted, and what waits to be."""
+    found: list[Posted] = []
+    with translating_errors():
+        for one in standings(redis):
+            found += reversed(posted(redis, one.name, LOGGED, mail_id))
+            found += (Posted(one.name, line) for line in Queue(redis, one.name).waiting_of(mail_id))
+    return found
+
+
+def act(view: View, endpoint: str, act: str) -> Response:
+    """Replays what was given up, or one event of the log; or posts a test."""
+    with translating_errors():
+        if endpoint not in [one.name for one in standings(view.redis)]:
+            abort(404)
+        queue = Queue(view.redis, endpoint)
+        what: Any = {"replay": replay, "test": lambda queue: queue.test(time.time()), "again": again}.get(act)
+        if not what:
+            abort(404)
+        what(queue)
+    audit.note(view.redis, view.who, f"webhook_{act}", endpoint)
+    return go(f"{PATH}?done=webhook_{act}")
+
+
+def replay(queue: Queue) -> None:
+    queue.replay(AT_ONCE)
+
+
+def again(queue: Queue) -> None:
+    mail_id, line = request.form.get("mail", ""), request.form.get("line", "")
+    if not any((post.mail_id, post.line) == (mail_id, line) for post in queue.log()):
+        abort(404)
+    queue.put(mail_id, line)
