@@ -33,18 +33,23 @@ from pydantic import (
 
 from process import env_file
 from process.api_keys import ApiKey, parse_api_keys
+from process.grants import Grant, parse_grant
 from process.relays import ONLY, RelaySettings, parse_relays
 from process.values import (
+    IMAP_URL,
     Address,
     Duration,
     Host,
     Listen,
     Port,
     Rates,
+    is_imap_url,
     is_loopback,
     is_safe_url,
     parse_address,
     parse_allowlist,
+    parse_bounce_address,
+    parse_domain,
     parse_ehlo_name,
     parse_one_address,
     parse_schedule,
@@ -54,10 +59,13 @@ from process.webhooks import ONLY as ONLY_WEBHOOK
 from process.webhooks import SECRET, URL, EndpointSettings, is_fit, parse_secrets, parse_webhooks
 
 # fmt: off
-SECRETS = ("redis_url", "smtp_password", "api_keys", "dashboard_password", "alert_url", "relays", "webhook_url",
-           "webhook_secret", "webhooks")
+SECRETS = ("redis_url", "smtp_password", "smtp_oauth", "api_keys", "dashboard_password", "alert_url", "dkim_key",
+           "relays", "webhook_url", "webhook_secret", "webhooks", "bounce_imap_url", "doubt_imap_url")
 # fmt: on
-VERBATIM = ("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url")  # any text, so `#` too
+VERBATIM = (  # any text, so `#` too
+    *("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url"),
+    *("bounce_imap_url", "doubt_imap_url"),
+)
 CUT = "{} would end before its #: put the whole value in single quotes, or the comment on a line of its own"
 DEV_KEY = "dev"  # bin/dev's API key; everybody knows it, so it may be served on loopback only
 
@@ -86,6 +94,8 @@ class Settings(BaseModel):
     smtp_username: str | None = None
     smtp_password: SecretStr | None = None
     smtp_password_file: FilePath | None = None
+    smtp_oauth: Annotated[Grant, parsed_by(parse_grant)] | None = None
+    smtp_oauth_file: FilePath | None = None
     smtp_ca_file: FilePath | None = None
     smtp_timeout: Duration = 30
     ehlo_name: Annotated[str, parsed_by(parse_ehlo_name)] | None = None
@@ -94,8 +104,18 @@ class Settings(BaseModel):
     relays_file: FilePath | None = None
 
     mail_from: str | None = None
+    dkim_domain: Annotated[str, parsed_by(parse_domain)] | None = None
+    dkim_selector: Annotated[str, parsed_by(parse_domain)] | None = None
+    dkim_key: SecretStr | None = None
+    dkim_key_file: FilePath | None = None
     mail_redirect_to: Annotated[str, parsed_by(parse_one_address)] | None = None
     mail_allowlist: Annotated[tuple[str, ...], parsed_by(parse_allowlist)] = ()
+
+    bounce_address: Annotated[str, parsed_by(parse_bounce_address)] | None = None
+    bounce_imap_url: SecretStr | None = None
+    bounce_imap_url_file: FilePath | None = None
+    doubt_imap_url: SecretStr | None = None
+    doubt_imap_url_file: FilePath | None = None
 
     listen: Listen = Address("127.0.0.1", 8000)
     api_processes: Annotated[int, Field(ge=1, le=64)] = 2
@@ -174,6 +194,10 @@ class Settings(BaseModel):
         faults = []
         if self.smtp_host and self.relays:
             faults.append("SMTP_HOST and RELAYS both name a relay: put the one of SMTP_HOST into RELAYS, and unset it")
+        if bool(self.dkim_domain) != bool(self.dkim_selector):
+            faults.append("DKIM_DOMAIN and DKIM_SELECTOR go together: set both, or neither")
+        if self.smtp_password and self.smtp_oauth:
+            faults.append("only one of SMTP_PASSWORD and SMTP_OAUTH may be set")
         if self.smtp_username and self.smtp_security == "none" and not is_loopback(self.smtp_host or ""):
             faults.append("SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls or tls")
         open_to_all = [self.listen.host, *(address.host for address in self.submission_listen)]
@@ -196,6 +220,10 @@ class Settings(BaseModel):
             faults.append("WEBHOOK_URL and WEBHOOKS both name an endpoint: put it into WEBHOOKS, and unset WEBHOOK_URL")
         if self.webhook_url and not is_fit(self.webhook_url.get_secret_value()):
             faults.append(f"WEBHOOK_URL {URL}")
+        for name in ("bounce_imap_url", "doubt_imap_url"):
+            given = getattr(self, name)
+            if given and not is_imap_url(given.get_secret_value()):
+                faults.append(f"{name.upper()} must be {IMAP_URL}")
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -223,7 +251,7 @@ class Settings(BaseModel):
         """Returns the relays in the order in which they are asked: those of RELAYS, or the one of SMTP_HOST, if any."""
         if self.relays or not self.smtp_host:
             return self.relays
-        fields = ("host", "port", "security", "username", "password", "ca_file", "rate")
+        fields = ("host", "port", "security", "username", "password", "oauth", "ca_file", "rate")
         return (RelaySettings.model_construct(name=ONLY, **{name: getattr(self, f"smtp_{name}") for name in fields}),)
 
     @property
@@ -310,9 +338,10 @@ def load(*needed: str, **overrides: Any) -> Settings:
     missing = [
         f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not there.get(name, getattr(settings, name))
     ]
-    if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password):
+    if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password or settings.smtp_oauth):
         # Checked in the process that sends the mail: under systemd, the API is not given the password.
-        missing.append("SMTP_USERNAME and SMTP_PASSWORD go together: set both, or neither for a relay without a login")
+        why = "SMTP_USERNAME and SMTP_PASSWORD go together: set both, or neither for a relay without a login"
+        missing.append(why.replace("PASSWORD", "OAUTH") if settings.smtp_oauth else why)
     if "webhook_url" in needed and settings.webhook_url and not settings.webhook_secret:
         missing.append(f"WEBHOOK_SECRET is not set: it {SECRET}")
     if missing:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import datetime, timezone
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from queues.offer import OFFERED as OFFERED  # all of this file that carries @task, for service.py and worker.py
-from queues.offer import task
+from queues.offer import each_minute, task
 
 
 def deliver(mail_id: str) -> object:
@@ -34,3 +34,19 @@ def why_failed(hours: Annotated[int, Field(ge=1, le=24 * 14)] = 24) -> dict[str,
 
     since = datetime.now(timezone.utc).timestamp() - hours * 3600
     return dict(Counter(delivery.current().outbox.failures(since)).most_common())
+
+
+@each_minute(needs="bounce_imap_url")
+def read_reports() -> dict[str, Any]:
+    """Reads the bounces and complaints that are new in the mailbox of BOUNCE_IMAP_URL."""
+    from mail import delivery, mailboxes  # see `deliver`
+
+    return mailboxes.read_reports(delivery.current().outbox)
+
+
+@each_minute(needs="doubt_imap_url")
+def resolve_doubt() -> dict[str, Any]:
+    """Settles mail in doubt that is in the folder of DOUBT_IMAP_URL."""
+    from mail import delivery, mailboxes  # see `deliver`
+
+    return mailboxes.resolve_doubt(delivery.current().outbox)

@@ -1,6 +1,7 @@
 """Plays faults on real processes and counts the mail afterwards: `python -m chaos`.
 
 scenes.py            the scenes by name: each a fault in one sentence
+standby.py           the scenes with two relays
 faults.py            what is done to the processes, Redis, the relay or the clock
 stage.py, proxy.py   the processes of one scene, and a way into their connections
 ledger.py            what was sent once, doubled or lost

@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from chaos.stage import TAKEN, Mail, Stage
+from chaos.standby import preferred
 from mail.states import FINAL, State, Status
 from ops.checks.store import program
 from tests.scripted_relay import Acceptance, header
@@ -46,7 +47,7 @@ def account(stage: Stage) -> Row:
     row = Row(stage.scene.name, version, stage.on_doubt, accepted=len(stage.accepted))
     row.recovery = stage.wait_until_final()
     copies: dict[str, list[Acceptance]] = defaultdict(list)
-    for one in sorted(stage.relay.log, key=lambda one: one.at):
+    for one in sorted(stage.relay.log + stage.second.log, key=lambda one: one.at):
         for address in one.recipients:
             copies[address].append(one)
     for mail in stage.mails:
@@ -140,8 +141,9 @@ def _check(row: Row, stage: Stage) -> None:
     if stage.on_doubt == "retry" and row.in_doubt:
         row.broken.append("ON_DOUBT=retry holds no mail")
     known = {address for mail in stage.mails for address in mail.recipients}
-    if any(address not in known for one in stage.relay.log for address in one.recipients):
+    if any(address not in known for one in stage.relay.log + stage.second.log for address in one.recipients):
         row.broken.append("the relay has mail that nobody submitted")
+    row.broken += preferred(stage) if stage.scene.standby else ()
     odd = {status: count for status, count in stage.answers.items() if status not in (0, *TAKEN, 503)}
     if odd:
         row.broken.append(f"the API answered {odd}")

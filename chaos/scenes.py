@@ -10,6 +10,7 @@ import signal
 from functools import partial
 from typing import Any
 
+from chaos import standby
 from chaos.faults import (
     ACCEPT,
     HOUR,
@@ -280,7 +281,7 @@ def _all() -> list[Scene]:
     scenes.append(
         Scene("replies lost under load", "the same, of the commands of several", play, proxied=True, **UNDER_LOAD)
     )
-    return scenes + MORE
+    return scenes + MORE + standby.SCENES
 
 
 SCENES = {scene.name: scene for scene in _all()}

@@ -61,6 +61,7 @@ class Scene:
     refuses: bool = False  # some recipients are refused for good
     spread: float = 5  # seconds over which the mails are submitted
     by_smtp: bool = False  # the client knows nothing of us: the same mail again until it hears 250
+    standby: bool = False  # there is a second relay, by RELAYS
     times: int = 1  # so many times the usual number of mails
     limit: float = PROMISE  # seconds from the end of the fault until every mail is final
 
@@ -130,6 +131,7 @@ class Stage:
         self.proxy = Proxy(self.redis_server.port)
         self.authority = trustme.CA()
         self.relay = self._make_relay()
+        self.second = ScriptedRelay({"BODY": lambda _: "", ".": take}, port=free_port(), patience=300)  # for `standby`
         self.api = Api(free_port())
         self.smtp_port = free_port()
         self.pauses = [self.rng.uniform(0, 2 * scene.spread / len(self.mails)) for _ in self.mails]
@@ -140,6 +142,7 @@ class Stage:
         self.doomed = {mail.key for mail in self.mails if any(who.startswith(REFUSED) for who in mail.recipients)}
         self.has_stopped_a_worker = False  # one that went on later, so that it and another may have sent
         self.fault_over = 0.0
+        self.back_at = 0.0  # when the first of two relays was well again
         self.submitted = False
         self.over = threading.Event()
 
@@ -167,6 +170,9 @@ class Stage:
                 parts.enter_context(self.proxy)
             self.relay.__enter__()
             parts.callback(self.leave_relay)
+            if self.scene.standby:
+                self.second.__enter__()
+                parts.callback(self.leave_relay, self.second)
             port = self.proxy.port if self.scene.proxied else self.redis_server.port
             self.house = parts.enter_context(House(self.directory, f"redis://127.0.0.1:{port}/0", **self._settings()))
             if "RETRY_SCHEDULE" not in self.scene.settings:
@@ -185,6 +191,12 @@ class Stage:
             "SMTP_SECURITY": "none",
             "ON_DOUBT": self.on_doubt,
         }
+        if self.scene.standby:
+            settings = {name: value for name, value in settings.items() if not name.startswith("SMTP_")}
+            settings["RELAYS"] = "".join(
+                f'[{name}]\nhost = "127.0.0.1"\nport = {relay.port}\nsecurity = "none"\n'
+                for name, relay in (("first", self.relay), ("second", self.second))
+            )
         if self.scene.secure:
             settings |= {"SMTP_SECURITY": "starttls", "SMTP_CA_FILE": write_ca(self.authority, self.directory)}
             settings |= {"SMTP_USERNAME": "mailer", "SMTP_PASSWORD": "password"}
@@ -269,31 +281,33 @@ class Stage:
         return [f"worker-{number}" for number in range(self.scene.workers)]
 
     @contextmanager
-    def relay_says(self, **steps: Step | list[Step]) -> Iterator[None]:
-        """Changes the relay's replies while the body runs. `DOT` is the final dot."""
+    def relay_says(self, relay: ScriptedRelay | None = None, /, **steps: Step | list[Step]) -> Iterator[None]:
+        """Changes a relay's replies while the body runs. `DOT` is the final dot."""
+        script = (relay or self.relay).script
         changed = {"." if name == "DOT" else name: step for name, step in steps.items()}
-        before = {name: self.relay.script.get(name) for name in changed}
+        before = {name: script.get(name) for name in changed}
         for name, step in changed.items():
-            self.relay.script[name] = list(step) if isinstance(step, list) else [step]
+            script[name] = list(step) if isinstance(step, list) else [step]
         yield
         for name, steps_before in before.items():
             if steps_before is None:
-                del self.relay.script[name]
+                del script[name]
             else:
-                self.relay.script[name] = steps_before
+                script[name] = steps_before
 
-    def leave_relay(self) -> None:
-        self.relay.hang_up_on_all()
-        self.relay.__exit__()
+    def leave_relay(self, relay: ScriptedRelay | None = None) -> None:
+        relay = relay or self.relay
+        relay.hang_up_on_all()
+        relay.__exit__()
 
     @contextmanager
-    def relay_away(self) -> Iterator[None]:
-        """Lets the relay refuse connections while the body runs."""
-        self.leave_relay()
+    def relay_away(self, relay: ScriptedRelay | None = None) -> Iterator[None]:
+        """Lets a relay refuse connections while the body runs."""
+        self.leave_relay(relay)
         try:
             yield
         finally:
-            self.relay.__enter__()
+            (relay or self.relay).__enter__()
 
     # --- the client ---
 

@@ -17,7 +17,7 @@ from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
 from process.relays import ONLY
 from queues import keys
 from queues.heartbeat import LEASE_SECONDS, on_heartbeat
-from smtp.policy import MESSAGE
+from smtp.policy import may_be_the_mails
 
 SUPPRESSED_RECIPIENTS = "recipients:suppressed"  # in mail.counters' totals
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
@@ -35,8 +35,10 @@ return 1
 SETTLE = """
 local id, token, state = ARGV[1], ARGV[2], ARGV[3]
 local mine = redis.call('GET', KEYS[2]) == token
-if redis.call('HGET', KEYS[1], 'settled_by') == token then return 1 end
+local settled_by, was = unpack(redis.call('HMGET', KEYS[1], 'settled_by', 'state'))
+if settled_by == token then return 1 end
 if not mine and state ~= 'sent' then return 0 end
+if was == 'bounced' or was == 'complained' then return 1 end  -- somebody else has sent it, and a report has come
 local counts = 8 + ARGV[6]
 local fields = counts + ARGV[7]
 if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, fields)}) then return 0 end
@@ -87,8 +89,9 @@ class Recipient:
 class Claim:
     """One attempt's hold on one mail. `counted` is the number of attempts that count against it; `expires_at` is in
     seconds since 1970, 0 for a mail that does not expire; `reserved` names the relay where it has its turn now ("1":
-    that of SMTP_HOST), `relay` the one that it must go by, `held_by` the one that may have it already; `counts` goes
-    into the totals with the outcome. The recipients of a `test` are all served already."""
+    that of SMTP_HOST), `relay` the one that it must go by, `held_by` the one that may have it already, and if that
+    can be asked, `asked` since when (seconds since 1970) and what identifies it; `counts` goes into the totals with the
+    outcome. The recipients of a `test` are all served already."""
 
     store: Store
     id: str
@@ -106,9 +109,11 @@ class Claim:
     reserved: str = ""
     relay: str = ""
     held_by: str = ""
+    asked: str = ""
     test: bool = False
     priority: str = "normal"
-    calm: bool = False  # the relay was not in trouble as the mail was claimed
+    return_path: str = ""  # in the place of the sender in its envelope, but for a mail that has none there
+    calm: bool = False  # no relay was in trouble as the mail was claimed
     suppressing: bool = False  # the suppression list is not empty, and is to be obeyed
     suppress: list[bytes] = field(default_factory=list)  # what settle adds to it: mail.suppression
     settled: bool = False
@@ -125,9 +130,18 @@ class Claim:
         """Returns the seconds since the mail was accepted, or asked for again."""
         return time.time() - self.since.timestamp()
 
+    @property
+    def envelope_sender(self) -> str:
+        """Returns the address to which servers report. What is itself a report, and so has none, gets none."""
+        given = self.message.envelope_sender
+        return (self.return_path or given) if given else ""
+
     def put_off_by(self, relay: str) -> bool:
         """Returns whether the relay has put off this mail itself before; not only that it could not be reached."""
-        return any(one.get("phase") in MESSAGE and one.get("relay_name", ONLY) == relay for one in self.attempts)
+        return any(
+            may_be_the_mails(one.get("phase"), one.get("code")) and one.get("relay_name", ONLY) == relay
+            for one in self.attempts
+        )
 
     @property
     def keys(self) -> list[str]:
@@ -151,7 +165,7 @@ class Claim:
         """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt, and which
         relay may have the mail. The claim itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
         marked = [replace(one, status=statuses.get(one.address, one.status)) for one in undecided(self.recipients)]
-        held = [] if relay == ONLY else ["held_by", relay]
+        held = [] if relay == ONLY else ["held_by", relay, *(["asked", self.asked] if self.asked else [])]
         if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, recipients_to_json(marked), *held]):
             raise ClaimLost(self.id)
 
@@ -169,7 +183,11 @@ class Claim:
             "settled_at": now,
             "in_line": reserved,
             "next_attempt_at": iso(now + next_in) if next_in else "",
-            **({"held_by": self.held_by} if any("relay_name" in one for one in self.attempts[-1:]) else {}),
+            **(
+                {"held_by": self.held_by, "asked": self.asked}
+                if any("relay_name" in one for one in self.attempts)
+                else {}
+            ),
         }
         words = [word for pair in fields.items() for word in pair]
         counts = [word for pair in self.counts.items() for word in pair]

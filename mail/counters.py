@@ -6,8 +6,9 @@ where a second run after a lost reply turns back: they cost no round trip and ar
 takes for its answers is gathered in the process and handed over every 15 seconds, so that no request waits for it; a
 kill loses the last of these figures, and of nothing else.
 
-Fields: `accepted`, RESULTS, `delayed`, `in_doubt`, `attempt:<verdict>`, and of a histogram `<name>:<bound in seconds>`
-(each observation in the first that holds it) and `<name>:us` (their sum in microseconds).
+Fields: `accepted`, RESULTS, `delayed`, `in_doubt`, `attempt:<verdict>`, of each of several relays
+`relay:<name>:<verdict>`, and of a histogram `<name>:<bound in seconds>` (each observation in the first that holds it)
+and `<name>:us` (their sum in microseconds).
 """
 
 from __future__ import annotations

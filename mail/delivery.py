@@ -18,10 +18,13 @@ from typing import Any, NoReturn
 import settings
 from mail.claim import Busy, Claim, Early, iso
 from mail.counters import DELIVERED, SMTP
+from mail.dkim import Signer
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
+from mail.parsed import Unsayable
+from mail.posted import fields_of, key_of
 from mail.routes import Routes, Way
-from mail.states import AGAIN, ALL_SUPPRESSED, EXPIRED, NOT_ADMITTED, TROUBLE_TOO_LONG, State, Status
+from mail.states import AGAIN, ALL_SUPPRESSED, EXPIRED, NOT_ADMITTED, RETURNED, TROUBLE_TOO_LONG, State, Status
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
@@ -30,10 +33,11 @@ from queues.pipelining import PipeliningRedis
 from queues.running import Retry, allow_exceptions, queued_at, run_again_in, run_by, take_next, taken_with_it
 from smtp.envelope import Envelope
 from smtp.pacing import WAITS, Wait
-from smtp.policy import MESSAGE, Phase, Verdict
+from smtp.policy import Phase, Verdict, may_be_the_mails
 from smtp.pool import Conversation, SessionPool
 from smtp.tally import Tally
 from smtp.verdict import Outcome, Reply
+from upstream.client import Upstream, as_json
 
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
 AFTER = {  # the reply that decided -> what the recipient is after the attempt
@@ -43,6 +47,7 @@ AFTER = {  # the reply that decided -> what the recipient is after the attempt
     Verdict.TROUBLE: Status.PENDING,
     Verdict.IN_DOUBT: Status.IN_DOUBT,
 }
+UNSAYABLE = "it cannot leave by HTTP"  # why a mail failed
 AT_DOT = AFTER | {Verdict.ACCEPTED: Status.IN_DOUBT}  # the reply to RCPT, while the final dot is unanswered
 
 
@@ -63,6 +68,7 @@ class Delivery:
         self.pool = SessionPool()
         self.tally = Tally(self.pool, self.routes.relays)
         self.dots = Dots()
+        self.signer = Signer.of(outbox.settings)
         self.ahead = threading.local()  # the mail at which a thread has looked ahead
 
     def deliver(self, mail_id: str) -> str | Retry:
@@ -77,7 +83,7 @@ class Delivery:
             return run_again_in(busy.seconds + 1)
         if isinstance(claim, str):
             emit("nothing_to_do", id=mail_id, state=claim)
-            return claim if claim in (State.SENT, State.CANCELED) else _give_up(claim)
+            return claim if claim in (State.SENT, State.CANCELED, *RETURNED) else _give_up(claim)
         with claim.held():
             try:
                 return self._attempt(claim, ahead)
@@ -90,8 +96,9 @@ class Delivery:
         admits = self.outbox.settings.admits
         if not all(admits(one.address) for one in claim.recipients if one.status != Status.ACCEPTED):
             return self._end(claim, given_up(claim), NOT_ADMITTED)  # stored before that was set, or by another service
-        take_up(claim)
-        if not (ahead and ahead.letter):
+        asks_again = self.routes.can_ask(claim)
+        take_up(claim, asks_again)
+        if not (ahead and ahead.letter) and not asks_again:  # that must be for the same recipients
             self.outbox.suppressions.obey(claim)
         todo = [one.address for one in claim.recipients if one.status == Status.PENDING]
         if not todo:
@@ -101,8 +108,9 @@ class Delivery:
         with self.routes.lend(claim) as way:
             if isinstance(way, Wait):
                 return self._wait(claim, way)
-            letter = (ahead and ahead.letter) or written(claim, todo)
-            # A way with `upstream` goes here: it needs no dot, and records, concludes and tells the breaker likewise.
+            if way.upstream:
+                return self._post(claim, way, way.upstream, todo)
+            letter = (ahead and ahead.letter) or written(claim, todo, self.signer)
             return self._hand_over(claim, way, *letter, ahead.talk if ahead else None)
 
     def _wait(self, claim: Claim, wait: Wait) -> str | Retry:
@@ -127,16 +135,37 @@ class Delivery:
                 claim.mark_in_doubt(at_dot(envelope.recipients, said), way.name)
                 said = talk.finish()
             SMTP.note(time.monotonic() - started, claim.counts)
-            figures = talk.figures(since=claim.started)
-            put_off = claim.put_off_by(way.name)
-            if said.reply.is_about_the_mail and self._met_by_others(way, said.reply, put_off):
-                said = said.repeated()
-            record(claim, said, way, figures)
-            self.outbox.suppressions.note_refused(claim, said)
-            try:  # written down before a word more to the relay, and before anything else
-                return self._conclude(claim, list(said.recipients.values()), way)
-            finally:
-                self._tell_breaker(way, said.reply, put_off)
+            return self._write_down(claim, way, said, talk.figures(since=claim.started))
+
+    def _post(self, claim: Claim, way: Way, upstream: Upstream, recipients: list[str]) -> str | Retry:
+        """Hands the mail to an upstream. What is not answered is asked again under the same key, so nothing is in doubt
+        as long as that is known there. That it may be asked is written down before."""
+        try:
+            body = as_json(fields_of(claim.message, claim.message_id, recipients))
+        except Unsayable as what:
+            return self._end(claim, given_up(claim), f"{UNSAYABLE}: {what}")
+        started, before = time.monotonic(), (claim.asked, claim.held_by)
+        claim.asked = claim.asked or f"{time.time():.3f} {upstream.identity}"
+        claim.mark_in_doubt(dict.fromkeys(recipients, Status.IN_DOUBT), way.name)
+        reply = upstream.post(key_of(claim.id, claim.message, recipients), body, way.relay.deadline)
+        if reply.may_have_been_taken:
+            claim.held_by = way.name
+        else:  # another answer says nothing of what was asked earlier
+            claim.asked, claim.held_by = ("", "") if reply.verdict in (Verdict.ACCEPTED, Verdict.REFUSED) else before
+        SMTP.note(time.monotonic() - started, claim.counts)
+        figures = {"took_ms": round((time.monotonic() - claim.started) * 1000), "bytes": len(body)}
+        return self._write_down(claim, way, Outcome(reply, dict.fromkeys(recipients, reply)), figures)
+
+    def _write_down(self, claim: Claim, way: Way, said: Outcome, figures: Mapping[str, Any]) -> str | Retry:
+        put_off = claim.put_off_by(way.name)
+        if said.reply.is_about_the_mail and self._met_by_others(way, said.reply, put_off):
+            said = said.repeated()
+        record(claim, said, way, figures)
+        self.outbox.suppressions.note_refused(claim, said)
+        try:  # written down before a word more to the relay, and before anything else
+            return self._conclude(claim, list(said.recipients.values()), way)
+        finally:
+            self._tell_breaker(way, said.reply, put_off)
 
     def _look_ahead(self, way: Way, talk: Conversation) -> None:
         """Takes the next mail now, if all senders are busy, and holds it. The envelope of one that nothing can stop any
@@ -149,7 +178,7 @@ class Delivery:
             if isinstance(claim, Claim):
                 self.ahead.mail = ahead = Ahead(claim)
                 if self._is_plain(claim):
-                    ahead.letter = written(claim, [one.address for one in claim.recipients])
+                    ahead.letter = written(claim, [one.address for one in claim.recipients], self.signer)
                     ahead.talk = talk.announce(*ahead.letter)
 
     def _is_plain(self, claim: Claim) -> bool:
@@ -192,6 +221,8 @@ class Delivery:
         """Writes down the state after this attempt, logs it, and says to RQ what is to become of the job."""
         if state == State.DELAYED and claim.has_expired(within=pause):
             return self._expire(claim)  # now rather than then: there will be no other attempt
+        for one in claim.recipients if claim.asked else ():
+            one.status = Status.IN_DOUBT if one.status == Status.PENDING else one.status
         claim.settle(state, reason=reason, next_in=pause, reserved=reserved)
         emit(state, id=claim.id, reason=reason, next_in=f"{pause}s" if pause else None, test=claim.test or None)
         if state == State.SENT:
@@ -205,9 +236,9 @@ class Delivery:
         # What was said to several mails alike is about the account, or about what one caller sends. The relay is there,
         # and others are to find out for themselves.
         if not reply.repeated and (reply.code is None or reply.verdict is Verdict.TROUBLE):
-            inside = reply.phase in MESSAGE
+            inside = may_be_the_mails(reply.phase, reply.code)
             pause = 0 if reply.phase is Phase.RCPT else reply.pause  # which may be one recipient's
-            if way.pacing.trouble(pause, put_off and inside, reply=reply, relay=way.relay):
+            if way.pacing.trouble(pause, put_off and inside, reply=reply, relay=way.place):
                 emit("breaker_opened", reason=reply.summary, relay=way.marks.get("relay_name"))
         elif way.pacing.well():
             emit("breaker_closed", relay=way.marks.get("relay_name"))
@@ -235,28 +266,32 @@ class Ahead:
             self.talk.drop()
 
 
-def written(claim: Claim, recipients: list[str]) -> tuple[Envelope, bytes]:
-    """Returns a mail's envelope and text."""
+def written(claim: Claim, recipients: list[str], signer: Signer | None = None) -> tuple[Envelope, bytes]:
+    """Returns a mail's envelope, and its text as it goes out."""
     message = claim.message
-    envelope = Envelope(message.envelope_sender, recipients, message.needs_smtputf8, message.needs_8bitmime)
-    return envelope, to_mime(message, claim.message_id, claim.created_at)
+    envelope = Envelope(claim.envelope_sender, recipients, message.needs_smtputf8, message.needs_8bitmime)
+    mime = to_mime(message, claim.message_id, claim.created_at)
+    return envelope, signer.signed(mime) if signer else mime
 
 
-def take_up(claim: Claim) -> None:
-    """Deals with the traces of earlier attempts, before this one."""
+def take_up(claim: Claim, asks_again: bool = False) -> None:
+    """Deals with the traces of earlier attempts, before this one. `asks_again`: of an upstream that may have the mail,
+    whether it has; those recipients are this attempt's, and no others."""
     asked_again = claim.state_before in AGAIN
     if asked_again:
-        claim.counted, claim.held_by = 0, ""
+        claim.counted, claim.held_by = 0, claim.held_by if asks_again else ""
     if claim.state_before == State.SENDING:
         died = {"verdict": "interrupted", "text": "the worker died in this attempt"}
         claim.attempts.append({"at": iso(time.time()), **died})
         claim.counts["attempt:interrupted"] += 1
-        if any(one.status == Status.IN_DOUBT for one in claim.recipients):
-            claim.counts["in_doubt"] += 1
-    retry_doubt = (asked_again or claim.on_doubt == "retry") and not claim.has_expired()
+    unresolved = claim.asked and not asks_again  # the key is known no more, or the upstream
+    if unresolved or (claim.state_before == State.SENDING and not asks_again):
+        claim.asked = ""
+        claim.counts["in_doubt"] += any(one.status == Status.IN_DOUBT for one in claim.recipients)
+    retry_doubt = (asked_again or asks_again or claim.on_doubt == "retry") and not claim.has_expired()
     for one in claim.recipients:
         refused = one.status == Status.SUPPRESSED or (one.status == Status.REFUSED and asked_again)
-        if refused or (one.status == Status.IN_DOUBT and retry_doubt):
+        if (refused and not asks_again) or (one.status == Status.IN_DOUBT and retry_doubt):
             one.status = Status.PENDING
 
 
@@ -280,12 +315,13 @@ def record(claim: Claim, outcome: Outcome, way: Way, figures: Mapping[str, Any])
         claim.held_by = way.name
     said = {"phase": reply.phase, "code": reply.code, "text": reply.text, "verdict": verdict}
     by = {"worker": run_by(), "began": iso(claim.claimed_at)}
-    claim.attempts.append({"at": iso(time.time()), "relay": str(way.relay), **way.marks, **said, **by, **figures})
+    claim.attempts.append({"at": iso(time.time()), "relay": str(way.place), **way.marks, **said, **by, **figures})
 
 
 def given_up(claim: Claim) -> State:
     """Returns the state of a mail for which there will be no other attempt."""
-    return State.UNKNOWN if any(one.status == Status.IN_DOUBT for one in claim.recipients) else State.FAILED
+    in_doubt = claim.asked or any(one.status == Status.IN_DOUBT for one in claim.recipients)
+    return State.UNKNOWN if in_doubt else State.FAILED
 
 
 def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int]) -> tuple[State, int]:
@@ -301,7 +337,7 @@ def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int]) 
         claim.counted += 1
         if claim.counted <= len(schedule):
             return State.DELAYED, max(asked_for, jittered(schedule[claim.counted - 1]))
-        return State.FAILED, 0
+        return State.UNKNOWN if claim.asked else State.FAILED, 0
     if Status.IN_DOUBT in statuses:
         return State.UNKNOWN, 0
     if Status.REFUSED in statuses:
@@ -318,7 +354,7 @@ def is_trouble(claim: Claim, replies: Sequence[Reply]) -> bool:
 def _troubled(claim: Claim) -> int:
     """Returns how often the relay has put off this mail without charging it, 6 at most: each doubles the pause, to half
     an hour. Mail that only waits for a relay that is away comes back within half a minute."""
-    inside = sum(one.get("phase") in MESSAGE and not one.get("moved") for one in claim.attempts)
+    inside = sum(may_be_the_mails(one.get("phase"), one.get("code")) and not one.get("moved") for one in claim.attempts)
     return min(6, max(0, inside - claim.counted - 1))
 
 
@@ -331,10 +367,11 @@ def _goes_on(replies: Sequence[Reply]) -> bool:
 
 
 def _silenced(claim: Claim) -> bool:
-    """Returns whether the relay has gone silent on this mail three times running, after it had let us in: then the mail
-    itself may be the reason, and it counts."""
-    last, inside = claim.attempts[-3:], (Phase.MAIL, Phase.RCPT, Phase.DATA)
-    return len(last) == 3 and all(one.get("phase") in inside and one["code"] is None for one in last)
+    """Returns whether the relay has gone silent on this mail three times running, after it had let us in, or an
+    upstream has met with a fault of its own: then the mail itself may be the reason, and it counts."""
+    met = ((Phase.MAIL, None), (Phase.RCPT, None), (Phase.DATA, None), (Phase.HTTP, 500))
+    last = claim.attempts[-3:]
+    return len(last) == 3 and all((one.get("phase"), one.get("code")) in met for one in last)
 
 
 def reason(claim: Claim, replies: Sequence[Reply]) -> str:

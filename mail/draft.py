@@ -41,9 +41,13 @@ def compose(request: Request, rendered: tuple[str, str | None, str | None] | Non
         html=html_with_ids(
             html, {one.content_id: one.cid for one in request.attachments if one.content_id and one.cid}
         ),
-        headers={**request.headers, **unsubscribe.headers(request.unsubscribe_url, request.unsubscribe_email)},
+        headers={**_headers(request), **unsubscribe.headers(request.unsubscribe_url, request.unsubscribe_email)},
         attachments=[one.stored() for one in request.attachments],
     )
+
+
+def _headers(request: Request) -> dict[str, str]:
+    return {name: value for name, value in request.headers.items() if name.lower() != "message-id"}
 
 
 def redirected(message: Message, settings: Settings) -> Message:
@@ -75,7 +79,9 @@ def prepare(body: object, *, default_sender: Mailbox | None, max_recipients: int
         request.on_doubt,
         scheduled_at=at,
         priority=request.priority,
+        message_id=request.message_id,
         relay=request.relay or "",
+        skip_suppression=request.skip_suppression,
     )
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 # Headers that mail libraries hand over with the rest, and that say nothing of which this service writes another.
 WRITTEN_ANYWAY = re.compile(r"sender|date|message-id|mime-version|content-.*", re.IGNORECASE)
+MESSAGE_ID = re.compile(r"<[!-;=?A-~]{1,200}@[!-;=?A-~]{1,200}>")  # that is taken as it is
 
 
 def request(body: dict[str, Any]) -> dict[str, Any]:
@@ -47,8 +48,8 @@ def attachment(value: Any) -> Any:
 
 def headers(value: Any) -> Any:
     """Takes PHP's `[]` as no headers, a list of `{name, value}` as an object, and leaves out what this service writes
-    in any case. A number becomes its text, and a list one text: of message ids with spaces between, else with commas.
-    """
+    in any case: a Message-ID only if it is none. A number becomes its text, and a list one text: of message ids with
+    spaces between, else with commas."""
     if isinstance(value, list) and all(isinstance(one, dict) and set(one) == {"name", "value"} for one in value):
         pairs = [(one["name"], one["value"]) for one in value]
         value = dict(pairs) if all(isinstance(name, str) for name, _ in pairs) else value
@@ -56,7 +57,15 @@ def headers(value: Any) -> Any:
             raise ValueError("must not have a name twice; give the header a list of values")
     if not isinstance(value, dict):
         return value
-    return {name: header_value(name, member) for name, member in value.items() if not WRITTEN_ANYWAY.fullmatch(name)}
+    return {
+        name: header_value(name, member)
+        for name, member in value.items()
+        if not WRITTEN_ANYWAY.fullmatch(name) or is_message_id(name, member)
+    }
+
+
+def is_message_id(name: str, value: object) -> bool:
+    return name.lower() == "message-id" and isinstance(value, str) and bool(MESSAGE_ID.fullmatch(value))
 
 
 def header_value(name: str, value: Any) -> Any:

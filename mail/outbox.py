@@ -40,6 +40,7 @@ from mail.reader import MAIL_ID, NO_MAIL, Reader
 from mail.states import AGAIN, State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
 from mail.suppression import Suppressions
+from mail.verp import return_path
 from queues import keys
 from queues.acceptance import Acceptance
 from queues.connection import translating_errors
@@ -65,6 +66,7 @@ from settings import Settings
 # attempt kills its worker is parked as failed after four.
 AFTER_A_CRASH = (1, 5, 30)
 NOT_SENT = "not sent: the API key has scope test"
+BY_A_PERSON = "a person said that it arrived"  # how it is known that a mail in doubt did
 COPIED_BY = "dashboard"  # in the place of the API key that has submitted a copy
 SMALL = 4096  # characters: what zlib finds in a window of 2**12
 UNSUBSCRIBE = re.compile("list-unsubscribe", re.IGNORECASE)  # and -Post
@@ -112,7 +114,7 @@ local function claim(id, token, lease, queued_at, look_at, iso, now)
   if not holder then become(id, 'sending', nil, look_at, fields) end
   local listed = redis.pcall('HLEN', SUPPRESSED)
   listed = type(listed) == 'number' and listed or 0
-  return {'claimed', token, 1 - redis.call('EXISTS', BREAKER), listed, redis.call('HGETALL', mail)}
+  return {'claimed', token, redis.call('EXISTS', unpack(BREAKERS)) == 0 and 1 or 0, listed, redis.call('HGETALL', mail)}
 end
 """
 # ARGV: as `claim` takes them.
@@ -284,13 +286,16 @@ class Outbox(Reader):
             raise Early(reply[1] / 1000)
         if verdict != "claimed":
             return str(verdict)
-        _, token, calm, listed, fields = reply
+        return self._claimed(mail_id, *reply[1:])
+
+    def _claimed(self, mail_id: str, token: bytes, calm: int, listed: int, fields: list[bytes]) -> Claim:
         stored = {name.decode(): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
         return Claim(
             store=self.store,
             id=mail_id,
             token=token.decode(),
             calm=bool(calm),
+            return_path=return_path(self.settings.bounce_address, mail_id, self.index.proof),
             suppressing=bool(listed) and not stored.get("skip_suppression"),
             message=Message.from_json(stored["outline"], zlib.decompress(stored["content"])),
             message_id=stored["message_id"].decode(),
@@ -305,6 +310,7 @@ class Outbox(Reader):
             reserved=stored.get("in_line", b"").decode(),
             relay=stored.get("relay", b"").decode(),
             held_by=stored.get("held_by", b"").decode(),
+            asked=stored.get("asked", b"").decode(),
             test=bool(stored.get("test")),
             priority=stored.get("priority", b"normal").decode(),
         )
@@ -344,9 +350,9 @@ class Outbox(Reader):
         except NotFound:  # somebody deleted the job; the mail is left
             return []
 
-    def arrived(self, mail_id: str) -> None:
-        """Notes that a mail in doubt did arrive, as a person has found out: those in doubt were served. It is sent then
-        and its job removed; or failed, if somebody else was not served. Raises `NotFound`, `NotPossible`,
+    def arrived(self, mail_id: str, how: str = BY_A_PERSON) -> None:
+        """Notes that a mail in doubt did arrive, and how that is known: those in doubt were served. It is sent then and
+        its job removed; or failed, if somebody else was not served. Raises `NotFound`, `NotPossible`,
         `Unavailable`."""
         seen = self.read(mail_id)
         if seen["status"] != State.UNKNOWN:
@@ -357,7 +363,7 @@ class Outbox(Reader):
         left = [one for one in recipients if one.status not in (Status.ACCEPTED, Status.SUPPRESSED)]
         why = ", ".join(dict.fromkeys(f"{one.code} before" for one in left if one.code)) or seen["reason"]
         now = time.time()
-        attempts = [*seen["attempts"], {"at": iso(now), "verdict": "settled", "text": "a person said that it arrived"}]
+        attempts = [*seen["attempts"], {"at": iso(now), "verdict": "settled", "text": how}]
         args: list[Any] = [mail_id, State.FAILED if left else State.SENT, attempts_to_json(attempts)]
         args += [recipients_to_json(recipients), why if left else "", now, *([] if left else self._removal(mail_id))]
         with translating_errors():

@@ -10,20 +10,21 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from mail.claim import iso, timestamp
 from mail.counters import number
 from mail.message import Message
 from mail.states import State, effective_state
 from mail.store import LAST_SENT, mail_key
+from process.values import Rate
 from queues import keys
 from queues.connection import is_wrong_type, translating_errors
 from queues.jobs import Jobs, NotFound
 from queues.quarantine import DAMAGED
 from queues.table import EMAIL
 from settings import Settings
-from smtp.pacing import in_trouble
+from smtp.pacing import in_trouble, used
 from smtp.published import Published, published
 
 NO_MAIL = "what is stored under this id cannot be read as a mail"
@@ -38,6 +39,14 @@ LAST_EVENT: Mapping[str, str] = {
     State.DELAYED: "delivery_delayed",
     State.UNKNOWN: "delivery_delayed",
 }
+
+
+class At(NamedTuple):
+    """Says how one of the relays stands, and of each of its rates how many mails have gone within its period."""
+
+    relay: Published
+    in_trouble: bool
+    used: list[tuple[Rate, int]]
 
 
 class Reader:
@@ -143,6 +152,14 @@ class Reader:
     def relay_in_trouble(self) -> bool:
         """Returns whether the breaker of each relay is open, so that all mail waits. Raises `Unavailable`."""
         return all(in_trouble(self.jobs.redis, one.name) for one in self.relays())
+
+    def standings(self) -> list[At]:
+        """Returns how the relays stand. Raises `Unavailable`."""
+        redis = self.jobs.redis
+        return [
+            At(one, in_trouble(redis, one.name), used(redis, one.rate, one.name) if one.rate else [])
+            for one in self.relays()
+        ]
 
     def relays(self) -> list[Published]:
         """Returns the relays that the workers know, in their order. Raises `Unavailable`."""

@@ -57,6 +57,7 @@ MESSAGES = {  # pydantic's name of an error -> what it says to a caller who know
     "model_type": "must be a JSON object",
     "literal_error": "must be {expected}",
     "int_type": "must be a whole number",
+    "bool_type": "must be true or false",
     "greater_than_equal": "must be {ge} or more",
     "less_than_equal": "must be at most {le}",
 }
@@ -156,8 +157,10 @@ def content_id(text: str) -> str:
 def header_name(name: str) -> str:
     if not re.fullmatch(r"[!-9;-~]{1,76}", name):
         raise ValueError("a header name must be 1 to 76 printable ASCII characters without a colon")
-    if name.lower() == "reply-to":
-        return name  # `_reply_to_header` sees whether it only repeats the field
+    if name.lower() in ("reply-to", "message-id"):
+        return (
+            name  # `_reply_to_header` sees whether it only repeats the field; of the other, forms has left none other
+        )
     if name.lower() in ("from", "to", "cc", "bcc", "subject"):
         raise ValueError(f"must be left out: the field {name.lower().replace('-', '_')} writes this header")
     if OURS.fullmatch(name):
@@ -249,8 +252,14 @@ class Request(StrictModel):
     on_doubt: Literal["retry", "hold"] | None = None
     priority: Literal["high", "normal", "bulk"] = "normal"
     relay: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] | None = None
+    skip_suppression: bool = False
     unsubscribe_url: Annotated[str, Field(max_length=800), AfterValidator(unsubscribe.https_url)] | None = None
     unsubscribe_email: OneMailbox | None = None
+
+    @property
+    def message_id(self) -> str:
+        """Returns the Message-ID that it brings, or ""."""
+        return next((value for name, value in self.headers.items() if name.lower() == "message-id"), "")
 
 
 # A field -> what the objects in it are.

@@ -8,12 +8,16 @@ waited for, and a mail whose final dot went out without an answer stays with the
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from typing import Any
 
 from mail.claim import Claim
+from mail.parsed import Unsayable
+from mail.posted import fields_of
+from mail.states import Status
 from process.relays import ONLY, RelaySettings
 from queues.connection import Redis, RedisError, Unavailable
 from settings import Settings
@@ -22,6 +26,7 @@ from smtp.policy import MESSAGE, SESSION, Phase, Verdict
 from smtp.published import publish
 from smtp.relay import Relay
 from smtp.verdict import Reply
+from upstream.client import KEY_LIFE, Upstream
 
 BEFORE_DOT = {*SESSION, *MESSAGE} - {Phase.DOT}
 SLOT_WAIT = 1  # seconds for which a mail waits in its worker for one of the relay's `concurrency`
@@ -33,14 +38,22 @@ class Way:
     def __init__(self, one: RelaySettings, redis: Redis, current: Settings) -> None:
         self.name, self.kind, self.settings = one.name, one.kind, one
         self.pacing = Pacing(redis, one.rate, one.name)
-        self.relay = Relay.of(current, one)
-        self.upstream: Any = None  # with `post`
+        self.relay = Relay.of(current, one, redis)
+        self.upstream = Upstream(one, current.smtp_timeout) if one.kind == "resend" else None
+        self.place: object = self.upstream or self.relay
         self.slots = threading.BoundedSemaphore(one.concurrency or 64)
 
     @property
     def is_only(self) -> bool:
         """Returns whether this is the one of SMTP_HOST."""
         return self.name == ONLY
+
+    def can_say(self, claim: Claim) -> bool:
+        """Returns whether the mail can go this way: by HTTP, not all that came by SMTP."""
+        todo = [one.address for one in claim.recipients if one.status == Status.PENDING]
+        with suppress(Unsayable):
+            return not (self.upstream and todo) or bool(fields_of(claim.message, claim.message_id, todo))
+        return False
 
     @property
     def marks(self) -> dict[str, str]:
@@ -54,8 +67,7 @@ class Way:
 
     def admit(self, claim: Claim) -> Wait | None:
         """Returns None where the mail may go now. Its reservation at another relay is none here."""
-        calm = claim.calm and self.is_only  # the claim knows of no other's breaker
-        return self.pacing.admit(claim.reserved == self.line, claim.put_off_by(self.name), claim.priority, calm)
+        return self.pacing.admit(claim.reserved == self.line, claim.put_off_by(self.name), claim.priority, claim.calm)
 
     def named(self, wait: Wait) -> Wait:
         """Returns a wait that is not for trouble, with the relay that it is for."""
@@ -79,8 +91,7 @@ class Routes:
     def __init__(self, redis: Redis, current: Settings) -> None:
         relays = current.all_relays or (RelaySettings.model_construct(name=ONLY),)
         self.redis = redis
-        # Those of kind resend are left out as long as nothing posts to them: give them `upstream`, and see delivery.
-        self.ways = [Way(one, redis, current) for one in relays if one.kind == "smtp"]
+        self.ways = [Way(one, redis, current) for one in relays]
         self.is_single = len(relays) == 1 and relays[0].name == ONLY
 
     @property
@@ -124,8 +135,15 @@ class Routes:
             return held
         domain = claim.message.sender.address.rpartition("@")[2].lower()
         ways = [way for way in self.ways if (way.name == claim.relay if claim.relay else way.settings.serves(domain))]
+        ways = [way for way in ways if way.can_say(claim)] or ways
         tried = _tried(claim.attempts)
         return sorted(ways, key=lambda way: way.name in tried)
+
+    def can_ask(self, claim: Claim) -> bool:
+        """Returns whether the upstream that may have the mail still knows the key under which it was asked."""
+        since, _, identity = claim.asked.partition(" ")
+        known = {way.upstream.identity for way in self.ways if way.upstream}
+        return identity in known and time.time() - float(since) < KEY_LIFE
 
     @contextmanager
     def lend(self, claim: Claim) -> Iterator[Way | Wait]:
@@ -163,7 +181,8 @@ class Routes:
 
 def is_movable(reply: Reply) -> bool:
     """Returns whether it is about the relay alone, and nothing of the mail can have been taken."""
-    return reply.verdict is Verdict.TROUBLE and not reply.repeated and reply.phase in BEFORE_DOT
+    untaken = reply.phase in BEFORE_DOT or (reply.phase is Phase.HTTP and not reply.may_have_been_taken)
+    return reply.verdict is Verdict.TROUBLE and not reply.repeated and untaken
 
 
 def _tried(attempts: Sequence[Mapping[str, Any]]) -> set[str]:

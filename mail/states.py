@@ -2,7 +2,8 @@
 
     queued -> sending -> sent | failed | unknown (in doubt and held) | suppressed | delayed -> sending ...
     queued, delayed, failed, unknown, suppressed -> canceled
-    unknown -> sent | failed, when a person says that it arrived
+    unknown -> sent | failed, when it is found out that it arrived
+    sent -> bounced | complained, when a report says so
 
 Every script that changes a state is BECOME and a body: accept, claim, settle, cancel, sweep (mail.store puts them
 together). Anything that must happen whenever a mail fails, is sent, ... (a webhook, a suppression list) is added to
@@ -25,6 +26,8 @@ class State(str, Enum):
     UNKNOWN = "unknown"  # the relay may have accepted it, and it is held
     CANCELED = "canceled"
     SUPPRESSED = "suppressed"  # each recipient is on the suppression list
+    BOUNCED = "bounced"  # it was sent, and has come back: from a recipient at least, all that is told by mail.bounces
+    COMPLAINED = "complained"  # it was sent, and a recipient calls it spam
 
     __str__ = str.__str__
 
@@ -37,14 +40,16 @@ class Status(str, Enum):
     ACCEPTED = "accepted"
     REFUSED = "refused"
     SUPPRESSED = "suppressed"  # on the suppression list at the last attempt
+    BOUNCED = "bounced"  # accepted, and come back
+    COMPLAINED = "complained"
 
     __str__ = str.__str__
 
 
 SCHEDULED = "scheduled"  # what a mail with `scheduled_at` is called that is queued and that no attempt has taken yet
-FINAL = (  # nothing more happens unless a person asks
-    *(State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED, State.SUPPRESSED),
-)
+RETURNED = (State.BOUNCED, State.COMPLAINED)  # a report has come about a mail that was sent
+ENDS = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED, State.SUPPRESSED)  # of an attempt, or before one
+FINAL = (*ENDS, *RETURNED)  # nothing more happens unless a person asks, or a report comes
 AGAIN = frozenset({State.FAILED, State.UNKNOWN, State.SUPPRESSED})  # a person may have it queued again
 TROUBLE_TOO_LONG = "the relay was in trouble for too long"  # why a mail failed that waited TROUBLE_FOR
 TEST = "test"  # what a mail that a key of scope `test` submitted is counted as once it is `sent`
@@ -55,13 +60,15 @@ EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted 
 FOLLOWS: Mapping[State | None, Set[State]] = {
     None: {State.QUEUED},
     State.QUEUED: {State.SENDING, State.FAILED, State.CANCELED, State.SENT},
-    State.SENDING: {*FINAL, State.SENDING, State.DELAYED},  # sending: another attempt takes it over
-    State.DELAYED: {*FINAL, State.SENDING},
+    State.SENDING: {*ENDS, State.SENDING, State.DELAYED},  # sending: another attempt takes it over
+    State.DELAYED: {*ENDS, State.SENDING},
     State.FAILED: {State.SENDING, State.CANCELED, State.SENT},
     State.UNKNOWN: {State.SENDING, State.CANCELED, State.SENT, State.FAILED},
     State.CANCELED: {State.CANCELED, State.SENT},
     State.SUPPRESSED: {State.SENDING, State.CANCELED, State.SENT},
-    State.SENT: {State.SENT},
+    State.SENT: {State.SENT, *RETURNED},
+    State.BOUNCED: {*RETURNED},
+    State.COMPLAINED: {*RETURNED},
 }
 # Fields that a mail loses as it comes into a state. Once it is sent or canceled, nobody needs its content.
 DROPS: Mapping[State, tuple[str, ...]] = {
@@ -81,6 +88,9 @@ EVENTS: Mapping[State, str] = {
     State.FAILED: "email.failed",
     State.UNKNOWN: "email.in_doubt",
     State.CANCELED: "email.canceled",
+    State.SUPPRESSED: "email.suppressed",
+    State.BOUNCED: "email.bounced",
+    State.COMPLAINED: "email.complained",
 }
 MOST_WAITING = 250_000  # mails whose events wait for one endpoint: some 70 MB of Redis
 LETTERS = {  # in mail.index
@@ -222,7 +232,7 @@ local function become(id, state, now, look_at, fields)
   if was then redis.call('HDEL', mail, unpack(DROPS[state])) end
   redis.call('HSET', mail, 'state', state, unpack(fields))
   local counted = COUNTED[state]
-  local reason = CAUSED[state] and redis.call('HGET', mail, 'reason')
+  local reason = (CAUSED[state] or AGAIN[state] or RETURNED[state]) and redis.call('HGET', mail, 'reason')
   if state == 'failed' and reason == EXPIRED then counted = EXPIRED end
   local test = state == 'sent' and redis.call('HEXISTS', mail, 'test') == 1
   if test then counted = TEST end
@@ -252,7 +262,13 @@ def transition(**constants: object) -> str:
     """Returns BECOME behind all that it uses, as local variables of the script."""
     tables = {"FOLLOWS": FOLLOWS, "DROPS": DROPS, "COUNTED": COUNTED, "LOST": LOST, "EXPIRED": EXPIRED, "TEST": TEST}
     tables |= {"TROUBLE_TOO_LONG": TROUBLE_TOO_LONG, "LETTERS": LETTERS, "SCHEDULED": SCHEDULED, "OVER_TIME": OVER_TIME}
-    tables |= {"CAUSED": CAUSED, "AGAIN": AGAIN, "EVENTS": EVENTS, "MOST_WAITING": MOST_WAITING}
+    tables |= {
+        "CAUSED": CAUSED,
+        "AGAIN": AGAIN,
+        "RETURNED": frozenset(RETURNED),
+        "EVENTS": EVENTS,
+        "MOST_WAITING": MOST_WAITING,
+    }
     return named(**constants, **tables) + NOTE + COUNT + REINDEX + ANNOUNCE + BECOME + SUPPRESS
 
 

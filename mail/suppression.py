@@ -120,13 +120,17 @@ class Suppressions:
 
     def among(self, addresses: list[str]) -> set[str]:
         """Returns those of the addresses that are on the list. Raises redis-py's errors."""
+        return set(self.entries(addresses))
+
+    def entries(self, addresses: list[str]) -> dict[str, Entry]:
+        """Returns the entries of those of the addresses that are on the list. Raises redis-py's errors."""
         try:
             stored: Any = self.redis.hmget(SUPPRESSED, list(map(self._digest, addresses))) if addresses else []
         except ResponseError as error:
             if not is_wrong_type(error):
                 raise
-            return set()  # mail goes on; the sweep sets aside what is there
-        return {address for address, entry in zip(addresses, stored, strict=True) if entry}
+            return {}  # mail goes on; the sweep sets aside what is there
+        return {who: Entry.unpacked(entry) for who, entry in zip(addresses, stored, strict=True) if entry}
 
     def find(self, id_or_email: str) -> Entry | None:
         """Returns the entry with this id, or of this address, which it then names."""

@@ -32,6 +32,7 @@ from mail.store import (
     INDEX,
     KEY_NAMES,
     LAST_SENT,
+    MAILBOX,
     MARKS,
     OPEN,
     SECRET,
@@ -59,7 +60,7 @@ AT_ONCE = 1000  # mails looked at in one go
 OURS = {OPEN: "zset", TOTALS: "hash", SWEPT: "hash", LAST_SENT: "string"}
 OURS |= {INDEX: "zset", KEY_NAMES: "set", SECRET: "string", MARKS: "zset", ACTIONS: "list", WATCH: "hash"}
 OURS |= {keys.queue(BULK): "list", SUPPRESSED: "hash", SUPPRESSIONS: "zset"}
-OURS |= {WEBHOOK_WANTED: "hash", WEBHOOK_TOTALS: "hash"}
+OURS |= {WEBHOOK_WANTED: "hash", WEBHOOK_TOTALS: "hash", MAILBOX: "hash"}
 KINDS = OURS | {NAMES: "hash"} | pacing.kinds()  # of the keys that all mails share
 LOOK_AGAIN = 300  # seconds
 MAIL_ID = re.compile(rb"[\w-]+")

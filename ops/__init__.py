@@ -9,9 +9,9 @@ server.py, release.py           the server they change, what of a clone is insta
 site.py, smtp_in.py, webhooks.py  the nginx site; mail by SMTP and webhooks, as their settings say
 aof.py                          cuts what a crash left unfinished off Redis' append-only file
 key.py, breaker.py              bin/key: makes, lists and revokes API keys; bin/breaker: shows and closes it
+oauth.py                        bin/oauth: the right to send by token, once
 top.py                          bin/top: the pages on a terminal
-sendmail.py                     bin/sendmail: takes a mail as sendmail does, and hands it over by SMTP
-restore.py                      bin/restore: brings back what bin/backup has saved
+sendmail.py, restore.py         bin/sendmail: a mail as sendmail takes it; bin/restore: what bin/backup has saved
 dashboard.py, login.py          page/ and rq-dashboard behind a login that is slow to guess
 page/                           the pages for people at /mail/
 facts.py, condition.py          what is known now, and the one sentence that says whether all is well

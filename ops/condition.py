@@ -18,9 +18,12 @@ from mail.outbox import Outbox
 from ops.checks import replies, store
 from ops.checks.findings import counted, lasting, sized
 from ops.facts import RECENT, STEP, Facts, gather
+from process.relays import ONLY
 from queues.connection import CANNOT_NOW, weaknesses
 from queues.table import EMAIL, QUEUES
 from smtp.policy import Phase
+from smtp.published import Published
+from smtp.verdict import Reply
 
 Level = Literal["well", "warn", "bad"]
 SOON = 60  # seconds that a mail may wait while all is well
@@ -63,7 +66,8 @@ def judge(facts: Facts) -> Condition:
 def hidden(seen: Condition) -> set[str]:
     """Returns the kinds of which cannot be said whether they hold, since others do that would cause them."""
     shown = {one.kind for one in (seen, *seen.also)}
-    return {kind for kinds, _, causes in RULES for kind in kinds if causes & shown} - shown
+    caused = {kind for kinds, _, causes in RULES for kind in kinds if causes & shown}
+    return (caused | ({"relay_down"} if "relay" in shown else set())) - shown
 
 
 def well(facts: Facts) -> Condition:
@@ -126,15 +130,42 @@ def relay(facts: Facts) -> Iterator[Condition]:
     since = f", since {moment(seen.since, facts.now)}" if seen.since else ""
     said, fix = f"The relay is in trouble{since}", f"{facts.target.command('doctor')} tries it, and says what is wrong"
     if seen.reply:
-        meaning, fix = replies.explain(facts.settings.smtp_host or "", seen.reply)
-        meaning = re.split(r"[,;] (?:and )?(?:mail|they) waits?\b", meaning)[0]
-        code = seen.reply.text if seen.reply.phase is Phase.CONNECT else seen.reply.summary
-        code = "" if "certificate" in seen.reply.text else f" ({code})"
+        meaning, code, fix = meant(seen.reply, Published(ONLY, where=facts.settings.smtp_host or ""))
         said = f"{meaning[0].upper()}{meaning[1:]}{since}{code}"
         fix += f"; {facts.target.edit}" if NEEDS_RESTART.search(fix) else ""
     is_open = bool(seen.open_until)
     more = waits(facts) if is_open else "After three such mails in a row, all mail waits."
     yield Condition("bad" if is_open else "warn", "relay", f"{said}. {more}", fix, seen.since or None, push=is_open)
+
+
+def meant(reply: Reply, at: Published) -> tuple[str, str, str]:
+    """Returns what a relay's reply means, its code in brackets, and what fixes it."""
+    meaning, fix = replies.explain_at(at, reply)
+    meaning = re.split(r"[,;] (?:and )?(?:mail|they) waits?\b", meaning)[0]
+    code = reply.text if reply.phase is Phase.CONNECT else reply.summary
+    return meaning, "" if "certificate" in reply.text else f" ({code})", fix
+
+
+def relays(facts: Facts) -> Iterator[Condition]:
+    """Says that all of several relays are in trouble, or some, though mail goes by another."""
+    closed = [(one.relay, one.standing) for one in facts.relays if one.standing and one.standing.open_until]
+    if not closed:
+        return
+    one, seen = closed[0]
+    said, fix = "", f"{facts.target.command('doctor')} tries it, and says what is wrong"
+    if seen.reply:
+        meaning, code, fix = meant(seen.reply, one)
+        said, fix = f": {meaning}{code}", f"{fix}; {facts.target.edit_relays}"
+    since = f", since {moment(seen.since, facts.now)}" if seen.since else ""
+    if len(closed) == len(facts.relays):
+        who, then = f"All relays are in trouble; {one.name}", waits(facts)
+    else:
+        down = [each.name for each, _ in closed]
+        works = [each.relay.name for each in facts.relays if each.relay.serves_all and each.relay.name not in down]
+        who = f"Relay {one.name} is in trouble" if len(down) == 1 else f"Relays {', '.join(down)} are in trouble"
+        then = f"Mail goes by {works[0]}." if works else "Mail that no other takes waits."
+    level: tuple[Level, str] = ("bad", "relay") if len(closed) == len(facts.relays) else ("warn", "relay_down")
+    yield Condition(*level, f"{who}{since}{said}. {then}", fix, seen.since or None, push=True)
 
 
 def suspended(facts: Facts) -> Iterator[Condition]:
@@ -196,13 +227,16 @@ def clock(facts: Facts) -> Iterator[Condition]:
 
 
 def rate(facts: Facts) -> Iterator[Condition]:
-    ahead = facts.rate_until - facts.now
-    if ahead > SOON and facts.settings.smtp_rate:
-        limit = ",".join(map(str, facts.settings.smtp_rate))
-        sentence = f"SMTP_RATE ({limit}) is used up: mail waits for its turn, the last until about "
-        sentence += f"{moment(facts.rate_until, facts.now)}. {waits(facts)}"
-        fix = f"nothing, if the relay allows no more; else raise SMTP_RATE: {facts.target.edit}"
-        yield Condition("warn", "rate", sentence, fix, push=ahead > LATE)
+    lines = [("SMTP_RATE", "", facts.rate_until, facts.settings.smtp_rate, facts.target.edit)]
+    for one in facts.relays:
+        lines.append(("rate", f" of relay {one.relay.name}", one.rate_until, one.relay.rate, facts.target.edit_relays))
+    for name, of_one, until, rates, edit in lines:
+        if until - facts.now > SOON and rates:
+            sentence = f"{name[0].upper()}{name[1:]}{of_one} ({','.join(map(str, rates))}) is used up: mail waits "
+            sentence += f"for its turn, the last until about {moment(until, facts.now)}. {waits(facts)}"
+            fix = f"nothing, if the relay allows no more; else raise {name}: {edit}"
+            yield Condition("warn", "rate", sentence, fix, push=until - facts.now > LATE)
+            return
 
 
 def slow(facts: Facts) -> Iterator[Condition]:
@@ -273,6 +307,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule, frozenset[str]], ...] = (
     (("replica", "disk", "full", "unsafe"), unfit, frozenset()),
     (("worker", *(f"worker_{name}" for name in QUEUES)), no_worker, frozenset({"redis", "replica", "disk"})),
     (("relay",), relay, frozenset()),
+    (("relay", "relay_down"), relays, frozenset()),
     (("suspended",), suspended, frozenset()),
     (("stuck",), stuck, STANDS),
     (("scheduler",), scheduler, STANDS - {"suspended", "relay"}),

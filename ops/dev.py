@@ -42,6 +42,7 @@ from queues import keys
 from queues.cron import next_time
 from queues.offer import load_file
 from queues.table import QUEUES
+from smtp.published import where
 from web.hosts import add_flag
 
 ROOT = Path(__file__).parent.parent
@@ -282,7 +283,7 @@ def run(stack: Stack, ports: argparse.Namespace) -> None:
             "install one (Debian, Ubuntu: sudo apt install redis-server), or use Python 3.11 or later."
         )
     configured = load()
-    catcher = configured.smtp_host is None
+    catcher = not configured.all_relays
     parts = ("api", "submission", "dashboard", "redis", *(("smtp", "mail") if catcher else ()))
     data = ROOT / lock.DATA / lock.FOLDERS[0 if catcher else 1]
     held = stack.begin(data)
@@ -316,7 +317,7 @@ def load() -> settings.Settings:
     for brought in ("redis_url_file", "api_keys_file"):
         if getattr(configured, brought):
             raise Failed(f"bin/dev brings its own Redis and API key: {brought.upper()} must not be set for it.")
-    if configured.smtp_host:
+    if configured.all_relays:
         settings.load("mail_from")  # real mail is from nobody whom we have made up
     return configured
 
@@ -343,7 +344,7 @@ def child_settings(ports: argparse.Namespace, configured: settings.Settings) -> 
     }
     if configured.worker_processes is None:
         chosen["WORKER_PROCESSES"] = "1"  # a laptop has many cores, and little mail
-    if configured.smtp_host is None:
+    if not configured.all_relays:
         chosen |= {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(ports.smtp_port), "SMTP_SECURITY": "none"}
     return chosen
 
@@ -359,8 +360,9 @@ def api_keys(configured: settings.Settings) -> str:
 
 def welcome(ports: argparse.Namespace, configured: settings.Settings) -> str:
     mail = f"Caught mail    http://127.0.0.1:{ports.mail_port}"
-    if configured.smtp_host:
-        mail = f"Mail goes to   {configured.smtp_host}:{configured.smtp_port}, from {configured.mail_from}"
+    if configured.all_relays:
+        places = ", else ".join(map(where, configured.all_relays))
+        mail = f"Mail goes to   {places}, from {configured.mail_from}"
     if configured.staging:
         mail += f"\n  Recipients     {configured.staging}"
     path, body = "/start-job", '{"name": "Ada", "email": "ada@example.com"}'

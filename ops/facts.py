@@ -10,10 +10,10 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mail import figures
 from mail.counters import number
@@ -27,13 +27,22 @@ from queues.connection import Redis, Unavailable, translating_errors
 from queues.health import QueueState
 from queues.table import EMAIL
 from settings import Settings
-from smtp.pacing import Standing, read_standing
+from smtp.pacing import Standing, key_prefix, read_standing
+from smtp.published import NAMES, Published, read
 from webhooks.queue import Standing as Endpoint
 from webhooks.queue import standings
 
 ROOT = Path(__file__).parent.parent
 RECENT, HOUR = 10, 60  # minutes of which figures are looked at
 STEP = 2.0  # seconds by which a clock is off or was set
+
+
+class At(NamedTuple):
+    """Holds how one of several relays stands, and its last turn that was given to a mail that is not bulk."""
+
+    relay: Published
+    standing: Standing | None = None
+    rate_until: float = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,8 @@ class Facts:
     skew: float = 0  # seconds that Redis' clock is ahead of ours
     clock_set: tuple[float, float] = (0, 0)  # by how many seconds ours was set, and when
     queues: Mapping[str, QueueState] = field(default_factory=dict)
-    standing: Standing | None = None  # of the relay
+    standing: Standing | None = None  # of the relay of SMTP_HOST
+    relays: tuple[At, ...] = ()  # those of RELAYS
     suspended: bool = False
     has_scheduler: bool = True
     overdue: int = 0  # mails that the scheduler should have queued
@@ -116,27 +126,42 @@ def _from_redis(redis: Redis) -> dict[str, Any]:
         letter = LETTERS[state].encode()
         pipe.zlexcount(INDEX, b"[s" + letter, b"(s" + bytes([letter[0] + 1]))
     pipe.lindex("relay:told", 0).lindex("relay:told_again", 0).get(LAST_SENT).zrange(OPEN, 0, 0, withscores=True)
+    pipe.hgetall(NAMES)
     seen: list[Any] = pipe.execute(raise_on_error=False)
     middle = (before + time.time()) / 2
     for error in seen[1:]:  # INFO may be forbidden
         if isinstance(error, Exception):
             raise error
     info, (seconds, micros), breaker, suspended, lock, overdue, in_hand, queued, delayed, in_doubt, *rest = seen
-    *turns, last_sent, to_sweep = rest
+    *turns, last_sent, to_sweep, names = rest
+    relays = read(names)
     return {
         "info": info if isinstance(info, dict) else {},
         "skew": seconds + micros / 1e6 - middle,
-        "standing": read_standing(breaker),
+        "standing": read_standing(breaker) if relays[0].is_only else None,
+        "relays": () if relays[0].is_only else tuple(at(redis, relays)),
         "suspended": bool(suspended),
         "has_scheduler": bool(lock),
         "overdue": overdue,
         "in_hand": in_hand,
         "waiting": queued + delayed,
         "in_doubt": in_doubt,
-        "rate_until": max(map(number, turns)) / 1000,
+        "rate_until": max(map(number, turns)) / 1000 if relays[0].is_only else 0,
         "last_sent": number(last_sent),
         "to_sweep": to_sweep[0][1] if to_sweep else 0,
     }
+
+
+def at(redis: Redis, relays: Sequence[Published]) -> Iterator[At]:
+    """Yields how each of the relays stands. Raises redis-py's errors."""
+    pipe: Any = redis.pipeline(transaction=False)
+    for one in relays:
+        key = key_prefix(one.name)
+        pipe.hgetall(f"{key}:breaker").lindex(f"{key}:told", 0).lindex(f"{key}:told_again", 0)
+    seen = pipe.execute()
+    for place, one in enumerate(relays):
+        breaker, *turns = seen[3 * place : 3 * place + 3]
+        yield At(one, read_standing(breaker), max(map(number, turns)) / 1000)
 
 
 def _disk_free(redis: Redis, settings: Settings, target: Target) -> int | None:

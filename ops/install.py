@@ -121,17 +121,40 @@ def make_release(server: Server) -> None:
     server.write(release / MARK, python, 0o644)
 
 
+RELAYS = """\
+# Several relays, in order: a mail goes by the first that is well. Unset SMTP_HOST and its like in async-email.env then.
+# What each may have is in docs/operations.md, "Several relays"; then: sudo systemctl restart async-email.target
+#
+# [first]
+# host = "smtp.example.com"
+# username = "acme"
+# password = "..."
+#
+# [second]
+# host = "smtp.example.net"
+# port = 465
+# username = "acme"
+# password = "..."
+"""
+
+
 def configure(server: Server) -> None:
     server.folder(server.etc, 0o700)
     server.folder(server.credentials, 0o700)
     if text_of(server.env) is None:
         server.write(server.env, (server.source / ".env.example").read_text(), 0o600)
+    if text_of(server.relays) is None:  # without a table there is none, but systemd wants the file
+        server.write(server.relays, "" if server.is_set("RELAYS") else RELAYS, 0o600)
     made: dict[str, Callable[[], str]] = {
         "redis_url": lambda: f"unix://async-email:{secrets.token_urlsafe(32)}@{REDIS_SOCKET}",
         "api_keys": lambda: make_key(server),
         "dashboard_password": lambda: secrets.token_urlsafe(16),
-        "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as is the next
+        "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as are the next
+        "smtp_oauth": lambda: "",
+        "dkim_key": lambda: "",
         "alert_url": lambda: "",
+        "bounce_imap_url": lambda: "",
+        "doubt_imap_url": lambda: "",
         "webhook_url": lambda: "",
         "webhook_secret": lambda: "",
     }
@@ -342,7 +365,8 @@ ROLLBACK = (MACHINE, ("The previous release", find_previous_release), *SWITCH)
 
 
 def farewell(server: Server) -> str:
-    missing = [name for name in ("SMTP_HOST", "MAIL_FROM") if not server.is_set(name)]
+    several = re.search(r"^\[", text_of(server.relays) or "", re.MULTILINE)
+    missing = [name for name in (*(() if several else ("SMTP_HOST",)), "MAIL_FROM") if not server.is_set(name)]
     lines = [f"\n{server.release.name} is installed."]
     if server.new_key:
         lines += [f"\nThe API key, which is shown only this once:\n\n    {server.new_key}"]

@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from http.client import HTTPException
 from typing import Any, Literal, NamedTuple
@@ -27,7 +28,7 @@ from mail.address import Mailbox
 from mail.index import new_id
 from mail.message import Message, message_id
 from process.log import emit
-from settings import Settings
+from settings import Settings, SettingsError
 from smtp.policy import Verdict
 from smtp.verdict import Outcome
 
@@ -122,6 +123,7 @@ def title(news: News) -> str:
 def by_mail(settings: Settings, news: News) -> None:
     """Hands the message to the relay. Raises `NotPushed`."""
     # Here, since few dashboards have mail to send, and none has it often.
+    from mail.dkim import Signer
     from mail.mime import to_mime
     from smtp.envelope import Envelope
     from smtp.pool import SessionPool
@@ -132,17 +134,25 @@ def by_mail(settings: Settings, news: News) -> None:
     headers = {"Auto-Submitted": "auto-generated"}  # RFC 3834
     mail = Message(sender, [to], [], [], [], title(news), text=f"{news.text}\n", headers=headers)
     mime = to_mime(mail, message_id(new_id(), sender), datetime.now(timezone.utc))
-    relay = Relay.of(settings)._replace(timeout=TIMEOUT, deadline=4 * TIMEOUT)
-    pool = SessionPool()
-    try:
-        with pool.conversation(relay) as talk:
-            said = talk.begin(Envelope(sender.address, mail.recipients, mail.needs_smtputf8), mime)
-            while not isinstance(said, Outcome):
-                said = talk.finish()
-    finally:
-        pool.close_all()
-    if said.reply.verdict not in (Verdict.ACCEPTED, Verdict.IN_DOUBT):  # rather none than two
-        raise NotPushed(said.reply.summary)
+    with suppress(SettingsError):  # a key that is none stops the workers, which is news itself
+        mime = signer.signed(mime) if (signer := Signer.of(settings)) else mime
+    envelope, pool = Envelope(sender.address, mail.recipients, mail.needs_smtputf8), SessionPool()
+    why = "no relay is set that takes SMTP"
+    for one in [one for one in settings.all_relays if one.kind == "smtp"]:
+        relay = Relay.of(settings, one)._replace(timeout=TIMEOUT, deadline=4 * TIMEOUT)
+        try:
+            with pool.conversation(relay) as talk:
+                said = talk.begin(envelope, mime)
+                while not isinstance(said, Outcome):
+                    said = talk.finish()
+        finally:
+            pool.close_all()
+        if said.reply.verdict in (Verdict.ACCEPTED, Verdict.IN_DOUBT):  # rather none than two
+            return
+        why = said.reply.summary
+        if said.reply.verdict is not Verdict.TROUBLE:
+            break
+    raise NotPushed(why)
 
 
 def ways(settings: Settings) -> dict[str, Callable[[News], None]]:

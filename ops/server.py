@@ -31,6 +31,7 @@ class Server:
         self.etc = under / "etc/async-email"
         self.env = self.etc / "async-email.env"
         self.credentials = self.etc / "credentials"
+        self.relays = self.etc / "relays.toml"
         self.webhooks = self.etc / "webhooks.toml"
         self.opt = under / "opt/async-email"
         self.releases = self.opt / "releases"

@@ -5,6 +5,7 @@ sd_daemon.py  speaks sd_notify and sd_listen_fds
 env_file.py   reads NAME=value lines, strictly
 values.py     the kinds of values that settings have, and how they are written
 api_keys.py   what an API key may do
+grants.py     SMTP_OAUTH: what a login by token is made from
 relays.py     RELAYS: several relays by name (webhooks.py: WEBHOOKS, the endpoints that are told what becomes of mails)
 memory.py     how memory is kept and looked through
 sockets.py    the sockets on which a process listens, and how many files it may open

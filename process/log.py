@@ -37,7 +37,9 @@ EVENTS = frozenset({
     "nothing_to_do",  # a job for a mail that is sent, canceled, given up or gone already
     "busy",  # a job for a mail that another attempt holds
     "early",  # a job for a mail that was moved to a later time just as it was due: id, next_in
-    "breaker_opened", "breaker_closed",  # all mail waits for the relay, because of `reason`; it flows again
+    "breaker_opened", "breaker_closed",  # all mail waits for the relay, or `relay` of several: reason; it flows again
+    "bounced", "complained",  # a report has come about a mail that was sent: id, reason
+    "mailbox_unreachable",  # a mailbox cannot be read: at (the setting that names it), reason
     "repaired", "given_up",  # what the sweep did with a mail that was stuck: id, reason
     "redis_unavailable", "redis_back",  # this process cannot use Redis, because of `reason`; it can again: at
     "alert_sent", "alert_failed",  # people were told something; they could not be: to, kind, status, reason, next_in

@@ -20,13 +20,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FilePath, SecretStr, ValidationError, model_validator
 
+from process.grants import Grant
 from process.values import DOMAIN, Host, Port, Rates, is_loopback, is_safe_url
 
 Named = TypeVar("Named", bound=BaseModel)
 tomllib: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 ONLY = "relay"  # the name of the one that SMTP_HOST names
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
-OF_KIND = {"smtp": {"host", "port", "security", "username", "password", "ca_file"}, "resend": {"url", "api_key"}}
+OF_KIND = {
+    "smtp": {"host", "port", "security", "username", "password", "oauth", "ca_file"},
+    "resend": {"url", "api_key"},
+}
 
 
 class RelaySettings(BaseModel):
@@ -44,6 +48,7 @@ class RelaySettings(BaseModel):
     )
     username: str | None = None
     password: SecretStr | None = None
+    oauth: Grant | None = None  # in place of a password
     ca_file: FilePath | None = None
     url: str | None = None
     api_key: SecretStr | None = None
@@ -65,8 +70,10 @@ class RelaySettings(BaseModel):
             faults.append("api_key must be set for a relay of kind resend")
         if self.username and self.security == "none" and not is_loopback(self.host or ""):
             faults.append("security none would send the password in clear; use starttls or tls")
-        if self.kind == "smtp" and bool(self.username) != bool(self.password):
-            faults.append("username and password go together: set both, or neither for a relay without a login")
+        if self.password and self.oauth:
+            faults.append("only one of password and oauth may be set")
+        elif self.kind == "smtp" and bool(self.username) != bool(self.password or self.oauth):
+            faults.append("username and password go together (or oauth): set both, or neither for one without a login")
         if not all(re.fullmatch(DOMAIN, domain) for domain in self.domains):
             faults.append("domains must be domains in ASCII and small letters, such as acme.example")
         if faults:

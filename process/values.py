@@ -98,6 +98,13 @@ def parse_allowlist(text: str) -> tuple[str, ...]:
     return entries
 
 
+def parse_domain(text: str) -> str:
+    """Returns a domain, or one or more labels of one, in small letters."""
+    if not re.fullmatch(DOMAIN, text.strip().lower()) or len(text) > 253:
+        raise ValueError("must be a domain in ASCII, or a part of one, such as acme.example")
+    return text.strip().lower()
+
+
 def parse_host(text: str) -> str:
     """Returns a host's name or address as it stands. A port, a scheme or a login beside it is no part of it."""
     host = text.strip()
@@ -126,6 +133,31 @@ def is_safe_url(url: str) -> bool:
         return False
     loopback = at.scheme == "http" and is_loopback(at.hostname or "")
     return bool(at.hostname) and (at.scheme == "https" or loopback) and bool(re.fullmatch(r"[!-~]+", url))
+
+
+IMAP_URL = (
+    "a URL such as imaps://user:password@imap.example.com/INBOX, with / : @ # ? % in user and password as %2F ..."
+)
+
+
+def is_imap_url(url: str) -> bool:
+    """Returns whether it names a mailbox by IMAP, with a login that is not sent in clear but within this machine."""
+    try:
+        at = urlsplit(url)
+        _ = at.port
+    except ValueError:
+        return False
+    loopback = at.scheme == "imap" and is_loopback(at.hostname or "")
+    given = at.hostname and at.username and at.password and not (at.query or at.fragment)
+    return bool(given) and (at.scheme == "imaps" or loopback) and bool(re.fullmatch(r"[!-~]+", url))
+
+
+def parse_bounce_address(text: str) -> str:
+    """Returns an address to whose local part a mail's id can be added: together, at most 64 octets (RFC 5321)."""
+    address = parse_one_address(text)
+    if not address.isascii() or len(address.partition("@")[0]) > 20 or "+" in address:
+        raise ValueError("must be one address in ASCII, with 1 to 20 characters before the @ and no +")
+    return address
 
 
 LONGEST_DURATION = 100 * 366 * 86400  # seconds; what is longer, Redis or Python may refuse

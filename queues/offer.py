@@ -40,23 +40,27 @@ class Task(NamedTuple):
     retry_in: tuple[int, ...]
     concurrency: int
     cron: str | None
+    needs: str = ""  # a setting without which it is not queued
 
     def policy(self, settings: Settings) -> Policy:
-        kept = settings.retain_sent, settings.retain_failed
+        kept = KEPT_OF_OURS if self.needs else settings.retain_sent, settings.retain_failed
         return Policy(self.timeout, self.retry_in, *kept, self.concurrency)
 
 
 OFFERED: dict[str, Task] = {}
+OURS: dict[str, Task] = {}  # of the service itself: cron alone queues them
+KEPT_OF_OURS = 3600  # seconds for which a job of these is kept: there is one each minute
 
 
 def offered_on(queue: str) -> dict[str, Callable[..., Any]]:
     """Returns the functions that a queue's worker may run, by the name that is in a job."""
-    return {f"tasks.{name}": task.function for name, task in OFFERED.items() if task.queue == queue}
+    return {f"tasks.{name}": task.function for name, task in {**OURS, **OFFERED}.items() if task.queue == queue}
 
 
 def with_cron(queue: str, settings: Settings) -> dict[str, tuple[str, Policy]]:
     """Returns the cron line of each function of a queue that has one, and how its jobs are run."""
-    mine = {name: task for name, task in OFFERED.items() if task.queue == queue}
+    ours = {name: task for name, task in OURS.items() if getattr(settings, task.needs)}
+    mine = {name: task for name, task in {**ours, **OFFERED}.items() if task.queue == queue}
     return {f"tasks.{name}": (task.cron, task.policy(settings)) for name, task in mine.items() if task.cron}
 
 
@@ -117,6 +121,26 @@ def task(
     arguments = _arguments(function)
     _check_cron(cron, arguments)
 
+    checked = _checked(function, arguments)
+    OFFERED[function.__name__] = Task(checked, arguments, queue, timeout, retry_in, concurrency, cron)
+    return checked
+
+
+def each_minute(needs: str) -> Callable[[Callable[[], Any]], Callable[..., Any]]:
+    """Lets cron queue a function of the service itself, one at a time, where the setting `needs` is set."""
+
+    def offer(function: Callable[[], Any]) -> Callable[..., Any]:
+        arguments = _arguments(function)
+        checked = _checked(function, arguments)
+        OURS[function.__name__] = Task(checked, arguments, JOBS, 300, (30,), 1, "* * * * *", needs)
+        return checked
+
+    return offer
+
+
+def _checked(function: Callable[..., Any], arguments: type[BaseModel]) -> Callable[..., Any]:
+    """Returns what a job calls: the function, once its arguments are checked."""
+
     @wraps(function)
     def checked(**given: Any) -> Any:
         valid = arguments.model_validate_json(json.dumps(given))
@@ -129,7 +153,6 @@ def task(
         emit("task_finished", id=job and job.id, task=function.__name__)
         return result
 
-    OFFERED[function.__name__] = Task(checked, arguments, queue, timeout, retry_in, concurrency, cron)
     return checked
 
 

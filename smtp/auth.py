@@ -2,7 +2,8 @@
 
 A wrong password is tried once: with each mechanism it would count as one break-in more. What a relay announces and
 then does not take makes room for the next mechanism. Names and passwords go out as UTF-8.
-Standards: RFC 4954 (AUTH), 4616 (PLAIN), 2195 (CRAM-MD5); LOGIN has none: it is answered by what the relay asks for.
+Standards: RFC 4954 (AUTH), 4616 (PLAIN), 2195 (CRAM-MD5), 7628 (OAUTHBEARER). LOGIN has none: it is answered by what
+the relay asks for. XOAUTH2 is Google's and Microsoft's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import json
+import re
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 
 class NotOffered(ValueError):
@@ -37,6 +41,50 @@ def log_in(say: Say, offered: Collection[str], username: str, password: str) -> 
         if reply[0] not in NOT_THIS_WAY:
             break
     return reply
+
+
+def log_in_by_token(say: Say, offered: Collection[str], username: str, token: str) -> Reply:
+    """Returns the reply that decided; of a refusal, its text ends with the mechanism and the status of its challenge.
+    Raises `NotOffered`."""
+    mechanisms = [name for name in BY_TOKEN if name in offered]
+    if not mechanisms:
+        raise NotOffered("the relay offers no AUTH XOAUTH2 or OAUTHBEARER")
+    for name in mechanisms:
+        response, end = BY_TOKEN[name]
+        reply, status = _responded(say, name, _base64(response(username, token))), ""
+        if reply[0] == 334:  # it says why not, and waits for an answer before it refuses
+            status = _status(reply[1])
+            reply = say(end)
+            reply = say("*") if reply[0] == 334 else reply
+        if reply[0] not in NOT_THIS_WAY:
+            break
+    return reply if reply[0] == 235 else (reply[0], reply[1] + f" [{name}{status}]".encode())
+
+
+def _responded(say: Say, name: str, response: str) -> Reply:
+    """Gives the response with the command, or to the question where that would be too long."""
+    command = f"AUTH {name} {response}"
+    if len(command) <= LONGEST_COMMAND:
+        reply = say(command)
+        return reply if reply[0] != 334 or _decoded(reply[1]).strip() else say(response)
+    reply = say(f"AUTH {name}")
+    return say(response) if reply[0] == 334 else reply
+
+
+def _xoauth2(username: str, token: str) -> str:
+    return f"user={username}\1auth=Bearer {token}\1\1"
+
+
+def _oauthbearer(username: str, token: str) -> str:
+    return f"n,a={username.replace('=', '=3D').replace(',', '=2C')},\1auth=Bearer {token}\1\1"
+
+
+def _status(challenge: bytes) -> str:
+    """Returns the status in a challenge that is the JSON of an error."""
+    with suppress(ValueError, AttributeError, RecursionError):
+        found = re.fullmatch(r"[\w.-]{1,40}", str(json.loads(_decoded(challenge)).get("status", "")), re.ASCII)
+        return f" {found[0]}" if found else ""
+    return ""
 
 
 def _plain(say: Say, username: str, password: str) -> Reply:
@@ -71,6 +119,11 @@ def _cram_md5(say: Say, username: str, password: str) -> Reply:
 
 
 MECHANISMS: dict[str, Callable[[Say, str, str], Reply]] = {"PLAIN": _plain, "LOGIN": _login, "CRAM-MD5": _cram_md5}
+# By token: how the response is written, and what ends the dialog after an error (RFC 7628 3.2.3 has a %x01).
+BY_TOKEN: dict[str, tuple[Callable[[str, str], str], str]] = {
+    "XOAUTH2": (_xoauth2, ""),
+    "OAUTHBEARER": (_oauthbearer, "AQ=="),
+}
 
 
 def _base64(text: str) -> str:

@@ -168,11 +168,12 @@ def key_prefix(name: str) -> str:
 
 
 def kinds(name: str = ONLY) -> dict[str, str]:
-    """Returns the keys of a relay, and the type of each. The last is smtp.tally's."""
+    """Returns the keys of a relay, and the type of each. Those of tokens are smtp.tokens', `sessions` is
+    smtp.tally's."""
     of_type = {
-        "hash": ("breaker", "streak", "sessions"),
+        "hash": ("breaker", "streak", "sessions", "token"),
         "list": ("gone", "told", "told_again", "told_bulk", "told_bulk_again"),
-        "string": ("probe", "rates"),
+        "string": ("probe", "rates", "renewing"),
     }
     return {f"{key_prefix(name)}:{key}": kind for kind, keys in of_type.items() for key in keys}
 

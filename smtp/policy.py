@@ -41,6 +41,7 @@ class Phase(str, Enum):
     DATA = "data"  # the command; 354 invites the body
     TRANSFER = "transfer"  # the body is going out; without its final dot the relay must drop it (RFC 5321 4.1.1.4)
     DOT = "dot"  # the final dot is out
+    HTTP = "http"  # the answer of an upstream that is spoken to by HTTP, or that there was none
 
 
 class Row(NamedTuple):
@@ -61,6 +62,9 @@ WITHOUT_RCPT = tuple(phase for phase in MESSAGE if phase is not Phase.RCPT)
 ACCEPTED, TRY_AGAIN, REFUSED, IN_DOUBT, TROUBLE = Verdict
 ANY = ".*"
 TOO_MANY = "the relay takes fewer recipients at once"
+TAKEN = "accepted as"  # how the text begins of an upstream's good answer; the mail's id there follows
+NO_API = "the answer is none of the API"  # the text of what somebody else has answered, on the way
+ASKED_TWICE = "the upstream is still at this mail"
 LIMIT = (  # how relays say that the account or this client has sent too much; not that one mail is too large
     r"^(?!.*\b(size|large|big|bytes)\b).*(ratelimit|transmit rate|throttl|permitted limits|messages was exceeded"
     r"|\b(rate|sending|send|mail|relay|submission|hour|recipient) ?-?(limit|quota)|unusual sending|too frequent"
@@ -165,6 +169,28 @@ TABLE = (
         MESSAGE, "4..", r"-|4\.4\.5|4\.7\.[03]", r"disk|space shortage|memory|#4\.3\.\d\)|queue quota|^try again in \d",
         TROUBLE, "the relay is busy, full or out of order", "Exim, sendmail, qmail, Exchange",
     ),
+    # HTTP. Without an answer it is asked again under the same key, so nothing is in doubt. What is no answer of the API
+    # (a proxy's, a captive portal's, a redirect) says nothing of the mail.
+    Row((Phase.HTTP,), "none", ANY, "", TROUBLE, "the upstream does not answer", "RFC 9110 9.2.2"),
+    Row((Phase.HTTP,), "2..", ANY, f"^{TAKEN} ", ACCEPTED, "the upstream has the mail", "Resend, POST /emails"),
+    Row(
+        (Phase.HTTP,), "409", ANY, "^invalid_idempotent_request", ACCEPTED,
+        "the upstream has this mail, which another version has written otherwise", "Resend; a key is one mail's id",
+    ),
+    Row((Phase.HTTP,), "409", ANY, "^concurrent_idempotent_requests", TROUBLE, ASKED_TWICE, "Resend"),
+    Row(
+        (Phase.HTTP,), "403", ANY, "^validation_error", TRY_AGAIN,
+        "the account may not send from this domain, or to this recipient", "Resend, 403: a domain is not verified yet",
+    ),
+    Row((Phase.HTTP,), "40[1237]", ANY, "", TROUBLE, "the upstream refuses the API key or the account", "Resend"),
+    Row((Phase.HTTP,), "429", ANY, "", TROUBLE, "the account's rate or quota is used up", "Resend; RFC 6585 4"),
+    Row((Phase.HTTP,), "40[45]|410|421", ANY, "", TROUBLE, "there is no such API at this URL", "RFC 9110 15.5"),
+    Row((Phase.HTTP,), "413", ANY, "", REFUSED, "this mail is too large", "RFC 9110 15.5.14; of a proxy as well"),
+    Row((Phase.HTTP,), "40[89]|425", ANY, "", TRY_AGAIN, "this request is put off", "RFC 9110 15.5.9, RFC 8470 5.2"),
+    Row((Phase.HTTP,), "4..", ANY, f"^{NO_API}", TROUBLE, "what answers here is no API for mail", "RFC 9110 15.5"),
+    Row((Phase.HTTP,), "4..", ANY, "", REFUSED, "this mail is refused", "Resend, 400, 413, 422, 451"),
+    Row((Phase.HTTP,), "5..", ANY, "", TROUBLE, "the upstream is out of order", "RFC 9110 15.6"),
+    Row((Phase.HTTP,), ANY, ANY, "", TROUBLE, "what answers here is no API for mail", "RFC 9110 15"),
     # One mail, one recipient.
     Row((Phase.RCPT,), "552", "-", "", TRY_AGAIN, TOO_MANY, "RFC 5321 4.5.3.1.10, its old form"),
     Row(MESSAGE, "503", ANY, "", TRY_AGAIN, "the two sides have lost step", "RFC 5321 4.2.2"),
@@ -204,6 +230,11 @@ CHOSEN = re.compile(
     r"|(?<![:.\w-])(?!storedrv\.|resolver\.)(?:[\w-]+\.)+[a-z][\w-]*",
     re.IGNORECASE,
 )
+
+
+def may_be_the_mails(phase: object, code: int | None) -> bool:
+    """Returns whether what was said may be for this mail's sake, though it is no fault that could be named."""
+    return phase in MESSAGE or (phase == Phase.HTTP and code == 500)
 
 
 @lru_cache(maxsize=256)  # nearly all replies say the same

@@ -27,6 +27,11 @@ class Published(NamedTuple):
     kind: str = "smtp"
     where: str = ""
     rate: tuple[Rate, ...] = ()
+    serves_all: bool = True  # not only some domains
+
+    @property
+    def host(self) -> str:
+        return self.where.rpartition(":")[0] or self.where
 
     @property
     def is_only(self) -> bool:
@@ -45,7 +50,8 @@ def publish(redis: Redis, relays: Sequence[RelaySettings]) -> None:
     with redis.pipeline() as commands:
         commands.delete(NAMES)
         for place, one in enumerate(named):
-            said = {"place": place, "kind": one.kind, "where": where(one), "rate": ",".join(map(str, one.rate))}
+            said: dict[str, Any] = {"place": place, "kind": one.kind, "where": where(one)}
+            said |= {"rate": ",".join(map(str, one.rate)), "serves_all": not one.domains}
             commands.hset(NAMES, one.name, json.dumps(said))
         commands.execute()
 
@@ -70,6 +76,6 @@ def read(stored: dict[bytes, bytes]) -> list[Published]:
             said, known = json.loads(value), name.decode()
             rate = parse_rates(said["rate"]) if said["rate"] else ()
             if NAME.fullmatch(known):
-                one = Published(known, str(said["kind"]), str(said["where"])[:300], rate)
+                one = Published(known, str(said["kind"]), str(said["where"])[:300], rate, bool(said["serves_all"]))
                 found.append((int(said["place"]), one))
     return [one for _, one in sorted(found)] or [Published(ONLY)]

@@ -11,7 +11,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from process.relays import ONLY, RelaySettings
+from queues.connection import Redis, connect
 from settings import Settings
+from smtp.pacing import key_prefix
+from smtp.tokens import Tokens
 
 SEND_BUFFER = 256 * 1024  # bytes
 
@@ -28,10 +31,12 @@ class Relay(NamedTuple):
     timeout: float  # for a connection, for one reply (but that to the final dot), for the next CHUNK of the body
     deadline: float  # for one conversation
     ehlo_name: str  # what we call ourselves
+    tokens: Tokens | None = None  # to log in with, in place of a password
 
     @classmethod
-    def of(cls, current: Settings, one: RelaySettings | None = None) -> Relay:
-        """Returns one relay of the settings; by default the first."""
+    def of(cls, current: Settings, one: RelaySettings | None = None, redis: Redis | None = None) -> Relay:
+        """Returns one relay of the settings; by default the first. `redis` is where a worker shares its tokens; others
+        connect to it when they need one."""
         one = one or next(iter(current.all_relays), RelaySettings.model_construct(name=ONLY))
         return cls(
             host=one.host or "",
@@ -43,6 +48,7 @@ class Relay(NamedTuple):
             timeout=current.smtp_timeout,
             deadline=current.deliver_timeout,
             ehlo_name=current.ehlo_name or own_name(),
+            tokens=_tokens(current, one, redis),
         )
 
     def __str__(self) -> str:
@@ -51,6 +57,13 @@ class Relay(NamedTuple):
     def __repr__(self) -> str:
         """Hides the password, which a tuple's own would show to a program that prints a traceback's variables."""
         return str(self)
+
+
+def _tokens(current: Settings, one: RelaySettings, redis: Redis | None) -> Tokens | None:
+    if not one.oauth:
+        return None
+    shared = redis or connect(current.redis_url.get_secret_value())
+    return Tokens(shared, one.oauth, key_prefix(one.name), even_alone=redis is None)
 
 
 @lru_cache(maxsize=1)

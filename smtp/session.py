@@ -23,6 +23,7 @@ from enum import Enum
 
 from smtp import auth
 from smtp.envelope import Envelope, crlf_lines, dot_stuffed
+from smtp.oauth import NoToken
 from smtp.policy import Phase, Verdict
 from smtp.relay import Relay, connect_any, tls_context
 from smtp.verdict import TIMED_OUT, Reply
@@ -166,6 +167,8 @@ class Session:
             raise Stopped(reply)
 
     def open(self) -> None:
+        with self.step(Phase.AUTH):  # before there is a connection: it may take seconds, and no relay waits for that
+            token = self.relay.tokens.take() if self.relay.tokens else ""
         with self.step(Phase.CONNECT):
             self.connect()
         self.tls = _tls_version(self.sock)
@@ -180,7 +183,7 @@ class Session:
             self.say_hello()
         if self.relay.username:
             with self.step(Phase.AUTH):
-                self.login(self.relay.username, self.relay.password or "")
+                self.login(self.relay.username, token)
         self.state = State.READY
 
     def connect(self) -> None:
@@ -202,10 +205,18 @@ class Session:
                 code, text = self.smtp.helo()
         self.expect(Reply(Phase.HELLO, code, _text(text)))
 
-    def login(self, username: str, password: str) -> None:
-        offered = self.smtp.esmtp_features.get("auth", "").upper().split()
-        code, text = auth.log_in(self.smtp.docmd, offered, username, password)
+    def login(self, username: str, token: str) -> None:
+        """Logs in with the password, or with a token: with another one, if the relay does not take it any more."""
+        offered, tokens = self.smtp.esmtp_features.get("auth", "").upper().split(), self.relay.tokens
+        if not tokens:
+            code, text = auth.log_in(self.smtp.docmd, offered, username, self.relay.password or "")
+            return self.expect(Reply(Phase.AUTH, code, _text(text)))
+        code, text = auth.log_in_by_token(self.smtp.docmd, offered, username, token)
+        if code == 535 and tokens.refused(token) and (another := tokens.take()) != token:
+            token = another
+            code, text = auth.log_in_by_token(self.smtp.docmd, offered, username, token)
         self.expect(Reply(Phase.AUTH, code, _text(text)))
+        tokens.accepted(token)
 
     def begin(self, envelope: Envelope, mime: bytes) -> Replies:
         """Sends a mail but for its final dot, and of a small one only the envelope, in as few round trips as the relay
@@ -398,6 +409,6 @@ def _reason(error: Exception) -> str:
         return TIMED_OUT
     if isinstance(error, smtplib.SMTPServerDisconnected):
         return "the relay closed the connection"
-    if isinstance(error, (smtplib.SMTPNotSupportedError, auth.NotOffered)):
+    if isinstance(error, (smtplib.SMTPNotSupportedError, auth.NotOffered, NoToken)):
         return str(error)
     return getattr(error, "strerror", None) or type(error).__name__

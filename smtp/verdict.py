@@ -9,7 +9,17 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from smtp.policy import CHOSEN, MESSAGE, TOO_MANY, WITHOUT_RCPT, Phase, Verdict, names_no_address, row_for
+from smtp.policy import (
+    ASKED_TWICE,
+    CHOSEN,
+    MESSAGE,
+    TOO_MANY,
+    WITHOUT_RCPT,
+    Phase,
+    Verdict,
+    names_no_address,
+    row_for,
+)
 
 TIMED_OUT = "timed out"  # the text of a reply that did not come in time
 LONGEST_HINT = 12 * 3600  # seconds; what a relay asks for beyond that is not believed
@@ -44,9 +54,9 @@ class Reply(NamedTuple):
     def is_about_the_mail(self) -> bool:
         """Returns whether it puts off or refuses the mail as a whole, for no reason that is surely its own:
         address, size or form. At RCPT it would be about one recipient."""
-        its_own = self.code == 552 or re.match(r"[45]\.[136]\.", self.text)
+        its_own = self.code in (413, 552) or re.match(r"[45]\.[136]\.", self.text)
         refused = self.verdict in (Verdict.TRY_AGAIN, Verdict.REFUSED)
-        return self.phase in WITHOUT_RCPT and refused and not its_own
+        return self.phase in (*WITHOUT_RCPT, Phase.HTTP) and refused and not its_own
 
     @property
     def words(self) -> str:
@@ -78,6 +88,18 @@ class Reply(NamedTuple):
         return min(LONGEST_HINT, hours * 3600 + minutes * 60 + seconds)
 
     @property
+    def may_have_been_taken(self) -> bool:
+        """Returns whether an upstream may have the mail all the same: there was no answer, or one that somebody on the
+        way may have given, after the request had arrived."""
+        refused = self.code is not None and 400 <= self.code < 500 and self.code not in (408, 409, 425)
+        return self.phase is Phase.HTTP and not refused and self.verdict is not Verdict.ACCEPTED
+
+    @property
+    def is_being_answered(self) -> bool:
+        """Returns whether an upstream is at this mail now, since an earlier request."""
+        return row_for(self.phase, self.code, self.text).meaning == ASKED_TWICE
+
+    @property
     def is_against_pipelining(self) -> bool:
         """Returns whether it may be about several commands at once, which the relay has announced and does not take."""
         lost = self.code == 503 or re.search("pipelin|synchroni", CHOSEN.sub("", self.text), re.IGNORECASE)
@@ -107,8 +129,10 @@ class Reply(NamedTuple):
     @property
     def summary(self) -> str:
         """Returns code and phase without a word of the relay's: fit for logs and exception texts. While connecting,
-        nothing of a mail is said, so the system's words are shown: `no reply at connect (Connection refused)`."""
-        why = f" ({self.text})" if self.phase is Phase.CONNECT and self.text else ""
+        nothing of a mail is said, so the system's words are shown: `no reply at connect (Connection refused)`; as are
+        ours where there is no token."""
+        may_show = self.phase is Phase.CONNECT or (self.phase is Phase.AUTH and self.text.startswith("no token: "))
+        why = f" ({self.text})" if may_show and self.text else ""
         return f"no reply at {self.phase.value}{why}" if self.code is None else f"{self.code} at {self.phase.value}"
 
 

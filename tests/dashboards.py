@@ -34,7 +34,8 @@ SAME_ORIGIN = {"Sec-Fetch-Site": "same-origin"}
 # One value for each variable in a route.
 SAMPLES: dict[str, Any] = {"instance_number": 0, "per_page": 8, "order": "asc", "page": 1, "job_id": "a"}
 SAMPLES |= {"queue_name": "email", "registry_name": "failed", "filename": "css/main.css", "name": "page.css"}
-SAMPLES |= {"act": "pause", "endpoint": "shop", "template_id": "welcome"}
+SAMPLES |= {"act": "pause", "template_id": "welcome", "entry_id": "01a21b29-4e1c-7a05-9d3f-2f9a3c1be5d8"}
+SAMPLES |= {"endpoint": "shop"}
 SAMPLES |= {"mail_id": "01a21b29-4e1c-7a05-9d3f-2f9a3c1be5d7", "action": "requeue"}  # of no mail
 
 

@@ -22,6 +22,7 @@ import h11
 from bottle import request
 from waitress.adjustments import Adjustments
 
+from mail import reports
 from mail.address import Mailbox
 from mail.draft import prepare
 from mail.mime import to_mime
@@ -151,8 +152,25 @@ def check_smtp(data: bytes) -> None:
         assert len(said) == commands.count(b"\r\n") + 4  # and the greeting, the last of these commands, DATA and dot
 
 
+def check_report(data: bytes) -> None:
+    """Whatever a report says, what is read of it is bounded, can be stored and shown, and is the same with bare LF."""
+    found = reports.read(data)
+    assert found == reports.read(re.sub(b"\r\n?", b"\n", data))
+    if not found:
+        return
+    assert 1 <= len(found.recipients) <= reports.MOST_RECIPIENTS
+    assert found.only_by_envelope <= (not found.message_id and found.kind == reports.BOUNCE)
+    assert re.fullmatch(r"(<[!-~]+>)?", found.message_id)
+    for one in found.recipients:
+        assert all("@" in address and address.isprintable() and len(address) <= 320 for address in one.addresses)
+        assert re.fullmatch(r"([245]\.\d+\.\d+)?", one.status) or one.status in reports.COMPLAINTS
+        assert len(one.text) <= reports.LONGEST_TEXT
+        assert (one.text + found.by).isprintable()
+        assert one.code is None or 400 <= one.code < 600
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {"http": check_http, "chunks": lambda data: check_http(CHUNKED + data)}
-TARGETS |= {"mail": check_mail, "smtp": check_smtp}
+TARGETS |= {"mail": check_mail, "smtp": check_smtp, "report": check_report}
 
 
 def corpus(name: str) -> list[bytes]:

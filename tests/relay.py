@@ -49,6 +49,8 @@ class Relay:
     on_data: Callable[[], object] = lambda: None  # called when a body has come, before it is answered
     accepted: list[Delivery] = field(default_factory=list)
     seen_rcpt: list[str] = field(default_factory=list)
+    refused_logins: int = 0
+    takes_token: Callable[[str], bool] | None = None  # in place of a password: whether it is good
     authority: trustme.CA = field(default_factory=trustme.CA)
 
     def __enter__(self) -> Relay:
@@ -83,16 +85,36 @@ class Relay:
         encrypted = isinstance(line.socket, ssl.SSLSocket)
         offers += ["STARTTLS"] if self.tls == "starttls" and not encrypted else []
         offers += ["AUTH PLAIN"] if self.login and encrypted else []
+        offers += ["AUTH XOAUTH2 OAUTHBEARER"] if self.takes_token else []
         return line.say("\r\n".join([*(f"250-{offer}" for offer in offers), "250 HELP"]))
 
     def _auth(self, line: Line) -> str:
+        if self.takes_token:
+            return self._token(line)
         _, user, password = base64.b64decode(line.command.split(" ")[2]).decode().split("\0")
         line.trusted = (user, password) == self.login
         return line.say("235 2.7.0 welcome" if line.trusted else "535 5.7.8 Authentication credentials invalid")
 
+    def _token(self, line: Line) -> str:
+        """Takes XOAUTH2: the response follows a 334, an error is JSON and wants an answer."""
+        line.say("334 ")
+        token = base64.b64decode(line.hear_until(b"\r\n")).split(b"\1")[1].decode().removeprefix("auth=Bearer ")
+        line.token = token
+        if self.takes_token and self.takes_token(token):
+            line.trusted = True
+            return line.say("235 2.7.0 Authentication successful")
+        line.say("334 " + base64.b64encode(b'{"status":"401","schemes":"Bearer"}').decode())
+        self.refused_logins += 1
+        assert line.hear_until(b"\r\n") == b""
+        return line.say("535 5.7.3 Authentication unsuccessful")
+
     def _mail(self, line: Line) -> str:
         line.sender = command_address(line.command)
-        return line.say("250 2.1.0 ok" if line.trusted or not self.login else "530 5.7.0 Authentication required")
+        if self.takes_token and line.trusted and not self.takes_token(line.token):
+            line.say("421 4.7.0 the token of this session has ended")
+            raise HungUp
+        is_open = not (self.login or self.takes_token)
+        return line.say("250 2.1.0 ok" if line.trusted or is_open else "530 5.7.0 Authentication required")
 
     def _rcpt(self, line: Line) -> str:
         address = command_address(line.command)

@@ -74,6 +74,7 @@ class Line:
         self.spoke = False
         self.sender = ""
         self.trusted = False  # has logged in, where an act asks for it
+        self.token = ""  # with this
 
     def accept(self) -> Acceptance:
         """From here on the mail is the relay's, whether or not it gets to say so."""

@@ -18,9 +18,9 @@ from ops.alerts import LOOKS, MOST, QUIET, Alerts
 from ops.condition import Condition
 from ops.push import News, NotPushed, Outlet, by_mail, request, to_url
 from queues.connection import connect
-from settings import Settings
+from settings import Settings, load
 from tests.relay import Relay
-from tests.servers import RedisServer, eventually
+from tests.servers import RedisServer, eventually, free_port
 
 NOW = 1_800_000_000.0
 WELL = Condition("well", "well", "All is well: 9 sent today.")
@@ -220,9 +220,14 @@ def test_a_mail_goes_straight_to_the_relay(tmp_path: Path, client: Redis, redis_
         given: Any = {name.lower(): value for name, value in relay.environment(tmp_path).items()}
         settings = Settings(alert_to="ops@acme.example", mail_from="Acme <hi@acme.example>", **given)
         by_mail(settings, NEWS)
+        several = (
+            f'[first]\nhost = "127.0.0.1"\nport = {free_port()}\n[second]\nhost = "127.0.0.1"\nport = {relay.port}\n'
+        )
+        several += f'username = "ada"\npassword = "pass"\nca_file = "{given["smtp_ca_file"]}"'
+        by_mail(load(from_file={}, relays=several, alert_to="ops@acme.example"), NEWS)
         with pytest.raises(NotPushed, match=r"^535 at auth$"):
             by_mail(settings.model_copy(update={"smtp_username": "eve"}), NEWS)
-    [mail] = relay.accepted
+    [mail, _] = relay.accepted
     assert (mail.sender, mail.recipients) == ("hi@acme.example", ["ops@acme.example"])
     assert b"Subject: async-email on mx1: relay needs attention\r\n" in mail.content
     assert b"Auto-Submitted: auto-generated\r\n" in mail.content

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from smtp.auth import NotOffered, log_in
+from smtp.auth import NotOffered, log_in, log_in_by_token
 from smtp.relay import own_name
 from tests.conversations import at, attempt
 from tests.scripted_relay import ScriptedRelay
@@ -105,6 +105,61 @@ def test_a_dialog_that_does_not_end_is_canceled() -> None:
 def test_a_relay_without_a_mechanism_that_is_known_here_is_told_apart(offered: list[str]) -> None:
     with pytest.raises(NotOffered, match="offers no AUTH PLAIN, LOGIN or CRAM-MD5"):
         log_in(lambda _: (235, b""), offered, USER, PASSWORD)
+
+
+# By token
+
+
+XOAUTH2 = encoded(f"user={USER}\1auth=Bearer t0ken\1\1")
+BEARER = encoded("n,a=mai=2Cl=3Der,\1auth=Bearer t0ken\1\1")
+LONG, LONG_XOAUTH2 = "t" * 2000, encoded(f"user={USER}\1auth=Bearer {'t' * 2000}\1\1")
+EXPIRED = encoded('{"status":"401","schemes":"bearer"}')
+# fmt: off
+BY_TOKEN = {  # what is offered, the token and the name; the replies -> what is said, and the reply that decides
+    "in the command": (
+        ["PLAIN", "OAUTHBEARER", "XOAUTH2"], "t0ken", USER, [OK], [f"AUTH XOAUTH2 {XOAUTH2}"], (235, "2.7.0 ok")),
+    "asked for once more": (
+        ["XOAUTH2"], "t0ken", USER, ["334 ", OK], [f"AUTH XOAUTH2 {XOAUTH2}", XOAUTH2], (235, "2.7.0 ok")),
+    "too long for a command": (
+        ["XOAUTH2"], LONG, USER, ["334 ", OK], ["AUTH XOAUTH2", LONG_XOAUTH2], (235, "2.7.0 ok")),
+    "ended": (
+        ["XOAUTH2"], LONG, USER, ["334 ", f"334 {EXPIRED}", WRONG], ["AUTH XOAUTH2", LONG_XOAUTH2, ""],
+        (535, "5.7.8 no [XOAUTH2 401]")),
+    "ended, in one step": (
+        ["XOAUTH2"], "t0ken", USER, [f"334 {EXPIRED}", WRONG], [f"AUTH XOAUTH2 {XOAUTH2}", ""],
+        (535, "5.7.8 no [XOAUTH2 401]")),
+    "refused": (["XOAUTH2"], "t0ken", USER, [WRONG], [f"AUTH XOAUTH2 {XOAUTH2}"], (535, "5.7.8 no [XOAUTH2]")),
+    "by RFC 7628": (
+        ["OAUTHBEARER"], "t0ken", "mai,l=er", [f"334 {EXPIRED}", WRONG], [f"AUTH OAUTHBEARER {BEARER}", "AQ=="],
+        (535, "5.7.8 no [OAUTHBEARER 401]")),
+    "not taken": (
+        ["XOAUTH2", "OAUTHBEARER"], "t0ken", "mai,l=er", ["504 5.5.4 no", OK],
+        [f"AUTH XOAUTH2 {encoded(f'user=mai,l=er{chr(1)}auth=Bearer t0ken{chr(1)}{chr(1)}')}",
+         f"AUTH OAUTHBEARER {BEARER}"], (235, "2.7.0 ok")),
+    "no end of questions": (
+        ["XOAUTH2"], "t0ken", USER, ["334 !{garbage", "334 more", "501 canceled"],
+        [f"AUTH XOAUTH2 {XOAUTH2}", "", "*"], (501, "canceled [XOAUTH2]")),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("case", BY_TOKEN)
+def test_a_token_is_given_as_the_mechanism_wants_it_and_an_error_answered(case: str) -> None:
+    offered, token, username, replies, expected, decided = BY_TOKEN[case]
+    said: list[str] = []
+
+    def say(line: str) -> tuple[int, bytes]:
+        said.append(line)
+        code, _, text = replies[len(said) - 1].partition(" ")
+        return int(code), text.encode()
+
+    code, text = log_in_by_token(say, offered, username, token)
+    assert (said, (code, text.decode())) == (expected, decided)
+
+
+def test_a_relay_that_takes_no_token_is_told_apart() -> None:
+    with pytest.raises(NotOffered, match="offers no AUTH XOAUTH2 or OAUTHBEARER"):
+        log_in_by_token(lambda _: (235, b""), ["PLAIN", "LOGIN"], USER, "t")
 
 
 # EHLO

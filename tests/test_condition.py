@@ -14,11 +14,14 @@ from redis import Redis
 
 from mail.outbox import Outbox
 from ops.condition import judge
-from ops.facts import Clock, Facts, gather
+from ops.facts import At, Clock, Facts, gather
+from process.relays import parse_relays
+from process.values import Rate
 from queues.health import QueueState
 from settings import Settings
 from smtp.pacing import Pacing, Standing
 from smtp.policy import Phase
+from smtp.published import Published, publish
 from smtp.verdict import Reply
 from tests.checks.support import GMAIL
 from tests.mails import accept
@@ -40,6 +43,11 @@ def facts(email: QueueState | None = None, jobs: QueueState | None = None, **giv
     settings = Settings(smtp_host=GMAIL, **given.pop("settings", {}))
     known = {"info": INFO | given.pop("info", {}), "queues": {"email": email or queue(), "jobs": jobs or queue()}}
     return Facts(NOW, settings, **{"last_sent": NOW - 5, **known, **given})
+
+
+def at(name: str, reply: Reply | None = None, until: float = 0, serves_all: bool = True) -> At:
+    one = Published(name, "smtp", f"{name}.example:587", (Rate(20, 3600),), serves_all)
+    return At(one, since(reply) if reply else None, until)
 
 
 def hook(name: str = "shop", **given: Any) -> Endpoint:
@@ -114,6 +122,15 @@ TABLE: list[tuple[Facts, str, str, str]] = [  # facts, level and kind (! for a p
     (facts(recent=Counter(failed=4)), "well well", "", ""),
     (facts(recent=Counter(failed=5, sent=20)), "well well", "", ""),
     (facts(to_sweep=NOW - 901), "warn sweep!", "A mail has been stuck for 15 min", "worker.py"),
+    (facts(relays=(at("first", REFUSED), at("second"))), "warn relay_down!",
+     "Relay first is in trouble, since 13:59: the relay does not accept this login (535 at auth). Mail goes by second.",
+     "check username and password; some relays want an API key as the password; edit RELAYS"),
+    (facts(relays=(at("first", AWAY), at("second", serves_all=False))), "warn relay_down!", "no other takes waits", ""),
+    (facts(relays=(at("first", AWAY), at("second", AWAY)), waiting=2), "bad relay!",
+     "All relays are in trouble; first, since 13:59: the relay cannot be reached (Connection refused). 2", "host"),
+    (facts(relays=(at("first"), at("second", until=NOW + 200))), "warn rate",
+     "Rate of relay second (20/h) is used up", "RELAYS"),
+    (facts(relays=(at("first"), at("second"))), "well well", "", ""),
     (facts(disk_free=100 << 20), "warn disk!", "Redis' disk is nearly full, with 100 MB free", "du"),
 ]
 # fmt: on
@@ -164,5 +181,13 @@ def test_the_facts_are_gathered_and_nothing_is_changed(outbox: Outbox, client: R
     assert (seen.waiting, seen.overdue, seen.suspended, seen.in_doubt, seen.rate_until) == (3, 1, True, 0, NOW)
     assert (seen.today["accepted"], seen.queues["email"].workers, seen.has_scheduler) == (3, 0, False)
     assert (seen.standing and seen.standing.reply, seen.info["aof_enabled"], bool(seen.disk_free)) == (REFUSED, 1, True)
+    publish(client, parse_relays('[first]\nhost = "a.example"\n[second]\nhost = "b.example"\ndomains = ["b.example"]'))
+    Pacing(client, (), "second").trouble(60, reply=REFUSED)
+    client.lpush("relay:second:told", round(NOW * 1000))
+    assert [(one.relay.name, bool(one.standing), one.rate_until) for one in gather(outbox).relays] == [
+        ("first", False, 0),
+        ("second", True, NOW),
+    ]
+    assert gather(outbox).standing is None
     assert abs(seen.skew) < 0.5
     assert 1e6 < seen.longest < NOW

@@ -155,6 +155,8 @@ def test_these_are_all_the_routes_that_change_something() -> None:
         "/mail/failures/jobs",
         "/mail/failures/mails",
         "/mail/search",
+        "/mail/suppressions",
+        "/mail/suppressions/01a21b29-4e1c-7a05-9d3f-2f9a3c1be5d8",
         "/mail/system/pause",
         "/mail/templates/welcome",
         "/rq/job/a/delete",

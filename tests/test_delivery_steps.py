@@ -43,7 +43,7 @@ NEVER = Reply(Phase.RCPT, 550, "5.1.1 no such user")
 SILENCE = Reply(Phase.DOT, None, "the relay closed the connection")
 AWAY = Reply(Phase.CONNECT, None, "refused")
 RELAY = Relay("relay.example.com", 587, "none", None, None, None, timeout=5, deadline=10, ehlo_name="client.example")
-WAY: Any = SimpleNamespace(name="relay", relay=RELAY, marks={})
+WAY: Any = SimpleNamespace(name="relay", relay=RELAY, place=RELAY, marks={})
 
 
 def claim(*statuses: str, before: str = "queued", counted: int = 0, on_doubt: str = "retry") -> Claim:

@@ -163,6 +163,8 @@ def test_the_steps_of_a_mail_have_their_times_and_who_made_them() -> None:
     assert (seen[-1].said, seen[-1].facts) == ("OK 7", ("relay.example:587", "TLSv1.3", "2 KB"))
     mail["attempts"][-1] |= {"tls": "", "bytes": 312}
     assert timeline.steps(mail, 0, None, [])[-1].facts == ("relay.example:587", "no TLS", "312 bytes")
+    mail["attempts"][-1] |= {"relay_name": "first", "moved": True}
+    assert timeline.steps(mail, 0, None, [])[-1].facts[::3] == ("first, relay.example:587", "it goes to another relay")
 
 
 START = datetime.now(timezone.utc).replace(microsecond=0)
@@ -275,7 +277,7 @@ def test_what_a_mail_and_a_relay_say_adds_no_element_to_the_page(pages: Pages, c
         (LATER, "cancel", "canceled", "Canceled without login"),
         (REFUSED, "cancel", "canceled", "It is canceled"),
         (REFUSED, "requeue", "queued", "It is queued again, and waits for a worker."),
-        (HELD, "arrived", "sent", "Sent: a person said at"),
+        (HELD, "arrived", "sent", "Sent: a person said that it arrived"),
         (HELD, "arrived", "sent", "Said to have arrived without login"),
         (HELD, "requeue", "queued", "Queued again without login"),
         (HELD._replace(state=State.FAILED), "requeue", "queued", "Queued again without login"),
@@ -380,7 +382,9 @@ def test_what_is_not_possible_any_more_is_409_with_its_reason(pages: Pages, acti
 
 def test_an_id_of_no_mail_says_for_how_long_mails_are_kept(pages: Pages, client: Redis) -> None:
     for path in (f"/mail/emails/{GONE}", f"/mail/emails/{GONE}/requeue", "/mail/emails/x"):
-        assert "A sent mail is kept for 3 days, one that failed or was canceled for 14 days" in pages.text(path, 404)
+        assert "A sent mail is kept for 3 days, one that failed, was suppressed or canceled for 14 days" in pages.text(
+            path, 404
+        )
     assert pages.post(f"/mail/emails/{GONE}/cancel").status_code == 404
     assert pages.post(f"/mail/emails/{GONE}/delete").status_code == 404
     jobs, policy = pages.outbox.jobs, Policy(60, (), 60, 60)

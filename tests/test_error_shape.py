@@ -28,6 +28,8 @@ from web.middleware import Middleware
 LIMIT = 100_000  # bytes
 SETTINGS = {"MAX_MESSAGE_BYTES": str(LIMIT)}
 BODIES: dict[str, Any] = {**SUBMITTED, "/emails/batch": [MAIL]}  # what each route that takes a body accepts
+BODIES |= {"/suppressions": {"email": "ada@example.com"}}
+BODIES |= {f"/suppressions/batch/{act}": {"emails": ["ada@example.com"]} for act in ("add", "remove")}
 SECRET = "ada@example.com says: my password is 1234"
 EACH = [(method, path) for method, path, _, _ in web_app.ROUTES]
 
@@ -119,7 +121,7 @@ def tracebacks() -> set[int]:
 
 
 def filled(path: str) -> str:
-    return re.sub(r"<\w+>", UNKNOWN_ID, path)
+    return re.sub(r"<.*?>", UNKNOWN_ID, path)
 
 
 def body_for(method: str, path: str) -> Any:
@@ -149,12 +151,16 @@ def test_only_the_description_the_probes_and_the_metrics_need_no_key() -> None:
 def test_every_route_says_which_methods_it_takes(app_without_redis: Middleware, path: str) -> None:
     answer = ask(app_without_redis, "PUT", filled(path))
     held_to_the_shape(answer, 405, "method_not_allowed")
-    takes = {method for method, other in EACH if re.fullmatch(re.sub(r"<\w+>", "[^/]+", other), path)}
+    takes = {
+        method
+        for method, other in EACH
+        if re.fullmatch(re.sub("<.*?>", "[^/]+", re.sub("<.*:path>", ".+", other)), path)
+    }
     assert takes == set(re.findall("[A-Z]+", answer.headers["Allow"])) - {"HEAD"}
     assert answer.headers["Allow"] in answer.body["message"]
 
 
-IN_REDIS = re.compile("/start-job|/emails.*|/jobs.*|/readyz")
+IN_REDIS = re.compile("/start-job|/emails.*|/jobs.*|/suppressions[a-z/]*|/readyz")
 
 
 @pytest.mark.parametrize(("method", "path"), [one for one in EACH if IN_REDIS.fullmatch(one[1])])

@@ -20,6 +20,7 @@ import redis
 from ops import install, release, site, smtp_in, webhooks
 from ops.server import Fault, Server
 from process.api_keys import ApiKey
+from process.relays import parse_relays
 from settings import from_credentials, from_file, load
 from tests.http_api import MAIL
 from tests.relay import Relay
@@ -201,7 +202,11 @@ def test_secrets_are_made_once_and_only_root_reads_them(server: Server) -> None:
     assert settings.dashboard_password
     assert not settings.smtp_password
     assert mode(server.etc) == mode(server.credentials) == 0o700
-    assert {mode(path) for path in (server.env, *server.credentials.iterdir())} == {0o600}
+    relays = server.relays
+    assert {mode(path) for path in (server.env, relays, *server.credentials.iterdir())} == {0o600}
+    assert parse_relays(relays.read_text()) == ()
+    examples = [line[2:] for line in relays.read_text().splitlines() if re.match(r"# (\[|\w+ =)", line)]
+    assert [one.name for one in parse_relays("\n".join(examples))] == ["first", "second"]
     before = content(server.etc)
     install.configure(server)
     assert content(server.etc) == before

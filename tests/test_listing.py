@@ -14,7 +14,7 @@ from mail.claim import iso
 from mail.draft import prepare
 from mail.listing import STATES, Wanted
 from mail.outbox import Outbox
-from mail.states import LETTERS, State
+from mail.states import LETTERS, RETURNED, State
 from mail.sweep import sweep
 from tests.http_api import MAIL, fields, submitted
 from tests.mails import claim
@@ -69,7 +69,9 @@ def test_what_becomes_of_a_mail_moves_it_from_list_to_list_and_it_is_in_one_at_a
             client.hset(f"rq:job:{mail_id}", "status", "started")
             if state != State.SENDING:
                 client.hset(f"rq:job:{mail_id}", "status", "scheduled" if state == State.DELAYED else "failed")
-                attempt.settle(state, reason="x")
+                attempt.settle(State.SENT if state in RETURNED else state, reason="x")
+            if state in RETURNED:
+                outbox.store.run("become(ARGV[1], ARGV[2], nil, nil, {'reason', 'x'})", [], [mail_id, state])
     outbox.cancel(states[State.CANCELED])
     later = submit(api, scheduled_at="in 2 hours")
     for name in STATES:

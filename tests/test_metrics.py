@@ -15,7 +15,9 @@ from rq.utils import now, utcformat
 
 from mail.counters import ACCEPT, DELIVERED, RESULTS, SMTP, VERDICTS
 from mail.store import TOTALS
+from process.relays import parse_relays
 from queues.health import PLACES
+from smtp.published import publish
 from tests.http_api import MAIL
 from tests.redis_troubles import configured
 from tests.servers import ROOT, Api, House, RedisServer, eventually
@@ -94,6 +96,17 @@ def test_the_relay_the_store_and_the_sweep_are_seen(api: Api, client: Any, redis
     assert (seen["swept_total repaired"], seen["swept_total given_up"]) == (2, 1)
 
 
+def test_each_of_several_relays_has_figures_of_its_own(api: Api, client: Any) -> None:
+    assert not any("relay_" in name for name in figures(api))
+    publish(client, parse_relays('[first]\nhost = "a.example"\nrate = "9/h"\n[second]\nhost = "b.example"'))
+    client.hset("relay:first:breaker", "open_until", 1)
+    client.lpush("relay:first:gone", round(time.time() * 1000))
+    client.hset(TOTALS, "relay:second:accepted", 3)
+    seen = figures(api)
+    assert (seen["breaker_open"], seen["relay_breaker_open first"], seen["relay_breaker_open second"]) == (0, 1, 0)
+    assert (seen["relay_rate_used 9/h first"], seen["relay_attempts_total second accepted"]) == (1, 3)
+
+
 def test_a_histogram_adds_up(api: Api, client: Any) -> None:
     client.hset(TOTALS, mapping={"accept:0.005": 3, "accept:0.01": 1, "accept:inf": 1, "accept:us": 2_500_000})
     seen = figures(api)
@@ -152,7 +165,7 @@ def test_a_scrape_reads_a_few_keys_and_writes_none(api: Api, client: Any) -> Non
         *("HGETALL", "HMGET", "GET"),
         *queue,
         *queue,
-        *("INFO", "HGETALL", "HEXISTS", "HGETALL"),
+        *("INFO", "HGETALL", "HEXISTS", "HLEN", "HGETALL"),
     ]
 
 

@@ -26,13 +26,16 @@ from ops.checks.configuration import credentials_directory
 from ops.checks.target import Target
 from ops.server import Server
 from process.log import EVENTS
+from process.relays import parse_relays
 from settings import Settings
 from smtp import pacing
+from smtp.published import publish
 from tests.checks.support import fake
 from tests.http_api import MAIL
 from tests.operations import BLOCKS, PAGE, block, line
 from tests.servers import ROOT, House, RedisServer, eventually, project_files
 
+GRANT = '{"provider": "microsoft", "client_id": "a", "refresh_token": "b"}'  # what bin/oauth writes
 OTHERS = {  # variables of redis-cli, of RQ and of clients
     *("REDISCLI_AUTH", "RQ_REDIS_URL"),
     *("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS", "MAIL_URL", "MAIL_KEY"),
@@ -86,10 +89,16 @@ def test_each_setting_is_one() -> None:
 @pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "ini"], ids=lambda text: text[:20])
 def test_each_example_of_settings_is_right(text: str, tmp_path: Path) -> None:
     (tmp_path / "async-email.env").write_text(text)
+    (tmp_path / "smtp_oauth").write_text(GRANT if "bin/oauth" in text else "")
     with credentials_directory(tmp_path):
         loaded = settings.load(*(["smtp_host", "mail_from"] if "SMTP_HOST" in text else []))
     assert loaded.smtp_security == "starttls"
     assert bool(loaded.smtp_rate) == ("SMTP_RATE" in text)
+
+
+def test_the_example_of_several_relays_is_right() -> None:
+    [text] = [text for language, text in BLOCKS if language == "toml"]
+    assert [one.name for one in parse_relays(text)] == ["first", "second", "newsletters"]
 
 
 def test_the_examples_are_for_the_relays_whose_refusals_the_doctor_explains() -> None:
@@ -162,6 +171,14 @@ def test_the_breaker_is_shown_and_closed_by_command(
     assert breaker.main(["close"]) == 0
     assert "The breaker is closed. " in capsys.readouterr().out
     assert paces.admit() is None
+    publish(client, parse_relays('[first]\nhost = "a.example"\n[second]\nhost = "b.example"'))
+    pacing.Pacing(client, (), "first").trouble(5 * 60)
+    assert breaker.main([]) == 0
+    assert "relay first is in trouble, and mail goes by another (next try in 5 min)" in capsys.readouterr().out
+    assert (breaker.main(["close", "third"]), breaker.main(["close", "second"])) == (2, 0)
+    assert pacing.in_trouble(client, "first")
+    assert breaker.main(["close", "first"]) == 0
+    assert not pacing.in_trouble(client, "first")
 
 
 def test_without_settings_or_redis_the_breaker_says_so(

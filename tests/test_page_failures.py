@@ -55,6 +55,8 @@ CASES = [
     Case(State.UNKNOWN, "no reply at dot", ("dot", None, ""), "decided alone, on its own page"),
     Case(State.DELAYED, "451 at rcpt", ("rcpt", 451, "later"), "next attempt in 60 s What it means the relay puts"),
     Case(State.DELAYED, "SMTP_RATE is reached", None, "each mail has its turn"),
+    Case(State.DELAYED, "the rate of relay first is reached", None, "each mail has its turn under the relay"),
+    Case(State.DELAYED, "relay first is configured no more", None, "that the workers do not know"),
     Case(State.DELAYED, "the relay is in trouble", None, "all mail waits until the relay is well again"),
 ]
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from process.relays import parse_relays
 from queues.cron import Cron
 from queues.jobs import Policy
 from smtp.pacing import Pacing
 from smtp.policy import Phase
+from smtp.published import publish
 from smtp.verdict import Reply
 from tests.dashboards import contents, email_queue, enqueue, occupy_a_worker
 from tests.pages import Pages
@@ -27,6 +29,28 @@ def pages(client: Redis, redis_server: RedisServer) -> Pages:
 
 def opened(client: Redis, pause: float = 600) -> None:
     Pacing(client, ()).trouble(pause, reply=REFUSED, relay="smtp.example.com:587")
+
+
+def two(client: Redis) -> None:
+    tables = '[first]\nhost = "a.example"\nrate = "9/h"\n[second]\nhost = "b.example"\nport = 465\n'
+    publish(client, parse_relays(tables))
+    for name in ("first", "second"):
+        Pacing(client, (), name).trouble(600, reply=REFUSED, relay="a.example:587")
+
+
+def test_each_of_several_relays_has_its_row_and_its_button(pages: Pages, client: Redis) -> None:
+    two(client)
+    shown = pages.text("/mail/system")
+    assert "Relay first , a.example:587 Breaker open: all mail waits , in trouble since" in shown
+    assert "check username and password" in shown
+    assert "used of 9/h" in shown
+    assert "Relay second , b.example:465" in shown
+    assert "that was a.example:587, and host and port name another now" in shown
+    Pacing(client, (), "second").close()
+    assert "open: mail goes by another" in pages.text("/mail/system")
+    assert 'href="/mail/system/close-breaker:first"' in pages.get("/mail/system")
+    pages.get("/mail/system/close-breaker:third", 404)
+    pages.get("/mail/system/pause:first", 404)
 
 
 def test_each_process_is_shown_with_its_workers_and_what_they_do(pages: Pages, client: Redis) -> None:
@@ -56,6 +80,7 @@ BUTTONS = [
         lambda client: not client.exists("rq:suspended"),
         "again.",
     ),
+    ("close-breaker:second", two, lambda client: client.keys("relay:*:breaker") == [b"relay:first:breaker"], "closed"),
     ("close-breaker", opened, lambda client: not client.exists("relay:breaker"), "The breaker is closed"),
 ]
 

@@ -72,7 +72,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         house.worker("jobs")
         api.wait_for(ids[0], "sent")
         said = "<planted-to@planted-to.example> planted-reply-text"
-        ids.append(happen(api, relay, "failed", [f"550 5.1.1 {said}"]))
+        ids.append(happen(api, relay, "failed", [f"550 5.7.1 {said}"]))
         ids.append(happen(api, relay, "failed", [f"450 4.2.1 {said}"] * 3))
         provoke_errors(api)
         ids.append(happen(api, relay, "delayed", ["450 planted"] * 99))  # the pages show it as scheduled

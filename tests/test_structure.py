@@ -18,38 +18,50 @@ from tests.servers import ROOT, project_files
 TOP = {"service", "worker", "tasks", "settings"}
 ANYTHING = {"ops", "chaos", "bench", "tests"}  # what people run beside it; nobody imports them
 MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import beside itself
-    "settings": {"process.env_file", "process.values", "process.api_keys", "process.relays", "process.webhooks"},
+    "settings": {
+        "process.env_file",
+        "process.values",
+        "process.api_keys",
+        "process.relays",
+        "process.grants",
+        "process.webhooks",
+    },
     "process": set[str](),
     "queues": {"settings", "process"},
-    "smtp": {"queues.connection", "settings", "process.values", "process.relays"},
-    "mail": {"smtp", "queues", "settings", "process.log", "process.relays"},
-    "tasks": {"mail.delivery", "queues.offer", "settings"},
+    "smtp": {"queues.connection", "settings", "process.values", "process.relays", "process.grants"},
+    "upstream": {"smtp.policy", "smtp.verdict", "process.relays", "process.version"},
+    "mail": {"smtp", "upstream", "queues", "settings", "process.log", "process.relays", "process.values"},
+    "tasks": {"mail.delivery", "mail.mailboxes", "queues.offer", "settings"},
     "web": {"mail", "queues", "settings", "process", "webhooks.queue"},
     "submission": {"mail", "queues", "settings", "process"},
     "webhooks": {"mail", "queues", "settings", "process"},
     "service": {"web", "tasks", "mail.address", "mail.templates", "queues", "settings", "process"},
-    "worker": {"tasks", "mail.delivery", "queues", "settings", "process"},
+    "worker": {"tasks", "mail.delivery", "mail.dkim", "queues", "settings", "process"},
 }
 HOMES = {  # an outside thing -> the only rooms or files that may import it
+    "dkim": {"mail.dkim"},
     "smtplib": {"smtp.session", "ops.sendmail"},
+    "urllib3": {"upstream.wire", "smtp.oauth", "webhooks.post"},
     "dotenv": {"process.env_file"},
-    "email": {"mail.mime", "mail.raw", "ops.catcher", "ops.mailparts", "ops.page.words", "ops.sendmail"},
+    "email": {"mail.mime", "mail.parsed", "mail.raw", "ops.catcher", "ops.mailparts", "ops.page.words", "ops.sendmail"},
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard", "ops.page.view"},
+    "imap_tools": {"mail.imap"},
+    "imaplib": {"mail.imap"},
     "redis": {"queues", "ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"},
     "rq": {"queues", "ops.dashboard"},
     "bottle": {"web", "ops.catcher"},
     "aiosmtpd": {"submission", "ops.catcher"},
     "prometheus_client": {"web.metrics"},
-    "urllib3": {"webhooks.post"},
     "mail.draft": {"web", "ops"},  # with pydantic's models and Jinja: two megabytes that no worker needs
     "waitress": {"web.server", "web.grammar", "ops.catcher", "ops.dashboard"},
 }
 WITHOUT = {  # what a process imports -> what is of no use to it: megabytes, and a slower start
-    "service": "ops flask urllib3 smtplib mail.delivery croniter prometheus_client pydantic_settings",
+    "service": "ops flask urllib3 imaplib smtplib mail.delivery croniter prometheus_client pydantic_settings",
     "submission.__main__": "ops web bottle waitress jinja2 smtplib mail.delivery croniter pydantic_settings",
     "webhooks.__main__": "ops web bottle waitress jinja2 smtplib mail.delivery mail.request croniter pydantic_settings",
-    "worker": "ops web bottle waitress jinja2 smtplib mail.delivery mail.request email_validator html croniter urllib3",
-    "worker, mail.delivery": "ops web bottle waitress jinja2 mail.request email_validator html croniter difflib",
+    "worker": "ops web bottle jinja2 smtplib imaplib mail.delivery mail.request email_validator html croniter urllib3",
+    "worker, mail.delivery": "ops web bottle waitress jinja2 mail.request email_validator html croniter difflib "
+    "urllib3",
     "ops.dashboard": "web.handlers web.server bottle mail.request mail.delivery smtplib email.policy",
     "ops.top": "web flask jinja2 mail.request mail.delivery smtplib croniter",
     "ops.doctor": "redis rq pydantic",  # it says whether they are there

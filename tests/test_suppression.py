@@ -20,6 +20,7 @@ from smtp.policy import Phase
 from smtp.verdict import Reply
 from tests.conversations import served
 from tests.mails import BODY, accept, draft
+from tests.servers import Api, House
 from tests.test_deliver import delivers, told
 from tests.test_verdict import OTHERS, REPLIES
 
@@ -183,3 +184,67 @@ def test_the_relays_word_is_written_down_also_where_the_list_cannot_be_added_to(
     monkeypatch.setattr(Suppressions, "words", away)
     with served({"RCPT": [GONE, "250 ok"]}) as (_, relay):
         assert told(delivers(outbox, relay), accept(outbox)) == "failed"
+
+
+# --- the routes ------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_is_kept_by_resends_routes(api: Api) -> None:
+    added = api.post("/suppressions/batch/add", {"emails": [f"{one}@Example.com" for one in "abc"]})
+    ids = [one["id"] for one in added.body["data"]]
+    assert (added.status, len(set(ids))) == (201, 3)
+    again = api.post("/suppressions", {"email": "A@example.com"})
+    assert (again.status, again.body) == (201, {"object": "suppression", "id": ids[0]})
+
+    def listed(query: str) -> tuple[list[int], bool]:
+        seen = api.get(f"/suppressions?{query}").body
+        return [ids.index(one["id"]) for one in seen["data"] if one["id"] in ids], seen["has_more"]
+
+    assert [listed("limit=3"), listed("limit=2")[0], listed(f"after={ids[1]}&limit=1")[0]] == [
+        ([2, 1, 0], False),
+        [2, 1],
+        [0],
+    ]
+    assert [listed(f"before={ids[0]}"), listed(f"before={ids[0]}&limit=1")] == [([2, 1], False), ([1], True)]
+    assert [listed("origin=manual&limit=2"), listed("origin=bounce")] == [([2, 1], True), ([], False)]
+    shown = api.get("/suppressions/a%40example.com").body
+    assert [shown[name] for name in ("object", "id", "email", "origin", "source_id")] == [
+        *("suppression", ids[0], "a@example.com", "manual", None),
+    ]
+    assert api.get(f"/suppressions/{ids[0]}").body["email"] == ""
+    assert api.call("DELETE", "/suppressions/a@EXAMPLE.com").body == {**again.body, "deleted": True}
+    assert api.call("DELETE", f"/suppressions/{ids[0]}").status == 404
+    removed = api.post("/suppressions/batch/remove", {"ids": [ids[0], ids[1], ids[2]]}).body["data"]
+    assert [one["id"] for one in removed] == ids[1:]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/suppressions", {"email": "nobody"}, 422),
+        ("POST", "/suppressions/batch/remove", {}, 422),
+        ("POST", "/suppressions/batch/remove", {"ids": ["x"], "emails": ["a@example.com"]}, 422),
+        ("GET", "/suppressions?after=x", None, 422),
+        ("GET", f"/suppressions?after={SOURCE}&before={SOURCE}", None, 422),
+        ("GET", "/suppressions/nobody@", None, 404),
+        ("GET", "/suppressions/a/b@example.com", None, 404),
+        ("DELETE", f"/suppressions/{SOURCE}", None, 404),
+    ],
+)
+def test_what_is_no_address_and_no_entry_is_refused(api: Api, method: str, path: str, body: Any, status: int) -> None:
+    assert api.call(method, path, body).status == status
+
+
+def test_only_a_key_of_scope_full_sends_to_suppressed_addresses(api: Api) -> None:
+    mail = {**BODY, "skip_suppression": True}
+    assert api.post("/emails", mail).status == 200
+    refused = Api(api.port, "send-key").post("/emails", mail)
+    assert (refused.status, refused.body["type"]) == (403, "field_not_allowed")
+    assert Api(api.port, "send-key").post("/emails", BODY).status == 200
+
+
+def test_no_address_of_the_list_is_logged(api: Api, house: House) -> None:
+    api.call("DELETE", "/suppressions/very.private@example.com")
+    api.call("DELETE", "/suppressions/very.private@example.com/nothing?x=very.private")
+    assert "very.private" not in house.log("api")
+    assert "/suppressions/<id_or_email:path>" in house.log("api")

@@ -19,10 +19,13 @@ PROGRAMS = {  # service -> what it runs, and the secrets that this needs
     "async-email-api.service": ("service.py", {"redis_url", "api_keys"}),
     "async-email-submission.service": ("-m submission", {"redis_url", "api_keys"}),
     "async-email-webhooks.service": ("-m webhooks", {"redis_url", "webhook_url", "webhook_secret", "webhooks"}),
-    "async-email-worker@.service": ("worker.py %i", {"redis_url", "smtp_password"}),
+    "async-email-worker@.service": (
+        "worker.py %i",
+        {"redis_url", "smtp_password", "smtp_oauth", "dkim_key", "relays", "bounce_imap_url", "doubt_imap_url"},
+    ),
     "async-email-dashboard.service": (
         "-m ops.dashboard",
-        {"redis_url", "dashboard_password", "alert_url", "smtp_password"},
+        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth", "dkim_key", "relays"},
     ),
 }
 # Names of Redis or Valkey on Debian and Ubuntu; redis.service is an alias that is there only where it is enabled.
@@ -118,7 +121,7 @@ def test_a_service_runs_its_own_release_as_the_services_user(unit: Path) -> None
 
 
 def file_of(secret: str) -> str:
-    return f"{secret}.toml" if secret in ("webhooks",) else f"credentials/{secret}"
+    return f"{secret}.toml" if secret in ("webhooks", "relays") else f"credentials/{secret}"
 
 
 @all_services

@@ -93,6 +93,25 @@ OTHERS: list[tuple[Phase, int | None, str, Verdict]] = [
     (Phase.RCPT, 554, "5.7.1 : Recipient address rejected: You have exceeded the daily message limit", TROUBLE),
     (Phase.DOT, 554, "Message rejected: Account is in the sandbox; email address not verified", REFUSED),
     (Phase.DOT, 450, "4.7.1 Message throttled: too many messages sent by user", TROUBLE),
+    (Phase.HTTP, 200, "accepted as 49a3999c-0ce1-4ea6-ab68-afcd6dc2e794", ACCEPTED),
+    (Phase.HTTP, 200, "the answer is none of the API", TROUBLE),
+    (Phase.HTTP, 400, "invalid_idempotency_key: The key must be 1 to 256 characters", REFUSED),
+    (Phase.HTTP, 401, "restricted_api_key: This API key is restricted to only send emails", TROUBLE),
+    (Phase.HTTP, 402, "", TROUBLE),
+    (Phase.HTTP, 403, "invalid_api_key: API key is invalid", TROUBLE),
+    (Phase.HTTP, 403, "validation_error: The acme.example domain is not verified", TRY_AGAIN),
+    (Phase.HTTP, 404, "not_found: The requested endpoint does not exist", TROUBLE),
+    (Phase.HTTP, 405, "method_not_allowed: Method is not allowed for the requested path", TROUBLE),
+    (Phase.HTTP, 408, "", TRY_AGAIN),
+    (Phase.HTTP, 409, "invalid_idempotent_request: Same key, another payload", ACCEPTED),
+    (Phase.HTTP, 409, "concurrent_idempotent_requests (retry after 1 s): Same key, in progress", TROUBLE),
+    (Phase.HTTP, 409, "validation_error: not possible", TRY_AGAIN),
+    (Phase.HTTP, 413, "the answer is none of the API", REFUSED),
+    (Phase.HTTP, 400, "the answer is none of the API", TROUBLE),
+    (Phase.HTTP, 422, "invalid_from_address: invalid_idempotent_request", REFUSED),
+    (Phase.HTTP, 429, "daily_quota_exceeded: You have reached your daily email sending quota", TROUBLE),
+    (Phase.HTTP, 451, "security_error: We may have found a security issue with the request", REFUSED),
+    (Phase.HTTP, 500, "internal_server_error: An unexpected error occurred", TROUBLE),
 ]
 
 # A: accepted, which before DOT means go on. t: try again, r: refused, d: in doubt, !: trouble.
@@ -108,6 +127,7 @@ rcpt       !    !   A   A   A   A   A   !   !   !   !   t   t   t   !   r   r   
 data       !    !   !   !   !   !   !   !   A   !   !   t   t   t   !   r   r    !   !  !
 transfer   t    !   !   !   !   !   !   !   !   !   !   t   t   t   !   r   r    !   !  !
 dot        d    d   A   A   A   A   A   d   d   d   !   t   t   t   !   r   r    d   d  d
+http       !    !   !   !   !   !   !   !   !   !   !   r   r   !   !   !   !    !   !  !
 """
 LETTERS = {"A": ACCEPTED, "t": TRY_AGAIN, "r": REFUSED, "d": IN_DOUBT, "!": TROUBLE}
 

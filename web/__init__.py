@@ -2,7 +2,9 @@
 
 app.py         the routes, and what is around each
 handlers.py    what each route answers
+inbound.py     reports that a mail server hands over
 mails.py       mails listed, canceled, moved
+suppressions.py  the addresses that are not served
 catalog.py     templates, domains and API keys, to read
 docs.py        GET /openapi.json, which openapi.py makes of answers.py (types) and reference.py (docs/api.md)
 access.py      who asks, and what that API key may do

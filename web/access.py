@@ -46,6 +46,13 @@ def hold_to_relays(key: ApiKey, relay: str, names: Callable[[], list[str]]) -> N
         raise Invalid(FieldError("relay", f"must be one of {', '.join(known)}"))
 
 
+def hold_to_the_list(key: ApiKey) -> None:
+    """Raises `Invalid`, which is a 403 then, if the key may not send to suppressed addresses."""
+    if key.scope != "full":
+        told = "must be left out: only an API key of scope full may send to suppressed addresses"
+        raise Invalid(FieldError("skip_suppression", told, forbidden=True))
+
+
 def hold_to_its_rate(key: ApiKey, limits: Limits) -> None:
     """Raises `Refusal` (429, RFC 6585) if the key has made as many requests as it may."""
     wait = limits.take(f"key:{key.name}", key.rate) if key.rate else 0

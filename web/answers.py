@@ -13,7 +13,17 @@ from typing_extensions import NotRequired, TypedDict
 from mail.states import State, Status
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
-LastEvent = Literal["queued", "scheduled", "delivery_delayed", "sent", "failed", "canceled"]
+LastEvent = Literal[
+    "queued",
+    "scheduled",
+    "delivery_delayed",
+    "sent",
+    "failed",
+    "suppressed",
+    "canceled",
+    "bounced",
+    "complained",
+]
 Waiting = Literal["queued", "deferred", "scheduled", "rate_limited"]
 JobStatus = Waiting | Literal["started", "finished", "failed", "stopped", "canceled"]
 From = TypedDict("From", {"from": str})
@@ -75,6 +85,7 @@ class Attempt(TypedDict):
     took_ms: NotRequired[int]
     tls: NotRequired[str]
     bytes: NotRequired[int]
+    to: NotRequired[str]
 
 
 class ListedMail(From):
@@ -136,6 +147,15 @@ class JobState(TypedDict):
     error: NotRequired[str]
 
 
+class Report(TypedDict):
+    object: Literal["report"]
+    kind: Literal["bounce", "complaint"] | None
+    matched: bool
+    email_id: str | None
+    noted: int
+    reason: str
+
+
 class TemplateEntry(TypedDict):
     id: str
     name: str
@@ -187,6 +207,33 @@ class ApiKeyName(TypedDict):
     last_used_at: None
 
 
+class SuppressionId(TypedDict):
+    object: Literal["suppression"]
+    id: str
+
+
+class Suppression(SuppressionId):
+    """`email` is empty where only a digest of it is kept."""
+
+    email: str
+    origin: Literal["bounce", "complaint", "manual"]
+    source_id: str | None
+    created_at: Time
+    reason: str | None
+
+
+class Unsuppressed(SuppressionId):
+    deleted: Literal[True]
+
+
+class SuppressionIds(TypedDict):
+    data: list[SuppressionId]
+
+
+class UnsuppressedIds(TypedDict):
+    data: list[Unsuppressed]
+
+
 class Page(TypedDict):
     object: Literal["list"]
     has_more: bool
@@ -198,6 +245,10 @@ class Mails(Page):
 
 class Files(Page):
     data: list[StoredFile]
+
+
+class Suppressions(Page):
+    data: list[Suppression]
 
 
 class Templates(Page):

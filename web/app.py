@@ -16,7 +16,7 @@ from queues.acceptance import replies
 from queues.jobs import Jobs
 from queues.offer import Task
 from settings import DEV_KEY, Settings, SettingsError
-from web import catalog, context, docs, mails
+from web import catalog, context, docs, inbound, mails, suppressions
 from web.access import authenticate, hold_to_its_rate
 from web.context import Steps
 from web.errors import Refusal, as_refusal, error_response, routing_error
@@ -33,10 +33,17 @@ ROUTES = (  # method, path, handler, scope that the key needs
     ("PATCH", "/emails/<mail_id>", mails.move_mail, "send"),
     ("POST", "/emails/<mail_id>/cancel", mails.cancel_mail, "send"),
     ("GET", "/emails/<mail_id>/attachments", Service.get_attachments, "send"),
+    ("GET", "/suppressions", suppressions.list_suppressions, "full"),
+    ("POST", "/suppressions", suppressions.add_suppression, "full"),
+    ("POST", "/suppressions/batch/add", suppressions.add_suppressions, "full"),
+    ("POST", "/suppressions/batch/remove", suppressions.remove_suppressions, "full"),
+    ("GET", "/suppressions/<id_or_email:path>", suppressions.get_suppression, "full"),
+    ("DELETE", "/suppressions/<id_or_email:path>", suppressions.remove_suppression, "full"),
     ("POST", "/jobs", Service.post_job, "full"),
     ("GET", "/jobs/<job_id>", Service.get_job, "full"),
     ("POST", "/jobs/<job_id>/requeue", Service.requeue_job, "full"),
     ("DELETE", "/jobs/<job_id>", Service.delete_job, "full"),
+    ("POST", "/inbound/dsn", inbound.take_report, "full"),
     ("GET", "/templates", catalog.list_templates, "full"),
     ("GET", "/templates/<template_id>", catalog.get_template, "full"),
     ("POST", "/templates/<template_id>/preview", catalog.preview_template, "full"),

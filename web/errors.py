@@ -30,6 +30,7 @@ from web import context
 Json = dict[str, Any]
 RETRY_AFTER = "5"  # seconds
 NAMES = {  # a type that Resend does not have -> its name there; any other has its own
+    "field_not_allowed": "validation_error",
     "from_not_allowed": "validation_error",  # Resend says 403 so, where a domain is not verified
     "misdirected_request": "validation_error",
     "not_implemented": "validation_error",
@@ -91,7 +92,7 @@ def bad_request(field: str, text: str, type_: str = "validation_error") -> Refus
 
 def error_type(error: FieldError) -> str:
     if error.forbidden:
-        return "from_not_allowed"
+        return "from_not_allowed" if error.field.endswith("from") else "field_not_allowed"
     if error.missing:
         return "missing_required_field"
     root = re.split(r"[.\[]", error.field)[0]

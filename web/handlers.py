@@ -34,7 +34,7 @@ from queues.limits import Limits
 from queues.offer import Task
 from settings import Settings
 from web import context
-from web.access import hold_to_its_domains, hold_to_relays
+from web.access import hold_to_its_domains, hold_to_relays, hold_to_the_list
 from web.body import SMALL_BODY, BodyBudget, read_json
 from web.context import Steps
 from web.errors import bad_request, error_shape, json_response, note_refusal
@@ -151,6 +151,8 @@ class Service:
         asks = context.current.get()
         if asks.caller:
             hold_to_its_domains(asks.caller, draft.message.sender)
+            if draft.skip_suppression:
+                hold_to_the_list(asks.caller)
             if draft.relay:
                 hold_to_relays(asks.caller, draft.relay, lambda: [one.name for one in self.outbox.relays()])
         message = redirected(draft.message, self.settings)

@@ -20,8 +20,10 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from mail import counters, sweep
+from mail.claim import SUPPRESSED_RECIPIENTS
 from mail.counters import ACCEPT, DELIVERED, RESULTS, SMTP, VERDICTS, Histogram
 from mail.outbox import Outbox
+from mail.reader import At
 from queues import health
 from queues.connection import Unavailable, translating_errors, weaknesses
 from webhooks.queue import standings
@@ -31,6 +33,7 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 COUNTERS = (  # name, its field in mail:totals, what it counts
     ("mails_accepted", "accepted", "Mails that were stored and queued."),
     ("delayed", "delayed", "Times that a mail was put off: by the relay, its trouble, doubt or SMTP_RATE."),
+    ("suppressed_recipients", SUPPRESSED_RECIPIENTS, "Recipients who were left out, being on the suppression list."),
     ("in_doubt", "in_doubt", "Attempts after which the relay may have the mail and nobody knows."),
 )
 QUEUE_GAUGES = (  # name, its attribute of a QueueState, what it shows
@@ -87,11 +90,32 @@ class Scrape(Collector):
         with translating_errors():
             info: dict[str, Any] = self.outbox.jobs.redis.info()
         kept = not {name for name, _ in weaknesses(info)} & {"no_aof", "aof_failing"}
-        in_trouble = self.outbox.relay_in_trouble()
-        yield gauge("breaker_open", "Whether all mail waits because the relay is in trouble.", in_trouble)
+        relays = self.outbox.standings()
+        text = "Whether all mail waits because the relay is in trouble."
+        yield gauge("breaker_open", text, all(one.in_trouble for one in relays))
+        yield from self.relays(relays)
+        listed = self.outbox.suppressions.size()
+        yield gauge("suppressions", "Addresses on the suppression list.", listed)
         yield gauge("redis_memory_bytes", "What Redis takes.", info["used_memory"])
         yield gauge("redis_memory_max_bytes", "What Redis may take (maxmemory); 0: any.", info.get("maxmemory", 0))
         yield gauge("redis_append_only", "Whether Redis writes its append-only file, and well.", kept)
+
+    def relays(self, relays: list[At]) -> Iterator[Metric]:
+        """Yields the figures of each of several relays."""
+        named = [one for one in relays if not one.relay.is_only]
+        counts, gauges = counters.totals(self.outbox.jobs.redis) if named else {}, GaugeMetricFamily
+        opened = {(one.relay.name,): float(one.in_trouble) for one in named}
+        text = "Whether the relay is in trouble, so that mail goes by another."
+        yield labelled(gauges, "relay_breaker_open", text, ["relay"], opened)
+        used = {(one.relay.name, str(rate)): float(mails) for one in named for rate, mails in one.used}
+        yield labelled(gauges, "relay_rate_used", "Mails within the period of a rate.", ["relay", "rate"], used)
+        attempts = {
+            (one.relay.name, verdict): counts[f"relay:{one.relay.name}:{verdict}"]
+            for one in named
+            for verdict in VERDICTS[:-1]
+        }
+        text = "Attempts at each relay by their verdict."
+        yield labelled(CounterMetricFamily, "relay_attempts", text, ["relay", "verdict"], attempts)
 
     def webhooks(self) -> Iterator[Metric]:
         with translating_errors():

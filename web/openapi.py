@@ -27,6 +27,7 @@ from web import answers, reference
 from web.catalog import PageQuery, Preview
 from web.handlers import MAX_BATCH, JobRequest, StartJob
 from web.mails import ListQuery, Move, cursor_or_time, whole_number
+from web.suppressions import ServeAll, Suppress, SuppressAll, SuppressionQuery
 
 Json = dict[str, Any]
 Route = tuple[str, str, Callable[..., Any], str | None]
@@ -55,6 +56,7 @@ class Operation(NamedTuple):
     query: Any = None
     headers: Mapping[str, Json] = MappingProxyType({})
     refused: tuple[int, ...] = ()
+    media_type: str = "application/json"  # of its body
 
 
 BatchOfMails = Annotated[list[request.Request], Field(min_length=1, max_length=MAX_BATCH)]
@@ -67,10 +69,17 @@ OPERATIONS = {
     "PATCH /emails/{id}": Operation(answers.Changed, 200, Move, refused=(409,)),
     "POST /emails/{id}/cancel": Operation(answers.Changed, refused=(409,)),
     "GET /emails/{id}/attachments": Operation(answers.Files),
+    "GET /suppressions": Operation(answers.Suppressions, query=SuppressionQuery),
+    "POST /suppressions": Operation(answers.SuppressionId, 201, Suppress),
+    "POST /suppressions/batch/add": Operation(answers.SuppressionIds, 201, SuppressAll),
+    "POST /suppressions/batch/remove": Operation(answers.UnsuppressedIds, 200, ServeAll),
+    "GET /suppressions/{id}": Operation(answers.Suppression),
+    "DELETE /suppressions/{id}": Operation(answers.Unsuppressed),
     "POST /jobs": Operation(answers.Job, 202, JobRequest, headers=ONCE),
     "GET /jobs/{id}": Operation(answers.JobState),
     "POST /jobs/{id}/requeue": Operation(answers.Job, 202, refused=(409,)),
     "DELETE /jobs/{id}": Operation(answers.Job, refused=(409,)),
+    "POST /inbound/dsn": Operation(answers.Report, 200, bytes, refused=(409,), media_type="message/rfc822"),
     "GET /templates": Operation(answers.Templates, query=PageQuery),
     "GET /templates/{id}": Operation(answers.Template),
     "POST /templates/{id}/preview": Operation(answers.Previewed, 200, Preview),
@@ -225,7 +234,7 @@ def described(name: str, operation: Operation, told: reference.Section, by_type:
     shown = {"summary": told.summary, "description": told.text, "responses": responses}
     if operation.body:
         body = {"schema": by_type[id(operation.body)], **({"example": told.sent} if told.sent else {})}
-        shown["requestBody"] = {"required": True, "content": {"application/json": body}}
+        shown["requestBody"] = {"required": True, "content": {operation.media_type: body}}
     return shown | {"parameters": parameters(name, operation, told)}
 
 
@@ -278,7 +287,7 @@ def completed(schemas: Json, told: Mapping[str, reference.Section]) -> Json:
     error["name"]["enum"] = sorted({row[1] for row in reference.errors()})
     error["type"]["enum"] = sorted({row[0] for row in reference.errors()})
     for heading, operation in OPERATIONS.items():
-        if isinstance(operation.body, type):
+        if isinstance(operation.body, type) and operation.body is not bytes:
             for field, text in told[heading].fields.items():
                 describe(schemas, schemas[operation.body.__name__], field, text)
     return schemas

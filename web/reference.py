@@ -44,8 +44,10 @@ def section(text: str) -> Section:
     if not example:
         return Section(plain.strip(), fields)
     body = re.search(r"-d '(.*)'", example[1], re.DOTALL)
+    octets = re.search(r"--data-binary '(.*)'", example[1], re.DOTALL)
+    sent = json.loads(body[1]) if body else octets and octets[1]
     prose = re.sub(r"\n{3,}", "\n\n", EXAMPLE.sub("", plain)).strip()
-    return Section(prose, fields, json.loads(body[1]) if body else None, example[2], json.loads(example[3]))
+    return Section(prose, fields, sent, example[2], json.loads(example[3]))
 
 
 def rows(table: str) -> Iterator[tuple[str, str]]:

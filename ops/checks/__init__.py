@@ -6,5 +6,6 @@ store.py, flow.py               Redis; workers, queue, breaker, and one mail sen
 relay.py, replies.py            the relay up to its login, and what its refusals mean
 submission.py                   the ports where mail is taken by SMTP, and their certificate
 alerts.py, webhooks.py          whether somebody is told; whether your application is
+mailboxes.py                    the mailboxes of reports and of sent mail
 units.py, machine.py, names.py  systemd; nginx, ports and clock; SPF and DMARC of MAIL_FROM
 """

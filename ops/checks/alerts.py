@@ -23,7 +23,7 @@ def configured(target: Target, settings: Settings) -> Findings:
     if not ways(settings):
         fix = f"ALERT_URL or ALERT_TO, unless Prometheus watches: {target.edit}"
         yield note("ALERT_URL and ALERT_TO are not set: nobody is told when something is wrong", fix)
-    elif not settings.smtp_host and settings.alert_to:
+    elif not settings.all_relays and settings.alert_to:
         yield warn("ALERT_TO is set and SMTP_HOST is not, so no mail goes there", target.edit)
     elif target.test_alert:
         yield from tested(target, settings)

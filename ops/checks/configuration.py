@@ -64,7 +64,7 @@ def load_for(target: Target, program: str) -> Settings | None:
 
 def with_redis_of_dev(current: Settings, target: Target) -> Settings:
     """Names the Redis of the bin/dev that runs in this checkout, unless REDIS_URL names one."""
-    ports = [one.port for one in lock.holders("relay" if current.smtp_host else "catcher", target.code) if one.port]
+    ports = [one.port for one in lock.holders("relay" if current.all_relays else "catcher", target.code) if one.port]
     if not ports or "redis_url" in current.model_fields_set:
         return current
     return settings.load(redis_url=f"redis://127.0.0.1:{ports[0]}/0")
@@ -148,8 +148,8 @@ def in_a_checkout(target: Target) -> Findings:
     try:
         current = settings.load()
         check_what_the_api_reads(current)
-        needed = ("smtp_host", "mail_from") if current.smtp_host else ("smtp_host",)
-        settings.load(*needed, smtp_host=current.smtp_host or "127.0.0.1")  # the catcher, as bin/dev does
+        needed = ("smtp_host", "mail_from") if current.all_relays else ("smtp_host",)
+        settings.load(*needed, **({} if current.all_relays else {"smtp_host": "127.0.0.1"}))  # the catcher
         if current.tasks_file:
             load_file(current.tasks_file)
     except SettingsError as error:

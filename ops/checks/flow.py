@@ -29,8 +29,9 @@ from queues.jobs import Jobs
 from queues.quarantine import UNREADABLE, UNREADABLE_KEPT
 from queues.table import EMAIL, QUEUES
 from settings import Settings
-from smtp.pacing import standing
+from smtp.pacing import Standing, standing
 from smtp.policy import Phase
+from smtp.published import Published, published
 from smtp.relay import Relay
 from smtp.verdict import Reply
 
@@ -122,22 +123,31 @@ def reasons_to_wait(redis: Redis, settings: Settings, target: Target) -> Finding
     if redis.exists(keys.SUSPENDED):
         fix = f"resume all workers at /mail/system, with the key p of {target.command('top')}, or with rq resume"
         yield fault("workers are suspended (`rq suspend`), so nothing is sent", fix)
-    open_until: Any = redis.hget("relay:breaker", "open_until")
-    if open_until:
-        seconds = max(0.0, float(open_until) / 1000 - time.time())
-        why, fix = last_trouble(redis, settings)
+    relays = published(redis)
+    seen = [(one, standing(redis, one.name)) for one in relays]
+    opened = [(one, now) for one, now in seen if now and now.open_until]
+    for one, now in opened:
+        seconds = max(0.0, now.open_until - time.time())
+        why, fix = last_trouble(one, now, settings)
         again = f"next try in {lasting(seconds)}" if seconds else "a mail may try now"
-        yield fault(f"all mail waits, since the relay was in trouble several times in a row ({again}): {why}", fix)
+        if one.is_only:
+            yield fault(f"all mail waits, since the relay was in trouble several times in a row ({again}): {why}", fix)
+        elif len(opened) == len(relays):
+            yield fault(f"all relays are in trouble, so all mail waits; {one.name} ({again}): {why}", fix)
+        else:
+            yield warn(f"relay {one.name} is in trouble, and mail goes by another ({again}): {why}", fix)
 
 
-def last_trouble(redis: Redis, settings: Settings) -> tuple[str, str]:
+def last_trouble(one: Published, seen: Standing, settings: Settings) -> tuple[str, str]:
     """Returns what the last trouble was, in our words, and its fix."""
-    seen, now = standing(redis), str(Relay.of(settings))
-    if not seen or not seen.reply:  # its worker is of an earlier version
+    if not seen.reply:  # its worker is of an earlier version
         return "its log says why", "sudo journalctl -u async-email-worker@email -g breaker_opened -n 1"
-    if settings.smtp_host and seen.relay not in ("", now):
-        return f"that was {seen.relay}, and SMTP_HOST and SMTP_PORT name another now", "bin/breaker close"
-    return explained(seen.reply, settings)
+    now = (str(Relay.of(settings)) if settings.smtp_host else "") if one.is_only else one.where
+    if one.kind == "smtp" and now and seen.relay not in ("", now):
+        names = "SMTP_HOST and SMTP_PORT name" if one.is_only else "host and port name"
+        return f"that was {seen.relay}, and {names} another now", "bin/breaker close"
+    meaning, fix = replies.explain_at(one._replace(where=now), seen.reply)
+    return f"{seen.reply.summary}: {meaning}", fix
 
 
 def explained(reply: Reply, settings: Settings) -> tuple[str, str]:

@@ -15,8 +15,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from ops.checks import replies
-from ops.checks.findings import FAULT, Findings, fault, note, ok, warn
+from ops.checks.findings import FAULT, OK, Findings, fault, note, ok, warn
 from ops.checks.target import Target
+from process.relays import ONLY, RelaySettings
 from process.values import is_loopback
 from settings import Settings
 from smtp.relay import Relay
@@ -30,15 +31,33 @@ IMPLICIT_TLS = (465, 2465)  # ports
 def login(target: Target, settings: Settings) -> Findings:
     if settings.staging:
         yield note(settings.staging, target.edit)
-    if settings.smtp_host:
-        reached = list(port(settings.smtp_host, settings.smtp_port, target))
-        yield from reached
-        if not any(one.level == FAULT for one in reached):
-            yield from session(Relay.of(settings), target, settings)
-    elif target.installed:
+    for one in settings.all_relays:
+        yield from at(one, target, settings)
+    if settings.all_relays:
+        return
+    if target.installed:
         yield fault("SMTP_HOST is not set, so no mail can go out", target.edit)
     else:
         yield note("SMTP_HOST is not set; bin/dev has a mail catcher of its own")
+
+
+def at(one: RelaySettings, target: Target, settings: Settings) -> Findings:
+    """Checks one relay. What is found at one of several has its name, and the names that settings have in RELAYS."""
+    for each in spoken_to(one, target, settings):
+        if one.name == ONLY or each.level == OK:
+            yield each
+        else:
+            fix = replies.of_one(each.fix.replace(target.edit, target.edit_relays))
+            yield each._replace(found=f"relay {one.name}: {replies.of_one(each.found)}", fix=fix)
+
+
+def spoken_to(one: RelaySettings, target: Target, settings: Settings) -> Findings:
+    if one.kind != "smtp":
+        return
+    reached = list(port(one.host or "", one.port, target))
+    yield from reached
+    if not any(each.level == FAULT for each in reached):
+        yield from session(Relay.of(settings, one), target, settings)
 
 
 def port(host: str, wanted: int, target: Target) -> Findings:
@@ -109,7 +128,7 @@ def session(to: Relay, target: Target, settings: Settings) -> Findings:
         enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", stopped.reply.text)  # RFC 3463
         summary = stopped.reply.summary + (f" ({enhanced[0]})" if enhanced else "")  # none of the relay's words
         yield fault(f"{to}: {summary}: {meaning}", f"{fix}; {target.edit}")
-        yield from likely_mistakes(settings)
+        yield from likely_mistakes(to)
     finally:
         limit.cancel()
         one.close()
@@ -121,7 +140,7 @@ def encryption_and_login(one: Session, target: Target, settings: Settings) -> Fi
     elif not is_loopback(one.relay.host):
         yield warn("mail goes to the relay unencrypted", f"SMTP_SECURITY=starttls; {target.edit}")
     if one.relay.username:
-        yield ok(f"{one.relay} accepts our login")
+        yield ok(f"{one.relay} accepts our login{' by token' if one.relay.tokens else ''}")
     elif one.smtp.has_extn("auth") and not is_loopback(one.relay.host):
         found = f"{one.relay} offers a login and SMTP_USERNAME is not set: it may refuse mail for others"
         yield warn(found, f"SMTP_USERNAME and SMTP_PASSWORD: {target.edit}")
@@ -142,10 +161,11 @@ def certificate(sock: ssl.SSLSocket, relay: Relay) -> Findings:
         yield ok(f"{sock.version()}, and the certificate of {relay} is valid for {int(seconds / 86400)} more days")
 
 
-def likely_mistakes(settings: Settings) -> Findings:
+def likely_mistakes(to: Relay) -> Findings:
     """Finds what can be said of a refused login without showing it."""
-    password = settings.smtp_password.get_secret_value() if settings.smtp_password else ""
-    host, username = (settings.smtp_host or "").lower(), settings.smtp_username or ""
+    if to.tokens:
+        return
+    password, host, username = to.password or "", to.host.lower(), to.username or ""
     if re.search(r"\s", password):
         yield note("SMTP_PASSWORD has spaces in it", "Google shows app passwords with spaces; write the letters only")
     elif re.search(replies.GMAIL, host) and not re.fullmatch(r"[a-z]{16}", password):

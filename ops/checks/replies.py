@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 
 from smtp.policy import MESSAGE, Verdict, row_for
+from smtp.published import Published
 from smtp.verdict import Reply
 
 GMAIL = r"(gmail|googlemail|google)\.com$"
@@ -21,6 +22,7 @@ ANY = r""
 CONNECT, STARTTLS, AUTH = "connect", "starttls", "auth"
 TLS = f"{CONNECT}|{STARTTLS}"
 LATER = "mail|rcpt|data|transfer|dot"
+BY_TOKEN = r"\[(XOAUTH2|OAUTHBEARER)"  # smtp.auth writes it behind what the relay says
 APP_PASSWORD = "make one at https://myaccount.google.com/apppasswords and put it into SMTP_PASSWORD, without spaces"
 
 
@@ -29,6 +31,9 @@ APP_PASSWORD = "make one at https://myaccount.google.com/apppasswords and put it
 ROWS = (
     # Google
     (GMAIL, AUTH, "534", "", "Google wants an app password here, not the account's own", APP_PASSWORD),
+    (GMAIL, AUTH, "535", BY_TOKEN,
+     "Google does not take the token for this mailbox: SMTP_USERNAME must be the account that has consented",
+     "bin/oauth google, logged in as SMTP_USERNAME"),
     (GMAIL, AUTH, "535", "",
      "Google does not accept this login: SMTP_USERNAME must be the whole address, SMTP_PASSWORD an app password",
      APP_PASSWORD),
@@ -39,15 +44,30 @@ ROWS = (
      "Google's limit for the last 24 hours is reached (about 2000 mails, 500 without Workspace); mail waits",
      "wait; SMTP_RATE=2000/d stays below it"),
     # Microsoft 365
-    (MICROSOFT, AUTH, "535", r"5\.7\.139|disabled",
+    (MICROSOFT, f"auth|{LATER}", "5..", r"5\.7\.30|basic auth",
+     "Microsoft 365 has ended logins with a password for this organisation",
+     "log in by token: bin/oauth microsoft (docs/operations.md, Microsoft 365 and Google)"),
+    (MICROSOFT, AUTH, "535", rf"criteria.*{BY_TOKEN}",
+     "a policy of the organisation (Conditional Access) refuses this login, though the token is good",
+     "let its administrator look at the sign-in logs of Microsoft Entra, and except this mailbox or address"),
+    (MICROSOFT, AUTH, "535", "criteria",
+     "security defaults, or a policy of the organisation, forbid a login with a password",
+     "log in by token: bin/oauth microsoft (docs/operations.md, Microsoft 365 and Google)"),
+    (MICROSOFT, AUTH, "535", "disabled for the tenant",
+     "Microsoft 365 has SMTP AUTH switched off for the whole organisation, by token as by password",
+     "Set-CASMailbox -Identity MAILBOX -SmtpClientAuthenticationDisabled $false, which wins for this mailbox, or "
+     "Set-TransportConfig -SmtpClientAuthenticationDisabled $false (Exchange Online PowerShell)"),
+    (MICROSOFT, AUTH, "535", r"(?!.*incorrect).*(5\.7\.139|disabled)",
      "Microsoft 365 has SMTP AUTH switched off for this mailbox or the whole organisation",
      "Set-CASMailbox -Identity MAILBOX -SmtpClientAuthenticationDisabled $false (Exchange Online PowerShell)"),
+    (MICROSOFT, AUTH, "535", BY_TOKEN,
+     "Microsoft 365 does not take the token for this mailbox: SMTP_USERNAME must be the mailbox that has consented, or "
+     "one that the application was given",
+     "bin/oauth microsoft, logged in as SMTP_USERNAME; for client credentials: SMTP.SendAsApp with the consent of an "
+     "administrator, New-ServicePrincipal, Add-MailboxPermission -AccessRights FullAccess"),
     (MICROSOFT, AUTH, "535", "",
-     "Microsoft 365 does not accept this login; an account with a second factor cannot log in here",
-     "try SMTP_USERNAME and SMTP_PASSWORD at outlook.office.com; make an app password if the account can have one"),
-    (MICROSOFT, f"auth|{LATER}", "5..", r"5\.7\.30",
-     "Microsoft 365 has ended logins with a password for this organisation",
-     "send through another relay (Amazon SES, Azure Communication Services, ...): SMTP_HOST"),
+     "Microsoft 365 does not accept this login: it takes few passwords, and none of an account with a second factor",
+     "log in by token: bin/oauth microsoft; or try SMTP_USERNAME and SMTP_PASSWORD at outlook.office.com"),
     (MICROSOFT, ".*", "432|421", r"4\.3\.2|concurrent",
      "Microsoft 365 allows a mailbox 3 connections, and there are more", "WORKER_CONCURRENCY=3"),
     (MICROSOFT, LATER, "550|554", r"5\.7\.60|5\.2\.252|SendAsDenied",
@@ -66,6 +86,44 @@ ROWS = (
      "SES console > Account dashboard > Request a limit increase; SMTP_RATE=200/d is the sandbox's quota"),
     (SES, LATER, "554", r"not verified", "SES knows neither this sender nor, in its sandbox, this recipient",
      "SES console > Identities: verify MAIL_FROM's domain; > Account dashboard: request production access"),
+    # A token server
+    (ANY, AUTH, "none", r"AADSTS70002(15|22)",
+     "Microsoft does not accept the application's client secret: it has ended, or it is the secret's ID, not its value",
+     "Entra admin center > App registrations > Certificates & secrets: make one; then bin/oauth microsoft"),
+    (ANY, AUTH, "none", r"AADSTS7000218",
+     "Microsoft wants a client secret of this application, or to be told that it is a public client",
+     "App registrations > Authentication > Allow public client flows; or bin/oauth microsoft --client-secret-file"),
+    (ANY, AUTH, "none", r"AADSTS(700016|90002|900023)",
+     "Microsoft knows no such application in this directory: client ID or tenant is wrong",
+     "compare both with the application's overview in the Entra admin center; then bin/oauth microsoft --tenant"),
+    (ANY, AUTH, "none", r"AADSTS6500[14]",
+     "nobody has consented that this application sends mail",
+     "bin/oauth microsoft; or App registrations > API permissions > Grant admin consent"),
+    (ANY, AUTH, "none", r"AADSTS500011",
+     "this directory does not know Exchange Online, for which the token is to be: a wrong tenant, or no licence",
+     "name the directory that has the mailbox: bin/oauth microsoft --tenant"),
+    (ANY, AUTH, "none", r"AADSTS(700082|70008|700084|70043|50173|50089)",
+     "the refresh token has ended: nobody used it for 90 days, or the account's password was changed",
+     "bin/oauth microsoft, again"),
+    (ANY, AUTH, "none", r"AADSTS(5007[2469]|50158|5300[0-4]|530003)",
+     "Microsoft wants a second factor, or a policy of the organisation (Conditional Access) forbids this login",
+     "bin/oauth microsoft, again; if that does not last, an exception for this account, or --client-credentials"),
+    (ANY, AUTH, "none", r"AADSTS(50126|50034|50053|50055|50057)",
+     "Microsoft does not let the account in: unknown, locked, disabled, or its password is wrong or has ended",
+     "log in as it at outlook.office.com; then bin/oauth microsoft"),
+    (ANY, AUTH, "none", r"no token: (invalid_client|unauthorized_client|deleted_client)",
+     "the token server does not accept the application: its client ID or secret is wrong, or it was deleted",
+     "compare them with what the provider's console shows; then bin/oauth"),
+    (ANY, AUTH, "none", r"no token: invalid_scope", "the application may not ask for the right to send mail",
+     "give it that right at the provider (SMTP.Send, https://mail.google.com/); then bin/oauth"),
+    (ANY, AUTH, "none", r"no token: invalid_grant",
+     "the refresh token is good no more: revoked, or the account's password was changed; that of a Google application "
+     "in testing ends after 7 days",
+     "bin/oauth, again; at Google with the application's publishing status In production, or its user type Internal"),
+    (ANY, AUTH, "none", r"no token: .*(does not answer|answers \d)",
+     "the token server cannot be reached, or is out of order",
+     "let HTTPS out to login.microsoftonline.com or oauth2.googleapis.com; mail waits meanwhile"),
+    (ANY, AUTH, "none", r"no token: ", "the token server gives no token", "bin/oauth, again; mail waits meanwhile"),
     # Any relay
     (ANY, CONNECT, "none", r"WRONG_VERSION_NUMBER|wrong version", "the relay does not begin with TLS on this port",
      "SMTP_SECURITY=starttls (and SMTP_PORT=587)"),
@@ -84,8 +142,12 @@ ROWS = (
      "SMTP_SECURITY=tls and SMTP_PORT=465, or another port; for a relay of your own network without a login: "
      "SMTP_SECURITY=none"),
     (ANY, STARTTLS, ".*", "", "the relay cannot do TLS now", "ask its operator; see also SMTP_PORT, SMTP_SECURITY"),
+    (ANY, AUTH, "none", r"offers no AUTH XOAUTH2", "the relay takes no tokens here",
+     "SMTP_HOST and SMTP_PORT must be those of the provider; or SMTP_PASSWORD in place of SMTP_OAUTH"),
     (ANY, AUTH, "none", r"offers no AUTH", "the relay offers no login here: it wants TLS first, or no login at all",
      "SMTP_SECURITY=starttls; or take SMTP_USERNAME and SMTP_PASSWORD out"),
+    (ANY, AUTH, "535", BY_TOKEN, "the relay does not take the token for this SMTP_USERNAME",
+     "bin/oauth, logged in as SMTP_USERNAME; the provider of the token must be the relay's own"),
     (ANY, f"auth|{LATER}", "535", "", "the relay does not accept this login",
      "check SMTP_USERNAME and SMTP_PASSWORD; some relays want an API key as the password"),
     (ANY, f"auth|{LATER}", "534", "", "the relay wants another kind of password or login",
@@ -115,6 +177,7 @@ OTHERWISE = (  # for what smtp.policy does not take for trouble
     (ANY, LATER, "4..", "", "the relay puts this mail off; it is tried again",
      "wait; GET /emails/ID has the relay's own words"),
 )
+OF_ONE = re.compile(r"\bSMTP_(HOST|PORT|SECURITY|USERNAME|PASSWORD|CA_FILE|RATE)\b")
 NOTHING = ("the relay does not answer as it should", "see the port and SMTP_SECURITY; try again later")
 # fmt: on
 
@@ -128,6 +191,17 @@ def explain(host: str, reply: Reply) -> tuple[str, str]:
     )
     judged = waits if policy.verdict is Verdict.TROUBLE and reply.phase in MESSAGE and reply.code else None
     return _first(ROWS, host, reply) or judged or _first(OTHERWISE, host, reply) or NOTHING
+
+
+def explain_at(relay: Published, reply: Reply) -> tuple[str, str]:
+    """Returns what `explain` does of one of several relays: with the names that its fields have in RELAYS."""
+    meaning, fix = explain(relay.host, reply)
+    return (meaning, fix) if relay.is_only else (of_one(meaning), of_one(fix))
+
+
+def of_one(text: str) -> str:
+    """Returns a text with the names that settings of a relay have in RELAYS."""
+    return OF_ONE.sub(lambda found: found[1].lower(), text)
 
 
 def _first(rows: tuple[tuple[str, ...], ...], host: str, reply: Reply) -> tuple[str, str] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ops.checks import alerts, configuration, flow, machine, names, relay, store, submission, units, webhooks
+from ops.checks import alerts, configuration, flow, machine, mailboxes, names, relay, store, submission, units, webhooks
 from ops.checks.findings import Finding, Findings, fault, note, warn
 from ops.checks.target import Target
 from process.log import where
@@ -46,6 +46,8 @@ CHECKS = {
     "clock": alone(machine.clock),
     "redis clock": with_settings(store.clock),
     "dns": with_settings(names.sender),
+    "mailboxes": with_settings(mailboxes.readable),
+    "dkim": with_settings(names.signature),
     "alerts": with_settings(alerts.configured),
     "webhooks": with_settings(webhooks.delivered),
 }

@@ -41,6 +41,12 @@ class Target:
             return f"sudoedit {self.file}, then: sudo systemctl restart async-email.target"
         return f"edit {self.file} (.env.example shows the names)"
 
+    @property
+    def edit_relays(self) -> str:
+        if self.installed:
+            return f"sudoedit {self.etc / 'relays.toml'}, then: sudo systemctl restart async-email.target"
+        return f"edit RELAYS in {self.file}, or the file that RELAYS_FILE names"
+
     def command(self, name: str) -> str:
         """Returns how to run what is in bin/."""
         return f"sudo {self.opt}/current/bin/{name}" if self.installed else f"bin/{name}"

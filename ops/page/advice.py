@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mail.states import EXPIRED, LOST, NOT_ADMITTED, State
+from mail.states import ALL_SUPPRESSED, EXPIRED, LOST, NOT_ADMITTED, State
 from ops.checks import replies
 from smtp.policy import Phase, Verdict
 from smtp.verdict import Reply
@@ -24,6 +24,10 @@ REASONS = {
     NOT_ADMITTED: (
         "this is a staging system, and the mail was accepted before that was set",
         "submit it anew, or change the setting and requeue it",
+    ),
+    ALL_SUPPRESSED: (
+        "no mail goes to an address on the suppression list, since the relay refused it once, or somebody added it",
+        "if the address is good again, take it off at /mail/suppressions, then requeue the mail",
     ),
     LOST["failed"]: (
         "its worker ended in each of four attempts; if other mail goes out, this mail itself may be why",

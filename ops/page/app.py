@@ -14,7 +14,7 @@ from types import ModuleType
 
 from flask import Blueprint, Response, abort
 
-from ops.page import actions, activity, email, failures, overview, scheduled, system, webhooks
+from ops.page import actions, activity, email, failures, overview, scheduled, suppressions, system, webhooks
 from ops.page.view import FILES, HERE, View
 from queues.connection import Redis
 from queues.jobs import NotFound, NotPossible
@@ -41,6 +41,10 @@ ROUTES = (
     ("GET", "/emails/<mail_id>", email.show),
     ("GET", "/emails/<mail_id>/<action>", email.ask),
     ("POST", "/emails/<mail_id>/<action>", email.act),
+    ("GET", "/suppressions", suppressions.show),
+    ("POST", "/suppressions", suppressions.act),
+    ("GET", "/suppressions/<entry_id>", suppressions.ask),
+    ("POST", "/suppressions/<entry_id>", suppressions.remove),
     ("GET", "/actions", actions.show),
     ("GET", "/webhooks", webhooks.show),
     ("POST", "/webhooks/<endpoint>/<act>", webhooks.act),

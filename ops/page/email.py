@@ -22,6 +22,7 @@ from mail.mime import head, to_mime
 from mail.reader import NO_MAIL
 from mail.states import FINAL, SCHEDULED, State, Status
 from mail.store import mail_key
+from mail.suppression import Entry
 from ops.page import audit, timeline, webhooks
 from ops.page.advice import advice, in_the_way
 from ops.page.search import alike
@@ -61,17 +62,21 @@ ACTIONS = (
         "requeue", (State.FAILED,), "Requeue it", "Requeue this mail?",
         "It gets all its attempts again, and goes only to those recipients who are not known to have it.",
     ),
+    Action(
+        "requeue", (State.SUPPRESSED,), "Requeue it", "Requeue this mail?",
+        "It goes to those of its recipients who are off the suppression list by then.",
+    ),
     Action("move", (SCHEDULED,), "Move it", "Move this mail?", "It is not sent before its new time."),
     Action(
         "cancel", WAITING, "Cancel it", "Cancel this mail?",
         "Nothing more of it is sent, and its body is dropped at once. That cannot be undone.",
     ),
     Action(
-        "cancel", (State.FAILED, State.UNKNOWN), "Give it up", "Give this mail up?",
+        "cancel", (State.FAILED, State.UNKNOWN, State.SUPPRESSED), "Give it up", "Give this mail up?",
         "It cannot be sent again then, for its body is dropped at once.",
     ),
     Action(
-        "copy", (*WAITING, State.SENDING, State.FAILED, State.UNKNOWN), "Send a copy to me",
+        "copy", (*WAITING, State.SENDING, State.FAILED, State.UNKNOWN, State.SUPPRESSED), "Send a copy to me",
         "Send a copy of this mail?",
         "It goes to ALERT_TO alone, as a mail of its own, through the same relay.",
     ),
@@ -117,16 +122,25 @@ def about(view: View, mail: Mapping[str, Any]) -> dict[str, Any]:
         "told": webhooks.of_mail(view.redis, mail["id"]),
         "alert_to": view.settings.alert_to,
         "final": state in FINAL,
+        "listed": listed(view, mail),
         "headers": header_lines(view, mail, kept),
         "commands": commands(view, mail, actions),
     }
 
 
 def fates(mail: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the recipients, and how many of them are served, refused and in doubt."""
+    """Returns the recipients, and how many of them are served, refused, in doubt and suppressed."""
     statuses = [one["status"] for one in mail["recipients"]]
     names = {"served": Status.ACCEPTED, "refused": Status.REFUSED, "in_doubt": Status.IN_DOUBT}
+    names |= {"suppressed": Status.SUPPRESSED, "bounced": Status.BOUNCED}
     return {"recipients": mail["recipients"], **{name: statuses.count(status) for name, status in names.items()}}
+
+
+def listed(view: View, mail: Mapping[str, Any]) -> dict[str, Entry]:
+    """Returns the entry in the suppression list of each recipient who was not served and is on it."""
+    return view.outbox.suppressions.entries(
+        [one["address"] for one in mail["recipients"] if one["status"] != Status.ACCEPTED]
+    )
 
 
 def sent_at(mail: Mapping[str, Any], kept: Kept) -> float:

@@ -6,6 +6,7 @@ through `said`. Queueing again takes no longer than PATIENCE a request, and a bu
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -47,6 +48,28 @@ WAITING = {  # why mails wait though no relay has said anything about them
         "nothing; or raise SMTP_RATE, if the relay takes more",
     ),
 }
+AT_ONE = (  # the same of one of several relays, by a pattern
+    (
+        r"the rate of relay \S+ is reached",
+        "each mail has its turn under the relay's rate, and goes at that moment",
+        "nothing; or raise rate in RELAYS, if the relay takes more",
+    ),
+    (
+        r"the concurrency of relay \S+ is reached",
+        "the relay has as many mails at a time as it may have",
+        "nothing; or raise concurrency in RELAYS, if the relay takes more",
+    ),
+    (
+        r"relay \S+ is configured no more",
+        "the mails must go by a relay that the workers do not know",
+        "put it back into RELAYS, or cancel the mails and submit them anew; they fail after TROUBLE_FOR",
+    ),
+    (
+        "no relay takes mail from this domain",
+        "each relay of RELAYS has domains, and that of their sender is not among them",
+        "add it to the domains of one, or a relay without domains; they fail after TROUBLE_FOR",
+    ),
+)
 IN_DOUBT = (
     "the relay may have accepted it: its answer to the final dot never came",
     "look for its Message-ID in the relay's log, and say on the mail's page whether it arrived",
@@ -141,12 +164,17 @@ def explained(view: View, cause: Cause, told: tuple[str, Reply] | None) -> tuple
         return IN_DOUBT
     if told and told[1].verdict is Verdict.IN_DOUBT:
         return NO_ANSWER
-    known = REASONS.get(cause.reason) or WAITING.get(cause.reason)
+    known = REASONS.get(cause.reason) or WAITING.get(cause.reason) or at_one(cause.reason)
     meaning, fix = known or (replies.explain(*told) if told else ("", ""))
     if cause.reason.startswith(TROUBLE_TOO_LONG):
         waited = f"they waited {lasting(view.settings.trouble_for)} for the relay (TROUBLE_FOR)"
         return (f"{waited}: {meaning}" if meaning else waited), fix or WAITING[WAITS["breaker"]][1]
     return meaning, fix
+
+
+def at_one(reason: str) -> tuple[str, str] | None:
+    why = reason.removeprefix(f"{TROUBLE_TOO_LONG}: ")
+    return next(((meaning, fix) for pattern, meaning, fix in AT_ONE if re.fullmatch(pattern, why)), None)
 
 
 def warning(cause: Cause, told: tuple[str, Reply] | None, in_doubt: bool) -> str | None:

@@ -14,6 +14,8 @@ from ops.checks import replies
 from ops.checks.store import program
 from ops.page import audit
 from ops.page.view import View, go
+from process.relays import ONLY
+from process.values import Rate
 from queues import overview
 from queues.connection import Redis, ResponseError, translating_errors, weaknesses
 from queues.cron import Timing, timetable
@@ -21,8 +23,9 @@ from queues.health import queue_states
 from queues.quarantine import DAMAGED
 from queues.table import EMAIL, QUEUES
 from smtp.pacing import Pacing, standing, used
+from smtp.published import Published
 from smtp.relay import Relay
-from smtp.tally import sessions
+from smtp.tally import Sessions, sessions
 
 PATH = "/mail/system"
 
@@ -35,6 +38,10 @@ class Action(NamedTuple):
     button: str
     done: str
     do: Callable[[Redis], None]
+
+
+def close_breaker(redis: Redis, name: str = ONLY) -> None:
+    Pacing(redis, (), name).close()
 
 
 ACTIONS = {
@@ -60,7 +67,7 @@ ACTIONS = {
         "three troubles in a row. No mail loses an attempt by it.",
         "Close it now",
         "breaker_closed",
-        lambda redis: Pacing(redis, ()).close(),
+        close_breaker,
     ),
 }
 
@@ -72,10 +79,8 @@ def show(view: View) -> Response:
     return view.render(
         "system.html",
         "Relay and workers",
-        relay=relay(view),
-        breaker=breaker(view),
-        sessions=sessions(view.redis),
-        rates=used(view.redis, view.settings.smtp_rate),
+        relays=(relays := [relay(view, one) for one in view.outbox.relays()]),
+        all_closed=all(one.breaker and one.breaker["open_until"] for one in relays),
         last_sent=view.outbox.last_sent(),
         staging=view.settings.staging,
         paused=overview.is_paused(view.redis),
@@ -90,34 +95,70 @@ def show(view: View) -> Response:
 
 
 def ask(view: View, act: str) -> Response:
-    action = ACTIONS.get(act) or abort(404)
-    return view.confirm(action.question, text=action.text, button=action.button, back=PATH)
+    action, name = chosen(view, act)
+    button = f"{action.button}: {name}" if name else action.button
+    return view.confirm(action.question, text=action.text, button=button, back=PATH)
 
 
 def do(view: View, act: str) -> Response:
-    action = ACTIONS.get(act) or abort(404)
+    action, name = chosen(view, act)
     with translating_errors():
-        action.do(view.redis)
+        if name:
+            close_breaker(view.redis, name)
+        else:
+            action.do(view.redis)
     audit.note(view.redis, view.who, act, "")
     return go(f"{PATH}?done={action.done}")
 
 
-def relay(view: View) -> str:
+def chosen(view: View, act: str) -> tuple[Action, str]:
+    """Returns the action, and the relay that it is about where there are several: `close-breaker:second`."""
+    what, _, name = act.partition(":")
+    known = [one.name for one in view.outbox.relays() if not one.is_only] if name else []
+    action = ACTIONS.get(what if name in known and what == "close-breaker" else act) or abort(404)
+    return action, name
+
+
+class Shown(NamedTuple):
+    """A relay as the page shows it."""
+
+    one: Published
+    where: str
+    breaker: dict[str, Any] | None
+    sessions: Sessions
+    rates: list[tuple[Rate, int]]
+
+    @property
+    def close(self) -> str:
+        return f"{PATH}/close-breaker" + ("" if self.one.is_only else f":{self.one.name}")
+
+
+def relay(view: View, one: Published) -> Shown:
+    rates = view.settings.smtp_rate if one.is_only else one.rate
+    return Shown(
+        one, where(view, one), breaker(view, one), sessions(view.redis, one.name), used(view.redis, rates, one.name)
+    )
+
+
+def where(view: View, one: Published) -> str:
+    if not one.is_only:
+        return f"{one.where} (by HTTP)" if one.kind == "resend" else one.where
     if not view.settings.smtp_host:
         return ""
     how = {"tls": "TLS from the beginning", "starttls": "TLS by STARTTLS", "none": "no TLS"}
     return f"{view.settings.smtp_host}:{view.settings.smtp_port}, {how[view.settings.smtp_security]}"
 
 
-def breaker(view: View) -> dict[str, Any] | None:
-    """Returns how the relay stands while there is trouble, and what its last reply means and fixes."""
-    now = standing(view.redis)
+def breaker(view: View, one: Published) -> dict[str, Any] | None:
+    """Returns how a relay stands while there is trouble, and what its last reply means and fixes."""
+    now = standing(view.redis, one.name)
     if not now:
         return None
-    meaning, fix = replies.explain(view.settings.smtp_host or "", now.reply) if now.reply else ("", "")
-    current = str(Relay.of(view.settings))
-    if view.settings.smtp_host and now.relay not in ("", current):
-        meaning, fix = f"that was {now.relay}, and SMTP_HOST and SMTP_PORT name another now", "close the breaker"
+    known = one._replace(where=str(Relay.of(view.settings)) if view.settings.smtp_host else "") if one.is_only else one
+    meaning, fix = replies.explain_at(known, now.reply) if now.reply else ("", "")
+    if known.kind == "smtp" and known.where and now.relay not in ("", known.where):
+        names = "SMTP_HOST and SMTP_PORT name" if one.is_only else "host and port name"
+        meaning, fix = f"that was {now.relay}, and {names} another now", "close the breaker"
     return {**now._asdict(), "meaning": meaning, "fix": fix, "may_try": now.open_until <= time.time()}
 
 

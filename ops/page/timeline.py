@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from mail.claim import timestamp
+from mail.outbox import BY_A_PERSON
 from mail.states import FINAL, SCHEDULED, State
 from ops.checks.findings import sized
 from ops.page.audit import Action
@@ -22,7 +23,9 @@ VERDICTS = {  # of an attempt -> what it is called, and how it looks
     Verdict.REFUSED.value: ("The relay refused it", "bad"),
     Verdict.IN_DOUBT.value: ("No answer to the final dot: the relay may have it", "warn"),
     Verdict.TROUBLE.value: ("The relay is in trouble, which costs the mail no attempt", "warn"),
-    SETTLED: ("A person said that it arrived", "well"),
+    SETTLED: ("Settled", "well"),  # and how that is known
+    State.BOUNCED.value: ("It came back", "bad"),
+    State.COMPLAINED.value: ("A recipient called it spam", "bad"),
     "interrupted": ("The worker died in this attempt", "warn"),
 }
 ENDS = {  # a state -> what it is called, how it looks, and what a person does to bring it about
@@ -30,6 +33,9 @@ ENDS = {  # a state -> what it is called, how it looks, and what a person does t
     State.FAILED: ("Failed", "bad", ""),
     State.UNKNOWN: ("In doubt, and held", "warn", ""),
     State.CANCELED: ("Canceled", "", "cancel"),
+    State.SUPPRESSED: ("Suppressed: each recipient is on the suppression list", "warn", ""),
+    State.BOUNCED: ("Bounced", "bad", ""),
+    State.COMPLAINED: ("Complained of", "bad", ""),
 }
 DONE = {"requeue": "Queued again", "cancel": "Canceled", "move": "Moved to another time"}
 DONE |= {"arrived": "Said to have arrived", "copy": "A copy sent to ALERT_TO"}
@@ -50,7 +56,7 @@ class Step(NamedTuple):
 def steps(mail: Mapping[str, Any], settled_at: float, running: Step | None, done: Sequence[Action]) -> list[Step]:
     """Returns the steps in their order. `running` is the attempt that has not ended yet, `done` what people did."""
     told = {one.what for one in done}
-    attempts = [one for one in mail["attempts"] if not (one["verdict"] == SETTLED and "arrived" in told)]
+    attempts = [one for one in mail["attempts"] if not (one["text"] == BY_A_PERSON and "arrived" in told)]
     found = [*_begin(mail), *(step for one in attempts for step in _attempt(one))]
     found += [Step(f"{DONE.get(one.what, one.what)} {_by(one.who)}", one.at) for one in done]
     found += [running] if running and mail["status"] == State.SENDING else []
@@ -85,7 +91,11 @@ def _attempt(one: Mapping[str, Any]) -> Iterator[Step]:
     what, look = VERDICTS.get(one["verdict"], (one["verdict"], ""))
     size = sized(one["bytes"]) if one.get("bytes") else ""
     tls = one.get("tls") or ("no TLS" if "tls" in one else "")
-    facts = tuple(filter(None, (one.get("relay"), tls, size)))
+    relay = ", ".join(str(one[name]) for name in ("relay_name", "relay") if one.get(name))
+    facts = tuple(filter(None, (relay, tls, size, "it goes to another relay" if one.get("moved") else "")))
+    if one["verdict"] == SETTLED:
+        yield Step(one["text"][:1].upper() + one["text"][1:], ended, look=look)
+        return
     yield Step(what, ended, reply(one), one["text"], facts, look)
 
 
@@ -101,7 +111,8 @@ def _end(mail: Mapping[str, Any], settled_at: float, done: Set[str]) -> Iterator
     if state in FINAL:
         what, look, by = ENDS[state]
         accepted = bool(attempts) and attempts[-1]["verdict"] in (Verdict.ACCEPTED, SETTLED)
-        if by not in done and not (state == State.SENT and accepted):  # those steps say it already
+        told_of = (state == State.SENT and accepted) or (attempts and attempts[-1]["verdict"] == state)
+        if by not in done and not told_of:  # those steps say it already
             why = mail["reason"] if state in (State.FAILED, State.UNKNOWN) else ""
             told = bool(attempts) and why == reply(attempts[-1])
             yield Step(what, settled_at, "" if told else why or "", look=look)

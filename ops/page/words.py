@@ -103,7 +103,7 @@ def chip(state: str) -> str:
 
 def fate(status: str) -> str:
     """Returns the mark of what became of a recipient."""
-    look = {"accepted": "sent", "refused": "failed", "in_doubt": "unknown"}.get(status, "")
+    look = {"accepted": "sent", "refused": "failed", "in_doubt": "unknown"}.get(status, status)
     return Markup('<span class="chip {}">{}</span>').format(look, status.replace("_", " "))
 
 

@@ -24,6 +24,10 @@ SECRETS = {
     "api_keys": f"shop:{'ab' * 32}\n",
     "dashboard_password": PASSWORD,
     "smtp_password": "",
+    "smtp_oauth": "",
+    "bounce_imap_url": "",
+    "doubt_imap_url": "",
+    "dkim_key": "",
     "alert_url": "",
 }
 HEALTHY = {
@@ -81,6 +85,7 @@ class Server:
         self.env = self.write("etc/async-email.env", ENV, 0o600)
         for name, value in SECRETS.items():
             self.write(f"etc/credentials/{name}", value, 0o600)
+        self.write("etc/relays.toml", "", 0o600)
         for name in ("etc", "etc/credentials"):
             (folder / name).chmod(0o700)
         for release in ("1.0", "2.0"):

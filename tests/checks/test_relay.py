@@ -13,13 +13,18 @@ import trustme
 from ops.checks import relay, replies
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
-from settings import Settings
+from settings import Settings, load
 from smtp.policy import Phase
+from smtp.relay import Relay
 from smtp.verdict import Reply
+from tests import relay as test_relay
 from tests.checks.support import GMAIL, M365, PASSWORD, SES, Said, Server, assert_finds, listed, of, worst
 from tests.conversations import server_context
 from tests.scripted_relay import ScriptedRelay, Step, drip
 from tests.servers import free_port
+from tests.token_server import EXPIRED, TokenServer
+
+NO_REDIS = "redis://127.0.0.1:1/0"
 
 
 def at(port: int, **given: Any) -> Settings:
@@ -136,8 +141,15 @@ REFUSED_LOGINS = [
     (GMAIL, "454 4.7.0 Too many login attempts", "too many logins", "wait"),
     (M365, "535 5.7.139 Authentication unsuccessful, SmtpClientAuthentication is disabled for the Tenant.",
      "SMTP AUTH switched off", "Set-CASMailbox"),
+    (M365, "535 5.7.139 Authentication unsuccessful, SmtpClientAuthentication is disabled for the Mailbox.",
+     "for this mailbox or the whole", "Set-CASMailbox"),
+    (M365, "535 5.7.139 Authentication unsuccessful, the user credentials were incorrect.",
+     "does not accept this login", "bin/oauth"),
+    (M365, "535 5.7.139 Authentication unsuccessful, the request did not meet the criteria to be authenticated "
+     "successfully. Contact your administrator.", "security defaults", "bin/oauth microsoft"),
+    (M365, "535 5.7.139 Authentication unsuccessful, basic authentication is disabled.", "has ended", "bin/oauth"),
     (M365, "535 5.7.3 Authentication unsuccessful", "second factor", "SMTP_PASSWORD"),
-    (M365, "550 5.7.30 Basic authentication is not supported", "has ended logins", "another relay"),
+    (M365, "550 5.7.30 Basic authentication is not supported", "has ended logins", "bin/oauth microsoft"),
     (M365, "432 4.3.2 Concurrent connections limit exceeded", "3 connections", "WORKER_CONCURRENCY=3"),
     (SES, "535 Authentication Credentials Invalid", "not an IAM key", "SMTP settings"),
     (SES, "454 Throttling failure: Maximum sending rate", "per second", "SMTP_RATE"),
@@ -147,6 +159,45 @@ REFUSED_LOGINS = [
     ("smtp.acme.example", "454 4.7.0 Temporary authentication failure", "cannot check logins now", "wait"),
 ]
 # fmt: on
+
+
+# fmt: off
+TOKENS = [  # the relay, what it says to a token, or why there is none -> what is found, and the fix
+    (M365, "535 5.7.3 Authentication unsuccessful [XOAUTH2]", "must be the mailbox that has consented", "SendAsApp"),
+    (M365, "535 5.7.139 Authentication unsuccessful, the request did not meet the criteria [XOAUTH2]",
+     "Conditional Access", "sign-in logs"),
+    (M365, "535 5.7.139 Authentication unsuccessful, SmtpClientAuthentication is disabled for the Tenant. [XOAUTH2]",
+     "by token as by password", "Set-TransportConfig"),
+    (GMAIL, "535 5.7.8 Username and Password not accepted. [XOAUTH2 400]", "has consented", "bin/oauth google"),
+    ("mx.acme.example", "535 5.7.8 no [OAUTHBEARER invalid_token]", "does not take the token", "bin/oauth"),
+    (M365, "the relay offers no AUTH XOAUTH2 or OAUTHBEARER", "takes no tokens", "SMTP_PASSWORD"),
+    *((M365, f"no token: {code}", found, fix) for code, found, fix in (
+        ("invalid_client AADSTS7000215", "client secret", "Certificates & secrets"),
+        ("invalid_client AADSTS7000222", "it has ended", "Certificates & secrets"),
+        ("invalid_client AADSTS7000218", "public client", "Allow public client flows"),
+        ("unauthorized_client AADSTS700016", "client ID or tenant is wrong", "--tenant"),
+        ("invalid_grant AADSTS65001", "nobody has consented", "Grant admin consent"),
+        ("invalid_grant AADSTS50126", "does not let the account in", "outlook.office.com"),
+        ("invalid_grant AADSTS50076", "second factor", "--client-credentials"),
+        ("invalid_resource AADSTS500011", "does not know Exchange Online", "--tenant"),
+        ("invalid_grant AADSTS700082", "for 90 days", "again"),
+        ("invalid_grant", "in testing ends after 7 days", "In production"),
+        ("invalid_client", "client ID or secret is wrong", "console"),
+        ("invalid_scope", "right to send mail", "SMTP.Send"),
+        ("the token server does not answer (NewConnectionError)", "cannot be reached", "let HTTPS out"),
+        ("the token server answers 503; retry after 120s", "out of order", "waits"),
+        ("consent_required", "gives no token", "bin/oauth"),
+    )),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("host", "said", "found", "fix"), TOKENS)
+def test_a_login_by_token_that_fails_is_explained(host: str, said: str, found: str, fix: str) -> None:
+    code = int(said[:3]) if said[:3].isdigit() else None
+    meaning, remedy = replies.explain(host, Reply(Phase.AUTH, code, said[4:] if code else said))
+    assert found in meaning
+    assert fix in remedy
 
 
 @pytest.fixture
@@ -171,11 +222,32 @@ def test_a_refused_login_is_explained_for_the_relay_that_refused_it(
     assert PASSWORD not in said
 
 
+def test_the_doctor_logs_in_by_token_and_says_why_there_is_none(target: Target) -> None:
+    with TokenServer() as server, test_relay.Relay(takes_token=server.takes) as there:
+        settings = at(there.port, smtp_username="ada@acme.example", smtp_oauth=server.grant(), redis_url=NO_REDIS)
+        assert_finds(relay.login(target, settings), OK, "accepts our login by token")
+        server.answers = [(400, EXPIRED, {})]
+        assert_finds(
+            relay.login(target, settings), FAULT, "no token: invalid_grant AADSTS700082): the refresh", "again"
+        )
+
+
+def test_each_of_several_relays_is_tried_and_what_is_wrong_with_one_has_its_name(target: Target) -> None:
+    with ScriptedRelay() as there:
+        lines = (
+            f'[{name}]\nhost = "127.0.0.1"\nport = {port}\nsecurity = "none"\n'
+            for name, port in (("first", free_port()), ("second", there.port))
+        )
+        found = listed(relay.login(target, load(from_file={}, relays="".join(lines))))
+    assert [(one.level, "relay first: " in one.found) for one in found] == [(FAULT, True), (OK, False), (OK, False)]
+    assert "correct host and port (edit RELAYS" in found[0].fix
+
+
 def test_what_can_be_seen_of_a_wrong_password_is_said_without_it() -> None:
     spaces = at(587, smtp_host=GMAIL, smtp_security="starttls", smtp_username="a", smtp_password="abcd efgh")
-    assert_finds(relay.likely_mistakes(spaces), NOTE, "has spaces in it")
+    assert_finds(relay.likely_mistakes(Relay.of(spaces)), NOTE, "has spaces in it")
     iam = at(587, smtp_host=SES, smtp_security="tls", smtp_username="AKIA", smtp_password="x" * 40)
-    assert_finds(relay.likely_mistakes(iam), NOTE, "looks like an IAM key")
+    assert_finds(relay.likely_mistakes(Relay.of(iam)), NOTE, "looks like an IAM key")
 
 
 @pytest.mark.usefixtures("here")

@@ -1,0 +1,110 @@
+"""The two mailboxes that are looked into each minute: what came back, and what the relay has sent.
+
+BOUNCE_IMAP_URL: each mail that is new is read, in order, and noted as read in Redis by its number (`mail:mailbox`), so
+that it does not matter whether a person has opened it. One that was a report about a mail of ours is marked as read;
+all others stay unread, for a person. None is moved or deleted.
+
+DOUBT_IMAP_URL: a mail in doubt whose Message-ID is in that folder has arrived, and is settled. That it is not there
+proves nothing, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import uuid
+from collections import Counter
+from typing import Any
+
+from mail import imap, reports
+from mail.bounces import Bounces
+from mail.claim import timestamp
+from mail.index import LAST, of_state
+from mail.outbox import Outbox
+from mail.states import State
+from mail.store import MAILBOX
+from process.log import emit, where
+from queues.connection import RedisError, Unavailable, translating_errors
+from queues.jobs import NotFound, NotPossible
+
+AT_ONCE = 200  # reports read, or mails looked for, in one go
+LOOKED_FOR = 2 * 86400  # seconds after its last attempt for which a mail is looked for: its copy comes with the mail
+FOUND = "it is in the folder of sent mail, by its Message-ID"
+
+
+def read_reports(outbox: Outbox) -> dict[str, Any]:
+    """Reads what is new in the mailbox of BOUNCE_IMAP_URL. Returns how many mails were what."""
+    url = outbox.settings.bounce_imap_url
+    counts: Counter[str] = Counter()
+    try:
+        if url:
+            with imap.opened(url.get_secret_value()) as folder:
+                _read_new(folder, outbox, hashlib.sha256(url.get_secret_value().encode()).hexdigest()[:16], counts)
+    except imap.Unreachable as error:
+        emit("mailbox_unreachable", logging.WARNING, at="BOUNCE_IMAP_URL", reason=error)
+        return {**counts, "error": str(error)}
+    return dict(counts)
+
+
+def _read_new(folder: imap.Folder, outbox: Outbox, box: str, counts: Counter[str]) -> None:
+    bounces, redis, numbered = Bounces(outbox), outbox.jobs.redis, f"{box}:{folder.validity}"
+    with translating_errors():
+        known: Any = redis.hmget(MAILBOX, "of", "uid")
+    last = int(known[1] or 0) if known[0] == numbered.encode() else 0
+    for uid in folder.newer_than(last)[:AT_ONCE]:
+        try:
+            found = bounces.take(folder.fetch(uid, reports.SIZE))
+        except (Unavailable, RedisError, imap.Unreachable, OSError):
+            raise
+        except Exception as error:  # one mail must not keep all others from being read
+            emit("crashed", logging.ERROR, where=where(error))
+            counts["unread"] += 1
+        else:
+            if found.later:
+                return
+            counts[found.kind or "other"] += 1
+            counts["noted"] += found.noted
+            if found.mail_id:
+                folder.mark_read(uid)
+        with translating_errors():
+            redis.hset(MAILBOX, mapping={"of": numbered, "uid": uid})
+
+
+def resolve_doubt(outbox: Outbox) -> dict[str, Any]:
+    """Settles those mails in doubt that are in the folder of DOUBT_IMAP_URL. Returns how many of how many."""
+    url, settled = outbox.settings.doubt_imap_url, 0
+    waiting = in_doubt(outbox) if url else []
+    try:
+        if url and waiting:
+            with imap.opened(url.get_secret_value(), readonly=True) as folder:
+                for mail in waiting:
+                    settled += folder.has(mail["message_id"]) and _settle(outbox, mail["id"])
+    except imap.Unreachable as error:
+        emit("mailbox_unreachable", logging.WARNING, at="DOUBT_IMAP_URL", reason=error)
+        return {"settled": settled, "in_doubt": len(waiting), "error": str(error)}
+    return {"settled": settled, "in_doubt": len(waiting)}
+
+
+def in_doubt(outbox: Outbox) -> list[dict[str, Any]]:
+    """Returns the mails that are in doubt and held since not long ago, the newest first."""
+    names = outbox.index.names() | {key.name for key in outbox.settings.api_keys}
+    ids = outbox.index.nearest([of_state(State.UNKNOWN, name) for name in names], b"", LAST, AT_ONCE, upwards=False)
+    return [
+        mail
+        for mail in outbox.read_all([str(uuid.UUID(bytes=one)) for one in ids])
+        if mail["status"] == State.UNKNOWN and _last_attempt(mail) > time.time() - LOOKED_FOR
+    ]
+
+
+def _last_attempt(mail: dict[str, Any]) -> float:
+    return max((timestamp(one["at"]) for one in mail["attempts"]), default=time.time())
+
+
+def _settle(outbox: Outbox, mail_id: str) -> bool:
+    try:
+        outbox.arrived(mail_id, FOUND)
+    except (NotFound, NotPossible):  # a person was faster
+        return False
+    emit("sent", id=mail_id, reason=FOUND)
+    return True
