@@ -33,7 +33,8 @@ def test_what_was_posted_is_shown_with_its_answer_and_posted_again(client: Any, 
     assert "email.sent shop" in pages.text(f"/mail/emails/{mail_id}")
     line = next(far.endpoint.queue.log()).line
     assert pages.post("/mail/webhooks/shop/again", mail=mail_id, line="email.sent 1 x").status_code == 404
-    assert pages.post("/mail/webhooks/shop/again", mail=mail_id, line=line).status_code == 303
+    for _ in range(2):
+        assert pages.post("/mail/webhooks/shop/again", mail=mail_id, line=line).status_code == 303
     assert "email.sent shop waits" in pages.text(f"/mail/emails/{mail_id}")
     far.post_all()
     assert len(far.got) == 2

@@ -263,6 +263,25 @@ def test_of_two_processes_one_takes_an_event_and_the_other_has_it_if_that_dies(
     assert standings(client)[0].waiting == 0
 
 
+def test_a_full_redis_is_emptied_of_events(client: Any, outbox: Outbox, far: Far) -> None:
+    """And a mail that was sent is written down on it with its event."""
+    attempt = claim(outbox, accept(outbox))
+    refused = end(outbox, State.FAILED)
+    client.config_set("maxmemory", 1)
+    try:
+        attempt.settle(State.SENT)
+        far.answer = lambda event: GOOD if event["type"] == "email.sent" else judged(400, "")
+        far.post_all()
+        far.run(10)
+        assert far.types(attempt.id) == ["email.sent"]
+        assert [line.type for line in far.endpoint.queue.waiting_of(refused)] == ["email.failed"]
+        far.answer = lambda event: GOOD
+        far.run(600)
+        assert standings(client)[0].waiting == 0
+    finally:
+        client.config_set("maxmemory", 0)
+
+
 def test_an_endpoint_that_is_in_no_settings_is_forgotten(client: Any, outbox: Outbox, far: Far) -> None:
     end(outbox, State.SENT)
     want(client, {"other": "o.example email.sent"}, far.clock.now + 10)
