@@ -49,6 +49,7 @@ from process.values import (
     parse_address,
     parse_allowlist,
     parse_bounce_address,
+    parse_domain,
     parse_ehlo_name,
     parse_one_address,
     parse_schedule,
@@ -58,8 +59,8 @@ from process.webhooks import ONLY as ONLY_WEBHOOK
 from process.webhooks import SECRET, URL, EndpointSettings, is_fit, parse_secrets, parse_webhooks
 
 # fmt: off
-SECRETS = ("redis_url", "smtp_password", "smtp_oauth", "api_keys", "dashboard_password", "alert_url", "relays",
-           "webhook_url", "webhook_secret", "webhooks", "bounce_imap_url", "doubt_imap_url")
+SECRETS = ("redis_url", "smtp_password", "smtp_oauth", "api_keys", "dashboard_password", "alert_url", "dkim_key",
+           "relays", "webhook_url", "webhook_secret", "webhooks", "bounce_imap_url", "doubt_imap_url")
 # fmt: on
 VERBATIM = (  # any text, so `#` too
     *("smtp_username", "smtp_password", "dashboard_password", "mail_from", "redis_url"),
@@ -103,6 +104,10 @@ class Settings(BaseModel):
     relays_file: FilePath | None = None
 
     mail_from: str | None = None
+    dkim_domain: Annotated[str, parsed_by(parse_domain)] | None = None
+    dkim_selector: Annotated[str, parsed_by(parse_domain)] | None = None
+    dkim_key: SecretStr | None = None
+    dkim_key_file: FilePath | None = None
     mail_redirect_to: Annotated[str, parsed_by(parse_one_address)] | None = None
     mail_allowlist: Annotated[tuple[str, ...], parsed_by(parse_allowlist)] = ()
 
@@ -189,6 +194,8 @@ class Settings(BaseModel):
         faults = []
         if self.smtp_host and self.relays:
             faults.append("SMTP_HOST and RELAYS both name a relay: put the one of SMTP_HOST into RELAYS, and unset it")
+        if bool(self.dkim_domain) != bool(self.dkim_selector):
+            faults.append("DKIM_DOMAIN and DKIM_SELECTOR go together: set both, or neither")
         if self.smtp_password and self.smtp_oauth:
             faults.append("only one of SMTP_PASSWORD and SMTP_OAUTH may be set")
         if self.smtp_username and self.smtp_security == "none" and not is_loopback(self.smtp_host or ""):

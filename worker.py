@@ -197,6 +197,10 @@ def main() -> int:
             redis, pooled = connect(url, retrying=True), QUEUES[queue].pooled
             put_aside(redis, keys.kinds(queue))  # RQ could not even register
             worker = None if pooled else make_worker(JobsWorker, queue, redis, allowed(queue))
+            if pooled:
+                from mail.dkim import Signer  # here, since the worker for `jobs` sends no mail
+
+                Signer.of(current)  # before the processes are forked: a key that is none is told once
             if worker:
                 worker.cron = with_cron(queue, current)
     except settings.SettingsError as error:
@@ -222,10 +226,7 @@ def send(queue: str, current: settings.Settings) -> None:
     import mail.delivery  # noqa: F401  # before the processes are forked, which share it
 
     collect_seldom()
-    limits = [one.concurrency for one in current.all_relays]
-    together = min(current.worker_concurrency, sum(limit or current.worker_concurrency for limit in limits))
-    processes = min(together, current.worker_processes or min(cores(), max(1, together // FEWEST)))
-    processes = min([processes, *filter(None, limits)])  # each has at least one of what a relay takes at a time
+    together, processes = division(current)
 
     def work(report: Report, place: int = 0) -> None:
         pool = WorkerPool(queue, current, together // processes + (place < together % processes), report)
@@ -240,6 +241,15 @@ def send(queue: str, current: settings.Settings) -> None:
         work(sd_daemon.tell)
     else:
         prefork.run(processes, work_in_child, STUCK_AFTER)
+
+
+def division(current: settings.Settings) -> tuple[int, int]:
+    """Returns how many mails at a time all processes send, and how many processes there are: each has at least one of
+    what a relay takes at a time."""
+    limits = [one.concurrency for one in current.all_relays]
+    together = min(current.worker_concurrency, sum(limit or current.worker_concurrency for limit in limits))
+    processes = current.worker_processes or min(cores(), max(1, together // FEWEST))
+    return together, min([together, processes, *filter(None, limits)])
 
 
 def cores() -> int:

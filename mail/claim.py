@@ -113,7 +113,7 @@ class Claim:
     test: bool = False
     priority: str = "normal"
     return_path: str = ""  # in the place of the sender in its envelope, but for a mail that has none there
-    calm: bool = False  # the relay was not in trouble as the mail was claimed
+    calm: bool = False  # no relay was in trouble as the mail was claimed
     suppressing: bool = False  # the suppression list is not empty, and is to be obeyed
     suppress: list[bytes] = field(default_factory=list)  # what settle adds to it: mail.suppression
     settled: bool = False

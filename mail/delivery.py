@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import settings
 from mail.claim import Busy, Claim, Early, iso
 from mail.counters import DELIVERED, SMTP
+from mail.dkim import Signer
 from mail.mime import to_mime
 from mail.outbox import AFTER_A_CRASH, Outbox, jittered
 from mail.parsed import Unsayable
@@ -76,6 +77,7 @@ class Delivery:
         self.pool = SessionPool()
         self.tally = Tally(self.pool, self.routes.relays)
         self.dots = Dots()
+        self.signer = Signer.of(outbox.settings)
         self.ahead = threading.local()  # the mail at which a thread has looked ahead
 
     def deliver(self, mail_id: str) -> str | Retry:
@@ -117,7 +119,7 @@ class Delivery:
                 return self._wait(claim, way)
             if way.upstream:
                 return self._post(claim, way, way.upstream, todo)
-            letter = (ahead and ahead.letter) or written(claim, todo)
+            letter = (ahead and ahead.letter) or written(claim, todo, self.signer)
             return self._hand_over(claim, way, *letter, ahead.talk if ahead else None)
 
     def _wait(self, claim: Claim, wait: Wait) -> str | Retry:
@@ -185,7 +187,7 @@ class Delivery:
             if isinstance(claim, Claim):
                 self.ahead.mail = ahead = Ahead(claim)
                 if self._is_plain(claim):
-                    ahead.letter = written(claim, [one.address for one in claim.recipients])
+                    ahead.letter = written(claim, [one.address for one in claim.recipients], self.signer)
                     ahead.talk = talk.announce(*ahead.letter)
 
     def _is_plain(self, claim: Claim) -> bool:
@@ -273,11 +275,12 @@ class Ahead:
             self.talk.drop()
 
 
-def written(claim: Claim, recipients: list[str]) -> tuple[Envelope, bytes]:
-    """Returns a mail's envelope and text."""
+def written(claim: Claim, recipients: list[str], signer: Signer | None = None) -> tuple[Envelope, bytes]:
+    """Returns a mail's envelope, and its text as it goes out."""
     message = claim.message
     envelope = Envelope(claim.envelope_sender, recipients, message.needs_smtputf8, message.needs_8bitmime)
-    return envelope, to_mime(message, claim.message_id, claim.created_at)
+    mime = to_mime(message, claim.message_id, claim.created_at)
+    return envelope, signer.signed(mime) if signer else mime
 
 
 def take_up(claim: Claim, asks_again: bool = False) -> None:

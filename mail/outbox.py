@@ -114,7 +114,7 @@ local function claim(id, token, lease, queued_at, look_at, iso, now)
   if not holder then become(id, 'sending', nil, look_at, fields) end
   local listed = redis.pcall('HLEN', SUPPRESSED)
   listed = type(listed) == 'number' and listed or 0
-  return {'claimed', token, 1 - redis.call('EXISTS', BREAKER), listed, redis.call('HGETALL', mail)}
+  return {'claimed', token, redis.call('EXISTS', unpack(BREAKERS)) == 0 and 1 or 0, listed, redis.call('HGETALL', mail)}
 end
 """
 # ARGV: as `claim` takes them.

@@ -41,7 +41,7 @@ class Way:
         self.relay = Relay.of(current, one, redis)
         self.upstream = Upstream(one, current.smtp_timeout) if one.kind == "resend" else None
         self.place: object = self.upstream or self.relay
-        self.slots = threading.BoundedSemaphore(one.concurrency or 64)
+        self.slots = threading.BoundedSemaphore(one.concurrency) if one.concurrency else None
 
     @property
     def is_only(self) -> bool:
@@ -67,8 +67,7 @@ class Way:
 
     def admit(self, claim: Claim) -> Wait | None:
         """Returns None where the mail may go now. Its reservation at another relay is none here."""
-        calm = claim.calm and self.is_only  # the claim knows of no other's breaker
-        return self.pacing.admit(claim.reserved == self.line, claim.put_off_by(self.name), claim.priority, calm)
+        return self.pacing.admit(claim.reserved == self.line, claim.put_off_by(self.name), claim.priority, claim.calm)
 
     def named(self, wait: Wait) -> Wait:
         """Returns a wait that is not for trouble, with the relay that it is for."""
@@ -78,11 +77,11 @@ class Way:
     @contextmanager
     def slot(self) -> Iterator[bool]:
         """Takes one of the relay's `concurrency` for as long as the body runs; yields whether there was one."""
-        free = self.slots.acquire(timeout=SLOT_WAIT)
+        free = not self.slots or self.slots.acquire(timeout=SLOT_WAIT)
         try:
             yield free
         finally:
-            if free:
+            if free and self.slots:
                 self.slots.release()
 
 

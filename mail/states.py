@@ -89,6 +89,7 @@ EVENTS: Mapping[State, str] = {
     State.FAILED: "email.failed",
     State.UNKNOWN: "email.in_doubt",
     State.CANCELED: "email.canceled",
+    State.SUPPRESSED: "email.suppressed",
     State.BOUNCED: "email.bounced",
     State.COMPLAINED: "email.complained",
 }
@@ -232,7 +233,7 @@ local function become(id, state, now, look_at, fields)
   if was then redis.call('HDEL', mail, unpack(DROPS[state])) end
   redis.call('HSET', mail, 'state', state, unpack(fields))
   local counted = COUNTED[state]
-  local reason = (CAUSED[state] or RETURNED[state]) and redis.call('HGET', mail, 'reason')
+  local reason = (CAUSED[state] or AGAIN[state] or RETURNED[state]) and redis.call('HGET', mail, 'reason')
   if state == 'failed' and reason == EXPIRED then counted = EXPIRED end
   local test = state == 'sent' and redis.call('HEXISTS', mail, 'test') == 1
   if test then counted = TEST end

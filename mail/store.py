@@ -16,7 +16,7 @@ from queues.connection import SOMETHING_ELSE, Redis, Script, Unavailable, fail_f
 from queues.heartbeat import LEASE_SECONDS
 from queues.table import EMAIL
 from settings import Settings
-from smtp.pacing import BREAKER
+from smtp.pacing import BREAKER, key_prefix
 
 MAIL = "mail:"
 OPEN = "mail:open"  # sorted set: every mail that is not final, by the moment at which mail.sweep looks at it
@@ -82,8 +82,9 @@ class Store:
         self.renew = Script(fail_fast(redis), RENEW)
         # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
         kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
-        shared = {"OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT, "INDEX": INDEX}
-        shared |= WEBHOOKS | {"FAILED_JOBS": keys.failed(EMAIL), "BREAKER": BREAKER}
+        breakers = tuple(f"{key_prefix(one.name)}:breaker" for one in settings.relays) or (BREAKER,)
+        shared: dict[str, object] = {"OPEN": OPEN, "LAST_SENT": LAST_SENT, "TOTALS": TOTALS, "SWEPT": SWEPT}
+        shared |= WEBHOOKS | {"INDEX": INDEX, "FAILED_JOBS": keys.failed(EMAIL), "BREAKERS": breakers}
         shared |= {"SUPPRESSED": SUPPRESSED, "SUPPRESSIONS": SUPPRESSIONS}
         self._become = transition(MAIL=MAIL, KEPT=kept, PERIODS=PERIODS, **shared)
         self._scripts: dict[str, Script] = {}

@@ -29,7 +29,7 @@ class Kind(NamedTuple):
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("bounced", "refused for good", "550 5.1.1 there is no such mailbox"),
+        Kind("bounced", "refused for good, and suppressed from then on", "550 5.1.1 there is no such mailbox"),
         Kind("later", "put off once for each address; Clear forgets that", "451 4.7.1 greylisted, try again later", 0),
         Kind("full", "put off each time", "452 4.2.2 the mailbox is full"),
         Kind("throttled", "put off for a minute, once", "450 4.7.1 Error: too much mail from 127.0.0.1", 60),
@@ -38,6 +38,9 @@ KINDS = {
         Kind("doubt", "taken, but the answer is lost the first time: the mail is in doubt", at_dot=True),
     )
 }
+
+
+AT_RANDOM = [kind for kind in KINDS.values() if kind.name != "bounced"]  # which would put good addresses on the list
 
 
 def percentage(text: str) -> int:
@@ -55,7 +58,7 @@ class Failures:
         self._tried: dict[str, float] = {}  # an address -> when it was first
 
     def draw(self) -> Kind | None:
-        return random.choice(list(KINDS.values())) if random.random() * 100 < self.chaos else None
+        return random.choice(AT_RANDOM) if random.random() * 100 < self.chaos else None
 
     def of_address(self, address: str) -> Kind | None:
         """Returns how this recipient fails at this moment, if it does."""

@@ -151,6 +151,7 @@ def configure(server: Server) -> None:
         "dashboard_password": lambda: secrets.token_urlsafe(16),
         "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as are the next
         "smtp_oauth": lambda: "",
+        "dkim_key": lambda: "",
         "alert_url": lambda: "",
         "bounce_imap_url": lambda: "",
         "doubt_imap_url": lambda: "",

@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from http.client import HTTPException
 from typing import Any, Literal, NamedTuple
@@ -28,7 +29,7 @@ from mail.index import new_id
 from mail.message import Message, message_id
 from process.log import emit
 from process.relays import RelaySettings
-from settings import Settings
+from settings import Settings, SettingsError
 from smtp.policy import Verdict
 from smtp.verdict import Outcome, Reply
 
@@ -125,10 +126,8 @@ def by_mail(settings: Settings, news: News) -> None:
     to = Mailbox("", settings.alert_to or "")
     sender = Mailbox.parse(settings.mail_from) if settings.mail_from else to
     headers = {"Auto-Submitted": "auto-generated"}  # RFC 3834
-    mail, why = (
-        Message(sender, [to], [], [], [], title(news), text=f"{news.text}\n", headers=headers),
-        "no relay is set",
-    )
+    mail = Message(sender, [to], [], [], [], title(news), text=f"{news.text}\n", headers=headers)
+    why = "no relay is set"
     mail_id = new_id()
     for one in settings.all_relays:
         reply = (_posted if one.kind == "resend" else _sent)(settings, one, mail, mail_id)
@@ -142,12 +141,15 @@ def by_mail(settings: Settings, news: News) -> None:
 
 def _sent(settings: Settings, one: RelaySettings, mail: Message, mail_id: str) -> Reply:
     # Here, since few dashboards have mail to send, and none has it often.
+    from mail.dkim import Signer
     from mail.mime import to_mime
     from smtp.envelope import Envelope
     from smtp.pool import SessionPool
     from smtp.relay import Relay
 
     mime = to_mime(mail, message_id(mail_id, mail.sender), datetime.now(timezone.utc))
+    with suppress(SettingsError):  # a key that is none stops the workers, which is news itself
+        mime = signer.signed(mime) if (signer := Signer.of(settings)) else mime
     envelope, pool = Envelope(mail.sender.address, mail.recipients, mail.needs_smtputf8), SessionPool()
     relay = Relay.of(settings, one)._replace(timeout=TIMEOUT, deadline=4 * TIMEOUT)
     try:

@@ -98,6 +98,13 @@ def parse_allowlist(text: str) -> tuple[str, ...]:
     return entries
 
 
+def parse_domain(text: str) -> str:
+    """Returns a domain, or one or more labels of one, in small letters."""
+    if not re.fullmatch(DOMAIN, text.strip().lower()) or len(text) > 253:
+        raise ValueError("must be a domain in ASCII, or a part of one, such as acme.example")
+    return text.strip().lower()
+
+
 def parse_host(text: str) -> str:
     """Returns a host's name or address as it stands. A port, a scheme or a login beside it is no part of it."""
     host = text.strip()

@@ -6,16 +6,21 @@ import pytest
 
 from process.relays import parse_relays
 from settings import SettingsError, load
+from smtp.relay import Relay
 
 FIRST = '[first]\nhost = "smtp.example.com"\n'
 UPSTREAM = '[second]\nkind = "resend"\nurl = "https://api.example"\napi_key = "k"\n'
 TWO = f'{FIRST}rate = "14/s"\ndomains = ["acme.example"]\n{UPSTREAM}'
+OAUTH = '[first.oauth]\nprovider = "google"\nclient_id = "a"\nrefresh_token = "secret"\n'
 # fmt: off
 WRONG = {
     "first: host must be set for a relay of kind smtp": "[first]\n",
     "first: url must be set for a relay of kind resend; api_key must be set": '[first]\nkind = "resend"\n',
     "first: api_key is not for a relay of kind smtp": f'{FIRST}api_key = "secret"\n',
     "first: username and password go together": f'{FIRST}username = "ada"\n',
+    "first: oauth: one of provider and token_url":
+        f'{FIRST}username = "a"\n[first.oauth]\nclient_id = "secret"\nrefresh_token = "secret"\n',
+    "first: only one of password and oauth may be set": f'{FIRST}username = "a"\npassword = "secret"\n{OAUTH}',
     "first: security none would send the password in clear":
         f'{FIRST}security = "none"\nusername = "a"\npassword = "secret"\n',
     "first: url must be a URL that begins with https://":
@@ -36,6 +41,11 @@ def test_relays_are_in_the_order_of_their_text() -> None:
     assert (second.name, second.kind, second.url) == ("second", "resend", "https://api.example")
     assert [first.serves(one) for one in ("acme.example", "a.acme.example")] == [True, False]
     assert second.serves("any.example")
+    [by_token] = parse_relays(f'{FIRST}username = "a"\n{OAUTH}')
+    assert by_token.oauth
+    assert by_token.oauth.own_refresh_token == "secret"
+    assert (tokens := Relay.of(load(from_file={}), by_token).tokens)
+    assert tokens.keys == ["relay:first:token", "relay:first:renewing"]
 
 
 @pytest.mark.parametrize("fault", WRONG)

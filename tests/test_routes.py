@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import redis
 
+import worker
 from mail import delivery, routes
 from mail.outbox import Outbox
+from mail.sweep import sweep
 from queues.connection import connect
 from queues.jobs import Jobs
 from queues.running import Retry
@@ -172,6 +175,48 @@ def test_a_relay_has_no_more_mails_at_a_time_than_its_concurrency(
             assert made.attempt(mail_id) == "delayed"
             assert made.outbox.read(mail_id)["reason"] == "the concurrency of relay first is reached"
         assert made.attempt(mail_id) == "sent first"
+
+
+def test_a_key_of_a_named_relay_that_holds_something_else_is_set_aside(
+    redis_server: RedisServer, client: redis.Redis
+) -> None:
+    with two(redis_server, {}, {}) as (made, _):
+        for key in ("relay:first:breaker", "relay:names"):
+            client.delete(key)
+            client.set(key, "x")
+        assert list(sweep(made.outbox)) == []
+        assert client.exists("relay:first:breaker", "relay:names") == 0
+        assert made.attempt(made.accept()) == "sent first"
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "given", "expected"),
+    [
+        (("", ""), {}, (16, 4)),
+        ((8, ""), {}, (16, 4)),
+        ((8, 3), {}, (11, 2)),
+        ((8, 1), {}, (9, 1)),
+        ((8, 3), {"worker_concurrency": 4, "worker_processes": 4}, (4, 3)),
+    ],
+)
+def test_processes_divide_what_relays_take_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, concurrency: tuple[Any, Any], given: dict[str, int], expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(worker, "cores", lambda: 4)
+    lines = (f"concurrency = {one}" if one else "" for one in concurrency)
+    relays = "".join(f'[r{number}]\nhost = "a.example"\n{line}\n' for number, line in enumerate(lines))
+    assert worker.division(load(from_file={}, relays=relays, **given)) == expected
+
+
+def test_where_no_relay_is_in_trouble_redis_is_not_asked_before_a_mail_goes(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with two(redis_server, {}, {}) as (made, _):
+        admit = Mock(return_value=[b"go", 1, 0])
+        monkeypatch.setattr(made.pacing[0], "_admit", admit)
+        assert (made.attempt(made.accept()), admit.called) == ("sent first", False)
+        made.outbox.jobs.redis.hset("relay:second:breaker", "open_until", 1)
+        assert (made.attempt(made.accept()), admit.called) == ("sent first", True)
 
 
 def test_workers_publish_the_relays_that_they_know_and_none_of_their_secrets(

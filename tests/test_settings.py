@@ -109,6 +109,16 @@ def faults(*needed: str, **variables: str) -> list[str]:
         ({"API_KEYS": f"a:{DIGEST},hunter2:hunter2:hunter2"}, "API_KEYS: entry 2 must be name:sha256hex"),
         ({"SMTP_PASSWORD": "hunter2", "DASHBOARD_PASSWORD": "hunter2", "SMTP_PORT": "x"}, "SMTP_PORT: input should be"),
         ({"SMTP_PASSWORD": "hunter2", "SMTP_PASSWORD_FILE": __file__}, "only one of SMTP_PASSWORD and SMTP_PASSWORD_"),
+        ({"DKIM_DOMAIN": "acme.example"}, "DKIM_DOMAIN and DKIM_SELECTOR go together"),
+        ({"DKIM_DOMAIN": "a b", "DKIM_SELECTOR": "s"}, "DKIM_DOMAIN: must be a domain in ASCII"),
+        ({"SMTP_OAUTH": "hunter2"}, "SMTP_OAUTH: must be the JSON that bin/oauth writes"),
+        (
+            {
+                "SMTP_PASSWORD": "hunter2",
+                "SMTP_OAUTH": '{"provider": "google", "client_id": "a", "refresh_token": "b"}',
+            },
+            "only one of SMTP_PASSWORD and SMTP_OAUTH may be set",
+        ),
         ({**PLAIN, "SMTP_HOST": "mx.example"}, "SMTP_SECURITY=none would send SMTP_PASSWORD in clear; use starttls"),
     ],
 )

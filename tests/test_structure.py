@@ -36,9 +36,10 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
     "submission": {"mail", "queues", "settings", "process"},
     "webhooks": {"mail", "queues", "settings", "process"},
     "service": {"web", "tasks", "mail.address", "mail.templates", "queues", "settings", "process"},
-    "worker": {"tasks", "mail.delivery", "queues", "settings", "process"},
+    "worker": {"tasks", "mail.delivery", "mail.dkim", "queues", "settings", "process"},
 }
 HOMES = {  # an outside thing -> the only rooms or files that may import it
+    "dkim": {"mail.dkim"},
     "smtplib": {"smtp.session", "ops.sendmail"},
     "urllib3": {"upstream.wire", "smtp.oauth", "webhooks.post"},
     "dotenv": {"process.env_file"},

@@ -21,11 +21,11 @@ PROGRAMS = {  # service -> what it runs, and the secrets that this needs
     "async-email-webhooks.service": ("-m webhooks", {"redis_url", "webhook_url", "webhook_secret", "webhooks"}),
     "async-email-worker@.service": (
         "worker.py %i",
-        {"redis_url", "smtp_password", "smtp_oauth", "relays", "bounce_imap_url", "doubt_imap_url"},
+        {"redis_url", "smtp_password", "smtp_oauth", "dkim_key", "relays", "bounce_imap_url", "doubt_imap_url"},
     ),
     "async-email-dashboard.service": (
         "-m ops.dashboard",
-        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth", "relays"},
+        {"redis_url", "dashboard_password", "alert_url", "smtp_password", "smtp_oauth", "dkim_key", "relays"},
     ),
 }
 # Names of Redis or Valkey on Debian and Ubuntu; redis.service is an alias that is there only where it is enabled.

@@ -6,6 +6,7 @@ Several may run, on several machines; each event is taken by one of them. SIGTER
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from webhooks.queue import KINDS, TEST, want
 
 BEAT = 5  # seconds between signs of life
 WANT_EVERY = 60  # seconds
+NICE = 10  # where the processor is short, mail goes first
 DRAIN = 25  # seconds: longer than a post takes
 
 
@@ -39,6 +41,8 @@ def main() -> int:
     except SettingsError as error:
         say_why_not(error)
         return 2
+    with suppress(OSError):  # the unit has done it, and forbids it here
+        os.nice(max(0, NICE - os.nice(0)))
     set_up(settings.log_level, settings.log_format)
     use_one_arena()
     return_large_blocks()

@@ -1,23 +1,24 @@
 """Checks what the DNS says about the domain of MAIL_FROM: whether receivers have a reason to trust our mail.
 
 A relay such as SES also signs with a domain of its own, so what is missing here is a warning: mail goes out, and some
-receivers treat it as spam. A DKIM key cannot be looked up without its selector, which is in the mail.
+receivers treat it as spam. A DKIM key cannot be looked up without its selector, which is known where we sign ourselves.
 RFC 7208 (SPF), 6376 (DKIM), 7489 (DMARC), 7505 (null MX), 2606 (names for examples)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from dns.exception import DNSException, Timeout
 from dns.resolver import NXDOMAIN, NoResolverConfiguration, Resolver
 
 from mail.address import Mailbox
+from mail.dkim import Signer
 from ops.checks.findings import Findings, fault, note, ok, warn
 from ops.checks.target import Target
-from settings import Settings
+from settings import Settings, SettingsError
 
 MOST_LOOKUPS = 10  # RFC 7208 4.6.4; a receiver stops there with an error
 EXAMPLES = re.compile(r"(^|\.)(example|test|invalid|localhost)$|(^|\.)example\.(com|net|org)$")
@@ -42,7 +43,7 @@ def sender(target: Target, settings: Settings) -> Findings:
         yield warn(f"{domain}, of MAIL_FROM, is a name for examples: no receiver will trust it", target.edit)
         return
     try:
-        yield from about(domain.encode("idna").decode(), asker(target), settings.smtp_host or "")
+        yield from about(domain.encode("idna").decode(), asker(target), [one.host or "" for one in settings.all_relays])
     except NXDOMAIN:
         yield fault(f"{domain}, of MAIL_FROM, does not exist: receivers refuse such mail", target.edit)
     except (Timeout, NoResolverConfiguration):
@@ -74,7 +75,7 @@ def texts(name: str, ask: Ask, pattern: str) -> list[str]:
     return []
 
 
-def about(domain: str, ask: Ask, relay: str) -> Findings:
+def about(domain: str, ask: Ask, relays: Sequence[str]) -> Findings:
     mx = ask(domain, "MX")
     if mx and all(record.split()[1] == "." for record in mx):
         yield warn(f"{domain} says that it accepts no mail: replies and bounces are lost", "give it an MX record")
@@ -82,18 +83,18 @@ def about(domain: str, ask: Ask, relay: str) -> Findings:
         yield warn(f"{domain} has neither MX nor address: replies and bounces are lost", "give it an MX record")
     else:
         yield ok(f"{domain} can receive replies and bounces")
-    yield from spf(domain, ask, relay)
+    yield from spf(domain, ask, relays)
     yield from dmarc(domain, ask)
-    found = f"DKIM of {domain} cannot be looked up from here: its key's name is in the mail"
-    yield note(found, "switch it on at the relay; bin/doctor --send-to YOU shows dkim=pass in the mail's source")
 
 
-def spf(domain: str, ask: Ask, relay: str) -> Findings:
+def spf(domain: str, ask: Ask, relays: Sequence[str]) -> Findings:
     records = texts(domain, ask, SPF)
-    include = next((name for pattern, name in INCLUDES.items() if re.search(pattern, relay)), "NAME-THE-RELAY-GIVES")
+    includes = [name for relay in relays for pattern, name in INCLUDES.items() if re.search(pattern, relay)]
+    missing = [name for name in includes if not records or name not in records[0]]
     lookups = count_lookups(records[0], ask, {domain}) if len(records) == 1 else 0
     if not records:
-        fix = f'DNS: {domain} TXT "v=spf1 include:{include} ~all"'
+        include = " ".join(f"include:{name}" for name in dict.fromkeys(includes or ["NAME-THE-RELAY-GIVES"]))
+        fix = f'DNS: {domain} TXT "v=spf1 {include} ~all"'
         yield warn(f"{domain} has no SPF record: it does not say which servers may send for it", fix)
     elif len(records) > 1:
         yield warn(f"{domain} has {len(records)} SPF records: receivers ignore all of them", "DNS: merge them into one")
@@ -102,9 +103,9 @@ def spf(domain: str, ask: Ask, relay: str) -> Findings:
         yield warn(found, "DNS: take out the includes that you no longer need")
     elif re.search(r"(^|\s)\+?all\b", records[0]):
         yield warn(f"the SPF record of {domain} lets every server send for it", "DNS: write ~all instead of +all")
-    elif include in INCLUDES.values() and include not in records[0]:
-        found = f"the SPF record of {domain} does not name this relay"
-        yield note(found, f"DNS: add include:{include}, unless the relay uses a bounce domain of its own")
+    elif missing:
+        found = f"the SPF record of {domain} does not name {'this relay' if len(relays) == 1 else 'each relay'}"
+        yield note(found, f"DNS: add include:{missing[0]}, unless the relay uses a bounce domain of its own")
     else:
         yield ok(f"{domain} has one SPF record, {lookups} lookups")
 
@@ -142,3 +143,47 @@ def dmarc(domain: str, ask: Ask) -> Findings:
     else:
         advice = "; when SPF and DKIM pass, p=quarantine protects the name" if found[1] == "none" else ""
         yield ok(f"{name} has a DMARC record, p={found[1]}{advice}")
+
+
+def signature(target: Target, settings: Settings) -> Findings:
+    """Compares the key that signs with the one that DNS has, by which receivers check it."""
+    if not settings.dkim_domain:
+        found = "DKIM is the relay's to sign (DKIM_DOMAIN is not set): where DNS has its key stands in a mail only"
+        yield note(found, "switch it on at the relay; bin/doctor --send-to YOU shows dkim=pass in the mail's source")
+        return
+    try:
+        signer = Signer.of(settings)
+        name = f"{settings.dkim_selector}._domainkey.{settings.dkim_domain}"
+        if signer:
+            yield from published(signer, name, texts(name, asker(target), ""))
+    except SettingsError as error:
+        yield fault(str(error), target.edit)
+    except (Timeout, NoResolverConfiguration):
+        yield warn("the name server does not answer", "resolvectl status, or cat /etc/resolv.conf")
+    except (DNSException, UnicodeError):
+        yield warn(f"the name server has no valid answer about {name}", f"dig TXT {name}")
+    sender = Mailbox.parse(settings.mail_from).address.rpartition("@")[2].lower() if settings.mail_from else ""
+    if sender and not f".{sender}".endswith(f".{settings.dkim_domain}"):
+        found = f"mail of {sender}, of MAIL_FROM, is not signed: it is not in {settings.dkim_domain}"
+        yield warn(found, f"DKIM_DOMAIN must be the domain of the senders; {target.edit}")
+    if re.search(r"amazonaws\.com$", settings.smtp_host or ""):
+        found = "SES writes Date and Message-ID anew, which breaks our signature"
+        yield warn(found, "switch Easy DKIM on in the SES console, and unset DKIM_DOMAIN")
+
+
+def published(signer: Signer, name: str, records: list[str]) -> Findings:
+    write = f'DNS: {name} TXT "{signer.record}"'
+    tags = [dict(re.findall(r"(?:^|;)\s*([a-z]+)\s*=\s*([^;]*?)\s*(?=;|$)", record)) for record in records]
+    keys = [one for one in tags if "p" in one]
+    if not keys:
+        yield fault(f"DNS has no key at {name}, so that no receiver can check a signature", write)
+    elif len(keys) > 1:
+        yield fault(f"DNS has {len(keys)} keys at {name}: receivers take one of them, or none", "DNS: keep one")
+    elif not keys[0]["p"]:
+        yield fault(f"the key at {name} is revoked (p= is empty), so that each signature is broken", write)
+    elif keys[0].get("k", "rsa") != "rsa" or not signer.is_in(keys[0]["p"]):
+        yield fault(f"DNS has another key at {name} than DKIM_KEY, so that each signature is broken", write)
+    elif "y" in re.split(r"\s*:\s*", keys[0].get("t", "")):
+        yield warn(f"the key at {name} is marked as a test (t=y): receivers may act as if nothing was signed", write)
+    else:
+        yield ok(f"mail is signed with DKIM, and DNS has its key at {name}")

@@ -47,6 +47,7 @@ CHECKS = {
     "redis clock": with_settings(store.clock),
     "dns": with_settings(names.sender),
     "mailboxes": with_settings(mailboxes.readable),
+    "dkim": with_settings(names.signature),
     "alerts": with_settings(alerts.configured),
     "webhooks": with_settings(webhooks.delivered),
 }

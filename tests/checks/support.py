@@ -27,6 +27,7 @@ SECRETS = {
     "smtp_oauth": "",
     "bounce_imap_url": "",
     "doubt_imap_url": "",
+    "dkim_key": "",
     "alert_url": "",
 }
 HEALTHY = {
