@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from mail.claim import iso, timestamp
 from mail.counters import number
 from mail.message import Message
-from mail.states import State, effective_state
+from mail.states import FINAL, State, Status, effective_state
 from mail.store import LAST_SENT, mail_key
 from process.values import Rate
 from queues import keys
@@ -31,7 +31,7 @@ NO_MAIL = "what is stored under this id cannot be read as a mail"
 MAIL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # other keys of ours begin with mail:, too
 # fmt: off
 SHOWN = ("state", "created_at", "message_id", "outline", "recipients", "attempts", "next_attempt_at", "reason",
-         "expires_at", "on_doubt", "key", "test", "scheduled_at", "priority", "relay")
+         "expires_at", "on_doubt", "key", "test", "scheduled_at", "priority", "relay", "asked")
 # fmt: on
 # A state that Resend does not have -> its word for it: SDKs fail at any other.
 LAST_EVENT: Mapping[str, str] = {
@@ -122,7 +122,7 @@ class Reader:
             "expires_at": stored["expires_at"] or None,
             "on_doubt": stored["on_doubt"] or self.settings.on_doubt,
             "reason": reason or None,
-            "recipients": [{**one, "address": str(one["address"])} for one in json.loads(stored["recipients"])],
+            "recipients": _recipients(stored, state),
             "attempts": [dict(one) for one in json.loads(stored["attempts"] or "[]")],
         }
 
@@ -169,3 +169,11 @@ class Reader:
         with translating_errors():
             moment = self.jobs.redis.get(LAST_SENT)
         return number(moment) or None
+
+
+def _recipients(stored: dict[str, str], state: str) -> list[dict[str, Any]]:
+    """Returns the recipients. None is in doubt as long as an upstream that has not answered is asked again."""
+    found = [{**one, "address": str(one["address"])} for one in json.loads(stored["recipients"])]
+    if stored["asked"] and state not in FINAL:
+        return [{**one, "status": Status.PENDING} if one["status"] == Status.IN_DOUBT else one for one in found]
+    return found

@@ -13,7 +13,7 @@ import redis
 
 from mail import delivery
 from mail.address import Mailbox
-from mail.claim import Recipient, recipients_to_json
+from mail.claim import Recipient, recipients_from_json, recipients_to_json
 from mail.message import Message, Raw
 from mail.outbox import Outbox
 from mail.states import Status
@@ -108,6 +108,8 @@ def test_a_mail_is_asked_for_until_it_is_answered(
         for state in states.split():
             made.redis.delete("relay:up:breaker", "relay:up:probe")
             assert made.attempt(mail_id) == state
+            shown = made.outbox.read(mail_id)["recipients"][0]["status"]
+            assert shown == {"delayed": "pending", "sent": "accepted", "failed": "refused"}[state]
         seen = made.outbox.read(mail_id)
         last = seen["attempts"][-1]
         assert (last["relay"], last["relay_name"], last["phase"]) == (f"127.0.0.1:{upstream.port}", "up", "http")
@@ -223,5 +225,5 @@ def test_a_mail_that_ends_unanswered_is_in_doubt(redis_server: RedisServer, clie
             client.hset(f"mail:{mail_id}", "expires_at", "2020-01-01T00:00:00+00:00")
         if end != "lost":
             made.attempt(mail_id)
-        seen = made.outbox.read(mail_id)
-        assert (client.hget(f"mail:{mail_id}", "state"), seen["recipients"][0]["status"]) == (b"unknown", "in_doubt")
+        state, recipients = made.redis.hmget(f"mail:{mail_id}", "state", "recipients")
+        assert (state, recipients_from_json(recipients)[0].status) == (b"unknown", "in_doubt")
