@@ -83,6 +83,7 @@ def replay(queue: Queue) -> None:
 
 def again(queue: Queue) -> None:
     mail_id, line = request.form.get("mail", ""), request.form.get("line", "")
-    if not any((post.mail_id, post.line) == (mail_id, line) for post in queue.log()):
+    if (mail_id, line) not in [(post.mail_id, post.line) for post in queue.log()]:
         abort(404)
-    queue.put(mail_id, line)
+    if Line.parse(line) not in queue.waiting_of(mail_id):
+        queue.put(mail_id, line)
