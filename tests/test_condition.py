@@ -51,15 +51,8 @@ def at(name: str, reply: Reply | None = None, until: float = 0, serves_all: bool
 
 
 def hook(name: str = "shop", **given: Any) -> Endpoint:
-    known: dict[str, Any] = {
-        "events": [],
-        "seen": NOW - 30,
-        "waiting": 212,
-        "given_up": 0,
-        "since": NOW - 900,
-        "is_down": True,
-    }
-    known |= {"host": f"{name}.example", "reply": "HTTP 502", "answered": 0, "counts": {}}
+    known: dict[str, Any] = {"events": [], "seen": NOW - 30, "waiting": 212, "given_up": 0, "since": NOW - 900}
+    known |= {"host": f"{name}.example", "is_down": True, "reply": "HTTP 502", "answered": 0, "counts": {}}
     return Endpoint(name, **(known | given))
 
 

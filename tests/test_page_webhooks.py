@@ -33,7 +33,8 @@ def test_what_was_posted_is_shown_with_its_answer_and_posted_again(client: Any, 
     assert "email.sent shop" in pages.text(f"/mail/emails/{mail_id}")
     line = next(far.endpoint.queue.log()).line
     assert pages.post("/mail/webhooks/shop/again", mail=mail_id, line="email.sent 1 x").status_code == 404
-    assert pages.post("/mail/webhooks/shop/again", mail=mail_id, line=line).status_code == 303
+    for _ in range(2):
+        assert pages.post("/mail/webhooks/shop/again", mail=mail_id, line=line).status_code == 303
     assert "email.sent shop waits" in pages.text(f"/mail/emails/{mail_id}")
     far.post_all()
     assert len(far.got) == 2
@@ -51,12 +52,13 @@ def test_an_endpoint_that_is_down_is_said_to_be_and_what_was_given_up_is_replaye
     text = pages.text("/mail/webhooks")
     assert "down since" in text
     assert "HTTP 500" in text
-    far.run(15 * 86400)
+    far.answer = lambda event: judged(400, "")
+    far.run(2 * 86400)
     assert standings(client)[0].given_up == 1
     far.answer = lambda event: judged(200, "")
     far.clock.now = float(client.time()[0])  # it waits from now on
     assert pages.post("/mail/webhooks/shop/replay").status_code == 303
-    far.run(16 * 86400)
+    far.run(60)
     assert far.types(mail_id) == ["email.sent"]
 
 

@@ -15,14 +15,14 @@ import standardwebhooks
 import svix
 
 from mail.outbox import Outbox
-from mail.states import EVENTS, State
+from mail.states import EVENTS, RETURNED, State
 from process.webhooks import EndpointSettings
 from tests.mails import BODY, accept, claim
 from webhooks import queue
 from webhooks.endpoint import Endpoint
-from webhooks.event import headers
+from webhooks.event import WHY, headers
 from webhooks.post import Answer, judged
-from webhooks.queue import SCHEDULE, Line, Queue, Taken, standings, want
+from webhooks.queue import LEASED, SCHEDULE, Line, Queue, Taken, standings, want
 
 NEW, OLD = (f"whsec_{base64.b64encode(bytes([one]) * 32).decode()}" for one in (1, 2))
 GOOD = Answer(200, "200", False)
@@ -40,6 +40,7 @@ class Far:
     """An endpoint whose answers a test decides, on a clock of its own."""
 
     def __init__(self, client: Any, outbox: Outbox, name: str = "shop", events: str = "", now: float = 0) -> None:
+        self.client = client
         seconds, _ = client.time()
         self.clock = Clock(now or float(seconds))
         self.answer: Any = lambda event: GOOD
@@ -61,7 +62,11 @@ class Far:
         if isinstance(taken, Taken):
             self.endpoint.deliver(taken)
             return True
-        self.clock.now += max(taken, 1)
+        due = [
+            at % LEASED
+            for _, at in self.client.zrange(f"webhook:due:{self.endpoint.queue.name}", 0, -1, withscores=True)
+        ]
+        self.clock.now += max(taken, 1, min((at - self.clock.now for at in due), default=600))
         return False
 
     def run(self, seconds: float) -> None:
@@ -86,6 +91,10 @@ def end(outbox: Outbox, how: State, mail_id: str = "") -> str:
     mail_id = mail_id or accept(outbox)
     if how == State.CANCELED:
         outbox.cancel(mail_id)
+    elif how in RETURNED:
+        claim(outbox, mail_id).settle(State.SENT)
+        body = "become(ARGV[1], ARGV[2], nil, nil, {'reason', ARGV[3]})"
+        outbox.store.run(body, [], [mail_id, how, "550 5.1.1 at rcpt\nx"])
     else:
         claim(outbox, mail_id).settle(how, reason="" if how == State.SENT else "550 5.1.1 at rcpt\nx", next_in=60)
     return mail_id
@@ -95,18 +104,15 @@ def end(outbox: Outbox, how: State, mail_id: str = "") -> str:
 def test_each_state_is_told_in_resends_shape(outbox: Outbox, far: Far, state: State) -> None:
     mail_id = end(outbox, state)
     far.post_all()
-    [(_, _, event)] = far.got
+    *before, (_, _, event) = far.got
     data = event["data"]
-    assert (event["type"], data["email_id"], data["from"], data["to"]) == (
-        EVENTS[state],
-        mail_id,
-        "a@example.com",
-        BODY["to"],
-    )
-    assert (data["subject"], data["tags"]) == ("s", {})
+    assert len(before) == (state in RETURNED)
+    assert (event["type"], data["email_id"], data["to"]) == (EVENTS[state], mail_id, BODY["to"])
+    assert (data["from"], data["subject"], data["tags"]) == ("a@example.com", "s", {})
     assert event["created_at"] > data["created_at"]
-    reason = {"failed": "failed", "delayed": "delayed", "unknown": "in_doubt"}.get(state)
-    assert reason is None or data[reason] == {"reason": "550 5.1.1 at rcpt x"}
+    if EVENTS[state] in WHY:
+        member, text, beside = WHY[EVENTS[state]]
+        assert data[member] == {text: "550 5.1.1 at rcpt x", **beside}
 
 
 def test_nothing_is_written_that_nobody_wants(client: Any, outbox: Outbox) -> None:
@@ -255,6 +261,25 @@ def test_of_two_processes_one_takes_an_event_and_the_other_has_it_if_that_dies(
     other.failed(taken, far.clock.now, queue.Post(0, "", "", 0, "", 0), True, 0)  # it was not dead: too late
     assert far.endpoint.queue.take(far.clock.now) == 1.0
     assert standings(client)[0].waiting == 0
+
+
+def test_a_full_redis_is_emptied_of_events(client: Any, outbox: Outbox, far: Far) -> None:
+    """And a mail that was sent is written down on it with its event."""
+    attempt = claim(outbox, accept(outbox))
+    refused = end(outbox, State.FAILED)
+    client.config_set("maxmemory", 1)
+    try:
+        attempt.settle(State.SENT)
+        far.answer = lambda event: GOOD if event["type"] == "email.sent" else judged(400, "")
+        far.post_all()
+        far.run(10)
+        assert far.types(attempt.id) == ["email.sent"]
+        assert [line.type for line in far.endpoint.queue.waiting_of(refused)] == ["email.failed"]
+        far.answer = lambda event: GOOD
+        far.run(600)
+        assert standings(client)[0].waiting == 0
+    finally:
+        client.config_set("maxmemory", 0)
 
 
 def test_an_endpoint_that_is_in_no_settings_is_forgotten(client: Any, outbox: Outbox, far: Far) -> None:

@@ -41,7 +41,8 @@ def main() -> int:
     except SettingsError as error:
         say_why_not(error)
         return 2
-    os.nice(NICE)
+    with suppress(OSError):  # the unit has done it, and forbids it here
+        os.nice(max(0, NICE - os.nice(0)))
     set_up(settings.log_level, settings.log_format)
     use_one_arena()
     return_large_blocks()
