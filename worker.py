@@ -233,6 +233,7 @@ def send(queue: str, current: settings.Settings) -> None:
         pool.delivery.routes.share(place, processes)
         pool.work()
         pool.delivery.pool.close_all()
+        pool.delivery.routes.close()
 
     def work_in_child(alive: Callable[[], None], place: int) -> None:
         work(lambda said: alive() if "WATCHDOG=1" in said else None, place)  # systemd listens to the parent alone

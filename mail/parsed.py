@@ -42,8 +42,16 @@ class _Content:
 
 def parsed(message: Message) -> Message:
     """Returns the message with the content of its `raw`. Raises `Unsayable`."""
-    if not message.raw:
-        return message
+    try:
+        return _parsed(message) if message.raw else message
+    except Unsayable:
+        raise
+    except Exception:  # strangers write mails, and what a parser meets with in one has many names
+        raise Unsayable("a mail that cannot be taken apart") from None
+
+
+def _parsed(message: Message) -> Message:
+    assert message.raw
     octets = message.raw.octets.encode("latin-1")
     header = header_of(octets)
     _check_envelope(message, header)

@@ -40,8 +40,12 @@ class Way:
         self.pacing = Pacing(redis, one.rate, one.name)
         self.relay = Relay.of(current, one, redis)
         self.upstream = Upstream(one, current.smtp_timeout) if one.kind == "resend" else None
-        self.place: object = self.upstream or self.relay
         self.slots = threading.BoundedSemaphore(one.concurrency) if one.concurrency else None
+
+    @property
+    def place(self) -> object:
+        """Returns what is written down of where it is."""
+        return self.upstream or self.relay
 
     @property
     def is_only(self) -> bool:
@@ -111,6 +115,12 @@ class Routes:
             way.pacing.start()
         publish(self.redis, [way.settings for way in self.ways])
 
+    def close(self) -> None:
+        """Closes the connections to upstreams, for a process that ends."""
+        for way in self.ways:
+            if way.upstream:
+                way.upstream.close()
+
     @property
     def is_closed(self) -> bool:
         """Returns whether all relays are in trouble, as far as this process knows."""
@@ -135,7 +145,8 @@ class Routes:
             return held
         domain = claim.message.sender.address.rpartition("@")[2].lower()
         ways = [way for way in self.ways if (way.name == claim.relay if claim.relay else way.settings.serves(domain))]
-        ways = [way for way in ways if way.can_say(claim)] or ways
+        if len(ways) > 1:
+            ways = [way for way in ways if way.can_say(claim)] or ways
         tried = _tried(claim.attempts)
         return sorted(ways, key=lambda way: way.name in tried)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from mail.address import Mailbox
 from mail.message import Message, Raw
@@ -16,6 +17,7 @@ from mail.mime import to_mime
 from mail.parsed import Unsayable
 from mail.posted import fields_of, key_of
 from tests.sample_mails import DATE, ID, WHOLE, accepted, mail, requests
+from upstream.client import as_json
 
 HEAD = "From: Ada <ada@example.com>\nTo: Bob <bob@example.com>\nSubject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\n"
 HTML = "Content-Type: text/html; charset=utf-8\n\n<p>Hi <img src=cid:logo@x>\n"
@@ -29,7 +31,8 @@ def several(subtype: str, *parts: str, head: str = "", more: str = "") -> str:
 
 def came(text: str, **fields: Any) -> Message:
     boxes: dict[str, Any] = {"to": [Mailbox("Bob", "bob@example.com")], "cc": [], "bcc": [], "reply_to": []}
-    raw = Raw(text.replace("\n", "\r\n").encode().decode("latin-1"), fields.pop("sender", "ada@example.com"))
+    octets = fields.pop("octets", text.replace("\n", "\r\n").encode().decode("latin-1"))
+    raw = Raw(octets, fields.pop("sender", "ada@example.com"))
     message = Message(Mailbox("Ada", "ada@example.com"), **boxes | {"subject": "Grüße"} | fields, raw=raw)
     return message
 
@@ -115,6 +118,31 @@ def test_others_than_have_been_served_are_asked_for_under_a_key_of_their_own() -
     assert key_of("1", message, left) == key_of("1", message, left[::-1]) != "1"
     fields = fields_of(message, ID, left)
     assert (fields["to"], fields["cc"], "bcc" in fields) == (left[:1], left[1:], False)
+
+
+LINES = st.sampled_from(
+    ["", "Hi", "--x", "--x--", "--y", "Content-Type: multipart/mixed; boundary=x", "Content-Type: text/html; charset=é",
+     "Content-Type: multipart/alternative; boundary=y", "Content-Type: text/plain; charset*=x''%ff", "Content-ID: <",
+     "Content-Transfer-Encoding: base64", "Content-Disposition: attachment; filename*0*=rot13''%; filename*2=x", "=FF=",
+     "Content-Type: message/rfc822", "Content-Type: text/plain; name*=utf-9'x'%41; name=y"]
+)  # fmt: skip
+
+
+@given(st.lists(LINES | st.text(st.characters(max_codepoint=255, exclude_characters="\r\n"), max_size=50), max_size=30))
+def test_garbage_is_said_or_not_and_nothing_else(lines: list[str]) -> None:
+    octets = "".join(f"{line}\r\n" for line in [*HEAD.splitlines(), *lines])
+    try:
+        fields = fields_of(came("", octets=octets), ID, ["bob@example.com"])
+    except Unsayable:
+        return
+    assert as_json(fields)
+
+
+@pytest.mark.parametrize("levels", [90, 5000])
+def test_a_mail_of_many_levels_is_not_taken_apart(levels: int) -> None:
+    nested = "".join(f"Content-Type: multipart/mixed; boundary=b{level}\n\n--b{level}\n" for level in range(levels))
+    with pytest.raises(Unsayable):
+        fields_of(came(f"{HEAD}{nested}\nHi"), ID, ["bob@example.com"])
 
 
 @given(requests())
