@@ -127,7 +127,7 @@ class Bounces:
     def _suppressed(self, mail_id: str, kind: str, change: Change) -> list[bytes]:
         """Returns what a report adds to the suppression list, as scripts take it."""
         suppressions, [one, *others] = self.outbox.suppressions, change.recipients
-        hopeless = kind == reports.COMPLAINT or names_no_address(one.code, re.sub(r"^\d{3}[ -]", "", one.text))
+        hopeless = kind == reports.COMPLAINT or names_no_address(one.code, one.text)
         if others or not hopeless or one.address == suppressions.redirect_to:
             return []
         return suppressions.words(one.address, kind, mail_id, change.reason)
@@ -174,8 +174,7 @@ def changed(recipients: list[Recipient], report: Report, proven: bool) -> Change
         if one.status == status or (status == Status.BOUNCED and one.status == Status.COMPLAINED):
             known = True
             continue
-        has_it = re.match(rf"(\d{{3}}[ -])?{re.escape(failed.status)}", failed.text)
-        said = failed.text if has_it else f"{failed.status} {failed.text}".strip()
+        said = failed.text if failed.text.startswith(failed.status) else f"{failed.status} {failed.text}".strip()
         code = failed.code or (550 if failed.status.startswith("5.") else None)
         one.status, one.code, one.text = status, code, said
         history.append({"at": iso(time.time()), "relay": report.by, "code": code, "text": said})

@@ -136,7 +136,7 @@ def _failed(told: str) -> Iterator[Failed]:
         said = about.get("diagnostic-code", "")
         status = STATUS.search(about.get("status", "")) or STATUS.search(said)
         if addresses and about.get("action", "").lower().strip() == "failed" and not (status and status[1][0] == "2"):
-            yield Failed(addresses, status[1] if status else "", _code(said), shown(said.partition(";")[2] or said))
+            yield Failed(addresses, status[1] if status else "", _code(said), _words(said.partition(";")[2] or said))
 
 
 WHICH = ("original", "final")
@@ -190,6 +190,11 @@ def _after(body: str, address: str) -> str:
 def _told(text: str) -> tuple[str, int | None, str]:
     status = STATUS.search(text)
     return status[1] if status else "", _code(text), shown(text)
+
+
+def _words(said: str) -> str:
+    """Returns what a server has said behind its code."""
+    return re.sub(r"^\d{3}[ -]", "", shown(said))
 
 
 def _code(said: str) -> int | None:

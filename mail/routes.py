@@ -41,7 +41,7 @@ class Way:
         self.relay = Relay.of(current, one, redis)
         self.upstream = Upstream(one, current.smtp_timeout) if one.kind == "resend" else None
         self.place: object = self.upstream or self.relay
-        self.slots = threading.BoundedSemaphore(one.concurrency or 64)
+        self.slots = threading.BoundedSemaphore(one.concurrency) if one.concurrency else None
 
     @property
     def is_only(self) -> bool:
@@ -77,11 +77,11 @@ class Way:
     @contextmanager
     def slot(self) -> Iterator[bool]:
         """Takes one of the relay's `concurrency` for as long as the body runs; yields whether there was one."""
-        free = self.slots.acquire(timeout=SLOT_WAIT)
+        free = not self.slots or self.slots.acquire(timeout=SLOT_WAIT)
         try:
             yield free
         finally:
-            if free:
+            if free and self.slots:
                 self.slots.release()
 
 

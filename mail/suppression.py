@@ -28,6 +28,7 @@ from smtp.verdict import Outcome
 
 BOUNCE, COMPLAINT, MANUAL = ORIGINS = ("bounce", "complaint", "manual")
 LONGEST_REASON = 40  # bytes
+LATEST = 253402300799  # seconds since 1970: an entry that is damaged may say anything
 # ARGV: digest, entry, ...
 ADD = """
 local ids = {}
@@ -60,7 +61,7 @@ class Entry(NamedTuple):
 
     @property
     def created_at(self) -> str:
-        return iso(made_at(self.id))
+        return iso(min(made_at(self.id), LATEST))
 
     def packed(self) -> bytes:
         source = raw_id(self.source_id) or bytes(16)

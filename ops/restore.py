@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mail.outbox import Outbox
+from mail.states import RETURNED
 from ops.checks import configuration
 from ops.checks.store import OUR_UNIT, client
 from ops.checks.target import Target
@@ -74,7 +75,7 @@ def cancel(outbox: Outbox, ids: Iterable[str]) -> tuple[int, list[str]]:
         except NotFound:  # accepted after the backup
             pass
         except NotPossible:  # it was in hand at the moment of the backup
-            if outbox.read(mail_id)["status"] not in ("sent", "canceled"):
+            if outbox.read(mail_id)["status"] not in ("sent", "canceled", *RETURNED):
                 left.append(mail_id)
     return canceled, left
 

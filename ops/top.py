@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from mail.listing import Wanted, page
 from mail.outbox import Outbox
-from mail.states import State
+from mail.states import RETURNED, State
 from ops.checks import configuration
 from ops.checks.store import client
 from ops.checks.target import Target
@@ -36,6 +36,7 @@ from queues.jobs import Jobs, NotFound, NotPossible
 EVERY = 2.0  # seconds
 LEVELS = {"well": 1, "warn": 2, "bad": 3}  # the numbers of curses' pairs of colours
 STATES = {State.SENT.value: 1, State.DELAYED.value: 2, State.UNKNOWN.value: 2, State.FAILED.value: 3}
+STATES |= dict.fromkeys(RETURNED, 3)
 KEYS = "up/down choose   r requeue   p pause or resume   f failed only   q end"
 
 

@@ -219,7 +219,8 @@ NO_ADDRESS = (
     NoAddress(r"5\.5\.0", r"mailbox unavailable", "Outlook.com, for a mailbox that is none"),
 )
 NOT_THE_ADDRESS = (  # words of a refusal that is about who sends, or what, whatever its code
-    r"\b(spam\w*|polic(y|ies)|(black|block|deny) ?-?list\w*|blocked|rbl|dnsbl|reputation|sender|relay\w*|authenticat\w+"
+    r"\b(spam\w*|polic(y|ies)|(black|block|deny) ?-?list\w*|blocked|rbl|dnsbl|reputation|sender|authenticat\w+"
+    r"|relay(ing)? (access )?(denied|not|prohibited|refused)|to relay|as a relay"
     r"|not (allowed|permitted)|access denied|quota|full|limit|rate|temporar\w+|try again|gr[ea]y-?list\w*|verif\w+)\b"
 )
 # fmt: on

@@ -162,7 +162,7 @@ def app_with(redis_url: str, **settings: Any) -> middleware.Middleware:
 
 def ask(app: middleware.Middleware, method: str, path: str, body: object = None, **environ: str) -> Answer:
     """One request to the application, without a server. Headers are written as in WSGI: `HTTP_X_REQUEST_ID`."""
-    raw = json.dumps(body).encode() if body is not None else b""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else b""
     asked: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.input": io.BytesIO(raw)}
     asked |= {"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(raw))} if raw else {}
     asked |= {"HTTP_AUTHORIZATION": "Bearer full-key", **environ}

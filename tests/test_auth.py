@@ -11,6 +11,8 @@ import socket
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from smtp.auth import NotOffered, log_in, log_in_by_token
 from smtp.relay import own_name
@@ -155,6 +157,12 @@ def test_a_token_is_given_as_the_mechanism_wants_it_and_an_error_answered(case: 
 
     code, text = log_in_by_token(say, offered, username, token)
     assert (said, (code, text.decode())) == (expected, decided)
+
+
+@given(st.lists(st.tuples(st.sampled_from([235, 334, 454, 504, 535]), st.binary(max_size=40)), min_size=12))
+def test_a_dialog_by_token_ends_whatever_is_said(replies: list[tuple[int, bytes]]) -> None:
+    code, _ = log_in_by_token(lambda _: replies.pop(0), ["XOAUTH2", "OAUTHBEARER"], USER, "t")
+    assert code in (235, 334, 454, 504, 535)
 
 
 def test_a_relay_that_takes_no_token_is_told_apart() -> None:

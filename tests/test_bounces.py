@@ -19,8 +19,10 @@ from mail.states import State, Status
 from mail.verp import mails_in, return_path
 from queues.jobs import Jobs
 from settings import Settings
+from tests.http_api import app_with, ask
 from tests.mails import claim
 from tests.report_samples import AUTOREPLIES, BOUNCES, SHAPES, as_none, filled
+from tests.servers import RedisServer
 
 ADA = "ada@example.com"
 TO_TWO = [ADA, "bob@example.com"]
@@ -196,6 +198,30 @@ def test_a_change_in_between_is_not_written_over(outbox: Outbox, client: Any, mo
     monkeypatch.setattr(bounces, "changed", meanwhile)
     assert Bounces(outbox).take(about(outbox, "postfix", mail_id)).noted == 1
     assert [one["status"] for one in outbox.read(mail_id)["recipients"]] == ["bounced", "bounced"]
+
+
+@pytest.mark.parametrize(
+    ("state", "media_type", "size", "status", "told"),
+    [
+        ("sent", "message/rfc822", 0, 200, {"kind": "bounce", "matched": True, "noted": 1, "reason": ""}),
+        ("sending", "message/rfc822", 0, 409, {"type": "not_possible"}),
+        ("canceled", "message/rfc822; charset=x", 0, 200, {"matched": False, "email_id": None, "noted": 0}),
+        ("sent", "application/json", 0, 415, {"type": "unsupported_media_type"}),
+        ("sent", "message/rfc822", 2**20, 413, {"type": "request_too_large"}),
+    ],
+)
+def test_a_report_is_taken_by_http(
+    redis_server: RedisServer, state: str, media_type: str, size: int, status: int, told: dict[str, Any]
+) -> None:
+    redis_server.reset()
+    app = app_with(redis_server.url, bounce_address=BOUNCES, max_message_bytes=2**20)
+    outbox = Outbox(Jobs(redis_server.client()), Settings(bounce_address=BOUNCES))
+    mail_id = sent(outbox)
+    outbox.jobs.redis.hset(f"mail:{mail_id}", "state", state)
+    report = about(outbox, "postfix", mail_id) + b" " * size
+    answer = ask(app, "POST", "/inbound/dsn", report, CONTENT_TYPE=media_type)
+    assert (answer.status, {name: answer.body[name] for name in told}) == (status, told)
+    assert outbox.jobs.redis.hget(f"mail:{mail_id}", "state") == (b"bounced" if told.get("noted") else state.encode())
 
 
 def test_the_return_path_is_in_the_envelope_but_of_what_has_none(outbox: Outbox) -> None:

@@ -159,6 +159,7 @@ def test_these_are_all_the_routes_that_change_something() -> None:
         "/mail/suppressions/01a21b29-4e1c-7a05-9d3f-2f9a3c1be5d8",
         "/mail/system/pause",
         "/mail/templates/welcome",
+        "/mail/webhooks/page.css/pause",
         "/rq/job/a/delete",
         "/rq/job/a/requeue",
         "/rq/queue/email/compact",

@@ -14,6 +14,7 @@ import pytest
 from redis import Redis
 
 from mail.address import Mailbox
+from mail.bounces import Bounces
 from mail.draft import prepare
 from mail.listing import Wanted, page
 from mail.mime import head
@@ -30,6 +31,7 @@ from submission.intake import take
 from tests.dashboards import contents, fail
 from tests.mails import claim
 from tests.pages import MAIL, Pages, words
+from tests.report_samples import SHAPES, filled
 from tests.servers import RedisServer
 
 HOSTILE = Path(__file__).with_name("hostile_html.tsv").read_text().splitlines()
@@ -122,6 +124,30 @@ def test_a_mail_says_in_one_sentence_what_is_so_and_has_only_the_buttons_that_ar
     if alike:
         assert mail_id in pages.get(alike[1].replace("&amp;", "&"))
     assert ('data-live="5"' in shown) == (told is None or told.state == State.DELAYED)
+
+
+def test_a_mail_that_came_back_says_so_with_the_report_and_has_no_buttons(pages: Pages) -> None:
+    fields: dict[str, Any] = TWO
+    mail_id = pages.accept(**fields)
+    attempt(pages.outbox, mail_id, SENT)
+    for name, sentence, step in (
+        (
+            "gmail",
+            "Bounced: the relay accepted it, and a report has come that it was not delivered to 1 of 2",
+            "It came",
+        ),
+        (
+            "yahoo-arf",
+            "Complained of: the relay accepted it, and a report has come in which a",
+            "A recipient called it",
+        ),
+    ):
+        report = filled(SHAPES[name], pages.outbox.read(mail_id)["message_id"], "", "a@example.com")
+        assert Bounces(pages.outbox).take(report).noted == 1
+        shown = pages.get(f"/mail/emails/{mail_id}")
+        assert sentence in words(shown)
+        assert f"<p>{step}" in shown
+        assert "<button" not in shown
 
 
 def test_a_mail_in_hand_says_so_and_who_has_it_and_a_test_that_nothing_is_sent(pages: Pages, client: Redis) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import fakeredis
@@ -10,7 +11,7 @@ import pytest
 import trustme
 
 import tasks
-from mail import mailboxes, reports
+from mail import delivery, mailboxes, reports
 from mail.outbox import Outbox
 from mail.states import State, Status
 from ops.checks.findings import FAULT, NOTE, OK
@@ -118,7 +119,7 @@ def test_the_doctor_looks_into_both(server: Dovecot, ca_file: str, monkeypatch: 
     ]
 
 
-def test_the_tasks_are_there_only_where_a_mailbox_is_set() -> None:
+def test_the_tasks_are_there_only_where_a_mailbox_is_set(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"tasks.read_reports", "tasks.resolve_doubt"}
     assert names <= offer.offered_on(JOBS).keys()
     assert not {"read_reports", "resolve_doubt"} & tasks.OFFERED.keys()  # so nobody queues them by POST /jobs
@@ -126,6 +127,8 @@ def test_the_tasks_are_there_only_where_a_mailbox_is_set() -> None:
     given = Settings(doubt_imap_url="imaps://a:b@c.example")
     assert names & with_cron(JOBS, given).keys() == {"tasks.resolve_doubt"}
     assert not with_cron(EMAIL, given)
+    monkeypatch.setattr(delivery, "current", lambda: SimpleNamespace(outbox=using(client)))
+    assert (tasks.read_reports(), tasks.resolve_doubt()) == ({}, {"settled": 0, "in_doubt": 0})
     line, policy = with_cron(JOBS, given)["tasks.resolve_doubt"]
     assert (line, policy.concurrency) == ("* * * * *", 1)
 

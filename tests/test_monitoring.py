@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from process.relays import parse_relays
+from smtp.published import publish
 from tests.http_api import MAIL
 from tests.operations import PAGE
 from tests.programs import program
@@ -38,6 +40,8 @@ def scraped(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory)
         house.worker("jobs")
         api.wait_for(api.submit(MAIL), "sent")
         eventually(lambda: figures(api)["workers jobs"] and figures(api)["workers email"])
+        with redis_server.client() as client:  # as a worker with two relays would
+            publish(client, parse_relays('[first]\nhost = "a.example"\nrate = "9/h"\n[second]\nhost = "b.example"'))
         yield scrape(api)
 
 
@@ -160,6 +164,7 @@ BROKEN: dict[str, dict[str, str]] = {
     "RelayPutsAllMailOff": {TRY_AGAIN: grows(1), ACCEPTED: stays(7)},
     "RelayPutsAllMailOff, in words that open no breaker": {TROUBLE: grows(1), ACCEPTED: stays(7)},
     "RelayInTrouble": {"async_email_breaker_open": stays(1), TROUBLE: grows(2), ACCEPTED: stays(7)},
+    "OneRelayInTrouble": {'async_email_relay_breaker_open{relay="first"}': stays(1)},
     "NoWorker": {'async_email_workers{queue="jobs"}': stays(0)},
     "RedisDown": {"": GONE, "async_email_redis_up": stays(0)},
     "ApiDown": {"": GONE, 'up{job="async-email"}': stays(0)},

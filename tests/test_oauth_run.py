@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_a_token_that_ends_in_the_middle_costs_no_mail_an_attempt(
                 for _ in range(2):
                     house.worker()
                 eventually(lambda: int(client.hget("mail:totals", "sent") or 0) == MAILS, 240)
+                assert not re.search("token-|refresh-", house.log("worker-email"))  # at LOG_LEVEL=DEBUG
     assert sorted(one.message_id.split("@")[0] for one in there.accepted) == sorted(f"<{one}" for one in ids)
     totals = {name.decode(): int(value) for name, value in client.hgetall("mail:totals").items() if value.isdigit()}
     attempts = {name: value for name, value in totals.items() if name.startswith("attempt:")}

@@ -101,6 +101,8 @@ def provoke_errors(api: Api) -> None:
     api.get("/planted-path/planted@example.com")
     Api(api.port, "planted-key").get("/readyz")
     api.post("/jobs", {"task": "planted-task"})
+    assert api.post("/suppressions", {"email": "planted-suppressed@example.com"}).status == 201
+    assert api.call("DELETE", "/suppressions/planted-nobody@example.com").status == 404
 
 
 def everything_in(client: Any, key: bytes) -> bytes:

@@ -6,6 +6,7 @@ import pytest
 
 from process.relays import parse_relays
 from settings import SettingsError, load
+from smtp.relay import Relay
 
 FIRST = '[first]\nhost = "smtp.example.com"\n'
 UPSTREAM = '[second]\nkind = "resend"\nurl = "https://api.example"\napi_key = "k"\n'
@@ -43,6 +44,8 @@ def test_relays_are_in_the_order_of_their_text() -> None:
     [by_token] = parse_relays(f'{FIRST}username = "a"\n{OAUTH}')
     assert by_token.oauth
     assert by_token.oauth.own_refresh_token == "secret"
+    assert (tokens := Relay.of(load(from_file={}), by_token).tokens)
+    assert tokens.keys == ["relay:first:token", "relay:first:renewing"]
 
 
 @pytest.mark.parametrize("fault", WRONG)

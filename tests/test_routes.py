@@ -13,6 +13,7 @@ import redis
 import worker
 from mail import delivery, routes
 from mail.outbox import Outbox
+from mail.sweep import sweep
 from queues.connection import connect
 from queues.jobs import Jobs
 from queues.running import Retry
@@ -174,6 +175,18 @@ def test_a_relay_has_no_more_mails_at_a_time_than_its_concurrency(
             assert made.attempt(mail_id) == "delayed"
             assert made.outbox.read(mail_id)["reason"] == "the concurrency of relay first is reached"
         assert made.attempt(mail_id) == "sent first"
+
+
+def test_a_key_of_a_named_relay_that_holds_something_else_is_set_aside(
+    redis_server: RedisServer, client: redis.Redis
+) -> None:
+    with two(redis_server, {}, {}) as (made, _):
+        for key in ("relay:first:breaker", "relay:names"):
+            client.delete(key)
+            client.set(key, "x")
+        assert list(sweep(made.outbox)) == []
+        assert client.exists("relay:first:breaker", "relay:names") == 0
+        assert made.attempt(made.accept()) == "sent first"
 
 
 @pytest.mark.parametrize(

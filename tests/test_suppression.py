@@ -89,6 +89,33 @@ def test_no_such_user_is_told_from_every_other_refusal() -> None:
 
 
 @pytest.mark.parametrize(
+    ("code", "text", "none"),
+    [
+        (550, "5.1.1 <x@example.com>: Recipient address rejected: User unknown in relay recipient table", True),
+        (550, "5.1.1 <x@example.com>: Recipient address rejected: unverified address: host said: no mailbox", True),
+        (551, "5.1.6 <x@example.com>: has moved", True),
+        (556, "5.1.10 example.com does not accept mail", True),
+        (550, "Requested action not taken: User not found", True),
+        (550, "5.1.1 <relay-denied@spam.example>: no such user", True),
+        (550, "5.1.1 recipient rejected by policy", False),
+        (550, "5.1.1 unable to relay to this user unknown", False),
+        (550, "5.1.0 Address rejected", False),
+        (450, "4.1.1 user unknown", False),
+        (550, "5.1.8 unknown sender address", False),
+    ],
+)
+def test_words_of_policy_outdo_a_code_that_servers_use_for_anything(code: int, text: str, none: bool) -> None:
+    assert Reply(Phase.RCPT, code, text).is_no_address == none
+
+
+@pytest.mark.parametrize("stored", [b"", b"x" * 5, b"\xff" * 90, bytes(16) + b"b" + b"\xff" * 16 + b"\0\0\0"])
+def test_an_entry_that_is_damaged_is_shown_all_the_same(outbox: Outbox, client: Any, stored: bytes) -> None:
+    client.hset("mail:suppressed", b"d" * 16, stored)
+    client.zadd("mail:suppressions", {bytes(16) + b"d" * 16: 0, b"short": 0})
+    assert [len(one.created_at) for one in outbox.suppressions.page(9)] == [29] * bool(stored)
+
+
+@pytest.mark.parametrize(
     ("phase", "reply", "to", "added"),
     [
         ("RCPT", [GONE, "250 ok"], "", {B}),

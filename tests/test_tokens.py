@@ -3,18 +3,24 @@ token server may answer."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
+import trustme
+from hypothesis import given
+from hypothesis import strategies as st
 
 from process.grants import parse_grant
 from queues.connection import connect
 from smtp import oauth, tokens
 from smtp.oauth import NoToken
 from smtp.tokens import Tokens
+from tests.conversations import server_context
 from tests.servers import free_port
 from tests.token_server import EXPIRED, FIRST, TokenServer
 
@@ -157,6 +163,34 @@ def test_an_answer_that_is_none_is_told_without_its_words(
 def test_a_secret_is_not_sent_in_clear(url: str) -> None:
     with pytest.raises(NoToken, match="must begin with https"):
         oauth.ask(url, {})
+
+
+ANSWERS = st.binary(max_size=60) | st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["access_token", "expires_in", "refresh_token", "error"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+).map(lambda said: json.dumps(said).encode())
+
+
+@given(status=st.sampled_from([200, 400, 429, 503]), body=ANSWERS, hint=st.text(max_size=8))
+def test_whatever_is_answered_is_a_token_or_none(status: int, body: bytes, hint: str) -> None:
+    with pytest.MonkeyPatch.context() as patch, suppress(NoToken):
+        patch.setattr(oauth, "_post", lambda *_: (status, {"Retry-After": hint}, body))
+        token = oauth.token_from("https://login.example/token", {})
+        assert token.text.isascii()
+        assert 0 < token.life <= oauth.LONGEST_LIFE
+
+
+def test_a_token_server_whose_certificate_is_not_valid_is_told_nothing(authority: trustme.CA, ca_file: str) -> None:
+    with TokenServer(tls=server_context(authority)) as server, pytest.MonkeyPatch.context() as patch:
+        with pytest.raises(NoToken, match="does not answer"):
+            oauth.token_from(server.url, server.grant().request())
+        assert server.asked == []
+        patch.setenv("SSL_CERT_FILE", ca_file)
+        assert number(oauth.token_from(server.url, server.grant().request()).text) == 0
 
 
 # fmt: off

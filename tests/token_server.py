@@ -4,6 +4,7 @@ tokens that are replaced, refusals, and answers that are none."""
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Mapping
@@ -24,8 +25,8 @@ class TokenServer:
     """A context manager. `answers` are given first, in turn: (status, body, headers), or seconds to wait before the
     next. After that it gives tokens with a `life`, to who has the last refresh token that it gave, or the first."""
 
-    def __init__(self, life: float = 3600, rotates: bool = False) -> None:
-        self.life, self.rotates = life, rotates
+    def __init__(self, life: float = 3600, rotates: bool = False, tls: ssl.SSLContext | None = None) -> None:
+        self.life, self.rotates, self.tls = life, rotates, tls
         self.answers: list[tuple[int, Any, Mapping[str, str]] | float] = []
         self.asked: list[dict[str, str]] = []
         self.issued: dict[str, float] = {}  # a token -> when, of time.monotonic()
@@ -51,7 +52,9 @@ class TokenServer:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/token"
+        if self.tls:
+            self.http.socket = self.tls.wrap_socket(self.http.socket, server_side=True, do_handshake_on_connect=False)
+        self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{self.http.server_port}/token"
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05})
         self.thread.start()
         return self

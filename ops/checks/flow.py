@@ -22,6 +22,7 @@ from ops.checks import replies
 from ops.checks.findings import Findings, counted, fault, lasting, note, ok, warn
 from ops.checks.store import client
 from ops.checks.target import Target
+from process.relays import ONLY
 from queues import health, keys
 from queues.cron import planned
 from queues.heartbeat import LEASE_SECONDS
@@ -150,11 +151,6 @@ def last_trouble(one: Published, seen: Standing, settings: Settings) -> tuple[st
     return f"{seen.reply.summary}: {meaning}", fix
 
 
-def explained(reply: Reply, settings: Settings) -> tuple[str, str]:
-    meaning, fix = replies.explain(settings.smtp_host or "", reply)
-    return f"{reply.summary}: {meaning}", fix
-
-
 def canary(target: Target, settings: Settings) -> Findings:
     """Sends one mail, which is all that the doctor ever changes, and watches it for a minute."""
     sender = Mailbox.parse(settings.mail_from) if settings.mail_from else None
@@ -170,7 +166,11 @@ def canary(target: Target, settings: Settings) -> Findings:
         outbox = Outbox(Jobs(redis), settings)
         mail_id = outbox.accept([draft]).id
         deadline = time.monotonic() + CANARY_TIMEOUT
-        while (seen := outbox.read(mail_id))["status"] not in (*FINAL, State.DELAYED) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            seen = outbox.read(mail_id)
+            goes_on = any(one.get("moved") for one in seen["attempts"][-1:])  # to another relay, in a second
+            if seen["status"] in FINAL or (seen["status"] == State.DELAYED and not goes_on):
+                break
             time.sleep(0.25)
     yield from what_became_of(mail_id, seen, target, settings)
 
@@ -181,8 +181,10 @@ def what_became_of(mail_id: str, seen: dict[str, Any], target: Target, settings:
         yield ok(f"mail {mail_id} was accepted by the relay; see whether it arrives, and whether as spam")
     elif attempts and "phase" in attempts[-1]:
         last = attempts[-1]
-        why, fix = explained(Reply(Phase(last["phase"]), last["code"], last["text"]), settings)
-        yield fault(f"mail {mail_id} is {state}: {why}", fix)
+        reply = Reply(Phase(last["phase"]), last["code"], last["text"])
+        at = Published(last.get("relay_name", ONLY), where=last.get("relay") or settings.smtp_host or "")
+        meaning, fix = replies.explain_at(at, reply)
+        yield fault(f"mail {mail_id} is {state}: {reply.summary}: {meaning}", fix)
     elif state == State.DELAYED:
         yield warn(f"mail {mail_id} has to wait: {seen['reason']}", "see the line about the relay or SMTP_RATE here")
     else:

@@ -8,7 +8,7 @@ RFC 7208 (SPF), 6376 (DKIM), 7489 (DMARC), 7505 (null MX), 2606 (names for examp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from dns.exception import DNSException, Timeout
@@ -43,7 +43,7 @@ def sender(target: Target, settings: Settings) -> Findings:
         yield warn(f"{domain}, of MAIL_FROM, is a name for examples: no receiver will trust it", target.edit)
         return
     try:
-        yield from about(domain.encode("idna").decode(), asker(target), settings.smtp_host or "")
+        yield from about(domain.encode("idna").decode(), asker(target), [one.host or "" for one in settings.all_relays])
     except NXDOMAIN:
         yield fault(f"{domain}, of MAIL_FROM, does not exist: receivers refuse such mail", target.edit)
     except (Timeout, NoResolverConfiguration):
@@ -75,7 +75,7 @@ def texts(name: str, ask: Ask, pattern: str) -> list[str]:
     return []
 
 
-def about(domain: str, ask: Ask, relay: str) -> Findings:
+def about(domain: str, ask: Ask, relays: Sequence[str]) -> Findings:
     mx = ask(domain, "MX")
     if mx and all(record.split()[1] == "." for record in mx):
         yield warn(f"{domain} says that it accepts no mail: replies and bounces are lost", "give it an MX record")
@@ -83,16 +83,18 @@ def about(domain: str, ask: Ask, relay: str) -> Findings:
         yield warn(f"{domain} has neither MX nor address: replies and bounces are lost", "give it an MX record")
     else:
         yield ok(f"{domain} can receive replies and bounces")
-    yield from spf(domain, ask, relay)
+    yield from spf(domain, ask, relays)
     yield from dmarc(domain, ask)
 
 
-def spf(domain: str, ask: Ask, relay: str) -> Findings:
+def spf(domain: str, ask: Ask, relays: Sequence[str]) -> Findings:
     records = texts(domain, ask, SPF)
-    include = next((name for pattern, name in INCLUDES.items() if re.search(pattern, relay)), "NAME-THE-RELAY-GIVES")
+    includes = [name for relay in relays for pattern, name in INCLUDES.items() if re.search(pattern, relay)]
+    missing = [name for name in includes if not records or name not in records[0]]
     lookups = count_lookups(records[0], ask, {domain}) if len(records) == 1 else 0
     if not records:
-        fix = f'DNS: {domain} TXT "v=spf1 include:{include} ~all"'
+        include = " ".join(f"include:{name}" for name in dict.fromkeys(includes or ["NAME-THE-RELAY-GIVES"]))
+        fix = f'DNS: {domain} TXT "v=spf1 {include} ~all"'
         yield warn(f"{domain} has no SPF record: it does not say which servers may send for it", fix)
     elif len(records) > 1:
         yield warn(f"{domain} has {len(records)} SPF records: receivers ignore all of them", "DNS: merge them into one")
@@ -101,9 +103,9 @@ def spf(domain: str, ask: Ask, relay: str) -> Findings:
         yield warn(found, "DNS: take out the includes that you no longer need")
     elif re.search(r"(^|\s)\+?all\b", records[0]):
         yield warn(f"the SPF record of {domain} lets every server send for it", "DNS: write ~all instead of +all")
-    elif include in INCLUDES.values() and include not in records[0]:
-        found = f"the SPF record of {domain} does not name this relay"
-        yield note(found, f"DNS: add include:{include}, unless the relay uses a bounce domain of its own")
+    elif missing:
+        found = f"the SPF record of {domain} does not name {'this relay' if len(relays) == 1 else 'each relay'}"
+        yield note(found, f"DNS: add include:{missing[0]}, unless the relay uses a bounce domain of its own")
     else:
         yield ok(f"{domain} has one SPF record, {lookups} lookups")
 

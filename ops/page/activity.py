@@ -23,6 +23,7 @@ SAVED = (
     ("In doubt", "state:in-doubt"),
     ("Waiting > 5 min", "state:waiting before:5m"),
     ("Scheduled", "state:scheduled"),
+    ("Came back", "state:bounced,complained"),
 )
 LINKS = [(name, parse(text)) for name, text in SAVED]
 

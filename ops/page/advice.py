@@ -10,7 +10,9 @@ from typing import Any
 
 from mail.states import ALL_SUPPRESSED, EXPIRED, LOST, NOT_ADMITTED, State
 from ops.checks import replies
+from process.relays import ONLY
 from smtp.policy import Phase, Verdict
+from smtp.published import Published
 from smtp.verdict import Reply
 
 # How a reply stands in a reason: smtp.verdict's Reply.summary, or `550 before` of a recipient.
@@ -46,17 +48,17 @@ def advice(mail: Mapping[str, Any]) -> tuple[str, str] | None:
     told = in_the_way(mail)
     if mail["status"] not in (State.FAILED, State.DELAYED) or not told or told[1].verdict is Verdict.IN_DOUBT:
         return None
-    meaning, fix = replies.explain(*told)
+    meaning, fix = replies.explain_at(*told)
     return meaning, fix.replace("GET /emails/ID has", "below are")
 
 
-def in_the_way(mail: Mapping[str, Any]) -> tuple[str, Reply] | None:
-    """Returns the relay's host and its reply that the mail's reason names first, with the words of that reply."""
+def in_the_way(mail: Mapping[str, Any]) -> tuple[Published, Reply] | None:
+    """Returns the relay and its reply that the mail's reason names first, with the words of that reply."""
     named = REPLY.search(mail["reason"] or "")
     attempts = [one for one in mail["attempts"] if "phase" in one]
     if not named or not attempts:
         return None
     code = int(named[1]) if named[1] else None
     heard = [one["text"] for one in (*attempts[::-1], *mail["recipients"]) if one["code"] == code]
-    host = attempts[-1]["relay"].rpartition(":")[0].strip("[]")
-    return host, Reply(Phase(named[2] or Phase.RCPT), code, heard[0] if heard else "")
+    at = Published(attempts[-1].get("relay_name", ONLY), where=attempts[-1]["relay"])
+    return at, Reply(Phase(named[2] or Phase.RCPT), code, heard[0] if heard else "")

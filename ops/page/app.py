@@ -47,7 +47,7 @@ ROUTES = (
     ("POST", "/suppressions/<entry_id>", suppressions.remove),
     ("GET", "/actions", actions.show),
     ("GET", "/webhooks", webhooks.show),
-    ("POST", "/webhooks/<endpoint>/<act>", webhooks.act),
+    ("POST", "/webhooks/<name>/<act>", webhooks.act),
 )
 TEMPLATES = (
     ("GET", "/templates", "show"),

@@ -30,6 +30,7 @@ from queues.jobs import NotFound, NotPossible
 from queues.table import JOBS
 from smtp.pacing import WAITS
 from smtp.policy import Phase, Verdict
+from smtp.published import Published
 from smtp.relay import Relay
 from smtp.verdict import Reply
 
@@ -151,21 +152,24 @@ def group(view: View, cause: Cause, sample: list[dict[str, Any]]) -> Group:
     )
 
 
-def read(view: View, reason: str) -> tuple[str, Reply] | None:
-    """Returns the relay and its reply as the reason alone tells."""
+def read(view: View, reason: str) -> tuple[Published, Reply] | None:
+    """Returns the relay, the first if there are several, and its reply as the reason alone tells."""
     named = REPLY.search(reason)
-    code = int(named[1]) if named and named[1] else None
-    return (Relay.of(view.settings).host, Reply(Phase(named[2] or Phase.RCPT), code, "")) if named else None
+    if not named:
+        return None
+    one = view.outbox.relays()[0]
+    at = one._replace(where=str(Relay.of(view.settings))) if one.is_only else one
+    return at, Reply(Phase(named[2] or Phase.RCPT), int(named[1]) if named[1] else None, "")
 
 
-def explained(view: View, cause: Cause, told: tuple[str, Reply] | None) -> tuple[str, str]:
+def explained(view: View, cause: Cause, told: tuple[Published, Reply] | None) -> tuple[str, str]:
     """Returns what the cause means, and what fixes it."""
     if cause.state == State.UNKNOWN:
         return IN_DOUBT
     if told and told[1].verdict is Verdict.IN_DOUBT:
         return NO_ANSWER
     known = REASONS.get(cause.reason) or WAITING.get(cause.reason) or at_one(cause.reason)
-    meaning, fix = known or (replies.explain(*told) if told else ("", ""))
+    meaning, fix = known or (replies.explain_at(*told) if told else ("", ""))
     if cause.reason.startswith(TROUBLE_TOO_LONG):
         waited = f"they waited {lasting(view.settings.trouble_for)} for the relay (TROUBLE_FOR)"
         return (f"{waited}: {meaning}" if meaning else waited), fix or WAITING[WAITS["breaker"]][1]
@@ -177,7 +181,7 @@ def at_one(reason: str) -> tuple[str, str] | None:
     return next(((meaning, fix) for pattern, meaning, fix in AT_ONE if re.fullmatch(pattern, why)), None)
 
 
-def warning(cause: Cause, told: tuple[str, Reply] | None, in_doubt: bool) -> str | None:
+def warning(cause: Cause, told: tuple[Published, Reply] | None, in_doubt: bool) -> str | None:
     """Returns what is to be said before all of a cause are queued again; None where that is not possible."""
     if cause.state != State.FAILED or cause.reason == EXPIRED:
         return None

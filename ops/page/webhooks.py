@@ -63,17 +63,17 @@ def of_mail(redis: Redis, mail_id: str) -> list[Posted]:
     return found
 
 
-def act(view: View, endpoint: str, act: str) -> Response:
+def act(view: View, name: str, act: str) -> Response:
     """Replays what was given up, or one event of the log; or posts a test."""
     with translating_errors():
-        if endpoint not in [one.name for one in standings(view.redis)]:
+        if name not in [one.name for one in standings(view.redis)]:
             abort(404)
-        queue = Queue(view.redis, endpoint)
+        queue = Queue(view.redis, name)
         what: Any = {"replay": replay, "test": lambda queue: queue.test(time.time()), "again": again}.get(act)
         if not what:
             abort(404)
         what(queue)
-    audit.note(view.redis, view.who, f"webhook_{act}", endpoint)
+    audit.note(view.redis, view.who, f"webhook_{act}", name)
     return go(f"{PATH}?done=webhook_{act}")
 
 

@@ -10,7 +10,7 @@ from mail.dkim import Signer
 from ops.checks import names
 from ops.checks.findings import FAULT, NOTE, OK, WARN, Finding
 from ops.checks.target import Target
-from tests.checks.support import SES, assert_finds, listed, of
+from tests.checks.support import GMAIL, SES, assert_finds, listed, of
 from tests.name_server import NameServer, Zone
 
 GOOD: Zone = {
@@ -68,6 +68,8 @@ def test_the_dmarc_record_of_the_parent_holds_where_a_domain_has_none() -> None:
 
 def test_an_spf_record_that_does_not_name_the_relay_is_a_note(target: Target) -> None:
     assert any(one.level == NOTE and "does not name this relay" in one.found for one in about(target))
+    record, hosts = ["v=spf1 include:amazonses.com ~all"], [SES, GMAIL]
+    assert_finds(names.spf("a.shop", lambda *_: record, hosts), NOTE, "not name each", "add include:_spf.google.com")
 
 
 def test_lookups_are_counted_as_rfc_7208_does() -> None:
