@@ -90,7 +90,7 @@ class Bounces:
         if bounces and (named := mails_in(report.envelopes, bounces, self.outbox.index.proof)):
             return (named[0], True) if "" not in named and len(named) == 1 else ("", False)
         in_message_id = re.match(rf"<({MAIL_ID.pattern})@", report.message_id)
-        return (in_message_id[1] if in_message_id and not report.only_by_envelope else ""), False
+        return (in_message_id[1] if in_message_id else ""), False
 
     def _note(self, mail_id: str, report: Report, proven: bool) -> Found | None:
         """Writes a report down; None if the mail has changed meanwhile."""

@@ -43,15 +43,14 @@ class Failed(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Reports on one mail. `envelopes` is text in which the mail's return path may be; a report that is
-    `only_by_envelope` names the mail nowhere else. A complaint may leave out its recipients."""
+    """Reports on one mail. `envelopes` is text in which the mail's return path may be. A report may leave out the
+    Message-ID, a complaint its recipients."""
 
     kind: str
     recipients: tuple[Failed, ...]
     message_id: str = ""
     envelopes: str = ""
     by: str = ""
-    only_by_envelope: bool = False
 
 
 class Part:
@@ -173,7 +172,7 @@ def _older_form(whole: Part) -> Report | None:
         found = [Failed((one,), *_told(text)) for one, text in map(_recipient_of_qmail, paragraphs) if one]
     else:
         return None
-    return Report(BOUNCE, tuple(found), envelopes=whole.head, only_by_envelope=True) if found else None
+    return Report(BOUNCE, tuple(found), envelopes=whole.head) if found else None
 
 
 def _recipient_of_qmail(paragraph: str) -> tuple[str, str]:

@@ -124,6 +124,7 @@ def test_what_is_no_report_or_is_forged_changes_nothing(outbox: Outbox, client: 
         samples[f"{name}, no longer kept"] = about(outbox, name, UNKNOWN)
         if name != "utf8":  # whose address is in base64
             samples[f"{name}, of another"] = about(outbox, name, two, "eve@example.com")
+        samples[f"{name}, another Message-ID"] = filled(SHAPES[name], f"<{alone}@another.example>", BOUNCES)
         if name not in without_return_path:
             forged = right[:10] + ("a" if right[10] != "a" else "b") + right[11:]
             samples[f"{name}, forged id"] = about(outbox, name, alone, path=forged)

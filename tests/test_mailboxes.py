@@ -59,12 +59,14 @@ def test_what_is_new_is_read_once_and_what_is_no_report_stays_unread(outbox: Out
     assert mailboxes.read_reports(outbox) == {"other": 2, "bounce": 1, "noted": 1}
     assert server.flags() == [False, True, False]
     assert mailboxes.read_reports(outbox) == {}
-    server.put("INBOX", about(outbox, "yahoo-arf", second, "bob@example.com"), about(outbox, "gmail", first))
-    assert mailboxes.read_reports(outbox) == {"complaint": 1, "bounce": 1, "noted": 1}
+    forged = about(outbox, "gmail", first, path="bounces@acme.example").replace(first.encode(), second.encode())
+    complaint = about(outbox, "yahoo-arf", second, "bob@example.com")
+    server.put("INBOX", complaint, about(outbox, "gmail", first), forged)
+    assert mailboxes.read_reports(outbox) == {"complaint": 1, "bounce": 2, "noted": 1}
     assert [outbox.read(one)["status"] for one in (first, second)] == ["bounced", "complained"]
     outbox.jobs.redis.delete("mail:mailbox")  # all of it is read again, and nothing is news
-    assert mailboxes.read_reports(outbox) == {"other": 2, "bounce": 2, "complaint": 1, "noted": 0}
-    assert server.flags() == [False, True, False, True, True]
+    assert mailboxes.read_reports(outbox) == {"other": 2, "bounce": 3, "complaint": 1, "noted": 0}
+    assert server.flags() == [False, True, False, True, True, False]
 
 
 def test_a_mail_that_cannot_be_read_keeps_no_other_and_one_that_is_too_early_waits(

@@ -20,7 +20,7 @@ from process.webhooks import EndpointSettings
 from tests.mails import BODY, accept, claim
 from webhooks import queue
 from webhooks.endpoint import Endpoint
-from webhooks.event import WHY, headers
+from webhooks.event import WHY, body, headers
 from webhooks.post import Answer, judged
 from webhooks.queue import LEASED, SCHEDULE, Line, Queue, Taken, standings, want
 
@@ -93,8 +93,8 @@ def end(outbox: Outbox, how: State, mail_id: str = "") -> str:
         outbox.cancel(mail_id)
     elif how in RETURNED:
         claim(outbox, mail_id).settle(State.SENT)
-        body = "become(ARGV[1], ARGV[2], nil, nil, {'reason', ARGV[3]})"
-        outbox.store.run(body, [], [mail_id, how, "550 5.1.1 at rcpt\nx"])
+        script = "become(ARGV[1], ARGV[2], nil, nil, {'reason', ARGV[3]})"
+        outbox.store.run(script, [], [mail_id, how, "550 5.1.1 at rcpt\nx"])
     else:
         claim(outbox, mail_id).settle(how, reason="" if how == State.SENT else "550 5.1.1 at rcpt\nx", next_in=60)
     return mail_id
@@ -113,6 +113,12 @@ def test_each_state_is_told_in_resends_shape(outbox: Outbox, far: Far, state: St
     if EVENTS[state] in WHY:
         member, text, beside = WHY[EVENTS[state]]
         assert data[member] == {text: "550 5.1.1 at rcpt x", **beside}
+
+
+@pytest.mark.parametrize(("reason", "kind"), [("bounced: 550 5.1.1", "Permanent"), ("bounced: 452 4.4.7", "Transient")])
+def test_what_was_given_up_after_days_is_no_permanent_bounce(outbox: Outbox, reason: str, kind: str) -> None:
+    told = json.loads(body(outbox, accept(outbox), Line("email.bounced", 1, reason)))
+    assert told["data"]["bounce"] == {"message": reason, "type": kind, "subType": "General"}
 
 
 def test_nothing_is_written_that_nobody_wants(client: Any, outbox: Outbox) -> None:

@@ -41,6 +41,8 @@ def body(reader: Reader, mail_id: str, line: Line) -> bytes:
     if why := WHY.get(line.type):
         member, text, beside = why
         data[member] = {text: line.reason, **beside}
+        if line.type == EVENTS[State.BOUNCED] and " 4." in line.reason:  # given up after days, and may be well tomorrow
+            data[member]["type"] = "Transient"
     moment = datetime.fromtimestamp(line.micros / 1e6, timezone.utc).isoformat(timespec="milliseconds")
     return json.dumps({"type": line.type, "created_at": moment, "data": data}, separators=(",", ":")).encode()
 
