@@ -24,7 +24,17 @@ from mail.outbox import AFTER_A_CRASH, Outbox, jittered
 from mail.parsed import Unsayable
 from mail.posted import fields_of, key_of
 from mail.routes import Routes, Way
-from mail.states import AGAIN, ALL_SUPPRESSED, EXPIRED, NOT_ADMITTED, RETURNED, TROUBLE_TOO_LONG, State, Status
+from mail.states import (
+    AGAIN,
+    ALL_SUPPRESSED,
+    EXPIRED,
+    NOT_ADMITTED,
+    RETURNED,
+    TROUBLE_TOO_LONG,
+    UNSAYABLE,
+    State,
+    Status,
+)
 from mail.sweep import sweep
 from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
@@ -47,7 +57,6 @@ AFTER = {  # the reply that decided -> what the recipient is after the attempt
     Verdict.TROUBLE: Status.PENDING,
     Verdict.IN_DOUBT: Status.IN_DOUBT,
 }
-UNSAYABLE = "it cannot leave by HTTP"  # why a mail failed
 AT_DOT = AFTER | {Verdict.ACCEPTED: Status.IN_DOUBT}  # the reply to RCPT, while the final dot is unanswered
 
 

@@ -40,8 +40,12 @@ class Way:
         self.pacing = Pacing(redis, one.rate, one.name)
         self.relay = Relay.of(current, one, redis)
         self.upstream = Upstream(one, current.smtp_timeout) if one.kind == "resend" else None
-        self.place: object = self.upstream or self.relay
         self.slots = threading.BoundedSemaphore(one.concurrency) if one.concurrency else None
+
+    @property
+    def place(self) -> object:
+        """Returns what is written down of where it is."""
+        return self.upstream or self.relay
 
     @property
     def is_only(self) -> bool:

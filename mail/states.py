@@ -53,6 +53,7 @@ FINAL = (*ENDS, *RETURNED)  # nothing more happens unless a person asks, or a re
 AGAIN = frozenset({State.FAILED, State.UNKNOWN, State.SUPPRESSED})  # a person may have it queued again
 TROUBLE_TOO_LONG = "the relay was in trouble for too long"  # why a mail failed that waited TROUBLE_FOR
 TEST = "test"  # what a mail that a key of scope `test` submitted is counted as once it is `sent`
+UNSAYABLE = "it cannot leave by HTTP"  # why a mail failed that no other relay takes; what JSON cannot say follows
 NOT_ADMITTED = "MAIL_ALLOWLIST or MAIL_REDIRECT_TO keeps it from a recipient"  # why a mail failed
 ALL_SUPPRESSED = "each recipient is on the suppression list"  # why a mail is suppressed
 EXPIRED = "expired"  # why a mail failed whose `expires_at` has passed; counted under this name

@@ -28,9 +28,10 @@ from mail.address import Mailbox
 from mail.index import new_id
 from mail.message import Message, message_id
 from process.log import emit
+from process.relays import RelaySettings
 from settings import Settings, SettingsError
 from smtp.policy import Verdict
-from smtp.verdict import Outcome
+from smtp.verdict import Outcome, Reply
 
 SERVICE = "async-email"
 TIMEOUT = 8.0  # seconds for one answer of ALERT_URL, or of the relay
@@ -122,6 +123,25 @@ def title(news: News) -> str:
 
 def by_mail(settings: Settings, news: News) -> None:
     """Hands the message to the relay. Raises `NotPushed`."""
+    to = Mailbox("", settings.alert_to or "")
+    sender = Mailbox.parse(settings.mail_from) if settings.mail_from else to
+    headers = {"Auto-Submitted": "auto-generated"}  # RFC 3834
+    mail, why = (
+        Message(sender, [to], [], [], [], title(news), text=f"{news.text}\n", headers=headers),
+        "no relay is set",
+    )
+    mail_id = new_id()
+    for one in settings.all_relays:
+        reply = (_posted if one.kind == "resend" else _sent)(settings, one, mail, mail_id)
+        if reply.verdict in (Verdict.ACCEPTED, Verdict.IN_DOUBT):  # rather none than two
+            return
+        why = reply.summary
+        if reply.verdict is not Verdict.TROUBLE or reply.may_have_been_taken:
+            break
+    raise NotPushed(why)
+
+
+def _sent(settings: Settings, one: RelaySettings, mail: Message, mail_id: str) -> Reply:
     # Here, since few dashboards have mail to send, and none has it often.
     from mail.dkim import Signer
     from mail.mime import to_mime
@@ -129,30 +149,30 @@ def by_mail(settings: Settings, news: News) -> None:
     from smtp.pool import SessionPool
     from smtp.relay import Relay
 
-    to = Mailbox("", settings.alert_to or "")
-    sender = Mailbox.parse(settings.mail_from) if settings.mail_from else to
-    headers = {"Auto-Submitted": "auto-generated"}  # RFC 3834
-    mail = Message(sender, [to], [], [], [], title(news), text=f"{news.text}\n", headers=headers)
-    mime = to_mime(mail, message_id(new_id(), sender), datetime.now(timezone.utc))
+    mime = to_mime(mail, message_id(mail_id, mail.sender), datetime.now(timezone.utc))
     with suppress(SettingsError):  # a key that is none stops the workers, which is news itself
         mime = signer.signed(mime) if (signer := Signer.of(settings)) else mime
-    envelope, pool = Envelope(sender.address, mail.recipients, mail.needs_smtputf8), SessionPool()
-    why = "no relay is set that takes SMTP"
-    for one in [one for one in settings.all_relays if one.kind == "smtp"]:
-        relay = Relay.of(settings, one)._replace(timeout=TIMEOUT, deadline=4 * TIMEOUT)
-        try:
-            with pool.conversation(relay) as talk:
-                said = talk.begin(envelope, mime)
-                while not isinstance(said, Outcome):
-                    said = talk.finish()
-        finally:
-            pool.close_all()
-        if said.reply.verdict in (Verdict.ACCEPTED, Verdict.IN_DOUBT):  # rather none than two
-            return
-        why = said.reply.summary
-        if said.reply.verdict is not Verdict.TROUBLE:
-            break
-    raise NotPushed(why)
+    envelope, pool = Envelope(mail.sender.address, mail.recipients, mail.needs_smtputf8), SessionPool()
+    relay = Relay.of(settings, one)._replace(timeout=TIMEOUT, deadline=4 * TIMEOUT)
+    try:
+        with pool.conversation(relay) as talk:
+            said = talk.begin(envelope, mime)
+            while not isinstance(said, Outcome):
+                said = talk.finish()
+    finally:
+        pool.close_all()
+    return said.reply
+
+
+def _posted(_: Settings, one: RelaySettings, mail: Message, mail_id: str) -> Reply:
+    from mail.posted import fields_of
+    from upstream.client import Upstream, as_json
+
+    upstream, body = Upstream(one, TIMEOUT), as_json(fields_of(mail, message_id(mail_id, mail.sender), mail.recipients))
+    try:
+        return upstream.post(mail_id, body, 4 * TIMEOUT)
+    finally:
+        upstream.close()
 
 
 def ways(settings: Settings) -> dict[str, Callable[[News], None]]:

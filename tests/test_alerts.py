@@ -19,6 +19,7 @@ from ops.condition import Condition
 from ops.push import News, NotPushed, Outlet, by_mail, request, to_url
 from queues.connection import connect
 from settings import Settings, load
+from tests.http_upstream import TAKEN, Scripted, answer
 from tests.relay import Relay
 from tests.servers import RedisServer, eventually, free_port
 
@@ -213,6 +214,16 @@ def test_what_is_over_before_anybody_could_be_told_is_one_message() -> None:
     for status, kind in (("begins", "relay"), ("begins", "doubt"), ("ended", "relay")):
         outlet.put(NEWS._replace(status=status, kind=kind))  # type: ignore[arg-type]
     assert [(one.status, one.kind) for one, _ in outlet.waiting] == [("begins", "doubt"), ("ended", "relay")]
+
+
+def test_a_mail_is_posted_where_the_relay_is_one_by_http() -> None:
+    with Scripted([TAKEN, answer(401, "{}")]) as upstream:
+        relays = f'[up]\nkind = "resend"\nurl = "{upstream.url}"\napi_key = "k"\n'
+        settings = load(from_file={}, relays=relays, alert_to="ops@acme.example")
+        by_mail(settings, NEWS)
+        with pytest.raises(NotPushed, match=r"^401 at http$"):
+            by_mail(settings, NEWS)
+    assert json.loads(upstream.asked[0].body)["to"] == ["ops@acme.example"]
 
 
 def test_a_mail_goes_straight_to_the_relay(tmp_path: Path, client: Redis, redis_server: RedisServer) -> None:

@@ -209,7 +209,7 @@ def test_who_is_suppressed_meanwhile_is_asked_for_again_with_the_others(redis_se
 
 @pytest.mark.parametrize("end", ["expired", "lost", "late"])
 def test_a_mail_that_ends_unanswered_is_in_doubt(redis_server: RedisServer, client: redis.Redis, end: str) -> None:
-    with sending(redis_server, [*SILENT, BUSY], trouble_for="9s") as (made, _, _):
+    with sending(redis_server, [*SILENT, BUSY], trouble_for="1h") as (made, _, _):
         mail_id = made.accept()
         assert made.attempt(mail_id) == "delayed"
         if end == "lost":

@@ -40,6 +40,28 @@ print(message.anymail_status.message_id)
 """
 
 
+SUPPRESSIONS = {  # adds, lists, finds by address, removes by address, and finds it gone
+    "python": """
+import os, resend
+resend.api_url, resend.api_key, listed = os.environ["MAIL_URL"], "dev", resend.Suppressions
+made = listed.add({"email": "Bob+x@example.com"})["id"]
+assert [one["id"] for one in listed.list({"limit": 1, "origin": "manual"})["data"]] == [made]
+print(listed.get("bob+x@example.com")["email"], listed.remove("bob+x@example.com")["deleted"])
+assert listed.Batch.remove({"emails": ["bob+x@example.com"]})["data"] == []
+""",
+    "js": """
+import { Resend } from "resend";
+const listed = new Resend("dev", { baseUrl: process.env.MAIL_URL }).suppressions;
+const made = (await listed.add({ email: "Bob+x@example.com" })).data.id;
+if ((await listed.list({ limit: 1, origin: "manual" })).data.data[0].id !== made) throw "list";
+const seen = [(await listed.get("bob+x@example.com")).data.email];
+seen.push((await listed.remove("bob+x@example.com")).data.deleted);
+if ((await listed.get("bob+x@example.com")).error.name !== "not_found") throw "get";
+console.log(...seen);
+""",
+}
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
@@ -91,6 +113,12 @@ def test_an_example_fails_aloud_where_it_sends_nothing(here: Api, tmp_path: Path
     ran = run(language, text, tmp_path, environment(here) | {"MAIL_KEY": "wrong"})
     assert (ran.returncode != 0, ran.stdout) == (True, "")
     assert re.search("403|this API key is not known", ran.stderr)
+
+
+@pytest.mark.parametrize("language", SUPPRESSIONS)
+def test_the_suppression_list_is_kept_by_the_official_package(here: Api, tmp_path: Path, language: str) -> None:
+    ran = run(language, SUPPRESSIONS[language], tmp_path, environment(here))
+    assert ran.stdout.lower() == "bob+x@example.com true\n", ran.stderr
 
 
 @pytest.mark.parametrize(

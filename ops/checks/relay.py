@@ -20,8 +20,10 @@ from ops.checks.target import Target
 from process.relays import ONLY, RelaySettings
 from process.values import is_loopback
 from settings import Settings
+from smtp.policy import Phase, Verdict
 from smtp.relay import Relay
 from smtp.session import Session, Stopped
+from upstream.client import Upstream
 
 SOON = 14 * 86400  # seconds before a certificate ends
 SESSION = 6  # times `timeout`: the longest that a whole session may take
@@ -53,11 +55,25 @@ def at(one: RelaySettings, target: Target, settings: Settings) -> Findings:
 
 def spoken_to(one: RelaySettings, target: Target, settings: Settings) -> Findings:
     if one.kind != "smtp":
+        yield from upstream(Upstream(one, target.timeout), target)
         return
     reached = list(port(one.host or "", one.port, target))
     yield from reached
     if not any(each.level == FAULT for each in reached):
         yield from session(Relay.of(settings, one), target, settings)
+
+
+def upstream(there: Upstream, target: Target) -> Findings:
+    """Asks an upstream for what needs the key: its mails. A key that may only send is told so, and is good."""
+    reply = there.check(SESSION * target.timeout)
+    if reply.verdict is Verdict.ACCEPTED or re.match("restricted_api_key", reply.text):
+        yield ok(f"{there} accepts our API key")
+    elif reply.phase is Phase.CONNECT:
+        fix = f"nothing, if it is down; else correct url, and let HTTPS out to it ({target.edit})"
+        yield fault(f"{there} cannot be reached: {reply.text}", fix)
+    else:
+        meaning, fix = replies.explain(str(there), reply)
+        yield fault(f"{there}: {reply.summary}: {meaning}", f"{fix}; {target.edit}")
 
 
 def port(host: str, wanted: int, target: Target) -> Findings:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from smtp.policy import MESSAGE, Verdict, row_for
+from smtp.policy import MESSAGE, Phase, Verdict, row_for
 from smtp.published import Published
 from smtp.verdict import Reply
 
@@ -19,7 +19,7 @@ GMAIL = r"(gmail|googlemail|google)\.com$"
 MICROSOFT = r"(office365|outlook|office)\.com$"
 SES = r"amazonaws\.com(\.cn)?$"
 ANY = r""
-CONNECT, STARTTLS, AUTH = "connect", "starttls", "auth"
+CONNECT, STARTTLS, AUTH, HTTP = "connect", "starttls", "auth", "http"
 TLS = f"{CONNECT}|{STARTTLS}"
 LATER = "mail|rcpt|data|transfer|dot"
 BY_TOKEN = r"\[(XOAUTH2|OAUTHBEARER)"  # smtp.auth writes it behind what the relay says
@@ -124,6 +124,19 @@ ROWS = (
      "the token server cannot be reached, or is out of order",
      "let HTTPS out to login.microsoftonline.com or oauth2.googleapis.com; mail waits meanwhile"),
     (ANY, AUTH, "none", r"no token: ", "the token server gives no token", "bin/oauth, again; mail waits meanwhile"),
+    # An upstream by HTTP
+    (ANY, HTTP, "403", r"^validation_error", "the upstream's account may not send from this domain, or to this address",
+     "verify the domain of the mail's `from` there, and that the account may send to everybody"),
+    (ANY, HTTP, "40[123]", "", "the upstream does not accept the API key, or its account may not send",
+     "make a key there that may send, and put it into api_key"),
+    (ANY, HTTP, "429", r"quota", "the quota of the upstream's account is used up; mail waits",
+     "wait, or raise it there"),
+    (ANY, HTTP, "429", "", "the upstream takes fewer mails at a time; mail waits, and loses no attempt",
+     "set rate to what it allows, such as 2/s"),
+    (ANY, HTTP, "40[45]|410|421|[123]..", "", "no API for mail answers at this URL",
+     "url must be the API's, without /emails, such as https://api.resend.com"),
+    (ANY, HTTP, "none|5..", "", "the upstream does not answer, or is out of order; mail waits, and is asked for again",
+     "nothing, if it is down; else look there"),
     # Any relay
     (ANY, CONNECT, "none", r"WRONG_VERSION_NUMBER|wrong version", "the relay does not begin with TLS on this port",
      "SMTP_SECURITY=starttls (and SMTP_PORT=587)"),
@@ -174,7 +187,9 @@ OTHERWISE = (  # for what smtp.policy does not take for trouble
     (ANY, "rcpt", "5..", "", "the relay refuses this recipient permanently",
      "GET /emails/ID has the relay's own words"),
     (ANY, LATER, "5..", "", "the relay refuses this mail permanently", "GET /emails/ID has the relay's own words"),
-    (ANY, LATER, "4..", "", "the relay puts this mail off; it is tried again",
+    (ANY, HTTP, "4(?!08|09|25)..", "", "the upstream refuses this mail permanently",
+     "GET /emails/ID has its own words"),
+    (ANY, f"{LATER}|{HTTP}", "4..", "", "the relay puts this mail off; it is tried again",
      "wait; GET /emails/ID has the relay's own words"),
 )
 OF_ONE = re.compile(r"\bSMTP_(HOST|PORT|SECURITY|USERNAME|PASSWORD|CA_FILE|RATE)\b")
@@ -189,14 +204,18 @@ def explain(host: str, reply: Reply) -> tuple[str, str]:
         f"{policy.meaning}; mail waits, and loses no attempt",
         "GET /emails/ID has the relay's own words; for a limit, set SMTP_RATE",
     )
-    judged = waits if policy.verdict is Verdict.TROUBLE and reply.phase in MESSAGE and reply.code else None
+    judged = (
+        waits if policy.verdict is Verdict.TROUBLE and reply.phase in (*MESSAGE, Phase.HTTP) and reply.code else None
+    )
     return _first(ROWS, host, reply) or judged or _first(OTHERWISE, host, reply) or NOTHING
 
 
 def explain_at(relay: Published, reply: Reply) -> tuple[str, str]:
     """Returns what `explain` does of one of several relays: with the names that its fields have in RELAYS."""
     meaning, fix = explain(relay.host, reply)
-    return (meaning, fix) if relay.is_only else (of_one(meaning), of_one(fix))
+    if relay.is_only:
+        return meaning, fix
+    return of_one(meaning), of_one(fix) if relay.kind == "smtp" else of_one(fix).replace("host and port", "url")
 
 
 def of_one(text: str) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mail.states import ALL_SUPPRESSED, EXPIRED, LOST, NOT_ADMITTED, State
+from mail.states import ALL_SUPPRESSED, EXPIRED, LOST, NOT_ADMITTED, UNSAYABLE, State
 from ops.checks import replies
 from process.relays import ONLY
 from smtp.policy import Phase, Verdict
@@ -17,7 +17,7 @@ from smtp.verdict import Reply
 
 # How a reply stands in a reason: smtp.verdict's Reply.summary, or `550 before` of a recipient.
 REPLY = re.compile(rf"(?:(\d{{3}})|no reply) (?:at ({'|'.join(Phase)})\b|before)")
-# A reason -> what it means, and what to do.
+# A reason, or what stands there before a colon -> what it means, and what to do.
 REASONS = {
     EXPIRED: (
         "its expires_at passed before the relay had taken it, so it was not sent any more",
@@ -31,6 +31,10 @@ REASONS = {
         "no mail goes to an address on the suppression list, since the relay refused it once, or somebody added it",
         "if the address is good again, take it off at /mail/suppressions, then requeue the mail",
     ),
+    UNSAYABLE: (
+        "it came by SMTP, and what is named there cannot be said to a relay of kind resend as it is",
+        "put a relay of kind smtp into RELAYS too, then requeue it; or send it through the API",
+    ),
     LOST["failed"]: (
         "its worker ended in each of four attempts; if other mail goes out, this mail itself may be why",
         "journalctl -u async-email-worker@email shows how they ended; then requeue it",
@@ -43,13 +47,18 @@ REASONS = {
 
 def advice(mail: Mapping[str, Any]) -> tuple[str, str] | None:
     """Returns what it means and what to do; None for a mail of which nothing needs to be said."""
-    if mail["reason"] in REASONS:
-        return REASONS[mail["reason"]]
+    if known := because(mail["reason"] or ""):
+        return known
     told = in_the_way(mail)
     if mail["status"] not in (State.FAILED, State.DELAYED) or not told or told[1].verdict is Verdict.IN_DOUBT:
         return None
     meaning, fix = replies.explain_at(*told)
     return meaning, fix.replace("GET /emails/ID has", "below are")
+
+
+def because(reason: str) -> tuple[str, str] | None:
+    """Returns what a reason means that is none of a reply, and what to do."""
+    return REASONS.get(reason.partition(":")[0])
 
 
 def in_the_way(mail: Mapping[str, Any]) -> tuple[Published, Reply] | None:

@@ -22,7 +22,7 @@ from mail.states import EXPIRED, NOT_ADMITTED, TROUBLE_TOO_LONG, State, Status
 from ops.checks import replies
 from ops.checks.findings import counted, lasting
 from ops.page import audit
-from ops.page.advice import REASONS, REPLY, in_the_way
+from ops.page.advice import REPLY, because, in_the_way
 from ops.page.search import alike
 from ops.page.view import View, go
 from queues.failures import Failure, failures
@@ -168,7 +168,7 @@ def explained(view: View, cause: Cause, told: tuple[Published, Reply] | None) ->
         return IN_DOUBT
     if told and told[1].verdict is Verdict.IN_DOUBT:
         return NO_ANSWER
-    known = REASONS.get(cause.reason) or WAITING.get(cause.reason) or at_one(cause.reason)
+    known = because(cause.reason) or WAITING.get(cause.reason) or at_one(cause.reason)
     meaning, fix = known or (replies.explain_at(*told) if told else ("", ""))
     if cause.reason.startswith(TROUBLE_TOO_LONG):
         waited = f"they waited {lasting(view.settings.trouble_for)} for the relay (TROUBLE_FOR)"
