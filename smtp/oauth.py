@@ -7,6 +7,7 @@ an account. Over https, or on loopback.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 import time
@@ -85,6 +86,7 @@ def token_from(url: str, fields: Mapping[str, str]) -> Token:
 def _post(url: str, fields: Mapping[str, str]) -> tuple[int, Mapping[str, str], bytes] | NoToken:
     import urllib3  # here, since only who logs in by token needs its megabytes
 
+    logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it would log the headers of an answer that is garbage
     headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
     with urllib3.PoolManager() as pool:
         try:

@@ -93,7 +93,9 @@ def speaking(speak: Callable[[socket.socket], None], tls: ssl.SSLContext | None 
                 try:
                     one = tls.wrap_socket(sock, server_side=True) if tls else sock
                     one.settimeout(5)
-                    one.recv(65536)
+                    asked = b""
+                    while not asked.endswith(b"{}") and (more := one.recv(65536)):  # all of it, or close() would reset
+                        asked += more
                     speak(one)
                     one.close()
                 except OSError:
