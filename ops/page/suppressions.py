@@ -13,7 +13,6 @@ from mail.index import LAST, raw_id
 from mail.suppression import MANUAL
 from ops.page import audit
 from ops.page.view import View, go
-from queues.jobs import NotPossible
 
 SHOWN = 50  # entries on a page
 
@@ -52,12 +51,11 @@ def ask(view: View, entry_id: str) -> Response:
     """Shows one entry, and asks whether to take it off."""
     found = view.outbox.suppressions.find(entry_id) if raw_id(entry_id) else None
     if not found:
-        raise NotPossible("this entry is no longer on the suppression list")
+        return go("/mail/suppressions?done=unsuppress")  # somebody else has taken it off
     return view.render("suppression.html", "An address on the suppression list", entry=found)
 
 
 def remove(view: View, entry_id: str) -> Response:
-    if not raw_id(entry_id) or not view.outbox.suppressions.remove(entry_id):
-        raise NotPossible("this entry is no longer on the suppression list")
-    audit.note(view.redis, view.who, "unsuppress", entry_id)
+    if raw_id(entry_id) and view.outbox.suppressions.remove(entry_id):
+        audit.note(view.redis, view.who, "unsuppress", entry_id)
     return go("/mail/suppressions?done=unsuppress")
