@@ -28,6 +28,7 @@ from web.middleware import Middleware
 LIMIT = 100_000  # bytes
 SETTINGS = {"MAX_MESSAGE_BYTES": str(LIMIT)}
 BODIES: dict[str, Any] = {**SUBMITTED, "/emails/batch": [MAIL]}  # what each route that takes a body accepts
+BODIES |= {"/inbound/dsn": {}}  # which is no report, nor its type
 BODIES |= {"/suppressions": {"email": "ada@example.com"}}
 BODIES |= {f"/suppressions/batch/{act}": {"emails": ["ada@example.com"]} for act in ("add", "remove")}
 SECRET = "ada@example.com says: my password is 1234"

@@ -14,7 +14,7 @@ import tasks
 from mail import delivery, mailboxes, reports
 from mail.outbox import Outbox
 from mail.states import State, Status
-from ops.checks.findings import FAULT, NOTE, OK
+from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.mailboxes import readable as checked
 from ops.checks.target import Target
 from queues import offer
@@ -114,6 +114,8 @@ def test_the_doctor_looks_into_both(server: Dovecot, ca_file: str, monkeypatch: 
     monkeypatch.setenv("SSL_CERT_FILE", ca_file)
     here, given = Target(ROOT), {"bounce_imap_url": server.url(), "doubt_imap_url": server.url(password="s3cr3t")}
     assert_finds(checked(here, Settings()), NOTE, "nobody reads what comes back")
+    gmail = Settings(bounce_address=BOUNCES, smtp_host="smtp.gmail.com")
+    assert [one.level for one in checked(here, gmail)] == [WARN, NOTE]
     found = list(checked(here, Settings.model_validate(given)))
     assert [(one.level, one.found.partition(" (")[0]) for one in found] == [
         (OK, "the mailbox of BOUNCE_IMAP_URL can be read"),

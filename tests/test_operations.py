@@ -70,7 +70,7 @@ def test_each_path_is_one_of_the_installation() -> None:
     made = {value for value in vars(server).values() if isinstance(value, Path)}
     made |= {server.nginx / folder / "async-email" for folder in ("sites-available", "sites-enabled")}
     made |= {server.credentials / name for name in settings.SECRETS}
-    of_others = ("/etc/redis/async-email.", "/etc/systemd/system/")
+    of_others = ("/etc/redis/async-email.", "/etc/systemd/system/", "/etc/postfix/")
     for path in re.findall(r"(?<![\w$.])/(?:etc|opt|var/lib|usr/local)/[\w./@-]*async-email[\w./@-]*", PAGE):
         inside = Path(path).relative_to(server.current) if path.startswith(f"{server.current}/") else None
         if inside:
@@ -97,8 +97,8 @@ def test_each_example_of_settings_is_right(text: str, tmp_path: Path) -> None:
 
 
 def test_the_example_of_several_relays_is_right() -> None:
-    [text] = [text for language, text in BLOCKS if language == "toml"]
-    assert [one.name for one in parse_relays(text)] == ["first", "second", "newsletters"]
+    examples = [parse_relays(text) for language, text in BLOCKS if language == "toml"]
+    assert [[one.name for one in relays] for relays in examples] == [["first", "second", "newsletters"], ["up"]]
 
 
 def test_the_examples_are_for_the_relays_whose_refusals_the_doctor_explains() -> None:

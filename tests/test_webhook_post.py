@@ -174,6 +174,18 @@ def test_a_certificate_must_be_valid(authority: trustme.CA, monkeypatch: pytest.
         assert poster.post(b"{}", {}).said == "its certificate is not valid"
 
 
+def test_a_valid_certificate_is_taken_for_its_own_name(authority: trustme.CA) -> None:
+    def speak(sock: socket.socket) -> None:
+        sock.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    with speaking(speak, server_context(authority, "localhost")) as url:
+        poster = Poster(url)
+        assert poster.context is not None
+        authority.configure_trust(poster.context)
+        assert poster.post(b"{}", {}).status == 204
+        poster.close()
+
+
 def test_nobody_there_is_said_in_a_word() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from process.webhooks import parse_webhooks
 from settings import SettingsError, load
+from tests.servers import ROOT
 from tests.test_webhooks import NEW, OLD
 from webhooks.__main__ import wants
 
@@ -53,3 +56,10 @@ def test_the_endpoint_of_webhook_url_is_one_of_its_own() -> None:
     ):
         with pytest.raises(SettingsError, match=fault):
             load("webhook_url", from_file={}, **(given | wrong))
+
+
+def test_the_example_in_the_docs_is_right() -> None:
+    text = (ROOT / "docs" / "webhooks.md").read_text().partition("```toml\n")[2].partition("```")[0]
+    endpoints = parse_webhooks(re.sub("whsec_[a-z.]+", NEW, text))
+    assert [(one.name, len(one.keys), one.private) for one in endpoints] == [("shop", 1, False), ("audit", 2, True)]
+    assert all(map(wants, endpoints))

@@ -319,10 +319,11 @@ def want(redis: Redis, wanted: dict[str, str], now: float) -> None:
 
 def standings(redis: Redis) -> list[Standing]:
     """Returns how each endpoint stands."""
-    wanted: Any = redis.hgetall(WEBHOOK_WANTED)
-    if not wanted:
+    stored: Any = redis.hgetall(WEBHOOK_WANTED)
+    if not stored:
         return []
-    names = sorted(name.decode(errors="replace") for name in wanted)
+    wanted = {name.decode(errors="replace"): about.decode(errors="replace") for name, about in stored.items()}
+    names = sorted(wanted)
     pipe: Any = redis.pipeline(transaction=False)  # a full Redis refuses a transaction, even to read
     pipe.hgetall(WEBHOOK_TOTALS)
     for name in names:
@@ -330,7 +331,7 @@ def standings(redis: Redis) -> list[Standing]:
     totals, *rest = (None if isinstance(one, Exception) else one for one in pipe.execute(raise_on_error=False))
     found = []
     for name, waiting, given_up, state in zip(names, rest[::3], rest[1::3], rest[2::3], strict=True):
-        host, seen, *events = [*wanted[name.encode()].decode(errors="replace").split(), "", "0"][:60]
+        host, seen, *events = [*wanted[name].split(), "", "0"][:60]
         known = {key.decode(): value.decode(errors="replace") for key, value in (state or {}).items()}
         moments = [_number(known.get(one, "")) for one in ("since", "answered")]
         counts = {

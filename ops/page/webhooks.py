@@ -17,7 +17,7 @@ from webhooks.queue import LOGGED, Line, Post, Queue, standings
 
 PATH = "/mail/webhooks"
 SHOWN = 50  # posts of each endpoint
-AT_ONCE = 10_000  # events that one press of a button puts back
+AT_ONCE, TIMES = 500, 20  # events that are put back in one step, and steps for one press of the button
 
 
 class Posted(NamedTuple):
@@ -78,7 +78,9 @@ def act(view: View, name: str, act: str) -> Response:
 
 
 def replay(queue: Queue) -> None:
-    queue.replay(AT_ONCE)
+    for _ in range(TIMES):
+        if queue.replay(AT_ONCE) < AT_ONCE:
+            return
 
 
 def again(queue: Queue) -> None:
