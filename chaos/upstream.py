@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -157,10 +158,12 @@ class Two:
     def kill_some(self, every: float, over: threading.Event) -> None:
         """Kills a worker of the first service or the API of the second, now and then."""
         while not over.wait(self.rng.uniform(every / 2, every * 3 / 2)):
-            keeper, name = self.rng.choice([(0, "worker-0"), (0, "worker-1"), (1, "api")])
-            with suppress(ProcessLookupError):
-                self.keepers[keeper].signal_group(name, signal.SIGKILL)
-                self.kills += 1
+            self.kill(*self.rng.choice([(0, "worker-0"), (0, "worker-1"), (1, "api")]))
+
+    def kill(self, service: int, name: str) -> None:
+        with suppress(ProcessLookupError):
+            self.keepers[service].signal_group(name, signal.SIGKILL)
+            self.kills += 1
 
     def totals(self) -> list[dict[str, int]]:
         found: Any = [client.hgetall(TOTALS) for client in self.clients]
@@ -178,6 +181,9 @@ def play(directory: Path, mails: int, *, share: float, every: float, seed: int, 
         killer.start()
         try:
             two.submit(mails)
+            eventually(lambda: two.totals()[1].get("sent", 0) >= mails * 0.1, patience)
+            two.kill(0, "worker-0")
+            two.kill(1, "api")
             # Killed once a while, a mail may wait for as long as its lease: at the end nobody is killed any more.
             eventually(lambda: two.totals()[1].get("sent", 0) >= mails * 0.9, patience)
         finally:
@@ -206,6 +212,8 @@ def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="chaos-upstream-"))
     result = play(directory, options.mails, **{name: value for name, value in vars(options).items() if name != "mails"})
     print(result, "" if result.is_good else f"\nNOT as promised; what was logged is in {directory}")
+    if result.is_good:
+        shutil.rmtree(directory)
     return 0 if result.is_good else 1
 
 

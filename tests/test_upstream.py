@@ -173,6 +173,7 @@ def test_another_of_ours_takes_a_mail_once_and_says_so_again(api: Api) -> None:
 def test_the_key_is_in_no_text_of_the_upstream() -> None:
     assert "planted" not in f"{at('http://127.0.0.1:1')}{at('http://127.0.0.1:1').identity}"
     assert at("http://127.0.0.1:1/").identity == at("http://127.0.0.1:1").identity != at("http://127.0.0.1:2").identity
+    assert at("http://127.0.0.1:1", "another").identity != at("http://127.0.0.1:1").identity
     assert str(at("https://api.resend.com")) == "api.resend.com"
 
 

@@ -15,3 +15,4 @@ def test_each_mail_arrives_once_and_none_is_ever_in_doubt(tmp_path: Path) -> Non
     assert result.is_good, str(result)
     assert set(result.cuts) == set(CUTS)
     assert all(result.cuts.values())
+    assert result.kills >= 2

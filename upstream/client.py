@@ -48,8 +48,10 @@ class Upstream:
 
     @property
     def identity(self) -> str:
-        """Returns what is another for another upstream, also of the same name: a key is known to one alone."""
-        return f"{self.name} {hashlib.sha256(self.url.rstrip('/').encode()).hexdigest()[:16]}"
+        """Returns what is another for another upstream or account, also of the same name: what was asked under an
+        Idempotency-Key is known there alone."""
+        account = f"{self.url.rstrip('/')}\n{self._secret}"
+        return f"{self.name} {hashlib.sha256(account.encode()).hexdigest()[:16]}"
 
     def post(self, key: str, body: bytes, deadline: float) -> Reply:
         """Asks the upstream to send a mail, for `deadline` seconds at most. The same key must come with the same
