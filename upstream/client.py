@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from process.relays import RelaySettings
 from process.version import VERSION
-from smtp.policy import Phase
+from smtp.policy import Phase, Verdict
 from smtp.verdict import Reply
 from upstream.answer import reply_of
 
@@ -55,15 +55,16 @@ class Upstream:
 
     def post(self, key: str, body: bytes, deadline: float) -> Reply:
         """Asks the upstream to send a mail, for `deadline` seconds at most. The same key must come with the same
-        body."""
-        ends = time.monotonic() + deadline
+        body. Where one request of several was not answered, only an answer that is about the mail says more."""
+        ends, unanswered = time.monotonic() + deadline, None
         for left in reversed(range(AT_ONCE)):
             reply = self._ask("POST", "/emails", ends, body, {"Idempotency-Key": key})
+            unanswered = reply if reply.may_have_been_taken else unanswered
             pause = _again_in(reply) * random.uniform(1, 2)  # or all threads would come back at the same moment
             if not (left and pause) or time.monotonic() + pause > ends:
                 break
             time.sleep(pause)
-        return reply
+        return reply if reply.verdict in (Verdict.ACCEPTED, Verdict.REFUSED) else unanswered or reply
 
     def check(self, deadline: float) -> Reply:
         """Asks for what needs the key and changes nothing."""
