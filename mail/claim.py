@@ -161,10 +161,16 @@ class Claim:
             if not self.settled:
                 self.store.run(RELEASE, self.keys, [self.token])
 
+    def undecided(self) -> list[Recipient]:
+        """Returns the recipients of a mail that is not through yet: the next attempt looks again who is suppressed, and
+        workers of an earlier version do not know that word. But an upstream is asked again for the same ones."""
+        waiting = () if self.asked else (Status.SUPPRESSED,)
+        return [replace(one, status=Status.PENDING) if one.status in waiting else one for one in self.recipients]
+
     def mark_in_doubt(self, statuses: Mapping[str, Status], relay: str = ONLY) -> None:
         """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt, and which
         relay may have the mail. The claim itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
-        marked = [replace(one, status=statuses.get(one.address, one.status)) for one in undecided(self.recipients)]
+        marked = [replace(one, status=statuses.get(one.address, one.status)) for one in self.undecided()]
         held = [] if relay == ONLY else ["held_by", relay, *(["asked", self.asked] if self.asked else [])]
         if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, recipients_to_json(marked), *held]):
             raise ClaimLost(self.id)
@@ -176,7 +182,7 @@ class Claim:
         if not waits and (left_out := sum(one.status == Status.SUPPRESSED for one in self.recipients)):
             self.counts[SUPPRESSED_RECIPIENTS] += left_out
         fields: dict[str, str | float] = {
-            "recipients": recipients_to_json(undecided(self.recipients) if waits else self.recipients),
+            "recipients": recipients_to_json(self.undecided() if waits else self.recipients),
             "attempts": attempts_to_json(self.attempts),
             "counted": self.counted,
             "reason": reason,
@@ -199,12 +205,6 @@ class Claim:
         if not settle(SETTLE, [*self.keys, keys.job(self.id)], args):
             raise ClaimLost(self.id)
         self.settled = True
-
-
-def undecided(recipients: list[Recipient]) -> list[Recipient]:
-    """Returns the recipients of a mail that is not through yet: the next attempt looks again who is suppressed. Workers
-    of an earlier version do not know that word."""
-    return [replace(one, status=Status.PENDING) if one.status == Status.SUPPRESSED else one for one in recipients]
 
 
 def iso(moment: float) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import redis
 
 from mail import delivery
 from mail.address import Mailbox
-from mail.claim import Recipient, recipients_from_json, recipients_to_json
+from mail.claim import Claim, Recipient, recipients_from_json, recipients_to_json
 from mail.message import Message, Raw
 from mail.outbox import Outbox
 from mail.states import Status
@@ -156,6 +157,8 @@ def test_another_upstream_of_the_same_name_is_not_asked_whether_it_has_the_mail(
         ([answer(401, error("invalid_api_key"))], "delayed sent", "up second"),
         ([*SILENT, BUSY, *SILENT, TAKEN], "delayed delayed delayed sent", "up up up up"),
         ([answer(502, "x"), TAKEN], "delayed sent", "up up"),
+        ([CUT, BUSY, TAKEN], "delayed sent", "up up"),  # the first of them may have been taken
+        ([CUT, answer(401, error("invalid_api_key")), TAKEN], "delayed sent", "up up"),
     ],
 )
 def test_only_what_the_upstream_cannot_have_moves_on(
@@ -207,6 +210,19 @@ def test_who_is_suppressed_meanwhile_is_asked_for_again_with_the_others(redis_se
         made.outbox.suppressions.add("c@d.co", MANUAL)
         assert made.attempt(mail_id) == "sent"
         assert len({one.body for one in upstream.asked}) == 1
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_who_was_suppressed_before_is_not_asked_for_with_the_others(redis_server: RedisServer, killed: bool) -> None:
+    with sending(redis_server, [*SILENT, TAKEN]) as (made, upstream, _):
+        mail_id = made.accept(replace(draft().message, to=[Mailbox("", "a@b.co"), Mailbox("", "c@d.co")]))
+        made.outbox.suppressions.add("c@d.co", MANUAL)
+        dies = patch.object(Claim, "settle", side_effect=RuntimeError) if killed else nullcontext()
+        with dies, suppress(RuntimeError):
+            assert made.attempt(mail_id) == "delayed"
+        assert made.attempt(mail_id) == "sent"
+        assert len({(one.body, one.headers["idempotency-key"]) for one in upstream.asked}) == 1
+        assert [one["status"] for one in made.outbox.read(mail_id)["recipients"]] == ["accepted", "suppressed"]
 
 
 @pytest.mark.parametrize("end", ["expired", "lost", "late"])
