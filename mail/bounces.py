@@ -6,7 +6,7 @@ sent that mail. Anything else changes nothing. A mail that is being sent at this
 asks for the same report again.
 
 The mail becomes `bounced` or `complained`, its recipient too, and the report stands in its history. A mail that has
-failed for other recipients stays failed, so that it can be queued again for these.
+failed for other recipients stays failed, so that it can be queued again for these; so does one in doubt about them.
 
 Of a mail to one recipient alone, the address goes on the suppression list: at a complaint, or a bounce that says that
 there is no such address. Whoever has had a mail to several could report on the others.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from mail.claim import Recipient, attempts_to_json, iso, recipients_from_json, r
 from mail.outbox import Outbox
 from mail.reader import MAIL_ID
 from mail.reports import BOUNCE, Failed, Report
-from mail.states import EVENTS, RETURNED, State, Status
+from mail.states import EVENTS, RETURNED, SERVED, State, Status
 from mail.store import mail_key
 from mail.verp import mails_in
 from process.log import emit
@@ -35,7 +36,6 @@ from queues.quarantine import DAMAGED
 from smtp.policy import names_no_address
 
 OF_KIND = {reports.BOUNCE: State.BOUNCED, reports.COMPLAINT: State.COMPLAINED}
-SERVED = (Status.ACCEPTED, Status.BOUNCED, Status.COMPLAINED)
 # KEYS: mail. ARGV: mail id, the state, attempts and recipients that were read, the new ones, the new state ("": the
 # mail's own), the reason, the event that webhooks are told; then what goes on the suppression list. Returns whether it
 # is written: by this call, or by one whose reply was lost.
@@ -103,9 +103,9 @@ class Bounces:
             return found._replace(mail_id="", why="it names no mail of this service that is still kept")
         if state == State.SENDING:
             return found._replace(why="the mail is being sent; its outcome is not known yet", later=True)
-        if state == State.UNKNOWN:
-            return self._resolved(found, recipients, report, proven)
-        if state not in (State.SENT, State.FAILED, *RETURNED):
+        if state == State.UNKNOWN and _is_about_doubt(recipients, report, proven):
+            return self._resolved(found, report)
+        if state not in (State.SENT, State.FAILED, State.UNKNOWN, *RETURNED):
             return found._replace(mail_id="", why="it names a mail that was not sent")
         try:
             change = changed(recipients_from_json(recipients), report, proven)
@@ -114,7 +114,7 @@ class Bounces:
             return found._replace(mail_id="", why="it names a mail that cannot be read")
         if not change.history:
             return found._replace(why=change.why, mail_id=mail_id if change.known else "")
-        becomes = "" if state == State.FAILED else OF_KIND[report.kind].value
+        becomes = "" if state in (State.FAILED, State.UNKNOWN) else OF_KIND[report.kind].value
         args: list[Any] = [mail_id, state, attempts, recipients, attempts_to_json(history)]
         args += [recipients_to_json(change.recipients), becomes, change.reason, EVENTS[OF_KIND[report.kind]]]
         args += self._suppressed(mail_id, report.kind, change)
@@ -132,14 +132,8 @@ class Bounces:
             return []
         return suppressions.words(one.address, kind, mail_id, change.reason)
 
-    def _resolved(self, found: Found, recipients: str, report: Report, proven: bool) -> Found | None:
+    def _resolved(self, found: Found, report: Report) -> Found | None:
         """Settles a mail in doubt about which a report has come: the relay has taken it. Then the report is noted."""
-        try:
-            were = [replace(one, status=_as_served(one.status)) for one in recipients_from_json(recipients)]
-        except DAMAGED:
-            were = []
-        if not changed(were, report, proven).history:
-            return found._replace(mail_id="", why="it names nobody to whom this mail went")
         try:
             self.outbox.arrived(found.mail_id, f"a {report.kind} came back")
         except (NotFound, NotPossible) as error:
@@ -147,8 +141,13 @@ class Bounces:
         return None
 
 
-def _as_served(status: Status) -> Status:
-    return Status.ACCEPTED if status == Status.IN_DOUBT else status
+def _is_about_doubt(recipients: str, report: Report, proven: bool) -> bool:
+    """Returns whether a report names somebody in doubt. One who was served before says nothing of the others."""
+    taken = {Status.IN_DOUBT: Status.ACCEPTED}
+    with suppress(*DAMAGED):
+        were = [replace(one, status=taken.get(one.status, Status.PENDING)) for one in recipients_from_json(recipients)]
+        return bool(changed(were, report, proven).history)
+    return False
 
 
 class Change(NamedTuple):

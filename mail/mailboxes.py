@@ -4,8 +4,8 @@ BOUNCE_IMAP_URL: each mail that is new is read, in order, and noted as read in R
 that it does not matter whether a person has opened it. One that was a report about a mail of ours is marked as read;
 all others stay unread, for a person. None is moved or deleted.
 
-DOUBT_IMAP_URL: a mail in doubt whose Message-ID is in that folder has arrived, and is settled. That it is not there
-proves nothing, and changes nothing.
+DOUBT_IMAP_URL: a mail in doubt whose Message-ID is in that folder has arrived, and is settled, unless it had gone to
+others before. That it is not there proves nothing, and changes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mail.bounces import Bounces
 from mail.claim import timestamp
 from mail.index import LAST, of_state
 from mail.outbox import Outbox
-from mail.states import State
+from mail.states import SERVED, State
 from mail.store import MAILBOX
 from process.log import emit, where
 from queues.connection import RedisError, Unavailable, translating_errors
@@ -93,8 +93,13 @@ def in_doubt(outbox: Outbox) -> list[dict[str, Any]]:
     return [
         mail
         for mail in outbox.read_all([str(uuid.UUID(bytes=one)) for one in ids])
-        if mail["status"] == State.UNKNOWN and _last_attempt(mail) > time.time() - LOOKED_FOR
+        if mail["status"] == State.UNKNOWN and _last_attempt(mail) > time.time() - LOOKED_FOR and not _went_before(mail)
     ]
+
+
+def _went_before(mail: dict[str, Any]) -> bool:
+    """Returns whether others were served: in an attempt before that in doubt, so its copy may be of that one."""
+    return any(one["status"] in SERVED for one in mail["recipients"])
 
 
 def _last_attempt(mail: dict[str, Any]) -> float:

@@ -37,7 +37,7 @@ from mail.index import Index, made_at, new_id
 from mail.message import Draft, Message, Raw, message_id, who_gets
 from mail.raw import header_of, without
 from mail.reader import MAIL_ID, NO_MAIL, Reader
-from mail.states import AGAIN, State, Status
+from mail.states import AGAIN, SERVED, State, Status
 from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
 from mail.suppression import Suppressions
 from mail.verp import return_path
@@ -360,7 +360,7 @@ class Outbox(Reader):
         recipients = [Recipient(**one) for one in seen["recipients"]]
         for one in recipients:
             one.status = Status.ACCEPTED if one.status == Status.IN_DOUBT else one.status
-        left = [one for one in recipients if one.status not in (Status.ACCEPTED, Status.SUPPRESSED)]
+        left = [one for one in recipients if one.status not in (*SERVED, Status.SUPPRESSED)]
         why = ", ".join(dict.fromkeys(f"{one.code} before" for one in left if one.code)) or seen["reason"]
         now = time.time()
         attempts = [*seen["attempts"], {"at": iso(now), "verdict": "settled", "text": how}]

@@ -46,6 +46,7 @@ class Status(str, Enum):
     __str__ = str.__str__
 
 
+SERVED = (Status.ACCEPTED, Status.BOUNCED, Status.COMPLAINED)  # the relay has taken the mail for them
 SCHEDULED = "scheduled"  # what a mail with `scheduled_at` is called that is queued and that no attempt has taken yet
 RETURNED = (State.BOUNCED, State.COMPLAINED)  # a report has come about a mail that was sent
 ENDS = (State.SENT, State.FAILED, State.UNKNOWN, State.CANCELED, State.SUPPRESSED)  # of an attempt, or before one

@@ -11,6 +11,7 @@ import pytest
 
 from mail import bounces, reports
 from mail.bounces import Bounces
+from mail.claim import Recipient, recipients_to_json
 from mail.draft import compose
 from mail.message import Draft, Raw
 from mail.outbox import Outbox
@@ -177,6 +178,17 @@ def test_a_report_about_a_mail_in_doubt_settles_that_it_was_taken(outbox: Outbox
     seen = outbox.read(mail_id)
     assert (seen["status"], [one["status"] for one in seen["recipients"]]) == ("bounced", ["bounced", "accepted"])
     assert seen["attempts"][0]["text"] == "a bounce came back"
+
+
+def test_a_report_on_one_who_was_served_before_says_nothing_of_one_in_doubt(outbox: Outbox) -> None:
+    mail_id = sent(outbox, TO_TWO, status=Status.IN_DOUBT, state=State.UNKNOWN)
+    served = recipients_to_json([Recipient(TO_TWO[0], Status.ACCEPTED), Recipient(TO_TWO[1], Status.IN_DOUBT)])
+    outbox.jobs.redis.hset(f"mail:{mail_id}", "recipients", served)
+    assert Bounces(outbox).take(about(outbox, "postfix", mail_id)).noted == 1
+    seen = outbox.read(mail_id)
+    assert (seen["status"], [one["status"] for one in seen["recipients"]]) == ("unknown", ["bounced", "in_doubt"])
+    assert Bounces(outbox).take(about(outbox, "postfix", mail_id, TO_TWO[1])).noted == 1
+    assert outbox.read(mail_id)["status"] == "bounced"
 
 
 def test_a_report_about_a_mail_in_hand_is_wanted_again(outbox: Outbox) -> None:

@@ -12,6 +12,7 @@ import trustme
 
 import tasks
 from mail import delivery, mailboxes, reports
+from mail.claim import Recipient, recipients_to_json
 from mail.outbox import Outbox
 from mail.states import State, Status
 from ops.checks.findings import FAULT, NOTE, OK, WARN
@@ -92,6 +93,14 @@ def test_mail_in_doubt_is_settled_if_it_is_in_the_folder_and_only_then(outbox: O
     assert (last["verdict"], last["text"]) == ("settled", mailboxes.FOUND)
     assert mailboxes.resolve_doubt(outbox) == {"settled": 0, "in_doubt": 1}
     assert server.flags(SENT) == [False, False]
+
+
+def test_that_a_mail_was_sent_to_one_earlier_settles_no_doubt_about_another(outbox: Outbox, server: Dovecot) -> None:
+    mail_id = sent(outbox, ["a@b.co", "c@d.co"], status=Status.IN_DOUBT, state=State.UNKNOWN)
+    served = recipients_to_json([Recipient("a@b.co", Status.ACCEPTED), Recipient("c@d.co", Status.IN_DOUBT)])
+    outbox.jobs.redis.hset(f"mail:{mail_id}", "recipients", served)
+    server.put(SENT, f"Message-ID: <{mail_id}@acme.example>\r\n\r\nHello".encode())
+    assert mailboxes.resolve_doubt(outbox) == {"settled": 0, "in_doubt": 0}
 
 
 def test_a_mailbox_that_cannot_be_read_is_named_without_a_secret(
