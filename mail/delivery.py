@@ -191,7 +191,7 @@ class Delivery:
                     ahead.talk = talk.announce(*ahead.letter)
 
     def _is_plain(self, claim: Claim) -> bool:
-        is_new = claim.state_before == State.QUEUED and claim.calm and not claim.expires_at
+        is_new = claim.state_before == State.QUEUED and claim.calm and not claim.expires_at and not claim.relay
         admits = self.outbox.settings.admits
         is_new = is_new and all(one.status == Status.PENDING and admits(one.address) for one in claim.recipients)
         return is_new and not self.outbox.suppressions.obey(claim)

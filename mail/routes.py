@@ -140,7 +140,7 @@ class Routes:
     def for_mail(self, claim: Claim) -> list[Way]:
         """Returns the ways that serve the mail, the one to try first in front; those in trouble are among them."""
         if self.is_single:
-            return self.ways
+            return self.ways if claim.relay in ("", ONLY) else []
         if held := [way for way in self.ways if way.name == claim.held_by]:
             return held
         domain = claim.message.sender.address.rpartition("@")[2].lower()

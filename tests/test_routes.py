@@ -154,6 +154,17 @@ def test_a_mail_goes_by_a_relay_that_serves_it(
             assert made.attempt(mail_id) == "failed"
 
 
+@pytest.mark.parametrize(("named", "state"), [("second", "delayed"), ("relay", "sent")])
+def test_a_mail_for_a_relay_that_is_gone_does_not_go_by_smtp_host(
+    redis_server: RedisServer, named: str, state: str
+) -> None:
+    with ScriptedRelay() as relay, two(redis_server, DOWN, DOWN) as (made, _):
+        given: Any = {"smtp_host": "127.0.0.1", "smtp_port": relay.port, "smtp_security": "none"}
+        made.delivery = delivery.Delivery(Outbox(made.outbox.jobs, load(from_file={}, **given)))
+        assert made.attempt(made.accept(relay=named)) == state
+        assert bool(relay.connections) == (state == "sent")
+
+
 def test_a_rate_that_is_reached_moves_no_mail_and_its_turn_is_kept_there(redis_server: RedisServer) -> None:
     with two(redis_server, {}, {}, lines='rate = "1/h"') as (made, _):
         ids = [made.accept() for _ in range(2)]
