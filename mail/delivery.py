@@ -291,7 +291,8 @@ def take_up(claim: Claim, asks_again: bool = False) -> None:
         claim.counted, claim.held_by = 0, claim.held_by if asks_again else ""
     if claim.state_before == State.SENDING:
         died = {"verdict": "interrupted", "text": "the worker died in this attempt"}
-        claim.attempts.append({"at": iso(time.time()), **died})
+        at = {"relay_name": claim.held_by} if claim.held_by else {}
+        claim.attempts.append({"at": iso(time.time()), **at, **died})
         claim.counts["attempt:interrupted"] += 1
     unresolved = claim.asked and not asks_again  # the key is known no more, or the upstream
     if unresolved or (claim.state_before == State.SENDING and not asks_again):

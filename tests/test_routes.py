@@ -13,6 +13,7 @@ import redis
 import worker
 from mail import delivery, routes
 from mail.outbox import Outbox
+from mail.states import Status
 from mail.sweep import sweep
 from queues.connection import connect
 from queues.jobs import Jobs
@@ -114,6 +115,23 @@ def test_a_mail_in_doubt_waits_for_the_relay_that_may_have_it(redis_server: Redi
         made.pacing[0].close()
         assert made.attempt(mail_id) in ("sent first", "delayed first")
         assert relays[1].connections == 0
+
+
+def test_a_mail_that_a_person_asks_for_again_is_held_to_no_relay(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with two(redis_server, {}, {}, on_doubt="hold") as (made, _):
+        mail_id = made.accept()
+        claim: Any = made.outbox.claim(mail_id, 0)
+        claim.mark_in_doubt(dict.fromkeys(claim.message.recipients, Status.IN_DOUBT), "first")
+        made.outbox.jobs.redis.delete(f"mail:{mail_id}:claim")
+        assert made.attempt(mail_id).startswith("unknown")
+        monkeypatch.setattr(delivery, "queued_at", lambda: 1e10)
+        for pacing in made.pacing:
+            pacing.trouble(60)
+        assert made.attempt(mail_id) == "delayed"
+        made.pacing[1].close()
+        assert made.attempt(mail_id) == "sent second"
 
 
 def test_while_the_breaker_of_the_first_is_open_mail_goes_to_the_second_and_one_probes(
