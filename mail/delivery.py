@@ -30,6 +30,7 @@ from mail.states import (
     EXPIRED,
     NOT_ADMITTED,
     RETURNED,
+    SERVED,
     TROUBLE_TOO_LONG,
     UNSAYABLE,
     State,
@@ -103,7 +104,7 @@ class Delivery:
 
     def _attempt(self, claim: Claim, ahead: Ahead | None = None) -> str | Retry:
         admits = self.outbox.settings.admits
-        if not all(admits(one.address) for one in claim.recipients if one.status != Status.ACCEPTED):
+        if not all(admits(one.address) for one in claim.recipients if one.status not in SERVED):
             return self._end(claim, given_up(claim), NOT_ADMITTED)  # stored before that was set, or by another service
         asks_again = self.routes.can_ask(claim)
         take_up(claim, asks_again)
@@ -352,7 +353,7 @@ def next_state(claim: Claim, replies: Sequence[Reply], schedule: Sequence[int]) 
         return State.UNKNOWN, 0
     if Status.REFUSED in statuses:
         return State.FAILED, 0
-    return (State.SENT if Status.ACCEPTED in statuses else State.SUPPRESSED), 0
+    return (State.SENT if statuses & set(SERVED) else State.SUPPRESSED), 0
 
 
 def is_trouble(claim: Claim, replies: Sequence[Reply]) -> bool:

@@ -90,6 +90,10 @@ def test_the_state_after_an_attempt(on_doubt: str, replies: list[Reply], state: 
     assert (after_it, pause > 0) == (state, state == "delayed")
 
 
+def test_a_mail_of_which_one_has_bounced_and_the_other_is_suppressed_now_was_sent() -> None:
+    assert delivery.next_state(claim("bounced", "suppressed"), [], ()) == ("sent", 0)
+
+
 @pytest.mark.parametrize("reply", [LATER, SILENCE])
 def test_the_pauses_follow_the_schedule_and_then_the_mail_fails(reply: Reply) -> None:
     taken, pauses = claim("pending"), []
