@@ -152,6 +152,8 @@ class Routes:
 
     def can_ask(self, claim: Claim) -> bool:
         """Returns whether the upstream that may have the mail still knows the key under which it was asked."""
+        if not (claim.asked and any(one.status == Status.IN_DOUBT for one in claim.recipients)):
+            return False
         since, _, identity = claim.asked.partition(" ")
         known = {way.upstream.identity for way in self.ways if way.upstream}
         return identity in known and time.time() - float(since) < KEY_LIFE

@@ -225,6 +225,20 @@ def test_who_was_suppressed_before_is_not_asked_for_with_the_others(redis_server
         assert [one["status"] for one in made.outbox.read(mail_id)["recipients"]] == ["accepted", "suppressed"]
 
 
+def test_once_nobody_is_in_doubt_any_more_a_person_can_have_the_others_asked_for(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sending(redis_server, [*SILENT, TAKEN]) as (made, _, _):
+        mail_id = made.accept(replace(draft().message, to=[Mailbox("", "a@b.co"), Mailbox("", "c@d.co")]))
+        assert made.attempt(mail_id) == "delayed"
+        left = recipients_to_json([Recipient("a@b.co", Status.IN_DOUBT), Recipient("c@d.co", Status.REFUSED, 550)])
+        made.redis.hset(f"mail:{mail_id}", mapping={"state": "unknown", "recipients": left})
+        made.redis.hset(keys.job(mail_id), "status", "failed")
+        made.outbox.arrived(mail_id)
+        monkeypatch.setattr(delivery, "queued_at", lambda: 1e10)
+        assert made.attempt(mail_id) == "sent"
+
+
 @pytest.mark.parametrize("end", ["expired", "lost", "late"])
 def test_a_mail_that_ends_unanswered_is_in_doubt(redis_server: RedisServer, client: redis.Redis, end: str) -> None:
     with sending(redis_server, [*SILENT, BUSY], trouble_for="1h") as (made, _, _):
