@@ -26,8 +26,8 @@ ORIGINALS = {"message/rfc822", "text/rfc822-headers", "message/global", "message
 NAME = re.compile(r"[!-9;-~]{1,80}")
 MEDIA_TYPE = re.compile(r"\s*([!-.0-:<-~]+/[!-.0-:<-~]+)")
 PARAMETER = re.compile(r';\s*([\w-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))')
-STATUS = re.compile(r"(?<![\d.])([245]\.\d{1,3}\.\d{1,3})(?![\d.])")
-CODE = re.compile(r"(?<![\d.])([45]\d\d)(?![\d.])")
+STATUS = re.compile(r"(?<![\d.])([245]\.\d{1,3}\.\d{1,3})(?![\d.])", re.ASCII)
+CODE = re.compile(r"(?<![\d.])([45]\d\d)(?![\d.])", re.ASCII)
 UNICODE = re.compile(r"\\x\{([0-9A-Fa-f]{1,6})\}")  # RFC 6533 3: an address in ASCII that is none
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 QMAIL = re.compile(r"Hi\. This is the [^\n]*\n(?:[^\n]+\n)*\n", re.IGNORECASE)  # the first paragraph; RFC 1894's elder
