@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-TIMEOUT = 30  # seconds for one answer
+TIMEOUT = 10  # seconds for one answer
 QUOTABLE = re.compile(r'<[^\x00-\x20\x7f-\U0010ffff"\\<>]{1,900}>')
 
 
@@ -38,10 +38,13 @@ class Folder:
         found = sorted(map(int, self.mailbox.uids(f"UID {uid + 1}:*", charset=None)))
         return [one for one in found if one > uid]  # a server names the last of all, if there is no other
 
-    def fetch(self, uid: int, size: int) -> bytes:
-        """Returns the first `size` bytes of a mail, which stays unread; b"" for one that is gone."""
+    def fetch(self, uid: int, size: int) -> bytes | None:
+        """Returns the first `size` bytes of a mail, which stays unread; b"" for one that is gone, None for one that the
+        server does not give at the moment."""
         status, answer = self.mailbox.client.uid("FETCH", str(uid), f"(BODY.PEEK[]<0.{size}>)")
-        pieces = [one[1] for one in answer if isinstance(one, tuple)] if status == "OK" else []
+        if status != "OK":
+            return None
+        pieces = [one[1] for one in answer if isinstance(one, tuple)]
         return bytes(pieces[0]) if pieces else b""
 
     def mark_read(self, uid: int) -> None:

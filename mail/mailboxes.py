@@ -1,8 +1,9 @@
 """The two mailboxes that are looked into each minute: what came back, and what the relay has sent.
 
 BOUNCE_IMAP_URL: each mail that is new is read, in order, and noted as read in Redis by its number (`mail:mailbox`), so
-that it does not matter whether a person has opened it. One that was a report about a mail of ours is marked as read;
-all others stay unread, for a person. None is moved or deleted.
+that it does not matter whether a person has opened it. One that cannot be read or believed yet is noted as well, and
+read again, and keeps no other. One that was a report about a mail of ours is marked as read; all others stay unread,
+for a person. None is moved or deleted.
 
 DOUBT_IMAP_URL: a mail in doubt whose Message-ID is in that folder has arrived, and is settled, unless it had gone to
 others before. That it is not there proves nothing, and changes nothing.
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 import time
 import uuid
 from collections import Counter
 from typing import Any
 
 from mail import imap, reports
-from mail.bounces import Bounces
+from mail.bounces import Bounces, Found
 from mail.claim import timestamp
 from mail.index import LAST, of_state
 from mail.outbox import Outbox
@@ -29,6 +31,7 @@ from queues.connection import RedisError, Unavailable, translating_errors
 from queues.jobs import NotFound, NotPossible
 
 AT_ONCE = 200  # reports read, or mails looked for, in one go
+LONGEST = 30  # seconds for that: the worker for `jobs` has other jobs
 LOOKED_FOR = 2 * 86400  # seconds after its last attempt for which a mail is looked for: its copy comes with the mail
 FOUND = "it is in the folder of sent mail, by its Message-ID"
 
@@ -48,37 +51,53 @@ def read_reports(outbox: Outbox) -> dict[str, Any]:
 
 
 def _read_new(folder: imap.Folder, outbox: Outbox, box: str, counts: Counter[str]) -> None:
-    bounces, redis, numbered = Bounces(outbox), outbox.jobs.redis, f"{box}:{folder.validity}"
+    bounces, redis, until = Bounces(outbox), outbox.jobs.redis, time.monotonic() + LONGEST
     with translating_errors():
-        known: Any = redis.hmget(MAILBOX, "of", "uid")
-    last = int(known[1] or 0) if known[0] == numbered.encode() else 0
-    for uid in folder.newer_than(last)[:AT_ONCE]:
-        try:
-            found = bounces.take(folder.fetch(uid, reports.SIZE))
-        except (Unavailable, RedisError, imap.Unreachable, OSError):
-            raise
-        except Exception as error:  # one mail must not keep all others from being read
-            emit("crashed", logging.ERROR, where=where(error))
-            counts["unread"] += 1
-        else:
-            if found.later:
-                return
-            counts[found.kind or "other"] += 1
-            counts["noted"] += found.noted
-            if found.mail_id:
-                folder.mark_read(uid)
+        known: Any = redis.hmget(MAILBOX, "of", "uid", "later")
+    numbered = f"{box}:{folder.validity}"
+    if known[0] != numbered.encode():
+        known = [b"", b"0", b""]
+    last, again = int(known[1] or 0), list(map(int, (known[2] or b"").split()))
+    for one in [*again, *folder.newer_than(last)[:AT_ONCE]]:
+        if time.monotonic() > until:
+            return
+        is_read = _read(folder, one, bounces, counts)
+        last, again = max(last, one), [*(other for other in again if other != one), *([] if is_read else [one])]
+        noted: Any = {"of": numbered, "uid": last, "later": " ".join(map(str, again[-AT_ONCE:]))}
         with translating_errors():
-            redis.hset(MAILBOX, mapping={"of": numbered, "uid": uid})
+            redis.hset(MAILBOX, mapping=noted)
+
+
+def _read(folder: imap.Folder, uid: int, bounces: Bounces, counts: Counter[str]) -> bool:
+    """Reads one mail of the mailbox. Returns whether that is done with; whatever the connection raises goes on: a mail
+    that has not come is not read."""
+    data = folder.fetch(uid, reports.SIZE)
+    try:
+        found = Found(later=True) if data is None else bounces.take(data)
+    except (Unavailable, RedisError):
+        raise
+    except Exception as error:  # one mail must not keep all others from being read
+        emit("crashed", logging.ERROR, where=where(error))
+        counts["unread"] += 1
+        return True
+    counts["later" if found.later else found.kind or "other"] += 1
+    counts["noted"] += found.noted
+    if found.mail_id and not found.later:
+        folder.mark_read(uid)
+    return not found.later
 
 
 def resolve_doubt(outbox: Outbox) -> dict[str, Any]:
     """Settles those mails in doubt that are in the folder of DOUBT_IMAP_URL. Returns how many of how many."""
-    url, settled = outbox.settings.doubt_imap_url, 0
+    url, settled, until = outbox.settings.doubt_imap_url, 0, time.monotonic() + LONGEST
     waiting = in_doubt(outbox) if url else []
+    random.shuffle(waiting)  # so that none is always behind those for which there is time
     try:
         if url and waiting:
             with imap.opened(url.get_secret_value(), readonly=True) as folder:
                 for mail in waiting:
+                    if time.monotonic() > until:
+                        break
                     settled += folder.has(mail["message_id"]) and _settle(outbox, mail["id"])
     except imap.Unreachable as error:
         emit("mailbox_unreachable", logging.WARNING, at="DOUBT_IMAP_URL", reason=error)

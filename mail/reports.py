@@ -26,8 +26,8 @@ ORIGINALS = {"message/rfc822", "text/rfc822-headers", "message/global", "message
 NAME = re.compile(r"[!-9;-~]{1,80}")
 MEDIA_TYPE = re.compile(r"\s*([!-.0-:<-~]+/[!-.0-:<-~]+)")
 PARAMETER = re.compile(r';\s*([\w-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))')
-STATUS = re.compile(r"(?<![\d.])([245]\.\d{1,3}\.\d{1,3})(?![\d.])")
-CODE = re.compile(r"(?<![\d.])([45]\d\d)(?![\d.])")
+STATUS = re.compile(r"(?<![\d.])([245]\.\d{1,3}\.\d{1,3})(?![\d.])", re.ASCII)
+CODE = re.compile(r"(?<![\d.])([45]\d\d)(?![\d.])", re.ASCII)
 UNICODE = re.compile(r"\\x\{([0-9A-Fa-f]{1,6})\}")  # RFC 6533 3: an address in ASCII that is none
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 QMAIL = re.compile(r"Hi\. This is the [^\n]*\n(?:[^\n]+\n)*\n", re.IGNORECASE)  # the first paragraph; RFC 1894's elder
@@ -156,7 +156,8 @@ def _complained(told: str, whole: Part, original: Part) -> Iterator[Failed]:
 
 def _reporter(told: str) -> str:
     about = fields(told.lstrip("\n").partition("\n\n")[0])
-    return shown(about.get("reporting-mta", "").partition(";")[2])[:253]
+    host = re.match(r"[\w.:\[\]-]{1,253}(?![\w@])", about.get("reporting-mta", "").partition(";")[2].strip())
+    return host[0] if host else ""
 
 
 def _older_form(whole: Part) -> Report | None:
@@ -166,7 +167,8 @@ def _older_form(whole: Part) -> Report | None:
         return None
     if named := whole.fields.get("x-failed-recipients"):
         addresses = filter(None, map(_address, named.split(",")[:MOST_RECIPIENTS]))
-        found = [Failed((one,), *_told(_after(body, one))) for one in addresses]
+        below = _below(body)
+        found = [Failed((one,), *_told(below.get(one.lower(), ""))) for one in addresses]
     elif begun := QMAIL.match(body.lstrip("\n")):
         paragraphs = re.split(r"\n(?=<|-)", "\n" + body.lstrip("\n")[begun.end() :])[1 : MOST_RECIPIENTS + 1]
         found = [Failed((one,), *_told(text)) for one, text in map(_recipient_of_qmail, paragraphs) if one]
@@ -180,10 +182,13 @@ def _recipient_of_qmail(paragraph: str) -> tuple[str, str]:
     return (_address(first.rstrip(": ")) if first.startswith("<") else ""), text
 
 
-def _after(body: str, address: str) -> str:
-    """Returns what Exim says below an address, where a line has it alone."""
-    at = re.search(rf"^[ \t]*<?{re.escape(address)}>?[ \t]*$", body, re.MULTILINE | re.IGNORECASE)
-    return re.split(r"\n[ \t]*\n|\n-", body[at.end() :], maxsplit=1)[0] if at else ""
+def _below(body: str) -> dict[str, str]:
+    """Returns what Exim says below each address that a line has alone, in small letters: in one go."""
+    found: dict[str, str] = {}
+    for line in re.finditer(r"^[ \t]*<?([^\s<>]{3,320})>?[ \t]*$", body, re.MULTILINE):
+        text = body[line.end() : line.end() + 4 * LONGEST_TEXT]
+        found.setdefault(line[1].lower(), re.split(r"\n[ \t]*\n|\n-", text, maxsplit=1)[0])
+    return found
 
 
 def _told(text: str) -> tuple[str, int | None, str]:

@@ -30,7 +30,9 @@ def mails_in(text: str, bounce_address: str, prove: Proof) -> list[str]:
     """Returns for each return path of ours in a text, to the tenth, the mail's id; "" for one that is forged."""
     local, _, domain = bounce_address.rpartition("@")
     form = rf"{re.escape(local)}\+([a-z2-7]{{26}})\.([a-z2-7]{{16}})@{re.escape(domain)}(?![\w.-]*\w)"
-    found = list(dict.fromkeys((one[1].lower(), one[2].lower()) for one in re.finditer(form, text, re.IGNORECASE)))
+    found = list(
+        dict.fromkeys((one[1].lower(), one[2].lower()) for one in re.finditer(form, text, re.IGNORECASE | re.ASCII))
+    )
     ids = [str(uuid.UUID(bytes=base64.b32decode(f"{one.upper()}======"))) for one, _ in found[:10]]
     return [
         one if hmac.compare_digest(_letters(prove(one)), proof) else ""

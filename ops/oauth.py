@@ -18,6 +18,7 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def _wait_for_code(server: HTTPServer, state: str) -> str:
         server.handle_request()
         given = {name: values[0] for name, values in heard.items()}
         heard.clear()
-        if not secrets.compare_digest(given.get("state", ""), state):
+        if not secrets.compare_digest(given.get("state", "").encode(errors="replace"), state.encode()):
             continue  # of a page that has nothing to do with this
         if given.get("code"):
             return given["code"]
@@ -110,8 +111,8 @@ class Redirected(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         at = urlsplit(self.path)
         if at.path == "/":
-            with_ascii = at.query.encode("ascii", "replace").decode()
-            self.server.heard.update(parse_qs(with_ascii, max_num_fields=20))  # type: ignore[attr-defined]
+            with suppress(ValueError):  # too many fields
+                self.server.heard.update(parse_qs(at.query, max_num_fields=20))  # type: ignore[attr-defined]
         self.send_response(200 if at.path == "/" else 404)
         self.send_header("Content-Type", "text/plain; charset=utf-8")
         self.end_headers()

@@ -49,6 +49,7 @@ class Task(NamedTuple):
 
 OFFERED: dict[str, Task] = {}
 OURS: dict[str, Task] = {}  # of the service itself: cron alone queues them
+SHORT = 90  # seconds that one of these may take: the queue has other jobs; the next minute tries again
 KEPT_OF_OURS = 3600  # seconds for which a job of these is kept: there is one each minute
 
 
@@ -132,7 +133,7 @@ def each_minute(needs: str) -> Callable[[Callable[[], Any]], Callable[..., Any]]
     def offer(function: Callable[[], Any]) -> Callable[..., Any]:
         arguments = _arguments(function)
         checked = _checked(function, arguments)
-        OURS[function.__name__] = Task(checked, arguments, JOBS, 300, (30,), 1, "* * * * *", needs)
+        OURS[function.__name__] = Task(checked, arguments, JOBS, SHORT, (30,), 1, "* * * * *", needs)
         return checked
 
     return offer

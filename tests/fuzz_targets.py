@@ -160,9 +160,10 @@ def check_report(data: bytes) -> None:
         return
     assert 1 <= len(found.recipients) <= reports.MOST_RECIPIENTS
     assert re.fullmatch(r"(<[!-~]+>)?", found.message_id)
+    assert "@" not in found.by
     for one in found.recipients:
         assert all("@" in address and address.isprintable() and len(address) <= 320 for address in one.addresses)
-        assert re.fullmatch(r"([245]\.\d+\.\d+)?", one.status) or one.status in reports.COMPLAINTS
+        assert re.fullmatch(r"([245]\.\d+\.\d+)?", one.status, re.ASCII) or one.status in reports.COMPLAINTS
         assert len(one.text) <= reports.LONGEST_TEXT
         assert (one.text + found.by).isprintable()
         assert one.code is None or 400 <= one.code < 600

@@ -256,19 +256,28 @@ def test_a_return_path_bears_capitals_and_no_other_domain(outbox: Outbox) -> Non
         (f"{path}.evil.example", []),
         (path.replace("bounces", "bounce"), []),
         (f"{path}x", []),
+        *(
+            (path[:at] + letter + path[at + 1 :], []) for letter in "\u017f\u212a\u0130\u0131" for at in (8, 35)
+        ),  # s, k, i?
     ):
         assert mails_in(text, BOUNCES, outbox.index.proof) == found, text
 
 
 def test_a_report_costs_no_more_than_its_first_bytes() -> None:
+    named = [b"a%d@b.example" % number for number in range(100)]
     hostile = [
         b"Content-Type: multipart/report; report-type=delivery-status; boundary=x\r\n\r\n" + b"--x\r\n" * 200_000,
         b'Content-Type: multipart/report; ;a="' * 200_000,
         b"From: mailer-daemon@x\nX-Failed-Recipients: " + b"a@b.example," * 200_000,
         b"From: mailer-daemon@x\n\nHi. This is the\n" + b"\n<a@b.example>:\n" * 200_000,
         b"A: b\n\t" * 500_000,
+        b"From: mailer-daemon@x\nX-Failed-Recipients: "
+        + b",".join(named)
+        + b"\n\n"
+        + b"\n".join(named)
+        + b"\nx" * 130_000,
     ]
     for data in hostile:
         began = time.thread_time()
         reports.read(data)
-        assert time.thread_time() - began < 5, data[:50]
+        assert time.thread_time() - began < 1, data[:50]

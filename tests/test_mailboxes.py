@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from imaplib import IMAP4
 from types import SimpleNamespace
 from typing import Any
 
 import fakeredis
 import pytest
 import trustme
+from rq.timeouts import JobTimeoutException
 
 import tasks
 from mail import delivery, mailboxes, reports
@@ -77,10 +79,43 @@ def test_a_mail_that_cannot_be_read_keeps_no_other_and_one_that_is_too_early_wai
     server.put("INBOX", b"Subject: poison\r\n\r\n", about(outbox, "postfix", mail_id), b"Subject: later\r\n\r\n")
     monkeypatch.setattr(reports, "read", lambda data: 1 / 0 if b"poison" in data else read(data))
     outbox.jobs.redis.hset(f"mail:{mail_id}", "state", "sending")
-    assert mailboxes.read_reports(outbox) == {"unread": 1}
+    assert mailboxes.read_reports(outbox) == {"unread": 1, "later": 1, "other": 1, "noted": 0}
     assert "crashed where=ZeroDivisionError" in caplog.text.replace('"', "")
     outbox.jobs.redis.hset(f"mail:{mail_id}", "state", "sent")
-    assert mailboxes.read_reports(outbox) == {"bounce": 1, "noted": 1, "other": 1}
+    assert mailboxes.read_reports(outbox) == {"bounce": 1, "noted": 1}
+    assert mailboxes.read_reports(outbox) == {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "first"),
+    [
+        (IMAP4.abort("socket error: EOF"), {"error": "the server does not do what is asked: abort"}),
+        (JobTimeoutException("too long"), JobTimeoutException),
+        (("NO", [b"Server Unavailable. 15"]), {"later": 2, "noted": 0}),
+    ],
+)
+def test_no_report_is_lost_where_the_connection_or_the_worker_ends(
+    fault: Any, first: Any, outbox: Outbox, server: Dovecot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.put("INBOX", *(about(outbox, "postfix", sent(outbox)) for _ in range(2)))
+    real = IMAP4.uid
+
+    def uid(self: Any, command: str, *rest: str) -> Any:
+        if command == "FETCH" and isinstance(fault, Exception):
+            raise fault
+        return fault if command == "FETCH" else real(self, command, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(IMAP4, "uid", uid)
+        if isinstance(first, dict):
+            assert mailboxes.read_reports(outbox) == first
+        else:
+            with pytest.raises(first):
+                mailboxes.read_reports(outbox)
+    with monkeypatch.context() as patched:
+        patched.setattr(mailboxes, "LONGEST", -1)  # it has no time
+        assert mailboxes.read_reports(outbox) == {}
+    assert mailboxes.read_reports(outbox) == {"bounce": 2, "noted": 2}
 
 
 def test_mail_in_doubt_is_settled_if_it_is_in_the_folder_and_only_then(outbox: Outbox, server: Dovecot) -> None:

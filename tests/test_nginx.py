@@ -62,7 +62,7 @@ def written(directory: Path, **places: str) -> Path:
     (directory / "site.conf").write_text(site)
     temporary = "".join(f"{kind}_temp_path tmp;\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     (directory / "nginx.conf").write_text(
-        f"daemon off; master_process off; pid pid; error_log error.log;\nevents {{}}\nhttp {{\naccess_log off;\n"
+        f"daemon off; master_process off; pid pid; error_log error.log;\nevents {{}}\nhttp {{\naccess_log access.log;\n"
         f"{temporary}include site.conf;\n}}\n"
     )
     return directory / "nginx.conf"
@@ -372,6 +372,19 @@ def test_a_service_that_is_away_is_said_in_the_same_shape(tmp_path: Path, at: st
     assert is_ours(answer, 502, "service_unavailable")
     assert answer.headers["Retry-After"] == "5"
     assert not [name for name in answer.headers if name.startswith("ratelimit-")]
+
+
+@pytest.mark.parametrize("at", [HERE, OUTSIDE])
+def test_an_address_in_a_path_is_in_no_log_whatever_becomes_of_the_request(tmp_path: Path, at: str) -> None:
+    with serving(tmp_path, api=f"unix:{tmp_path}/nobody.sock") as front:
+        there = Api(front.port, host=at)
+        assert is_ours(there.get("/suppressions/ada@example.com"), 502, "service_unavailable")
+        assert is_ours(there.post("/suppressions/ada@example.com", "x" * 41 * 2**20), 413, "request_too_large")
+        there.get("/suppressions")
+    access, errors = ((tmp_path / name).read_text() for name in ("access.log", "error.log"))
+    for log in (access, errors):
+        assert "GET /suppressions HTTP" in log
+        assert "ada" not in log
 
 
 def test_a_request_without_an_answer_is_not_sent_a_second_time(tmp_path: Path) -> None:

@@ -116,7 +116,13 @@ def test_at_google_the_browser_comes_back_with_a_code_that_only_we_can_use(
     def browse(url: str) -> None:
         asked = {name: values[0] for name, values in parse_qs(urlsplit(url).query).items()}
         shown.append(asked["code_challenge"])
-        for query in ("", "state=guessed&code=stolen", f"state={asked['state']}&code=c0de"):
+        for query in (
+            "",
+            "state=guessed&code=stolen",
+            "state=%C3%A9&code=x",
+            "&".join(["a=b"] * 30),
+            f"state={asked['state']}&code=c0de",
+        ):
             there = http.client.HTTPConnection(urlsplit(asked["redirect_uri"]).netloc, timeout=5)
             there.request("GET", f"/?{query}")
             assert there.getresponse().status == 200

@@ -68,6 +68,32 @@ def test_a_name_that_leads_here_is_refused_unless_that_is_allowed(monkeypatch: p
         assert [one.path for one in receiver.got] == ["/hooks?token=very-secret"] * 2
 
 
+def test_what_is_asked_for_is_a_path_whatever_the_url_leaves_out() -> None:
+    for rest, target in (("", "/"), ("/", "/"), ("?a=b", "/?a=b"), ("/x?a=b#c", "/x?a=b"), ("//x", "//x")):
+        assert Poster(f"https://hooks.example.com{rest}").target == target
+
+
+def test_a_deadline_that_passes_before_there_is_a_connection_holds_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, answer = [], b"HTTP/1.1 200 OK\r\nA: b\r\n\r\n"
+
+    def trickle(sock: socket.socket) -> None:
+        for letter in answer:
+            time.sleep(0.1)
+            sock.sendall(bytes([letter]))
+            said.append(letter)
+
+    asked = socket.getaddrinfo
+
+    def slow(*args: Any, **how: Any) -> Any:
+        time.sleep(0.2)
+        return asked(*args, **how)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with speaking(trickle) as url:
+        assert ask(url, deadline=0.1) == Answer(0, post.TOO_LATE)
+    assert len(said) < len(answer)
+
+
 def test_a_connection_is_kept_and_opened_anew_once_it_was_closed() -> None:
     with Receiver() as receiver:
         poster = Poster(receiver.url)

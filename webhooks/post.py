@@ -56,7 +56,7 @@ class Poster:
     def __init__(self, url: str, private: bool = False, deadline: float = DEADLINE) -> None:
         at = urlsplit(url)
         self.scheme, self.host, self.port = at.scheme, at.hostname or "", at.port
-        self.target = at._replace(scheme="", netloc="", fragment="").geturl() or "/"
+        self.target = (at.path or "/") + (f"?{at.query}" if at.query else "")
         self.private, self.deadline = private or is_loopback(self.host), deadline
         self.context = ssl.create_default_context() if at.scheme == "https" else None
         self.own = threading.local()
@@ -68,6 +68,8 @@ class Poster:
             with cut:
                 cut.connection = one
                 one.request("POST", self.target, body, HEADERS | headers, preload_content=False)
+                if cut.is_done:  # before there was a connection to cut
+                    raise TimeoutError
                 cut.sock = one.sock  # which the connection lets go where it ends with the answer
                 answer = one.getresponse()
                 is_read = len(answer.read(MOST + 1)) <= MOST
