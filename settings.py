@@ -262,6 +262,11 @@ class Settings(BaseModel):
         url, secrets = self.webhook_url, self.webhook_secret
         return (EndpointSettings.model_construct(name=ONLY_WEBHOOK, url=url, secrets=secrets),)
 
+    def has(self, name: str) -> bool:
+        """Returns whether a setting is there; RELAYS stands for SMTP_HOST, and WEBHOOKS for WEBHOOK_URL."""
+        several = {"smtp_host": self.relays, "webhook_url": self.webhooks}
+        return bool(several.get(name) or getattr(self, name))
+
     @property
     def deliver_timeout(self) -> int:
         """Returns how many seconds one whole SMTP session may take; the reply to the dot may take what is left."""
@@ -334,10 +339,7 @@ def load(*needed: str, **overrides: Any) -> Settings:
         settings = Settings(**{**from_credentials(directory), **written, **from_environment(), **overrides})
     except ValidationError as error:
         raise SettingsError(explain(error)) from None
-    there = {"smtp_host": settings.all_relays, "webhook_url": settings.all_webhooks}
-    missing = [
-        f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not there.get(name, getattr(settings, name))
-    ]
+    missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not settings.has(name)]
     if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password or settings.smtp_oauth):
         # Checked in the process that sends the mail: under systemd, the API is not given the password.
         why = "SMTP_USERNAME and SMTP_PASSWORD go together: set both, or neither for a relay without a login"
