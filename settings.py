@@ -37,6 +37,7 @@ from process.grants import Grant, parse_grant
 from process.relays import ONLY, RelaySettings, parse_relays
 from process.values import (
     IMAP_URL,
+    SAFE_URL,
     Address,
     Duration,
     Host,
@@ -215,7 +216,7 @@ class Settings(BaseModel):
         except ValueError:  # its text would quote the password
             faults.append("REDIS_URL must be a URL: write / # ? : @ in its password as %2F %23 %3F %3A %40")
         if self.alert_url and not is_safe_url(self.alert_url.get_secret_value()):
-            faults.append("ALERT_URL must be a URL that begins with https://, or with http:// on loopback")
+            faults.append(f"ALERT_URL {SAFE_URL}")
         if self.webhook_url and self.webhooks:
             faults.append("WEBHOOK_URL and WEBHOOKS both name an endpoint: put it into WEBHOOKS, and unset WEBHOOK_URL")
         if self.webhook_url and not is_fit(self.webhook_url.get_secret_value()):
