@@ -37,6 +37,7 @@ from process.grants import Grant, parse_grant
 from process.relays import ONLY, RelaySettings, parse_relays
 from process.values import (
     IMAP_URL,
+    SAFE_URL,
     Address,
     Duration,
     Host,
@@ -215,7 +216,7 @@ class Settings(BaseModel):
         except ValueError:  # its text would quote the password
             faults.append("REDIS_URL must be a URL: write / # ? : @ in its password as %2F %23 %3F %3A %40")
         if self.alert_url and not is_safe_url(self.alert_url.get_secret_value()):
-            faults.append("ALERT_URL must be a URL that begins with https://, or with http:// on loopback")
+            faults.append(f"ALERT_URL {SAFE_URL}")
         if self.webhook_url and self.webhooks:
             faults.append("WEBHOOK_URL and WEBHOOKS both name an endpoint: put it into WEBHOOKS, and unset WEBHOOK_URL")
         if self.webhook_url and not is_fit(self.webhook_url.get_secret_value()):
@@ -261,6 +262,11 @@ class Settings(BaseModel):
             return self.webhooks
         url, secrets = self.webhook_url, self.webhook_secret
         return (EndpointSettings.model_construct(name=ONLY_WEBHOOK, url=url, secrets=secrets),)
+
+    def has(self, name: str) -> bool:
+        """Returns whether a setting is there; RELAYS stands for SMTP_HOST, and WEBHOOKS for WEBHOOK_URL."""
+        several = {"smtp_host": self.relays, "webhook_url": self.webhooks}
+        return bool(several.get(name) or getattr(self, name))
 
     @property
     def deliver_timeout(self) -> int:
@@ -334,10 +340,7 @@ def load(*needed: str, **overrides: Any) -> Settings:
         settings = Settings(**{**from_credentials(directory), **written, **from_environment(), **overrides})
     except ValidationError as error:
         raise SettingsError(explain(error)) from None
-    there = {"smtp_host": settings.all_relays, "webhook_url": settings.all_webhooks}
-    missing = [
-        f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not there.get(name, getattr(settings, name))
-    ]
+    missing = [f"{name.upper()} is not set: {NEEDED[name]}" for name in needed if not settings.has(name)]
     if "smtp_host" in needed and bool(settings.smtp_username) != bool(settings.smtp_password or settings.smtp_oauth):
         # Checked in the process that sends the mail: under systemd, the API is not given the password.
         why = "SMTP_USERNAME and SMTP_PASSWORD go together: set both, or neither for a relay without a login"

@@ -32,6 +32,7 @@ from ops.release import CLEAN_ENVIRONMENT, MARK, copy_files, release_id
 from ops.server import Fault, Server, text_of
 from ops.site import set_up_nginx
 from ops.smtp_in import SERVICE as SUBMISSION
+from ops.smtp_in import SOCKET as SUBMISSION_SOCKET
 from ops.smtp_in import set_up_submission
 from ops.webhooks import SERVICE as WEBHOOKS
 from ops.webhooks import set_up_webhooks
@@ -340,6 +341,14 @@ def find_previous_release(server: Server) -> None:
     server.say(str(server.release))
 
 
+def stop_what_is_newer(server: Server) -> None:
+    """Turns off what the release does not have, and could only fail at, again and again; an upgrade turns it on."""
+    for unit, *others in ((SUBMISSION_SOCKET, SUBMISSION), (WEBHOOKS,)):
+        is_known = (server.tree / "systemd" / unit).exists()
+        if not is_known and server.ask("systemctl", "is-enabled", unit) == "enabled":
+            server.run("systemctl", "disable", "--now", unit, *others)
+
+
 Step = tuple[str, Callable[[Server], None]]  # what is printed when it runs, and what runs
 MACHINE = ("This machine: Debian or Ubuntu, run by systemd, and you are root", check_machine)
 SWITCH = (
@@ -361,11 +370,16 @@ INSTALL = (
     ("The doctor: what is still wrong or missing", run_doctor),
     (f"Old releases: the last {KEPT} stay", remove_old_releases),
 )
-ROLLBACK = (MACHINE, ("The previous release", find_previous_release), *SWITCH)
+ROLLBACK = (
+    MACHINE,
+    ("The previous release", find_previous_release),
+    ("Mail by SMTP and webhooks, if it has none yet", stop_what_is_newer),
+    *SWITCH,
+)
 
 
 def farewell(server: Server) -> str:
-    several = re.search(r"^\[", text_of(server.relays) or "", re.MULTILINE)
+    several = server.is_set("RELAYS") or re.search(r"^\s*\[", text_of(server.relays) or "", re.MULTILINE)
     missing = [name for name in (*(() if several else ("SMTP_HOST",)), "MAIL_FROM") if not server.is_set(name)]
     lines = [f"\n{server.release.name} is installed."]
     if server.new_key:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, model_validator
 
-from process.values import is_safe_url
+from process.values import SAFE_URL, is_safe_url, sentences
 
 
 class Provider(NamedTuple):
@@ -63,7 +63,7 @@ class Grant(BaseModel):
         if bool(self.provider) == bool(self.token_url):
             faults.append("one of provider and token_url must be set")
         if self.token_url and not is_safe_url(self.token_url):
-            faults.append("token_url must be a URL that begins with https://, or with http:// on loopback")
+            faults.append(f"token_url {SAFE_URL}")
         if not TENANT.fullmatch(self.tenant):
             faults.append("tenant must be a directory's ID or domain, such as acme.onmicrosoft.com")
         if not self.refresh_token and not self.client_secret:
@@ -116,19 +116,11 @@ def parse_grant(text: str) -> Grant:
     """Returns what a JSON text says. Raises ValueError with all that is wrong, and nothing of what was given."""
     try:
         given: Any = json.loads(text)
-    except ValueError:
-        raise ValueError("must be the JSON that bin/oauth writes") from None
+    except (ValueError, RecursionError):
+        given = None
     if not isinstance(given, dict):
         raise ValueError("must be the JSON that bin/oauth writes")
     try:
-        return Grant(**given)
-    except (ValidationError, TypeError) as error:
-        if not isinstance(error, ValidationError):
-            raise ValueError("must be the JSON that bin/oauth writes") from None
-        raise ValueError("; ".join(map(_sentence, error.errors(include_input=False, include_url=False)))) from None
-
-
-def _sentence(fault: Any) -> str:
-    field, text = ".".join(map(str, fault["loc"][:1])), fault["msg"].removeprefix("Value error, ")
-    known = field in Grant.model_fields
-    return f"{field}: {text[0].lower()}{text[1:]}" if known else text if not field else "a field has no known name"
+        return Grant.model_validate(given)
+    except ValidationError as error:
+        raise ValueError("; ".join(sentences(error))) from None

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, FilePath, SecretStr, ValidationError, model_validator
 
 from process.grants import Grant
-from process.values import DOMAIN, Host, Port, Rates, is_loopback, is_safe_url
+from process.values import DOMAIN, SAFE_URL, Host, Port, Rates, is_loopback, is_safe_url, sentences
 
 Named = TypeVar("Named", bound=BaseModel)
 tomllib: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -65,7 +65,7 @@ class RelaySettings(BaseModel):
         others = set().union(*OF_KIND.values()) - OF_KIND[self.kind]
         faults += [f"{name} is not for a relay of kind {self.kind}" for name in sorted(others & self.model_fields_set)]
         if self.url and not is_safe_url(self.url):
-            faults.append("url must be a URL that begins with https://, or with http:// on loopback")
+            faults.append(f"url {SAFE_URL}")
         if self.kind == "resend" and not self.api_key:
             faults.append("api_key must be set for a relay of kind resend")
         if self.username and self.security == "none" and not is_loopback(self.host or ""):
@@ -105,12 +105,7 @@ def parse_tables(text: str, kind: type[Named], reserved: str) -> tuple[Named, ..
         try:
             found.append(kind(**{**table, "name": name}))
         except ValidationError as error:
-            faults += [f"{name}: {_sentence(fault)}" for fault in error.errors(include_input=False, include_url=False)]
+            faults += [f"{name}: {sentence}" for sentence in sentences(error)]
     if faults:
         raise ValueError("; ".join(faults))
     return tuple(found)
-
-
-def _sentence(fault: Any) -> str:
-    field, text = ".".join(map(str, fault["loc"][:1])), fault["msg"].removeprefix("Value error, ")
-    return f"{field}: {text[0].lower()}{text[1:]}" if field else text

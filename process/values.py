@@ -9,10 +9,10 @@ import ipaddress
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 DOMAIN = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
@@ -124,15 +124,18 @@ def parse_ehlo_name(text: str) -> str:
     return name
 
 
-def is_safe_url(url: str) -> bool:
+SAFE_URL = "must be a URL that begins with https://, or with http:// on loopback"
+
+
+def is_safe_url(url: str, secure: str = "https", clear: str = "http") -> bool:
     """Returns whether a secret in it is not sent in clear, but within this machine."""
     try:
         at = urlsplit(url)
         _ = at.port
     except ValueError:
         return False
-    loopback = at.scheme == "http" and is_loopback(at.hostname or "")
-    return bool(at.hostname) and (at.scheme == "https" or loopback) and bool(re.fullmatch(r"[!-~]+", url))
+    loopback = at.scheme == clear and is_loopback(at.hostname or "")
+    return bool(at.hostname) and (at.scheme == secure or loopback) and bool(re.fullmatch(r"[!-~]+", url))
 
 
 IMAP_URL = (
@@ -142,14 +145,8 @@ IMAP_URL = (
 
 def is_imap_url(url: str) -> bool:
     """Returns whether it names a mailbox by IMAP, with a login that is not sent in clear but within this machine."""
-    try:
-        at = urlsplit(url)
-        _ = at.port
-    except ValueError:
-        return False
-    loopback = at.scheme == "imap" and is_loopback(at.hostname or "")
-    given = at.hostname and at.username and at.password and not (at.query or at.fragment)
-    return bool(given) and (at.scheme == "imaps" or loopback) and bool(re.fullmatch(r"[!-~]+", url))
+    at = urlsplit(url) if is_safe_url(url, "imaps", "imap") else None
+    return bool(at and at.username and at.password and not (at.query or at.fragment))
 
 
 def parse_bounce_address(text: str) -> str:
@@ -158,6 +155,19 @@ def parse_bounce_address(text: str) -> str:
     if not address.isascii() or len(address.partition("@")[0]) > 20 or "+" in address:
         raise ValueError("must be one address in ASCII, with 1 to 20 characters before the @ and no +")
     return address
+
+
+def sentences(error: ValidationError) -> list[str]:
+    """Returns a sentence for each fault that pydantic has found in a table or an object. Of what was given it has no
+    more than the names of fields, and no name that may be a secret."""
+    return [_sentence(fault) for fault in error.errors(include_input=False, include_url=False)]
+
+
+def _sentence(fault: Any) -> str:
+    names, text = [part for part in fault["loc"] if isinstance(part, str)], fault["msg"].removeprefix("Value error, ")
+    if not all(re.fullmatch(r"[a-z_]{1,32}", name) for name in names):
+        return "a field has no known name"
+    return f"{'.'.join(names)}: {text[0].lower()}{text[1:]}" if names else text
 
 
 LONGEST_DURATION = 100 * 366 * 86400  # seconds; what is longer, Redis or Python may refuse

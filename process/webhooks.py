@@ -58,7 +58,7 @@ class EndpointSettings(BaseModel):
     `events` names what it is told, and without it that is everything; `private` lets its name be one of this machine
     or network."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     name: str
     url: SecretStr

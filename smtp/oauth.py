@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from process.values import is_safe_url
+from process.values import SAFE_URL, is_safe_url
 
 LIMIT: float = 10  # seconds for one request, all of it
 PATIENCE: float = 5  # seconds for a connection, and for the next octets
@@ -48,7 +48,7 @@ class Token(NamedTuple):
 def ask(url: str, fields: Mapping[str, str]) -> dict[str, Any]:
     """Posts a form and returns the object that is answered. Raises `Refused`, or another `NoToken`."""
     if not is_safe_url(url):
-        raise NoToken("no token: the token server's URL must begin with https://, or with http:// on loopback")
+        raise NoToken(f"no token: token_url {SAFE_URL}")
     answers: list[tuple[int, Mapping[str, str], bytes] | NoToken] = []
     thread = threading.Thread(target=lambda: answers.append(_post(url, fields)), name="token", daemon=True)
     thread.start()

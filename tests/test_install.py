@@ -178,6 +178,17 @@ def test_the_switch_remembers_what_was_and_a_rollback_goes_there_and_back(server
         assert server.current.resolve() == expected
 
 
+def test_a_rollback_turns_off_what_the_earlier_release_does_not_have(
+    server: Server, monkeypatch: pytest.MonkeyPatch, noted: list[str]
+) -> None:
+    monkeypatch.setattr(Server, "ask", lambda *_, **__: "enabled")
+    install.stop_what_is_newer(server)
+    assert noted == []
+    (server.tree / "systemd/async-email-webhooks.service").unlink()
+    install.stop_what_is_newer(server)
+    assert noted == ["systemctl disable --now async-email-webhooks.service"]
+
+
 def test_three_releases_are_kept_and_what_is_used_is_among_them(server: Server) -> None:
     for number in range(6):
         (server.releases / str(number)).mkdir(parents=True)

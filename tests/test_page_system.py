@@ -50,6 +50,7 @@ def test_each_of_several_relays_has_its_row_and_its_button(pages: Pages, client:
     assert "open: mail goes by another" in pages.text("/mail/system")
     assert 'href="/mail/system/close-breaker:first"' in pages.get("/mail/system")
     pages.get("/mail/system/close-breaker:third", 404)
+    assert "because first was in trouble" in pages.text("/mail/system/close-breaker:first")
     pages.get("/mail/system/pause:first", 404)
 
 

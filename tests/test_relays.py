@@ -20,6 +20,8 @@ WRONG = {
     "first: username and password go together": f'{FIRST}username = "ada"\n',
     "first: oauth: one of provider and token_url":
         f'{FIRST}username = "a"\n[first.oauth]\nclient_id = "secret"\nrefresh_token = "secret"\n',
+    "first: oauth.client_id: field required":
+        f'{FIRST}username = "a"\n[first.oauth]\nprovider = "google"\nrefresh_token = "secret"\n',
     "first: only one of password and oauth may be set": f'{FIRST}username = "a"\npassword = "secret"\n{OAUTH}',
     "first: security none would send the password in clear":
         f'{FIRST}security = "none"\nusername = "a"\npassword = "secret"\n',

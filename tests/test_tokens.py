@@ -161,7 +161,7 @@ def test_an_answer_that_is_none_is_told_without_its_words(
 
 @pytest.mark.parametrize("url", ["http://login.example/token", "ftp://127.0.0.1/x", "https://"])
 def test_a_secret_is_not_sent_in_clear(url: str) -> None:
-    with pytest.raises(NoToken, match="must begin with https"):
+    with pytest.raises(NoToken, match="must be a URL that begins with https"):
         oauth.ask(url, {})
 
 

@@ -1,4 +1,4 @@
-"""Connections to an upstream, kept for the next request, with one deadline for all of it. The only home of `urllib3`.
+"""Connections to an upstream, kept for the next request, with one deadline for all of it.
 
 Imported where the first mail leaves by HTTP: it takes two megabytes. Certificates are verified; no redirect is
 followed, nothing is taken from the environment (proxies), and nothing is asked for twice here.

@@ -156,7 +156,7 @@ def in_a_checkout(target: Target) -> Findings:
         yield from (fault(sentence, target.edit) for sentence in error.faults)
         return
     yield ok("the environment and .env can be read, and no value is wrong")
-    missing = [name.upper() for names in SERVICES.values() for name in names if not getattr(current, name)]
+    missing = [name.upper() for names in SERVICES.values() for name in names if not current.has(name)]
     if missing:
         yield note(f"not set: {', '.join(missing)}; bin/dev does without, a server does not", target.edit)
 

@@ -145,8 +145,8 @@ def last_trouble(one: Published, seen: Standing, settings: Settings) -> tuple[st
         return "its log says why", "sudo journalctl -u async-email-worker@email -g breaker_opened -n 1"
     now = (str(Relay.of(settings)) if settings.smtp_host else "") if one.is_only else one.where
     if one.kind == "smtp" and now and seen.relay not in ("", now):
-        names = "SMTP_HOST and SMTP_PORT name" if one.is_only else "host and port name"
-        return f"that was {seen.relay}, and {names} another now", "bin/breaker close"
+        names, which = ("SMTP_HOST and SMTP_PORT name", "") if one.is_only else ("host and port name", f" {one.name}")
+        return f"that was {seen.relay}, and {names} another now", f"bin/breaker close{which}"
     meaning, fix = replies.explain_at(one._replace(where=now), seen.reply)
     return f"{seen.reply.summary}: {meaning}", fix
 

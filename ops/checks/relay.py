@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from ops.checks import replies
-from ops.checks.findings import FAULT, OK, Findings, fault, note, ok, warn
+from ops.checks.findings import FAULT, Findings, fault, note, ok, warn
 from ops.checks.target import Target
 from process.relays import ONLY, RelaySettings
 from process.values import is_loopback
@@ -44,13 +44,12 @@ def login(target: Target, settings: Settings) -> Findings:
 
 
 def at(one: RelaySettings, target: Target, settings: Settings) -> Findings:
-    """Checks one relay. What is found at one of several has its name, and the names that settings have in RELAYS."""
+    """Checks one relay. What is found at one of several begins with its name, and names settings as RELAYS does."""
     for each in spoken_to(one, target, settings):
-        if one.name == ONLY or each.level == OK:
-            yield each
-        else:
+        if one.name != ONLY:
             fix = replies.of_one(each.fix.replace(target.edit, target.edit_relays))
-            yield each._replace(found=f"relay {one.name}: {replies.of_one(each.found)}", fix=fix)
+            each = each._replace(found=f"relay {one.name}: {replies.of_one(each.found)}", fix=fix)
+        yield each
 
 
 def spoken_to(one: RelaySettings, target: Target, settings: Settings) -> Findings:

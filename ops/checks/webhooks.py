@@ -22,7 +22,7 @@ def delivered(target: Target, settings: Settings) -> Findings:
         if not seen or seen.is_silent(time.time()):
             fix = "sudo bin/install, in your clone, turns it on" if target.installed else target.restart("webhooks")
             fix += "; sudo journalctl -u async-email-webhooks -n 20"
-            yield fault(f"no process posts to the webhook {endpoint.name} at {endpoint.host}", fix)
+            yield fault(f"no process posts to the endpoint {endpoint.name} at {endpoint.host}", fix)
         else:
             yield from about(seen)
 
@@ -30,10 +30,10 @@ def delivered(target: Target, settings: Settings) -> Findings:
 def about(seen: Standing) -> Findings:
     waiting = f"{counted(seen.waiting, 'mail')} with events that wait"
     if seen.is_down:
-        found = f"the webhook {seen.name} at {seen.host} has failed for {lasting(time.time() - seen.since)}"
+        found = f"the endpoint {seen.name} at {seen.host} has failed for {lasting(time.time() - seen.since)}"
         yield warn(f"{found}: {seen.reply}; {waiting}", "see why; what waits goes out by itself once it answers")
     else:
-        yield ok(f"the webhook {seen.name} at {seen.host} is told what becomes of mails; {waiting}")
+        yield ok(f"the endpoint {seen.name} at {seen.host} is told what becomes of mails; {waiting}")
     if seen.given_up:
         found = f"{counted(seen.given_up, 'event')} for {seen.name} {'was' if seen.given_up == 1 else 'were'} given up"
         yield warn(found, "/mail/webhooks replays them")

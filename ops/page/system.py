@@ -44,6 +44,7 @@ def close_breaker(redis: Redis, name: str = ONLY) -> None:
     Pacing(redis, (), name).close()
 
 
+ALL_WAITS = "All mail waits because the relay was in trouble."
 ACTIONS = {
     "pause": Action(
         "Pause all workers?",
@@ -62,7 +63,7 @@ ACTIONS = {
     ),
     "close-breaker": Action(
         "Close the breaker now?",
-        "All mail waits because the relay was in trouble. The breaker closes by itself within a minute after the cause "
+        f"{ALL_WAITS} The breaker closes by itself within a minute after the cause "
         "is gone; close it by hand where the relay asked for a long pause and you know better. It opens again after "
         "three troubles in a row. No mail loses an attempt by it.",
         "Close it now",
@@ -96,8 +97,10 @@ def show(view: View) -> Response:
 
 def ask(view: View, act: str) -> Response:
     action, name = chosen(view, act)
-    button = f"{action.button}: {name}" if name else action.button
-    return view.confirm(action.question, text=action.text, button=button, back=PATH)
+    if name:
+        why = f"Mail goes by another relay, if one takes it, because {name} was in trouble."
+        action = action._replace(text=action.text.replace(ALL_WAITS, why), button=f"{action.button}: {name}")
+    return view.confirm(action.question, text=action.text, button=action.button, back=PATH)
 
 
 def do(view: View, act: str) -> Response:
@@ -107,7 +110,7 @@ def do(view: View, act: str) -> Response:
             close_breaker(view.redis, name)
         else:
             action.do(view.redis)
-    audit.note(view.redis, view.who, act, "")
+    audit.note(view.redis, view.who, act.partition(":")[0], name)
     return go(f"{PATH}?done={action.done}")
 
 

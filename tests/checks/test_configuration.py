@@ -85,6 +85,12 @@ def test_in_a_checkout_the_environment_counts(target: Target, monkeypatch: pytes
     assert_finds(configuration.values(target), FAULT, "ON_DOUBT: input should be 'retry' or 'hold'", ".env.example")
 
 
+def test_several_relays_are_one_as_far_as_a_server_needs_it(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELAYS", '[first]\nhost = "smtp.example.com"')
+    monkeypatch.setenv("MAIL_FROM", "hello@acme.example")
+    assert_finds(configuration.values(target), NOTE, "not set: API_KEYS, DASHBOARD_PASSWORD;")
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
     [

@@ -23,11 +23,11 @@ def test_each_endpoint_is_looked_at_and_its_url_is_not_shown(
     def finds(level: str, found: str, fix: str = "") -> None:
         assert_finds(webhooks.delivered(target, settings), level, found, fix)
 
-    finds(FAULT, "no process posts to the webhook webhook at shop.example", "journalctl -u async-email-webhooks")
+    finds(FAULT, "no process posts to the endpoint webhook at shop.example", "journalctl -u async-email-webhooks")
     want(client, {"webhook": "shop.example email.sent"}, time.time() - 600)
-    finds(FAULT, "no process posts to the webhook webhook at shop.example")
+    finds(FAULT, "no process posts to the endpoint webhook at shop.example")
     want(client, {"webhook": "shop.example email.sent"}, time.time())
-    finds(OK, "the webhook webhook at shop.example is told what becomes of mails; 0 mails with events that wait")
+    finds(OK, "the endpoint webhook at shop.example is told what becomes of mails; 0 mails with events that wait")
     client.hset(f"{STATE}webhook", mapping={"since": time.time() - 900, "until": 1, "reply": "HTTP 502"})
     client.rpush(f"{GIVEN_UP}webhook", "x")
     finds(WARN, "at shop.example has failed for 15 min: HTTP 502", "once it answers")
