@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 CUT = b""  # hangs up instead of an answer
@@ -57,7 +58,7 @@ class Scripted:
         with sock, suppress(OSError):
             sock = self.tls.wrap_socket(sock, server_side=True) if self.tls else sock
             with sock, sock.makefile("rb") as lines:
-                while head := b"".join(iter(lines.readline, b"\r\n")):
+                while head := b"".join(takewhile(lambda line: line not in (b"", b"\r\n"), lines)):
                     line, *fields = head.decode().splitlines()
                     headers = {name.lower(): value for name, _, value in (one.partition(": ") for one in fields)}
                     self.asked.append(Asked(line, headers, lines.read(int(headers.get("content-length", 0)))))
