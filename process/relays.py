@@ -100,7 +100,7 @@ def parse_tables(text: str, kind: type[Named], reserved: str) -> tuple[Named, ..
     found, faults = [], []
     for name, table in tables.items():
         if not NAME.fullmatch(name) or not isinstance(table, dict) or name == reserved:
-            faults.append(f"each entry must be a table whose name is 1 to 32 of a-z, 0-9, _ and -, and not {reserved}")
+            faults.append(f"each entry must be a table with a name of 1 to 32 letters a-z, digits, _ or -, other than {reserved}")
             continue
         try:
             found.append(kind(**{**table, "name": name}))

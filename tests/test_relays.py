@@ -31,7 +31,7 @@ WRONG = {
     "first: port: input should be less than or equal to 65535": f"{FIRST}port = 70000\n",
     "first: rate: must be a rate per second": f'{FIRST}rate = "14"\n',
     "first: hots: extra inputs are not permitted": f'{FIRST}hots = "secret"\n',
-    "each entry must be a table whose name is 1 to 32 of a-z": '[relay]\nhost = "a.example"\n',
+    "each entry must be a table with a name of 1 to 32 letters": '[relay]\nhost = "a.example"\n',
     "must be TOML": "password = secret\n",
 }
 # fmt: on

@@ -20,7 +20,7 @@ WRONG = {
     "WEBHOOKS: shop: each of secrets must be whsec_ and 24 to 64 bytes": SHOP.replace(NEW, "whsec_secret"),
     "WEBHOOKS: shop: secrets: tuple should have at least 1 item": SHOP.replace(f'"{NEW}"', ""),
     "WEBHOOKS: shop: evnts: extra inputs are not permitted": f"{SHOP}evnts = []\n",
-    "WEBHOOKS: each entry must be a table whose name is 1 to 32 of a-z": SHOP.replace("shop]", "webhook]"),
+    "WEBHOOKS: each entry must be a table with a name of 1 to 32 letters": SHOP.replace("shop]", "webhook]"),
     "WEBHOOKS: must be TOML": "secret",
 }
 # fmt: on

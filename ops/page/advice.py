@@ -57,7 +57,7 @@ def advice(mail: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def because(reason: str) -> tuple[str, str] | None:
-    """Returns what a reason means that is none of a reply, and what to do."""
+    """Returns what a reason means and what to do about it, where it is no reply of a relay."""
     return REASONS.get(reason.partition(":")[0])
 
 
