@@ -100,7 +100,8 @@ def parse_tables(text: str, kind: type[Named], reserved: str) -> tuple[Named, ..
     found, faults = [], []
     for name, table in tables.items():
         if not NAME.fullmatch(name) or not isinstance(table, dict) or name == reserved:
-            faults.append(f"each entry must be a table with a name of 1 to 32 letters a-z, digits, _ or -, other than {reserved}")
+            name_of = f"a name of 1 to 32 letters a-z, digits, _ or -, other than {reserved}"
+            faults.append(f"each entry must be a table with {name_of}")
             continue
         try:
             found.append(kind(**{**table, "name": name}))
