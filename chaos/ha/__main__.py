@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import product
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from bench.progress import Progress
@@ -23,6 +25,7 @@ from chaos.ha.account import HEADINGS, Row, account
 from chaos.ha.network import NEEDED
 from chaos.ha.scenes import SCENES
 from chaos.ha.stage import TAIL, Choice, Scene, Stage
+from chaos.stage import programs
 
 
 def perform(scene: Scene, directory: Path, choice: Choice) -> Row:
@@ -34,6 +37,24 @@ def perform(scene: Scene, directory: Path, choice: Choice) -> Row:
             return account(stage)
     except Exception as error:
         return Row(scene.name, Path(choice.program).name, broken=[f"not played: {type(error).__name__}: {error}"])
+
+
+def perform_all(played: Sequence[tuple[Scene, Choice]], directory: Path, side_by_side: int) -> list[Row]:
+    """Plays scenes, so many at a time, each in a process of its own."""
+    progress, playing = Progress(len(played)), list[Future[Row]]()
+    with ProcessPoolExecutor(side_by_side, get_context("spawn")) as stages:
+        try:
+            for number, (scene, choice) in enumerate(played):
+                place = directory / str(number)
+                place.mkdir()
+                playing.append(stages.submit(perform, scene, place, choice))
+                playing[-1].add_done_callback(lambda one: progress.step(str(one.cancelled() or one.result())))
+            return [one.result() for one in playing]
+        except BaseException:
+            stages.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():
+                os.kill(child.pid or 0, signal.SIGINT)  # so that it takes its hosts away
+            raise
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -68,21 +89,18 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if lack := lacking():
         raise SystemExit(lack)
-    from chaos.__main__ import programs  # which comes here
-
     directory = Path(tempfile.mkdtemp(prefix="chaos-ha-"))
     names = [name for name in options.only if options.other or not SCENES[name].mixed]
     played = list(product(range(options.runs), programs(options.server).values(), names))
-    progress = Progress(len(played))
-    with ThreadPoolExecutor(options.side_by_side, thread_name_prefix="stage") as stages:
-        playing = []
-        for number, (_, program, name) in enumerate(played):
-            place = directory / str(number)
-            place.mkdir()
-            choice = Choice(program, options.replicas, options.rate, options.seconds, options.other)
-            playing.append(stages.submit(perform, SCENES[name], place, choice))
-            playing[-1].add_done_callback(lambda one: progress.step(str(one.result())))
-    rows = [one.result() for one in playing]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rows = perform_all(
+        [
+            (SCENES[name], Choice(program, options.replicas, options.rate, options.seconds, options.other))
+            for _, program, name in played
+        ],
+        directory,
+        options.side_by_side,
+    )
     print(table(sorted(rows, key=lambda row: (list(SCENES).index(row.scene), row.server))))
     if any(row.broken or row.late for row in rows):
         print(f"\nWhat the processes logged is in {directory}.", file=sys.stderr)

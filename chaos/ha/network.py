@@ -11,7 +11,7 @@ import os
 import secrets
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 NAMESPACES = Path("/var/run/netns")
@@ -55,6 +55,10 @@ class Network:
     def __exit__(self, *_: object) -> None:
         self.undo.close()
 
+    def there(self) -> list[str]:
+        """Returns the namespaces that there are."""
+        return [one.name for one in NAMESPACES.glob(f"{self.prefix}-*")]
+
     def _add(self, name: str, undo: ExitStack) -> str:
         namespace = self.namespace(name)
         sh("ip", "netns", "add", namespace)
@@ -85,7 +89,9 @@ class Network:
     def cut(self, some: Iterable[str], others: Iterable[str]) -> None:
         """Lets no packet pass between hosts of the one set and hosts of the other."""
         here, there = ("{" + ", ".join(self.address[name] for name in names) + "}" for names in (some, others))
-        rules = [f"add rule bridge cuts passing ip saddr {a} ip daddr {b} drop" for a, b in ((here, there), (there, here))]
+        rules = [
+            f"add rule bridge cuts passing ip saddr {a} ip daddr {b} drop" for a, b in ((here, there), (there, here))
+        ]
         self._rule("; ".join(rules))
 
     def mend(self) -> None:
@@ -102,10 +108,3 @@ def _enter(namespace: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(namespace, CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")
-
-
-def left_over() -> list[str]:
-    """Returns the namespaces that stages have, or have left behind."""
-    with suppress(FileNotFoundError):
-        return [one.name for one in NAMESPACES.iterdir() if one.name.startswith("aeha-")]
-    return []

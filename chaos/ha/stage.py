@@ -11,6 +11,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shlex
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ import redis
 from chaos.ha.network import Network
 from chaos.ha.services import Service, Supervisor
 from ops.aof import cut_unfinished
-from tests.scripted_relay import ScriptedRelay, take_after
+from tests.scripted_relay import OBLIGING, Line, ScriptedRelay
 from tests.servers import ROOT, eventually
 
 REDIS = ("redis1", "redis2", "redis3")  # the first is the primary when a scene begins
@@ -42,7 +43,7 @@ LEAD = 5.0  # seconds of load before the fault
 TAIL = 10.0  # seconds of load after it was healed
 PATIENCE = 5.0  # seconds that the client waits for an answer
 GIVE_UP = 60.0  # seconds after the last new mail at which the client stops
-CLIENTS = 400  # requests at a time
+CLIENTS = 120  # requests at a time
 REDIS_CONF = """
 port 6379
 bind 0.0.0.0
@@ -57,6 +58,7 @@ user default off
 user {user} on >{password} ~* &* +@all
 masteruser {user}
 masterauth {password}
+replica-announce-ip {address}
 """
 SENTINEL_CONF = """
 port 26379
@@ -106,9 +108,7 @@ class Stage:
         self.address = self.network.address
         self.supervisor = Supervisor()
         self.client = Client(self)
-        self.relay = ScriptedRelay(
-            {".": take_after(scene.slow_relay)}, offers=["PIPELINING"], host=self.address[OUTSIDE], patience=300
-        )
+        self.relay = ScriptedRelay({".": self._take}, offers=["PIPELINING"], host=self.address[OUTSIDE], patience=300)
         self.over = threading.Event()
         self.fault_at = self.mended_at = 0.0
 
@@ -136,14 +136,23 @@ class Stage:
             self.scene.play(self)
             self.over.wait(max(0, self.fault_at + self.scene.lasts - time.monotonic()))
             self.mend()
-        finally:
             self.client.last_at = time.monotonic() + self.choice.tail
+        except BaseException:
+            self.over.set()
+            raise
+        finally:
             load.join()
 
     def mend(self) -> None:
         self.network.mend()
         self.supervisor.back()
         self.mended_at = time.monotonic()
+
+    def _take(self, line: Line) -> str:
+        """Is the relay's answer to a final dot."""
+        line.accept()
+        self.over.wait(self.scene.slow_relay)
+        return line.say(OBLIGING["."])
 
     # --- what runs ---
 
@@ -156,20 +165,26 @@ class Stage:
 
     def _start_redis(self) -> None:
         values = {"user": USER, "password": PASSWORD, "sentinel_password": SENTINEL_PASSWORD, "group": GROUP}
-        values["primary"] = self.address[REDIS[0]]
-        for host in REDIS:
-            place = self.directory / host
+        values |= {"primary": self.address[REDIS[0]]}
+        url_file = self.directory / "redis_url"
+        url_file.write_text(self._url())
+        places = {host: self.directory / host for host in REDIS}
+        for host, place in places.items():
             place.mkdir()
             conf = REDIS_CONF + ("" if host == REDIS[0] else "replicaof {primary} 6379\n")
-            (place / "redis.conf").write_text(conf.format(directory=place, **values))
+            (place / "redis.conf").write_text(conf.format(directory=place, address=self.address[host], **values))
+            (place / "first-start").touch()
+            gate = [sys.executable, "-I", f"{ROOT}/ops/gate.py", str(url_file), "", f"{place}/redis.conf", str(place)]
+            command = f"{shlex.join(gate)} && exec {shlex.quote(self.choice.program)} {place}/redis.conf"
             prepare = partial(cut_unfinished, self.choice.program, place)
-            self._keep(host, host, self.choice.program, str(place / "redis.conf"), prepare=prepare)
+            self._keep(host, host, "sh", "-c", command, prepare=prepare, restart_after=1)
         eventually(lambda: self.role_of(REDIS[0]) == ("master", 2), 30)
-        for number, host in enumerate(REDIS, 1):
-            place = self.directory / host
+        for host, place in places.items():
             (place / "sentinel.conf").write_text(SENTINEL_CONF.format(directory=place, **values))
-            self._keep(host, f"sentinel{number}", self.choice.program, str(place / "sentinel.conf"), "--sentinel")
+            self._keep(host, sentinel_of(host), self.choice.program, f"{place}/sentinel.conf", "--sentinel")
         eventually(self.is_watched, 30)
+        for place in places.values():
+            (place / "first-start").unlink()
 
     def _start_ours(self) -> None:
         hosts = [*APIS, *WORKERS]
@@ -185,11 +200,13 @@ class Stage:
         eventually(lambda: all(self.logged(host, "worker_started") for host in WORKERS), 60)
         eventually(lambda: all(self.client.answers_at(host) for host in APIS), 60)
 
-    def _settings(self, host: str) -> dict[str, str]:
+    def _url(self) -> str:
         sentinels = ",".join(self.address[name] for name in REDIS)
+        return f"redis+sentinel://{USER}:{PASSWORD}@{sentinels}/{GROUP}/0?sentinel_password={SENTINEL_PASSWORD}"
+
+    def _settings(self, host: str) -> dict[str, str]:
         return {
-            "REDIS_URL": f"redis+sentinel://{USER}:{PASSWORD}@{sentinels}/{GROUP}/0"
-            f"?sentinel_password={SENTINEL_PASSWORD}",
+            "REDIS_URL": self._url(),
             "REDIS_REPLICAS": str(self.choice.replicas),
             "API_KEYS": f"full:{sha256(KEY.encode()).hexdigest()}:full",
             "MAIL_FROM": "Sender <sender@example.com>",
@@ -247,6 +264,11 @@ class Stage:
     def primary(self) -> str:
         """Returns the host that is the primary of both others, once there is one."""
         return eventually(lambda: next((host for host in REDIS if self.role_of(host) == ("master", 2)), ""), 60)
+
+
+def sentinel_of(host: str) -> str:
+    """Returns the name of the Sentinel beside a Redis."""
+    return host.replace("redis", "sentinel")
 
 
 class Client:
