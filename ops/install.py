@@ -25,29 +25,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-from ops.checks.system import memory
-from ops.release import CLEAN_ENVIRONMENT, MARK, copy_files, release_id
+from ops.redis_server import REDIS_SOCKET, redis_version, start_redis
+from ops.release import KEPT, find_previous_release, make_release, remove_old_releases, switch
 from ops.server import Fault, Server, text_of
+from ops.services import TARGET, install_units, start_services, stop_what_is_newer
 from ops.site import set_up_nginx
-from ops.smtp_in import SERVICE as SUBMISSION
-from ops.smtp_in import SOCKET as SUBMISSION_SOCKET
 from ops.smtp_in import set_up_submission
-from ops.webhooks import SERVICE as WEBHOOKS
 from ops.webhooks import set_up_webhooks
-from queues.table import QUEUES
 
 KNOWN = {"debian 12", "debian 13"}  # tests/deploy has passed on them
-KEPT = 3  # releases
-WORKERS = tuple(f"async-email-worker@{queue}.service" for queue in QUEUES)
-WORKER = "async-email-worker@.service"
-API = "async-email-api.service"
-DASHBOARD = "async-email-dashboard.service"
-SOCKET = "async-email-api.socket"
-TARGET = "async-email.target"
-REDIS = "redis-server@async-email.service"
-REDIS_SOCKET = "/run/redis-async-email/redis.sock"
 
 
 def check_machine(server: Server) -> None:
@@ -102,26 +89,6 @@ def make_user(server: Server) -> None:
         server.run("useradd", "--system", "--user-group", *home, "--shell", "/usr/sbin/nologin", "async-email")
 
 
-def make_release(server: Server) -> None:
-    release = server.releases / release_id(server.source, server.say)
-    python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
-    if text_of(release / MARK) not in (None, python):  # what runs may run from it, so it stays as it is
-        release = release.with_name(f"{release.name}-{python.lower().replace(' ', '')}")
-    server.release = release
-    if text_of(release / MARK) == python:
-        server.say(f"{release} is there already")
-        return
-    if os.path.exists(release) and server.announce("remove what a failed installation has left of it"):
-        shutil.rmtree(release)
-    if server.announce(f"copy this clone to {release}"):
-        copy_files(server.source, release)
-    server.run(sys.executable, "-m", "venv", release / ".venv")
-    pip = (release / ".venv/bin/pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes")
-    server.run(*pip, "-r", release / "requirements.txt")
-    server.run(release / ".venv/bin/python", "-m", "compileall", "-q", "-x", r"/\.venv/", release)
-    server.write(release / MARK, python, 0o644)
-
-
 RELAYS = """\
 # Several relays, in order: a mail goes by the first that is well. Unset SMTP_HOST and its like in async-email.env then.
 # What each may have is in docs/operations.md, "Several relays"; then: sudo systemctl restart async-email.target
@@ -172,181 +139,10 @@ def make_key(server: Server) -> str:
     return f"default:{hashlib.sha256(server.new_key.encode()).hexdigest()}"
 
 
-def start_redis(server: Server) -> None:
-    if server.is_set("REDIS_URL"):
-        server.say("REDIS_URL is set in async-email.env, so none is needed here")
-        return
-    is_new = text_of(server.redis_conf) is None
-    if is_new:
-        server.write(server.redis_conf, redis_configuration(server), 0o640, group="redis")
-    server.folder(server.redis_data, 0o750, owner="redis")
-    if "redis" not in server.ask("id", "-nG", "async-email").split():  # whose socket it may use
-        server.run("usermod", "--append", "--groups", "redis", "async-email")
-    copy_redis_unit(server)
-    if is_new or not server.is_on(REDIS):
-        server.run("systemctl", "enable", REDIS)
-        server.run("systemctl", "restart", REDIS)
-    if server.dry:
-        return
-    said = ask_redis(server, "info", "persistence")
-    if "loading:1" in said:  # it says aof_enabled:0 until it is done
-        raise Fault(f"{REDIS} is still reading its append-only file; wait, and then again: sudo bin/install")
-    if "aof_enabled:0" in said:
-        switch_on_file(server)
-    if "aof_enabled:1" not in ask_redis(server, "info", "persistence"):
-        raise Fault(
-            f"{REDIS} does not answer as it should: it is not running (sudo journalctl -u {REDIS}), has no append-only "
-            f"file, or knows another password than the one in {server.credentials / 'redis_url'}.\nIf you changed "
-            f"{server.redis_conf}, put it right; or move it away, and the next run makes a new one. The queue stays."
-        )
-
-
-def copy_redis_unit(server: Server) -> None:
-    """Copies the unit, and what it runs first: beside the releases, since there may be none yet, or one without it."""
-    server.copy("ops/aof.py", server.opt / "aof.py")
-    server.copy_units("redis-server@async-email.service.d/async-email.conf")
-
-
-def switch_on_file(server: Server) -> None:
-    """Switches the append-only file on again. Redis, started with the file on, reads the file and nothing else, so the
-    file begins as a copy of the snapshot that Redis writes when it is stopped."""
-    if len(ask_redis(server, "config", "get", "save").splitlines()) < 2:
-        raise Fault(
-            f"{REDIS} keeps neither an append-only file nor snapshots: a restart would lose the queue.\nWait until it "
-            f"is empty (bin/doctor), put `appendonly yes` and `save 3600 1` into {server.redis_conf}, and restart it."
-        )
-    server.run("systemctl", "stop", REDIS)
-    file = server.redis_data / "appendonly.aof"  # the one file of Redis before 7, of which Redis 7 makes its folder
-    for old in (server.redis_data / "appendonlydir", file):
-        if old.exists():
-            old.rename(f"{old}.{time.strftime('%Y%m%d-%H%M%S')}")
-    server.say("begin the append-only file with what is there")
-    shutil.copyfile(server.redis_data / "dump.rdb", file)
-    shutil.chown(file, "redis", "redis")
-    file.chmod(0o640)
-    text = re.sub(r"^appendonly .*\n", "", text_of(server.redis_conf) or "", flags=re.MULTILINE)
-    server.write(server.redis_conf, f"{text}appendonly yes\n", 0o640, group="redis")
-    server.run("systemctl", "start", REDIS)
-
-
-def redis_password(server: Server) -> str:
-    return unquote(urlsplit((text_of(server.credentials / "redis_url") or "").strip()).password or "")
-
-
-def redis_version(server: Server) -> tuple[int, int]:
-    """Returns that of the system's Redis; the newest imaginable where there is none to ask."""
-    found = re.search(r"v=(\d+)\.(\d+)", server.ask("redis-server", "--version"))
-    return (int(found[1]), int(found[2])) if found else (sys.maxsize, 0)
-
-
-def redis_configuration(server: Server) -> str:
-    text = (server.tree / "deploy/redis/async-email.conf").read_text()
-    digest = hashlib.sha256(redis_password(server).encode()).hexdigest()
-    text = text.replace("#SHA256", f"#{digest}").replace("maxmemory MAXMEMORY", f"maxmemory {most_memory() >> 20}mb")
-    return text if redis_version(server) >= (7, 0) else text.replace("\nshutdown-on-sigterm force\n", "\n")
-
-
-def most_memory() -> int:
-    """Returns how many bytes Redis may use of this machine."""
-    machine = memory()
-    return machine * 2 // 5 if machine >= 2**30 else machine // 4
-
-
-def ask_redis(server: Server, *words: str) -> str:
-    command = ("redis-cli", "-s", REDIS_SOCKET, "--user", "async-email", *words)
-    return server.ask(*command, env={**CLEAN_ENVIRONMENT, "REDISCLI_AUTH": redis_password(server)})
-
-
-def install_units(server: Server) -> None:
-    server.copy_units(*(path.name for path in sorted((server.tree / "systemd").glob("async-email*"))))
-
-
-def switch(server: Server) -> None:
-    now = os.readlink(server.current) if server.current.is_symlink() else ""
-    to = f"releases/{server.release.name}"
-    if now not in ("", to):
-        server.link(server.previous, now)
-    server.link(server.current, to)
-
-
-def start_services(server: Server) -> None:
-    enabled = [unit for unit in WORKERS if server.ask("systemctl", "is-enabled", unit) == "enabled"]
-    if server.ask("systemctl", "is-enabled", TARGET) != "enabled":
-        server.run("systemctl", "enable", TARGET, SOCKET, *WORKERS, API, DASHBOARD)
-    elif enabled and WORKER in server.changed_units:  # it may have another [Install] now
-        server.run("systemctl", "enable", *enabled)
-    if SOCKET in server.changed_units and server.ask("systemctl", "is-active", SOCKET) == "active":
-        server.say("its unit has changed, so the API's socket is opened anew; for a moment requests are refused")
-        server.run("systemctl", "restart", SOCKET)
-    # A reader of the queue must understand what is written to it: new workers know the old jobs, not the reverse.
-    order = (API, *WORKERS, DASHBOARD) if server.going_back else (*WORKERS, API, DASHBOARD)
-    beside = (SUBMISSION, WEBHOOKS)
-    for unit in (*beside, *order) if server.going_back else (*order, *beside):
-        if runs_something_else(server, unit):
-            server.run("systemctl", "restart", unit, may_fail=True)
-    server.run("systemctl", "start", TARGET)
-    if server.release / MARK in server.written:  # that they could not start without it counts no longer
-        server.run("systemctl", "reset-failed", *order)
-    if server.dry:
-        return
-    waiting = [unit for unit in order if server.ask("systemctl", "is-active", unit) != "active"]
-    for unit in order:
-        server.say(f"{unit}: not running yet. {last_words(server, unit)}" if unit in waiting else f"{unit}: running")
-    if waiting and server.previous.is_symlink() and not server.going_back:
-        server.say("the previous release is still there: sudo bin/install --rollback")
-
-
-def runs_something_else(server: Server, unit: str) -> bool:
-    """Returns whether it runs, but not this release, not as its unit says, or with a file that has been made anew."""
-    pid = server.ask("systemctl", "show", "--property=MainPID", "--value", unit)
-    if pid in ("", "0"):
-        return False
-    template = re.sub("@.*", "@.service", unit)
-    if any(f"/{path.name}\n" in (text_of(server.units / template) or "") for path in server.written):
-        return True
-    try:
-        return template in server.changed_units or os.readlink(f"/proc/{pid}/cwd") != str(server.release)
-    except OSError:
-        return True
-
-
-def last_words(server: Server, unit: str) -> str:
-    """Returns the last line of the unit's log."""
-    name = unit.removesuffix(".service").replace("@", "-")
-    return server.ask("journalctl", "--identifier", name, "--lines=1", "--output=cat")
-
-
 def run_doctor(server: Server) -> None:
     doctor = server.current / "bin/doctor"
     if (server.dry or doctor.exists()) and server.announce(f"$ {doctor}"):
         subprocess.run([doctor], stdin=subprocess.DEVNULL)
-
-
-def remove_old_releases(server: Server) -> None:
-    made = sorted(server.releases.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    used = {link.resolve() for link in (server.current, server.previous) if link.exists()}
-    others = [path for path in made if path.resolve() not in used]
-    for release in others[max(0, KEPT - len(used)) :]:
-        if server.announce(f"remove {release}"):
-            shutil.rmtree(release)
-
-
-def find_previous_release(server: Server) -> None:
-    if not server.previous.is_symlink():
-        raise Fault(f"there is none: {server.previous} does not exist")
-    server.release = server.tree = server.previous.resolve()
-    if text_of(server.release / MARK) is None:
-        raise Fault(f"{server.release} is incomplete; install the commit you want: git checkout, sudo bin/install")
-    server.going_back = True
-    server.say(str(server.release))
-
-
-def stop_what_is_newer(server: Server) -> None:
-    """Turns off what the release does not have, and could only fail at, again and again; an upgrade turns it on."""
-    for unit, *others in ((SUBMISSION_SOCKET, SUBMISSION), (WEBHOOKS,)):
-        is_known = (server.tree / "systemd" / unit).exists()
-        if not is_known and server.ask("systemctl", "is-enabled", unit) == "enabled":
-            server.run("systemctl", "disable", "--now", unit, *others)
 
 
 Step = tuple[str, Callable[[Server], None]]  # what is printed when it runs, and what runs
