@@ -13,7 +13,6 @@ yet.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import os
 import platform
@@ -26,7 +25,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ops.redis_server import REDIS_SOCKET, redis_version, start_redis
+from ops.cluster import (
+    ROLES,
+    Cluster,
+    parse_hosts,
+    parse_roles,
+    read_cluster,
+    set_up_certificates,
+    set_up_cluster,
+    start_sentinel,
+)
+from ops.redis_server import REDIS_SOCKET, is_wanted, redis_version, start_redis
 from ops.release import KEPT, find_previous_release, make_release, remove_old_releases, switch
 from ops.server import Fault, Server, text_of
 from ops.services import TARGET, install_units, start_services, stop_what_is_newer
@@ -51,10 +60,12 @@ def check_machine(server: Server) -> None:
 
 
 def install_packages(server: Server) -> None:
-    own_redis = not server.is_set("REDIS_URL")
+    own_redis = is_wanted(server)
     there = {
         "redis-server": bool(shutil.which("redis-server")) or not own_redis,
-        "nginx": bool(shutil.which("nginx")),
+        "redis-sentinel": bool(shutil.which("redis-sentinel")) or "sentinel" not in server.roles,
+        "openssl": bool(shutil.which("openssl")) or not server.roles,
+        "nginx": bool(shutil.which("nginx")) or not server.has_role("api"),
         "python3-venv": importlib.util.find_spec("ensurepip") is not None,
         "logrotate": bool(shutil.which("logrotate")),  # nginx only recommends it, and its logs would grow for ever
         "ca-certificates": os.path.exists("/etc/ssl/certs/ca-certificates.crt"),
@@ -62,8 +73,8 @@ def install_packages(server: Server) -> None:
     missing = [package for package, is_there in there.items() if not is_there]
     if missing:
         apt_get_install(server, *missing)
-    if "redis-server" in missing:  # nobody uses the instance that the package brings; ours has no port
-        server.run("systemctl", "disable", "--now", "redis-server.service")
+    for package in {"redis-server", "redis-sentinel"}.intersection(missing):
+        server.run("systemctl", "disable", "--now", f"{package}.service")  # nobody uses what the package starts
     version = redis_version(server)
     if own_redis and not server.dry and version < (6, 2):
         raise Fault(
@@ -111,11 +122,14 @@ def configure(server: Server) -> None:
     server.folder(server.credentials, 0o700)
     if text_of(server.env) is None:
         server.write(server.env, (server.source / ".env.example").read_text(), 0o600)
+    cluster = read_cluster(server) if server.roles else None
+    if cluster:
+        name_the_cluster(server)
     if text_of(server.relays) is None:  # without a table there is none, but systemd wants the file
         server.write(server.relays, "" if server.is_set("RELAYS") else RELAYS, 0o600)
     made: dict[str, Callable[[], str]] = {
-        "redis_url": lambda: f"unix://async-email:{secrets.token_urlsafe(32)}@{REDIS_SOCKET}",
-        "api_keys": lambda: make_key(server),
+        "redis_url": lambda: redis_url(server, cluster),
+        "api_keys": lambda: (cluster and cluster.api_keys) or (server.make_key() if server.has_role("api") else ""),
         "dashboard_password": lambda: secrets.token_urlsafe(16),
         "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as are the next
         "smtp_oauth": lambda: "",
@@ -134,9 +148,22 @@ def configure(server: Server) -> None:
         server.write(server.webhooks, "", 0o600)
 
 
-def make_key(server: Server) -> str:
-    server.new_key = secrets.token_urlsafe(32)
-    return f"default:{hashlib.sha256(server.new_key.encode()).hexdigest()}"
+def redis_url(server: Server, cluster: Cluster | None) -> str:
+    if cluster:
+        return cluster.url
+    return "" if server.roles else f"unix://async-email:{secrets.token_urlsafe(32)}@{REDIS_SOCKET}"
+
+
+def name_the_cluster(server: Server) -> None:
+    """Writes where the authority is and how many replicas must confirm, and forgets the Redis that this machine had."""
+    settings = {"REDIS_CA_FILE": str(server.redis_ca), "REDIS_REPLICAS": "1"}
+    missing = "".join(f"{name}={value}\n" for name, value in settings.items() if not server.is_set(name))
+    if missing:
+        text = (text_of(server.env) or "").rstrip("\n")
+        server.write(server.env, f"{text}\n\n# Several machines: docs/scale.md\n{missing}", 0o600)
+    url = server.credentials / "redis_url"
+    if (text_of(url) or "").startswith("unix://async-email:") and server.announce(f"remove {url}, of a Redis alone"):
+        url.unlink()
 
 
 def run_doctor(server: Server) -> None:
@@ -157,7 +184,10 @@ INSTALL = (
     ("The system's packages: Redis, nginx, Python's venv and the certificate authorities", install_packages),
     ("The user that the service runs as: async-email, which owns nothing and cannot log in", make_user),
     ("The release: a copy of this clone under /opt/async-email/releases, with a .venv of its own", make_release),
+    ("Several machines: what this one is, and what they share", set_up_cluster),
     ("Configuration and secrets, in /etc/async-email: what is there stays", configure),
+    ("Several machines: certificates for what is between them", set_up_certificates),
+    ("Several machines: a Sentinel", start_sentinel),
     ("Redis: an instance of its own, with an append-only file, without a port", start_redis),
     ("nginx: the one site of this machine, in front of the API", set_up_nginx),
     *SWITCH,
@@ -176,7 +206,9 @@ ROLLBACK = (
 
 def farewell(server: Server) -> str:
     several = server.is_set("RELAYS") or re.search(r"^\s*\[", text_of(server.relays) or "", re.MULTILINE)
-    missing = [name for name in (*(() if several else ("SMTP_HOST",)), "MAIL_FROM") if not server.is_set(name)]
+    needed = [*(["SMTP_HOST"] if server.has_role("worker") and not several else [])]
+    needed += ["MAIL_FROM"] if server.has_role("worker") or server.has_role("api") else []
+    missing = [name for name in needed if not server.is_set(name)]
     lines = [f"\n{server.release.name} is installed."]
     if server.new_key:
         lines += [f"\nThe API key, which is shown only this once:\n\n    {server.new_key}"]
@@ -187,15 +219,31 @@ def farewell(server: Server) -> str:
             f"later change: sudo systemctl restart {TARGET}",
             f"What may be wrong, and what fixes it: sudo {server.current}/bin/doctor",
         ]
+    if server.hosts:
+        lines += [next_machine(server)]
+    if server.has_role("api"):
+        key = server.new_key or "YOUR-API-KEY"
+        lines += [
+            "\nTry it:\n",
+            f"    curl -X POST http://127.0.0.1/start-job -H 'Authorization: Bearer {key}' \\",
+            '         -H \'Content-Type: application/json\' -d \'{"name": "Ada", "email": "you@example.com"}\'',
+        ]
     lines += [
-        "\nTry it:\n",
-        f"    curl -X POST http://127.0.0.1/start-job -H 'Authorization: Bearer {server.new_key or 'YOUR-API-KEY'}' \\",
-        '         -H \'Content-Type: application/json\' -d \'{"name": "Ada", "email": "you@example.com"}\'',
         "\nKnown from guides: `systemctl status async-email-worker`, `sudo journalctl -u async-email-api -f`.",
         f"Instead of `redis-cli ping`, which asks another Redis than ours: sudo {server.current}/bin/doctor",
         f"\nTLS, backup, and what to do at night: {server.current}/docs/operations.md",
     ]
     return "\n".join(lines)
+
+
+def next_machine(server: Server) -> str:
+    roles = ",".join(role for role in ROLES if role in server.roles)
+    others = ", ".join(server.hosts[1:])
+    return (
+        f"\nNext, on {others}, one after the other, with {server.bundle}, which holds\n"
+        "passwords: copy it so that root alone can read it, and remove the copies afterwards.\n\n"
+        f"    sudo bin/install --role {roles} --join cluster.json"
+    )
 
 
 def run(server: Server, steps: Sequence[Step]) -> None:
@@ -211,10 +259,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sudo bin/install", description="Installs async-email here, or upgrades it.")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and change nothing")
     parser.add_argument("--rollback", action="store_true", help="go back to the previous release, and restart")
+    parser.add_argument("--role", action="append", default=[], help="of several machines: redis, sentinel, api, worker")
+    parser.add_argument(
+        "--hosts", default="", help="on the first of them: the addresses of those with Redis or Sentinel"
+    )
+    parser.add_argument("--join", type=Path, metavar="FILE", help="on each other: the first one's cluster.json")
     asked = parser.parse_args(arguments)
     os.umask(0o022)
     server = Server(Path(__file__).resolve().parent.parent, dry=asked.dry_run)
     try:
+        server.roles = parse_roles(asked.role) or server.roles
+        server.hosts = parse_hosts(asked.hosts) if asked.hosts else []
+        server.bundle, server.joins = asked.join or server.bundle, bool(asked.join)
+        if (server.hosts or server.joins) and not server.roles:
+            raise Fault("--hosts and --join need --role")
         run(server, ROLLBACK if asked.rollback else INSTALL)
     except (Fault, OSError, KeyboardInterrupt) as fault:  # OSError: the disk is full, a program is not there
         print(f"\nStopped: {str(fault) or 'as you wished; the next run goes on from here.'}", file=sys.stderr)

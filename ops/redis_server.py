@@ -13,21 +13,25 @@ import time
 from urllib.parse import unquote, urlsplit
 
 from ops.checks.system import memory
+from ops.cluster import read_cluster, replicated_part
 from ops.release import CLEAN_ENVIRONMENT
 from ops.server import Fault, Server, text_of
 
 REDIS = "redis-server@async-email.service"
+FIRST_START = "first-start"  # which ops/gate.py knows, too
 REDIS_SOCKET = "/run/redis-async-email/redis.sock"
 
 
+def is_wanted(server: Server) -> bool:
+    """Returns whether this machine has a Redis: it has the role, or no role and no REDIS_URL of its own."""
+    return "redis" in server.roles if server.roles else not server.is_set("REDIS_URL")
+
+
 def start_redis(server: Server) -> None:
-    if server.is_set("REDIS_URL"):
-        server.say("REDIS_URL is set in async-email.env, so none is needed here")
+    if not is_wanted(server):
+        server.say("it is elsewhere: none is needed here")
         return
-    is_new = text_of(server.redis_conf) is None
-    if is_new:
-        server.write(server.redis_conf, redis_configuration(server), 0o640, group="redis")
-    server.folder(server.redis_data, 0o750, owner="redis")
+    is_new = configure_redis(server)
     if "redis" not in server.ask("id", "-nG", "async-email").split():  # whose socket it may use
         server.run("usermod", "--append", "--groups", "redis", "async-email")
     copy_redis_unit(server)
@@ -36,6 +40,7 @@ def start_redis(server: Server) -> None:
         server.run("systemctl", "restart", REDIS)
     if server.dry:
         return
+    (server.redis_data / FIRST_START).unlink(missing_ok=True)
     said = ask_redis(server, "info", "persistence")
     if "loading:1" in said:  # it says aof_enabled:0 until it is done
         raise Fault(f"{REDIS} is still reading its append-only file; wait, and then again: sudo bin/install")
@@ -49,10 +54,31 @@ def start_redis(server: Server) -> None:
         )
 
 
+def configure_redis(server: Server) -> bool:
+    """Writes its configuration if there is none, and makes its folder. Returns whether it is new."""
+    before = text_of(server.redis_conf)
+    if before is None:
+        owner = "redis" if server.roles else None  # which then writes it anew whenever Sentinel says so
+        server.write(server.redis_conf, redis_configuration(server), 0o640, group="redis", owner=owner)
+    elif server.roles and "replica-announce-ip" not in before:
+        server.stop_here(
+            f"{server.redis_conf} is that of a Redis alone: move it away, and the next run makes one with replicas. "
+            "The queue stays; docs/scale.md has more"
+        )
+    server.folder(server.redis_data, 0o750, owner="redis")
+    first_start = server.redis_data / FIRST_START
+    if before is None and server.roles and server.announce(f"make {first_start}: there may be no Sentinels yet"):
+        first_start.touch()
+    return before is None
+
+
 def copy_redis_unit(server: Server) -> None:
     """Copies the unit, and what it runs first: beside the releases, since there may be none yet, or one without it."""
     server.copy("ops/aof.py", server.opt / "aof.py")
     server.copy_units("redis-server@async-email.service.d/async-email.conf")
+    if server.roles:
+        server.copy("ops/gate.py", server.opt / "gate.py")
+        server.copy_units("redis-server@async-email.service.d/replicated.conf")
 
 
 def switch_on_file(server: Server) -> None:
@@ -91,6 +117,8 @@ def redis_configuration(server: Server) -> str:
     text = (server.tree / "deploy/redis/async-email.conf").read_text()
     digest = hashlib.sha256(redis_password(server).encode()).hexdigest()
     text = text.replace("#SHA256", f"#{digest}").replace("maxmemory MAXMEMORY", f"maxmemory {most_memory() >> 20}mb")
+    cluster = read_cluster(server) if server.roles else None
+    text += replicated_part(server, cluster) if cluster else ""
     return text if redis_version(server) >= (7, 0) else text.replace("\nshutdown-on-sigterm force\n", "\n")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 
 from ops.release import MARK
 from ops.server import Server, text_of
@@ -27,23 +28,35 @@ def install_units(server: Server) -> None:
     server.copy_units(*(path.name for path in sorted((server.tree / "systemd").glob("async-email*"))))
 
 
+def units_of(server: Server, order: Iterable[str]) -> list[str]:
+    """Returns those that this machine runs. The dashboard is with the workers: it tells people by mail, too, and so
+    needs the relay's login, which the machines that can be reached from outside need not have."""
+    return [unit for unit in order if server.has_role("api" if unit in (API, SOCKET) else "worker")]
+
+
 def start_services(server: Server) -> None:
     enabled = [unit for unit in WORKERS if server.ask("systemctl", "is-enabled", unit) == "enabled"]
-    if server.ask("systemctl", "is-enabled", TARGET) != "enabled":
-        server.run("systemctl", "enable", TARGET, SOCKET, *WORKERS, API, DASHBOARD)
+    all_of_them = (SOCKET, *WORKERS, API, DASHBOARD)
+    is_new = server.ask("systemctl", "is-enabled", TARGET) != "enabled"
+    if is_new or server.etc / "roles" in server.written:
+        wanted = units_of(server, all_of_them)
+        server.run("systemctl", "enable", TARGET, *wanted)
+        others = [unit for unit in all_of_them if unit not in wanted]
+        if others and not is_new:
+            server.run("systemctl", "disable", "--now", *others)
     elif enabled and WORKER in server.changed_units:  # it may have another [Install] now
         server.run("systemctl", "enable", *enabled)
     if SOCKET in server.changed_units and server.ask("systemctl", "is-active", SOCKET) == "active":
         server.say("its unit has changed, so the API's socket is opened anew; for a moment requests are refused")
         server.run("systemctl", "restart", SOCKET)
     # A reader of the queue must understand what is written to it: new workers know the old jobs, not the reverse.
-    order = (API, *WORKERS, DASHBOARD) if server.going_back else (*WORKERS, API, DASHBOARD)
+    order = units_of(server, (API, *WORKERS, DASHBOARD) if server.going_back else (*WORKERS, API, DASHBOARD))
     beside = (SUBMISSION, WEBHOOKS)
     for unit in (*beside, *order) if server.going_back else (*order, *beside):
         if runs_something_else(server, unit):
             server.run("systemctl", "restart", unit, may_fail=True)
     server.run("systemctl", "start", TARGET)
-    if server.release / MARK in server.written:  # that they could not start without it counts no longer
+    if order and server.release / MARK in server.written:  # that they could not start without it counts no longer
         server.run("systemctl", "reset-failed", *order)
     if server.dry:
         return
