@@ -46,8 +46,8 @@ def main() -> int:
             use_templates(settings.templates_dir)
         if given.reload_templates:
             read_again_when_changed()
-        redis = connect(settings.redis_url.get_secret_value())
-        app = make_app(settings, Jobs(redis), tasks.OFFERED, given.allow_host)
+        redis = connect(settings.redis)
+        app = make_app(settings, Jobs(redis, settings.redis_replicas), tasks.OFFERED, given.allow_host)
         sockets = listen_on(settings.listen)
     except SettingsError as error:
         say_why_not(error)
@@ -60,7 +60,7 @@ def main() -> int:
     return_large_blocks()
     announcements.begin(redis)
     with suppress(Unavailable):  # it is said now, and may come up after us
-        reach(settings.redis_url.get_secret_value())
+        reach(settings.redis)
 
     def serve(alive: Callable[[], None], _: int) -> None:
         collect_seldom()

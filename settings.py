@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 from pydantic import (
     BaseModel,
@@ -34,6 +34,7 @@ from pydantic import (
 from process import env_file
 from process.api_keys import ApiKey, parse_api_keys
 from process.grants import Grant, parse_grant
+from process.redis_url import RedisUrl
 from process.relays import ONLY, RelaySettings, parse_relays
 from process.values import (
     IMAP_URL,
@@ -86,6 +87,8 @@ class Settings(BaseModel):
 
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     redis_url_file: FilePath | None = None
+    redis_ca_file: FilePath | None = None
+    redis_replicas: Annotated[int, Field(ge=0, le=9)] = 0
 
     smtp_host: Host | None = None
     smtp_port: Port = 587
@@ -209,12 +212,10 @@ class Settings(BaseModel):
             )
         if bool(self.submission_tls_cert) != bool(self.submission_tls_key):
             faults.append("SUBMISSION_TLS_CERT and SUBMISSION_TLS_KEY go together: set both, or neither")
-        if not self.redis_url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
-            faults.append("REDIS_URL must start with redis://, rediss:// or unix://")
         try:
-            _ = urlsplit(self.redis_url.get_secret_value()).port
-        except ValueError:  # its text would quote the password
-            faults.append("REDIS_URL must be a URL: write / # ? : @ in its password as %2F %23 %3F %3A %40")
+            RedisUrl.parse(self.redis_url.get_secret_value())
+        except ValueError as error:
+            faults.append(f"REDIS_URL {error}")
         if self.alert_url and not is_safe_url(self.alert_url.get_secret_value()):
             faults.append(f"ALERT_URL {SAFE_URL}")
         if self.webhook_url and self.webhooks:
@@ -228,6 +229,14 @@ class Settings(BaseModel):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    @property
+    def redis(self) -> str:
+        """Returns REDIS_URL, with REDIS_CA_FILE among its parameters: what `queues.connection.connect` takes."""
+        url = self.redis_url.get_secret_value()
+        given, mark = str(self.redis_ca_file or ""), "&" if "?" in url else "?"
+        has_tls = url.startswith("rediss") and "ssl_ca_certs=" not in url
+        return f"{url}{mark}ssl_ca_certs={quote(given)}" if given and has_tls else url
 
     @property
     def knows_dev_key(self) -> bool:

@@ -39,6 +39,7 @@ from queues.executions import Turns
 from queues.heartbeat import LEASE_SECONDS, MAINTENANCE_EVERY
 from queues.offer import load_file, offered_on, with_cron
 from queues.quarantine import put_aside, sift
+from queues.replication import Replication
 from queues.senders import Senders
 from queues.table import EMAIL, QUEUES
 from queues.workers import EmailWorker, Functions, JobsWorker, Scheduler, make_worker, register
@@ -67,7 +68,7 @@ class WorkerPool:
         self.settings = current
         self.report = report
         self.delivery = delivery.current()
-        url = current.redis_url.get_secret_value()
+        url = current.redis
         self.redis = connect(url)  # fails fast: each second is another try
         self.maintenance_worker = make_worker(EmailWorker, queue, self.redis, allowed(queue))  # takes no jobs
         self.queue = self.maintenance_worker.queues[0]
@@ -77,6 +78,8 @@ class WorkerPool:
         self.scheduler = Scheduler(queue, self.redis)
         self.bulk = Bulk(self.redis, FED_PER_SENDER * concurrency)
         self.suspended = False  # by `rq suspend`
+        self.replication = Replication(self.redis, current.redis_replicas)
+        self.confirms = not current.redis_replicas  # a mail that was taken could be marked and settled
         self.asked_to_stop = threading.Event()
         self.signalled_at = 0.0
         self.maintained_at = -float(MAINTENANCE_EVERY)  # at once
@@ -100,7 +103,13 @@ class WorkerPool:
 
     def tick(self) -> None:
         """Does one duty after the other. An error in one keeps from no other, and ends nothing."""
-        duties: list[Callable[[], object]] = [self.publish_heartbeats, self.watch, self.schedule, self.feed]
+        duties: list[Callable[[], object]] = [
+            self.look_at_replicas,
+            self.publish_heartbeats,
+            self.watch,
+            self.schedule,
+            self.feed,
+        ]
         if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
             self.maintained_at = time.monotonic()
             duties += [self.clamp_future_heartbeats, lambda: sift(self.queue)]
@@ -120,9 +129,9 @@ class WorkerPool:
                 log.emit("crashed", logging.ERROR, where=log.where(error))
 
     def is_paused(self) -> bool:
-        """Returns whether no mail should be taken: at `rq suspend`, and while all relays are in trouble. It would only
-        be put off, and a long queue would go round and round."""
-        return self.suspended or self.delivery.routes.is_closed
+        """Returns whether no mail should be taken: at `rq suspend`, while all relays are in trouble, and while Redis'
+        replicas confirm nothing. It would only be put off, and a long queue would go round and round."""
+        return self.suspended or not self.confirms or self.delivery.routes.is_closed
 
     def drain(self) -> None:
         """Lets the senders end, and waits for them a tenth of a second."""
@@ -133,6 +142,10 @@ class WorkerPool:
                 if client["cmd"] == "blmove":
                     self.redis.client_unblock(int(client["id"]))
         self.senders.join(0.1)
+
+    def look_at_replicas(self) -> None:
+        """Finds out whether what is written about a mail would be confirmed."""
+        self.confirms = self.replication.works
 
     def publish_heartbeats(self) -> None:
         """Writes the worker's heartbeat and our tally; looks for `rq suspend`, and whether Redis knows the worker."""
@@ -189,7 +202,7 @@ def main() -> int:
         current = settings.load(*QUEUES[queue].needs)
         log.set_up(current.log_level, current.log_format)
         use_one_arena()
-        url = current.redis_url.get_secret_value()
+        url = current.redis
         if current.tasks_file:
             load_file(current.tasks_file)
         reach(url)

@@ -20,6 +20,7 @@ from queues.heartbeat import LEASE_SECONDS, on_heartbeat
 from smtp.policy import may_be_the_mails
 
 SUPPRESSED_RECIPIENTS = "recipients:suppressed"  # in mail.counters' totals
+CONFIRMED_WITHIN = 10  # seconds for which the relay waits for its final dot, and we for Redis' replicas
 ATTEMPTS_KEPT = 50  # an afternoon of relay trouble must not grow a mail without end
 # KEYS: mail, claim. ARGV: token, recipients, other fields and values. 0: the claim has passed to another attempt, or
 # the mail was canceled or sent meanwhile, and this attempt must stop.
@@ -169,10 +170,13 @@ class Claim:
 
     def mark_in_doubt(self, statuses: Mapping[str, Status], relay: str = ONLY) -> None:
         """Writes down, right before the final dot, who is in doubt if nothing more is heard of this attempt, and which
-        relay may have the mail. The claim itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`."""
+        relay may have the mail. The claim itself stays as it is: the dot may yet fail to go out. Raises `ClaimLost`;
+        `Unconfirmed` where the mark might be lost with the primary: no dot may go out then, for another worker may
+        find the mail unmarked, and send it."""
         marked = [replace(one, status=statuses.get(one.address, one.status)) for one in self.undecided()]
         held = [] if relay == ONLY else ["held_by", relay, *(["asked", self.asked] if self.asked else [])]
-        if not self.store.run(MARK_IN_DOUBT, self.keys, [self.token, recipients_to_json(marked), *held]):
+        words = [self.token, recipients_to_json(marked), *held]
+        if not self.store.confirmed(MARK_IN_DOUBT, self.keys, words, CONFIRMED_WITHIN):
             raise ClaimLost(self.id)
 
     def settle(self, state: State, *, reason: str = "", next_in: float = 0, reserved: str = "") -> None:

@@ -41,6 +41,7 @@ from process.log import emit
 from queues.connection import RedisError, Unavailable, connect
 from queues.jobs import JobFailed, Jobs
 from queues.pipelining import PipeliningRedis
+from queues.replication import Unconfirmed
 from queues.running import Retry, allow_exceptions, queued_at, run_again_in, run_by, take_next, taken_with_it
 from smtp.envelope import Envelope
 from smtp.pacing import WAITS, Wait
@@ -51,6 +52,7 @@ from smtp.verdict import Outcome, Reply
 from upstream.client import Upstream, as_json
 
 PAUSE_ON_TROUBLE = 30  # seconds until the next attempt of a mail that the relay's trouble put off
+PAUSE_UNCONFIRMED = 2  # seconds until the next attempt, where Redis' replicas did not confirm
 AFTER = {  # the reply that decided -> what the recipient is after the attempt
     Verdict.ACCEPTED: Status.ACCEPTED,
     Verdict.REFUSED: Status.REFUSED,
@@ -92,11 +94,17 @@ class Delivery:
             emit("early" if isinstance(busy, Early) else "busy", id=mail_id, next_in=f"{busy.seconds:.0f}s")
             return run_again_in(busy.seconds + 1)
         if isinstance(claim, str):
+            try:  # a primary that was replaced does not know what the new one knows
+                self.outbox.jobs.replication.confirm()
+            except Unconfirmed:
+                return run_again_in(PAUSE_UNCONFIRMED)
             emit("nothing_to_do", id=mail_id, state=claim)
             return claim if claim in (State.SENT, State.CANCELED, *RETURNED) else _give_up(claim)
         with claim.held():
             try:
                 return self._attempt(claim, ahead)
+            except Unconfirmed as error:  # as it was to be marked, so the relay has had no dot
+                return self._end(claim, State.DELAYED, str(error), PAUSE_UNCONFIRMED)
             finally:
                 self.dots.settled(claim.id)
                 if ahead:
@@ -435,5 +443,5 @@ class Dots:
 def current() -> Delivery:
     """Returns this process's delivery. The main thread must ask for it before others do: there must not be two."""
     chosen = settings.load()
-    redis = connect(chosen.redis_url.get_secret_value(), retrying=True, kind=PipeliningRedis)
-    return Delivery(Outbox(Jobs(redis), chosen))
+    redis = connect(chosen.redis, retrying=True, kind=PipeliningRedis)
+    return Delivery(Outbox(Jobs(redis, chosen.redis_replicas), chosen))

@@ -223,7 +223,7 @@ def _compressed(pieces: Iterator[str]) -> bytes:
 class Outbox(Reader):
     def __init__(self, jobs: Jobs, settings: Settings) -> None:
         super().__init__(jobs, settings)
-        self.store = Store(jobs.redis, settings)
+        self.store = Store(jobs, settings)
         self.index = Index(jobs.redis)
         self.suppressions = Suppressions(self.store, self.index, settings)
 
@@ -335,7 +335,7 @@ class Outbox(Reader):
         job = self._removal(mail_id)
         with translating_errors():
             touched = [mail_key(mail_id), claim_key(mail_id), keys.queue(BULK)]
-            refused = self.store.run(REMOVE_JOB + CANCEL, touched, [mail_id, time.time(), *job])
+            refused = self.store.confirmed(REMOVE_JOB + CANCEL, touched, [mail_id, time.time(), *job])
         match [word.decode(errors="replace") for word in refused]:
             case [_, status]:
                 raise not_removed(status)
@@ -367,7 +367,7 @@ class Outbox(Reader):
         args: list[Any] = [mail_id, State.FAILED if left else State.SENT, attempts_to_json(attempts)]
         args += [recipients_to_json(recipients), why if left else "", now, *([] if left else self._removal(mail_id))]
         with translating_errors():
-            if self.store.run(REMOVE_JOB + ARRIVED, [mail_key(mail_id), keys.job(mail_id)], args):
+            if self.store.confirmed(REMOVE_JOB + ARRIVED, [mail_key(mail_id), keys.job(mail_id)], args):
                 raise NotPossible("the mail moved on at this moment; look again")
 
     def copy(self, mail_id: str, to: str) -> str:
@@ -404,7 +404,7 @@ class Outbox(Reader):
             fields, again = _scheduled(moment), look_at(moment + LOOK_AFTER, expires_at)
             args = [mail_id, fields["scheduled_at"], math.ceil(moment), fields["since"], again]
             touched = [mail_key(mail_id), keys.scheduled(EMAIL), keys.job(mail_id)]
-            state = self.store.run(RESCHEDULE, touched, args).decode()
+            state = self.store.confirmed(RESCHEDULE, touched, args).decode()
         if state == "gone":
             raise NotFound
         if state:

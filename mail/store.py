@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 from mail.states import FINAL, State, transition
 from queues import keys
-from queues.connection import SOMETHING_ELSE, Redis, Script, Unavailable, fail_fast, translating_errors
+from queues.connection import SOMETHING_ELSE, Script, Unavailable, fail_fast, translating_errors
 from queues.heartbeat import LEASE_SECONDS
+from queues.jobs import Jobs
+from queues.replication import Unconfirmed
 from queues.table import EMAIL
 from settings import Settings
 from smtp.pacing import BREAKER, key_prefix
@@ -77,8 +79,9 @@ def look_at(moment: float, expires_at: float) -> float:
 
 
 class Store:
-    def __init__(self, redis: Redis, settings: Settings) -> None:
-        self.redis = redis
+    def __init__(self, jobs: Jobs, settings: Settings) -> None:
+        self.redis = redis = jobs.redis
+        self.replication = jobs.replication
         self.renew = Script(fail_fast(redis), RENEW)
         # A mail outlives its job: by a day where that may be queued again in its last minute, and then wait.
         kept = dict.fromkeys(FINAL, settings.retain_failed + 86400) | {State.SENT: settings.retain_sent + 3600}
@@ -100,12 +103,26 @@ class Store:
     def run(self, body: str, keys: list[str], args: list[Any]) -> Any:
         return self.script(body)(keys=keys, args=args)
 
+    def confirmed(self, body: str, keys: list[str], args: list[Any], patience: float = 0) -> Any:
+        """Runs a script, and once more until its replicas have what it wrote or `patience` is over, in seconds. Raises
+        `Unconfirmed`."""
+        if not self.replication.replicas:
+            return self.run(body, keys, args)
+        until = time.monotonic() + patience
+        while True:
+            try:
+                return self.replication.call(self.script(body), keys, args)
+            except Unconfirmed:
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(0.1)
+
     def insist(self, body: str, keys: list[str], args: list[Any]) -> Any:
-        """Runs a script, however long Redis is away or refuses writes."""
+        """Runs a script until it is confirmed, however long Redis is away or refuses writes."""
         while True:
             try:
                 with translating_errors():
-                    return self.run(body, keys, args)
+                    return self.confirmed(body, keys, args)
             except Unavailable as error:
                 if str(error) == SOMETHING_ELSE:
                     raise

@@ -250,7 +250,7 @@ class Dashboard(Flask):
 
 def make_app(settings: Settings, login: bool, names: Collection[str] = ()) -> Dashboard:
     """Returns the WSGI application. Raises RuntimeError if the installed rq-dashboard is not the one that we patch."""
-    app = Dashboard(settings.redis_url.get_secret_value(), login)
+    app = Dashboard(settings.redis, login)
     app.before_request(Login(settings).demand if login else partial(refuse_foreign_names, names))
     app.before_request(refuse_other_origins)
     app.before_request(refuse_other_pages)

@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who = os.environ.get("SUDO_USER") or getpass.getuser()
     with client(settings) as redis:
         try:
-            curses.wrapper(partial(run, Top(Outbox(Jobs(redis), settings), who)))
+            curses.wrapper(partial(run, Top(Outbox(Jobs(redis, settings.redis_replicas), settings), who)))
         except curses.error as why:
             print(f"bin/top cannot draw on this terminal ({why}); TERM must name one that is known", file=sys.stderr)
             return 2

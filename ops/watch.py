@@ -47,8 +47,8 @@ return changed
 
 class Watch:
     def __init__(self, settings: Settings) -> None:
-        redis = connect(settings.redis_url.get_secret_value())
-        self.outbox = Outbox(Jobs(redis), settings)
+        redis = connect(settings.redis)
+        self.outbox = Outbox(Jobs(redis, settings.redis_replicas), settings)
         self.outlets = [Outlet(name, push) for name, push in ways(settings).items()]
         self.alerts = Alerts(redis, self.say) if self.outlets else None
         self.changes = Script(redis, CHANGES)

@@ -4,6 +4,7 @@ log.py        logs one line per event, with names from a closed list
 sd_daemon.py  speaks sd_notify and sd_listen_fds
 env_file.py   reads NAME=value lines, strictly
 values.py     the kinds of values that settings have, and how they are written
+redis_url.py  what REDIS_URL says
 api_keys.py   what an API key may do
 grants.py     SMTP_OAUTH: what a login by token is made from
 relays.py     RELAYS: several relays by name (webhooks.py: WEBHOOKS, the endpoints that are told what becomes of mails)

@@ -11,9 +11,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from redis.client import Pipeline
 from redis.exceptions import ConnectionError, NoScriptError
 
-from queues.connection import Redis, ResponseError, Script, translating_errors
+from queues.connection import ResponseError, Script, translating_errors
+from queues.replication import Replication, Unconfirmed
 
 
 class IdempotencyConflict(Exception):
@@ -65,28 +67,31 @@ class Acceptance(NamedTuple):
         return Accepted(tuple(ids.decode().split(",")), verdict == b"replayed")
 
 
-def replies(redis: Redis, several: Sequence[Acceptance]) -> list[Any]:
+def replies(replication: Replication, several: Sequence[Acceptance]) -> list[Any]:
     """Stores and queues the jobs of several requests, each in a step of its own, in one round trip. Returns of each
-    what its `result` takes, which may be an exception. Raises `Unavailable`."""
+    what its `result` takes, which may be an exception. Raises `Unavailable`, also where too few replicas have them."""
     with translating_errors():
         try:
-            return _run(redis, several)
+            return _run(replication, several)
         except ConnectionError:
             # A connection died in the pool, or the replies were lost. The script knows its own jobs, so a second
             # call stores nothing twice. A time-out is not repeated: the three seconds are spent.
-            return _run(redis, several)
+            return _run(replication, several)
 
 
-def _run(redis: Redis, several: Sequence[Acceptance]) -> list[Any]:
-    replies = _call(redis, several, by_source=False)
+def _run(replication: Replication, several: Sequence[Acceptance]) -> list[Any]:
+    replies, are_confirmed = _call(replication, several, by_source=False)
     if any(isinstance(one, NoScriptError) for one in replies):
-        replies = _call(redis, several, by_source=True)
+        replies, are_confirmed = _call(replication, several, by_source=True)
+    if not are_confirmed:
+        raise Unconfirmed
     return replies
 
 
-def _call(redis: Redis, several: Sequence[Acceptance], by_source: bool) -> list[Any]:
-    with redis.pipeline(transaction=False) as commands:
+def _call(replication: Replication, several: Sequence[Acceptance], by_source: bool) -> tuple[list[Any], bool]:
+    def fill(commands: Pipeline) -> None:
         for script, touched, args in several:
             call, name = (commands.eval, script.source) if by_source else (commands.evalsha, script.digest)
             call(name, len(touched), *touched, *args)
-        return commands.execute(raise_on_error=False)
+
+    return replication.run(fill)

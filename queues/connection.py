@@ -35,6 +35,8 @@ from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry as RedisRetry
 
 from process.log import emit
+from process.redis_url import RedisUrl
+from queues.primary import BEING_REPLACED, KEEPALIVE, NO_MAJORITY, ToPrimary, ToPrimaryByTLS, primary_of
 from settings import SettingsError
 
 
@@ -90,10 +92,18 @@ def connect(url: str, *, retrying: bool = False, kind: type[Redis] = Redis) -> R
     never work.
     """
     try:
+        plain, sentinels = RedisUrl.parse(url)
+        by_tcp: dict[str, Any] = {}
+        if not plain.startswith("unix:"):
+            kind_of_connection = ToPrimaryByTLS if plain.startswith("rediss:") else ToPrimary
+            by_tcp = {"socket_keepalive_options": KEEPALIVE, "connection_class": kind_of_connection}
+        if sentinels:
+            given = kind.from_url(plain).connection_pool.connection_kwargs.items()
+            by_tcp["primary"] = primary_of(sentinels, tuple((name, one) for name, one in given if name[:4] == "ssl_"))
         client = kind.from_url(
-            url,
+            plain,
             **(RETRYING if retrying else FAIL_FAST),
-            **({} if url.startswith("unix:") else {"socket_keepalive": True}),
+            **by_tcp,
             command_packer=Packer(),
             # A feature of Redis' cloud, asked for on each connection in a round trip that every other server refuses.
             maint_notifications_config=MaintNotificationsConfig(enabled=False),
@@ -110,6 +120,9 @@ def connect(url: str, *, retrying: bool = False, kind: type[Redis] = Redis) -> R
 def address(redis: Redis) -> str:
     """Returns where the Redis is, without a login: `127.0.0.1:6379, database 0`."""
     at = redis.connection_pool.connection_kwargs
+    if primary := at.get("primary"):
+        known_to = ", ".join(map(str, primary.sentinels.places))
+        return f"{primary.sentinels.name} of the Sentinels {known_to}, database {at.get('db') or 0}"
     place = at.get("path") or f"{at.get('host', 'localhost')}:{at.get('port', 6379)}"
     return f"{place}, database {at.get('db') or 0}"
 
@@ -144,6 +157,7 @@ CLUSTER = "Redis is a cluster, and must be a single server or its primary"
 OLDEST = (6, 2)  # below it, RQ loses the job of a worker that is killed
 TOO_OLD = "Redis is too old: it must be 6.2 or later"
 NO_ANSWER = "Redis does not answer"
+NOT_CONFIRMED = "Redis' replicas have not confirmed it"
 SOMETHING_ELSE = "Redis holds something else at one of our keys; the workers put it aside"
 NEVER = {  # a word of an error that only another setting ends -> the reason
     "DB index is out of range": "Redis has no database of the number in REDIS_URL",
@@ -165,6 +179,9 @@ CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "ACL failure in script": "Redis' ACL does not let us do this",  # Valkey 9
     "BUSY": "Redis is busy with a script",
     "LOADING": "Redis is still loading its data",
+    "UNBLOCKED": "Redis has become a read-only replica",
+    NO_MAJORITY: NO_MAJORITY,
+    BEING_REPLACED: BEING_REPLACED,
     "max number of clients reached": "Redis has no connection left: raise its maxclients",
     **NEVER,
 }
@@ -192,7 +209,7 @@ def translating_errors() -> Iterator[None]:
         _silent.clear()
         announcements.note(None)
     except Exception as error:
-        if isinstance(error, (ConnectionError, TimeoutError)):
+        if isinstance(error, (ConnectionError, TimeoutError)) or str(error) == NOT_CONFIRMED:
             _silent.set()
         else:  # an error is an answer, too
             _silent.clear()

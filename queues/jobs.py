@@ -34,6 +34,7 @@ from queues.acceptance import IdempotencyConflict as IdempotencyConflict
 from queues.acceptance import replies
 from queues.connection import ROOM, Redis, Script, translating_errors
 from queues.quarantine import DAMAGED, StrictJob, Unreadable, set_aside
+from queues.replication import Replication
 from queues.table import QUEUES
 
 # Runs the commands from ARGV[at] to before ARGV[stop], each as the number of its words and the words. A script cannot
@@ -178,8 +179,10 @@ class Policy(NamedTuple):
 class Jobs:
     """Holds all queues, for those who submit jobs and look at them."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, replicas: int = 0) -> None:
+        """`replicas` is REDIS_REPLICAS: how many must have what is accepted."""
         self.redis = redis
+        self.replication = Replication(redis, replicas)
         self.queues = {name: Queue(name, connection=redis, serializer=JSONSerializer) for name in QUEUES}
         self._accept = lru_cache(lambda beside: Script(redis, RUN + ROOM + beside + ACCEPT))
         self._remove = Script(redis, REMOVE_JOB + "return remove_job(1)")
@@ -192,7 +195,7 @@ class Jobs:
         `IdempotencyConflict` if the fingerprint was another, `Unavailable` if Redis cannot store them: then nothing is
         stored, or all of it (a lost reply).
         """
-        [reply] = replies(self.redis, [acceptance])
+        [reply] = replies(self.replication, [acceptance])
         return acceptance.result(reply)
 
     def acceptance(
@@ -254,7 +257,7 @@ class Jobs:
     def recall(self, idempotency: Idempotency) -> Accepted | None:
         """Returns what an earlier request with this key was answered. Raises `IdempotencyConflict` as `accept` does."""
         with translating_errors():
-            known: Any = self.redis.get(idempotency.key)
+            known: Any = self.replication.execute("GET", idempotency.key)
         if not known:
             return None
         fingerprint, _, ids = known.decode(errors="replace").partition(" ")
@@ -334,7 +337,7 @@ class Jobs:
         """Removes a job that has not run, or has failed. Raises `NotFound`, `NotPossible`."""
         words = self.removal(job_id)
         with translating_errors():
-            status = self._remove(keys=[], args=words)
+            status = self.replication.call(self._remove, [], words)
         if status is not None:
             raise not_removed(status.decode())
 

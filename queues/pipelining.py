@@ -8,17 +8,25 @@ Pipelining: https://redis.io/docs/latest/develop/use/pipelining/
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
+
+from redis.client import Pipeline
 
 from queues.connection import Redis
 
+# Takes what fills a pipeline; returns the replies, and whether replicas have what was written: Replication.run.
+Run = Callable[[Callable[[Pipeline], object]], tuple[list[Any], bool]]
+
 
 class Call:
-    """A command and its reply. `done` is released when that is there, or when this caller is to send the next batch."""
+    """A command and its reply. `done` is released when that is there, or when this caller is to send the next batch.
+    `confirm` is what a batch with it is sent by, if replicas are to have it."""
 
-    def __init__(self, words: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self.words, self.options = words, options
+    def __init__(self, words: tuple[Any, ...], options: dict[str, Any], confirm: Run | None = None) -> None:
+        self.words, self.options, self.confirm = words, options, confirm
         self.reply: Any = None
+        self.is_confirmed = False
         self.error: BaseException | None = None
         self.sends = False
         self.done = threading.Lock()
@@ -39,7 +47,14 @@ class PipeliningRedis(Redis):
         self.round_trips = 0  # so far
 
     def execute_command(self, *words: Any, **options: Any) -> Any:
-        call = Call(words, options)
+        return self._execute(Call(words, options)).reply
+
+    def execute_confirmed(self, run: Run, *words: Any) -> tuple[Any, bool]:
+        """Returns the reply and whether replicas have what was written."""
+        call = self._execute(Call(words, {}, run))
+        return call.reply, call.is_confirmed
+
+    def _execute(self, call: Call) -> Call:
         with self._lock:
             self._waiting.append(call)
             call.sends, self._is_sending = not self._is_sending, True
@@ -49,7 +64,7 @@ class PipeliningRedis(Redis):
             self._send()
         if call.error:
             raise call.error
-        return call.reply
+        return call
 
     def _send(self) -> None:
         """Sends what waits, the caller's own among it; then lets the first of those who came meanwhile send."""
@@ -74,12 +89,22 @@ class PipeliningRedis(Redis):
 
     def _ask(self, batch: list[Call]) -> None:
         self.round_trips += 1
-        if len(batch) == 1:
+        confirm = next((call.confirm for call in batch if call.confirm), self._run)
+        if len(batch) == 1 and not batch[0].confirm:
             self._alone = self._alone or Redis(connection_pool=self.connection_pool, single_connection_client=True)
             batch[0].reply = self._alone.execute_command(*batch[0].words, **batch[0].options)  # type: ignore[no-untyped-call]
             return
-        with self.pipeline(transaction=False) as pipe:
+
+        def fill(pipe: Pipeline) -> None:
             for call in batch:
                 pipe.execute_command(*call.words, **call.options)  # type: ignore[no-untyped-call]
-            for call, reply in zip(batch, pipe.execute(raise_on_error=False), strict=True):
-                call.error, call.reply = (reply, None) if isinstance(reply, Exception) else (None, reply)
+
+        replies, is_confirmed = confirm(fill)
+        for call, reply in zip(batch, replies, strict=True):
+            call.error, call.reply = (reply, None) if isinstance(reply, Exception) else (None, reply)
+            call.is_confirmed = is_confirmed
+
+    def _run(self, fill: Callable[[Pipeline], object]) -> tuple[list[Any], bool]:
+        with self.pipeline(transaction=False) as pipe:
+            fill(pipe)
+            return pipe.execute(raise_on_error=False), False

@@ -62,7 +62,7 @@ class Relay(NamedTuple):
 def _tokens(current: Settings, one: RelaySettings, redis: Redis | None) -> Tokens | None:
     if not one.oauth:
         return None
-    shared = redis or connect(current.redis_url.get_secret_value())
+    shared = redis or connect(current.redis)
     return Tokens(shared, one.oauth, key_prefix(one.name), even_alone=redis is None)
 
 

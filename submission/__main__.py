@@ -44,7 +44,7 @@ def main() -> int:
         sockets = listening(settings)
         if not tls and any(port_of(one) == TLS_PORT for one in sockets):
             raise SettingsError(["SUBMISSION_TLS_CERT and SUBMISSION_TLS_KEY must be set for port 465"])
-        redis = connect(settings.redis_url.get_secret_value())
+        redis = connect(settings.redis)
     except SettingsError as error:
         say_why_not(error)
         return 2
@@ -54,8 +54,8 @@ def main() -> int:
     return_large_blocks()
     announcements.begin(redis)
     with suppress(Unavailable):  # it is said now, and may come up after us
-        reach(settings.redis_url.get_secret_value())
-    asyncio.run(serve(settings, Jobs(redis), sockets, tls))
+        reach(settings.redis)
+    asyncio.run(serve(settings, Jobs(redis, settings.redis_replicas), sockets, tls))
     return 0
 
 

@@ -182,7 +182,7 @@ def test_requests_that_go_together_have_each_its_own_answer(real: Jobs) -> None:
     keyed = [(TWO, of(body="a")), (THREE, of(body="a")), (THREE, of(body="b")), (THREE, None)]
     asked = [acceptance(real, job_id, idempotency=key) for job_id, key in keyed]
     asked.insert(1, asked[0]._replace(keys=["none", "rq:queue:jobs"]))  # which is no string
-    replies = queues.acceptance.replies(real.redis, asked)
+    replies = queues.acceptance.replies(real.replication, asked)
     assert asked[0].result(replies[0]) == asked[2].result(replies[2])._replace(replayed=False)
     for one in (1, 3):
         with pytest.raises(IdempotencyConflict if one == 3 else Unavailable):

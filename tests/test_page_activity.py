@@ -203,9 +203,7 @@ def test_what_waits_is_by_day_and_time(pages: Pages, monkeypatch: pytest.MonkeyP
     assert "The scheduler is 2 min late: 1 mail should be in the queue by now." in text
     assert re.search(f"Tomorrow 5 mails .*{days[5]:%A}, {days[5].day} {days[5]:%B} 1 mail ", text)
     assert "delayed: 450 <ada@example.com>" in text
-    assert "ada@" not in Pages.of(pages.settings.redis_url.get_secret_value(), show_addresses=False).text(
-        "/mail/scheduled"
-    )
+    assert "ada@" not in Pages.of(pages.settings.redis, show_addresses=False).text("/mail/scheduled")
     tomorrow = pages.get(link(pages.get("/mail/scheduled"), "Tomorrow "))
     assert {*shown(tomorrow)} == {*ids}
     monkeypatch.setattr(scheduled, "SHOWN", 2)

@@ -22,6 +22,7 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
         "process.env_file",
         "process.values",
         "process.api_keys",
+        "process.redis_url",
         "process.relays",
         "process.grants",
         "process.webhooks",

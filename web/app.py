@@ -70,7 +70,7 @@ def make_app(settings: Settings, jobs: Jobs, offered: Mapping[str, Task], names:
     app.default_error_handler = routing_error
     for method, path, handler, scope in ROUTES:
         app.route(path, method, guarded(service, handler, scope))
-    return Middleware(app, counters.Gathered(jobs.redis, counters.ACCEPT), partial(replies, jobs.redis))
+    return Middleware(app, counters.Gathered(jobs.redis, counters.ACCEPT), partial(replies, jobs.replication))
 
 
 Handler = Callable[..., HTTPResponse | Steps[HTTPResponse]]

@@ -37,7 +37,7 @@ def main() -> int:
     try:
         settings = load("webhook_url")
         wanted = {one.name: wants(one) for one in settings.all_webhooks}
-        redis = connect(settings.redis_url.get_secret_value())
+        redis = connect(settings.redis)
     except SettingsError as error:
         say_why_not(error)
         return 2
@@ -48,7 +48,7 @@ def main() -> int:
     return_large_blocks()
     announcements.begin(redis)
     with suppress(Unavailable):  # it is said now, and may come up after us
-        reach(settings.redis_url.get_secret_value())
+        reach(settings.redis)
     stopping = threading.Event()
     sd_daemon.on_stop(lambda *_: stopping.set())
     reader = Reader(Jobs(redis), settings)

@@ -62,14 +62,14 @@ class Address(NamedTuple):
 
 
 def address(settings: Settings) -> Address:
-    url = settings.redis_url.get_secret_value()
+    url = settings.redis
     kwargs = connect(url).connection_pool.connection_kwargs
     host, port = kwargs.get("host", "localhost"), int(kwargs.get("port", 6379))
     return Address(host, port, kwargs.get("path", ""), url.startswith("rediss:"))
 
 
 def client(settings: Settings) -> Redis:
-    return connect(settings.redis_url.get_secret_value())
+    return connect(settings.redis)
 
 
 def reachable(target: Target, settings: Settings) -> Findings:

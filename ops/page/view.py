@@ -61,7 +61,7 @@ class View:
         self.redis = redis
         self.settings = settings
         self.by_login = by_login
-        self.outbox = Outbox(Jobs(redis), settings)
+        self.outbox = Outbox(Jobs(redis, settings.redis_replicas), settings)
         self.templates = Environment(
             loader=FileSystemLoader(HERE / "html"),
             autoescape=True,

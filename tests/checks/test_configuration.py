@@ -129,7 +129,7 @@ def test_in_a_checkout_the_redis_of_the_bin_dev_that_runs_is_the_one(
 ) -> None:
     def url() -> str:
         loaded = configuration.load(target)
-        return loaded.redis_url.get_secret_value() if loaded else ""
+        return loaded.redis if loaded else ""
 
     target.code, usual = tmp_path, url()
     relay, catcher = folders = [tmp_path / "var/dev" / name for name in ("relay", "catcher")]

@@ -1,0 +1,231 @@
+"""Finds the primary of a replicated Redis through its Sentinels, and keeps connections to no other server.
+
+A Sentinel that is cut off together with an old primary still names that one. So all are asked, most must answer, and
+the latest configuration decides; while the primary may be about to be replaced, nothing is. A connection asks each time
+it connects, looks whether it has found a primary, and is given up when that is no longer the one.
+Sentinel: https://redis.io/docs/latest/operate/oss_and_stack/management/sentinel/
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from typing import Any, NamedTuple
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.connection import Connection, ConnectionPool, SSLConnection
+from redis.exceptions import ConnectionError, RedisError, ResponseError
+from redis.maint_notifications import MaintNotificationsConfig
+from redis.retry import Retry
+
+from process.redis_url import Place, Sentinels
+
+ANSWERS_WITHIN = 0.5  # seconds for a Sentinel
+FRESH = 0.25  # seconds for which a look at the Sentinels holds: less than they take from a suspicion to a new primary
+NO_MAJORITY = "most of the Sentinels of REDIS_URL do not answer, or know no primary of that name"
+BEING_REPLACED = "Redis' primary is being replaced"
+NOT_A_PRIMARY = "READONLY what the Sentinels name is not a primary yet"
+# What a server says that is no primary (any more), or cannot be one now. Before Redis 7 it may be inside a script's
+# error. UNBLOCKED: it has become a replica while a command waited.
+NOT_PRIMARY = re.compile(r"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN)\b")
+# A server that is gone without a word is noticed after six seconds, also by a command that waits for a job.
+KEEPALIVE = {
+    number: value
+    for name, value in {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 6000}.items()
+    if (number := getattr(socket, name, None)) is not None
+}
+
+
+class View(NamedTuple):
+    """What most Sentinels say: where the primary is, and whether it is `healthy`: so few of them suspect it, or do not
+    answer, that they could not replace it."""
+
+    at: Place
+    healthy: bool
+
+
+def judge(answers: list[Mapping[str, Any]], number: int) -> View:
+    """Returns what the answers of some of `number` Sentinels to SENTINEL MASTER come to. Pure. Raises
+    `ConnectionError` where most have not answered."""
+    if len(answers) <= number // 2:
+        raise ConnectionError(NO_MAJORITY)
+    latest = max(int(one["config-epoch"]) for one in answers)
+    current = [one for one in answers if int(one["config-epoch"]) == latest]
+    places = {Place(str(one["ip"]), int(one["port"])) for one in current}
+    flags = [set(str(one["flags"]).split(",")) for one in current]
+    suspecting = sum("s_down" in one for one in flags) + number - len(answers)
+    replaced = any({"o_down", "failover_in_progress"} & one for one in flags) or len(places) > 1
+    return View(min(places), not replaced and suspecting < max(int(one["quorum"]) for one in current))
+
+
+class Primary:
+    """Knows where the primary is. One in a process for each `Sentinels`: see `primary_of`."""
+
+    def __init__(self, sentinels: Sentinels, tls: Mapping[str, Any]) -> None:
+        self.sentinels = sentinels
+        how: dict[str, Any] = {"username": sentinels.username, "password": sentinels.password, **tls}
+        how |= {"socket_connect_timeout": ANSWERS_WITHIN, "socket_timeout": ANSWERS_WITHIN}
+        how |= {"retry": Retry(NoBackoff(), 1), "socket_keepalive_options": KEEPALIVE, "protocol": 2}
+        how |= {"maint_notifications_config": MaintNotificationsConfig(enabled=False)}
+        kind = SSLConnection if sentinels.tls else Connection
+        self._clients = [
+            Redis(connection_pool=ConnectionPool(kind, host=one.host, port=one.port, **how)) for one in sentinels.places
+        ]
+        self.at: Place | None = None  # where it was last
+        self._reset()
+        weak = weakref.WeakMethod(self._reset)
+        os.register_at_fork(after_in_child=lambda: (reset := weak()) and reset())
+
+    def _reset(self) -> None:
+        """Begins without what belonged to threads that a forked process does not have."""
+        self._lock = threading.Lock()
+        self._looked_at = -FRESH
+        self._view: View | ConnectionError = ConnectionError(NO_MAJORITY)
+        self._asked: set[int] = set()  # the Sentinels that have been asked and have not answered yet
+        self._present = set(range(len(self._clients)))  # those that answered the last time
+
+    def look(self) -> View:
+        """Returns what most Sentinels said no more than `FRESH` seconds ago. Raises redis-py's `ConnectionError`."""
+        with self._lock:
+            if time.monotonic() - self._looked_at >= FRESH:
+                began = time.monotonic()
+                try:
+                    self._view = judge(self._answers(), len(self._clients))
+                    self.at = self._view.at if self._view.healthy else self.at
+                except ConnectionError as error:
+                    self._view = error
+                self._looked_at = began
+            view = self._view
+        if isinstance(view, ConnectionError):
+            raise ConnectionError(str(view))
+        return view
+
+    def find(self) -> Place:
+        """Returns the primary's address. Raises redis-py's `ConnectionError` while there is none to be sure of."""
+        view = self.look()
+        if not view.healthy:
+            raise ConnectionError(BEING_REPLACED)
+        return view.at
+
+    def doubt(self) -> None:
+        """Has the Sentinels asked again before anything else is done."""
+        self._looked_at = -FRESH
+
+    def _answers(self) -> list[Mapping[str, Any]]:
+        """Asks all Sentinels at once. Waits half a second for those that answered the last time; one that is away is
+        waited for only as long as most have not answered."""
+        answers: dict[int, Mapping[str, Any]] = {}
+        changed = threading.Condition()
+
+        def ask(number: int) -> None:
+            answer: Mapping[str, Any] | None = None
+            with suppress(RedisError, OSError, ValueError, KeyError):
+                answer = self._ask(self._clients[number])
+            with changed:
+                self._asked.discard(number)
+                ended.add(number)
+                if answer:
+                    answers[number] = answer
+                changed.notify()
+
+        ended: set[int] = set()
+        with changed:
+            for number in set(range(len(self._clients))) - self._asked:
+                self._asked.add(number)
+                threading.Thread(target=ask, args=[number], name="sentinel", daemon=True).start()
+            asked = set(self._asked)
+
+            def enough() -> bool:
+                return asked <= ended or (self._present <= ended and len(answers) > len(self._clients) // 2)
+
+            changed.wait_for(enough, ANSWERS_WITHIN)
+            self._present = set(answers)
+            return list(answers.values())
+
+    def _ask(self, client: Redis) -> Mapping[str, Any]:
+        words: Any = client.execute_command("SENTINEL", "MASTER", self.sentinels.name)  # type: ignore[no-untyped-call]
+        words = words.items() if isinstance(words, Mapping) else zip(words[::2], words[1::2], strict=True)
+        return {_text(name): _text(value) for name, value in words}
+
+
+def _text(word: Any) -> str:
+    return word.decode() if isinstance(word, bytes) else str(word)
+
+
+@cache
+def primary_of(sentinels: Sentinels, tls: tuple[tuple[str, Any], ...]) -> Primary:
+    """Returns the one that all connections of this process share. `tls` has redis-py's parameters for that."""
+    return Primary(sentinels, dict(tls))
+
+
+class ToPrimary(Connection):
+    """A connection to a primary, and to no server that is not.
+
+    With a `Primary`, it asks where that is whenever it connects, and what a demoted server says is a lost connection to
+    the client, which so connects again. Without, the name in REDIS_URL is looked up again after such an answer: where a
+    provider fails over, it moves the name.
+    """
+
+    def __init__(self, *args: Any, primary: Primary | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+        self.primary = primary
+        self._at: Place | None = None
+        self._demoted = False
+
+    @property
+    def is_outdated(self) -> bool:
+        """Returns whether it is connected to what is not, or no longer, the primary."""
+        return self._demoted or (self.primary is not None and self._at != self.primary.at)
+
+    def connect(self) -> None:
+        """Connects, and first lets go of a server that is not the primary any more."""
+        if self.is_outdated and self.is_connected:
+            self.disconnect()  # type: ignore[no-untyped-call]
+        super().connect()  # type: ignore[no-untyped-call]
+
+    def _connect(self) -> Any:
+        self._demoted = False
+        if self.primary:
+            self._at = self.primary.find()
+            self.host, self.port = self._at
+        return super()._connect()  # type: ignore[no-untyped-call]
+
+    def on_connect_check_health(self, check_health: bool = True) -> None:
+        super().on_connect_check_health(check_health)
+        if self.primary:
+            self.send_command("ROLE", check_health=False)  # type: ignore[no-untyped-call]
+            if _text(self.read_response()[0]) != "master":
+                self.primary.doubt()
+                raise ConnectionError(NOT_A_PRIMARY)
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        if self.is_outdated and self.is_connected:
+            # And not in silence: what the server knows of this connection (WATCH) is gone.
+            self.disconnect()  # type: ignore[no-untyped-call]
+            raise ConnectionError("Redis' primary is another now")
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().read_response(*args, **options)
+        except ResponseError as error:
+            said = f"{error.status_code or ''} {error}"
+            if not NOT_PRIMARY.search(said):
+                raise
+            self._demoted = True
+            if not self.primary:
+                raise
+            self.primary.doubt()
+            raise ConnectionError(said) from None
+
+
+class ToPrimaryByTLS(ToPrimary, SSLConnection):
+    """The same with TLS."""

@@ -1,0 +1,107 @@
+"""Waits until replicas have what was written: only then does it outlive the primary.
+
+Behind the commands, on the same connection and in the same write, stand a PUBLISH and a WAIT. WAIT is about the last
+write of its connection, and PUBLISH is one that takes no memory and no place in the append-only file: so also what a
+script found done already, and did not write, is confirmed. A primary that stood still while it was replaced may be
+confirmed by a replica that the new one overwrites; so most Sentinels must call it healthy right after.
+WAIT: https://redis.io/docs/latest/commands/wait/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from redis.client import Pipeline
+from redis.exceptions import ConnectionError, NoScriptError, TimeoutError
+
+from queues.connection import NOT_CONFIRMED, Redis, Script, Unavailable
+from queues.pipelining import PipeliningRedis
+from queues.primary import Primary
+
+WAIT = 900  # milliseconds for the replicas; less than the shortest time-out of a client
+CHANNEL = "async-email:confirm"  # nobody listens
+
+
+class Unconfirmed(Unavailable):
+    """Fewer replicas than REDIS_REPLICAS are known to have what was written. It may be stored, and may yet be lost; the
+    same may be done again."""
+
+    def __init__(self) -> None:
+        super().__init__(NOT_CONFIRMED)
+
+
+class Replication:
+    """Confirms what a client writes: `replicas` must have it. With 0 no command is sent for that, and none waits."""
+
+    def __init__(self, redis: Redis, replicas: int) -> None:
+        self.redis, self.replicas = redis, replicas
+        self.primary: Primary | None = redis.connection_pool.connection_kwargs.get("primary")
+
+    def run(self, fill: Callable[[Pipeline], object]) -> tuple[list[Any], bool]:
+        """Sends the commands that `fill` puts into a pipeline, in one round trip. Returns their replies, an exception
+        for one that Redis refused, and whether they are confirmed. Raises redis-py's errors."""
+        at = self.primary and self.primary.at
+        with self.redis.pipeline(transaction=False) as pipe:
+            fill(pipe)
+            if self.replicas:
+                pipe.publish(CHANNEL, "")
+                pipe.execute_command("WAIT", self.replicas, WAIT)  # type: ignore[no-untyped-call]
+            replies: list[Any] = pipe.execute(raise_on_error=False)
+        if not self.replicas:
+            return replies, True
+        *replies, published, number = replies
+        for one in (published, number):
+            if isinstance(one, Exception):
+                raise one
+        is_confirmed = number >= self.replicas and self._is_healthy(at)
+        if not is_confirmed and self.primary:
+            self.primary.doubt()
+        return replies, is_confirmed
+
+    def _is_healthy(self, at: object) -> bool:
+        """Returns whether the primary that has answered is still the one, and about to be replaced by none."""
+        if not self.primary:
+            return True
+        try:
+            view = self.primary.look()
+        except ConnectionError:
+            return False
+        return view.healthy and at in (view.at, None)
+
+    def execute(self, *words: Any) -> Any:
+        """Returns the reply to one command, once it is confirmed. Raises `Unconfirmed`, and redis-py's errors."""
+        if not self.replicas:
+            return self.redis.execute_command(*words)  # type: ignore[no-untyped-call]
+        if isinstance(self.redis, PipeliningRedis):
+            reply, is_confirmed = self.redis.execute_confirmed(self.run, *words)
+        else:
+            [reply], is_confirmed = self.run(lambda pipe: pipe.execute_command(*words))  # type: ignore[no-untyped-call]
+        if isinstance(reply, Exception):
+            raise reply
+        if not is_confirmed:
+            raise Unconfirmed
+        return reply
+
+    def call(self, script: Script, keys: Sequence[str], args: Sequence[Any] = ()) -> Any:
+        """Returns what a script of this client returns, once that is confirmed. Raises as `execute`."""
+        if not self.replicas:
+            return script(keys, args)
+        try:
+            return self.execute("EVALSHA", script.digest, len(keys), *keys, *args)
+        except NoScriptError:
+            return self.execute("EVAL", script.source, len(keys), *keys, *args)
+
+    def confirm(self) -> None:
+        """Returns once replicas have all that the primary has now. Raises `Unconfirmed`, and redis-py's errors."""
+        if self.replicas:
+            self.execute("PING")
+
+    @property
+    def works(self) -> bool:
+        """Returns whether something can be confirmed now."""
+        try:
+            self.confirm()
+        except (Unconfirmed, ConnectionError, TimeoutError):
+            return False
+        return True

@@ -1,0 +1,124 @@
+"""What REDIS_REPLICAS promises: nothing counts that replicas have not confirmed, and no final dot goes out before."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from rq import Retry
+
+from mail import claim, delivery
+from mail.outbox import Outbox
+from mail.states import State, Status
+from queues.acceptance import Idempotency
+from queues.connection import NOT_CONFIRMED, Script, Unavailable, connect
+from queues.jobs import Jobs, NotFound
+from queues.pipelining import PipeliningRedis
+from queues.replication import Replication, Unconfirmed
+from settings import Settings
+from tests.conversations import POOL, served
+from tests.mails import accept, draft
+from tests.servers import RedisServer
+
+
+@pytest.fixture(params=["plain", "pipelining"])
+def client(request: pytest.FixtureRequest, redis_server: RedisServer) -> Any:
+    """A client of a Redis that has no replica."""
+    redis_server.reset()
+    kind: dict[str, Any] = {"kind": PipeliningRedis, "retrying": True} if request.param == "pipelining" else {}
+    return connect(redis_server.url, **kind)
+
+
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("queues.replication.WAIT", 20)
+    monkeypatch.setattr(claim, "CONFIRMED_WITHIN", 0)
+
+
+def test_without_enough_replicas_what_is_stored_does_not_count(client: Any) -> None:
+    script = Script(client, "return redis.call('INCR', KEYS[1])")  # which Redis does not know at first
+    assert Replication(client, 0).call(script, ["a"]) == 1
+    for stored in (b"2", b"3"):
+        with pytest.raises(Unconfirmed, match=NOT_CONFIRMED):
+            Replication(client, 1).call(script, ["a"])
+        assert client.get("a") == stored
+    assert not Replication(client, 1).works
+    client.rpush("b", 1)
+    with pytest.raises(Exception, match="wrong kind"):  # its own error first
+        Replication(client, 1).execute("INCR", "b")
+
+
+def test_in_a_batch_only_those_that_asked_are_refused(redis_server: RedisServer) -> None:
+    client = connect(redis_server.url, kind=PipeliningRedis)
+    together, said = threading.Barrier(8), list[Any]()
+
+    def call(number: int) -> None:
+        together.wait()
+        try:
+            said.append(Replication(client, number % 2).execute("ECHO", number))
+        except Unconfirmed:
+            said.append(None)
+
+    threads = [threading.Thread(target=call, args=[number]) for number in range(8)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert sorted(said, key=str) == [None, None, None, None, b"0", b"2", b"4", b"6"]
+
+
+def test_a_mail_is_not_accepted_and_a_repeat_is_not_either_until_it_is_confirmed(client: Any) -> None:
+    jobs = Jobs(client, 1)
+    outbox, key = Outbox(jobs, Settings()), Idempotency("key", "fingerprint")
+    for _ in range(2):
+        with pytest.raises(Unavailable, match=NOT_CONFIRMED):
+            outbox.accept([draft()], key)
+        with pytest.raises(Unavailable, match=NOT_CONFIRMED):
+            jobs.recall(key)
+    jobs.replication.replicas = 0
+    known = outbox.accept([draft()], key)
+    assert known.replayed
+    jobs.replication.replicas = 1
+    for change in (outbox.cancel, lambda mail_id: outbox.reschedule(mail_id, 1e11)):
+        with pytest.raises((Unavailable, NotFound), match=NOT_CONFIRMED):
+            change(known.id)
+
+
+def test_no_final_dot_goes_out_before_the_mark_is_confirmed(client: Any) -> None:
+    outbox = Outbox(Jobs(client), Settings())
+    mail_id = accept(outbox)
+    with served() as (there, to):
+        made = delivery.Delivery(outbox)
+        made.routes.ways[0].relay, made.pool = to, POOL
+        outbox.jobs.replication.replicas = 1
+        assert isinstance(made.deliver(mail_id), Retry)
+        seen = outbox.read(mail_id)
+        assert (there.accepted, seen["status"], seen["reason"]) == ([], State.DELAYED, NOT_CONFIRMED)
+        assert {one["status"] for one in seen["recipients"]} == {"pending"}  # nothing is in doubt without a dot
+        assert isinstance(made.deliver("gone"), Retry)  # which another primary may have
+        outbox.jobs.replication.replicas = 0
+        assert made.deliver(mail_id) == "sent"
+        with pytest.raises(delivery.Failed, match="gone"):
+            made.deliver("gone")
+    assert len(there.accepted) == 1
+
+
+def test_a_mail_counts_as_sent_once_that_is_confirmed(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox = Outbox(Jobs(client), Settings())
+    mail_id, replication = accept(outbox), outbox.jobs.replication
+    taken = outbox.claim(mail_id, 0)
+    assert isinstance(taken, claim.Claim)
+    for one in taken.recipients:
+        one.status = Status.ACCEPTED
+    replication.replicas = 1
+    pauses = list[float]()
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        replication.replicas = 0 if len(pauses) == 3 else 1
+
+    monkeypatch.setattr("mail.store.time.sleep", pause)
+    taken.settle(State.SENT)
+    assert pauses == [1, 1, 1]
+    assert outbox.read(mail_id)["status"] == "sent"
