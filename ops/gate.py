@@ -149,8 +149,8 @@ def decide(primary: Address, views: Sequence[View], me: Address, has_data: bool,
 
 def address_in(configuration: str) -> Address:
     """Returns where the Sentinels know this Redis."""
-    told = dict(re.findall(r'^(replica-announce-ip|tls-port|port) "?([^\s"]+)', configuration, re.MULTILINE))
-    return told["replica-announce-ip"], int(told.get("tls-port") or told["port"])
+    told = dict(re.findall(r'^(replica-announce-ip|bind|tls-port|port) "?([^\s"]+)', configuration, re.MULTILINE))
+    return told.get("replica-announce-ip") or told["bind"], int(told.get("tls-port") or told["port"])
 
 
 def make_replica_of(primary: Address | None, path: Path) -> None:

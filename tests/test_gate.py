@@ -5,14 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import redis
 
 from ops import gate
-from tests.servers import ROOT, RedisServer, eventually, free_port, kill_group, start
+from tests.sentinels import Server, Set, running
+from tests.servers import ROOT, eventually, kill_group, start
 
 ME, OTHER, THIRD = ("10.0.0.1", 6380), ("10.0.0.2", 6380), ("10.0.0.3", 6380)
 
@@ -77,108 +76,74 @@ def test_the_configuration_is_changed_in_one_line_and_keeps_its_mode(
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-class Host(RedisServer):
-    """A Redis that is started through the gate, by a configuration that is its own."""
+class Gates:
+    """Lets each Redis of a set start, as soon as its gate does."""
 
-    def __init__(self, directory: Path, replica_of: Host | None = None) -> None:
-        directory.mkdir()
-        super().__init__(directory)
-        self.configuration = directory / "redis.conf"
-        lines = [f"port {self.port}", "bind 127.0.0.1", "replica-announce-ip 127.0.0.1", f"dir {directory}", 'save ""']
-        lines += ["appendonly yes", "repl-diskless-sync-delay 0"]
-        lines += [f"replicaof 127.0.0.1 {replica_of.port}"] if replica_of else []
-        self.configuration.write_text("\n".join(lines) + "\n")
+    def __init__(self, servers: Set, directory: Path) -> None:
+        self.servers, self.directory = servers, directory
+        hosts = ",".join(f"127.0.0.1:{one.port}" for one in servers.sentinels)
+        self.url = f"redis+sentinel://:@{hosts}/mymaster/0?sentinel_password=sentinel's"
+        (directory / "url").write_text(f"{self.url}\n")
 
-    def arguments(self) -> list[str]:
-        return [str(self.configuration)]
+    def log(self, server: Server) -> Path:
+        return self.directory / f"gate-{server.port}.log"
 
-    def role(self) -> str:
-        with self.client() as client:
-            return str(client.info("replication")["role"])
+    def open(self, server: Server) -> subprocess.Popen[bytes]:
+        arguments = [str(self.directory / "url"), "", str(server.file), str(server.file.parent)]
+        return start([sys.executable, "-I", str(ROOT / "ops/gate.py"), *arguments], self.log(server))
 
+    def start(self, *servers: Server) -> None:
+        gates = {server: self.open(server) for server in servers}
+        try:
+            while gates:
+                server = eventually(lambda: next((one for one, gate in gates.items() if gate.poll() is not None), None))
+                assert server
+                assert gates.pop(server).returncode == 0, self.log(server).read_text()
+                server.start()
+                eventually(server.answers)
+        finally:
+            for process in gates.values():
+                kill_group(process)
 
-class Three:
-    def __init__(self, directory: Path, undo: ExitStack) -> None:
-        self.directory, self.undo = directory, undo
-        self.first = Host(directory / "first")
-        self.hosts = [self.first, *(Host(directory / name, self.first) for name in ("second", "third"))]
-        for host in self.hosts:
-            undo.enter_context(host)
-        self.ports = [free_port() for _ in range(3)]
-        self.url = directory / "url"
-        self.url.write_text(f"redis+sentinel://:@{','.join(f'127.0.0.1:{port}' for port in self.ports)}/mymaster/0\n")
-        self.sentinels = [self.sentinel(port) for port in self.ports]
-        eventually(self.is_whole)
-
-    def sentinel(self, port: int) -> subprocess.Popen[bytes]:
-        file = self.directory / f"sentinel-{port}.conf"
-        lines = [f"port {port}", "bind 127.0.0.1", f"sentinel monitor mymaster 127.0.0.1 {self.first.port} 2"]
-        options = {"down-after-milliseconds": 2000, "failover-timeout": 5000}
-        file.write_text("\n".join([*lines, *(f"sentinel {name} mymaster {ms}" for name, ms in options.items()), ""]))
-        process = start([self.first.program or "", str(file), "--sentinel"], file.with_suffix(".log"))
-        self.undo.callback(kill_group, process)
-        return process
-
-    def views(self) -> list[gate.View]:
-        return gate.ask_all(gate.parse_url(self.url.read_text().strip(), ""))
-
-    def is_whole(self) -> bool:
-        """Each Sentinel knows the other two and both replicas."""
-        views = self.views()
-        known = [redis.Redis(port=port).sentinel_sentinels("mymaster") for port in self.ports]
-        others = [len(list(one)) for one in known if isinstance(one, list)]
-        return others == [2] * 3 and [sum(one.replicas.values()) for one in views] == [2] * 3
-
-    def gate(self, host: Host) -> subprocess.Popen[bytes]:
-        arguments = [str(self.url), "", str(host.configuration), str(host.directory)]
-        command = [sys.executable, "-I", str(ROOT / "ops/gate.py"), *arguments]
-        process = start(command, host.directory / "gate.log")
-        self.undo.callback(kill_group, process)
-        return process
-
-    def start(self, *hosts: Host) -> None:
-        """Each as soon as its gate lets it."""
-        gates = {host: self.gate(host) for host in hosts}
-        while gates:
-            host = eventually(lambda: next((host for host, one in gates.items() if one.poll() is not None), None))
-            assert host
-            assert gates.pop(host).returncode == 0, (host.directory / "gate.log").read_text()
-            host.start()
+    def roles(self) -> list[str]:
+        return [str(server.client.info("replication")["role"]) for server in self.servers.data]
 
 
 @pytest.fixture
-def three(tmp_path: Path) -> Iterator[Three]:
-    with ExitStack() as undo:
-        yield Three(tmp_path, undo)
+def gates(tmp_path: Path) -> Iterator[Gates]:
+    with running(tmp_path, down_after=2000) as servers:
+        yield Gates(servers, tmp_path)
 
 
-def test_a_primary_that_crashed_comes_back_as_a_replica_of_the_next(three: Three) -> None:
-    three.first.kill()
-    three.start(three.first)
-    assert three.first.role() == "slave"
-    eventually(lambda: sorted(host.role() for host in three.hosts) == ["master", "slave", "slave"])
-    assert "another must be promoted if any can" in (three.first.directory / "gate.log").read_text()
+def test_a_primary_that_crashed_comes_back_as_a_replica_of_the_next(gates: Gates) -> None:
+    first = gates.servers.data[0]
+    first.kill()
+    gates.start(first)
+    eventually(lambda: (gates.roles()[0], sorted(gates.roles())) == ("slave", ["master", "slave", "slave"]))
+    assert "another must be promoted if any can" in gates.log(first).read_text()
 
 
-def test_after_a_power_cut_the_old_primary_is_first_and_has_all_of_it(three: Three) -> None:
+def test_after_a_power_cut_the_old_primary_is_first_and_has_all_of_it(gates: Gates) -> None:
     """Its replicas wait for it, however much earlier they are there."""
-    with three.first.client() as client:
-        client.set("mail", "1")
-        assert client.wait(2, 5000) == 2
-    for host in three.hosts:
-        host.kill()
-    three.start(*reversed(three.hosts))
-    assert [host.role() for host in three.hosts] == ["master", "slave", "slave"]
-    with three.first.client() as client:
-        assert client.get("mail") == b"1"
+    first, *others = gates.servers.data
+    first.client.set("mail", "1")
+    assert first.client.wait(2, 5000) == 2
+    for server in gates.servers.data:
+        server.kill()
+    gates.start(*others, first)
+    assert gates.roles() == ["master", "slave", "slave"]
+    assert first.client.get("mail") == "1"
 
 
-def test_where_most_sentinels_do_not_answer_nothing_starts(three: Three) -> None:
-    three.first.kill()
-    for process in three.sentinels[1:]:
-        kill_group(process)
-    waiting = three.gate(three.first)
-    eventually(lambda: "most of the 3 Sentinels" in (three.first.directory / "gate.log").read_text())
-    assert waiting.poll() is None
-    (three.first.directory / "first-start").touch()
-    assert waiting.wait(30) == 0
+def test_where_most_sentinels_do_not_answer_nothing_starts(gates: Gates) -> None:
+    first = gates.servers.data[0]
+    for server in (first, *gates.servers.sentinels[1:]):
+        server.kill()
+    waiting = gates.open(first)
+    try:
+        eventually(lambda: "most of the 3 Sentinels must answer, and 1 did" in gates.log(first).read_text())
+        assert waiting.poll() is None
+        (first.file.parent / "first-start").touch()
+        assert waiting.wait(30) == 0
+    finally:
+        kill_group(waiting)
