@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ops import gate
-from tests.sentinels import Server, Set, running
+from tests.sentinels import Server, Set, sentinel_set
 from tests.servers import ROOT, eventually, kill_group, start
 
 ME, OTHER, THIRD = ("10.0.0.1", 6380), ("10.0.0.2", 6380), ("10.0.0.3", 6380)
@@ -81,9 +81,7 @@ class Gates:
 
     def __init__(self, servers: Set, directory: Path) -> None:
         self.servers, self.directory = servers, directory
-        hosts = ",".join(f"127.0.0.1:{one.port}" for one in servers.sentinels)
-        self.url = f"redis+sentinel://:@{hosts}/mymaster/0?sentinel_password=sentinel's"
-        (directory / "url").write_text(f"{self.url}\n")
+        (directory / "url").write_text(f"{servers.url}\n")
 
     def log(self, server: Server) -> Path:
         return self.directory / f"gate-{server.port}.log"
@@ -111,7 +109,7 @@ class Gates:
 
 @pytest.fixture
 def gates(tmp_path: Path) -> Iterator[Gates]:
-    with running(tmp_path, down_after=2000) as servers:
+    with sentinel_set(tmp_path, down_after=2000) as servers:
         yield Gates(servers, tmp_path)
 
 
