@@ -137,7 +137,11 @@ def set_up_certificates(server: Server) -> None:
         server.write(server.redis_ca, cluster.authority, 0o644)
     certificate, key = (server.redis_conf.parent / f"async-email.{ending}" for ending in ("crt", "key"))
     host = own(cluster.hosts)
-    if not server.roles & {"redis", "sentinel"} or not host or text_of(certificate) is not None:
+    if not server.roles & {"redis", "sentinel"} or not host:
+        return
+    if text_of(server.operator) is None:
+        server.write(server.operator, f"{cluster.passwords['operator']}\n", 0o600)
+    if text_of(certificate) is not None:
         return
     with tempfile.TemporaryDirectory() as folder:
         authority, authority_key = Path(folder, "authority"), Path(folder, "authority-key")

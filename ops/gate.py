@@ -23,8 +23,8 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -80,19 +80,28 @@ def read_reply(file: BinaryIO) -> Any:
     return rest
 
 
-def look(address: Address, sentinels: Sentinels) -> View:
-    """Asks one Sentinel. Raises OSError."""
+@contextmanager
+def conversation(
+    address: Address, login: tuple[str, str], context: ssl.SSLContext | None
+) -> Iterator[Callable[..., Any]]:
+    """Connects to a Sentinel or a Redis. Yields what sends it a command and returns its reply, or raises OSError."""
     with ExitStack() as opened:
         plain = opened.enter_context(socket.create_connection(address, PATIENCE))
-        wrapped = sentinels.context.wrap_socket(plain, server_hostname=address[0]) if sentinels.context else plain
-        file = opened.enter_context(opened.enter_context(wrapped).makefile("rb"))
+        wrapped = opened.enter_context(context.wrap_socket(plain, server_hostname=address[0])) if context else plain
+        file = opened.enter_context(wrapped.makefile("rb"))
 
         def ask(*words: str) -> Any:
             wrapped.sendall(f"*{len(words)}\r\n".encode() + b"".join(map(bulk, words)))
             return read_reply(file)
 
-        if sentinels.password:
-            ask("AUTH", sentinels.user, sentinels.password)
+        if login[1]:
+            ask("AUTH", *login)
+        yield ask
+
+
+def look(address: Address, sentinels: Sentinels) -> View:
+    """Asks one Sentinel. Raises OSError."""
+    with conversation(address, (sentinels.user, sentinels.password), sentinels.context) as ask:
         primary = pairs(ask("SENTINEL", "MASTER", sentinels.name))
         replicas = [pairs(one) for one in ask("SENTINEL", "REPLICAS", sentinels.name)]
     up = {address_of(one): not is_down(one) for one in replicas}

@@ -54,6 +54,7 @@ class Server:
         self.hosts: list[str] = []  # of --hosts
         self.bundle = self.etc / "cluster.json"  # what several machines share; or that of --join
         self.joins = False
+        self.operator = self.etc / "operator"  # the password of Redis' and Sentinel's user of that name
         self.lines_said = 0
 
     def say(self, text: str) -> None:
