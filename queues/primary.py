@@ -27,15 +27,16 @@ from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
 from process.redis_url import Place, Sentinels
+from queues.keys import TAG
 
 ANSWERS_WITHIN = 0.5  # seconds for a Sentinel
-FRESH = 0.25  # seconds for which a look at the Sentinels holds: less than they take from a suspicion to a new primary
+FRESH = 0.1  # seconds for which a look at the Sentinels holds: they take longer from a suspicion to a new primary
 NO_MAJORITY = "most of the Sentinels of REDIS_URL do not answer, or know no primary of that name"
 BEING_REPLACED = "Redis' primary is being replaced"
 NOT_A_PRIMARY = "READONLY what the Sentinels name is not a primary yet"
-# What a server says that is no primary (any more), or cannot be one now. Before Redis 7 it may be inside a script's
-# error. UNBLOCKED: it has become a replica while a command waited.
-NOT_PRIMARY = re.compile(r"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN)\b")
+# What a server says that is no primary (any more), or cannot be one now; the last two in a cluster. Before Redis 7 it
+# may be inside a script's error. UNBLOCKED: it has become a replica while a command waited.
+NOT_PRIMARY = re.compile(rf"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN{'|MOVED|CLUSTERDOWN' if TAG else ''})\b")
 # A server that is gone without a word is noticed after six seconds, also by a command that waits for a job.
 KEEPALIVE = {
     number: value
