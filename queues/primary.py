@@ -132,8 +132,10 @@ class Primary:
                 answer = self._ask(self._clients[number])
             with changed:
                 self._asked.discard(number)
+                self._present.discard(number)
                 ended.add(number)
-                if answer:
+                if answer:  # perhaps too late for this look: the next one waits for it again
+                    self._present.add(number)
                     answers[number] = answer
                 changed.notify()
 
@@ -142,13 +144,13 @@ class Primary:
             for number in set(range(len(self._clients))) - self._asked:
                 self._asked.add(number)
                 threading.Thread(target=ask, args=[number], name="sentinel", daemon=True).start()
-            asked = set(self._asked)
+            asked, present = set(self._asked), set(self._present)
 
             def enough() -> bool:
-                return asked <= ended or (self._present <= ended and len(answers) > len(self._clients) // 2)
+                return asked <= ended or (present <= ended and len(answers) > len(self._clients) // 2)
 
             changed.wait_for(enough, ANSWERS_WITHIN)
-            self._present = set(answers)
+            self._present -= self._asked
             return list(answers.values())
 
     def _ask(self, client: Redis) -> Mapping[str, Any]:
