@@ -17,10 +17,11 @@ import redis
 
 from chaos.ha.stage import Stage
 from mail.states import FINAL, State
+from smtp.policy import Verdict
 
 API_LIMIT, MAIL_LIMIT = 10, 15  # seconds
 FINAL_WITHIN = 150  # seconds from the end of the load until every mail is final
-DOUBT = {"in doubt", "in_doubt", "interrupted"}
+DOUBT = (Verdict.IN_DOUBT.value, "interrupted")
 
 
 @dataclass

@@ -43,6 +43,7 @@ LEAD = 5.0  # seconds of load before the fault
 TAIL = 10.0  # seconds of load after it was healed
 PATIENCE = 5.0  # seconds that the client waits for an answer
 GIVE_UP = 60.0  # seconds after the last new mail at which the client stops
+SETTLED_WITHIN = 120  # seconds for processes to start, and for a primary to have both replicas
 CLIENTS = 120  # requests at a time
 REDIS_CONF = """
 port 6379
@@ -178,11 +179,11 @@ class Stage:
             command = f"{shlex.join(gate)} && exec {shlex.quote(self.choice.program)} {place}/redis.conf"
             prepare = partial(cut_unfinished, self.choice.program, place)
             self._keep(host, host, "sh", "-c", command, prepare=prepare, restart_after=1)
-        eventually(lambda: self.role_of(REDIS[0]) == ("master", 2), 30)
+        eventually(lambda: self.role_of(REDIS[0]) == ("master", 2), SETTLED_WITHIN)
         for host, place in places.items():
             (place / "sentinel.conf").write_text(SENTINEL_CONF.format(directory=place, **values))
             self._keep(host, sentinel_of(host), self.choice.program, f"{place}/sentinel.conf", "--sentinel")
-        eventually(self.is_watched, 30)
+        eventually(self.is_watched, SETTLED_WITHIN)
         for place in places.values():
             (place / "first-start").unlink()
 
@@ -197,8 +198,8 @@ class Stage:
                 clock.write_text(str(self.scene.clocks[host]))
                 command = [f"{ROOT}/tests/stepped_clock.py", str(clock), *command]
             self._keep(host, host, sys.executable, *command)
-        eventually(lambda: all(self.logged(host, "worker_started") for host in WORKERS), 60)
-        eventually(lambda: all(self.client.answers_at(host) for host in APIS), 60)
+        eventually(lambda: all(self.logged(host, "worker_started") for host in WORKERS), SETTLED_WITHIN)
+        eventually(lambda: all(self.client.answers_at(host) for host in APIS), SETTLED_WITHIN)
 
     def _url(self) -> str:
         sentinels = ",".join(self.address[name] for name in REDIS)
@@ -263,7 +264,7 @@ class Stage:
 
     def primary(self) -> str:
         """Returns the host that is the primary of both others, once there is one."""
-        return eventually(lambda: next((host for host in REDIS if self.role_of(host) == ("master", 2)), ""), 60)
+        return eventually(lambda: next((one for one in REDIS if self.role_of(one) == ("master", 2)), ""), 60)
 
 
 def sentinel_of(host: str) -> str:
