@@ -316,7 +316,7 @@ def from_file(path: Path) -> dict[str, str]:
 def _faults(one: env_file.Assignment, assignments: list[env_file.Assignment]) -> Iterator[str]:
     known = [name.upper() for name in Settings.model_fields]
     if one.value and one.name == "RQ_KEY_PREFIX":
-        yield "RQ_KEY_PREFIX must be in the environment, where RQ reads it: see docs/scale.md"
+        yield "RQ_KEY_PREFIX must be in the environment: see docs/scale.md"
     elif one.value and one.name not in known:
         import difflib  # here, since nobody needs it but who has mistyped a name
 

@@ -30,13 +30,12 @@ from process.redis_url import Place, Sentinels
 from queues.keys import TAG
 
 ANSWERS_WITHIN = 0.5  # seconds for a Sentinel
-FRESH = 0.25  # seconds for which a look at the Sentinels holds: less than they take from a suspicion to a new primary
+FRESH = 0.1  # seconds for which a look at the Sentinels holds: they take longer from a suspicion to a new primary
 NO_MAJORITY = "most of the Sentinels of REDIS_URL do not answer, or know no primary of that name"
 BEING_REPLACED = "Redis' primary is being replaced"
 NOT_A_PRIMARY = "READONLY what the Sentinels name is not a primary yet"
 # What a server says that is no primary (any more), or cannot be one now. Before Redis 7 it may be inside a script's
-# error. UNBLOCKED: it has become a replica while a command waited.
-# In a cluster: MOVED, CLUSTERDOWN, and in a script the sentences.
+# error. UNBLOCKED: it has become a replica while a command waited. From MOVED on: of a cluster, the last in scripts.
 NOT_PRIMARY = re.compile(
     r"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN|MOVED|CLUSTERDOWN|non local key|cluster is down|slot not served)\b"
 )
@@ -135,8 +134,10 @@ class Primary:
                 answer = self._ask(self._clients[number])
             with changed:
                 self._asked.discard(number)
+                self._present.discard(number)
                 ended.add(number)
-                if answer:
+                if answer:  # perhaps too late for this look: the next one waits for it again
+                    self._present.add(number)
                     answers[number] = answer
                 changed.notify()
 
@@ -145,13 +146,13 @@ class Primary:
             for number in set(range(len(self._clients))) - self._asked:
                 self._asked.add(number)
                 threading.Thread(target=ask, args=[number], name="sentinel", daemon=True).start()
-            asked = set(self._asked)
+            asked, present = set(self._asked), set(self._present)
 
             def enough() -> bool:
-                return asked <= ended or (self._present <= ended and len(answers) > len(self._clients) // 2)
+                return asked <= ended or (present <= ended and len(answers) > len(self._clients) // 2)
 
             changed.wait_for(enough, ANSWERS_WITHIN)
-            self._present = set(answers)
+            self._present -= self._asked
             return list(answers.values())
 
     def _ask(self, client: Redis) -> Mapping[str, Any]:
