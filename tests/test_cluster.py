@@ -1,229 +1,127 @@
-"""Several machines as `bin/install --role` makes them: in folders that stand for them, with real certificates; and as
-they then run, on addresses of loopback. tests/deploy/test_three.py has whole machines."""
+"""A cluster of one shard, as providers offer it: with a hash tag in RQ_KEY_PREFIX all of the service runs on it, and
+follows the primary when a replica is promoted."""
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import shutil
-import ssl
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
-from ops import cluster, failover, gate, install, redis_server, services, site, smtp_in, webhooks
-from ops.server import Fault, Server
-from queues.connection import connect
-from settings import Settings, from_credentials, from_file
-from tests.servers import ROOT, eventually, kill_group, mode, redis_servers, start
+from tests.receiver import Receiver
+from tests.relay import Relay
+from tests.servers import Api, House, RedisServer, eventually, free_port, project_with, redis_servers
+from tests.submitting import Submission
+from tests.test_webhooks import NEW
 
-ALL = frozenset(cluster.ROLES)
-run = Server.run
-
-
-@pytest.fixture(autouse=True)
-def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The commands that would have been run; openssl is."""
-    commands: list[str] = []
-
-    def only_openssl(self: Server, *command: str | Path, may_fail: bool = False) -> bool:
-        commands.append(" ".join(map(str, command)))
-        return run(self, *command, may_fail=may_fail) if command[0] == "openssl" else True
-
-    monkeypatch.setattr(Server, "run", only_openssl)
-    monkeypatch.setattr(Server, "ask", lambda *_, **__: "")
-    monkeypatch.setattr(shutil, "chown", lambda *_: None)
-    return commands
+MAIL = {"to": "ada@example.com", "subject": "Hello", "text": "Hello."}
+TASKS = """
+@task(cron="0 0 1 1 *", concurrency=1)
+def report() -> str:
+    return "made"
+"""
+PAGES = ("/", "/mail/", "/mail/activity", "/mail/failures", "/mail/system", "/mail/scheduled", "/mail/webhooks")
 
 
-def machine(under: Path, monkeypatch: pytest.MonkeyPatch, host: str, roles: frozenset[str] = ALL) -> Server:
-    monkeypatch.setattr(cluster, "own", lambda hosts: host if host in hosts else None)
-    server = Server(ROOT, under=under)
-    server.roles = roles
-    return server
-
-
-def set_up(server: Server) -> None:
-    cluster.set_up_cluster(server)
-    install.configure(server)
-    cluster.set_up_certificates(server)
-    cluster.start_sentinel(server)
-    if "redis" in server.roles:
-        redis_server.configure_redis(server)
-
-
-@pytest.fixture
-def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Server]:
-    """The first makes what the others join."""
-    net = f"127.{random.randrange(1, 255)}.{random.randrange(1, 255)}"
-    hosts = [f"{net}.{number}" for number in (1, 2, 3)]
-    made: list[Server] = []
-    for host in hosts:
-        server = machine(tmp_path / host[-1], monkeypatch, host)
-        if made:
-            server.bundle, server.joins = made[0].bundle, True
-        else:
-            server.hosts = hosts
-        set_up(server)
-        made.append(server)
-    return made
-
-
-def settings_of(server: Server) -> Settings:
-    return Settings(**from_file(server.env) | from_credentials(str(server.credentials)))
-
-
-def test_what_the_first_makes_the_others_have_too_and_nobody_else_can_read(machines: list[Server]) -> None:
-    first, *others = machines
-    assert [server.etc.joinpath("cluster.json").exists() for server in machines] == [True, False, False]
-    secrets = [*(one.redis_conf.parent / "async-email.key" for one in machines), first.bundle, first.operator]
-    assert {mode(path) for path in secrets} == {0o600, 0o640}
-    assert {mode(one.sentinel_conf) for one in machines} == {mode(one.redis_conf) for one in machines} == {0o640}
-    for name in ("redis_url", "api_keys"):
-        assert len({(one.credentials / name).read_text() for one in machines}) == 1
-    key = hash(first.new_key)
-    assert [hash(one.new_key) == key for one in others] == [False, False]
-    assert settings_of(others[1]).redis_replicas == 1
-    assert [one.redis_conf.read_text().count("\nreplicaof ") for one in machines] == [0, 1, 1]
-    before = {path: path.read_bytes() for path in first.etc.parent.rglob("*") if path.is_file()}
-    set_up(first)
-    assert {path: path.read_bytes() for path in first.etc.parent.rglob("*") if path.is_file()} == before
-
-
-def test_no_word_in_capitals_is_left_to_fill_in(machines: list[Server]) -> None:
-    text = "".join(conf.read_text() for one in machines for conf in (one.redis_conf, one.sentinel_conf))
-    told = [line for line in text.splitlines() if not line.startswith("#")]
-    for word in ("HOST", "PRIMARY", "QUORUM", "SHA256", "PASSWORD", "MAXMEMORY"):
-        assert not [line for line in told if word in line]
-
-
-@pytest.mark.parametrize(
-    ("roles", "hosts", "fault"),
-    [
-        ("redis,mail", "", "--role must be one or several of redis, sentinel, api, worker; not mail"),
-        ("redis", "", "the first machine needs --hosts, and each other --join"),
-        ("redis", "10.0.0.1,h2,10.0.0.3", "must be IPv4 addresses of the private network, and h2 is none"),
-        ("redis", "10.0.0.1,10.0.0.2", "must be three addresses or more"),
-        ("redis", "10.0.0.1,10.0.0.2,10.0.0.3", "must begin with an address of this machine; 10.0.0.1 is none"),
-        ("", "10.0.0.1,10.0.0.2,10.0.0.3", "--hosts and --join need --role"),
-    ],
-)
-def test_what_cannot_be_is_said(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    roles: str,
-    hosts: str,
-    fault: str,
-) -> None:
-    server = machine(tmp_path, monkeypatch, "10.0.0.9", frozenset())
-    monkeypatch.setattr(install, "Server", lambda *_, **__: server)
-    monkeypatch.setattr(install, "INSTALL", (("", cluster.set_up_cluster),))
-    assert install.main([*(["--role", roles] if roles else []), *(["--hosts", hosts] if hosts else [])]) == 1
-    assert fault in capsys.readouterr().err
-
-
-def test_a_redis_alone_is_not_made_one_of_several_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = machine(tmp_path, monkeypatch, "10.0.0.1")
-    server.hosts = ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
-    server.write(server.redis_conf, "port 0\n", 0o640)
-    with pytest.raises(Fault, match="move it away"):
-        set_up(server)
-
-
-@pytest.mark.parametrize(
-    ("role", "on"),
-    [
-        ("api", ["async-email-api.service", "async-email-api.socket"]),
-        (
-            "worker",
-            [*("async-email-dashboard.service", "async-email-worker@email.service", "async-email-worker@jobs.service")],
-        ),
-        ("redis", []),
-    ],
-)
-def test_a_role_turns_on_what_it_needs_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: list[str], role: str, on: list[str]
-) -> None:
-    server = machine(tmp_path, monkeypatch, "10.0.0.9", frozenset({role}))
-    (server.nginx / "sites-enabled").mkdir(parents=True)
-    (server.nginx / "sites-available").mkdir()
-    server.write(server.env, "SUBMISSION_LISTEN=127.0.0.1:2525\nWEBHOOK_URL=https://a.example\n", 0o600)
-    for step in (services.start_services, site.set_up_nginx, smtp_in.set_up_submission, webhooks.set_up_webhooks):
-        step(server)
-    words = {word for command in noted if " enable" in command for word in command.split() if "." in word}
-    beside = {"api": {"nginx.service", smtp_in.SOCKET}, "worker": {webhooks.SERVICE}}.get(role, set())
-    assert words == {*on, *beside, "async-email.target"}
-
-
-def with_tls() -> str:
-    for program in [*redis_servers(), shutil.which("redis-server")]:
-        if program and "libssl" in subprocess.run(["ldd", program], capture_output=True, text=True).stdout:
-            return program
-    return pytest.skip("no redis-server with TLS: TEST_REDIS_SERVERS names none")
-
-
-@pytest.fixture
-def running(machines: list[Server], tmp_path: Path) -> Iterator[list[Server]]:
-    program = with_tls()
-    processes = []
-    for server in machines:
-        under = server.etc.parents[1]
-        for conf in (server.redis_conf, server.sentinel_conf):
-            text = conf.read_text().replace("/etc/", f"{under}/etc/").replace("dir /tmp", f"dir {under}")
-            text = text.replace("unixsocket /run/", "#").replace("unixsocketperm", "#")
-            conf.write_text(text.replace("/var/lib/", f"{under}/var/lib/"))
-            mode_of = ["--sentinel"] if conf == server.sentinel_conf else []
-            processes.append(start([program, str(conf), *mode_of], conf.with_suffix(".log")))
+@contextmanager
+def shard(directory: Path, program: str) -> Iterator[list[RedisServer]]:
+    """A primary that has all slots, and its replica."""
+    nodes = []
     try:
-        yield machines
+        for name in ("first", "second"):
+            (directory / name).mkdir()
+            bus = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--repl-diskless-sync-delay", "0")
+            nodes.append(RedisServer(directory / name, *bus, program=program))
+            nodes[-1].start()
+        first, second = (node.client() for node in nodes)  # type: Any, Any
+        first.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        second.execute_command("CLUSTER MEET", "127.0.0.1", nodes[0].port, nodes[0].options[3])
+        eventually(lambda: replicates(second, first.execute_command("CLUSTER MYID")))
+        eventually(lambda: first.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
+        yield nodes
     finally:
-        for process in processes:
-            kill_group(process)
+        for node in nodes:
+            node.kill()
 
 
-def test_under_what_is_written_they_replicate_and_the_primary_can_be_another(running: list[Server]) -> None:
-    """By TLS, and each user with no more rights than it has."""
-    first = running[0]
-    url = settings_of(first).redis_url.get_secret_value()
-    sentinels = gate.parse_url(url, str(first.redis_ca))
-
-    def is_whole() -> bool:
-        views = gate.ask_all(sentinels)
-        return [sum(view.replicas.values()) for view in views] == [2] * 3
-
-    eventually(is_whole)
-    with connect(url + f"&ssl_ca_certs={first.redis_ca}", retrying=True) as client:
-        client.set("mail", "1")
-        assert client.wait(2, 5000) == 2
-        for command in ("FLUSHALL", "REPLICAOF NO ONE", "CLIENT PAUSE 1", "CONFIG REWRITE"):
-            with pytest.raises(redis.exceptions.NoPermissionError):
-                client.execute_command(*command.split())
-    with gate.conversation(sentinels.addresses[0], (sentinels.user, sentinels.password), sentinels.context) as ask:
-        for words in (("SENTINEL", "FAILOVER", "mymaster"), ("SENTINEL", "REMOVE", "mymaster"), ("SHUTDOWN",)):
-            with pytest.raises(OSError, match="NOPERM"):
-                ask(*words)
-    old, new = failover.fail_over(sentinels, json.loads(first.bundle.read_text())["passwords"]["operator"])
-    assert (old[0], new != old) == (sentinels.addresses[0][0], True)
-    eventually(is_whole)
-    with connect(url + f"&ssl_ca_certs={first.redis_ca}", retrying=True) as client:
-        assert client.get("mail") == b"1"
-        client.set("mail", "2")
-        eventually(lambda: client.wait(2, 1000) == 2)  # the old primary gets all of it anew
-    eventually(lambda: f"replicaof {new[0]} 6380" in first.redis_conf.read_text())
+def replicates(replica: Any, of: bytes) -> bool:
+    with suppress(redis.RedisError):
+        replica.execute_command("CLUSTER REPLICATE", of)
+    return bool(replica.info("replication").get("master_link_status") == "up")
 
 
-def test_certificates_are_such_as_strict_readers_take(machines: list[Server]) -> None:
-    """Python 3.13 looks closer than OpenSSL does."""
-    for server in machines:
-        context = ssl.create_default_context(cafile=str(server.redis_ca))
-        context.verify_flags |= ssl.VERIFY_X509_STRICT
-        certificate = server.redis_conf.parent / "async-email.crt"
-        checked = ["openssl", "verify", "-x509_strict", "-CAfile", str(server.redis_ca), str(certificate)]
-        assert subprocess.run(checked, capture_output=True).returncode == 0
-        ssl.create_default_context().load_cert_chain(certificate, certificate.with_suffix(".key"))
-        assert os.access(server.redis_ca, os.R_OK)
+class Cluster:
+    """The service on it, and who speaks with the service."""
+
+    def __init__(self, house: House, relay: Relay, receiver: Receiver) -> None:
+        self.house, self.relay, self.receiver = house, relay, receiver
+        house.environment["DASHBOARD_LISTEN"] = f"127.0.0.1:{(dashboard := free_port())}"
+        self.api, self.dashboard, self.submission = house.api(), Api(dashboard), Submission(house)
+        for queue in ("email", "jobs"):
+            house.worker(queue)
+        house.run("webhooks", "-m", "webhooks", cwd=house.root)
+        house.run("dashboard", "-m", "ops.dashboard", "--no-login", cwd=house.root)
+        eventually(lambda: self.dashboard.answers("/", 302) and "webhooks_started" in house.log("webhooks"))
+
+    def runs(self, primary: Any) -> None:
+        """Goes the ordinary ways once."""
+        api, begun = self.api, time.time()
+        sent = api.submit(MAIL, Idempotency_Key=f"key-{begun}")
+        assert api.submit(MAIL, Idempotency_Key=f"key-{begun}") == sent
+        soon = (datetime.now(timezone.utc) + timedelta(seconds=2)).isoformat()
+        later = [api.submit(MAIL | {"scheduled_at": "in 1 hour"}) for _ in range(3)]
+        assert api.call("PATCH", f"/emails/{later[0]}", {"scheduled_at": soon}).status == 200
+        assert api.post(f"/emails/{later[1]}/cancel", None).status == 200
+        primary.zadd("{ae}:mail:open", {later[2]: 0})
+        api.post("/emails/batch", [MAIL | {"priority": "bulk"}] * 3)
+        assert self.submission.send().startswith("250")
+        self.relay.rcpt["refused@example.com"] = ["554 5.7.1 no"]
+        self.relay.rcpt[f"{begun}@example.com"] = ["550 5.1.1 nobody"]
+        failed, bounced = (api.submit(MAIL | {"to": f"{to}@example.com"}) for to in ("refused", begun))
+        for mail_id in (failed, bounced):
+            api.wait_for(mail_id, "failed")
+        api.wait_for(api.submit(MAIL | {"to": f"{begun}@example.com"}), "suppressed")
+        port = primary.connection_pool.connection_kwargs["port"]
+        command = [sys.executable, "-m", "rq.cli", "requeue", "--queue", "email", "-S", "json", failed]
+        url = ["-u", f"redis://127.0.0.1:{port}/0"]
+        subprocess.run([*command, *url], env=self.house.environment, capture_output=True, check=True)
+        jobs = [api.post("/jobs", {"task": "report", "args": {}}).body["job_id"] for _ in range(2)]
+        for mail_id in (ours := {sent, later[0], failed}):
+            api.wait_for(mail_id, "sent")
+        eventually(lambda: ours <= {one.event["data"]["email_id"] for one in self.receiver.got})
+        eventually(lambda: all(api.get(f"/jobs/{one}").body["status"] == "finished" for one in jobs))
+        eventually(lambda: float(primary.zscore("{ae}:mail:open", later[2]) or 0) > time.time())
+        assert [api.answers(path) for path in ("/readyz", "/metrics", "/emails", "/suppressions")] == [True] * 4
+        assert [path for path in PAGES if self.dashboard.get(path).status not in (200, 302)] == []
+
+
+@pytest.mark.parametrize("program", redis_servers(), ids=lambda program: Path(program).parts[-2])
+def test_all_of_it_runs_on_a_cluster_of_one_shard_and_on_the_replica_that_is_promoted(
+    program: str, tmp_path: Path, relay: Relay
+) -> None:
+    settings = {"RQ_KEY_PREFIX": "{ae}:rq", "REDIS_REPLICAS": "1", "WEBHOOK_SECRET": NEW}
+    with shard(tmp_path, program) as nodes, Receiver() as receiver:
+        settings |= relay.environment(tmp_path) | {"WEBHOOK_URL": receiver.url, "PYTHONWARNINGS": ""}
+        one, two = (node.client() for node in nodes)  # type: Any, Any
+        with House(tmp_path, nodes[0].url, **settings) as house:
+            house.root = project_with(tmp_path, TASKS)
+            house.environment["PYTHONPATH"] = str(house.root)
+            one.zadd("{ae}:rq:cron_jobs", {"tasks.report 0 0 1 1 *": time.time() - 400 * 86400})
+            service = Cluster(house, relay, receiver)
+            service.runs(one)
+            two.execute_command("CLUSTER FAILOVER")
+            eventually(lambda: two.info("replication")["role"] == "master")
+            eventually(lambda: service.api.post("/emails", MAIL).status == 200, 10)
+            service.runs(two)
+            logs = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
+            assert "cron_queued" in logs["worker-jobs"]
+            assert {key for key in two.scan_iter() if not key.startswith(b"{ae}:")} == set()
+    for word in ("crashed", "Traceback", "CROSSSLOT", "MOVED", "slot"):
+        assert [name for name, said in logs.items() if word in said] == [], word

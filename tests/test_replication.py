@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +16,10 @@ from mail.outbox import Outbox
 from mail.states import State, Status
 from queues.acceptance import Idempotency
 from queues.connection import NOT_CONFIRMED, Script, Unavailable, connect
-from queues.jobs import Jobs, NotFound
+from queues.jobs import Jobs
 from queues.pipelining import PipeliningRedis
 from queues.replication import Replication, Unconfirmed
+from queues.workers import JobsWorker, make_worker
 from settings import Settings
 from tests.conversations import POOL, served
 from tests.mails import accept, draft
@@ -80,9 +84,12 @@ def test_a_mail_is_not_accepted_and_a_repeat_is_not_either_until_it_is_confirmed
     known = outbox.accept([draft()], key)
     assert known.replayed
     jobs.replication.replicas = 1
-    for change in (outbox.cancel, lambda mail_id: outbox.reschedule(mail_id, 1e11)):
-        with pytest.raises((Unavailable, NotFound), match=NOT_CONFIRMED):
-            change(known.id)
+    changes: list[Callable[[], object]] = [lambda: outbox.cancel(known.id)]
+    changes += [lambda: outbox.reschedule(known.id, 1e11), lambda: outbox.suppressions.remove("ada@example.com")]
+    changes += [lambda: outbox.suppressions.add("ada@example.com", "manual")]
+    for change in changes:
+        with pytest.raises(Unavailable, match=NOT_CONFIRMED):
+            change()
 
 
 def test_no_final_dot_goes_out_before_the_mark_is_confirmed(client: Any) -> None:
@@ -118,7 +125,20 @@ def test_a_mail_counts_as_sent_once_that_is_confirmed(client: Any, monkeypatch: 
         pauses.append(seconds)
         replication.replicas = 0 if len(pauses) == 3 else 1
 
-    monkeypatch.setattr("mail.store.time.sleep", pause)
+    monkeypatch.setattr("mail.store.time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
     taken.settle(State.SENT)
     assert pauses == [1, 1, 1]
     assert outbox.read(mail_id)["status"] == "sent"
+
+
+def test_a_jobs_worker_takes_no_job_while_nothing_is_confirmed(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, pauses = make_worker(JobsWorker, "jobs", client, {}), list[float]()
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        worker._stop_requested = len(pauses) == 3
+
+    monkeypatch.setattr("queues.workers.time", SimpleNamespace(sleep=pause))
+    for worker.replicas in (0, 1):
+        worker.check_for_suspension(burst=False)
+    assert pauses == [1, 1, 1]
