@@ -19,8 +19,8 @@ from ops.checks.findings import Findings, fault, lasting, note, ok, sized, warn
 from ops.checks.store import address
 from ops.checks.system import NOT_RUN, run
 from ops.checks.target import Target
-from ops.cluster import PORT
 from ops.gate import PORT as SENTINEL_PORT
+from ops.machines import PORT
 from settings import Settings
 
 LISTENING = re.compile(r"^ *\d+: (\w+):(\w+) \S+ 0A ", re.MULTILINE)  # a line of /proc/net/tcp; 0A: tcp_states.h

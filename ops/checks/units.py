@@ -18,7 +18,7 @@ from ops.checks import configuration, store
 from ops.checks.findings import FAULT, WARN, Finding, Findings, fault, lasting, note, ok, warn
 from ops.checks.system import run
 from ops.checks.target import Target
-from ops.cluster import SENTINEL
+from ops.machines import SENTINEL
 from ops.services import TARGET, role_of
 
 UNITS = (TARGET, "async-email-api.socket", *configuration.SERVICES)
