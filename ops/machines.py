@@ -1,8 +1,8 @@
 """Several machines: what each of them is (its roles), and what they share: addresses, passwords, an authority.
 
 The first machine (--hosts) makes /etc/async-email/machines.json, which only root reads; the others (--join) take from
-it what they need, and keep no copy. Each makes its own key, and a certificate that the authority in that file signs; files
-that are there already, such as your own authority's, stay. Standard library only, as ops/install.py.
+it what they need, and keep no copy. Each makes its own key, and a certificate that the authority in that file signs.
+Files that are there already, such as your own authority's, stay. Standard library only, as ops/install.py.
 """
 
 from __future__ import annotations
