@@ -211,7 +211,7 @@ def main() -> int:
 
                 Signer.of(current)  # before the processes are forked: a key that is none is told once
             if worker:
-                worker.cron = with_cron(queue, current)
+                worker.cron, worker.replicas = with_cron(queue, current), current.redis_replicas
     except settings.SettingsError as error:
         log.say_why_not(error)
         return 2

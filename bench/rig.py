@@ -60,11 +60,12 @@ class NotMeasured(Exception):
 
 class Rig:
     redis_program: ClassVar[str | None] = None  # chosen once for a whole run; None: the first that there is
+    server: ClassVar[type[RedisServer]] = RedisServer
 
     def __init__(self, directory: Path, *redis_options: str) -> None:
         self.directory = directory
         options = ("--appendfsync", "everysec", *REDIS, *redis_options)
-        self.redis_server = RedisServer(directory, *options, program=self.redis_program)
+        self.redis_server = self.server(directory, *options, program=self.redis_program)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Rig:

@@ -15,29 +15,30 @@ from queues import keys
 from queues.connection import SOMETHING_ELSE, Script, Unavailable, fail_fast, translating_errors
 from queues.heartbeat import LEASE_SECONDS
 from queues.jobs import Jobs
+from queues.keys import TAG
 from queues.replication import Unconfirmed
 from queues.table import EMAIL
 from settings import Settings
 from smtp.pacing import BREAKER, key_prefix
 
-MAIL = "mail:"
-OPEN = "mail:open"  # sorted set: every mail that is not final, by the moment at which mail.sweep looks at it
-LAST_SENT = "mail:last_sent"  # seconds since 1970
-TOTALS = "mail:totals"  # hash: what mail.counters counts
-ACTIONS = "mail:actions"  # list: what people did, the latest first, as JSON: ops.page.audit
-SWEPT = "mail:swept"  # hash: what mail.sweep has done so far
-WATCH = "mail:watch"  # hash: what the dashboard's watch has seen, and told people (ops.watch, ops.alerts)
-INDEX = "mail:index"  # sorted set: mail.index
-KEY_NAMES = "mail:keys"  # set: the names of all API keys that have submitted a mail
-SECRET = "mail:secret"  # string: the key of the digests of addresses in the index
-MAILBOX = "mail:mailbox"  # hash: up to which mail the mailbox of reports was read: mail.mailboxes
-SUPPRESSED = "mail:suppressed"  # hash: the addresses that are not served, as digests: mail.suppression
-SUPPRESSIONS = "mail:suppressions"  # sorted set: the same by time
-MARKS = "mail:marks"  # sorted set: what happened when, mail.figures
-WEBHOOK_WANTED = "webhook:wanted"  # hash: of each endpoint its host, when it was last seen, the events that it wants
-WEBHOOK_TOTALS = "webhook:totals"  # hash: what became of the events of each endpoint
-WEBHOOK_WAITING = "webhook:waiting:"  # and the endpoint's name. Hash: the events of each mail that wait
-WEBHOOK_DUE = "webhook:due:"  # and the same. Sorted set: the mails, by when their first event is to be posted
+MAIL = f"{TAG}mail:"
+OPEN = f"{TAG}mail:open"  # sorted set: every mail that is not final, by the moment at which mail.sweep looks at it
+LAST_SENT = f"{TAG}mail:last_sent"  # seconds since 1970
+TOTALS = f"{TAG}mail:totals"  # hash: what mail.counters counts
+ACTIONS = f"{TAG}mail:actions"  # list: what people did, the latest first, as JSON: ops.page.audit
+SWEPT = f"{TAG}mail:swept"  # hash: what mail.sweep has done so far
+WATCH = f"{TAG}mail:watch"  # hash: what the dashboard's watch has seen, and told people (ops.watch, ops.alerts)
+INDEX = f"{TAG}mail:index"  # sorted set: mail.index
+KEY_NAMES = f"{TAG}mail:keys"  # set: the names of all API keys that have submitted a mail
+SECRET = f"{TAG}mail:secret"  # string: the key of the digests of addresses in the index
+MAILBOX = f"{TAG}mail:mailbox"  # hash: up to which mail the mailbox of reports was read: mail.mailboxes
+SUPPRESSED = f"{TAG}mail:suppressed"  # hash: the addresses that are not served, as digests: mail.suppression
+SUPPRESSIONS = f"{TAG}mail:suppressions"  # sorted set: the same by time
+MARKS = f"{TAG}mail:marks"  # sorted set: what happened when, mail.figures
+WEBHOOK_WANTED = f"{TAG}webhook:wanted"  # hash: each endpoint's host, when it was last seen, the events that it wants
+WEBHOOK_TOTALS = f"{TAG}webhook:totals"  # hash: what became of the events of each endpoint
+WEBHOOK_WAITING = f"{TAG}webhook:waiting:"  # and the endpoint's name. Hash: the events of each mail that wait
+WEBHOOK_DUE = f"{TAG}webhook:due:"  # and the same. Sorted set: the mails, by when their first event is to be posted
 WEBHOOKS = {
     "WEBHOOK_WANTED": WEBHOOK_WANTED,
     "WEBHOOK_TOTALS": WEBHOOK_TOTALS,
@@ -56,8 +57,8 @@ class Period(NamedTuple):
     kept: int
 
 
-MINUTE = Period("mail:minute:", 60, 3 * 3600)
-HOUR = Period("mail:hour:", 3600, 74 * 3600)
+MINUTE = Period(f"{TAG}mail:minute:", 60, 3 * 3600)
+HOUR = Period(f"{TAG}mail:hour:", 3600, 74 * 3600)
 PERIODS = (MINUTE, HOUR)
 # KEYS: mail, claim. ARGV: token, lease in ms.
 RENEW = """

@@ -22,12 +22,13 @@ from mail.states import LETTERS, State
 from mail.store import INDEX, LAST_SENT, OPEN
 from ops.checks import store
 from ops.checks.target import Target
+from process.relays import ONLY
 from queues import health, keys
 from queues.connection import Redis, Unavailable, translating_errors
 from queues.health import QueueState, Replicas
 from queues.table import EMAIL
 from settings import Settings
-from smtp.pacing import Standing, key_prefix, read_standing
+from smtp.pacing import BREAKER, Standing, key_prefix, read_standing
 from smtp.published import NAMES, Published, read
 from webhooks.queue import Standing as Endpoint
 from webhooks.queue import standings
@@ -122,13 +123,14 @@ def gather(outbox: Outbox, target: Target | None = None) -> Facts:
 def _from_redis(redis: Redis) -> dict[str, Any]:
     before = time.time()
     pipe: Any = redis.pipeline(transaction=False)  # a full Redis refuses a transaction, even to read
-    pipe.info().time().hgetall("relay:breaker").exists(keys.SUSPENDED).exists(keys.scheduler_lock(EMAIL))
+    pipe.info().time().hgetall(BREAKER).exists(keys.SUSPENDED).exists(keys.scheduler_lock(EMAIL))
     pipe.zcount(keys.scheduled(EMAIL), "-inf", before).zcount(keys.started(EMAIL), before, "+inf")
     for state in (State.QUEUED, State.DELAYED, State.UNKNOWN):
         letter = LETTERS[state].encode()
         pipe.zlexcount(INDEX, b"[s" + letter, b"(s" + bytes([letter[0] + 1]))
-    pipe.lindex("relay:told", 0).lindex("relay:told_again", 0).get(LAST_SENT).zrange(OPEN, 0, 0, withscores=True)
-    pipe.hgetall(NAMES)
+    for told in ("told", "told_again"):
+        pipe.lindex(f"{key_prefix(ONLY)}:{told}", 0)
+    pipe.get(LAST_SENT).zrange(OPEN, 0, 0, withscores=True).hgetall(NAMES)
     seen: list[Any] = pipe.execute(raise_on_error=False)
     middle = (before + time.time()) / 2
     for error in seen[1:]:  # INFO may be forbidden

@@ -1,4 +1,5 @@
-"""A release: what of a clone belongs to it, under which name it is installed, and the copying of its files.
+"""A release: what of a clone belongs to it, under which name it is installed, the copying of its files, the switch to
+it and the way back.
 
 Everything that git tracks belongs to it, as it stands in the clone now; without git, every file but what is made here.
 Standard library only: bin/install runs before there is a .venv.
@@ -11,12 +12,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ops.server import Fault, text_of
+from ops.server import Fault, Server, text_of
 
 LEFT_OUT = {".git", ".venv", ".env", "var", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
+KEPT = 3  # releases
 MARK = Path(".venv", "complete")  # in a release that is complete; says for which Python
 CLEAN_ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -91,3 +94,50 @@ def copy_files(source: Path, to: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, copy)
         copy.chmod(0o755 if (source / path).stat().st_mode & 0o111 else 0o644)
+
+
+def make_release(server: Server) -> None:
+    release = server.releases / release_id(server.source, server.say)
+    python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+    if text_of(release / MARK) not in (None, python):  # what runs may run from it, so it stays as it is
+        release = release.with_name(f"{release.name}-{python.lower().replace(' ', '')}")
+    server.release = release
+    if text_of(release / MARK) == python:
+        server.say(f"{release} is there already")
+        return
+    if os.path.exists(release) and server.announce("remove what a failed installation has left of it"):
+        shutil.rmtree(release)
+    if server.announce(f"copy this clone to {release}"):
+        copy_files(server.source, release)
+    server.run(sys.executable, "-m", "venv", release / ".venv")
+    pip = (release / ".venv/bin/pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes")
+    server.run(*pip, "-r", release / "requirements.txt")
+    server.run(release / ".venv/bin/python", "-m", "compileall", "-q", "-x", r"/\.venv/", release)
+    server.write(release / MARK, python, 0o644)
+
+
+def switch(server: Server) -> None:
+    now = os.readlink(server.current) if server.current.is_symlink() else ""
+    to = f"releases/{server.release.name}"
+    if now not in ("", to):
+        server.link(server.previous, now)
+    server.link(server.current, to)
+
+
+def remove_old_releases(server: Server) -> None:
+    made = sorted(server.releases.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    used = {link.resolve() for link in (server.current, server.previous) if link.exists()}
+    others = [path for path in made if path.resolve() not in used]
+    for release in others[max(0, KEPT - len(used)) :]:
+        if server.announce(f"remove {release}"):
+            shutil.rmtree(release)
+
+
+def find_previous_release(server: Server) -> None:
+    if not server.previous.is_symlink():
+        raise Fault(f"there is none: {server.previous} does not exist")
+    server.release = server.tree = server.previous.resolve()
+    if text_of(server.release / MARK) is None:
+        raise Fault(f"{server.release} is incomplete; install the commit you want: git checkout, sudo bin/install")
+    server.going_back = True
+    server.say(str(server.release))

@@ -6,8 +6,10 @@ change is printed and none is made. Standard library only: bin/install runs befo
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -40,12 +42,19 @@ class Server:
         self.units = under / "etc/systemd/system"
         self.redis_conf = under / "etc/redis/redis-async-email.conf"
         self.redis_data = under / "var/lib/redis-async-email"
+        self.sentinel_conf = under / "etc/redis/sentinel-async-email.conf"
+        self.redis_ca = under / "etc/ssl/async-email-redis.pem"  # no secret, and the services must be able to read it
         self.nginx = under / "etc/nginx"
         self.release = Path()  # known once `make_release` or `find_previous_release` has run
         self.going_back = False
         self.changed_units: set[str] = set()
         self.written: set[Path] = set()
         self.new_key: str | None = None
+        self.roles = frozenset((text_of(self.etc / "roles") or "").split())  # none: everything on this one machine
+        self.hosts: list[str] = []  # of --hosts
+        self.bundle = self.etc / "cluster.json"  # what several machines share; or that of --join
+        self.joins = False
+        self.operator = self.etc / "operator"  # the password of Redis' and Sentinel's user of that name
         self.lines_said = 0
 
     def say(self, text: str) -> None:
@@ -72,6 +81,10 @@ class Server:
         found = re.findall(rf"^[ \t]*(?:export[ \t]+)?{name}[ \t]*=[ \t]*([^#\n]*)", text, re.MULTILINE)
         return found[-1].strip().strip("'\"") if found else ""
 
+    def has_role(self, role: str) -> bool:
+        """Returns whether this machine is that; without roles it is everything."""
+        return role in self.roles or not self.roles
+
     def is_on(self, unit: str) -> bool:
         """Returns whether it runs, and will after a reboot."""
         return [self.ask("systemctl", word, unit) for word in ("is-enabled", "is-active")] == ["enabled", "active"]
@@ -95,7 +108,7 @@ class Server:
             raise Fault("\n".join([f"`{shlex.join(words)}` failed:", *ran.stdout.splitlines()[-20:]]))
         return ran.returncode == 0
 
-    def write(self, path: Path, text: str, mode: int, group: str | None = None) -> None:
+    def write(self, path: Path, text: str, mode: int, group: str | None = None, owner: str | None = None) -> None:
         if not self.announce(f"write {path}"):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,10 +117,15 @@ class Server:
         with os.fdopen(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
             file.write(text)
         if group:
-            shutil.chown(new, group=group)
+            shutil.chown(new, owner, group)
         new.chmod(mode)
         new.replace(path)
         self.written.add(path)
+
+    def make_key(self) -> str:
+        """Makes an API key, which is shown at the end. Returns what is stored of it."""
+        self.new_key = secrets.token_urlsafe(32)
+        return f"default:{hashlib.sha256(self.new_key.encode()).hexdigest()}"
 
     def folder(self, path: Path, mode: int, owner: str | None = None) -> None:
         if not os.path.isdir(path) and self.announce(f"make the folder {path}"):

@@ -16,6 +16,8 @@ from ops.server import Fault, Server, text_of
 
 
 def set_up_nginx(server: Server) -> None:
+    if not server.has_role("api"):
+        return
     site, enabled = server.nginx / "sites-available/async-email", server.nginx / "sites-enabled"
     ours, before = (server.tree / "nginx/async-email.conf").read_text(), text_of(site)
     server.copy_units("nginx.service.d/async-email.conf")

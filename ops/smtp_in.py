@@ -18,7 +18,7 @@ MADE = "# Made by bin/install from {} in async-email.env.\n"
 
 
 def set_up_submission(server: Server) -> None:
-    listen = server.value("SUBMISSION_LISTEN")
+    listen = server.value("SUBMISSION_LISTEN") if server.has_role("api") else ""
     sockets, certificate = server.units / f"{SOCKET}.d/listen.conf", server.units / f"{SERVICE}.d/tls.conf"
     is_on = server.ask("systemctl", "is-enabled", SOCKET) == "enabled"
     if not listen:

@@ -21,6 +21,8 @@ def set_up_webhooks(server: Server) -> None:
 
 
 def are_wanted(server: Server) -> bool:
+    if not server.has_role("worker"):
+        return False
     in_files = [server.webhooks, server.credentials / "webhook_url"]
     is_set = any(server.is_set(name) for name in ("WEBHOOK_URL", "WEBHOOKS"))
     return is_set or any(re.search(r"^\s*[^\s#]", text_of(file) or "", re.MULTILINE) for file in in_files)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from redis.client import Pipeline
 from redis.exceptions import ConnectionError, NoScriptError
 
+from queues import keys
 from queues.connection import ResponseError, Script, translating_errors
 from queues.replication import Replication, Unconfirmed
 
@@ -33,7 +34,7 @@ class Idempotency(NamedTuple):
         """Takes `body` as parsed JSON, so that the order of its members does not matter."""
         canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         digest = hashlib.sha256(f"{caller}\n{endpoint}\n{key}".encode()).hexdigest()
-        return cls(f"idempotency:{digest}", hashlib.sha256(canonical.encode()).hexdigest())
+        return cls(f"{keys.TAG}idempotency:{digest}", hashlib.sha256(canonical.encode()).hexdigest())
 
 
 class Accepted(NamedTuple):

@@ -36,6 +36,7 @@ from redis.retry import Retry as RedisRetry
 
 from process.log import emit
 from process.redis_url import RedisUrl
+from queues.keys import TAG
 from queues.primary import BEING_REPLACED, KEEPALIVE, NO_MAJORITY, ToPrimary, ToPrimaryByTLS, primary_of
 from settings import SettingsError
 
@@ -134,14 +135,17 @@ def reach(url: str) -> None:
             with translating_errors():
                 client.ping()
                 with suppress(ResponseError):  # an ACL may forbid it
-                    _check_kind(client.info("server"))
+                    _check_kind(client)
         except Unavailable as error:
             raise Unavailable(f"{error} ({address(client)})") from None
 
 
-def _check_kind(server: Mapping[str, Any]) -> None:
+def _check_kind(client: Redis) -> None:
+    server: Any = client.info("server")
     if "cluster" in (server.get("redis_mode"), server.get("server_mode")):  # Redis', Valkey's name for it
-        raise Unavailable(CLUSTER)
+        size = client.execute_command("CLUSTER INFO")["cluster_size"]  # type: ignore[no-untyped-call]
+        if not TAG or size != "1":
+            raise Unavailable(CLUSTER)
     if tuple(map(int, server["redis_version"].split(".")[:2])) < OLDEST:
         raise Unavailable(TOO_OLD)
 
@@ -153,7 +157,7 @@ def fail_fast(redis: Redis) -> Redis:
     return Redis(connection_pool=type(pool)(pool.connection_class, **(pool.connection_kwargs | FAIL_FAST)))
 
 
-CLUSTER = "Redis is a cluster, and must be a single server or its primary"
+CLUSTER = "Redis is a cluster: it must have one shard, and RQ_KEY_PREFIX a hash tag, such as {ae}:rq"
 OLDEST = (6, 2)  # below it, RQ loses the job of a worker that is killed
 TOO_OLD = "Redis is too old: it must be 6.2 or later"
 NO_ANSWER = "Redis does not answer"
@@ -164,9 +168,9 @@ NEVER = {  # a word of an error that only another setting ends -> the reason
     "CERTIFICATE_VERIFY_FAILED": "Redis' certificate is not trusted: name its authority with ?ssl_ca_certs=FILE",
     "WRONG_VERSION_NUMBER": "Redis does not speak TLS at this port: REDIS_URL must begin with redis://",
     "record layer failure": "Redis does not speak TLS at this port: REDIS_URL must begin with redis://",
-    "MOVED": CLUSTER,
     "CROSSSLOT": CLUSTER,
-    "CLUSTERDOWN": CLUSTER,
+    **({} if TAG else {"MOVED": CLUSTER, "CLUSTERDOWN": CLUSTER}),
+    "SELECT is not allowed": "Redis is a cluster, which has database 0 alone: REDIS_URL must end in /0",
 }
 CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "OOM": "Redis is out of memory (maxmemory is reached)",
@@ -174,6 +178,8 @@ CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "MISCONF": "Redis cannot write to its disk, so it refuses writes",
     "NOREPLICAS": "Redis lacks replicas, so it refuses writes",
     "MASTERDOWN": "Redis is a replica without its master",
+    "MOVED": "Redis is a read-only replica",  # of a cluster's one shard
+    "CLUSTERDOWN": "Redis' cluster has no primary",
     "NOPERM": "Redis' ACL does not let us do this",
     "The user executing the script": "Redis' ACL does not let us do this",  # Redis 7
     "ACL failure in script": "Redis' ACL does not let us do this",  # Valkey 9

@@ -53,11 +53,11 @@ local function run(at, stop)
   end
 end
 """
-# KEYS: the (first) job's key, the idempotency key ("" for none). ARGV: job ids with commas, fingerprint, lifetime of
+# KEYS: the (first) job's key, the idempotency key if there is one. ARGV: job ids with commas, fingerprint, lifetime of
 # the idempotency key in seconds, how many words of commands follow, these, then what is for `beside`.
 ACCEPT = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return {'accepted', ARGV[1]} end
-if KEYS[2] ~= '' then
+if KEYS[2] then
   local known = redis.call('GET', KEYS[2])
   if known then
     local fingerprint, ids = string.match(known, '^(%w+) (.+)$')
@@ -67,7 +67,7 @@ end
 if not room() then return redis.error_reply('OOM what is left of maxmemory is for mail that goes out') end
 run(5, 5 + ARGV[4])
 beside(5 + ARGV[4])
-if KEYS[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2] .. ' ' .. ARGV[1], 'EX', ARGV[3]) end
+if KEYS[2] then redis.call('SET', KEYS[2], ARGV[2] .. ' ' .. ARGV[1], 'EX', ARGV[3]) end
 return {'accepted', ARGV[1]}
 """
 CANCELABLE = ("queued", "rate_limited", "scheduled", "failed", "stopped", "canceled")
@@ -211,13 +211,13 @@ class Jobs:
     ) -> Acceptance:
         """Returns the acceptance of jobs, and of what is `beside` in the same step. `calls` has each job's call by its
         id."""
-        key, fingerprint = idempotency or ("", "")
+        key, fingerprint = ([idempotency.key], idempotency.fingerprint) if idempotency else ([], "")
         commands = list[Any]()
         for job_id, call in calls.items():
             place = call.place._replace(at=JobTemplate.AT if call.place.at else 0)
             commands += self._template(queue, function, policy, place).render(job_id, call)
         words = [",".join(calls), fingerprint, idempotency_ttl, len(commands), *commands, *beside.words]
-        return Acceptance(self._accept(beside.source), [keys.job(next(iter(calls))), key], words)
+        return Acceptance(self._accept(beside.source), [keys.job(next(iter(calls))), *key], words)
 
     def _record(self, queue: str, function: str, policy: Policy, place: Place) -> JobTemplate:
         job = Job.create(

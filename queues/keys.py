@@ -6,10 +6,12 @@ queue a job a second time.
 
 from __future__ import annotations
 
+import re
+
 from rq import Worker, registry
 from rq.cron_job_registry import get_registry_key as cron_jobs
 from rq.cron_scheduler_registry import get_registry_key as cron_schedulers
-from rq.defaults import RQ_KEY_PREFIX
+from rq.defaults import FORMAT_KEY_PREFIX, RQ_KEY_PREFIX
 from rq.executions import ExecutionRegistry
 from rq.job import Job
 from rq.queue import Queue
@@ -19,8 +21,11 @@ from rq.scheduler import SCHEDULER_LOCKING_KEY_TEMPLATE
 from rq.suspension import WORKERS_SUSPENDED
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
+# What keys of our own begin with. `{ae}:rq` as RQ_KEY_PREFIX has a hash tag: all keys with it are in one slot of a
+# cluster, and so must ours be. https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags
+TAG = f"{tagged[0]}:" if (tagged := re.match(r"[^{]*\{[^}]+\}", RQ_KEY_PREFIX)) else ""
 SUSPENDED = WORKERS_SUSPENDED  # exists while `rq suspend` holds
-CRON_SCHEDULER = f"{RQ_KEY_PREFIX}:cron_scheduler:{{}}"
+CRON_SCHEDULER = f"{FORMAT_KEY_PREFIX}:cron_scheduler:{{}}"
 EXECUTION = f"{RQ_KEY_PREFIX}:execution:"  # and <job>:<execution>
 LIMITS = RateLimitRegistry.rl_keys_key  # the names of tasks with `concurrency` that have jobs: <queue>:tasks.<task>
 

@@ -7,6 +7,7 @@ go at once, and then ten a second. It is one key, `limit:NAME`: the moment, in m
 from __future__ import annotations
 
 from process.values import Rate
+from queues import keys
 from queues.connection import Redis, Script, translating_errors
 
 # KEYS: the bucket. ARGV: how many, in how many ms. Returns for how many ms to wait; 0: it may be done, and is counted.
@@ -28,4 +29,4 @@ class Limits:
     def take(self, name: str, rate: Rate) -> float:
         """Returns for how many seconds to wait; 0: it may be done now, and is counted. Raises `Unavailable`."""
         with translating_errors():
-            return int(self._take([f"limit:{name}"], [rate.most, rate.seconds * 1000])) / 1000
+            return int(self._take([f"{keys.TAG}limit:{name}"], [rate.most, rate.seconds * 1000])) / 1000

@@ -30,7 +30,7 @@ from redis.retry import Retry
 from process.redis_url import Place, Sentinels
 
 ANSWERS_WITHIN = 0.5  # seconds for a Sentinel
-FRESH = 0.25  # seconds for which a look at the Sentinels holds: less than they take from a suspicion to a new primary
+FRESH = 0.1  # seconds for which a look at the Sentinels holds: they take longer from a suspicion to a new primary
 NO_MAJORITY = "most of the Sentinels of REDIS_URL do not answer, or know no primary of that name"
 BEING_REPLACED = "Redis' primary is being replaced"
 NOT_A_PRIMARY = "READONLY what the Sentinels name is not a primary yet"

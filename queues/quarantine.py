@@ -28,8 +28,9 @@ from process.log import emit
 from process.values import LONGEST_DURATION
 from queues import keys
 from queues.connection import Script, is_wrong_type
+from queues.keys import TAG
 
-UNREADABLE = "jobs:unreadable"  # sorted set: ids of jobs that were set aside, by when; the hashes are at <this>:<id>
+UNREADABLE = f"{TAG}jobs:unreadable"  # sorted set: ids of jobs set aside, by when; the hashes are at <this>:<id>
 UNREADABLE_KEPT = 14 * 86400  # seconds
 
 # KEYS: job, its new key, UNREADABLE. ARGV: job id, now, lifetime in seconds, how many ids are kept. Returns 0 if

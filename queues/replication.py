@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from redis.client import Pipeline
-from redis.exceptions import ConnectionError, NoScriptError, TimeoutError
+from redis.exceptions import ConnectionError, NoScriptError
 
-from queues.connection import NOT_CONFIRMED, Redis, Script, Unavailable
+from queues.connection import NOT_CONFIRMED, Redis, RedisError, Script, Unavailable
 from queues.pipelining import PipeliningRedis
 from queues.primary import Primary
 
@@ -102,6 +102,6 @@ class Replication:
         """Returns whether something can be confirmed now."""
         try:
             self.confirm()
-        except (Unconfirmed, ConnectionError, TimeoutError):
+        except (Unconfirmed, RedisError):
             return False
         return True

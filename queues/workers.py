@@ -37,6 +37,7 @@ from queues.executions import Taken, Turns
 from queues.heartbeat import LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
 from queues.jobs import JobFailed, Policy
 from queues.quarantine import StrictJob, Unreadable, set_aside, sift
+from queues.replication import Replication
 
 if TYPE_CHECKING:
     from queues.cron import Cron
@@ -163,6 +164,16 @@ class PlainFailures(BaseWorker):
 class JobsWorker(PlainFailures, Worker):
     queue_class = Queue
     cron: Mapping[str, tuple[str, Policy]] = {}  # the functions that are queued by themselves
+    replicas = 0  # REDIS_REPLICAS
+
+    def check_for_suspension(self, burst: bool) -> None:
+        """Takes no job also while replicas confirm nothing: a worker that is cut off together with an old primary would
+        run what the new one's workers run."""
+        super().check_for_suspension(burst)
+        replication = Replication(fail_fast(self.connection), self.replicas)
+        while not self._stop_requested and not replication.works:
+            self.heartbeat()
+            time.sleep(1)
 
     def run_maintenance_tasks(self) -> None:
         """Goes on running jobs if maintenance fails, or Redis takes no writes now, where RQ's worker quits."""

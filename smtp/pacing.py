@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from process.relays import ONLY
 from process.values import Rate
+from queues import keys
 from queues.connection import Redis, Script, translating_errors
 from smtp.policy import CHOSEN, Phase
 from smtp.verdict import Reply
@@ -159,12 +160,13 @@ end
 return used
 """
 
-BREAKER = "relay:breaker"  # exists while the relay of SMTP_HOST is in trouble
-
 
 def key_prefix(name: str) -> str:
     """Returns how the keys of a relay begin."""
-    return ONLY if name == ONLY else f"{ONLY}:{name}"
+    return keys.TAG + (ONLY if name == ONLY else f"{ONLY}:{name}")
+
+
+BREAKER = f"{key_prefix(ONLY)}:breaker"  # exists while the relay of SMTP_HOST is in trouble
 
 
 def kinds(name: str = ONLY) -> dict[str, str]:
@@ -175,7 +177,7 @@ def kinds(name: str = ONLY) -> dict[str, str]:
         "list": ("gone", "told", "told_again", "told_bulk", "told_bulk_again"),
         "string": ("probe", "rates", "renewing"),
     }
-    return {f"{key_prefix(name)}:{key}": kind for kind, keys in of_type.items() for key in keys}
+    return {f"{key_prefix(name)}:{key}": kind for kind, names in of_type.items() for key in names}
 
 
 class Wait(NamedTuple):

@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 
 from process.relays import NAME, ONLY, RelaySettings
 from process.values import Rate, parse_rates
+from queues import keys
 from queues.connection import Redis, is_wrong_type, translating_errors
 
-NAMES = "relay:names"
+NAMES = f"{keys.TAG}relay:names"
 MOST = 50  # relays
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from ops import install, release, site, smtp_in, webhooks
+from ops import install, redis_server, release, services, site, smtp_in, webhooks
 from ops.server import Fault, Server
 from process.api_keys import ApiKey
 from process.relays import parse_relays
@@ -89,7 +89,7 @@ def test_a_step_that_fails_ends_it_and_shows_the_key_that_was_made(
 
     machine = tmp_path / "machine"
     monkeypatch.setattr(install, "Server", lambda source, dry: Server(source, dry=dry, under=machine))
-    steps = tuple(("a step", action) for action in (install.configure, full, install.switch))
+    steps = tuple(("a step", action) for action in (install.configure, full, release.switch))
     monkeypatch.setattr(install, "INSTALL", steps)
     assert install.main([]) == 1
     said = capsys.readouterr()
@@ -136,24 +136,24 @@ def test_without_git_a_release_is_named_by_what_is_in_it(clone: Path) -> None:
 
 
 def test_a_release_that_was_not_finished_is_made_again(server: Server, noted: list[str]) -> None:
-    install.make_release(server)
+    release.make_release(server)
     assert any("--require-hashes" in command for command in noted)
     (server.release / release.MARK).unlink()
     (server.release / "left-over").write_text("")
     noted.clear()
-    install.make_release(server)
+    release.make_release(server)
     assert noted
     assert not (server.release / "left-over").exists()
     noted.clear()
-    install.make_release(server)
+    release.make_release(server)
     assert noted == []
 
 
 def test_the_systems_next_python_gets_a_release_of_its_own_and_what_runs_keeps_its_files(server: Server) -> None:
-    install.make_release(server)
+    release.make_release(server)
     first = server.release
     (first / release.MARK).write_text("Python 3.9")
-    install.make_release(server)
+    release.make_release(server)
     assert server.release.name.startswith(f"{first.name}-python3.")
     assert (first / release.MARK).read_text() == "Python 3.9"
     assert (server.release / "worker.py").exists()
@@ -161,20 +161,20 @@ def test_the_systems_next_python_gets_a_release_of_its_own_and_what_runs_keeps_i
 
 def test_the_switch_remembers_what_was_and_a_rollback_goes_there_and_back(server: Server, clone: Path) -> None:
     with pytest.raises(Fault, match="there is none"):
-        install.find_previous_release(server)
-    install.make_release(server)
-    install.switch(server)
+        release.find_previous_release(server)
+    release.make_release(server)
+    release.switch(server)
     first = server.release
     (clone / "tasks.py").write_text("")
-    install.make_release(server)
+    release.make_release(server)
     assert server.current.resolve() == first
     second = server.release
     for _ in range(2):  # a second run changes nothing
-        install.switch(server)
+        release.switch(server)
         assert (server.current.resolve(), server.previous.resolve()) == (second, first)
     for expected in (first, second):
-        install.find_previous_release(server)
-        install.switch(server)
+        release.find_previous_release(server)
+        release.switch(server)
         assert server.current.resolve() == expected
 
 
@@ -182,10 +182,10 @@ def test_a_rollback_turns_off_what_the_earlier_release_does_not_have(
     server: Server, monkeypatch: pytest.MonkeyPatch, noted: list[str]
 ) -> None:
     monkeypatch.setattr(Server, "ask", lambda *_, **__: "enabled")
-    install.stop_what_is_newer(server)
+    services.stop_what_is_newer(server)
     assert noted == []
     (server.tree / "systemd/async-email-webhooks.service").unlink()
-    install.stop_what_is_newer(server)
+    services.stop_what_is_newer(server)
     assert noted == ["systemctl disable --now async-email-webhooks.service"]
 
 
@@ -195,7 +195,7 @@ def test_three_releases_are_kept_and_what_is_used_is_among_them(server: Server) 
         os.utime(server.releases / str(number), (number, number))
     server.link(server.current, "releases/4")
     server.link(server.previous, "releases/0")  # after a rollback, say
-    install.remove_old_releases(server)
+    release.remove_old_releases(server)
     assert sorted(path.name for path in server.releases.iterdir()) == ["0", "4", "5"]
 
 
@@ -228,7 +228,7 @@ def test_what_the_operator_has_set_is_neither_overwritten_nor_made(server: Serve
     server.etc.mkdir(parents=True)
     server.env.write_text("REDIS_URL=rediss://elsewhere/0\nDASHBOARD_PASSWORD_FILE=/etc/password\n#API_KEYS=\n")
     install.configure(server)
-    install.start_redis(server)
+    redis_server.start_redis(server)
     assert server.env.read_text().startswith("REDIS_URL=rediss://elsewhere/0\n")
     assert (server.credentials / "redis_url").read_text() == ""
     assert (server.credentials / "dashboard_password").read_text() == ""
@@ -251,16 +251,16 @@ def installed_redis(server: Server, tmp_path: Path) -> Iterator[InstalledRedis]:
     place = tmp_path / "redis"
     place.mkdir()
     install.configure(server)
-    text = install.redis_configuration(server)
+    text = redis_server.redis_configuration(server)
     assert "maxmemory MAXMEMORY" not in text
     assert "#SHA256" not in text
     text = text.replace("/run/redis-async-email", str(place)).replace("/var/lib/redis-async-email", str(place))
     (place / "redis.conf").write_text(f"{text}logfile {place}/log\n")
-    redis_server = InstalledRedis(place)
-    redis_server.url = (server.credentials / "redis_url").read_text().strip()
-    redis_server.url = redis_server.url.replace("/run/redis-async-email", str(place))
-    with redis_server:
-        yield redis_server
+    server_there = InstalledRedis(place)
+    server_there.url = (server.credentials / "redis_url").read_text().strip()
+    server_there.url = server_there.url.replace("/run/redis-async-email", str(place))
+    with server_there:
+        yield server_there
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -301,7 +301,7 @@ def test_redis_6_gets_no_line_that_it_does_not_know(
     server: Server, monkeypatch: pytest.MonkeyPatch, version: str, forced: bool
 ) -> None:
     monkeypatch.setattr(Server, "ask", lambda *_, **__: f"Redis server v={version} sha=00000000:0")
-    assert ("\nshutdown-on-sigterm" in install.redis_configuration(server)) is forced
+    assert ("\nshutdown-on-sigterm" in redis_server.redis_configuration(server)) is forced
 
 
 @pytest.mark.parametrize(
@@ -310,8 +310,8 @@ def test_redis_6_gets_no_line_that_it_does_not_know(
 def test_redis_gets_two_fifths_of_the_memory_or_a_quarter_of_little(
     monkeypatch: pytest.MonkeyPatch, machine: int, redis: int
 ) -> None:
-    monkeypatch.setattr(install, "memory", lambda: machine)
-    assert install.most_memory() >> 20 == redis >> 20
+    monkeypatch.setattr(redis_server, "memory", lambda: machine)
+    assert redis_server.most_memory() >> 20 == redis >> 20
 
 
 def test_under_its_redis_the_service_does_all_it_does(installed_redis: InstalledRedis, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_under_its_redis_the_service_does_all_it_does(installed_redis: Installed
 
 
 def test_what_its_unit_runs_first_is_copied_with_it(server: Server) -> None:
-    install.copy_redis_unit(server)
+    redis_server.copy_redis_unit(server)
     drop_in = (server.units / "redis-server@async-email.service.d" / "async-email.conf").read_text()
     assert " /opt/async-email/aof.py " in drop_in
     assert (server.opt / "aof.py").read_text() == (ROOT / "ops" / "aof.py").read_text()
@@ -353,7 +353,7 @@ def test_its_redis_keeps_what_it_takes_and_obeys_nobody_else(installed_redis: In
         persistence, memory = client.info("persistence"), client.info("memory")
         assert persistence["aof_enabled"] == 1
         assert memory["maxmemory_policy"] == "noeviction"
-        assert memory["maxmemory"] == pytest.approx(install.most_memory(), rel=0.01)
+        assert memory["maxmemory"] == pytest.approx(redis_server.most_memory(), rel=0.01)
         for command in ("FLUSHALL", "KEYS *", "CONFIG SET appendonly no", "SHUTDOWN", "ACL LIST", "REPLICAOF NO ONE"):
             with pytest.raises(redis.exceptions.NoPermissionError):
                 client.execute_command(*command.split())
@@ -388,7 +388,7 @@ def test_the_site_replaces_the_welcome_page_unless_somebody_has_changed_it(
 
 
 def test_a_site_that_was_edited_stays_and_one_that_was_not_is_brought_up_to_date(server: Server, nginx: Path) -> None:
-    install.make_release(server)
+    release.make_release(server)
     site.set_up_nginx(server)
     installed, ours = nginx / "sites-available/async-email", server.source / "nginx/async-email.conf"
     ours.write_text(ours.read_text() + "# of the next release\n")
@@ -416,7 +416,7 @@ def test_a_site_that_nginx_does_not_take_is_taken_out_again(
         assert content(nginx) == before
 
     refused()
-    install.make_release(server)
+    release.make_release(server)
     site.set_up_nginx(server)
     (server.source / "nginx/async-email.conf").write_text("nonsense\n")
     refused()
@@ -430,22 +430,22 @@ def test_a_service_whose_secret_was_made_anew_is_restarted(
 ) -> None:
     """Else it runs on with the old one: 503 to every request, after the doctor's own remedy."""
     install.configure(server)
-    install.make_release(server)
-    install.install_units(server)
+    release.make_release(server)
+    services.install_units(server)
     again = Server(server.source, under=server.units.parents[2])
-    install.make_release(again)
-    install.install_units(again)
+    release.make_release(again)
+    services.install_units(again)
     (again.credentials / "redis_url").unlink()
     (again.credentials / "api_keys").unlink()
     install.configure(again)
     monkeypatch.setattr(Server, "ask", lambda _, *command, **__: "1" if "--property=MainPID" in command else "")
     monkeypatch.setattr(os, "readlink", lambda _: str(again.release))
-    units = (*install.WORKERS, install.API, install.DASHBOARD)
-    assert [unit for unit in units if install.runs_something_else(again, unit)] == list(units)
+    units = (*services.WORKERS, services.API, services.DASHBOARD)
+    assert [unit for unit in units if services.runs_something_else(again, unit)] == list(units)
     again.written = {again.credentials / "api_keys"}
-    assert [unit for unit in units if install.runs_something_else(again, unit)] == [install.API]
+    assert [unit for unit in units if services.runs_something_else(again, unit)] == [services.API]
     again.written = set()
-    assert not any(install.runs_something_else(again, unit) for unit in units)
+    assert not any(services.runs_something_else(again, unit) for unit in units)
 
 
 SOCKETS = "systemctl stop async-email-submission.service async-email-submission.socket"
@@ -509,10 +509,10 @@ def test_webhooks_are_turned_on_and_off_as_their_settings_say(
 
 
 def test_units_are_copied_only_where_they_differ(server: Server, noted: list[str]) -> None:
-    install.install_units(server)
+    services.install_units(server)
     assert "async-email-api.service" in server.changed_units
     assert noted == ["systemctl daemon-reload"]
     again = Server(server.source, under=server.units.parents[2])
     noted.clear()
-    install.install_units(again)
+    services.install_units(again)
     assert (again.changed_units, noted) == (set(), [])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from queues.connection import NOT_CONFIRMED, Script, Unavailable, connect
 from queues.jobs import Jobs, NotFound
 from queues.pipelining import PipeliningRedis
 from queues.replication import Replication, Unconfirmed
+from queues.workers import JobsWorker, make_worker
 from settings import Settings
 from tests.conversations import POOL, served
 from tests.mails import accept, draft
@@ -118,7 +121,20 @@ def test_a_mail_counts_as_sent_once_that_is_confirmed(client: Any, monkeypatch: 
         pauses.append(seconds)
         replication.replicas = 0 if len(pauses) == 3 else 1
 
-    monkeypatch.setattr("mail.store.time.sleep", pause)
+    monkeypatch.setattr("mail.store.time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
     taken.settle(State.SENT)
     assert pauses == [1, 1, 1]
     assert outbox.read(mail_id)["status"] == "sent"
+
+
+def test_a_jobs_worker_takes_no_job_while_nothing_is_confirmed(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, pauses = make_worker(JobsWorker, "jobs", client, {}), list[float]()
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        worker._stop_requested = len(pauses) == 3
+
+    monkeypatch.setattr("queues.workers.time", SimpleNamespace(sleep=pause))
+    for worker.replicas in (0, 1):
+        worker.check_for_suspension(burst=False)
+    assert pauses == [1, 1, 1]

@@ -29,7 +29,7 @@ MAY_IMPORT = {  # room -> the rooms, or single files, of ours that it may import
     },
     "process": set[str](),
     "queues": {"settings", "process"},
-    "smtp": {"queues.connection", "settings", "process.values", "process.relays", "process.grants"},
+    "smtp": {"queues.connection", "queues.keys", "settings", "process.values", "process.relays", "process.grants"},
     "upstream": {"smtp.policy", "smtp.verdict", "process.relays", "process.version"},
     "mail": {"smtp", "upstream", "queues", "settings", "process.log", "process.relays", "process.values"},
     "tasks": {"mail.delivery", "mail.mailboxes", "queues.offer", "settings"},

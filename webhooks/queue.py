@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 from mail.index import new_id
 from mail.states import ANNOUNCE, EVENTS, MOST_WAITING, named
 from mail.store import WEBHOOK_DUE, WEBHOOK_TOTALS, WEBHOOK_WAITING, WEBHOOK_WANTED, WEBHOOKS
+from queues import keys
 from queues.connection import Redis, Script, translating_errors
 
-STATE, LOG, GIVEN_UP = "webhook:state:", "webhook:log:", "webhook:given_up:"
+STATE, LOG, GIVEN_UP = (f"{keys.TAG}webhook:{kind}:" for kind in ("state", "log", "given_up"))
 KINDS = {WEBHOOK_WAITING: "hash", WEBHOOK_DUE: "zset", STATE: "hash", LOG: "list", GIVEN_UP: "list"}
 TEST = "webhook.test"  # the type of an event that a person asks for
 SCHEDULE = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 10 * 3600)  # seconds, as Standard Webhooks advises

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deploy.machine import SUITES, booted, missing
+from tests.deploy.machine import SUITES, booted, image, missing
 from tests.deploy.server import Bare, Installed, Server
 from tests.relay import Relay
 from tests.servers import eventually
@@ -33,7 +33,8 @@ def bare(request: pytest.FixtureRequest) -> Iterator[Bare]:
     if reason := missing():
         pytest.fail(reason)
     with (
-        booted(SUITES[request.param]) as machine,
+        image(SUITES[request.param]) as system,
+        booted(system) as machine,
         Relay(LOGIN, "starttls", host=machine.network.host, name=RELAY, port=587) as relay,
     ):
         yield Bare(machine, relay)

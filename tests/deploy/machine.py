@@ -148,15 +148,28 @@ class Machine:
 
 
 @contextmanager
-def booted(suite: str) -> Iterator[Machine]:
-    with ExitStack() as undo:
-        laid = undo.enter_context(network())
-        directory = Path(tempfile.mkdtemp(prefix="async-email-deploy-", dir="/var/tmp"))
-        undo.callback(shutil.rmtree, directory)
+def image(suite: str) -> Iterator[Path]:
+    """A system as a hoster's, not booted yet."""
+    directory = Path(tempfile.mkdtemp(prefix="async-email-deploy-", dir="/var/tmp"))
+    try:
         root = directory / "root"
         sh("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", suite, str(root))
-        furnish(root, suite, laid.host)
+        furnish(root, suite)
         sh("chroot", str(root), "useradd", "--create-home", "--shell=/bin/bash", "--groups=sudo", "admin")
+        yield root
+    finally:
+        shutil.rmtree(directory)
+
+
+@contextmanager
+def booted(system: Path, part: str = "") -> Iterator[Machine]:
+    """A machine with a copy of the image, on a network of its own; `part` tells several of one process apart."""
+    with ExitStack() as undo:
+        laid = undo.enter_context(network(part))
+        directory = Path(tempfile.mkdtemp(prefix="async-email-deploy-", dir="/var/tmp"))
+        undo.callback(shutil.rmtree, directory)
+        sh("cp", "-a", "--reflink=auto", str(system), str(directory))
+        (directory / "root/etc/resolv.conf").write_text(f"nameserver {laid.host}\n")
         machine = Machine(laid, directory, undo.enter_context(control_groups(laid.name)))
         undo.callback(machine.kill)
         machine.boot()
@@ -191,13 +204,12 @@ def removed(group: str) -> bool:
     return True
 
 
-def furnish(root: Path, suite: str, name_server: str) -> None:
+def furnish(root: Path, suite: str) -> None:
     """What a hoster's image has besides packages."""
     (root / "etc/hostname").write_text("mailhost\n")
     (root / "etc/hosts").write_text("127.0.0.1 localhost mailhost\n::1 localhost\n")
     (root / "etc/sudoers.d/admin").write_text("admin ALL=(ALL) NOPASSWD:ALL\n")
     (root / "etc/resolv.conf").unlink(missing_ok=True)
-    (root / "etc/resolv.conf").write_text(f"nameserver {name_server}\n")
     host = platform.freedesktop_os_release()
     if host["ID"] == "debian":
         shutil.rmtree(root / "etc/apt")

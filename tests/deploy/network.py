@@ -43,8 +43,9 @@ class Network(NamedTuple):
 
 
 @contextmanager
-def network() -> Iterator[Network]:
-    name, inside, outside = (f"{kind}{os.getpid()}" for kind in ("aedeploy", "aei", "aeo"))
+def network(part: str = "") -> Iterator[Network]:
+    """`part` tells several of one process apart."""
+    name, inside, outside = (f"{kind}{os.getpid()}{part}" for kind in ("aedeploy", "aei", "aeo"))
     subnet, host, address = free_subnet()
     with ExitStack() as undo:
         sh("ip", "netns", "add", name)
