@@ -53,9 +53,9 @@ def test_all_that_looks_goes_on_after_a_failover(
         house.worker(queue)
     settings = Settings(redis_url=servers.url, redis_replicas=1)
     page = make_app(settings, login=False).test_client()
-    far.rcpt["ada@example.com"] = ["550 5.1.1 no such user"] * 3
-    mails = [api.submit(MAIL | {"to": "ada@example.com"})]
-    api.wait_for(mails[0], "failed")
+    far.rcpt["ada@example.com"] = ["554 5.7.1 refused"]
+    mail_id = api.submit(MAIL | {"to": "ada@example.com"})
+    api.wait_for(mail_id, "failed")
     for name, value in (("REDIS_URL", servers.url), ("REDIS_REPLICAS", "1")):
         monkeypatch.setenv(name, value)
 
@@ -81,7 +81,7 @@ def test_all_that_looks_goes_on_after_a_failover(
     assert api.get("/readyz").body["replication"] == REPLICATION | {"confirms": True, "in_step": 1}
     looked_at()
     assert "Requeueing 1 jobs" in rq(house, "requeue", "--queue", "email", "--all", "-S", "json")
-    api.wait_for(mails[0], "failed" if far.rcpt["ada@example.com"] else "sent")
+    api.wait_for(mail_id, "sent")
     old.start()
     eventually(lambda: api.get("/readyz").body["replication"]["in_step"] == 2)
     eventually(lambda: page.get("/mail/").get_data(as_text=True).count("All is well"))
@@ -100,5 +100,4 @@ def test_what_confirms_nothing_is_not_ready(servers: Set, house: House) -> None:
     finally:
         for one in replicas:
             one.start()
-    eventually(lambda: api.answers("/readyz"))
-    eventually(servers.is_complete)
+    eventually(lambda: api.get("/readyz").body["replication"]["in_step"] == 2)

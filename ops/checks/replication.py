@@ -33,7 +33,6 @@ BEHIND = 2**20  # bytes
 SLAVE = re.compile(r"slave\d+")
 SET = "redis-cli -p 26379 SENTINEL"
 ANSWERS = "systemctl status 'redis-sentinel*' there; let this machine through its firewall"
-PLANNED = "FAILOVER TO HOST PORT TIMEOUT 10000 on the primary, to a replica in step; docs/scale.md"
 
 
 class Node(NamedTuple):
@@ -125,7 +124,7 @@ def replicas(target: Target, settings: Settings) -> Findings:
     yield from in_step(others, listed, info)
     yield from alike([one for one in nodes if not one.why])
     if primary and others:
-        yield note(f"a planned failover: {PLANNED}")
+        yield note(f"the primary to another host, planned: {target.command('failover')}; docs/scale.md")
 
 
 def known_to(primary: Primary) -> dict[Place, int]:

@@ -252,7 +252,7 @@ def fix_of(weakness: str, at: Address, target: Target) -> str:
         "snapshot_failing": LOOK,
         "evicting": no_eviction,
         "full": "let the workers drain the queue, or raise maxmemory",
-        "replica": f"name the primary, or the Sentinels that know it, in REDIS_URL: {target.file}",
+        "replica": f"name the primary in REDIS_URL, or the Sentinels that know it: {target.file}",
     }[weakness]
 
 
