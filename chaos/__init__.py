@@ -6,4 +6,5 @@ faults.py            what is done to the processes, Redis, the relay or the cloc
 stage.py, proxy.py   the processes of one scene, and a way into their connections
 upstream.py          two services in a row, by HTTP over a line that is cut: `python -m chaos.upstream`
 ledger.py            what was sent once, doubled or lost
+ha/                  several hosts that die or are cut off: `python -m chaos --ha`
 """

@@ -4,7 +4,7 @@ Each scene has its own Redis or Valkey, API, workers and relay, and a client tha
 Then every accepted mail is held against the relay's log and the API: sent once, doubled (and whether that was allowed),
 lost, in doubt, failed, and how long it took. Scenes run side by side, for they mostly wait. At the end stands a table;
 the exit code is 1 if any scene broke the promise, and what its processes logged is then kept. A seed repeats the same
-choices.
+choices. With --ha as the first word the faults are those of several hosts (chaos/ha).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 
 from bench.progress import Progress
 from chaos.faults import play
+from chaos.ha import __main__ as ha
 from chaos.ledger import Row, account
 from chaos.scenes import SCENES
-from chaos.stage import Scene, Stage
-from ops.dev import bundled_server
+from chaos.stage import Scene, Stage, programs
 
 HEADINGS = ["scene", "server", "on doubt", "accepted", "sent once", "doubled", "of these allowed", "lost", "in doubt"]
 HEADINGS += ["failed", "disagree", "recovery", "promise"]
@@ -43,16 +43,6 @@ def perform(
         return Row(scene.name, server, on_doubt, broken=[f"not played: {type(error).__name__}: {error}"])
 
 
-def programs(choice: str) -> dict[str, str]:
-    """Returns the servers asked for, by name. Raises SystemExit where one is missing."""
-    found = {"redis": shutil.which("redis-server"), "valkey": bundled_server() or shutil.which("valkey-server")}
-    wanted = ["valkey", "redis"] if choice == "both" else [choice]
-    for name in wanted:
-        if not found[name]:
-            raise SystemExit(f"there is no {name}-server on PATH; --server takes another")
-    return {name: str(found[name]) for name in wanted}
-
-
 def table(rows: Sequence[Row]) -> str:
     return "\n".join([f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|", *map(str, rows)])
 
@@ -70,6 +60,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["--ha"]:
+        return ha.main(sys.argv[2:])
     options = parse_arguments()
     if options.list:
         print("\n".join(f"{scene.name:<60} {scene.fault}" for scene in SCENES.values()))

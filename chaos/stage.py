@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import random
+import shutil
 import signal
 import smtplib
 import subprocess
@@ -30,6 +31,7 @@ import trustme
 
 from chaos.proxy import Proxy
 from mail.states import FINAL
+from ops.dev import bundled_server
 from tests.conversations import server_context, write_ca
 from tests.scripted_relay import ScriptedRelay, Step, take
 from tests.servers import ROOT, Api, House, RedisServer, eventually, free_port
@@ -40,6 +42,16 @@ REFUSED = "refused-"  # how an address begins that the relay refuses for good, i
 TAKEN = (200, 202)  # how a request is answered that the API has stored
 REPEAT_AFTER = 0.5  # seconds until the client sends a request again
 TESTS = ROOT / "tests"
+
+
+def programs(choice: str) -> dict[str, str]:
+    """Returns the servers asked for, by name. Raises SystemExit where one is missing."""
+    found = {"redis": shutil.which("redis-server"), "valkey": bundled_server() or shutil.which("valkey-server")}
+    wanted = ["valkey", "redis"] if choice == "both" else [choice]
+    for name in wanted:
+        if not found[name]:
+            raise SystemExit(f"there is no {name}-server on PATH; --server takes another")
+    return {name: str(found[name]) for name in wanted}
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,8 @@ CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "NOREPLICAS": "Redis lacks replicas, so it refuses writes",
     "MASTERDOWN": "Redis is a replica without its master",
     "MOVED": "Redis is a read-only replica",  # of a cluster's one shard
-    "CLUSTERDOWN": "Redis' cluster has no primary",
+    "non local key": "Redis is a read-only replica",  # the same, in a script
+    **dict.fromkeys(("CLUSTERDOWN", "cluster is down", "slot not served"), "Redis' cluster has no primary"),
     "NOPERM": "Redis' ACL does not let us do this",
     "The user executing the script": "Redis' ACL does not let us do this",  # Redis 7
     "ACL failure in script": "Redis' ACL does not let us do this",  # Valkey 9

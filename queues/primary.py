@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.connection import Connection, ConnectionPool, SSLConnection
-from redis.exceptions import ConnectionError, RedisError, ResponseError
+from redis.exceptions import ConnectionError, MovedError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
 from process.redis_url import Place, Sentinels
+from queues.keys import TAG
 
 ANSWERS_WITHIN = 0.5  # seconds for a Sentinel
 FRESH = 0.1  # seconds for which a look at the Sentinels holds: they take longer from a suspicion to a new primary
@@ -35,8 +36,10 @@ NO_MAJORITY = "most of the Sentinels of REDIS_URL do not answer, or know no prim
 BEING_REPLACED = "Redis' primary is being replaced"
 NOT_A_PRIMARY = "READONLY what the Sentinels name is not a primary yet"
 # What a server says that is no primary (any more), or cannot be one now. Before Redis 7 it may be inside a script's
-# error. UNBLOCKED: it has become a replica while a command waited.
-NOT_PRIMARY = re.compile(r"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN)\b")
+# error. UNBLOCKED: it has become a replica while a command waited. From MOVED on: of a cluster, the last in scripts.
+NOT_PRIMARY = re.compile(
+    r"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN|MOVED|CLUSTERDOWN|non local key|cluster is down|slot not served)\b"
+)
 # A server that is gone without a word is noticed after six seconds, also by a command that waits for a job.
 KEEPALIVE = {
     number: value
@@ -144,8 +147,10 @@ class Primary:
                 answer = self._ask(self.clients[number])
             with changed:
                 self._asked.discard(number)
+                self._present.discard(number)
                 ended.add(number)
-                if answer:
+                if answer:  # perhaps too late for this look: the next one waits for it again
+                    self._present.add(number)
                     answers[number] = answer
                 changed.notify()
 
@@ -154,13 +159,13 @@ class Primary:
             for number in set(range(len(self.clients))) - self._asked:
                 self._asked.add(number)
                 threading.Thread(target=ask, args=[number], name="sentinel", daemon=True).start()
-            asked = set(self._asked)
+            asked, present = set(self._asked), set(self._present)
 
             def enough() -> bool:
-                return asked <= ended or (self._present <= ended and len(answers) > len(self.clients) // 2)
+                return asked <= ended or (present <= ended and len(answers) > len(self.clients) // 2)
 
             changed.wait_for(enough, ANSWERS_WITHIN)
-            self._present = set(answers)
+            self._present -= self._asked
             return list(answers.values())
 
     def _ask(self, client: Redis) -> Mapping[str, Any]:
@@ -184,13 +189,15 @@ class ToPrimary(Connection):
 
     With a `Primary`, it asks where that is whenever it connects, and what a demoted server says is a lost connection to
     the client, which so connects again. Without, the name in REDIS_URL is looked up again after such an answer: where a
-    provider fails over, it moves the name.
+    provider fails over, it moves the name. In a cluster of one shard any server says which is the primary.
     """
 
     def __init__(self, *args: Any, primary: Primary | None = None, **options: Any) -> None:
         super().__init__(*args, **options)  # type: ignore[no-untyped-call]
         self.primary = primary
         self._at: Place | None = None
+        self._named = Place(self.host, self.port)  # in REDIS_URL
+        self._moved: Place | None = None  # where a server of the cluster has just sent us
         self._demoted = False
 
     @property
@@ -209,6 +216,8 @@ class ToPrimary(Connection):
         if self.primary:
             self._at = self.primary.find()
             self.host, self.port = self._at
+        elif TAG:
+            self.host, self.port = self._moved or self._named
         return super()._connect()  # type: ignore[no-untyped-call]
 
     def on_connect_check_health(self, check_health: bool = True) -> None:
@@ -218,6 +227,23 @@ class ToPrimary(Connection):
             if _text(self.read_response()[0]) != "master":
                 self.primary.doubt()
                 raise ConnectionError(NOT_A_PRIMARY)
+        elif TAG:
+            self._follow(check_health)
+
+    def _follow(self, check_health: bool) -> None:
+        """Connects to the primary of a cluster, if this server says that it is another."""
+        self.send_command("EXISTS", TAG, check_health=False)  # type: ignore[no-untyped-call]
+        try:
+            super().read_response()
+        except ResponseError as error:
+            if self._moved or not isinstance(error, MovedError):
+                raise ConnectionError(f"{error.status_code or ''} {error}") from None
+            self._moved = Place(error.host or self.host, error.port)
+            try:
+                self.disconnect()  # type: ignore[no-untyped-call]
+                self.connect_check_health(check_health)
+            finally:
+                self._moved = None
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         if self.is_outdated and self.is_connected:
@@ -234,9 +260,10 @@ class ToPrimary(Connection):
             if not NOT_PRIMARY.search(said):
                 raise
             self._demoted = True
-            if not self.primary:
+            if not self.primary and not TAG:
                 raise
-            self.primary.doubt()
+            if self.primary:
+                self.primary.doubt()
             raise ConnectionError(said) from None
 
 

@@ -1,8 +1,8 @@
 """Programs of the system that some tests need: nginx, systemd-analyze, promtool, Chromium, mail programs.
 
 Nothing is downloaded. Where a program is missing the test is skipped, but with REQUIRE_NGINX=1, REQUIRE_SYSTEMD=1,
-REQUIRE_PROMTOOL=1, REQUIRE_CLIENTS=1 or REQUIRE_BROWSER=1 (as in CI) it fails, so that these tests cannot vanish
-unnoticed.
+REQUIRE_PROMTOOL=1, REQUIRE_CLIENTS=1, REQUIRE_HA=1 or REQUIRE_BROWSER=1 (as in CI) it fails, so that these tests
+cannot vanish unnoticed.
 """
 
 from __future__ import annotations

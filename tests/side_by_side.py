@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-TOGETHER = ("tests/test_chaos.py", "tests/test_privacy.py")
+TOGETHER = ("tests/test_chaos.py", "tests/test_privacy.py", "tests/ha/")
 
 
 class SideBySide(LoadScopeScheduling):  # type: ignore[misc]

@@ -132,3 +132,4 @@ def test_one_sentinel_that_is_away_keeps_nobody_waiting(started: Set, monkeypatc
     finally:
         started.sentinels[0].process.send_signal(18)
     eventually(lambda: succeeds(asked.look))
+    eventually(lambda: asked.look() and asked._present == {0, 2})  # and is waited for again

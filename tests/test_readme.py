@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from chaos.ha.scenes import SCENES as OF_HOSTS
 from chaos.scenes import SCENES
 from tests.relay import Relay
 from tests.servers import ROOT, Api, House, RedisServer, eventually, project_with
@@ -97,7 +98,7 @@ def test_what_the_guarantees_say_is_shown_by_something_that_there_is() -> None:
     rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert rows
     scenes = {name for row in rows for name in re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", row)}
-    assert scenes <= set(SCENES)
+    assert set(OF_HOSTS) <= scenes <= {*SCENES, *OF_HOSTS}
     assert set(SCENES) - scenes <= {
         "workers killed",
         *(name for name in SCENES if name.startswith(("clock", "first "))),
