@@ -192,7 +192,7 @@ CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "max number of clients reached": "Redis has no connection left: raise its maxclients",
     **NEVER,
 }
-REFUSES_WRITES = {CANNOT_NOW[word] for word in ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM")}
+REFUSES_WRITES = {CANNOT_NOW[word] for word in ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM")} | {NOT_CONFIRMED}
 WRONG_PASSWORD = "Redis does not accept our password"
 WORDS = re.compile(rf"\b({'|'.join(CANNOT_NOW)})\b")
 _silent = threading.Event()
