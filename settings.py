@@ -315,7 +315,9 @@ def from_file(path: Path) -> dict[str, str]:
 
 def _faults(one: env_file.Assignment, assignments: list[env_file.Assignment]) -> Iterator[str]:
     known = [name.upper() for name in Settings.model_fields]
-    if one.value and one.name not in known:
+    if one.value and one.name == "RQ_KEY_PREFIX":
+        yield "RQ_KEY_PREFIX must be in the environment: see docs/scale.md"
+    elif one.value and one.name not in known:
         import difflib  # here, since nobody needs it but who has mistyped a name
 
         meant = difflib.get_close_matches(one.name.upper(), known, 1)

@@ -119,7 +119,7 @@ class Bounces:
         args += [recipients_to_json(change.recipients), becomes, change.reason, EVENTS[OF_KIND[report.kind]]]
         args += self._suppressed(mail_id, report.kind, change)
         with translating_errors():
-            if not self.outbox.store.run(NOTE_REPORT, [mail_key(mail_id)], args):
+            if not self.outbox.store.confirmed(NOTE_REPORT, [mail_key(mail_id)], args):
                 return None
         emit(OF_KIND[report.kind], id=mail_id, reason=change.reason)
         return found._replace(noted=len(change.history))

@@ -97,7 +97,7 @@ class Suppressions:
     def add_all(self, addresses: Iterable[str], origin: str, source_id: str = "", reason: str = "") -> list[str]:
         words = [word for one in addresses for word in self.words(one, origin, source_id, reason)]
         with translating_errors():
-            return list(map(_id, self.store.run(ADD, [], words)))
+            return list(map(_id, self.store.confirmed(ADD, [], words)))
 
     def obey(self, claim: Claim) -> bool:
         """Leaves those on the list out of an attempt. Returns whether there were any."""
@@ -147,7 +147,7 @@ class Suppressions:
         """Takes addresses off the list. Returns the ids of those entries that were there."""
         digests = [found for one in ids_or_emails if (found := self._digest_of(one))]
         with translating_errors():
-            removed = self.store.run(REMOVE, [], digests) if digests else []
+            removed = self.store.confirmed(REMOVE, [], digests) if digests else []
         return [Entry.unpacked(entry).id for entry in removed if entry]
 
     def page(self, limit: int, *, above: bytes = b"", below: bytes = LAST, upwards: bool = False) -> list[Entry]:

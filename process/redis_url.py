@@ -45,8 +45,8 @@ class RedisUrl(NamedTuple):
     @classmethod
     def parse(cls, url: str) -> RedisUrl:
         """Raises `ValueError` that says what must be true, and nothing of the URL, which holds a password."""
-        scheme, _, rest = url.partition("://")
-        if scheme not in SCHEMES or not rest:
+        scheme, slashes, rest = url.partition("://")
+        if scheme not in SCHEMES or not slashes:
             raise ValueError(MUST_BEGIN)
         try:
             parts = urlsplit(f"//{rest}")

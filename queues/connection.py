@@ -179,7 +179,9 @@ CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "NOREPLICAS": "Redis lacks replicas, so it refuses writes",
     "MASTERDOWN": "Redis is a replica without its master",
     "MOVED": "Redis is a read-only replica",  # of a cluster's one shard
-    "CLUSTERDOWN": "Redis' cluster has no primary",
+    "non local key": "Redis is a read-only replica",  # the same, in a script
+    "WAIT cannot be used": "Redis is a read-only replica",  # where it has been demoted
+    **dict.fromkeys(("CLUSTERDOWN", "cluster is down", "slot not served"), "Redis' cluster has no primary"),
     "NOPERM": "Redis' ACL does not let us do this",
     "The user executing the script": "Redis' ACL does not let us do this",  # Redis 7
     "ACL failure in script": "Redis' ACL does not let us do this",  # Valkey 9
@@ -191,7 +193,7 @@ CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "max number of clients reached": "Redis has no connection left: raise its maxclients",
     **NEVER,
 }
-REFUSES_WRITES = {CANNOT_NOW[word] for word in ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM")}
+REFUSES_WRITES = {CANNOT_NOW[word] for word in ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM")} | {NOT_CONFIRMED}
 WRONG_PASSWORD = "Redis does not accept our password"
 WORDS = re.compile(rf"\b({'|'.join(CANNOT_NOW)})\b")
 _silent = threading.Event()

@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.connection import Connection, ConnectionPool, SSLConnection
-from redis.exceptions import ConnectionError, RedisError, ResponseError
+from redis.exceptions import ConnectionError, MovedError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
@@ -34,9 +35,12 @@ FRESH = 0.1  # seconds for which a look at the Sentinels holds: they take longer
 NO_MAJORITY = "most of the Sentinels of REDIS_URL do not answer, or know no primary of that name"
 BEING_REPLACED = "Redis' primary is being replaced"
 NOT_A_PRIMARY = "READONLY what the Sentinels name is not a primary yet"
-# What a server says that is no primary (any more), or cannot be one now; the last two in a cluster. Before Redis 7 it
-# may be inside a script's error. UNBLOCKED: it has become a replica while a command waited.
-NOT_PRIMARY = re.compile(rf"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN{'|MOVED|CLUSTERDOWN' if TAG else ''})\b")
+# What a server says that is no primary (any more), or cannot be one now. Before Redis 7 it may be inside a script's
+# error. UNBLOCKED: it has become a replica while a command waited. From MOVED on: of a cluster, the last in scripts.
+NOT_PRIMARY = re.compile(
+    r"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN|WAIT cannot be used|"
+    r"MOVED|CLUSTERDOWN|non local key|cluster is down|slot not served)\b"
+)
 # A server that is gone without a word is noticed after six seconds, also by a command that waits for a job.
 KEEPALIVE = {
     number: value
@@ -77,7 +81,7 @@ class Primary:
         how |= {"retry": Retry(NoBackoff(), 1), "socket_keepalive_options": KEEPALIVE, "protocol": 2}
         how |= {"maint_notifications_config": MaintNotificationsConfig(enabled=False)}
         kind = SSLConnection if sentinels.tls else Connection
-        self._clients = [
+        self.clients = [
             Redis(connection_pool=ConnectionPool(kind, host=one.host, port=one.port, **how)) for one in sentinels.places
         ]
         self.at: Place | None = None  # where it was last
@@ -91,7 +95,7 @@ class Primary:
         self._looked_at = -FRESH
         self._view: View | ConnectionError = ConnectionError(NO_MAJORITY)
         self._asked: set[int] = set()  # the Sentinels that have been asked and have not answered yet
-        self._present = set(range(len(self._clients)))  # those that answered the last time
+        self._present = set(range(len(self.clients)))  # those that answered the last time
 
     def look(self) -> View:
         """Returns what most Sentinels said no more than `FRESH` seconds ago. Raises redis-py's `ConnectionError`."""
@@ -99,7 +103,7 @@ class Primary:
             if time.monotonic() - self._looked_at >= FRESH:
                 began = time.monotonic()
                 try:
-                    self._view = judge(self._answers(), len(self._clients))
+                    self._view = judge(self._answers(), len(self.clients))
                     self.at = self._view.at if self._view.healthy else self.at
                 except ConnectionError as error:
                     self._view = error
@@ -120,6 +124,18 @@ class Primary:
         """Has the Sentinels asked again before anything else is done."""
         self._looked_at = -FRESH
 
+    def survey(self) -> list[Mapping[str, Any]]:
+        """Asks all Sentinels, and waits for each. Returns what those that answer say of the primary. For people: it may
+        take a second or two, where `look` does not wait for one that is away."""
+
+        def ask(client: Redis) -> Mapping[str, Any]:
+            with suppress(RedisError, OSError, ValueError, KeyError):
+                return self._ask(client)
+            return {}
+
+        with ThreadPoolExecutor(len(self.clients)) as threads:
+            return [one for one in threads.map(ask, self.clients) if one]
+
     def _answers(self) -> list[Mapping[str, Any]]:
         """Asks all Sentinels at once. Waits half a second for those that answered the last time; one that is away is
         waited for only as long as most have not answered."""
@@ -129,7 +145,7 @@ class Primary:
         def ask(number: int) -> None:
             answer: Mapping[str, Any] | None = None
             with suppress(RedisError, OSError, ValueError, KeyError):
-                answer = self._ask(self._clients[number])
+                answer = self._ask(self.clients[number])
             with changed:
                 self._asked.discard(number)
                 self._present.discard(number)
@@ -141,13 +157,13 @@ class Primary:
 
         ended: set[int] = set()
         with changed:
-            for number in set(range(len(self._clients))) - self._asked:
+            for number in set(range(len(self.clients))) - self._asked:
                 self._asked.add(number)
                 threading.Thread(target=ask, args=[number], name="sentinel", daemon=True).start()
             asked, present = set(self._asked), set(self._present)
 
             def enough() -> bool:
-                return asked <= ended or (present <= ended and len(answers) > len(self._clients) // 2)
+                return asked <= ended or (present <= ended and len(answers) > len(self.clients) // 2)
 
             changed.wait_for(enough, ANSWERS_WITHIN)
             self._present -= self._asked
@@ -174,13 +190,15 @@ class ToPrimary(Connection):
 
     With a `Primary`, it asks where that is whenever it connects, and what a demoted server says is a lost connection to
     the client, which so connects again. Without, the name in REDIS_URL is looked up again after such an answer: where a
-    provider fails over, it moves the name.
+    provider fails over, it moves the name. In a cluster of one shard any server says which is the primary.
     """
 
     def __init__(self, *args: Any, primary: Primary | None = None, **options: Any) -> None:
         super().__init__(*args, **options)  # type: ignore[no-untyped-call]
         self.primary = primary
         self._at: Place | None = None
+        self._named = Place(self.host, self.port)  # in REDIS_URL
+        self._moved: Place | None = None  # where a server of the cluster has just sent us
         self._demoted = False
 
     @property
@@ -199,6 +217,8 @@ class ToPrimary(Connection):
         if self.primary:
             self._at = self.primary.find()
             self.host, self.port = self._at
+        elif TAG:
+            self.host, self.port = self._moved or self._named
         return super()._connect()  # type: ignore[no-untyped-call]
 
     def on_connect_check_health(self, check_health: bool = True) -> None:
@@ -208,6 +228,23 @@ class ToPrimary(Connection):
             if _text(self.read_response()[0]) != "master":
                 self.primary.doubt()
                 raise ConnectionError(NOT_A_PRIMARY)
+        elif TAG:
+            self._follow(check_health)
+
+    def _follow(self, check_health: bool) -> None:
+        """Connects to the primary of a cluster, if this server says that it is another."""
+        self.send_command("EXISTS", TAG, check_health=False)  # type: ignore[no-untyped-call]
+        try:
+            super().read_response()
+        except ResponseError as error:
+            if self._moved or not isinstance(error, MovedError):
+                raise ConnectionError(f"{error.status_code or ''} {error}") from None
+            self._moved = Place(error.host or self.host, error.port)
+            try:
+                self.disconnect()  # type: ignore[no-untyped-call]
+                self.connect_check_health(check_health)
+            finally:
+                self._moved = None
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         if self.is_outdated and self.is_connected:
@@ -224,9 +261,10 @@ class ToPrimary(Connection):
             if not NOT_PRIMARY.search(said):
                 raise
             self._demoted = True
-            if not self.primary:
+            if not self.primary and not TAG:
                 raise
-            self.primary.doubt()
+            if self.primary:
+                self.primary.doubt()
             raise ConnectionError(said) from None
 
 

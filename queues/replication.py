@@ -2,7 +2,7 @@
 
 Behind the commands, on the same connection and in the same write, stand a PUBLISH and a WAIT. WAIT is about the last
 write of its connection, and PUBLISH is one that takes no memory and no place in the append-only file: so also what a
-script found done already, and did not write, is confirmed. (In a cluster it is no write; there it is a SET.) A primary
+script found done already, and did not write, is confirmed. (In a cluster it is none; there a key is touched.) A primary
 that stood still while it was replaced may be confirmed by a replica that the new one overwrites; so most Sentinels must
 call it healthy right after.
 WAIT: https://redis.io/docs/latest/commands/wait/
@@ -22,7 +22,10 @@ from queues.pipelining import PipeliningRedis
 from queues.primary import Primary
 
 WAIT = 900  # milliseconds for the replicas; less than the shortest time-out of a client
-CHANNEL = "async-email:confirm"  # nobody listens
+# A write that always goes to the replicas, also of a full Redis: to a channel that nobody hears. In a cluster PUBLISH
+# does not go to them; there it is one to a key in our slot.
+TOUCH = "return redis.call('EXPIRE', KEYS[1], 86400) == 1 or redis.call('SET', KEYS[1], '')"
+WRITE = ("EVAL", TOUCH, 1, f"{TAG}confirm") if TAG else ("PUBLISH", "async-email:confirm", "")
 
 
 class Unconfirmed(Unavailable):
@@ -47,7 +50,7 @@ class Replication:
         with self.redis.pipeline(transaction=False) as pipe:
             fill(pipe)
             if self.replicas:
-                pipe.set(f"{TAG}confirm", "") if TAG else pipe.publish(CHANNEL, "")
+                pipe.execute_command(*WRITE)  # type: ignore[no-untyped-call]
                 pipe.execute_command("WAIT", self.replicas, WAIT)  # type: ignore[no-untyped-call]
             replies: list[Any] = pipe.execute(raise_on_error=False)
         if not self.replicas:

@@ -50,6 +50,7 @@ NAMES = [  # what a file says, and what is said of it
     ("\nsmtp_port=25", [".env line 2: smtp_port is not a setting; did you mean SMTP_PORT?"]),
     ("SMTP_PASS=hunter2", [".env line 1: SMTP_PASS is not a setting; did you mean SMTP_PASSWORD?"]),
     ("DEBUG=1", [".env line 1: DEBUG is not a setting; see .env.example for the names"]),
+    ("RQ_KEY_PREFIX=x", [".env line 1: RQ_KEY_PREFIX must be in the environment: see docs/scale.md"]),
     ("SMTP_PORT=25\nSMTP_PORT=26", [".env line 2: SMTP_PORT has another value in line 1; only one may stay"]),
     ("ON_DOUBT=hold\n\nexport ON_DOUBT=", [".env line 3: ON_DOUBT has another value in line 1; only one may stay"]),
     ("X=1\nSMTP_HOST=a\nSMTP_HOST=b", [".env line 1: X is not", ".env line 3: SMTP_HOST has another"]),

@@ -14,6 +14,7 @@ TWO = (Place("a", 26379), Place("::1", 7))
     ("url", "plain", "sentinels"),
     [
         ("redis://:x@h:1/2?a=b", "redis://:x@h:1/2?a=b", None),
+        ("redis://", "redis://", None),
         ("unix:///run/redis.sock?db=1", "unix:///run/redis.sock?db=1", None),
         ("redis+sentinel://a,[::1]:7/name", "redis://primary/0", (TWO, "name", None, None, False)),
         (
@@ -36,7 +37,8 @@ def test_an_url_is_one_address_or_several_sentinels(url: str, plain: str, sentin
     ("url", "must"),
     [
         ("http://secret@h", "must start with redis://"),
-        ("redis+sentinel:", "must start with"),
+        ("redis", "must start with"),
+        ("redis+sentinel://", "must name the Sentinels"),
         ("redis://:sec/ret@h:x/0", "must be a URL"),
         ("redis+sentinel://:secret@a:x/m", "must be a URL"),
         ("redis+sentinel://:secret@a,b", "must name the Sentinels"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,8 @@ from mail import claim, delivery
 from mail.outbox import Outbox
 from mail.states import State, Status
 from queues.acceptance import Idempotency
-from queues.connection import NOT_CONFIRMED, Script, Unavailable, connect
-from queues.jobs import Jobs, NotFound
+from queues.connection import NOT_CONFIRMED, Script, Unavailable, connect, translating_errors
+from queues.jobs import Jobs
 from queues.pipelining import PipeliningRedis
 from queues.replication import Replication, Unconfirmed
 from queues.workers import JobsWorker, make_worker
@@ -52,6 +53,15 @@ def test_without_enough_replicas_what_is_stored_does_not_count(client: Any) -> N
         Replication(client, 1).execute("INCR", "b")
 
 
+def test_a_server_that_was_demoted_confirms_nothing(client: Any) -> None:
+    client.execute_command("REPLICAOF", "127.0.0.1", 1)
+    try:
+        with pytest.raises(Unavailable, match="read-only replica"), translating_errors():
+            Replication(client, 1).confirm()  # nothing of it is refused as a write, but WAIT as such
+    finally:
+        client.execute_command("REPLICAOF", "NO", "ONE")
+
+
 def test_in_a_batch_only_those_that_asked_are_refused(redis_server: RedisServer) -> None:
     client = connect(redis_server.url, kind=PipeliningRedis)
     together, said = threading.Barrier(8), list[Any]()
@@ -83,9 +93,12 @@ def test_a_mail_is_not_accepted_and_a_repeat_is_not_either_until_it_is_confirmed
     known = outbox.accept([draft()], key)
     assert known.replayed
     jobs.replication.replicas = 1
-    for change in (outbox.cancel, lambda mail_id: outbox.reschedule(mail_id, 1e11)):
-        with pytest.raises((Unavailable, NotFound), match=NOT_CONFIRMED):
-            change(known.id)
+    changes: list[Callable[[], object]] = [lambda: outbox.cancel(known.id)]
+    changes += [lambda: outbox.reschedule(known.id, 1e11), lambda: outbox.suppressions.remove("ada@example.com")]
+    changes += [lambda: outbox.suppressions.add("ada@example.com", "manual")]
+    for change in changes:
+        with pytest.raises(Unavailable, match=NOT_CONFIRMED):
+            change()
 
 
 def test_no_final_dot_goes_out_before_the_mark_is_confirmed(client: Any) -> None:
