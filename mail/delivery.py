@@ -99,6 +99,8 @@ class Delivery:
             except Unconfirmed:
                 return run_again_in(PAUSE_UNCONFIRMED)
             emit("nothing_to_do", id=mail_id, state=claim)
+            if claim == "gone" and self.outbox.jobs.replication.replicas:
+                return claim  # it was taken from a primary that was replaced, and never acknowledged
             return claim if claim in (State.SENT, State.CANCELED, *RETURNED) else _give_up(claim)
         with claim.held():
             try:

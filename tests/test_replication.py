@@ -101,7 +101,7 @@ def test_a_mail_is_not_accepted_and_a_repeat_is_not_either_until_it_is_confirmed
             change()
 
 
-def test_no_final_dot_goes_out_before_the_mark_is_confirmed(client: Any) -> None:
+def test_no_final_dot_goes_out_before_the_mark_is_confirmed(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     outbox = Outbox(Jobs(client), Settings())
     mail_id = accept(outbox)
     with served() as (there, to):
@@ -117,6 +117,9 @@ def test_no_final_dot_goes_out_before_the_mark_is_confirmed(client: Any) -> None
         assert made.deliver(mail_id) == "sent"
         with pytest.raises(delivery.Failed, match="gone"):
             made.deliver("gone")
+        outbox.jobs.replication.replicas = 1
+        monkeypatch.setattr(outbox.jobs.replication, "confirm", lambda: None)
+        assert made.deliver("gone") == "gone", "a mail that was never acknowledged leaves no failed job"
     assert len(there.accepted) == 1
 
 
