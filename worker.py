@@ -103,24 +103,19 @@ class WorkerPool:
 
     def tick(self) -> None:
         """Does one duty after the other. An error in one keeps from no other, and ends nothing."""
-        duties: list[Callable[[], object]] = [
-            self.look_at_replicas,
-            self.publish_heartbeats,
-            self.watch,
-            self.schedule,
-            self.feed,
-        ]
+        duties: list[Callable[[], object]] = [self.publish_heartbeats, self.watch, self.schedule, self.feed]
         if time.monotonic() - self.maintained_at >= MAINTENANCE_EVERY:
             self.maintained_at = time.monotonic()
             duties += [self.clamp_future_heartbeats, lambda: sift(self.queue)]
             duties += [self.maintenance_worker.run_maintenance_tasks, self.delivery.sweep]
             duties += [lambda: self.delivery.tally.forget_ended(self.redis), return_free_memory]
-        for duty in (*duties, self.senders.replenish):
+        for duty in (*duties, self.senders.replenish, self.look_at_replicas):
             try:
                 duty()
                 announcements.note(None)
             except Exception as error:
                 if reason := why_unavailable(error):
+                    self.confirms = not self.replication.replicas
                     announcements.note(reason)
                     self.report(f"STATUS=waiting: {reason}")
                     if not is_hopeless(reason):
@@ -144,8 +139,9 @@ class WorkerPool:
         self.senders.join(0.1)
 
     def look_at_replicas(self) -> None:
-        """Finds out whether what is written about a mail would be confirmed."""
-        self.confirms = self.replication.works
+        """Finds out whether what is written about a mail would be confirmed. Raises what tells why not."""
+        self.replication.confirm()
+        self.confirms = True
 
     def publish_heartbeats(self) -> None:
         """Writes the worker's heartbeat and our tally; looks for `rq suspend`, and whether Redis knows the worker."""

@@ -11,7 +11,7 @@ site.py, smtp_in.py, webhooks.py  the nginx site; mail by SMTP and webhooks, as 
 aof.py                          cuts what a crash left unfinished off Redis' append-only file
 key.py, breaker.py              bin/key: makes, lists and revokes API keys; bin/breaker: shows and closes it
 oauth.py                        bin/oauth: the right to send by token, once
-top.py                          bin/top: the pages on a terminal
+top.py, rq_config.py            bin/top: the pages on a terminal; where the rq command finds Redis
 sendmail.py, restore.py         bin/sendmail: a mail as sendmail takes it; bin/restore: what bin/backup has saved
 dashboard.py, login.py          page/ and rq-dashboard behind a login that is slow to guess
 page/                           the pages for people at /mail/

@@ -110,6 +110,29 @@ def unfit(facts: Facts) -> Iterator[Condition]:
             yield Condition("bad", kind, sentence, store.fix_of(name, at, facts.target), push=True)
 
 
+def unconfirmed(facts: Facts) -> Iterator[Condition]:
+    if facts.replicas and (why := facts.replicas.trouble):
+        fix = f"{facts.target.command('doctor')} says which Redis or Sentinel is away, and what fixes it"
+        yield Condition("bad", "unconfirmed", f"{why[0].upper()}{why[1:]}: {REFUSED}.", fix, push=True)
+
+
+def fewer(facts: Facts) -> Iterator[Condition]:
+    """Says that a replica or a Sentinel is away: one more, and nothing goes on."""
+    if not (seen := facts.replicas):
+        return
+    fix = f"{facts.target.command('doctor')} says which, and what fixes it"
+    if away := max(0, seen.known - seen.in_step):
+        sentence = (
+            f"Of Redis' {counted(seen.known, 'replica')} {away} {plural(away, 'is', 'are')} away or lagging behind."
+        )
+        yield Condition("warn", "replicas", sentence, fix, push=True)
+    if away := seen.of_sentinels - seen.sentinels:
+        sentence = (
+            f"Of Redis' {counted(seen.of_sentinels, 'Sentinel')} {away} {plural(away, 'does', 'do')} not answer: "
+        )
+        yield Condition("warn", "sentinels", f"{sentence}without most of them none is replaced.", fix, push=True)
+
+
 def no_worker(facts: Facts) -> Iterator[Condition]:
     for name in QUEUES:
         seen = facts.queues.get(name)
@@ -297,7 +320,7 @@ def webhooks(facts: Facts) -> Iterator[Condition]:
         yield Condition("warn", kind, sentence, fix, since or None, push=facts.now - since > LATE)
 
 
-REDIS = frozenset({"redis", "replica", "disk", "full"})
+REDIS = frozenset({"redis", "replica", "disk", "full", "unconfirmed"})
 STANDS = REDIS | {"worker", "relay", "suspended", "stuck"}  # mail stands still, and it is known why
 Rule = Callable[[Facts], Iterator[Condition]]
 # fmt: off
@@ -305,6 +328,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule, frozenset[str]], ...] = (
     # the kinds that a rule yields, the rule, the kinds of which it would only be a consequence
     (("redis", "replica"), unavailable, frozenset()),
     (("replica", "disk", "full", "unsafe"), unfit, frozenset()),
+    (("unconfirmed",), unconfirmed, frozenset({"redis", "replica"})),
     (("worker", *(f"worker_{name}" for name in QUEUES)), no_worker, frozenset({"redis", "replica", "disk"})),
     (("relay",), relay, frozenset()),
     (("relay", "relay_down"), relays, frozenset()),
@@ -312,6 +336,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule, frozenset[str]], ...] = (
     (("stuck",), stuck, STANDS),
     (("scheduler",), scheduler, STANDS - {"suspended", "relay"}),
     (("quiet",), quiet, STANDS | {"rate"}),
+    (("replicas", "sentinels"), fewer, frozenset({"redis", "replica", "unconfirmed"})),
     (("clock",), clock, frozenset()),
     (("rate",), rate, STANDS),
     (("slow",), slow, STANDS | {"quiet"}),

@@ -50,7 +50,7 @@ from process.log import emit, say_why_not, set_up, where
 from process.memory import use_one_arena
 from process.sockets import listen_on
 from process.values import is_loopback
-from queues.connection import Unavailable, connect, is_wrong_type, why_unavailable
+from queues.connection import Unavailable, address, connect, is_wrong_type, why_unavailable
 from queues.jobs import Jobs, NotFound, NotPossible
 from queues.quarantine import DAMAGED, StrictJob
 from queues.table import EMAIL, QUEUES
@@ -221,16 +221,15 @@ class ReadOnlyRedis(ReadOnly, Redis):
 
 
 class Dashboard(Flask):
-    def __init__(self, redis_url: str, by_login: bool) -> None:
+    def __init__(self, settings: Settings, by_login: bool) -> None:
         super().__init__("dashboard", static_folder=PACKAGE / "static", static_url_path="/rq/static")
         self.jinja_loader = PatchedTemplates(PACKAGE / "templates")
         self.by_login = by_login
-        self.writer = connect(redis_url)
-        self.reader = ReadOnlyRedis(connection_pool=connect(redis_url).connection_pool)
-        kwargs = self.writer.connection_pool.connection_kwargs
-        address = kwargs.get("path") or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
+        self.writer = connect(settings.redis)
+        self.jobs = Jobs(self.writer, settings.redis_replicas)
+        self.reader = ReadOnlyRedis(connection_pool=connect(settings.redis).connection_pool)
         # Only a label on the page. The URL itself may hold a password.
-        self.config["RQ_DASHBOARD_REDIS_URL"] = [f"{address}/{kwargs.get('db', 0)}"]
+        self.config["RQ_DASHBOARD_REDIS_URL"] = [address(self.writer)]
         # Its buttons would delete a mail's job and leave the mail waiting forever; DELETE /jobs/{id} cancels both.
         self.config["RQ_DASHBOARD_DISABLE_DELETE"] = True
 
@@ -250,7 +249,7 @@ class Dashboard(Flask):
 
 def make_app(settings: Settings, login: bool, names: Collection[str] = ()) -> Dashboard:
     """Returns the WSGI application. Raises RuntimeError if the installed rq-dashboard is not the one that we patch."""
-    app = Dashboard(settings.redis, login)
+    app = Dashboard(settings, login)
     app.before_request(Login(settings).demand if login else partial(refuse_foreign_names, names))
     app.before_request(refuse_other_origins)
     app.before_request(refuse_other_pages)
@@ -335,17 +334,17 @@ def replace_views(app: Dashboard) -> None:
 
 
 def requeue_job_view(app: Dashboard, job_id: str) -> Response:
-    Jobs(app.writer).requeue(job_id)
+    app.jobs.requeue(job_id)
     app.note("requeue", job_id)
     return jsonify(status="OK")
 
 
 def requeue_all(app: Dashboard, queue_name: str) -> Response:
     """Queues every failed job again, except those that cannot be: gone, not ours, or already taken by a worker."""
-    jobs, requeued = Jobs(app.writer), 0
+    requeued = 0
     for job_id in FailedJobRegistry(queue_name, connection=app.reader).get_job_ids(cleanup=False):
         with suppress(NotFound, NotPossible):
-            jobs.requeue(job_id)
+            app.jobs.requeue(job_id)
             requeued += 1
     if requeued:
         app.note("requeue_all", queue_name)
@@ -372,15 +371,15 @@ def main() -> int:
     login = not given.no_login
     try:
         settings = load("dashboard_password") if login else load()
-        address = settings.dashboard_listen
-        if not login and not is_loopback(address.host):
-            raise SettingsError([f"DASHBOARD_LISTEN: {address} is not loopback; --no-login is for loopback only"])
-        sockets = listen_on(address)
+        at = settings.dashboard_listen
+        if not login and not is_loopback(at.host):
+            raise SettingsError([f"DASHBOARD_LISTEN: {at} is not loopback; --no-login is for loopback only"])
+        sockets = listen_on(at)
     except SettingsError as error:
         say_why_not(error)
         return 2
     except OSError as error:
-        say_why_not(f"DASHBOARD_LISTEN: cannot listen on {address}: {error.strerror}")
+        say_why_not(f"DASHBOARD_LISTEN: cannot listen on {at}: {error.strerror}")
         return 2
     use_one_arena()
     app = make_app(settings, login, given.allow_host)
@@ -388,7 +387,7 @@ def main() -> int:
     set_up(settings.log_level, settings.log_format)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a browser asks for six files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    emit("dashboard_started", listen=address)
+    emit("dashboard_started", listen=at)
     watch.Watch(settings).start()
     sd_daemon.tell("READY=1")
     server.run()  # until SIGTERM or Ctrl-C, on which Waitress finishes

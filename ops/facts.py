@@ -25,7 +25,7 @@ from ops.checks.target import Target
 from process.relays import ONLY
 from queues import health, keys
 from queues.connection import Redis, Unavailable, translating_errors
-from queues.health import QueueState
+from queues.health import QueueState, Replicas
 from queues.table import EMAIL
 from settings import Settings
 from smtp.pacing import BREAKER, Standing, key_prefix, read_standing
@@ -59,6 +59,7 @@ class Facts:
     skew: float = 0  # seconds that Redis' clock is ahead of ours
     clock_set: tuple[float, float] = (0, 0)  # by how many seconds ours was set, and when
     queues: Mapping[str, QueueState] = field(default_factory=dict)
+    replicas: Replicas | None = None  # of Redis, where it has some, or Sentinels
     standing: Standing | None = None  # of the relay of SMTP_HOST
     relays: tuple[At, ...] = ()  # those of RELAYS
     suspended: bool = False
@@ -112,6 +113,7 @@ def gather(outbox: Outbox, target: Target | None = None) -> Facts:
             known = _from_redis(redis) | {"disk_free": _disk_free(redis, settings, target)}
             known["webhooks"] = standings(redis)
         known["queues"] = health.queue_states(outbox.jobs)
+        known["replicas"] = health.replicas(outbox.jobs, known["info"])
         known |= _from_figures(redis, known["queues"][EMAIL])
     except Unavailable as why:
         known = {"unavailable": str(why)}

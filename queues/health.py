@@ -7,6 +7,7 @@ cleanups, which can queue a job a second time.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from queues.heartbeat import HEARTBEAT_SECONDS, LEASE_SECONDS
 from queues.jobs import Jobs
 from queues.table import BULK, EMAIL
 
+IN_STEP = 3  # seconds since the primary last heard of a replica what it has
 # Where in a queue to look for the job that waits longest. The first is it, but for mails of priority `high`, of which
 # the newest is the first; so more are looked at, the more the further back.
 PLACES = (*(2**n - 1 for n in range(18)), -1)
@@ -30,6 +32,46 @@ class QueueState(NamedTuple):
     oldest_queued: float | None
     overdue: float
     ahead: float = 0
+
+
+class Replicas(NamedTuple):
+    """How what is written outlives the primary: the `role` of who answers, how many replicas must confirm, are in step,
+    and are known; how many of so many Sentinels answer; whether something is confirmed now."""
+
+    role: str
+    needed: int
+    in_step: int
+    known: int
+    sentinels: int
+    of_sentinels: int
+    confirms: bool
+
+    @property
+    def trouble(self) -> str:
+        """Returns why nothing is confirmed, as a sentence; "" if it is."""
+        if self.confirms:
+            return ""
+        if self.in_step < self.needed:
+            return f"of the replicas that must confirm what is written ({self.needed}), {self.in_step} are in step"
+        if self.of_sentinels and self.sentinels <= self.of_sentinels // 2:
+            return f"only {self.sentinels} of {self.of_sentinels} Sentinels answer, so what is written is not confirmed"
+        return "Redis' replicas confirm nothing now"
+
+
+def replicas(jobs: Jobs, info: Mapping[str, Any]) -> Replicas | None:
+    """Returns None where neither REDIS_REPLICAS nor Sentinels are used, and asks nothing then. Else writes nothing that
+    is kept, and takes a second where a replica or a Sentinel is away. `info` is Redis' INFO."""
+    needed, primary = jobs.replication.replicas, jobs.replication.primary
+    if not (needed or primary):
+        return None
+    each = [one for name, one in info.items() if name[:5] == "slave" and isinstance(one, dict) and "lag" in one]
+    in_step = sum(one.get("state") == "online" and int(one["lag"]) <= IN_STEP for one in each)
+    said = primary.survey() if primary else []
+    known = max((int(one.get("num-slaves", 0)) for one in said), default=needed)
+    of_sentinels = len(primary.clients) if primary else 0
+    role = "primary" if info.get("role", "master") == "master" else "replica"
+    with translating_errors():
+        return Replicas(role, needed, in_step, known, len(said), of_sentinels, jobs.replication.works)
 
 
 def state(jobs: Jobs) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ NOT_A_PRIMARY = "READONLY what the Sentinels name is not a primary yet"
 # What a server says that is no primary (any more), or cannot be one now. Before Redis 7 it may be inside a script's
 # error. UNBLOCKED: it has become a replica while a command waited. From MOVED on: of a cluster, the last in scripts.
 NOT_PRIMARY = re.compile(
-    r"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN|MOVED|CLUSTERDOWN|non local key|cluster is down|slot not served)\b"
+    r"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN|WAIT cannot be used|"
+    r"MOVED|CLUSTERDOWN|non local key|cluster is down|slot not served)\b"
 )
 # A server that is gone without a word is noticed after six seconds, also by a command that waits for a job.
 KEEPALIVE = {
@@ -79,7 +81,7 @@ class Primary:
         how |= {"retry": Retry(NoBackoff(), 1), "socket_keepalive_options": KEEPALIVE, "protocol": 2}
         how |= {"maint_notifications_config": MaintNotificationsConfig(enabled=False)}
         kind = SSLConnection if sentinels.tls else Connection
-        self._clients = [
+        self.clients = [
             Redis(connection_pool=ConnectionPool(kind, host=one.host, port=one.port, **how)) for one in sentinels.places
         ]
         self.at: Place | None = None  # where it was last
@@ -93,7 +95,7 @@ class Primary:
         self._looked_at = -FRESH
         self._view: View | ConnectionError = ConnectionError(NO_MAJORITY)
         self._asked: set[int] = set()  # the Sentinels that have been asked and have not answered yet
-        self._present = set(range(len(self._clients)))  # those that answered the last time
+        self._present = set(range(len(self.clients)))  # those that answered the last time
 
     def look(self) -> View:
         """Returns what most Sentinels said no more than `FRESH` seconds ago. Raises redis-py's `ConnectionError`."""
@@ -101,7 +103,7 @@ class Primary:
             if time.monotonic() - self._looked_at >= FRESH:
                 began = time.monotonic()
                 try:
-                    self._view = judge(self._answers(), len(self._clients))
+                    self._view = judge(self._answers(), len(self.clients))
                     self.at = self._view.at if self._view.healthy else self.at
                 except ConnectionError as error:
                     self._view = error
@@ -122,6 +124,18 @@ class Primary:
         """Has the Sentinels asked again before anything else is done."""
         self._looked_at = -FRESH
 
+    def survey(self) -> list[Mapping[str, Any]]:
+        """Asks all Sentinels, and waits for each. Returns what those that answer say of the primary. For people: it may
+        take a second or two, where `look` does not wait for one that is away."""
+
+        def ask(client: Redis) -> Mapping[str, Any]:
+            with suppress(RedisError, OSError, ValueError, KeyError):
+                return self._ask(client)
+            return {}
+
+        with ThreadPoolExecutor(len(self.clients)) as threads:
+            return [one for one in threads.map(ask, self.clients) if one]
+
     def _answers(self) -> list[Mapping[str, Any]]:
         """Asks all Sentinels at once. Waits half a second for those that answered the last time; one that is away is
         waited for only as long as most have not answered."""
@@ -131,7 +145,7 @@ class Primary:
         def ask(number: int) -> None:
             answer: Mapping[str, Any] | None = None
             with suppress(RedisError, OSError, ValueError, KeyError):
-                answer = self._ask(self._clients[number])
+                answer = self._ask(self.clients[number])
             with changed:
                 self._asked.discard(number)
                 self._present.discard(number)
@@ -143,13 +157,13 @@ class Primary:
 
         ended: set[int] = set()
         with changed:
-            for number in set(range(len(self._clients))) - self._asked:
+            for number in set(range(len(self.clients))) - self._asked:
                 self._asked.add(number)
                 threading.Thread(target=ask, args=[number], name="sentinel", daemon=True).start()
             asked, present = set(self._asked), set(self._present)
 
             def enough() -> bool:
-                return asked <= ended or (present <= ended and len(answers) > len(self._clients) // 2)
+                return asked <= ended or (present <= ended and len(answers) > len(self.clients) // 2)
 
             changed.wait_for(enough, ANSWERS_WITHIN)
             self._present -= self._asked

@@ -17,7 +17,7 @@ from ops.condition import judge
 from ops.facts import At, Clock, Facts, gather
 from process.relays import parse_relays
 from process.values import Rate
-from queues.health import QueueState
+from queues.health import QueueState, Replicas
 from settings import Settings
 from smtp.pacing import Pacing, Standing
 from smtp.policy import Phase
@@ -72,6 +72,13 @@ TABLE: list[tuple[Facts, str, str, str]] = [  # facts, level and kind (! for a p
     (facts(info={"aof_last_write_status": "err"}), "bad disk!", "cannot write its append-only file, so new", "df -h"),
     (facts(info={"rdb_last_bgsave_status": "err"}), "bad disk!", "cannot write its snapshot", "df -h"),
     (facts(info={"aof_enabled": 0}), "bad unsafe!", "a crash would lose", "appendonly yes"),
+    (facts(replicas=Replicas("primary", 1, 0, 2, 3, 3, False)), "bad unconfirmed!",
+     "Of the replicas that must confirm what is written (1), 0 are in step: new mail is refused with 503", "doctor"),
+    (facts(replicas=Replicas("primary", 1, 2, 2, 1, 3, False)), "bad unconfirmed!", "Only 1 of 3 Sentinels answer", ""),
+    (facts(replicas=Replicas("primary", 1, 2, 2, 3, 3, False)), "bad unconfirmed!", "confirm nothing now: new", ""),
+    (facts(replicas=Replicas("primary", 1, 1, 2, 3, 3, True)), "warn replicas!", "Of Redis' 2 replicas 1 is away", ""),
+    (facts(replicas=Replicas("primary", 0, 2, 2, 2, 3, True)), "warn sentinels!", "3 Sentinels 1 does not", "doctor"),
+    (facts(replicas=Replicas("primary", 1, 2, 2, 3, 3, True)), "well well", "", ""),
     (facts(webhooks=[hook(is_down=False), hook(seen=NOW - 100, is_down=False)]), "well well", "All is well", ""),
     (facts(webhooks=[hook(), hook("two")]), "warn webhook!",
      "The webhook at shop.example has failed since 13:45 (HTTP 502); what became of 212 mails waits to be told. "

@@ -48,7 +48,7 @@ HOMES = {  # an outside thing -> the only rooms or files that may import it
     "jinja2": {"mail.templates", "ops.catcher", "ops.dashboard", "ops.page.view"},
     "imap_tools": {"mail.imap"},
     "imaplib": {"mail.imap"},
-    "redis": {"queues", "ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.store"},
+    "redis": {"queues", "ops.dashboard", "ops.dev", "ops.checks.flow", "ops.checks.replication", "ops.checks.store"},
     "rq": {"queues", "ops.dashboard"},
     "bottle": {"web", "ops.catcher"},
     "aiosmtpd": {"submission", "ops.catcher"},

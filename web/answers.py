@@ -289,6 +289,16 @@ class Error(TypedDict):
     request_id: str
 
 
+class Replication(TypedDict):
+    role: Literal["primary", "replica"]
+    needed: int
+    in_step: int
+    known: int
+    sentinels: int
+    of_sentinels: int
+    confirms: bool
+
+
 class Figures(TypedDict):
     reasons: list[str]
     queued: int
@@ -300,6 +310,7 @@ class Figures(TypedDict):
     last_sweep_seconds_ago: float | None
     mails_repaired: int
     mails_given_up: int
+    replication: NotRequired[Replication]
 
 
 class Ready(Figures):

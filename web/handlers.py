@@ -215,7 +215,11 @@ class Service:
     def readyz(self) -> HTTPResponse:
         """Says whether what is accepted now is safe; 503 with the reasons if not."""
         state, last_sent = health.state(self.jobs), self.outbox.last_sent()
-        reasons = [sentence for _, sentence in weaknesses(state.pop("info"))]
+        info = state.pop("info")
+        reasons, replicas = [sentence for _, sentence in weaknesses(info)], health.replicas(self.jobs, info)
+        if replicas:
+            state["replication"] = replicas._asdict()
+            reasons += [replicas.trouble] if replicas.trouble else []
         seen = {"status": "not ready" if reasons else "ready", "reasons": reasons, **state}
         seen["last_sent_seconds_ago"] = round(max(0.0, time.time() - last_sent), 3) if last_sent else None
         seen["relay_in_trouble"] = self.outbox.relay_in_trouble()

@@ -94,11 +94,22 @@ class Scrape(Collector):
         text = "Whether all mail waits because the relay is in trouble."
         yield gauge("breaker_open", text, all(one.in_trouble for one in relays))
         yield from self.relays(relays)
+        yield from self.replicas(info)
         listed = self.outbox.suppressions.size()
         yield gauge("suppressions", "Addresses on the suppression list.", listed)
         yield gauge("redis_memory_bytes", "What Redis takes.", info["used_memory"])
         yield gauge("redis_memory_max_bytes", "What Redis may take (maxmemory); 0: any.", info.get("maxmemory", 0))
         yield gauge("redis_append_only", "Whether Redis writes its append-only file, and well.", kept)
+
+    def replicas(self, info: dict[str, Any]) -> Iterator[Metric]:
+        """Yields how what is written outlives the primary; nothing where Redis stands alone."""
+        if not (seen := health.replicas(self.outbox.jobs, info)):
+            return
+        yield gauge("redis_replicas_in_step", "Replicas that have what the primary has.", seen.in_step)
+        yield gauge("redis_replicas_known", "Replicas that there should be.", seen.known)
+        yield gauge("redis_confirms", "Whether replicas confirm what is written (REDIS_REPLICAS).", seen.confirms)
+        yield gauge("redis_sentinels_answering", "Sentinels that answer the API.", seen.sentinels)
+        yield gauge("redis_sentinels", "Sentinels that REDIS_URL names.", seen.of_sentinels)
 
     def relays(self, relays: list[At]) -> Iterator[Metric]:
         """Yields the figures of each of several relays."""

@@ -2,7 +2,8 @@
 
 target.py, system.py            what is examined; the operating system's answers
 packages.py, configuration.py   Python and its packages; settings as the services see them, and file modes
-store.py, flow.py               Redis; workers, queue, breaker, and one mail sent the whole way
+store.py, replication.py        Redis; its Sentinels and replicas
+flow.py                         workers, queue, breaker, and one mail sent the whole way
 relay.py, replies.py            the relay up to its login, and what its refusals mean
 submission.py                   the ports where mail is taken by SMTP, and their certificate
 alerts.py, webhooks.py          whether somebody is told; whether your application is

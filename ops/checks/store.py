@@ -13,6 +13,7 @@ import socket
 import stat
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ from ops.checks.findings import FAULT, Finding, Findings, fault, lasting, note, 
 from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
 from process.values import is_loopback
-from queues.connection import connect, is_full, weaknesses
+from queues.connection import CANNOT_NOW, connect, is_full, weaknesses, why_unavailable
+from queues.primary import BEING_REPLACED, NO_MAJORITY
 from settings import Settings
 
 OUR_CONF, OUR_SOCKETS = "/etc/redis/redis-async-email.conf", "/run/redis-async-email"
@@ -62,10 +64,15 @@ class Address(NamedTuple):
 
 
 def address(settings: Settings) -> Address:
+    """Returns where Redis is; of several, the primary that the Sentinels name, or named last."""
     url = settings.redis
     kwargs = connect(url).connection_pool.connection_kwargs
     host, port = kwargs.get("host", "localhost"), int(kwargs.get("port", 6379))
-    return Address(host, port, kwargs.get("path", ""), url.startswith("rediss:"))
+    if primary := kwargs.get("primary"):
+        with suppress(RedisError):
+            primary.look()
+        host, port = primary.at or (primary.sentinels.name, port)
+    return Address(host, port, kwargs.get("path", ""), url.startswith("rediss"))
 
 
 def client(settings: Settings) -> Redis:
@@ -74,6 +81,8 @@ def client(settings: Settings) -> Redis:
 
 def reachable(target: Target, settings: Settings) -> Findings:
     """Checks the connection, then the password, then the version, each with a fix of its own."""
+    if primary := client(settings).connection_pool.connection_kwargs.get("primary"):
+        primary.find()  # else there is nothing to check; replication.py says why
     at = address(settings)
     troubles = list(connection_trouble(at, target))
     yield from troubles
@@ -169,6 +178,8 @@ def refused(redis: Redis, at: Address, target: Target) -> Finding | None:
     except (RedisError, OSError) as error:
         if "max number of clients" in str(error):  # redis-py makes it a ConnectionError like any other
             return fault("Redis has as many clients as it allows", "raise its maxclients, or lower WORKER_CONCURRENCY")
+        if (why := why_unavailable(error)) in (BEING_REPLACED, NO_MAJORITY, CANNOT_NOW["READONLY"]):
+            return fault(f"{why} ({at})", "wait half a minute, and look again")
         protocol = "rediss://" if at.encrypted else "redis://"
         return fault(f"what answers at {at} does not speak {protocol}", f"correct REDIS_URL in {target.file}")
     return None
@@ -241,7 +252,7 @@ def fix_of(weakness: str, at: Address, target: Target) -> str:
         "snapshot_failing": LOOK,
         "evicting": no_eviction,
         "full": "let the workers drain the queue, or raise maxmemory",
-        "replica": f"name the primary in REDIS_URL: {target.file}",
+        "replica": f"name the primary in REDIS_URL, or the Sentinels that know it: {target.file}",
     }[weakness]
 
 

@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ops.checks import alerts, configuration, flow, machine, mailboxes, names, relay, store, submission, units, webhooks
+from ops.checks import (
+    alerts,
+    configuration,
+    flow,
+    machine,
+    mailboxes,
+    names,
+    relay,
+    replication,
+    store,
+    submission,
+    units,
+    webhooks,
+)
 from ops.checks.findings import Finding, Findings, fault, note, warn
 from ops.checks.target import Target
 from process.log import where
@@ -32,9 +45,11 @@ CHECKS = {
     "shell": alone(configuration.shell),
     "files": alone(configuration.modes),
     "units": alone(units.running),
+    "sentinels": with_settings(replication.sentinels),
     "redis": with_settings(store.reachable),
     "redis file": with_settings(store.append_only_file),
     "redis memory": with_settings(store.memory),
+    "replicas": with_settings(replication.replicas),
     "relay": with_settings(relay.login),
     "workers": with_settings(flow.workers),
     "queue": with_settings(flow.waiting),
