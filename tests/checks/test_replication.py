@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from ops import restore
 from ops.checks import replication, store
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.replication import Node, alike, enough
 from ops.checks.target import Target
+from ops.restore import must_be_alone
+from ops.server import Fault
 from process.redis_url import Place
 from queues import primary
 from tests.checks.support import PASSWORD, Said, assert_finds, listed, of
@@ -102,6 +105,23 @@ def test_a_sentinel_that_does_not_know_us_is_named(servers: Set, target: Target)
         (servers.url.replace("mymaster", "other"), "knows no primary called other"),
     ):
         assert_finds(replication.sentinels(target, of(redis_url=url)), WARN, said, "REDIS_URL")
+
+
+def test_a_backup_is_brought_back_only_where_no_other_redis_would_overwrite_it(
+    servers: Set, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", servers.url)
+    with pytest.raises(Fault, match=f"127.0.0.1:{servers.data[1].port}.* would overwrite it: on each machine but this"):
+        must_be_alone(target)
+    for one in servers.data:
+        one.kill()
+    must_be_alone(target)
+    monkeypatch.setattr(restore, "is_of_this_machine", lambda _: False)
+    with pytest.raises(Fault, match="which is not on this machine"):
+        must_be_alone(target)
+    monkeypatch.undo()
+    assert restore.is_of_this_machine("127.0.0.1")
+    assert not restore.is_of_this_machine("192.0.2.1")
 
 
 def test_one_redis_without_sentinels_is_asked_only_if_replicas_are_to_confirm(
