@@ -6,7 +6,7 @@ failing.py                      which mail the catcher refuses on purpose
 install.py                      bin/install: the steps from a bare server to a running one, and every upgrade
 server.py, release.py           the server they change, what of a clone is installed
 redis_server.py, services.py    its Redis; the units, what is restarted
-cluster.py, gate.py, failover.py  several machines: what they share; Redis waits for the Sentinels; bin/failover
+machines.py, gate.py, failover.py  several machines: what they share; Redis waits for the Sentinels; bin/failover
 site.py, smtp_in.py, webhooks.py  the nginx site; mail by SMTP and webhooks, as their settings say
 aof.py                          cuts what a crash left unfinished off Redis' append-only file
 key.py, breaker.py              bin/key: makes, lists and revokes API keys; bin/breaker: shows and closes it

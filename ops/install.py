@@ -25,14 +25,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ops.cluster import (
+from ops.machines import (
     ROLES,
-    Cluster,
+    Machines,
     parse_hosts,
     parse_roles,
-    read_cluster,
+    read_machines,
     set_up_certificates,
-    set_up_cluster,
+    set_up_machines,
     start_sentinel,
 )
 from ops.redis_server import REDIS_SOCKET, is_wanted, redis_version, start_redis
@@ -122,14 +122,14 @@ def configure(server: Server) -> None:
     server.folder(server.credentials, 0o700)
     if text_of(server.env) is None:
         server.write(server.env, (server.source / ".env.example").read_text(), 0o600)
-    cluster = read_cluster(server) if server.roles else None
-    if cluster:
-        name_the_cluster(server)
+    machines = read_machines(server) if server.roles else None
+    if machines:
+        name_the_machines(server)
     if text_of(server.relays) is None:  # without a table there is none, but systemd wants the file
         server.write(server.relays, "" if server.is_set("RELAYS") else RELAYS, 0o600)
     made: dict[str, Callable[[], str]] = {
-        "redis_url": lambda: redis_url(server, cluster),
-        "api_keys": lambda: (cluster and cluster.api_keys) or (server.make_key() if server.has_role("api") else ""),
+        "redis_url": lambda: redis_url(server, machines),
+        "api_keys": lambda: (machines and machines.api_keys) or (server.make_key() if server.has_role("api") else ""),
         "dashboard_password": lambda: secrets.token_urlsafe(16),
         "smtp_password": lambda: "",  # the operator's, here or in async-email.env; as are the next
         "smtp_oauth": lambda: "",
@@ -148,13 +148,13 @@ def configure(server: Server) -> None:
         server.write(server.webhooks, "", 0o600)
 
 
-def redis_url(server: Server, cluster: Cluster | None) -> str:
-    if cluster:
-        return cluster.url
+def redis_url(server: Server, machines: Machines | None) -> str:
+    if machines:
+        return machines.url
     return "" if server.roles else f"unix://async-email:{secrets.token_urlsafe(32)}@{REDIS_SOCKET}"
 
 
-def name_the_cluster(server: Server) -> None:
+def name_the_machines(server: Server) -> None:
     """Writes where the authority is and how many replicas must confirm, and forgets the Redis that this machine had."""
     settings = {"REDIS_CA_FILE": str(server.redis_ca), "REDIS_REPLICAS": "1"}
     missing = "".join(f"{name}={value}\n" for name, value in settings.items() if not server.is_set(name))
@@ -184,7 +184,7 @@ INSTALL = (
     ("The system's packages: Redis, nginx, Python's venv and the certificate authorities", install_packages),
     ("The user that the service runs as: async-email, which owns nothing and cannot log in", make_user),
     ("The release: a copy of this clone under /opt/async-email/releases, with a .venv of its own", make_release),
-    ("Several machines: what this one is, and what they share", set_up_cluster),
+    ("Several machines: what this one is, and what they share", set_up_machines),
     ("Configuration and secrets, in /etc/async-email: what is there stays", configure),
     ("Several machines: certificates for what is between them", set_up_certificates),
     ("Several machines: a Sentinel", start_sentinel),
@@ -242,7 +242,7 @@ def next_machine(server: Server) -> str:
     return (
         f"\nNext, on {others}, one after the other, with {server.bundle}, which holds\n"
         "passwords: copy it so that root alone can read it, and remove the copies afterwards.\n\n"
-        f"    sudo bin/install --role {roles} --join cluster.json"
+        f"    sudo bin/install --role {roles} --join machines.json"
     )
 
 
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--hosts", default="", help="on the first of them: the addresses of those with Redis or Sentinel"
     )
-    parser.add_argument("--join", type=Path, metavar="FILE", help="on each other: the first one's cluster.json")
+    parser.add_argument("--join", type=Path, metavar="FILE", help="on each other: the first one's machines.json")
     asked = parser.parse_args(arguments)
     os.umask(0o022)
     server = Server(Path(__file__).resolve().parent.parent, dry=asked.dry_run)

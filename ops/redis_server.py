@@ -13,7 +13,7 @@ import time
 from urllib.parse import unquote, urlsplit
 
 from ops.checks.system import memory
-from ops.cluster import read_cluster, replicated_part
+from ops.machines import read_machines, replicated_part
 from ops.release import CLEAN_ENVIRONMENT
 from ops.server import Fault, Server, text_of
 
@@ -117,8 +117,8 @@ def redis_configuration(server: Server) -> str:
     text = (server.tree / "deploy/redis/async-email.conf").read_text()
     digest = hashlib.sha256(redis_password(server).encode()).hexdigest()
     text = text.replace("#SHA256", f"#{digest}").replace("maxmemory MAXMEMORY", f"maxmemory {most_memory() >> 20}mb")
-    cluster = read_cluster(server) if server.roles else None
-    text += replicated_part(server, cluster) if cluster else ""
+    machines = read_machines(server) if server.roles else None
+    text += replicated_part(server, machines) if machines else ""
     return text if redis_version(server) >= (7, 0) else text.replace("\nshutdown-on-sigterm force\n", "\n")
 
 

@@ -52,7 +52,7 @@ class Server:
         self.new_key: str | None = None
         self.roles = frozenset((text_of(self.etc / "roles") or "").split())  # none: everything on this one machine
         self.hosts: list[str] = []  # of --hosts
-        self.bundle = self.etc / "cluster.json"  # what several machines share; or that of --join
+        self.bundle = self.etc / "machines.json"  # what several machines share; or that of --join
         self.joins = False
         self.operator = self.etc / "operator"  # the password of Redis' and Sentinel's user of that name
         self.lines_said = 0

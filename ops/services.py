@@ -28,10 +28,14 @@ def install_units(server: Server) -> None:
     server.copy_units(*(path.name for path in sorted((server.tree / "systemd").glob("async-email*"))))
 
 
-def units_of(server: Server, order: Iterable[str]) -> list[str]:
-    """Returns those that this machine runs. The dashboard is with the workers: it tells people by mail, too, and so
+def role_of(unit: str) -> str:
+    """Returns which of several machines run it. The dashboard is with the workers: it tells people by mail, too, and so
     needs the relay's login, which the machines that can be reached from outside need not have."""
-    return [unit for unit in order if server.has_role("api" if unit in (API, SOCKET) else "worker")]
+    return "api" if unit in (API, SOCKET) else "worker"
+
+
+def units_of(server: Server, order: Iterable[str]) -> list[str]:
+    return [unit for unit in order if server.has_role(role_of(unit))]
 
 
 def start_services(server: Server) -> None:

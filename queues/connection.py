@@ -180,6 +180,7 @@ CANNOT_NOW = {  # a word of Redis' error -> the reason that a caller is told
     "MASTERDOWN": "Redis is a replica without its master",
     "MOVED": "Redis is a read-only replica",  # of a cluster's one shard
     "non local key": "Redis is a read-only replica",  # the same, in a script
+    "WAIT cannot be used": "Redis is a read-only replica",  # where it has been demoted
     **dict.fromkeys(("CLUSTERDOWN", "cluster is down", "slot not served"), "Redis' cluster has no primary"),
     "NOPERM": "Redis' ACL does not let us do this",
     "The user executing the script": "Redis' ACL does not let us do this",  # Redis 7

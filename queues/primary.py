@@ -38,7 +38,8 @@ NOT_A_PRIMARY = "READONLY what the Sentinels name is not a primary yet"
 # What a server says that is no primary (any more), or cannot be one now. Before Redis 7 it may be inside a script's
 # error. UNBLOCKED: it has become a replica while a command waited. From MOVED on: of a cluster, the last in scripts.
 NOT_PRIMARY = re.compile(
-    r"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN|MOVED|CLUSTERDOWN|non local key|cluster is down|slot not served)\b"
+    r"\b(READONLY|NOREPLICAS|UNBLOCKED|MASTERDOWN|WAIT cannot be used|"
+    r"MOVED|CLUSTERDOWN|non local key|cluster is down|slot not served)\b"
 )
 # A server that is gone without a word is noticed after six seconds, also by a command that waits for a job.
 KEEPALIVE = {

@@ -15,7 +15,7 @@ from mail import claim, delivery
 from mail.outbox import Outbox
 from mail.states import State, Status
 from queues.acceptance import Idempotency
-from queues.connection import NOT_CONFIRMED, Script, Unavailable, connect
+from queues.connection import NOT_CONFIRMED, Script, Unavailable, connect, translating_errors
 from queues.jobs import Jobs
 from queues.pipelining import PipeliningRedis
 from queues.replication import Replication, Unconfirmed
@@ -51,6 +51,15 @@ def test_without_enough_replicas_what_is_stored_does_not_count(client: Any) -> N
     client.rpush("b", 1)
     with pytest.raises(Exception, match="wrong kind"):  # its own error first
         Replication(client, 1).execute("INCR", "b")
+
+
+def test_a_server_that_was_demoted_confirms_nothing(client: Any) -> None:
+    client.execute_command("REPLICAOF", "127.0.0.1", 1)
+    try:
+        with pytest.raises(Unavailable, match="read-only replica"), translating_errors():
+            Replication(client, 1).confirm()  # nothing of it is refused as a write, but WAIT as such
+    finally:
+        client.execute_command("REPLICAOF", "NO", "ONE")
 
 
 def test_in_a_batch_only_those_that_asked_are_refused(redis_server: RedisServer) -> None:

@@ -24,6 +24,7 @@ from ops import lock
 from ops.checks.findings import Findings, fault, note, ok, warn
 from ops.checks.system import denied_at, find_user, run
 from ops.checks.target import Target
+from ops.services import role_of
 from process import env_file
 from queues.offer import load_file
 from queues.table import QUEUES
@@ -118,9 +119,14 @@ def values(target: Target) -> Findings:
         yield from on_a_server(target)
 
 
+def services_of(target: Target) -> dict[str, tuple[str, ...]]:
+    """Returns the services that run on this machine, of several."""
+    return {unit: needed for unit, needed in SERVICES.items() if target.has_role(role_of(unit))}
+
+
 def on_a_server(target: Target) -> Findings:
     stopped: dict[str, list[str]] = defaultdict(list)  # one file for all, so most faults stop several services
-    for unit, needed in SERVICES.items():
+    for unit, needed in services_of(target).items():
         for sentence in faults_of(passed_to(unit, target), needed):
             stopped[sentence].append(unit.removeprefix("async-email-").removesuffix(".service"))
     for sentence, parts in stopped.items():

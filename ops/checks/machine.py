@@ -19,6 +19,8 @@ from ops.checks.findings import Findings, fault, lasting, note, ok, sized, warn
 from ops.checks.store import address
 from ops.checks.system import NOT_RUN, run
 from ops.checks.target import Target
+from ops.gate import PORT as SENTINEL_PORT
+from ops.machines import PORT
 from settings import Settings
 
 LISTENING = re.compile(r"^ *\d+: (\w+):(\w+) \S+ 0A ", re.MULTILINE)  # a line of /proc/net/tcp; 0A: tcp_states.h
@@ -156,6 +158,7 @@ def ports(target: Target, settings: Settings) -> Findings:
         what, fix = ours[port]
         yield fault(f"{what} listens on port {port} for everybody, not only for this machine", fix)
     meant = {one.port for one in settings.submission_listen}
+    meant |= {PORT, SENTINEL_PORT} if target.roles & {"redis", "sentinel"} else set()
     others = sorted(open_ones - PUBLIC - ours.keys() - meant)
     if others:
         found = f"other programs listen for everybody, on {', '.join(map(str, others))}"

@@ -37,7 +37,9 @@ def login(target: Target, settings: Settings) -> Findings:
         yield from at(one, target, settings)
     if settings.all_relays:
         return
-    if target.installed:
+    if not target.has_role("worker"):
+        yield note("SMTP_HOST is not set; no mail goes out from this machine, which has no worker")
+    elif target.installed:
         yield fault("SMTP_HOST is not set, so no mail can go out", target.edit)
     else:
         yield note("SMTP_HOST is not set; bin/dev has a mail catcher of its own")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ops.server import text_of
+
 
 @dataclass
 class Target:
@@ -29,6 +31,14 @@ class Target:
     @property
     def installed(self) -> bool:
         return self.etc.is_dir()
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Returns what this machine is, of several; none where it is everything."""
+        return frozenset((text_of(self.etc / "roles") or "").split())
+
+    def has_role(self, role: str) -> bool:
+        return role in self.roles or not self.roles
 
     @property
     def file(self) -> Path:

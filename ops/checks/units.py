@@ -18,8 +18,10 @@ from ops.checks import configuration, store
 from ops.checks.findings import FAULT, WARN, Finding, Findings, fault, lasting, note, ok, warn
 from ops.checks.system import run
 from ops.checks.target import Target
+from ops.machines import SENTINEL
+from ops.services import TARGET, role_of
 
-UNITS = ("async-email.target", "async-email-api.socket", *configuration.SERVICES)
+UNITS = (TARGET, "async-email-api.socket", *configuration.SERVICES)
 PROPERTIES = (
     "Id,LoadState,UnitFileState,NeedDaemonReload,ActiveState,SubState,Result,ExecMainStatus,MainPID,NRestarts,"
     "ActiveEnterTimestampMonotonic,ExecMainStartTimestampMonotonic,Restart,KillMode,LimitNOFILE"
@@ -104,8 +106,11 @@ def all_together(found: list[Unit]) -> Findings:
 
 def expected(target: Target) -> list[str]:
     settings = configuration.load(target)
-    redis = [store.OUR_UNIT] if settings and store.address(settings).is_our_own else []
-    return [*UNITS, *redis, *(["nginx.service"] if target.nginx.is_dir() else [])]
+    ours = [unit for unit in UNITS if unit == TARGET or target.has_role(role_of(unit))]
+    is_here = "redis" in target.roles or bool(settings and store.address(settings).is_our_own)
+    beside = {store.OUR_UNIT: is_here, SENTINEL: "sentinel" in target.roles}
+    beside["nginx.service"] = target.nginx.is_dir() and target.has_role("api")
+    return [*ours, *(unit for unit, is_expected in beside.items() if is_expected)]
 
 
 def ours(unit: Unit) -> bool:

@@ -265,6 +265,26 @@ def test_what_is_wrong_with_all_units_is_one_line(server: Server) -> None:
     assert said[0].fix == f"sudo systemctl start {' '.join(units.UNITS)}"
 
 
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        ("redis sentinel", "redis-server@async-email.service redis-sentinel@async-email.service"),
+        ("api", "async-email-api.socket async-email-api.service nginx.service"),
+        (
+            "worker",
+            "async-email-worker@email.service async-email-worker@jobs.service async-email-dashboard.service",
+        ),
+    ],
+)
+def test_of_several_machines_each_is_asked_for_what_is_its_own(server: Server, roles: str, expected: str) -> None:
+    server.write("etc/roles", roles)
+    server.write("nginx/nginx.conf", "")
+    assert sorted(units.expected(server.target)) == sorted(["async-email.target", *expected.split()])
+    server.write("etc/async-email.env", "MAIL_FROM=a@example.com\n", 0o600)
+    is_fault = worst(configuration.values(server.target)).level == FAULT
+    assert is_fault is (roles == "worker")  # which alone wants a relay
+
+
 def test_a_unit_that_was_restarted_often_and_lately_is_named(server: Server) -> None:
     since = int(time.monotonic() * 1e6)
     server.units(WORKER, NRestarts="12", ActiveEnterTimestampMonotonic=str(since))
