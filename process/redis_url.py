@@ -49,13 +49,16 @@ class RedisUrl(NamedTuple):
         if scheme not in SCHEMES or not slashes:
             raise ValueError(MUST_BEGIN)
         try:
-            parts = urlsplit(f"//{rest}")
             if not scheme.endswith("+sentinel"):
-                _ = parts.port
+                _ = urlsplit(f"//{rest}").port
                 return cls(url)
+            authority, _, path = rest.partition("/")
+            login, at, hosts = authority.rpartition("@")
+            parts = urlsplit(f"//{login}{at}primary/{path}")  # it takes one host, and several with brackets for none
+            if parts.hostname != "primary":
+                raise ValueError
             given = dict(parse_qsl(parts.query, keep_blank_values=True))
-            login, _, hosts = parts.netloc.rpartition("@")
-            places = tuple(map(_place, hosts.split(",")))
+            places = tuple(dict.fromkeys(map(_place, hosts.split(","))))  # one that is named twice has one voice
         except ValueError:  # its text would quote the password
             raise ValueError(MUST_BE_URL) from None
         name, _, database = unquote(parts.path).strip("/").partition("/")
@@ -63,8 +66,7 @@ class RedisUrl(NamedTuple):
             raise ValueError(MUST_NAME)
         login_there = (given.pop("sentinel_username", None), given.pop("sentinel_password", None))
         tls = scheme == "rediss+sentinel"
-        netloc = f"{login}@primary" if login else "primary"
-        plain = urlunsplit(("rediss" if tls else "redis", netloc, f"/{database or 0}", urlencode(given), ""))
+        plain = urlunsplit(("rediss" if tls else "redis", parts.netloc, f"/{database or 0}", urlencode(given), ""))
         return cls(plain, Sentinels(places, name, *login_there, tls))
 
 
