@@ -66,8 +66,7 @@ class RedisUrl(NamedTuple):
             raise ValueError(MUST_NAME)
         login_there = (given.pop("sentinel_username", None), given.pop("sentinel_password", None))
         tls = scheme == "rediss+sentinel"
-        netloc = f"{login}@primary" if login else "primary"
-        plain = urlunsplit(("rediss" if tls else "redis", netloc, f"/{database or 0}", urlencode(given), ""))
+        plain = urlunsplit(("rediss" if tls else "redis", parts.netloc, f"/{database or 0}", urlencode(given), ""))
         return cls(plain, Sentinels(places, name, *login_there, tls))
 
 
