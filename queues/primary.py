@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -125,16 +125,18 @@ class Primary:
         self._looked_at = -FRESH
 
     def survey(self) -> list[Mapping[str, Any]]:
-        """Asks all Sentinels, and waits for each. Returns what those that answer say of the primary. For people: it may
-        take a second or two, where `look` does not wait for one that is away."""
+        """Returns what each Sentinel says of the primary. Waits half a second for each, where `look` does not wait for
+        one that is away."""
 
         def ask(client: Redis) -> Mapping[str, Any]:
             with suppress(RedisError, OSError, ValueError, KeyError):
                 return self._ask(client)
             return {}
 
-        with ThreadPoolExecutor(len(self.clients)) as threads:
-            return [one for one in threads.map(ask, self.clients) if one]
+        threads = ThreadPoolExecutor(len(self.clients))
+        ended, _ = wait([threads.submit(ask, one) for one in self.clients], ANSWERS_WITHIN)
+        threads.shutdown(wait=False)
+        return [said for one in ended if (said := one.result())]
 
     def _answers(self) -> list[Mapping[str, Any]]:
         """Asks all Sentinels at once. Waits half a second for those that answered the last time; one that is away is

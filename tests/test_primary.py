@@ -119,6 +119,7 @@ def test_one_sentinel_that_is_away_keeps_nobody_waiting(started: Set, monkeypatc
     try:
         asked.doubt()
         assert asked.look().healthy
+        assert len(asked.survey()) == 2
         monkeypatch.setattr(primary, "ANSWERS_WITHIN", 3600)
         asked.doubt()
         began = time.monotonic()
