@@ -56,7 +56,7 @@ class RedisUrl(NamedTuple):
             netloc = re.split("[/?#]", rest)[0]  # by hand: Python's later releases take no brackets behind a comma
             parts = urlsplit(f"//{rest.removeprefix(netloc)}")
             given = dict(parse_qsl(parts.query, keep_blank_values=True))
-            login, _, hosts = netloc.rpartition("@")
+            login, at, hosts = netloc.rpartition("@")
             _ = urlsplit(f"//{login}@")
             places = tuple(dict.fromkeys(map(_place, hosts.split(","))))  # one that is named twice has one voice
         except ValueError:  # its text would quote the password
@@ -66,8 +66,9 @@ class RedisUrl(NamedTuple):
             raise ValueError(MUST_NAME)
         login_there = (given.pop("sentinel_username", None), given.pop("sentinel_password", None))
         tls = scheme == "rediss+sentinel"
-        netloc = f"{login}@primary" if login else "primary"
-        plain = urlunsplit(("rediss" if tls else "redis", netloc, f"/{database or 0}", urlencode(given), ""))
+        plain = urlunsplit(
+            ("rediss" if tls else "redis", f"{login}{at}primary", f"/{database or 0}", urlencode(given), "")
+        )
         return cls(plain, Sentinels(places, name, *login_there, tls))
 
 

@@ -42,6 +42,7 @@ def test_an_url_is_one_address_or_several_sentinels(url: str, plain: str, sentin
         ("redis+sentinel://", "must name the Sentinels"),
         ("redis://:sec/ret@h:x/0", "must be a URL"),
         ("redis+sentinel://:secret@a:x/m", "must be a URL"),
+        ("redis+sentinel://:sec#ret@a/m", "must be a URL"),
         ("redis+sentinel://:secret@a,b", "must name the Sentinels"),
         ("redis+sentinel://:secret@a,,b/m", "must name the Sentinels"),
         ("redis+sentinel://:secret@a,b/m/x", "must name the Sentinels"),
