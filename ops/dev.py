@@ -336,6 +336,7 @@ def child_settings(ports: argparse.Namespace, configured: settings.Settings) -> 
     chosen = {
         "PYTHONUNBUFFERED": "1",
         "REDIS_URL": f"redis://127.0.0.1:{ports.redis_port}/0",
+        "REDIS_REPLICAS": "0",
         "LISTEN": f"127.0.0.1:{ports.api_port}",
         "API_KEYS": api_keys(configured),
         "SUBMISSION_LISTEN": f"127.0.0.1:{ports.submission_port}",

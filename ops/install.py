@@ -179,15 +179,19 @@ SWITCH = (
     ("The switch: /opt/async-email/current is this release from now on", switch),
     ("The services: what runs another release is restarted, one by one; no request is refused", start_services),
 )
+SEVERAL = (
+    ("Several machines: what this one is, and what they share", set_up_machines),
+    ("Several machines: certificates for what is between them", set_up_certificates),
+    ("Several machines: a Sentinel", start_sentinel),
+)
 INSTALL = (
     MACHINE,
     ("The system's packages: Redis, nginx, Python's venv and the certificate authorities", install_packages),
     ("The user that the service runs as: async-email, which owns nothing and cannot log in", make_user),
     ("The release: a copy of this clone under /opt/async-email/releases, with a .venv of its own", make_release),
-    ("Several machines: what this one is, and what they share", set_up_machines),
+    SEVERAL[0],
     ("Configuration and secrets, in /etc/async-email: what is there stays", configure),
-    ("Several machines: certificates for what is between them", set_up_certificates),
-    ("Several machines: a Sentinel", start_sentinel),
+    *SEVERAL[1:],
     ("Redis: an instance of its own, with an append-only file, without a port", start_redis),
     ("nginx: the one site of this machine, in front of the API", set_up_nginx),
     *SWITCH,
@@ -273,7 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server.bundle, server.joins = asked.join or server.bundle, bool(asked.join)
         if (server.hosts or server.joins) and not server.roles:
             raise Fault("--hosts and --join need --role")
-        run(server, ROLLBACK if asked.rollback else INSTALL)
+        steps = ROLLBACK if asked.rollback else INSTALL
+        run(server, [step for step in steps if server.roles or step not in SEVERAL])
     except (Fault, OSError, KeyboardInterrupt) as fault:  # OSError: the disk is full, a program is not there
         print(f"\nStopped: {str(fault) or 'as you wished; the next run goes on from here.'}", file=sys.stderr)
         if server.new_key and not server.dry:

@@ -11,18 +11,20 @@ import argparse
 import os
 import re
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mail.outbox import Outbox
 from mail.states import RETURNED
-from ops.checks import configuration
+from ops.checks import configuration, replication
 from ops.checks.store import OUR_UNIT, client
 from ops.checks.target import Target
 from ops.server import Fault, Server, text_of
-from queues.connection import Unavailable
+from queues.connection import RedisError, Unavailable
 from queues.jobs import Jobs, NotFound, NotPossible
 
 ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -57,6 +59,33 @@ def bring_back(server: Server, folder: Path, settings: Path | None) -> None:
     server.run("systemctl", "start", OUR_UNIT, "async-email-api.service")
     if settings:
         server.run("systemctl", "reload-or-restart", "nginx.service")
+
+
+def must_be_alone(target: Target) -> None:
+    """Raises `Fault` where another Redis would overwrite what is brought back: of several, only the one that the
+    Sentinels name may get it, and while the others are stopped."""
+    settings = configuration.load(target)
+    redis = client(settings) if settings else None
+    primary = redis.connection_pool.connection_kwargs.get("primary") if redis else None
+    if not (redis and primary):
+        return
+    try:
+        named, known = primary.look().at, replication.known_to(primary)
+    except RedisError as error:
+        raise Fault(f"{error}: they must answer, to say which Redis may get it") from None
+    if not is_of_this_machine(named.host):
+        raise Fault(f"the Sentinels name {named}, which is not on this machine: bring it back there")
+    if up := [str(one) for one in known if one != named and replication.ask(redis, one).why != replication.SILENT]:
+        stop = f"sudo systemctl stop async-email.target {OUR_UNIT}"
+        raise Fault(f"the Redis at {', '.join(up)} would overwrite it: on each machine but this, first {stop}")
+
+
+def is_of_this_machine(host: str) -> bool:
+    for family, *_, at in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+        with suppress(OSError), socket.socket(family) as own:
+            own.bind(at)
+            return True
+    return False
 
 
 def sent_since(server: Server, moment: str) -> set[str]:
@@ -114,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def restore(server: Server, target: Target, file: Path, *, settings: bool) -> int:
     try:
+        must_be_alone(target)
         folder = unpack(server, file)
         bring_back(server, folder, file if settings else None)
         moment = (text_of(folder / "made-at") or "").strip() or str(int(file.stat().st_mtime))

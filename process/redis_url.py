@@ -6,6 +6,7 @@ Form: https://www.iana.org/assignments/uri-schemes/prov/redis; with Sentinels, a
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
@@ -49,13 +50,15 @@ class RedisUrl(NamedTuple):
         if scheme not in SCHEMES or not slashes:
             raise ValueError(MUST_BEGIN)
         try:
-            parts = urlsplit(f"//{rest}")
             if not scheme.endswith("+sentinel"):
-                _ = parts.port
+                _ = urlsplit(f"//{rest}").port
                 return cls(url)
+            netloc = re.split("[/?#]", rest)[0]  # by hand: Python's later releases take no brackets behind a comma
+            parts = urlsplit(f"//{rest.removeprefix(netloc)}")
             given = dict(parse_qsl(parts.query, keep_blank_values=True))
-            login, _, hosts = parts.netloc.rpartition("@")
-            places = tuple(map(_place, hosts.split(",")))
+            login, at, hosts = netloc.rpartition("@")
+            _ = urlsplit(f"//{login}@")
+            places = tuple(dict.fromkeys(map(_place, hosts.split(","))))  # one that is named twice has one voice
         except ValueError:  # its text would quote the password
             raise ValueError(MUST_BE_URL) from None
         name, _, database = unquote(parts.path).strip("/").partition("/")
@@ -63,11 +66,12 @@ class RedisUrl(NamedTuple):
             raise ValueError(MUST_NAME)
         login_there = (given.pop("sentinel_username", None), given.pop("sentinel_password", None))
         tls = scheme == "rediss+sentinel"
-        netloc = f"{login}@primary" if login else "primary"
-        plain = urlunsplit(("rediss" if tls else "redis", netloc, f"/{database or 0}", urlencode(given), ""))
+        plain = urlunsplit(
+            ("rediss" if tls else "redis", f"{login}{at}primary", f"/{database or 0}", urlencode(given), "")
+        )
         return cls(plain, Sentinels(places, name, *login_there, tls))
 
 
 def _place(text: str) -> Place:
-    at = urlsplit(f"//{text}")
+    at = urlsplit(f"//{text.strip()}")
     return Place(at.hostname or "", at.port or SENTINEL_PORT)

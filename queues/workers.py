@@ -170,10 +170,16 @@ class JobsWorker(PlainFailures, Worker):
         """Takes no job also while replicas confirm nothing: a worker that is cut off together with an old primary would
         run what the new one's workers run."""
         super().check_for_suspension(burst)
-        replication = Replication(fail_fast(self.connection), self.replicas)
-        while not self._stop_requested and not replication.works:
+        while not self._stop_requested:
+            with unless_unavailable():
+                self.replication.confirm()
+                return
             self.heartbeat()
             time.sleep(1)
+
+    @cached_property
+    def replication(self) -> Replication:
+        return Replication(fail_fast(self.connection), self.replicas)
 
     def run_maintenance_tasks(self) -> None:
         """Goes on running jobs if maintenance fails, or Redis takes no writes now, where RQ's worker quits."""

@@ -88,10 +88,11 @@ class Cluster:
         for mail_id in (failed, bounced):
             api.wait_for(mail_id, "failed")
         api.wait_for(api.submit(MAIL | {"to": f"{begun}@example.com"}), "suppressed")
-        port = primary.connection_pool.connection_kwargs["port"]
-        command = [sys.executable, "-m", "rq.cli", "requeue", "--queue", "email", "-S", "json", failed]
-        url = ["-u", f"redis://127.0.0.1:{port}/0"]
-        subprocess.run([*command, *url], env=self.house.environment, capture_output=True, check=True)
+        command = ["rq.cli", "requeue", "--queue", "email", "-S", "json", "-c", "ops.rq_config"]
+        ran = subprocess.run(
+            [sys.executable, "-m", *command, failed], cwd=self.house.root, env=self.house.environment, check=False
+        )
+        assert ran.returncode == 0
         jobs = [api.post("/jobs", {"task": "report", "args": {}}).body["job_id"] for _ in range(2)]
         for mail_id in (ours := {sent, later[0], failed}):
             api.wait_for(mail_id, "sent")

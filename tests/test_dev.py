@@ -367,6 +367,7 @@ def test_with_a_relay_in_the_environment_there_is_no_catcher_and_no_sender_of_ou
     monkeypatch.setenv("MAIL_FROM", "Acme <hello@acme.example>")
     configured = settings.load()
     assert "SMTP_HOST" not in dev.child_settings(ports, configured)
+    assert dev.child_settings(ports, configured)["REDIS_REPLICAS"] == "0"
     assert "Mail goes to   relay.example.com:587, from Acme <hello@acme.example>" in dev.welcome(ports, configured)
 
 

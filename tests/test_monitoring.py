@@ -26,6 +26,14 @@ from tests.relay import Relay
 from tests.servers import ROOT, House, RedisServer, eventually
 from tests.test_metrics import figures, names, scrape
 
+# What a replicated Redis alone has; tests/test_replicated.py scrapes it.
+REPLICATED = {
+    "async_email_redis_replicas_in_step": 2,
+    "async_email_redis_replicas_known": 2,
+    "async_email_redis_confirms": 1,
+    "async_email_redis_sentinels_answering": 3,
+    "async_email_redis_sentinels": 3,
+}
 ALERTS = ROOT / "monitoring" / "alerts.yml"
 DASHBOARD = ROOT / "monitoring" / "dashboard.json"
 
@@ -57,7 +65,7 @@ def expressions() -> list[str]:
 
 
 def test_the_rules_and_the_dashboard_speak_of_what_there_is_and_leave_nothing_out(scraped: str) -> None:
-    there_is = names(scraped)
+    there_is = names(scraped) | {*REPLICATED}
     assert names(ALERTS.read_text()) <= there_is
     assert names(" ".join(expressions())) == there_is
 
@@ -110,6 +118,7 @@ ALWAYS_WELL = {
     'up{job="async-email"}': 1,
     "async_email_redis_memory_max_bytes": 1000,
     "async_email_redis_memory_bytes": 700,
+    **REPLICATED,
 }
 ACCEPTED, TRY_AGAIN, TROUBLE = (
     f'async_email_attempts_total{{verdict="{one}"}}' for one in ("accepted", "try_again", "trouble")
@@ -169,6 +178,9 @@ BROKEN: dict[str, dict[str, str]] = {
     "RedisDown": {"": GONE, "async_email_redis_up": stays(0)},
     "ApiDown": {"": GONE, 'up{job="async-email"}': stays(0)},
     "RedisKeepsNothing": {"async_email_redis_append_only": stays(0)},
+    "NothingIsConfirmed": {"async_email_redis_confirms": stays(0)},
+    "RedisLacksSpares": {"async_email_redis_replicas_in_step": stays(1)},
+    "RedisLacksSpares, of Sentinels": {"async_email_redis_sentinels_answering": stays(2)},
     "RedisNearlyFull": {"async_email_redis_memory_bytes": stays(701)},
     "ManyMailsFail": {FAILED: grows(6)},
     "MailsInDoubt": {"async_email_in_doubt_total": HAPPENS_ONCE},

@@ -17,6 +17,7 @@ TWO = (Place("a", 26379), Place("::1", 7))
         ("redis://", "redis://", None),
         ("unix:///run/redis.sock?db=1", "unix:///run/redis.sock?db=1", None),
         ("redis+sentinel://a,[::1]:7/name", "redis://primary/0", (TWO, "name", None, None, False)),
+        ("redis+sentinel://a, [::1]:7,A:26379/name", "redis://primary/0", (TWO, "name", None, None, False)),
         (
             "rediss+sentinel://u:p%40%2F@a:26379,[::1]:7/m/3?sentinel_password=%26%2Fx&health_check_interval=5",
             "rediss://u:p%40%2F@primary/3?health_check_interval=5",
@@ -41,6 +42,7 @@ def test_an_url_is_one_address_or_several_sentinels(url: str, plain: str, sentin
         ("redis+sentinel://", "must name the Sentinels"),
         ("redis://:sec/ret@h:x/0", "must be a URL"),
         ("redis+sentinel://:secret@a:x/m", "must be a URL"),
+        ("redis+sentinel://:sec#ret@a/m", "must be a URL"),
         ("redis+sentinel://:secret@a,b", "must name the Sentinels"),
         ("redis+sentinel://:secret@a,,b/m", "must name the Sentinels"),
         ("redis+sentinel://:secret@a,b/m/x", "must name the Sentinels"),

@@ -15,7 +15,7 @@ from mail import claim, delivery
 from mail.outbox import Outbox
 from mail.states import State, Status
 from queues.acceptance import Idempotency
-from queues.connection import NOT_CONFIRMED, Script, Unavailable, connect, translating_errors
+from queues.connection import NOT_CONFIRMED, Script, Unavailable, announcements, connect, translating_errors
 from queues.jobs import Jobs
 from queues.pipelining import PipeliningRedis
 from queues.replication import Replication, Unconfirmed
@@ -148,6 +148,8 @@ def test_a_jobs_worker_takes_no_job_while_nothing_is_confirmed(client: Any, monk
         worker._stop_requested = len(pauses) == 3
 
     monkeypatch.setattr("queues.workers.time", SimpleNamespace(sleep=pause))
-    for worker.replicas in (0, 1):
+    monkeypatch.setattr(announcements, "place", "there")
+    monkeypatch.setattr(announcements, "reason", None)
+    for worker.replication.replicas in (0, 1):
         worker.check_for_suspension(burst=False)
-    assert pauses == [1, 1, 1]
+    assert (pauses, announcements.reason) == ([1, 1, 1], NOT_CONFIRMED)

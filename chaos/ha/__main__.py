@@ -29,20 +29,31 @@ from chaos.stage import programs
 
 
 def perform(scene: Scene, directory: Path, choice: Choice) -> Row:
-    """Plays one scene, from the first host to its row. A scene that could not be played is a broken one."""
+    """Plays one scene, from the first host to its row. One that could not be played is a broken one. What was logged
+    is kept only where the promise was broken."""
     stage = Stage(scene, directory, choice)
     try:
         with stage.set_up():
             stage.play()
-            return account(stage)
+            row = account(stage)
+        if not (row.broken or row.late):
+            shutil.rmtree(directory)
+        return row
+    except KeyboardInterrupt:
+        os._exit(1)  # the pool of processes would take it for a result, and go on
     except Exception as error:
         return Row(scene.name, Path(choice.program).name, broken=[f"not played: {type(error).__name__}: {error}"])
+
+
+def end_in_order() -> None:
+    """Lets SIGTERM be an exception, so that hosts are taken away."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def perform_all(played: Sequence[tuple[Scene, Choice]], directory: Path, side_by_side: int) -> list[Row]:
     """Plays scenes, so many at a time, each in a process of its own."""
     progress, playing = Progress(len(played)), list[Future[Row]]()
-    with ProcessPoolExecutor(side_by_side, get_context("spawn")) as stages:
+    with ProcessPoolExecutor(side_by_side, get_context("spawn"), end_in_order) as stages:
         try:
             for number, (scene, choice) in enumerate(played):
                 place = directory / str(number)
@@ -53,7 +64,7 @@ def perform_all(played: Sequence[tuple[Scene, Choice]], directory: Path, side_by
         except BaseException:
             stages.shutdown(wait=False, cancel_futures=True)
             for child in active_children():
-                os.kill(child.pid or 0, signal.SIGINT)  # so that it takes its hosts away
+                child.terminate()
             raise
 
 
@@ -92,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
     directory = Path(tempfile.mkdtemp(prefix="chaos-ha-"))
     names = [name for name in options.only if options.other or not SCENES[name].mixed]
     played = list(product(range(options.runs), programs(options.server).values(), names))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_in_order()
     rows = perform_all(
         [
             (SCENES[name], Choice(program, options.replicas, options.rate, options.seconds, options.other))
@@ -105,7 +116,7 @@ def main(arguments: Sequence[str]) -> int:
     if any(row.broken or row.late for row in rows):
         print(f"\nWhat the processes logged is in {directory}.", file=sys.stderr)
         return 1
-    shutil.rmtree(directory)
+    directory.rmdir()
     return 0
 
 

@@ -33,7 +33,7 @@ class Row:
     lost: int = 0
     doubled: int = 0
     silent: int = 0
-    failed: int = 0  # or final in another way than sent
+    failed: int = 0  # or final in another way than sent, or parked by RQ
     forgotten: int = 0
     api: float = 0  # the longest time without an acknowledgement
     mail: float = 0  # and without a mail at the relay
@@ -72,6 +72,7 @@ def account(stage: Stage) -> Row:
             if copies[key] > 1:
                 row.doubled += 1
                 row.silent += _doubts(server, mail_id) < copies[key] - 1
+        row.failed += server.zcard("rq:failed:email")
     until = client.last_at
     row.api = _gap(client.acknowledged_at, stage.fault_at, until)
     row.mail = _gap([one.at for one in stage.relay.log], stage.fault_at, until)

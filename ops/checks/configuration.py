@@ -68,7 +68,7 @@ def with_redis_of_dev(current: Settings, target: Target) -> Settings:
     ports = [one.port for one in lock.holders("relay" if current.all_relays else "catcher", target.code) if one.port]
     if not ports or "redis_url" in current.model_fields_set:
         return current
-    return settings.load(redis_url=f"redis://127.0.0.1:{ports[0]}/0")
+    return settings.load(redis_url=f"redis://127.0.0.1:{ports[0]}/0", redis_replicas=0)
 
 
 def every_file(target: Target) -> dict[str, Path]:

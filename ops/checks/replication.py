@@ -31,6 +31,7 @@ MAX_LAG = 10  # seconds that min-replicas-max-lag may be
 MAX_SKEW = 1  # second between two clocks
 BEHIND = 2**20  # bytes
 SLAVE = re.compile(r"slave\d+")
+SILENT = "does not answer"
 SET = "redis-cli -p 26379 SENTINEL"
 ANSWERS = "systemctl status 'redis-sentinel*' there; let this machine through its firewall"
 
@@ -129,7 +130,7 @@ def replicas(target: Target, settings: Settings) -> Findings:
 
 def known_to(primary: Primary) -> dict[Place, int]:
     """Returns each Redis that the Sentinels know, with its priority. Raises redis-py's `ConnectionError`."""
-    found = {primary.find(): 100}
+    found = {primary.look().at: 100}
     for one in primary.clients:
         with suppress(RedisError, OSError):
             for seen in one.sentinel_slaves(primary.sentinels.name):
@@ -137,7 +138,7 @@ def known_to(primary: Primary) -> dict[Place, int]:
     return found
 
 
-def ask(client: Redis, at: Place, priority: int) -> Node:
+def ask(client: Redis, at: Place, priority: int = 100) -> Node:
     """Asks one Redis, with the login of `client`."""
     pool = client.connection_pool
     given = {name: one for name, one in pool.connection_kwargs.items() if name not in ("primary", "path")}
@@ -153,7 +154,7 @@ def ask(client: Redis, at: Place, priority: int) -> Node:
         except NoPermissionError:
             return Node(at, priority, why="cannot be seen: its ACL refuses us INFO or TIME")
         except (RedisError, OSError):
-            return Node(at, priority, why="does not answer")
+            return Node(at, priority, why=SILENT)
         config: Any = None
         with suppress(RedisError):
             config = one.config_get("min-replicas-*")

@@ -179,7 +179,8 @@ def changed_since_start(unit: Unit, target: Target) -> Iterator[Path]:
     if name in configuration.SERVICES:
         files = configuration.passed_to(name, target)
     else:
-        files = {"": Path(store.OUR_CONF)} if name == store.OUR_UNIT else {}
+        is_alone = name == store.OUR_UNIT and not target.roles  # else Redis itself changes it, as Sentinel says
+        files = {"": Path(store.OUR_CONF)} if is_alone else {}
     for credential, path in files.items():
         with suppress(OSError):  # that it is missing is said elsewhere
             copy = target.credentials / name / (credential or "none")

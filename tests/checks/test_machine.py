@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import trustme
 
-from ops.checks import configuration, machine, submission, system, units
+from ops.checks import configuration, machine, store, submission, system, units
 from ops.checks.findings import FAULT, NOTE, OK, WARN
 from ops.checks.target import Target
 from tests.checks.support import Server, assert_finds, fake, listed, of, worst
@@ -263,6 +263,16 @@ def test_what_is_wrong_with_all_units_is_one_line(server: Server) -> None:
     said = listed(units.running(server.target))
     assert [one.level for one in said] == [FAULT, WARN]
     assert said[0].fix == f"sudo systemctl start {' '.join(units.UNITS)}"
+
+
+@pytest.mark.parametrize(("roles", "level"), [("", WARN), ("redis", OK)])
+def test_a_redis_that_sentinel_changes_need_not_be_restarted_for_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch, roles: str, level: str
+) -> None:
+    monkeypatch.setattr(store, "OUR_CONF", str(server.write("redis.conf", "replicaof 10.0.0.2 6380\n")))
+    server.write("etc/roles", roles)
+    server.units(store.OUR_UNIT, ExecMainStartTimestampMonotonic="1")
+    assert worst(units.running(server.target)).level == level
 
 
 @pytest.mark.parametrize(
