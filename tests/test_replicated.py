@@ -82,6 +82,7 @@ def test_all_that_looks_goes_on_after_a_failover(
     looked_at()
     assert "Requeueing 1 jobs" in rq(house, "requeue", "--queue", "email", "--all", "-S", "json")
     api.wait_for(mail_id, "sent")
+    assert "1 of 2 in step, 1 must confirm" in page.get("/mail/system").get_data(as_text=True)
     old.start()
     eventually(lambda: api.get("/readyz").body["replication"]["in_step"] == 2)
     eventually(lambda: page.get("/mail/").get_data(as_text=True).count("All is well"))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from flask import Response, abort
 
 from ops.checks import replies
-from ops.checks.store import program
+from ops.checks.store import address, program
 from ops.page import audit
 from ops.page.view import View, go
 from process.relays import ONLY
@@ -19,7 +19,7 @@ from process.values import Rate
 from queues import overview
 from queues.connection import Redis, ResponseError, translating_errors, weaknesses
 from queues.cron import Timing, timetable
-from queues.health import queue_states
+from queues.health import queue_states, replicas
 from queues.quarantine import DAMAGED
 from queues.table import EMAIL, QUEUES
 from smtp.pacing import Pacing, standing, used
@@ -77,6 +77,7 @@ def show(view: View) -> Response:
     info: dict[str, Any] = {}
     with suppress(ResponseError):  # INFO may be forbidden
         info = view.redis.info()
+    replicated = replicas(view.outbox.jobs, info)
     return view.render(
         "system.html",
         "Relay and workers",
@@ -91,6 +92,8 @@ def show(view: View) -> Response:
         tasks=tasks(view.redis),
         info=info,
         program=program(info) if info else "",
+        at=str(address(view.settings)) if replicated else "",
+        replicas=replicated,
         weaknesses=[sentence for _, sentence in weaknesses(info)] if info else [],
     )
 
