@@ -95,6 +95,12 @@ def test_what_the_first_makes_the_others_have_too_and_nobody_else_can_read(machi
     assert {path: path.read_bytes() for path in first.etc.parent.rglob("*") if path.is_file()} == before
 
 
+def test_the_hosts_are_those_of_the_first_time(machines: list[Server]) -> None:
+    machines[0].hosts = [*machines[0].hosts, "10.0.0.4"]
+    with pytest.raises(Fault, match="--hosts must be 127"):
+        several.set_up_machines(machines[0])
+
+
 def test_a_host_of_the_api_alone_gets_what_a_client_needs(
     machines: list[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
