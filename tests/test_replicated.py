@@ -77,8 +77,8 @@ def test_all_that_looks_goes_on_after_a_failover(
     assert seen | REPLICATED == seen
     old = servers.primary()
     old.kill()
-    eventually(lambda: api.answers("/readyz"))
-    assert api.get("/readyz").body["replication"] == REPLICATION | {"confirms": True, "in_step": 1}
+    without_one = REPLICATION | {"confirms": True, "in_step": 1}
+    eventually(lambda: api.get("/readyz").body.get("replication") == without_one)  # each process finds it for itself
     looked_at()
     assert "Requeueing 1 jobs" in rq(house, "requeue", "--queue", "email", "--all", "-S", "json")
     api.wait_for(mail_id, "sent")
