@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -17,6 +17,7 @@ from mail.store import LOOK_AFTER, Store, claim_key, look_at, mail_key
 from process.relays import ONLY
 from queues import keys
 from queues.heartbeat import LEASE_SECONDS, on_heartbeat
+from queues.replication import Unconfirmed
 from smtp.policy import may_be_the_mails
 
 SUPPRESSED_RECIPIENTS = "recipients:suppressed"  # in mail.counters' totals
@@ -118,6 +119,7 @@ class Claim:
     suppressing: bool = False  # the suppression list is not empty, and is to be obeyed
     suppress: list[bytes] = field(default_factory=list)  # what settle adds to it: mail.suppression
     settled: bool = False
+    names_relay: bool = False  # the mark does: what settle writes takes its place, also where no dot went out
     counts: Counter[str] = field(default_factory=Counter)
     claimed_at: float = field(default_factory=time.time)
     started: float = field(default_factory=time.monotonic)  # the same moment, to measure from
@@ -175,9 +177,18 @@ class Claim:
         find the mail unmarked, and send it."""
         marked = [replace(one, status=statuses.get(one.address, one.status)) for one in self.undecided()]
         held = [] if relay == ONLY else ["held_by", relay, *(["asked", self.asked] if self.asked else [])]
-        words = [self.token, recipients_to_json(marked), *held]
+        words, self.names_relay = [self.token, recipients_to_json(marked), *held], bool(held)
         if not self.store.confirmed(MARK_IN_DOUBT, self.keys, words, CONFIRMED_WITHIN):
             raise ClaimLost(self.id)
+
+    def mark_asked(self, upstream: str, recipients: Sequence[str], relay: str) -> None:
+        """Does the same right before an upstream is asked, which is `asked` only once that is confirmed."""
+        before, self.asked = self.asked, self.asked or f"{time.time():.3f} {upstream}"
+        try:
+            self.mark_in_doubt(dict.fromkeys(recipients, Status.IN_DOUBT), relay)
+        except Unconfirmed:
+            self.asked = before
+            raise
 
     def settle(self, state: State, *, reason: str = "", next_in: float = 0, reserved: str = "") -> None:
         """Writes the outcome: recipients, attempts, state. Raises `ClaimLost` where it is not this attempt's to write.
@@ -195,7 +206,7 @@ class Claim:
             "next_attempt_at": iso(now + next_in) if next_in else "",
             **(
                 {"held_by": self.held_by, "asked": self.asked}
-                if any("relay_name" in one for one in self.attempts)
+                if self.names_relay or any("relay_name" in one for one in self.attempts)
                 else {}
             ),
         }

@@ -99,6 +99,8 @@ class Delivery:
             except Unconfirmed:
                 return run_again_in(PAUSE_UNCONFIRMED)
             emit("nothing_to_do", id=mail_id, state=claim)
+            if claim == "gone" and self.outbox.jobs.replication.replicas:
+                return claim  # it was taken from a primary that was replaced, and never acknowledged
             return claim if claim in (State.SENT, State.CANCELED, *RETURNED) else _give_up(claim)
         with claim.held():
             try:
@@ -163,8 +165,7 @@ class Delivery:
         except Unsayable as what:
             return self._end(claim, given_up(claim), f"{UNSAYABLE}: {what}")
         started, before = time.monotonic(), (claim.asked, claim.held_by)
-        claim.asked = claim.asked or f"{time.time():.3f} {upstream.identity}"
-        claim.mark_in_doubt(dict.fromkeys(recipients, Status.IN_DOUBT), way.name)
+        claim.mark_asked(upstream.identity, recipients, way.name)
         reply = upstream.post(key_of(claim.id, claim.message, recipients), body, way.relay.deadline)
         if reply.may_have_been_taken:
             claim.held_by = way.name

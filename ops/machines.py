@@ -150,7 +150,7 @@ def set_up_certificates(server: Server) -> None:
         extensions = (f"subjectAltName=IP:{host}", "basicConstraints=critical,CA:FALSE")
         options = [word for one in extensions for word in ("-addext", one)]
         made = issue(server, host, *options, "-CA", authority, "-CAkey", authority_key)
-    server.write(key, made[1], 0o640, group="redis")
+    server.write(key, made[1], 0o600, owner="redis", group="redis")
     server.write(certificate, made[0], 0o644)
 
 
@@ -198,7 +198,7 @@ def start_sentinel(server: Server) -> None:
     machines = read_machines(server)
     if is_new and machines:
         text = filled_in(server, "sentinel.conf", machines)
-        server.write(server.sentinel_conf, text, 0o640, owner="redis", group="redis")
+        server.write(server.sentinel_conf, text, 0o600, owner="redis", group="redis")
     server.copy_units("redis-sentinel@async-email.service.d/async-email.conf")
     if is_new or not server.is_on(SENTINEL):
         server.run("systemctl", "enable", SENTINEL)

@@ -58,8 +58,7 @@ def configure_redis(server: Server) -> bool:
     """Writes its configuration if there is none, and makes its folder. Returns whether it is new."""
     before = text_of(server.redis_conf)
     if before is None:
-        owner = "redis" if server.roles else None  # which then writes it anew whenever Sentinel says so
-        server.write(server.redis_conf, redis_configuration(server), 0o640, group="redis", owner=owner)
+        write_configuration(server, redis_configuration(server))
     elif server.roles and "replica-announce-ip" not in before:
         server.stop_here(
             f"{server.redis_conf} is that of a Redis alone: move it away, and the next run makes one with replicas. "
@@ -70,6 +69,13 @@ def configure_redis(server: Server) -> bool:
     if before is None and server.roles and server.announce(f"make {first_start}: there may be no Sentinels yet"):
         first_start.touch()
     return before is None
+
+
+def write_configuration(server: Server, text: str) -> None:
+    """Writes it so that Redis can read it. One of several machines holds a password, which the service, since it is in
+    the group, must not see; and Redis writes it anew whenever Sentinel says so."""
+    owner, mode = ("redis", 0o600) if server.roles else (None, 0o640)
+    server.write(server.redis_conf, text, mode, group="redis", owner=owner)
 
 
 def copy_redis_unit(server: Server) -> None:
@@ -99,7 +105,7 @@ def switch_on_file(server: Server) -> None:
     shutil.chown(file, "redis", "redis")
     file.chmod(0o640)
     text = re.sub(r"^appendonly .*\n", "", text_of(server.redis_conf) or "", flags=re.MULTILINE)
-    server.write(server.redis_conf, f"{text}appendonly yes\n", 0o640, group="redis")
+    write_configuration(server, f"{text}appendonly yes\n")
     server.run("systemctl", "start", REDIS)
 
 

@@ -310,6 +310,7 @@ class Jobs:
 
     def requeue(self, job_id: str) -> None:
         """Puts a failed job back into its queue with all its attempts. Raises `NotFound` or `NotPossible`."""
+        at = self.replication.at
         job = self.fetch(job_id, to_change=True)
         job._dependency_ids = []  # a person asks, so it waits for nobody
         with translating_errors(), self.redis.pipeline() as pipe:
@@ -326,6 +327,7 @@ class Jobs:
                 pipe.persist(job.key)  # else it expires while it waits for a worker
                 self._enqueue(job, pipe)
                 pipe.execute()
+                self.replication.confirm(at)
             except WatchError as error:
                 if isinstance(error.__context__, (ConnectionError, TimeoutError)):  # redis-py calls these so, too
                     raise error.__context__ from None

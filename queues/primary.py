@@ -92,22 +92,26 @@ class Primary:
     def _reset(self) -> None:
         """Begins without what belonged to threads that a forked process does not have."""
         self._lock = threading.Lock()
-        self._looked_at = -FRESH
+        self._looked_at = self._ended_at = -FRESH  # when the last look began, and when it was over
         self._view: View | ConnectionError = ConnectionError(NO_MAJORITY)
         self._asked: set[int] = set()  # the Sentinels that have been asked and have not answered yet
         self._present = set(range(len(self.clients)))  # those that answered the last time
 
     def look(self) -> View:
-        """Returns what most Sentinels said no more than `FRESH` seconds ago. Raises redis-py's `ConnectionError`."""
+        """Returns what most Sentinels said no more than `FRESH` seconds ago. Raises redis-py's `ConnectionError`.
+
+        Where a look that took long finds no healthy primary, those who waited for it do not ask again, one by one."""
+        came = time.monotonic()
         with self._lock:
-            if time.monotonic() - self._looked_at >= FRESH:
+            is_bad = isinstance(self._view, ConnectionError) or not self._view.healthy
+            if time.monotonic() - self._looked_at >= FRESH and not (is_bad and self._ended_at >= came):
                 began = time.monotonic()
                 try:
                     self._view = judge(self._answers(), len(self.clients))
                     self.at = self._view.at if self._view.healthy else self.at
                 except ConnectionError as error:
                     self._view = error
-                self._looked_at = began
+                self._looked_at, self._ended_at = began, time.monotonic()
             view = self._view
         if isinstance(view, ConnectionError):
             raise ConnectionError(str(view))
@@ -146,7 +150,7 @@ class Primary:
 
         def ask(number: int) -> None:
             answer: Mapping[str, Any] | None = None
-            with suppress(RedisError, OSError, ValueError, KeyError):
+            with suppress(Exception):  # one that stayed in `_asked` would never be asked again
                 answer = self._ask(self.clients[number])
             with changed:
                 self._asked.discard(number)
@@ -161,7 +165,11 @@ class Primary:
         with changed:
             for number in set(range(len(self.clients))) - self._asked:
                 self._asked.add(number)
-                threading.Thread(target=ask, args=[number], name="sentinel", daemon=True).start()
+                try:
+                    threading.Thread(target=ask, args=[number], name="sentinel", daemon=True).start()
+                except RuntimeError:  # there can be no more threads now
+                    self._asked.discard(number)
+                    self._present.discard(number)
             asked, present = set(self._asked), set(self._present)
 
             def enough() -> bool:
@@ -174,7 +182,10 @@ class Primary:
     def _ask(self, client: Redis) -> Mapping[str, Any]:
         words: Any = client.execute_command("SENTINEL", "MASTER", self.sentinels.name)  # type: ignore[no-untyped-call]
         words = words.items() if isinstance(words, Mapping) else zip(words[::2], words[1::2], strict=True)
-        return {_text(name): _text(value) for name, value in words}
+        said = {_text(name): _text(value) for name, value in words}
+        if not said["ip"] or not all(said[name].isdigit() for name in ("port", "config-epoch", "quorum")):
+            raise ValueError
+        return said | {"flags": said["flags"]}
 
 
 def _text(word: Any) -> str:

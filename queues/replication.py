@@ -16,6 +16,7 @@ from typing import Any
 from redis.client import Pipeline
 from redis.exceptions import ConnectionError, NoScriptError
 
+from process.redis_url import Place
 from queues.connection import NOT_CONFIRMED, Redis, RedisError, Script, Unavailable
 from queues.keys import TAG
 from queues.pipelining import PipeliningRedis
@@ -46,7 +47,7 @@ class Replication:
     def run(self, fill: Callable[[Pipeline], object]) -> tuple[list[Any], bool]:
         """Sends the commands that `fill` puts into a pipeline, in one round trip. Returns their replies, an exception
         for one that Redis refused, and whether they are confirmed. Raises redis-py's errors."""
-        at = self.primary and self.primary.at
+        at = (self.primary.at or self.primary.find()) if self.primary and self.replicas else None
         with self.redis.pipeline(transaction=False) as pipe:
             fill(pipe)
             if self.replicas:
@@ -59,12 +60,12 @@ class Replication:
         for one in (published, number):
             if isinstance(one, Exception):
                 raise one
-        is_confirmed = number >= self.replicas and self._is_healthy(at)
+        is_confirmed = self._is_healthy(at) and number >= self.replicas  # looks first: it may be another by now
         if not is_confirmed and self.primary:
             self.primary.doubt()
         return replies, is_confirmed
 
-    def _is_healthy(self, at: object) -> bool:
+    def _is_healthy(self, at: Place | None) -> bool:
         """Returns whether the primary that has answered is still the one, and about to be replaced by none."""
         if not self.primary:
             return True
@@ -72,7 +73,7 @@ class Replication:
             view = self.primary.look()
         except ConnectionError:
             return False
-        return view.healthy and at in (view.at, None)
+        return view.healthy and view.at == at
 
     def execute(self, *words: Any) -> Any:
         """Returns the reply to one command, once it is confirmed. Raises `Unconfirmed`, and redis-py's errors."""
@@ -97,10 +98,18 @@ class Replication:
         except NoScriptError:
             return self.execute("EVAL", script.source, len(keys), *keys, *args)
 
-    def confirm(self) -> None:
-        """Returns once replicas have all that the primary has now. Raises `Unconfirmed`, and redis-py's errors."""
+    @property
+    def at(self) -> Place | None:
+        """Returns where the primary was last; None where it is the one of REDIS_URL."""
+        return self.primary.at if self.primary else None
+
+    def confirm(self, since: Place | None = None) -> None:
+        """Returns once replicas have all that the primary has now, which must be the one it was `since` then, if that
+        is given. Raises `Unconfirmed`, and redis-py's errors."""
         if self.replicas:
             self.execute("PING")
+            if since not in (None, self.at):
+                raise Unconfirmed
 
     @property
     def works(self) -> bool:

@@ -72,28 +72,38 @@ class Set:
         program = program or str(REDIS_SERVER)
         ports = [free_port() for _ in range(replicas + 1)]
         self.data, self.sentinels = list[Server](), list[Server]()
-        for port in ports:
-            words = DATA.format(replicaof=f"replicaof 127.0.0.1 {ports[0]}" if self.data else "")
-            self.data.append(Server(directory / f"{port}", port, words, is_sentinel=False, program=program))
-        words = SENTINEL.format(primary=ports[0], down_after=down_after)
-        for port in [free_port() for _ in range(3)]:
-            self.sentinels.append(Server(directory / f"{port}", port, words, is_sentinel=True, program=program))
+        try:
+            for port in ports:
+                words = DATA.format(replicaof=f"replicaof 127.0.0.1 {ports[0]}" if self.data else "")
+                self.data.append(Server(directory / f"{port}", port, words, is_sentinel=False, program=program))
+            eventually(self.replicates)  # a Sentinel that sees no replica at first looks again after ten seconds
+            words = SENTINEL.format(primary=ports[0], down_after=down_after)
+            for port in [free_port() for _ in range(3)]:
+                self.sentinels.append(Server(directory / f"{port}", port, words, is_sentinel=True, program=program))
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def url(self) -> str:
         places = ",".join(f"127.0.0.1:{one.port}" for one in self.sentinels)
         return f"redis+sentinel://:secret@{places}/mymaster/0?sentinel_password=sentinel%27s"
 
+    def replicates(self) -> bool:
+        try:
+            states: list[Any] = [one.client.info("replication") for one in self.data[1:]]
+        except redis.RedisError:
+            return False
+        return all(one["master_link_status"] == "up" for one in states)
+
     def is_complete(self) -> bool:
         """Returns whether replicas are in step, and each Sentinel knows all others and all replicas."""
-        replicas, others = len(self.data) - 1, len(self.sentinels) - 1
+        expected = len(self.data) - 1, len(self.sentinels) - 1
         try:
             known: list[Any] = [one.client.sentinel_master("mymaster") for one in self.sentinels]
-            states: list[Any] = [one.client.info("replication") for one in self.data[1:]]
         except (redis.RedisError, KeyError):
             return False
-        up = all(one["master_link_status"] == "up" for one in states)
-        return up and all((one["num-slaves"], one["num-other-sentinels"]) == (replicas, others) for one in known)
+        return self.replicates() and all((one["num-slaves"], one["num-other-sentinels"]) == expected for one in known)
 
     def primary(self) -> Server:
         """Returns the one that the Sentinels name."""

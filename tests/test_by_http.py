@@ -119,6 +119,18 @@ def test_a_mail_is_asked_for_until_it_is_answered(
         assert len({one.body for one in upstream.asked}) == 1
 
 
+def test_who_was_not_asked_for_lack_of_a_replica_is_not_in_doubt(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("queues.replication.WAIT", 20)
+    monkeypatch.setattr("mail.claim.CONFIRMED_WITHIN", 0)
+    with sending(redis_server, []) as (made, upstream, _):
+        mail_id, made.outbox.jobs.replication.replicas = made.accept(), 1
+        assert made.attempt(mail_id) == "delayed"
+        seen = made.redis.hmget(f"mail:{mail_id}", ["asked", "held_by", "recipients"])
+        assert (upstream.asked, *seen[:2], Status.IN_DOUBT.value.encode() in seen[2]) == ([], b"", b"", False)
+
+
 @pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize(
     ("late", "on_doubt", "state", "in_doubt"),

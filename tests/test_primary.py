@@ -6,13 +6,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import redis
 from redis.exceptions import ConnectionError
 
-from process.redis_url import Place
+from process.redis_url import Place, Sentinels
 from queues import primary
 from queues.connection import connect, fail_fast, reach
 from queues.pipelining import PipeliningRedis
@@ -53,6 +55,54 @@ def test_the_latest_word_of_most_sentinels_counts(answers: list[Any], view: View
 def test_fewer_than_most_say_nothing(answers: list[Any], number: int) -> None:
     with pytest.raises(ConnectionError, match="most of the Sentinels"):
         judge(answers, number)
+
+
+@pytest.fixture
+def asked() -> primary.Primary:
+    return primary.Primary(Sentinels((ONE, TWO, Place("10.0.0.3", 1)), "mymaster", None, None, tls=False), {})
+
+
+@pytest.mark.parametrize("answer", [None, 3, [], [b"ip"], {"ip": "10.0.0.1"}, said() | {"quorum": "x"}, said(ip="")])
+def test_nonsense_is_no_answer_and_its_sentinel_is_asked_again(asked: primary.Primary, answer: Any) -> None:
+    asked.clients = [cast(Any, SimpleNamespace(execute_command=lambda *_: answer))] * 3
+    with pytest.raises(ConnectionError, match="most of the Sentinels"):
+        asked.look()
+    answer = said()
+    asked.doubt()
+    assert asked.look() == View(ONE, True)
+
+
+def test_without_a_thread_to_be_had_nothing_is_known_until_there_is_one(
+    asked: primary.Primary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asked, "_ask", lambda _: said())
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError))
+        assert not succeeds(asked.look)
+    asked.doubt()
+    assert asked.look() == View(ONE, True)
+
+
+def test_those_who_wait_for_a_look_that_finds_no_primary_do_not_look_one_by_one(
+    asked: primary.Primary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Busy:
+        """A lock that another has at first, who looks."""
+
+        def __enter__(self) -> None:
+            asked._lock = threading.Lock()
+            succeeds(asked.look)
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(primary, "FRESH", 0)
+    looks = Mock(return_value=[])
+    monkeypatch.setattr(asked, "_answers", looks)
+    for healthy, number in ((False, 1), (True, 3)):  # a good word of before is none of now
+        asked._lock = cast(Any, Busy())
+        assert succeeds(asked.look) is healthy
+        assert looks.call_count == number
+        looks.return_value = [said()] * 3
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rq import Retry
@@ -14,10 +14,13 @@ from rq import Retry
 from mail import claim, delivery
 from mail.outbox import Outbox
 from mail.states import State, Status
+from process.redis_url import Place
+from queues import keys
 from queues.acceptance import Idempotency
 from queues.connection import NOT_CONFIRMED, Script, Unavailable, announcements, connect, translating_errors
 from queues.jobs import Jobs
 from queues.pipelining import PipeliningRedis
+from queues.primary import View
 from queues.replication import Replication, Unconfirmed
 from queues.workers import JobsWorker, make_worker
 from settings import Settings
@@ -62,6 +65,31 @@ def test_a_server_that_was_demoted_confirms_nothing(client: Any) -> None:
         client.execute_command("REPLICAOF", "NO", "ONE")
 
 
+class Sentinels:
+    """Names one place, and another each time it has looked."""
+
+    at = Place("127.0.0.1", 1)
+
+    def look(self) -> View:
+        self.at = Place("127.0.0.1", self.at.port + 1)
+        return View(self.at, healthy=True)
+
+    def doubt(self) -> None: ...
+
+
+def test_where_too_few_confirm_the_sentinels_are_asked_who_is_the_primary(client: Any) -> None:
+    confirms = Replication(client, 1)
+    confirms.primary = asked = cast(Any, Sentinels())
+    since = confirms.at
+    with pytest.raises(Unconfirmed):
+        confirms.confirm()
+    assert asked.at.port == 2
+    confirms.execute = lambda *_: None  # type: ignore[method-assign]  # as if the new one had all
+    with pytest.raises(Unconfirmed):
+        confirms.confirm(since)
+    confirms.confirm(confirms.at)
+
+
 def test_in_a_batch_only_those_that_asked_are_refused(redis_server: RedisServer) -> None:
     client = connect(redis_server.url, kind=PipeliningRedis)
     together, said = threading.Barrier(8), list[Any]()
@@ -93,7 +121,8 @@ def test_a_mail_is_not_accepted_and_a_repeat_is_not_either_until_it_is_confirmed
     known = outbox.accept([draft()], key)
     assert known.replayed
     jobs.replication.replicas = 1
-    changes: list[Callable[[], object]] = [lambda: outbox.cancel(known.id)]
+    client.hset(keys.job(known.id), "status", "failed")
+    changes: list[Callable[[], object]] = [lambda: outbox.requeue(known.id), lambda: outbox.cancel(known.id)]
     changes += [lambda: outbox.reschedule(known.id, 1e11), lambda: outbox.suppressions.remove("ada@example.com")]
     changes += [lambda: outbox.suppressions.add("ada@example.com", "manual")]
     for change in changes:
@@ -101,7 +130,7 @@ def test_a_mail_is_not_accepted_and_a_repeat_is_not_either_until_it_is_confirmed
             change()
 
 
-def test_no_final_dot_goes_out_before_the_mark_is_confirmed(client: Any) -> None:
+def test_no_final_dot_goes_out_before_the_mark_is_confirmed(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     outbox = Outbox(Jobs(client), Settings())
     mail_id = accept(outbox)
     with served() as (there, to):
@@ -117,6 +146,9 @@ def test_no_final_dot_goes_out_before_the_mark_is_confirmed(client: Any) -> None
         assert made.deliver(mail_id) == "sent"
         with pytest.raises(delivery.Failed, match="gone"):
             made.deliver("gone")
+        outbox.jobs.replication.replicas = 1
+        monkeypatch.setattr(outbox.jobs.replication, "confirm", lambda: None)
+        assert made.deliver("gone") == "gone", "a mail that was never acknowledged leaves no failed job"
     assert len(there.accepted) == 1
 
 

@@ -72,7 +72,8 @@ def account(stage: Stage) -> Row:
             if copies[key] > 1:
                 row.doubled += 1
                 row.silent += _doubts(server, mail_id) < copies[key] - 1
-        row.failed += server.zcard("rq:failed:email")
+        parked = {one.decode() for one in server.zrange("rq:failed:email", 0, -1)}
+        row.failed += len(parked & set(client.acknowledged.values()))
     until = client.last_at
     row.api = _gap(client.acknowledged_at, stage.fault_at, until)
     row.mail = _gap([one.at for one in stage.relay.log], stage.fault_at, until)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from redis import Redis
-from redis.connection import ConnectionPool
+from redis.connection import Connection, ConnectionPool, SSLConnection
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 
 from ops.checks import store
@@ -24,7 +24,7 @@ from ops.checks.target import Target
 from process.redis_url import Place
 from queues.connection import weaknesses
 from queues.health import IN_STEP, why_unconfirmed
-from queues.primary import Primary, ToPrimary
+from queues.primary import Primary
 from queues.replication import Replication
 from settings import Settings
 
@@ -148,7 +148,8 @@ def ask(client: Redis, at: Place, priority: int = 100) -> Node:
     """Asks one Redis, with the login of `client`."""
     pool = client.connection_pool
     given = {name: one for name, one in pool.connection_kwargs.items() if name not in ("primary", "path")}
-    kind = ToPrimary if "path" in pool.connection_kwargs else pool.connection_class
+    # Not the client's own kind, which goes on to the primary in a cluster.
+    kind = SSLConnection if issubclass(pool.connection_class, SSLConnection) else Connection
     with Redis(connection_pool=ConnectionPool(kind, **(given | {"host": at.host, "port": at.port}))) as one:
         try:
             before = time.time()
