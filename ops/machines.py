@@ -92,6 +92,8 @@ def set_up_machines(server: Server) -> None:
             server.stop_here(f"--hosts must begin with an address of this machine; {server.hosts[0]} is none")
         make_machines(server)
     machines = read_machines(server)
+    if server.hosts and machines and machines.hosts != server.hosts:
+        server.stop_here(f"--hosts must be {','.join(machines.hosts)}, as in {server.bundle}")
     if server.joins and not machines:
         raise Fault(f"{server.bundle} cannot be read")
     keeps = server.roles & {"redis", "sentinel"}

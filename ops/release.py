@@ -19,6 +19,10 @@ from pathlib import Path
 from ops.server import Fault, Server, text_of
 
 LEFT_OUT = {".git", ".venv", ".env", "var", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
+LEFT_OUT |= {
+    "machines.json",
+    "async-email.env",
+}  # copied from the first of several machines; a release can be read by all
 KEPT = 3  # releases
 MARK = Path(".venv", "complete")  # in a release that is complete; says for which Python
 CLEAN_ENVIRONMENT = {

@@ -95,6 +95,12 @@ def test_what_the_first_makes_the_others_have_too_and_nobody_else_can_read(machi
     assert {path: path.read_bytes() for path in first.etc.parent.rglob("*") if path.is_file()} == before
 
 
+def test_the_hosts_are_those_of_the_first_time(machines: list[Server]) -> None:
+    machines[0].hosts = [*machines[0].hosts, "10.0.0.4"]
+    with pytest.raises(Fault, match="--hosts must be 127"):
+        several.set_up_machines(machines[0])
+
+
 def test_a_host_of_the_api_alone_gets_what_a_client_needs(
     machines: list[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +152,21 @@ def test_a_redis_alone_is_not_made_one_of_several_unasked(tmp_path: Path, monkey
     server.write(server.redis_conf, "port 0\n", 0o640)
     with pytest.raises(Fault, match="move it away"):
         set_up(server)
+
+
+def test_one_machine_becomes_the_first_of_three_with_its_keys_and_its_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = machine(tmp_path, monkeypatch, "10.0.0.1", frozenset())
+    install.configure(server)
+    keys, url = (server.credentials / "api_keys").read_text(), server.credentials / "redis_url"
+    assert url.read_text().startswith("unix:")
+    server.write(server.redis_data / "appendonlydir/appendonly.aof.1.base.rdb", "the queue", 0o600)
+    server.roles, server.hosts = ALL, ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+    set_up(server)
+    assert url.read_text().startswith("rediss+sentinel:")
+    assert (server.credentials / "api_keys").read_text() == keys
+    assert sorted(path.name for path in server.redis_data.iterdir()) == ["appendonlydir", "first-start"]
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,10 @@ def get(path: str, target: Target) -> tuple[int, bytes, str]:
 
 
 def tls(target: Target) -> Findings:
-    """Checks that keys do not cross the network in the clear, and that no certificate of our site runs out."""
+    """Checks that keys do not cross the network in the clear, and that no certificate of our site or Redis runs out."""
+    for one in filter(Path.exists, target.redis_certificates):
+        fix = f"a new one: {target.opt}/current/docs/scale.md, TLS and logins"
+        yield from lasts(str(one), "nobody reaches Redis and the Sentinels", fix)
     try:
         site = (target.nginx / "sites-enabled" / "async-email").read_text()
     except OSError:
@@ -117,12 +120,16 @@ def tls(target: Target) -> Findings:
         yield fault(found, "sudo nginx -t && sudo systemctl restart nginx; sudo tail /var/log/nginx/error.log")
     for path in certificates:
         fix = f"renew {path} (certbot: sudo certbot renew), then: sudo systemctl reload nginx"
-        if not runs_out(path, SOON):
-            yield ok(f"{path} is valid for more than {lasting(SOON)}")
-        elif runs_out(path, 0):
-            yield fault(f"{path} has expired: clients refuse this server", fix)
-        else:
-            yield warn(f"{path} expires within {lasting(SOON)}", fix)
+        yield from lasts(path, "clients refuse this server", fix)
+
+
+def lasts(path: str, consequence: str, fix: str) -> Findings:
+    if not runs_out(path, SOON):
+        yield ok(f"{path} is valid for more than {lasting(SOON)}")
+    elif runs_out(path, 0):
+        yield fault(f"{path} has expired: {consequence}", fix)
+    else:
+        yield warn(f"{path} expires within {lasting(SOON)}", fix)
 
 
 def runs_out(certificate: str, seconds: int) -> bool:

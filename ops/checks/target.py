@@ -15,6 +15,7 @@ class Target:
     opt: Path = Path("/opt/async-email")
     nginx: Path = Path("/etc/nginx")
     redis_data: Path = Path("/var/lib/redis-async-email")
+    redis_certificates: tuple[Path, ...] = (Path("/etc/redis/async-email.crt"), Path("/etc/ssl/async-email-redis.pem"))
     systemd: Path = Path("/run/systemd/system")
     credentials: Path = Path("/run/credentials")  # what systemd has passed to each unit
     logs: Path = Path("/var/log")

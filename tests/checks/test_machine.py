@@ -145,6 +145,9 @@ def test_keys_in_the_clear_and_a_certificate_that_runs_out_are_named(
     assert_finds(machine.tls(server.target), FAULT, "nothing listens on port 443", "sudo systemctl restart nginx")
     monkeypatch.setattr(machine, "listeners", lambda: {443})
     assert worst(machine.tls(server.target)).level == WARN
+    server.target.redis_certificates = (certificate,)
+    assert_finds(machine.tls(server.target), WARN, f"{certificate} expires", "scale.md, TLS and logins")
+    server.target.redis_certificates = ()
     monkeypatch.setattr(machine, "runs_out", lambda *_: True)
     assert_finds(machine.tls(server.target), FAULT, f"{certificate} has expired", "sudo systemctl reload nginx")
 
