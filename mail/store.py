@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from mail.states import FINAL, State, transition
@@ -122,9 +123,9 @@ class Store:
         """Runs a script until it is confirmed, however long Redis is away or refuses writes."""
         while True:
             try:
-                with translating_errors():
+                with translating_errors(), suppress(Unconfirmed):  # which is no silence: others may ask as well
                     return self.confirmed(body, keys, args)
             except Unavailable as error:
                 if str(error) == SOMETHING_ELSE:
                     raise
-                time.sleep(1)
+            time.sleep(1)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.connection import Connection, ConnectionPool, SSLConnection
-from redis.exceptions import ConnectionError, MovedError, RedisError, ResponseError
+from redis.exceptions import ConnectionError, MovedError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
@@ -133,7 +133,7 @@ class Primary:
         one that is away."""
 
         def ask(client: Redis) -> Mapping[str, Any]:
-            with suppress(RedisError, OSError, ValueError, KeyError):
+            with suppress(Exception):
                 return self._ask(client)
             return {}
 

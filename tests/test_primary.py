@@ -66,6 +66,7 @@ def test_nonsense_is_no_answer_and_its_sentinel_is_asked_again(asked: primary.Pr
     asked.clients = [cast(Any, SimpleNamespace(execute_command=lambda *_: answer))] * 3
     with pytest.raises(ConnectionError, match="most of the Sentinels"):
         asked.look()
+    assert asked.survey() == []
     answer = said()
     asked.doubt()
     assert asked.look() == View(ONE, True)

@@ -263,8 +263,15 @@ class Stage:
             return None
 
     def primary(self) -> str:
-        """Returns the host that is the primary of both others, once there is one."""
-        return eventually(lambda: next((one for one in REDIS if self.role_of(one) == ("master", 2)), ""), 60)
+        """Returns the host that is the primary of both others, once there is one that most Sentinels name: an old one
+        that was cut off takes itself for that until it hears of the new one, and its replicas' connections for open."""
+
+        def found() -> str:
+            named = Counter(seen["ip"] for host in REDIS if (seen := self.sentinel(host, "MASTER", GROUP)))
+            real = (one for one in REDIS if named[self.address[one]] > 1)
+            return next((one for one in real if self.role_of(one) == ("master", 2)), "")
+
+        return eventually(found, 60)
 
 
 def sentinel_of(host: str) -> str:
