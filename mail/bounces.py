@@ -77,8 +77,13 @@ class Bounces:
         mail_id, proven = self._mail_of(report)
         if not mail_id:
             return Found(report.kind, why="it names no mail of this service")
+        replication = self.outbox.jobs.replication
+        at = replication.at
         for _ in range(5):
             found = self._note(mail_id, report, proven)
+            if found and not found.noted:  # who sent it may not send it again, and the next primary may know the mail
+                with translating_errors():
+                    replication.confirm(at)
             if found:
                 return found
         return Found(report.kind, mail_id, why="the mail is changing at this moment", later=True)

@@ -12,9 +12,10 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from queues import keys
-from queues.connection import translating_errors
+from queues.connection import Unavailable, translating_errors
 from queues.heartbeat import HEARTBEAT_SECONDS, LEASE_SECONDS
 from queues.jobs import Jobs
+from queues.replication import Replication
 from queues.table import BULK, EMAIL
 
 IN_STEP = 3  # seconds since the primary last heard of a replica what it has
@@ -36,7 +37,7 @@ class QueueState(NamedTuple):
 
 class Replicas(NamedTuple):
     """How what is written outlives the primary: the `role` of who answers, how many replicas must confirm, are in step,
-    and are known; how many of so many Sentinels answer; whether something is confirmed now."""
+    and are known; how many of so many Sentinels answer; `why` nothing is confirmed now, "" if it is."""
 
     role: str
     needed: int
@@ -44,18 +45,23 @@ class Replicas(NamedTuple):
     known: int
     sentinels: int
     of_sentinels: int
-    confirms: bool
+    why: str = ""
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """Returns what the API shows."""
+        return {name: one for name, one in self._asdict().items() if name != "why"} | {"confirms": not self.why}
 
     @property
     def trouble(self) -> str:
         """Returns why nothing is confirmed, as a sentence; "" if it is."""
-        if self.confirms:
+        if not self.why:
             return ""
         if self.in_step < self.needed:
             return f"of the replicas that must confirm what is written ({self.needed}), {self.in_step} are in step"
         if self.of_sentinels and self.sentinels <= self.of_sentinels // 2:
             return f"only {self.sentinels} of {self.of_sentinels} Sentinels answer, so what is written is not confirmed"
-        return "Redis' replicas confirm nothing now"
+        return f"nothing is confirmed ({self.why})"
 
 
 def replicas(jobs: Jobs, info: Mapping[str, Any]) -> Replicas | None:
@@ -70,8 +76,17 @@ def replicas(jobs: Jobs, info: Mapping[str, Any]) -> Replicas | None:
     known = max((int(one.get("num-slaves", 0)) for one in said), default=needed)
     of_sentinels = len(primary.clients) if primary else 0
     role = "primary" if info.get("role", "master") == "master" else "replica"
-    with translating_errors():
-        return Replicas(role, needed, in_step, known, len(said), of_sentinels, jobs.replication.works)
+    return Replicas(role, needed, in_step, known, len(said), of_sentinels, why_unconfirmed(jobs.replication))
+
+
+def why_unconfirmed(replication: Replication) -> str:
+    """Returns why what is written now would not be confirmed; "" if it would."""
+    try:
+        with translating_errors():
+            replication.confirm()
+    except Unavailable as error:
+        return str(error)
+    return ""
 
 
 def state(jobs: Jobs) -> dict[str, Any]:

@@ -257,9 +257,9 @@ class Attempt:
         self.delivery = delivery.Delivery(Outbox(Jobs(connect("redis://127.0.0.1:1/0")), Settings()))
         self.way = self.delivery.routes.ways[0]
         self.way.relay, self.delivery.pool = at(there.port), POOL
-        self.claim.store = SimpleNamespace(run=self.run, insist=self.run)  # type: ignore[assignment]
+        self.claim.store = SimpleNamespace(run=self.run, confirmed=self.run, insist=self.run)  # type: ignore[assignment]
 
-    def run(self, script: str, keys: list[str], args: list[str]) -> bool:
+    def run(self, script: str, keys: list[str], args: list[str], patience: float = 0) -> bool:
         """Stands for Redis, which writes the mark if the claim is not lost, and the outcome."""
         self.events.append(("mark" if script == MARK_IN_DOUBT else args[2], len(self.there.bodies)))
         if script != MARK_IN_DOUBT:

@@ -12,6 +12,7 @@ import pytest
 from rq import Retry
 
 from mail import claim, delivery
+from mail.bounces import Bounces
 from mail.outbox import Outbox
 from mail.states import State, Status
 from process.redis_url import Place
@@ -27,6 +28,7 @@ from settings import Settings
 from tests.conversations import POOL, served
 from tests.mails import accept, draft
 from tests.servers import RedisServer
+from tests.test_bounces import UNKNOWN, about
 
 
 @pytest.fixture(params=["plain", "pipelining"])
@@ -128,6 +130,15 @@ def test_a_mail_is_not_accepted_and_a_repeat_is_not_either_until_it_is_confirmed
     for change in changes:
         with pytest.raises(Unavailable, match=NOT_CONFIRMED):
             change()
+
+
+def test_a_report_about_no_mail_is_not_done_with_before_that_is_confirmed(client: Any) -> None:
+    outbox = Outbox(Jobs(client, 1), Settings())
+    report = about(outbox, "postfix", UNKNOWN, path="")
+    with pytest.raises(Unavailable, match=NOT_CONFIRMED):
+        Bounces(outbox).take(report)
+    outbox.jobs.replication.replicas = 0
+    assert "still kept" in Bounces(outbox).take(report).why
 
 
 def test_no_final_dot_goes_out_before_the_mark_is_confirmed(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

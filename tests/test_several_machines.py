@@ -154,6 +154,21 @@ def test_a_redis_alone_is_not_made_one_of_several_unasked(tmp_path: Path, monkey
         set_up(server)
 
 
+def test_one_machine_becomes_the_first_of_three_with_its_keys_and_its_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = machine(tmp_path, monkeypatch, "10.0.0.1", frozenset())
+    install.configure(server)
+    keys, url = (server.credentials / "api_keys").read_text(), server.credentials / "redis_url"
+    assert url.read_text().startswith("unix:")
+    server.write(server.redis_data / "appendonlydir/appendonly.aof.1.base.rdb", "the queue", 0o600)
+    server.roles, server.hosts = ALL, ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+    set_up(server)
+    assert url.read_text().startswith("rediss+sentinel:")
+    assert (server.credentials / "api_keys").read_text() == keys
+    assert sorted(path.name for path in server.redis_data.iterdir()) == ["appendonlydir", "first-start"]
+
+
 @pytest.mark.parametrize(
     ("role", "on"),
     [

@@ -218,7 +218,7 @@ class Service:
         info = state.pop("info")
         reasons, replicas = [sentence for _, sentence in weaknesses(info)], health.replicas(self.jobs, info)
         if replicas:
-            state["replication"] = replicas._asdict()
+            state["replication"] = replicas.shown
             reasons += [replicas.trouble] if replicas.trouble else []
         seen = {"status": "not ready" if reasons else "ready", "reasons": reasons, **state}
         seen["last_sent_seconds_ago"] = round(max(0.0, time.time() - last_sent), 3) if last_sent else None

@@ -107,7 +107,7 @@ class Scrape(Collector):
             return
         yield gauge("redis_replicas_in_step", "Replicas that have what the primary has.", seen.in_step)
         yield gauge("redis_replicas_known", "Replicas that there should be.", seen.known)
-        yield gauge("redis_confirms", "Whether replicas confirm what is written (REDIS_REPLICAS).", seen.confirms)
+        yield gauge("redis_confirms", "Whether replicas confirm what is written (REDIS_REPLICAS).", not seen.why)
         yield gauge("redis_sentinels_answering", "Sentinels that answer the API.", seen.sentinels)
         yield gauge("redis_sentinels", "Sentinels that REDIS_URL names.", seen.of_sentinels)
 

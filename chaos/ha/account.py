@@ -33,7 +33,7 @@ class Row:
     lost: int = 0
     doubled: int = 0
     silent: int = 0
-    failed: int = 0  # or final in another way than sent, or parked by RQ
+    failed: int = 0  # or final in another way than sent
     forgotten: int = 0
     api: float = 0  # the longest time without an acknowledgement
     mail: float = 0  # and without a mail at the relay
@@ -72,8 +72,6 @@ def account(stage: Stage) -> Row:
             if copies[key] > 1:
                 row.doubled += 1
                 row.silent += _doubts(server, mail_id) < copies[key] - 1
-        parked = {one.decode() for one in server.zrange("rq:failed:email", 0, -1)}
-        row.failed += len(parked & set(client.acknowledged.values()))
     until = client.last_at
     row.api = _gap(client.acknowledged_at, stage.fault_at, until)
     row.mail = _gap([one.at for one in stage.relay.log], stage.fault_at, until)

@@ -91,7 +91,7 @@ FAULTS = [
     Scene("Sentinel, too", "the primary and the Sentinel beside it are killed in the same moment", kill_with_sentinel),
     Scene("replica, then primary", "a replica is killed, then the primary; both start 10 s later", kill_both),
     Scene("planned", "SENTINEL FAILOVER", fail_over),
-    Scene("worker cut off", "workers are cut off from Redis, not from the relay", cut_off_worker, 60, slow_relay=0.3),
+    Scene("worker cut off", "workers are cut off from Redis, not from the relay", cut_off_worker, 100, slow_relay=0.3),
     Scene("clocks apart", "of two hosts of workers clocks are 30 s off, and the primary is killed", kill,
           clocks={WORKERS[0]: 30, WORKERS[1]: -30}),
     Scene("versions mixed", "half of the hosts run another version, and the primary is killed", kill, mixed=True),

@@ -55,7 +55,7 @@ appendonly yes
 min-replicas-to-write 1
 min-replicas-max-lag 2
 repl-diskless-sync-delay 0
-user default off
+user default off ~* &* +@all
 user {user} on >{password} ~* &* +@all
 masteruser {user}
 masterauth {password}

@@ -1,7 +1,8 @@
 """Checks a Redis with replicas: whether its Sentinels could replace the primary, and what is lost if they do.
 
 Asks the Sentinels of REDIS_URL, and each Redis that they name at that address, with the login of REDIS_URL: any of them
-may be the primary next. Sends only what reads. What an ACL forbids is told as not seen.
+may be the primary next. Sends what reads, and one message to a channel that nobody hears. What an ACL forbids is told
+as not seen.
 https://redis.io/docs/latest/operate/oss_and_stack/management/sentinel/
 """
 
@@ -22,8 +23,9 @@ from ops.checks.findings import Findings, counted, fault, lasting, note, ok, siz
 from ops.checks.target import Target
 from process.redis_url import Place
 from queues.connection import weaknesses
-from queues.health import IN_STEP
+from queues.health import IN_STEP, why_unconfirmed
 from queues.primary import Primary
+from queues.replication import Replication
 from settings import Settings
 
 DOWN_AFTER = (3000, 30_000)  # milliseconds
@@ -116,10 +118,14 @@ def replicas(target: Target, settings: Settings) -> Findings:
         return
     with client:
         info: Mapping[str, Any] = client.info()
+        why = why_unconfirmed(Replication(client, needed))
     listed = {Place(one["ip"], one["port"]): one for name, one in info.items() if SLAVE.fullmatch(name)}
     nodes = [ask(client, *one) for one in (known_to(primary) if primary else dict.fromkeys(listed, 100)).items()]
     others = [one for one in nodes if not one.is_primary]
     yield from enough(target, needed, others, is_followed=bool(primary))
+    if why and needed <= len(others):
+        fix = "see the other lines here; the user in REDIS_URL must be allowed PUBLISH, WAIT and all channels (&*)"
+        yield fault(f"nothing is confirmed, so nothing is accepted: {why}", fix)
     for one in nodes:
         yield from keeps(one, is_followed=bool(primary))
     yield from in_step(others, listed, info)

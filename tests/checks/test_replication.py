@@ -44,7 +44,7 @@ def servers(started: Set, monkeypatch: pytest.MonkeyPatch) -> Set:
             one.start()
         eventually(one.answers)
     for one in started.data:
-        may(one, "+config")
+        may(one, "+@all")
         for name, value in GOOD.items():
             one.client.config_set(name, value)
     for one in started.sentinels:
@@ -87,6 +87,7 @@ def test_a_good_set_is_fine_and_a_failover_that_is_planned_is_named(servers: Set
         (1, lambda one: one.data[2].client.config_set("min-replicas-max-lag", 60), (WARN, "writes for 60 s", "lag 3")),
         (1, lambda one: one.data[2].kill(), (WARN, "does not answer", "systemctl")),
         (1, lambda one: may(one.primary(), "-config"), (NOTE, "lag cannot be seen", "")),
+        (1, lambda one: may(one.primary(), "-wait"), (FAULT, "so nothing is accepted: Redis' ACL", "WAIT")),
     ],
 )  # fmt: skip
 def test_what_is_amiss_is_named(servers: Set, target: Target, needed: int, change: Change, said: Said) -> None:
