@@ -43,7 +43,9 @@ if not mine and state ~= 'sent' then return 0 end
 if was == 'bounced' or was == 'complained' then return 1 end  -- somebody else has sent it, and a report has come
 local counts = 8 + ARGV[6]
 local fields = counts + ARGV[7]
-if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, fields)}) then return 0 end
+-- Sent already by an attempt that took it over: that one has noted that this one was interrupted, and so it stays.
+local written = not mine and was == 'sent' and #ARGV + 1 or fields
+if not become(id, state, ARGV[4], ARGV[5], {'settled_by', token, unpack(ARGV, written)}) then return 0 end
 if mine then redis.call('DEL', KEYS[2]) end
 for i = counts, fields - 1, 2 do suppress(ARGV[i], ARGV[i + 1]) end
 for i = 8, counts - 1, 2 do

@@ -128,6 +128,17 @@ def test_an_attempt_that_lost_its_claim_may_still_say_sent_and_nothing_else(
     assert outbox.read(mail_id)["status"] == "sent"
 
 
+def test_a_late_word_leaves_the_note_that_the_mail_was_sent_again(
+    outbox: Outbox, client: Any, taken: Claim, mail_id: str
+) -> None:
+    client.delete(f"mail:{mail_id}:claim")
+    other = claim(outbox, mail_id)
+    other.attempts.append({"verdict": "interrupted"})
+    for one in (other, taken):
+        one.settle(State.SENT)
+    assert outbox.read(mail_id)["attempts"] == [{"verdict": "interrupted"}]
+
+
 def test_settling_twice_is_settling_once(client: Any, taken: Claim, mail_id: str) -> None:
     taken.attempts.append({"verdict": "accepted"})
     taken.settle(State.SENT)

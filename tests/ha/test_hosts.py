@@ -40,9 +40,9 @@ def test_no_acknowledged_mail_is_lost_or_doubled_in_silence_when(rows: dict[str,
     assert rows[name].acknowledged > 100
 
 
-def test_what_no_replica_confirms_is_lost_and_doubled_and_that_is_seen(rows: dict[str, Row]) -> None:
+def test_what_no_replica_confirms_is_lost_or_doubled_and_that_is_seen(rows: dict[str, Row]) -> None:
     row = rows[UNCONFIRMED]
-    assert min(row.lost, row.silent, row.forgotten), str(row)
+    assert row.lost or row.silent or row.forgotten, str(row)  # which of them depends on how far each worker had come
 
 
 def test_hosts_are_taken_away_also_after_an_exception() -> None:
