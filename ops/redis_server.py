@@ -29,7 +29,8 @@ def is_wanted(server: Server) -> bool:
 
 def start_redis(server: Server) -> None:
     if not is_wanted(server):
-        server.say("it is elsewhere: none is needed here")
+        why = "this machine has another role" if server.roles else "REDIS_URL is set in async-email.env"
+        server.say(f"{why}, so none is needed here")
         return
     is_new = configure_redis(server)
     if "redis" not in server.ask("id", "-nG", "async-email").split():  # whose socket it may use
