@@ -32,7 +32,8 @@ from rq.worker.base import BaseWorker, WorkerStatus
 
 from process import sd_daemon
 from process.log import emit, where
-from queues.connection import REFUSES_WRITES, Redis, announcements, fail_fast, is_hopeless, why_unavailable
+from process.redis_url import Place
+from queues.connection import REFUSES_WRITES, Redis, Script, announcements, fail_fast, is_hopeless, why_unavailable
 from queues.executions import Taken, Turns
 from queues.heartbeat import LEASE_SECONDS, LOCKED_FOR, MAINTENANCE_EVERY, WORKER_TTL, on_heartbeat
 from queues.jobs import JobFailed, Policy
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from queues.cron import Cron
 
 Functions = Mapping[str, Callable[..., Any]]
+# KEYS: the list of jobs on their way, the queue. ARGV: a job's id. On another primary it is in the queue already.
+GIVE_BACK = """
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then redis.call('LPUSH', KEYS[2], ARGV[1]) end
+"""
 
 
 class RefusedTask(Exception):
@@ -165,6 +170,7 @@ class JobsWorker(PlainFailures, Worker):
     queue_class = Queue
     cron: Mapping[str, tuple[str, Policy]] = {}  # the functions that are queued by themselves
     replicas = 0  # REDIS_REPLICAS
+    primary_before: Place | None = None  # where the primary was as it began to wait for a job
 
     def check_for_suspension(self, burst: bool) -> None:
         """Takes no job also while replicas confirm nothing: a worker that is cut off together with an old primary would
@@ -173,9 +179,23 @@ class JobsWorker(PlainFailures, Worker):
         while not self._stop_requested:
             with unless_unavailable():
                 self.replication.confirm()
+                self.primary_before = self.replication.at
                 return
             self.heartbeat()
             time.sleep(1)
+
+    def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
+        """Gives a job back that it may have taken from a primary that was replaced while it waited."""
+        is_ours = False
+        with unless_unavailable():
+            self.replication.confirm(self.primary_before)
+            is_ours = True
+        if is_ours:
+            super().execute_job(job, queue)
+            return
+        with unless_unavailable():
+            places = [queue.intermediate_queue_key, queue.key]
+            Script(self.replication.redis, GIVE_BACK)(places, [job.id])
 
     @cached_property
     def replication(self) -> Replication:

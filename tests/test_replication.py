@@ -184,6 +184,20 @@ def test_a_mail_counts_as_sent_once_that_is_confirmed(client: Any, monkeypatch: 
     assert outbox.read(mail_id)["status"] == "sent"
 
 
+def test_a_jobs_worker_gives_a_job_back_that_it_may_have_of_a_replaced_primary(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, ran = make_worker(JobsWorker, "jobs", client, {}), list[str]()
+    monkeypatch.setattr(worker, "fork_work_horse", lambda job, queue: ran.append(job.id))
+    monkeypatch.setattr(worker, "monitor_work_horse", lambda *_: None)
+    queue = worker.queues[0]
+    job_id = queue.enqueue("tasks.report").id
+    for worker.replication.replicas, waiting in ((1, [job_id]), (0, [])):
+        client.lmove(queue.key, queue.intermediate_queue_key)
+        worker.execute_job(worker.job_class.fetch(job_id, client), queue)
+        assert (queue.job_ids, ran) == (waiting, [] if waiting else [job_id])
+
+
 def test_a_jobs_worker_takes_no_job_while_nothing_is_confirmed(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, pauses = make_worker(JobsWorker, "jobs", client, {}), list[float]()
 

@@ -385,6 +385,7 @@ LEANT_ON = {  # what we override in RQ, or call beyond its documentation -> its 
     "rq.worker.base:BaseWorker.maintain_heartbeats": "b73451c9b97f7247",
     "rq.worker.base:BaseWorker.run_maintenance_tasks": "3d8a446b5354fce3",
     "rq.worker.base:BaseWorker.clean_registries": "e2c9790c8156c72c",
+    "rq.worker.worker_classes:Worker.execute_job": "69165f5321397cff",
     "rq.worker.base:BaseWorker.check_for_suspension": "e8095ae1fcf966bd",
     "rq.worker.base:BaseWorker.set_state": "bb8d4f1d93ff078b",
     "rq.worker.base:BaseWorker.register_death": "cb2b0be150213a99",
