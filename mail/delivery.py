@@ -87,7 +87,8 @@ class Delivery:
         """Returns the state in which nothing is left to do (`sent`, `canceled`), or a `Retry`, which RQ's scheduler
         obeys. Raises `Failed` when a person must look: RQ then puts the job into its failed registry, and a requeue
         from there gives the mail all its attempts again."""
-        ahead = self._announced(mail_id)
+        ahead, replication = self._announced(mail_id), self.outbox.jobs.replication
+        at = replication.at
         try:
             claim = ahead.claim if ahead else self.outbox.claim(mail_id, queued_at(), taken_with_it())
         except Busy as busy:
@@ -95,12 +96,12 @@ class Delivery:
             return run_again_in(busy.seconds + 1)
         if isinstance(claim, str):
             try:  # a primary that was replaced does not know what the new one knows
-                self.outbox.jobs.replication.confirm()
+                replication.confirm(at)
             except Unconfirmed:
                 return run_again_in(PAUSE_UNCONFIRMED)
             emit("nothing_to_do", id=mail_id, state=claim)
-            if claim == "gone" and self.outbox.jobs.replication.replicas:
-                return claim  # it was taken from a primary that was replaced, and never acknowledged
+            if claim == "gone" and replication.replicas and not self.outbox.store.has_job(mail_id):
+                return claim  # both are of a primary that was replaced, and were never acknowledged
             return claim if claim in (State.SENT, State.CANCELED, *RETURNED) else _give_up(claim)
         with claim.held():
             try:

@@ -105,6 +105,10 @@ class Store:
     def run(self, body: str, keys: list[str], args: list[Any]) -> Any:
         return self.script(body)(keys=keys, args=args)
 
+    def has_job(self, mail_id: str) -> bool:
+        """Returns whether the mail's job is in Redis. Raises redis-py's errors."""
+        return bool(self.redis.exists(keys.job(mail_id)))
+
     def confirmed(self, body: str, keys: list[str], args: list[Any], patience: float = 0) -> Any:
         """Runs a script, and once more until its replicas have what it wrote or `patience` is over, in seconds. Raises
         `Unconfirmed`."""

@@ -183,9 +183,11 @@ class Primary:
         words: Any = client.execute_command("SENTINEL", "MASTER", self.sentinels.name)  # type: ignore[no-untyped-call]
         words = words.items() if isinstance(words, Mapping) else zip(words[::2], words[1::2], strict=True)
         said = {_text(name): _text(value) for name, value in words}
-        if not said["ip"] or not all(said[name].isdigit() for name in ("port", "config-epoch", "quorum")):
+        if not (
+            said["ip"] and said["flags"] and all(said[one].isdigit() for one in ("port", "config-epoch", "quorum"))
+        ):
             raise ValueError
-        return said | {"flags": said["flags"]}
+        return said
 
 
 def _text(word: Any) -> str:

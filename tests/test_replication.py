@@ -158,8 +158,11 @@ def test_no_final_dot_goes_out_before_the_mark_is_confirmed(client: Any, monkeyp
         with pytest.raises(delivery.Failed, match="gone"):
             made.deliver("gone")
         outbox.jobs.replication.replicas = 1
-        monkeypatch.setattr(outbox.jobs.replication, "confirm", lambda: None)
+        monkeypatch.setattr(outbox.jobs.replication, "confirm", lambda _: None)
         assert made.deliver("gone") == "gone", "a mail that was never acknowledged leaves no failed job"
+        client.hset(keys.job("gone"), "status", "started")
+        with pytest.raises(delivery.Failed, match="gone"):  # its job is there, so a person must look
+            made.deliver("gone")
     assert len(there.accepted) == 1
 
 

@@ -43,10 +43,10 @@ def install(machine: Machine, options: str) -> str:
 
 def join(machine: Machine, first: Machine) -> None:
     """With two files of the first, which root alone may read."""
-    machine.run("install -d -m 700 /etc/async-email && umask 077 && touch /root/machines.json " + ENV)
-    for source, copy in (("/etc/async-email/machines.json", "/root/machines.json"), (ENV, ENV)):
+    machine.run("install -d -m 700 /etc/async-email && umask 077 && touch /var/tmp/machines.json " + ENV)
+    for source, copy in (("/etc/async-email/machines.json", "/var/tmp/machines.json"), (ENV, ENV)):
         machine.write(copy, first.run(f"cat {source}").stdout)
-    install(machine, "--join /root/machines.json")
+    install(machine, "--join /var/tmp/machines.json")
 
 
 def replication(machine: Machine) -> dict[str, str]:
