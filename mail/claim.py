@@ -121,7 +121,7 @@ class Claim:
     suppressing: bool = False  # the suppression list is not empty, and is to be obeyed
     suppress: list[bytes] = field(default_factory=list)  # what settle adds to it: mail.suppression
     settled: bool = False
-    names_relay: bool = False  # the mark does: what settle writes takes its place, also where no dot went out
+    names_relay: bool = False  # the mark has written `held_by`, so settle must write it, too
     counts: Counter[str] = field(default_factory=Counter)
     claimed_at: float = field(default_factory=time.time)
     started: float = field(default_factory=time.monotonic)  # the same moment, to measure from
@@ -184,7 +184,8 @@ class Claim:
             raise ClaimLost(self.id)
 
     def mark_asked(self, upstream: str, recipients: Sequence[str], relay: str) -> None:
-        """Does the same right before an upstream is asked, which is `asked` only once that is confirmed."""
+        """Writes down, right before an upstream is asked, that it may have the mail. Raises `ClaimLost`; `Unconfirmed`,
+        after which the upstream must not be asked, and this attempt knows nothing of the note."""
         before, self.asked = self.asked, self.asked or f"{time.time():.3f} {upstream}"
         try:
             self.mark_in_doubt(dict.fromkeys(recipients, Status.IN_DOUBT), relay)

@@ -36,8 +36,8 @@ class QueueState(NamedTuple):
 
 
 class Replicas(NamedTuple):
-    """How what is written outlives the primary: the `role` of who answers, how many replicas must confirm, are in step,
-    and are known; how many of so many Sentinels answer; `why` nothing is confirmed now, "" if it is."""
+    """Says whether what is written outlives the primary: the `role` of who answers; how many replicas must confirm, are
+    in step, and are known; how many of so many Sentinels answer; `why` nothing is confirmed now, "" if it is."""
 
     role: str
     needed: int

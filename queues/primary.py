@@ -90,7 +90,7 @@ class Primary:
         os.register_at_fork(after_in_child=lambda: (reset := weak()) and reset())
 
     def _reset(self) -> None:
-        """Begins without what belonged to threads that a forked process does not have."""
+        """Forgets what belongs to threads: a forked process has none of them."""
         self._lock = threading.Lock()
         self._looked_at = self._ended_at = -FRESH  # when the last look began, and when it was over
         self._view: View | ConnectionError = ConnectionError(NO_MAJORITY)
@@ -125,7 +125,7 @@ class Primary:
         return view.at
 
     def doubt(self) -> None:
-        """Has the Sentinels asked again before anything else is done."""
+        """Forgets the last look, so that the next one asks the Sentinels."""
         self._looked_at = -FRESH
 
     def survey(self) -> list[Mapping[str, Any]]:
